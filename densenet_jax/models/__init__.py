@@ -1,0 +1,1 @@
+"""DenseNets and Dual Path Networks as flax linen modules."""
