@@ -1,0 +1,1 @@
+"""Recipes: each a short diff of `configs/default.py`."""

@@ -1,0 +1,176 @@
+"""Settings: read from a recipe and the command line, checked, compared and written down."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_collections
+
+from densenet_jax.errors import UserError
+
+# A run may be continued with other values of these: they change where or how fast it computes, not what.
+MAY_CHANGE_ON_RESUME = (
+    "model.dtype",
+    "model.remat",
+    "data.dir",
+    "data.reader_threads",
+    "data.prefetch_batches",
+    "train.log_every_steps",
+    "eval.",
+    "checkpoint.",
+)
+
+_POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
+_NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
+_RATE: Callable[[Any], bool] = lambda value: 0 <= value < 1  # noqa: E731
+
+# key -> (what is expected, check)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
+    "model.num_classes": ("0 or more", _NOT_NEGATIVE),
+    "model.dtype": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
+    "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
+    "model.layer_dropout": ("a rate in [0, 1)", _RATE),
+    "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
+    "model.batch_norm_group_size": ("0 or more", _NOT_NEGATIVE),
+    "data.image_size_px": ("more than 0", _POSITIVE),
+    "data.channels": ("1 or 3", lambda value: value in (1, 3)),
+    "data.crop": ("random_resized_crop or none", lambda value: value in ("random_resized_crop", "none")),
+    "data.crop_area": (
+        "two shares 0 < low <= high <= 1",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    ),
+    "data.crop_aspect": ("two ratios 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1]),
+    "data.interpolation": ("bilinear or bicubic", lambda value: value in ("bilinear", "bicubic")),
+    "data.pad_px": ("0 or more", _NOT_NEGATIVE),
+    "data.mean": ("one number a channel, or ()", lambda value: all(0 <= entry <= 1 for entry in value)),
+    "data.std": ("one number above 0 a channel, or ()", lambda value: all(entry > 0 for entry in value)),
+    "data.reader_threads": ("0 or more", _NOT_NEGATIVE),
+    "data.prefetch_batches": ("more than 0", _POSITIVE),
+    "train.epochs": ("more than 0", _POSITIVE),
+    "train.global_batch_size": ("more than 0", _POSITIVE),
+    "train.label_smoothing": ("a share in [0, 1)", _RATE),
+    "train.log_every_steps": ("more than 0", _POSITIVE),
+    "optim.learning_rate": ("more than 0", _POSITIVE),
+    "optim.momentum": ("a share in [0, 1)", _RATE),
+    "optim.weight_decay": ("0 or more", _NOT_NEGATIVE),
+    "optim.warmup_epochs": ("0 or more", _NOT_NEGATIVE),
+    "optim.warmup_steps": ("0 or more", _NOT_NEGATIVE),
+    "eval.every_epochs": ("more than 0", _POSITIVE),
+    "eval.batch_size": ("0 or more", _NOT_NEGATIVE),
+    "eval.image_size_px": ("0 or more", _NOT_NEGATIVE),
+    "eval.crop_fraction": ("a share in [0, 1]", lambda value: 0 <= value <= 1),
+    "eval.interpolation": ("bilinear, bicubic or empty", lambda value: value in ("", "bilinear", "bicubic")),
+    "eval.checkpoint": ("latest, best or a step", lambda value: value in ("latest", "best") or str(value).isdigit()),
+    "checkpoint.every_steps": ("more than 0", _POSITIVE),
+    "checkpoint.max_to_keep": ("more than 0", _POSITIVE),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("section.key", value) of every leaf, in the order of the file."""
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict | ml_collections.FrozenConfigDict | dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """The known key that is written most like `name`, whole or by its last part, as the end of an error's sentence."""
+
+    def likeness(key: str) -> float:
+        parts = ((name, key), (name.split(".")[-1], key.split(".")[-1]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
+
+    return f"; the nearest is {prefix}{max(known, key=likeness)}"
+
+
+def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
+    """One sentence for what absl, ml_collections or a recipe raised while the command line was read.
+
+    Args:
+        error: what was raised.
+        arguments: the command line.
+        known: settings with every valid key, to find the nearest one to a misspelt key.
+    """
+    if not isinstance(error, AttributeError | KeyError):
+        return f"{error}".replace("flag --", "--")
+    found = re.search(r"""['"]([\w.]+)['"]""", str(error))
+    name = found.group(1) if found else str(error)
+    keys = [key for key, _ in flatten(known)]
+    for argument in arguments:
+        given = argument.lstrip("-").split("=")[0]
+        if given.startswith("config.") and name in given.split("."):
+            return f"{given} is not a setting{nearest(given.removeprefix('config.'), keys, 'config.')}."
+    return f"the recipe sets or reads {name}, which is not a setting{nearest(name, keys, 'config.')}."
+
+
+def checked(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """Checks every value on its own and freezes the settings.
+
+    Raises:
+        UserError: a value is out of its range; the message names the key, the value and what is expected.
+    """
+    for key, value in flatten(config):
+        expected, accepts = _RULES.get(key, ("", lambda _: True))
+        if not accepts(value):
+            raise UserError(f"config.{key} is {value!r}; expected {expected}.")
+    return ml_collections.FrozenConfigDict(config)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain, JSON-ready nested dictionaries; tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Settings that make `current` another run than `stored`, each as "config.key: stored -> current".
+
+    Settings that may change on resuming are left out.
+    """
+    old, new = dict(flatten(stored)), dict(flatten(current))
+    return [
+        f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes `content` so that the file is whole at every moment: to a neighbour first, then moved into place."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def claim_workdir(workdir: str, config: Any) -> None:
+    """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
+
+    Raises:
+        UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
+            can't be read.
+    """
+    path = os.path.join(workdir, "config.json")
+    current = to_dict(config)
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
+        if changed := differences(stored, current):
+            raise UserError(
+                f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
+                "choose another --workdir or give the run's own settings."
+            )
+        if stored == current:
+            return
+    write_json(path, current)

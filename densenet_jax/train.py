@@ -1,0 +1,267 @@
+"""The loop: next batch, step, report, evaluate, save, stop."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from densenet_jax.training.metrics import ClassificationSums
+
+from densenet_jax.config import claim_workdir, to_dict
+from densenet_jax.errors import UserError
+from densenet_jax.evaluate import evaluate
+from densenet_jax.experiment import Experiment
+from densenet_jax.progress import Bar, say, working
+from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.sharding import to_devices
+from densenet_jax.training.state import TrainState
+from densenet_jax.training.steps import StepReport
+from densenet_jax.writers import Writers, read_metrics
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and Ctrl-C until the step under way is done; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        say(f"{self.received.name} received: saving after this step")
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: str) -> Iterator[None]:
+    """Holds the work directory for this run; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another run holds it, or the directory can't be made.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(os.path.join(workdir, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} can't be used: {error.strerror}; choose another.") from error
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"--workdir {workdir} is in use by another run; wait for its end or choose another."
+                ) from error
+        yield
+
+
+class Window:
+    """What has happened since the last report. Reading it waits for the device, so it is read once a report."""
+
+    def __init__(self, step: int):
+        """Starts after `step` steps."""
+        self._reports: list[StepReport] = []
+        self._step = step
+        self._examples = 0
+        self._data_wait_secs = 0.0
+        self._started = time.perf_counter()
+        self.sums = ClassificationSums.zeros()
+
+    def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
+        """Takes in one step that has been dispatched; waits for the one two before it, so that the queue stays short."""
+        self._reports.append(report)
+        self._examples += examples
+        self._data_wait_secs += data_wait_secs
+        if len(self._reports) > 2:
+            jax.block_until_ready(self._reports[-3])
+
+    def check_finite(self) -> None:
+        """Reads what is outstanding.
+
+        Raises:
+            UserError: a loss or gradient is not finite; the message names the step.
+        """
+        reports, self._reports = jax.device_get(self._reports), []
+        for report in reports:
+            self._step += 1
+            for what, value in (("loss", report.sums.loss), ("gradient norm", report.grad_norm)):
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the {what} is {float(value)} at step {self._step}; the checkpoints before it are untouched. "
+                        "Lower config.optim.learning_rate or lengthen config.optim.warmup_epochs, in a new --workdir."
+                    )
+            self.sums = self.sums.merge(report.sums)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside (validation, saving) out of the throughput."""
+        jax.block_until_ready(self._reports)
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
+
+    def speed(self) -> dict[str, float]:
+        """Throughput and the share of time spent waiting for data since the start of this window."""
+        secs = time.perf_counter() - self._started
+        return {
+            "images_per_sec": round(self._examples / secs, 2),
+            "data_wait_fraction": round(self._data_wait_secs / secs, 4),
+        }
+
+
+class Trainer:
+    """One run in one work directory, from its newest checkpoint to its end."""
+
+    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest):
+        """Compiles the steps and restores or creates the state.
+
+        Raises:
+            UserError: something in the settings, the data or the work directory is not as it should be.
+        """
+        self._experiment = experiment
+        self._stop = stop
+        self._config = to_dict(experiment.config)
+        total, per_epoch = experiment.total_steps, experiment.steps_per_epoch
+        say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
+        self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
+        restored = self._checkpoints.restore_newest(experiment.abstract_state)
+        with working("compiling"):
+            self._train_step = experiment.compile_train_step()
+            self._eval_step = experiment.compile_eval_step()
+        self._state: TrainState = restored if restored is not None else experiment.initial_state()
+        self._step = int(self._state.step)
+        if self._step:
+            say(f"continuing after step {self._step}")
+        self._writers = Writers(workdir, resumed_step=self._step)
+        validated = {
+            record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
+        }
+        self._best = max(validated.values(), default=0.0)
+        self._validation_missing = (
+            0 < self._step < total and experiment.is_eval_step(self._step) and self._step not in validated
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end.
+
+        Returns:
+            The last validation's figures and the step.
+
+        Raises:
+            Interrupted: asked to stop; the state is saved.
+            UserError: the loss is not finite, or a record can't be read.
+        """
+        experiment = self._experiment
+        if self._step >= experiment.total_steps:
+            say("nothing left to train")
+            return self._validate()
+        if self._validation_missing:
+            self._validate()
+        batches = experiment.train_batches(self._step)
+        bar = Bar("training", experiment.total_steps, self._step)
+        window = Window(self._step)
+        result: dict[str, Any] = {}
+        try:
+            while self._step < experiment.total_steps:
+                waiting = time.perf_counter()
+                batch = to_devices(next(batches), experiment.mesh)
+                waited = time.perf_counter() - waiting
+                self._state, report = self._train_step(self._state, batch)
+                self._step += 1
+                window.add(report, experiment.config.train.global_batch_size, waited)
+                bar.advance()
+                stopping = self._stop.received is not None
+                if experiment.is_report_step(self._step):
+                    window.check_finite()
+                    self._report(window, bar)
+                    window = Window(self._step)
+                if experiment.is_save_step(self._step) or stopping:
+                    window.check_finite()
+                    with window.paused():
+                        result = self._validate() if experiment.is_eval_step(self._step) and not stopping else {}
+                        self._checkpoints.save(self._step, self._state, self._config, result or None)
+                if stopping and self._step < experiment.total_steps:
+                    raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
+        finally:
+            bar.close()
+            batches.close()
+        return result
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._checkpoints.close()
+        self._writers.close()
+
+    def _report(self, window: Window, bar: Bar) -> None:
+        figures = window.sums.compute()
+        epoch = self._experiment.epochs_done(self._step)
+        rate = float(self._experiment.schedule(self._step - 1))
+        speed = window.speed()
+        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
+        self._writers.write(self._step, "train", values)
+        bar.figures(
+            f"epoch {epoch:.1f}  loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  lr {rate:.4g}  "
+            f"{speed['images_per_sec']:.0f} images/s  waiting {speed['data_wait_fraction']:.0%}"
+        )
+
+    def _validate(self) -> dict[str, Any]:
+        experiment = self._experiment
+        figures = evaluate(
+            self._eval_step,
+            self._state.variables,
+            experiment.eval_batches(),
+            experiment.mesh,
+            examples=len(experiment.eval_source),
+            batch_count=experiment.eval_batch_count,
+        )
+        epoch = round(experiment.epochs_done(self._step), 4)
+        self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures)})
+        self._best = max(self._best, figures["top1"])
+        say(
+            f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
+            f"top-5 {figures['top5']:.2%}  (best {self._best:.2%})"
+        )
+        return {"step": self._step, **figures}
+
+
+def _means(figures: dict[str, float]) -> dict[str, float]:
+    return {name: figures[name] for name in ("loss", "top1", "top5")}
+
+
+def train(experiment: Experiment, workdir: str) -> dict[str, Any]:
+    """Trains in `workdir`, from its newest good checkpoint where there is one.
+
+    Returns:
+        {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        UserError: a mistake that the user can mend.
+    """
+    with only_run_in(workdir), StopRequest() as stop:
+        experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
+        claim_workdir(workdir, experiment.config)
+        trainer = Trainer(experiment, workdir, stop)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()

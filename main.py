@@ -1,0 +1,73 @@
+"""The command line: flags to one call, a user's mistake to one line.
+
+    python main.py --config configs/densenet121.py --workdir ./runs [--mode MODE] [--config.KEY=VALUE ...]
+
+Every setting and its default stands in configs/default.py. Exit status: 0 done, 2 a user's mistake, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+
+# Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from absl import flags
+from ml_collections import config_flags
+
+from configs import default
+from densenet_jax import modes
+from densenet_jax.config import checked, explain_flag_error
+from densenet_jax.errors import UserError
+from densenet_jax.train import Interrupted
+
+FLAGS = flags.FLAGS
+RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits.py"), "A recipe in configs/.")
+flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
+flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
+
+
+def parse(arguments: list[str]) -> None:
+    """Reads the flags and the recipe; every mistake in them becomes a `UserError`."""
+    try:
+        left_over = FLAGS(arguments)[1:]
+        len(CONFIG.value)  # a recipe that is missing or broken shows itself only on use
+    except (
+        flags.Error,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise UserError(explain_flag_error(e, arguments, default.get_config())) from e
+    if left_over:
+        raise UserError(f"{left_over[0]} is not a flag; settings are given as --config.KEY=VALUE.")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one mode and returns the exit status."""
+    if {"--help", "-h", "-help"} & set(arguments[1:]):
+        print(f"{__doc__}\n{modes.describe()}")
+        return 0
+    try:
+        parse(arguments)
+        recipe = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
+        workdir = FLAGS.workdir or os.path.join("runs", os.path.splitext(recipe)[0])
+        result = modes.MODES[FLAGS.mode](checked(CONFIG.value), workdir)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps({"mode": FLAGS.mode, **result}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
