@@ -1,0 +1,46 @@
+"""What happens to images on the accelerator, inside the jitted step.
+
+Every random choice is a function of one key an example, so an image looks the same on any number of devices and in a
+run that was resumed.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, Shaped, UInt8
+
+
+def to_float(images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Bytes as float32 in [0, 1]; floats stay as they are."""
+    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
+
+
+def normalize(
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Float[Array, "b h w c"]:
+    """Images as the model wants them: (image - mean) / std for each channel.
+
+    Args:
+        images: bytes, or floats in [0, 1].
+        mean: of each channel, in [0, 1].
+        std: of each channel, in the same unit.
+        dtype: of the result; the arithmetic is float32 (float64 where dtype is).
+    """
+    exact = jnp.promote_types(dtype, jnp.float32)
+    scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+    shape = (1, 1, 1, len(mean))
+    mean_array = np.asarray(mean, np.float64).reshape(shape) * scale
+    std_array = np.asarray(std, np.float64).reshape(shape) * scale
+    centred = images.astype(exact) - jnp.asarray(mean_array, exact)
+    return (centred / jnp.asarray(std_array, exact)).astype(dtype)
+
+
+def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Shaped[Array, "b h w c"]:
+    """Mirrors each image left to right with probability 1/2."""
+    flip = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1, :], images)

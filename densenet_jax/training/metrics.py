@@ -1,0 +1,116 @@
+"""Metrics as sums and counts: exact when merged over batches, devices and processes, divided only when printed."""
+
+import flax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Array, " b"]:
+    """How many classes are placed before the true one; 0 where the prediction is right.
+
+    Equal logits are placed by class number, as `jnp.argmax` and `jax.lax.top_k` place them. A row with a NaN predicts
+    nothing: its rank is k.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    classes = jnp.arange(logits.shape[-1])[None, :]
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    ranks = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), logits.shape[-1], ranks)
+
+
+@flax.struct.dataclass
+class ClassificationSums:
+    """Loss and right answers summed over examples.
+
+    Counts are int32, exact up to 2,147,483,647 examples.
+    """
+
+    loss: Float[Array, ""]
+    top1: Int[Array, ""]
+    top5: Int[Array, ""]
+    examples: Int[Array, ""]
+
+    @classmethod
+    def zeros(cls) -> "ClassificationSums":
+        """The sums over no example."""
+        nothing = jnp.zeros((), jnp.int32)
+        return cls(loss=jnp.zeros((), jnp.float32), top1=nothing, top5=nothing, examples=nothing)
+
+    @classmethod
+    def from_batch(
+        cls,
+        logits: Float[Array, "b k"],
+        labels: Int[Array, " b"] | Float[Array, "b k"],
+        losses: Float[Array, " b"],
+        mask: Bool[Array, " b"] | None = None,
+    ) -> "ClassificationSums":
+        """Sums over one batch.
+
+        Args:
+            logits: any float dtype.
+            labels: class numbers, or class probabilities of mixed examples, where an answer is right if it is the
+                class with the largest share (the lower number of two equal ones); accuracy on mixed examples is
+                therefore low by nature and not comparable with validation.
+            losses: one an example, as `cross_entropy` gives them.
+            mask: False for padding, which counts nowhere, not even with a NaN; None counts every example.
+
+        Top-5 is top-k where there are only k < 5 classes, so 1.0.
+        """
+        if labels.ndim == 2:
+            labels = jnp.argmax(labels, axis=-1)
+        counted = jnp.ones(losses.shape, bool) if mask is None else mask
+        ranks = class_ranks(logits, labels)
+        best = min(5, logits.shape[-1])
+        return cls(
+            loss=jnp.sum(jnp.where(counted, losses, 0.0)),
+            top1=jnp.sum((ranks < 1) & counted, dtype=jnp.int32),
+            top5=jnp.sum((ranks < best) & counted, dtype=jnp.int32),
+            examples=jnp.sum(counted, dtype=jnp.int32),
+        )
+
+    def merge(self, other: "ClassificationSums") -> "ClassificationSums":
+        """The sums over the examples of both."""
+        return ClassificationSums(
+            loss=self.loss + other.loss,
+            top1=self.top1 + other.top1,
+            top5=self.top5 + other.top5,
+            examples=self.examples + other.examples,
+        )
+
+    def compute(self) -> dict[str, float]:
+        """Means over the examples on the host: "loss", "top1", "top5" (fractions) and "examples" (a count).
+
+        Raises:
+            ValueError: there is no example to average over.
+        """
+        examples = int(self.examples)
+        if examples == 0:
+            raise ValueError("no example was counted, so there is no mean")
+        return {
+            "loss": float(self.loss) / examples,
+            "top1": int(self.top1) / examples,
+            "top5": int(self.top5) / examples,
+            "examples": examples,
+        }
+
+
+def confusion_counts(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], mask: Bool[Array, " b"] | None = None
+) -> Int[Array, "k k"]:
+    """Examples of each true class (rows) by predicted class (columns), int32; counts of batches add up.
+
+    Args:
+        logits: any float dtype; the prediction is the first of the largest.
+        labels: class numbers.
+        mask: False for padding, which is not counted.
+    """
+    num_classes = logits.shape[-1]
+    weights = jnp.ones(labels.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
+    counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+    return counts.at[labels, jnp.argmax(logits, axis=-1)].add(weights)
+
+
+def per_class_accuracy(confusion: Int[Array, "k k"]) -> Float[Array, " k"]:
+    """Share of each true class that was predicted right (its recall); NaN for a class without examples."""
+    totals = jnp.sum(confusion, axis=1)
+    return jnp.where(totals > 0, jnp.diagonal(confusion) / jnp.maximum(totals, 1), jnp.nan)

@@ -1,0 +1,86 @@
+"""Optimizers by name: optax chains, and which parameters the weight decay touches."""
+
+from typing import Any
+
+import jax
+import optax
+
+from densenet_jax.errors import UserError
+from densenet_jax.training.schedules import Schedule
+
+OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
+_USUAL_EPSILON = {"adamw": 1e-8, "lamb": 1e-6, "rmsprop": 1e-8}
+
+
+def decay_mask(params: Any, decay_norm_and_bias: bool) -> Any:
+    """True for each parameter that weight decay touches, as a tree of the same shape.
+
+    Args:
+        params: the parameters, or their abstract shapes.
+        decay_norm_and_bias: False spares whatever is named "scale" or "bias" or has fewer than two axes.
+    """
+
+    def touched(path: tuple[Any, ...], leaf: Any) -> bool:
+        return decay_norm_and_bias or (path[-1].key not in ("scale", "bias") and len(leaf.shape) >= 2)
+
+    return jax.tree_util.tree_map_with_path(touched, params)
+
+
+def make_optimizer(
+    name: str,
+    schedule: Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    decay_norm_and_bias: bool = True,
+    clip_grad_norm: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    rms_decay: float = 0.9,
+    epsilon: float = 0.0,
+) -> optax.GradientTransformation:
+    """Builds the optimizer; its state lies in the parameters' dtype, and the schedule counts its updates.
+
+    Args:
+        name: one of `OPTIMIZERS`:
+            "sgd" in torch's form: weight decay is added to the gradient, then momentum accumulates it without
+            dampening, and the rate multiplies the result, so that the buffer knows nothing of the rate.
+            "adamw": decay beside the adaptive step (arXiv:1711.05101), multiplied by the rate as in torch.
+            "lamb": adamw's step scaled per parameter by its norm over the step's (arXiv:1904.00962); parameters that
+            weight decay spares are spared the scaling as well.
+            "rmsprop" in torch's form: decay is added to the gradient, epsilon stands outside the root, momentum
+            accumulates the scaled gradient.
+        schedule: update number -> learning rate.
+        momentum: of sgd and rmsprop, in [0, 1); 0 keeps no buffer.
+        nesterov: sgd looks ahead by one step of momentum.
+        weight_decay: factor of the parameters in the step.
+        decay_norm_and_bias: False spares batch-norm scales and all biases.
+        clip_grad_norm: the gradient's norm over all parameters is cut to this first; 0 leaves it.
+        betas: kept shares of adamw's and lamb's first and second moments.
+        rms_decay: kept share of rmsprop's squared gradient.
+        epsilon: against division by zero; 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"config.optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)}.")
+    epsilon = epsilon or _USUAL_EPSILON.get(name, 0.0)
+    nothing = optax.identity()
+
+    def mask(params: Any) -> Any:
+        return decay_mask(params, decay_norm_and_bias)
+
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else nothing
+    clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else nothing
+    rate = optax.scale_by_learning_rate(schedule)
+    if name == "sgd":
+        trace = optax.trace(momentum, nesterov) if momentum else nothing
+        return optax.chain(clip, decay, trace, rate)
+    if name == "rmsprop":
+        scaled = optax.scale_by_rms(rms_decay, epsilon, eps_in_sqrt=False)
+        trace = optax.trace(momentum, nesterov=False) if momentum else nothing
+        return optax.chain(clip, decay, scaled, trace, rate)
+    adaptive = optax.scale_by_adam(betas[0], betas[1], epsilon)
+    trust = optax.masked(optax.scale_by_trust_ratio(), mask) if name == "lamb" else nothing
+    return optax.chain(clip, adaptive, decay, trust, rate)
