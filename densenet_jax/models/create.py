@@ -1,0 +1,110 @@
+"""From a name to a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.densenet import OUTPUTS, STEMS, DenseNet
+from densenet_jax.models.layers import DType, NormOptions
+from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
+
+__all__ = ["create_model", "list_models"]
+
+_CHOICES = {"stem": STEMS, "output": OUTPUTS, "blur": ("none", "stem", "all"), "init_fan": ("fan_in", "fan_out")}
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    dtype: DType = jnp.float32,
+    param_dtype: DType = jnp.float32,
+    classifier_dropout: float = 0.0,
+    layer_dropout: float = 0.0,
+    dropout_every_convolution: bool = True,
+    output: str = "logits",
+    remat: bool = False,
+    batch_norm_momentum: float = 0.9,
+    batch_norm_epsilon: float | None = None,
+    batch_norm_group_size: int = 0,
+    unbiased_running_variance: bool = True,
+    **architecture: Any,
+) -> nn.Module:
+    """A flax linen module for one name of the variants table.
+
+    `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives logits
+    float32[b, num_classes] of normalised images float[b, h, w, c]. Training: `train=True, mutable=["batch_stats"]`, and
+    `rngs={"dropout": key}` where a dropout rate is set.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: width of the logits; None is the variant's own.
+      dtype: of activations and convolutions; statistics are float32 or wider whatever it is.
+      param_dtype: of parameters.
+      classifier_dropout: rate in [0, 1) between pooling and classifier.
+      layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
+      dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's, after
+        each dense layer's last.
+      output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: map} for every stage.
+      remat: recompute cheap intermediate values in the backward pass to save memory.
+      batch_norm_momentum: share of the old running statistic an update keeps.
+      batch_norm_epsilon: None is the variant's own.
+      batch_norm_group_size: examples that share batch statistics; 0 is the whole batch.
+      unbiased_running_variance: torch's n-1 estimate in the running variance.
+      **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
+
+    Raises:
+      UserError: an unknown name or override, or a value outside its range.
+    """
+    variant = get_variant(name)
+    facts = _override(name, variant.architecture, architecture)
+    epsilon = facts.pop("epsilon") if batch_norm_epsilon is None else batch_norm_epsilon
+    facts.pop("epsilon", None)
+    _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
+    num_classes = variant.num_classes if num_classes is None else num_classes
+    if num_classes < 1:
+        raise UserError(
+            f"num_classes={num_classes}: expected at least 1; for features without a head use output='pooled'"
+        )
+    common = {
+        "num_classes": num_classes,
+        "norm_options": NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance),
+        "classifier_dropout": classifier_dropout,
+        "output": _chosen("output", output),
+        "remat": remat,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+    }
+    if isinstance(variant.architecture, DenseNetArchitecture):
+        return DenseNet(
+            **facts, **common, layer_dropout=layer_dropout, dropout_every_convolution=dropout_every_convolution
+        )
+    raise UserError(f"{name} is not built yet")
+
+
+def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    facts = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    for key, value in overrides.items():
+        if key not in facts:
+            nearest = difflib.get_close_matches(key, facts, n=1) or [", ".join(facts)]
+            raise UserError(f"create_model({name!r}) has no setting {key!r}: did you mean {nearest[0]}?")
+        facts[key] = tuple(value) if isinstance(facts[key], tuple) else _chosen(key, value)
+    return facts
+
+
+def _chosen(key: str, value: Any) -> Any:
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(f"{key}={value!r}: expected one of {', '.join(_CHOICES[key])}")
+    return value
+
+
+def _check_rates(**rates: float) -> None:
+    for key, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise UserError(f"{key}={rate}: expected a rate from 0 up to, but not including, 1")

@@ -1,0 +1,210 @@
+"""A dense block: one module that owns the parameters of all its layers, and the arithmetic it hands them to.
+
+The arithmetic is a pure function of arrays (a form), so that several forms can stand behind one parameter tree. The plain
+form below is the paper's definition written down: concatenate, normalise, ReLU, convolve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from densenet_jax.models.layers import (
+    BatchNorm,
+    Convolution,
+    DType,
+    FeatureMap,
+    Moments,
+    NormArrays,
+    NormOptions,
+    apply_norm,
+    convolve,
+    dropout,
+)
+
+SAVED_BY_REMAT = "convolution"
+
+
+class LayerArrays(NamedTuple):
+    """Parameters and running statistics of one dense layer; norm2 and kernel2 are None without a bottleneck."""
+
+    norm1: NormArrays
+    kernel1: Array
+    norm2: NormArrays | None = None
+    kernel2: Array | None = None
+
+
+class LayerMoments(NamedTuple):
+    """What one layer's norms saw in a training step; None in evaluation or where the norm is missing."""
+
+    norm1: Moments | None
+    norm2: Moments | None
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a form needs to know besides arrays.
+
+    Attributes:
+      norm: of all the block's batch norms.
+      dtype: of activations and convolutions.
+      dropout_rate: after convolutions, in training only.
+      dropout_every_convolution: as in the paper; otherwise after a layer's last convolution only.
+      remat: keep only convolution outputs for the backward pass and recompute the rest (1707.06990).
+    """
+
+    norm: NormOptions = NormOptions()
+    dtype: DType = jnp.float32
+    dropout_rate: float = 0.0
+    dropout_every_convolution: bool = True
+    remat: bool = False
+
+
+class BlockResult(NamedTuple):
+    """The block's output and, for each layer, the moments that its running statistics take in."""
+
+    features: FeatureMap
+    moments: tuple[LayerMoments, ...]
+
+
+Form = Callable[[Array, Sequence[LayerArrays], Array | None, BlockOptions, bool], BlockResult]
+
+
+def _key(key: Array | None, index: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+def join(features: Sequence[Array]) -> Float[Array, "b h w c"]:
+    """The concatenation that a layer reads: the block's input first, then the layers from oldest to newest."""
+    return jnp.concatenate(features, axis=-1)
+
+
+def dense_layer(
+    features: tuple[Array, ...], layer: LayerArrays, key: Array | None, options: BlockOptions, train: bool
+) -> tuple[Float[Array, "b h w k"], LayerMoments]:
+    """One composite layer: norm, ReLU, convolution, once or (with a bottleneck) twice.
+
+    Args:
+      features: the block's input and the earlier layers' outputs, each float[b, h, w, *].
+      layer: its arrays.
+      key: for dropout; None switches it off.
+      options: of the block.
+      train: batch statistics instead of running ones.
+
+    Returns:
+      The layer's k new feature maps and the moments its norms saw.
+    """
+    x, moments1 = apply_norm(join(features), layer.norm1, options.norm, train, options.dtype)
+    x = convolve(jax.nn.relu(x), layer.kernel1, padding=layer.kernel1.shape[0] // 2)
+    x = checkpoint_name(x, SAVED_BY_REMAT)
+    if layer.norm2 is None or layer.kernel2 is None:
+        return dropout(x, options.dropout_rate, key), LayerMoments(moments1, None)
+    if options.dropout_every_convolution:
+        x = dropout(x, options.dropout_rate, _key(key, 0))
+    x, moments2 = apply_norm(x, layer.norm2, options.norm, train, options.dtype)
+    x = convolve(jax.nn.relu(x), layer.kernel2, padding=layer.kernel2.shape[0] // 2)
+    x = checkpoint_name(x, SAVED_BY_REMAT)
+    return dropout(x, options.dropout_rate, _key(key, 1)), LayerMoments(moments1, moments2)
+
+
+def plain_dense_block(
+    inputs: Float[Array, "b h w c"],
+    layers: Sequence[LayerArrays],
+    key: Array | None,
+    options: BlockOptions,
+    train: bool,
+) -> BlockResult:
+    """The reference form: every layer normalises the whole concatenation before it; autodiff gives the backward pass."""
+    step = dense_layer
+    if options.remat:
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED_BY_REMAT)
+        step = jax.checkpoint(dense_layer, static_argnums=(3, 4), policy=policy)
+    features: tuple[Array, ...] = (inputs,)
+    moments = []
+    for index, layer in enumerate(layers):
+        new, seen = step(features, layer, _key(key, index), options, train)
+        features = (*features, new)
+        moments.append(seen)
+    return BlockResult(FeatureMap(join(features)), tuple(moments))
+
+
+class DenseLayer(nn.Module):
+    """The parameters of one dense layer: norm1, conv1 and, with a bottleneck, norm2 and conv2."""
+
+    in_features: int
+    growth_rate: int
+    bottleneck_width: int
+    norm_options: NormOptions
+    init_fan: str
+    dtype: DType
+    param_dtype: DType
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernels = {"init_fan": self.init_fan, **types}
+        self.norm1 = BatchNorm(self.in_features, self.norm_options, **types)
+        if not self.bottleneck_width:
+            self.conv1 = Convolution(self.in_features, self.growth_rate, 3, **kernels)
+            return
+        width = self.bottleneck_width * self.growth_rate
+        self.conv1 = Convolution(self.in_features, width, 1, **kernels)
+        self.norm2 = BatchNorm(width, self.norm_options, **types)
+        self.conv2 = Convolution(width, self.growth_rate, 3, **kernels)
+
+    def arrays(self) -> LayerArrays:
+        """All arrays of the layer."""
+        first = (self.norm1.arrays(), self.conv1.kernel)
+        if not self.bottleneck_width:
+            return LayerArrays(*first)
+        return LayerArrays(*first, self.norm2.arrays(), self.conv2.kernel)
+
+    def record(self, moments: LayerMoments, positions: int) -> None:
+        """Takes a training step's moments, over positions values a channel in the whole batch, into the statistics."""
+        if moments.norm1 is not None:
+            self.norm1.record(moments.norm1, positions // moments.norm1.mean.shape[0])
+        if moments.norm2 is not None:
+            self.norm2.record(moments.norm2, positions // moments.norm2.mean.shape[0])
+
+
+class DenseBlock(nn.Module):
+    """num_layers dense layers on one map size (1608.06993, section 3).
+
+    Declares denselayer{1..n}/{norm1,conv1,norm2,conv2}, whichever form computes the output.
+    """
+
+    num_layers: int
+    growth_rate: int
+    bottleneck_width: int = 4
+    init_fan: str = "fan_in"
+    options: BlockOptions = BlockOptions()
+    param_dtype: DType = jnp.float32
+    form: Form = plain_dense_block
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> FeatureMap:
+        """The concatenation of the input and all layers' outputs: float[b, h, w, c + num_layers * growth_rate]."""
+        layers = [
+            DenseLayer(
+                x.shape[-1] + index * self.growth_rate,
+                self.growth_rate,
+                self.bottleneck_width,
+                self.options.norm,
+                self.init_fan,
+                self.options.dtype,
+                self.param_dtype,
+                name=f"denselayer{index + 1}",
+            )
+            for index in range(self.num_layers)
+        ]
+        key = self.make_rng("dropout") if train and self.options.dropout_rate else None
+        result = self.form(x, [layer.arrays() for layer in layers], key, self.options, train)
+        for layer, moments in zip(layers, result.moments, strict=True):
+            layer.record(moments, x.shape[0] * x.shape[1] * x.shape[2])
+        return result.features

@@ -1,0 +1,170 @@
+"""DenseNet for images of any size (1608.06993): stem, dense blocks, transitions, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form, plain_dense_block
+from densenet_jax.models.layers import (
+    BatchNorm,
+    Classifier,
+    Convolution,
+    DType,
+    FeatureMap,
+    NormOptions,
+    average_pool,
+    blur_pool,
+    dropout,
+    global_average_pool,
+    max_pool,
+)
+
+STEMS = ("plain", "deep", "deep_tiered", "cifar")
+OUTPUTS = ("logits", "pooled", "map", "pyramid")
+
+
+class Transition(nn.Module):
+    """Norm, ReLU, 1x1 convolution to fewer maps, then pooling to half the size; parameters norm and conv."""
+
+    features: int
+    options: BlockOptions
+    blur: bool
+    init_fan: str
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool) -> Float[Array, "b h w c"]:
+        """Features float[b, h // 2, w // 2, features]."""
+        width = x.values.shape[-1]
+        types = {"dtype": self.options.dtype, "param_dtype": self.param_dtype}
+        y = jax.nn.relu(BatchNorm(width, self.options.norm, name="norm", **types)(x, train))
+        y = Convolution(width, self.features, init_fan=self.init_fan, name="conv", **types)(y)
+        rate = self.options.dropout_rate
+        if train and rate and self.options.dropout_every_convolution:
+            y = dropout(y, rate, self.make_rng("dropout"))
+        return blur_pool(y) if self.blur else average_pool(y)
+
+
+class DenseNet(nn.Module):
+    """A DenseNet; the attributes up to init_fan are those of variants.DenseNetArchitecture.
+
+    Parameters are named as in the published PyTorch checkpoints: conv0, norm0, denseblock{i}/denselayer{j}/..., transition{i}/...,
+    norm5, classifier.
+
+    Attributes:
+      num_classes: width of the logits.
+      norm_options: of all batch norms.
+      classifier_dropout: rate between pooling and classifier, in training.
+      layer_dropout: rate after convolutions, in training.
+      dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense layer's last.
+      output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
+        to its map (raw block outputs; the last one normalised and rectified).
+      remat: recompute concatenations and norms in the backward pass instead of storing them (1707.06990).
+      dtype: of activations; param_dtype: of parameters.
+      block_form: the arithmetic of dense blocks.
+    """
+
+    growth_rate: int = 32
+    block_sizes: tuple[int, ...] = (6, 12, 24, 16)
+    stem: str = "plain"
+    stem_width: int | None = None
+    bottleneck_width: int = 4
+    compression: float = 0.5
+    blur: str = "none"
+    init_fan: str = "fan_in"
+    num_classes: int = 1000
+    norm_options: NormOptions = NormOptions()
+    classifier_dropout: float = 0.0
+    layer_dropout: float = 0.0
+    dropout_every_convolution: bool = True
+    output: str = "logits"
+    remat: bool = False
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+    block_form: Form = plain_dense_block
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
+        """Logits (or what output names) of normalised images float[b, h, w, channels].
+
+        Raises:
+          UserError: the images are smaller than the strides allow.
+        """
+        self._check_size(images.shape)
+        options = BlockOptions(
+            self.norm_options, self.dtype, self.layer_dropout, self.dropout_every_convolution, self.remat
+        )
+        x = self._stem(images.astype(self.dtype), train)
+        stride = 1 if self.stem == "cifar" else 4
+        pyramid = {}
+        for index, num_layers in enumerate(self.block_sizes, 1):
+            features = DenseBlock(
+                num_layers,
+                self.growth_rate,
+                self.bottleneck_width,
+                self.init_fan,
+                options,
+                self.param_dtype,
+                self.block_form,
+                name=f"denseblock{index}",
+            )(x, train)
+            if index < len(self.block_sizes):
+                if self.output == "pyramid":
+                    pyramid[stride] = features.raw(self.norm_options.epsilon)
+                width = int(features.values.shape[-1] * self.compression)
+                x = Transition(
+                    width, options, self.blur == "all", self.init_fan, self.param_dtype, name=f"transition{index}"
+                )(features, train)
+                stride *= 2
+        x = jax.nn.relu(self._norm("norm5", features.values.shape[-1])(features, train))
+        if self.output == "pyramid":
+            return {**pyramid, stride: x}
+        return x if self.output == "map" else self._head(x, train)
+
+    @nn.nowrap
+    def _norm(self, name: str, features: int) -> BatchNorm:
+        return BatchNorm(features, self.norm_options, self.dtype, self.param_dtype, name=name)
+
+    @nn.nowrap
+    def _stem(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        last = self.stem_width or 2 * self.growth_rate
+        k = self.growth_rate
+        kernel_size, widths = {
+            "plain": (7, (last,)),
+            "deep": (3, (k, k, last)),
+            "deep_tiered": (3, (3 * (k // 4), 6 * (k // 4), last)),
+            "cifar": (3, (last,)),
+        }[self.stem]
+        types = {"init_fan": self.init_fan, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        for index, width in enumerate(widths):
+            stride = 2 if index == 0 and self.stem != "cifar" else 1
+            x = Convolution(x.shape[-1], width, kernel_size, stride, name=f"conv{index}", **types)(x)
+            if self.stem == "cifar":
+                return x
+            x = jax.nn.relu(self._norm(f"norm{index}", width)(x, train))
+        return max_pool(x) if self.blur == "none" else blur_pool(max_pool(x, stride=1))
+
+    @nn.nowrap
+    def _head(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b k"]:
+        pooled = global_average_pool(x)
+        if self.output == "pooled":
+            return pooled
+        if train and self.classifier_dropout:
+            pooled = dropout(pooled, self.classifier_dropout, self.make_rng("dropout"))
+        return Classifier(self.num_classes, self.dtype, self.param_dtype, name="classifier")(pooled)
+
+    @nn.nowrap
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        halvings = 2 ** (len(self.block_sizes) - 1)
+        smallest = halvings if self.stem == "cifar" else 4 * (halvings - 1) + 1
+        if min(shape[1:3]) < smallest:
+            raise UserError(
+                f"images of {shape[1]}x{shape[2]} pixels are too small: this network halves the map until nothing is left; "
+                f"give it at least {smallest}x{smallest}"
+            )

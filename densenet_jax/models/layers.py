@@ -1,0 +1,276 @@
+"""Convolution, batch normalisation and pooling with the references' arithmetic, padding always explicit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+from densenet_jax.errors import UserError
+
+DType = Any
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """How every batch norm of a network behaves.
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
+      group_size: examples that share statistics in training; 0 is the whole batch.
+      unbiased_running_variance: the running variance takes in the n-1 estimate, as in torch.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    group_size: int = 0
+    unbiased_running_variance: bool = True
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of a feature map, float[g, c], a row for each group of examples."""
+
+    mean: Array
+    variance: Array
+
+
+class FeatureMap(NamedTuple):
+    """A feature map float[b, h, w, c]; with moments set, its values are already normalised by them."""
+
+    values: Array
+    moments: Moments | None = None
+
+    def raw(self, epsilon: float) -> Array:
+        """The values before any normalisation."""
+        if self.moments is None:
+            return self.values
+        mean, variance = (_per_example(m, self.values.shape[0]) for m in self.moments)
+        return (self.values * jnp.sqrt(variance + epsilon) + mean).astype(self.values.dtype)
+
+
+class NormArrays(NamedTuple):
+    """What a batch norm reads with: its parameters and running statistics, each float[c]."""
+
+    scale: Array
+    bias: Array
+    mean: Array
+    variance: Array
+
+
+def _per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
+    """One row a group to one row an example, or a single row that broadcasts where there is one group."""
+    if groups.shape[0] > 1:
+        groups = jnp.repeat(groups, batch // groups.shape[0], axis=0)
+    return groups[:, None, None, :]
+
+
+def group_count(batch: int, group_size: int) -> int:
+    """Groups of group_size examples in a batch.
+
+    Raises:
+      UserError: the batch does not divide into groups of that size.
+    """
+    if group_size <= 0 or group_size >= batch:
+        return 1
+    if batch % group_size:
+        raise UserError(
+            f"batch_norm_group_size={group_size} does not divide the batch of {batch} examples; "
+            "choose a divisor, or 0 for statistics of the whole batch"
+        )
+    return batch // group_size
+
+
+def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Array, " c"]) -> Moments:
+    """Mean and biased variance over examples and positions, in float32 or wider, in one pass over x.
+
+    The sums are taken of x - shift: with the running mean as shift they do not cancel, however far the mean is from zero.
+    """
+    groups = group_count(x.shape[0], group_size)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    shift = lax.stop_gradient(shift).astype(wide)
+    centred = (x.astype(wide) - shift[None, None, None, :]).reshape(groups, -1, x.shape[-1])
+    mean = jnp.mean(centred, axis=1)
+    variance = jnp.maximum(jnp.mean(jnp.square(centred), axis=1) - jnp.square(mean), 0)
+    return Moments(mean + shift[None, :], variance)
+
+
+def normalise(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
+    """(x - mean) / sqrt(variance + epsilon), in float32 or wider."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    mean, variance = (_per_example(m.astype(wide), x.shape[0]) for m in moments)
+    return (x.astype(wide) - mean) * lax.rsqrt(variance + epsilon)
+
+
+def scale_shift(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], dtype: DType):
+    """Scale * x + bias in float32 or wider, given back in dtype."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    scale, bias = (v.astype(wide)[None, None, None, :] for v in (scale, bias))
+    return (x.astype(wide) * scale + bias).astype(dtype)
+
+
+def norm_by_running(x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float, dtype: DType):
+    """Batch norm with the running statistics, as in evaluation: one multiply and one add an element."""
+    wide = jnp.promote_types(norm.variance.dtype, jnp.float32)
+    factor = norm.scale.astype(wide) * lax.rsqrt(norm.variance.astype(wide) + epsilon)
+    return scale_shift(x, factor, norm.bias.astype(wide) - norm.mean.astype(wide) * factor, dtype)
+
+
+def apply_norm(
+    x: Float[Array, "b h w c"], norm: NormArrays, options: NormOptions, train: bool, dtype: DType
+) -> tuple[Float[Array, "b h w c"], Moments | None]:
+    """Batch norm of raw values: the result in dtype, and in training the moments that the running statistics take in."""
+    if not train:
+        return norm_by_running(x, norm, options.epsilon, dtype), None
+    moments = batch_moments(x, options.group_size, norm.mean)
+    return scale_shift(normalise(x, moments, options.epsilon), norm.scale, norm.bias, dtype), moments
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of float[b, h, w, features] with torch's running statistics.
+
+    Parameters scale and bias, statistics mean and var in the collection "batch_stats", all float[features].
+    """
+
+    features: int
+    options: NormOptions = NormOptions()
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.features,)
+        self.scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, wide)
+
+    def arrays(self) -> NormArrays:
+        """Parameters and running statistics, for code that does the arithmetic itself."""
+        return NormArrays(self.scale, self.bias, self.mean.value, self.var.value)
+
+    def record(self, moments: Moments, count: int) -> None:
+        """Takes one step's moments, each over count values, into the running statistics; groups are averaged."""
+        if self.is_initializing():
+            return
+        variance = moments.variance
+        if self.options.unbiased_running_variance:
+            variance = variance * (count / max(count - 1, 1))
+        keep = self.options.momentum
+        for running, new in ((self.mean, moments.mean), (self.var, variance)):
+            new = lax.stop_gradient(jnp.mean(new, axis=0)).astype(running.value.dtype)
+            running.value = keep * running.value + (1 - keep) * new
+
+    def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
+        """Normalised values in dtype; a FeatureMap with moments is only scaled and shifted."""
+        features = x if isinstance(x, FeatureMap) else FeatureMap(x)
+        values, moments = features
+        if moments is None:
+            out, moments = apply_norm(values, self.arrays(), self.options, train, self.dtype)
+        else:
+            out = scale_shift(values, self.scale, self.bias, self.dtype)
+        if train and moments is not None:
+            self.record(moments, values.size // values.shape[-1] // moments.mean.shape[0])
+        return out
+
+
+def convolve(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "kh kw i o"],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Float[Array, "b h2 w2 o"]:
+    """2-D convolution padded by the same number of zeros on every side (XLA's SAME pads stride 2 unevenly)."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (stride, stride),
+        [(padding, padding), (padding, padding)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def he_normal(fan: str):
+    """He's initialiser from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
+    return nn.initializers.variance_scaling(2.0, fan, "normal")
+
+
+class Convolution(nn.Module):
+    """Bias-free convolution with padding that keeps the size at stride 1; parameter kernel float[k, k, in/groups, out]."""
+
+    in_features: int
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    groups: int = 1
+    init_fan: str = "fan_in"
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.kernel_size, self.kernel_size, self.in_features // self.groups, self.features)
+        self.kernel = self.param("kernel", he_normal(self.init_fan), shape, self.param_dtype)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        """The convolution in dtype."""
+        padding = self.kernel_size // 2
+        return convolve(x.astype(self.dtype), self.kernel, stride=self.stride, padding=padding, groups=self.groups)
+
+
+class Classifier(nn.Module):
+    """Linear layer from pooled features to logits, float32 or wider; kernel float[c, k] as torch's Linear draws it."""
+
+    num_classes: int
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b k"]:
+        """Logits of features whose last axis is c."""
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=wide)
+        return logits + jnp.expand_dims(bias.astype(wide), tuple(range(logits.ndim - 1)))
+
+
+def max_pool(x: Float[Array, "b h w c"], stride: int = 2) -> Float[Array, "b h2 w2 c"]:
+    """3x3 maximum, padded by one on every side."""
+    return nn.max_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
+
+
+def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """2x2 mean at stride 2; an odd last row or column is left out, as in the references."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """[1, 2, 1] x [1, 2, 1] / 16 at stride 2 over a border reflected by one (1904.11486)."""
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    for axis in (1, 2):
+        end = x.shape[axis] - 2
+        first, middle, last = (lax.slice_in_dim(x, i, end + i, 2, axis) for i in range(3))
+        x = (first + last) * 0.25 + middle * 0.5
+    return x
+
+
+def global_average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    """Mean over all positions, summed in float32 or wider, given back in x's dtype."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
+    """Zeroes a share of the values and scales the rest; no key or rate 0 changes nothing."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

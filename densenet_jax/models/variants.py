@@ -1,0 +1,205 @@
+"""The table of variants: one row holds everything that is particular to one network."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass, field
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.published import PUBLISHED, Preprocessing, PublishedResult, published_preprocessing
+
+IMAGENET = Preprocessing()
+TINY = Preprocessing(
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), input_px=32, test_px=32, crop_fraction=1.0
+)
+
+
+@dataclass(frozen=True)
+class DenseNetArchitecture:
+    """What tells one DenseNet from another (1608.06993, sections 3 and 4).
+
+    Attributes:
+      growth_rate: new feature maps a dense layer adds (k).
+      block_sizes: dense layers in each block.
+      stem: "plain" 7x7 stride 2, "deep" or "deep_tiered" three 3x3, "cifar" one 3x3 without norm or pooling.
+      stem_width: feature maps that enter the first block; None is twice the growth rate.
+      bottleneck_width: the 1x1 convolution gives this many times the growth rate; 0 leaves it out.
+      compression: the share of feature maps a transition keeps, in (0, 1].
+      blur: where blur pooling replaces strided pooling: "none", "stem" or "all" (transitions too).
+      init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initialiser.
+      epsilon: of every batch norm.
+    """
+
+    growth_rate: int = 32
+    block_sizes: tuple[int, ...] = (6, 12, 24, 16)
+    stem: str = "plain"
+    stem_width: int | None = None
+    bottleneck_width: int = 4
+    compression: float = 0.5
+    blur: str = "none"
+    init_fan: str = "fan_in"
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True)
+class DualPathArchitecture:
+    """What tells one Dual Path Network from another (1707.01629, table 1).
+
+    Attributes:
+      block_sizes: blocks in each of the four stages.
+      dense_increments: feature maps that a block of each stage adds to the dense path.
+      reduction_width: width of the grouped 3x3 convolution of the first stage (k_r); doubles each stage.
+      groups: of the 3x3 convolution.
+      stem_width: feature maps of the stem.
+      small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
+      split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
+      activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
+      init_fan: "fan_in" or "fan_out" of the He normal initialiser.
+      epsilon: of every batch norm.
+    """
+
+    block_sizes: tuple[int, ...] = (3, 4, 20, 3)
+    dense_increments: tuple[int, ...] = (16, 32, 24, 128)
+    reduction_width: int = 96
+    groups: int = 32
+    stem_width: int = 64
+    small: bool = False
+    split_projection: bool = False
+    activation: str = "relu"
+    init_fan: str = "fan_in"
+    epsilon: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: a named network, how its input is prepared and what is known of its accuracy.
+
+    Attributes:
+      name: as users type it.
+      architecture: the facts the module is built from.
+      parameter_count: trainable numbers, counted at num_classes classes and channels input channels.
+      preprocessing: sizes in pixels, mean and standard deviation of inputs scaled to [0, 1], interpolation.
+      published: accuracies others report, each with its source and, if there is one, its checkpoint.
+    """
+
+    name: str
+    architecture: DenseNetArchitecture | DualPathArchitecture
+    parameter_count: int
+    preprocessing: Preprocessing = IMAGENET
+    num_classes: int = 1000
+    channels: int = 3
+    published: tuple[PublishedResult, ...] = field(default=())
+
+    @property
+    def hub_ids(self) -> tuple[str, ...]:
+        """Checkpoints on the Hugging Face hub that load into this variant, the recommended one first."""
+        return tuple(dict.fromkeys(result.hub_id for result in self.published if result.hub_id))
+
+    def results_of(self, source: str) -> tuple[PublishedResult, ...]:
+        """The published results of one checkpoint; empty where nothing is known of it."""
+        return tuple(result for result in self.published if result.hub_id and result.hub_id == source)
+
+    def preprocessing_of(self, source: str | None) -> Preprocessing:
+        """How the inputs of one checkpoint are prepared; the variant's own way where nothing is known of it."""
+        return published_preprocessing(source) or self.preprocessing
+
+
+def _densenet(name: str, count: int, **facts) -> Variant:
+    return Variant(name, DenseNetArchitecture(**facts), count, published=PUBLISHED.get(name, ()))
+
+
+def _tiny(name: str, count: int, growth_rate: int, layers: int, bottleneck: bool) -> Variant:
+    facts = DenseNetArchitecture(
+        growth_rate=growth_rate,
+        block_sizes=(layers,) * 3,
+        stem="cifar",
+        stem_width=2 * growth_rate if bottleneck else 16,
+        bottleneck_width=4 if bottleneck else 0,
+        compression=0.5 if bottleneck else 1.0,
+        init_fan="fan_out",
+    )
+    return Variant(name, facts, count, TINY, num_classes=10, published=PUBLISHED.get(name, ()))
+
+
+def _dual_path(name: str, count: int, **facts) -> Variant:
+    published = PUBLISHED.get(name, ())
+    preprocessing = next((r.preprocessing for r in published if r.hub_id), IMAGENET)
+    return Variant(name, DualPathArchitecture(**facts), count, preprocessing, published=published)
+
+
+_SMALL = {"small": True, "stem_width": 10, "reduction_width": 128, "dense_increments": (16, 32, 32, 64)}
+
+_ROWS = (
+    _densenet("densenet121", 7_978_856),
+    _densenet("densenet161", 28_681_000, growth_rate=48, block_sizes=(6, 12, 36, 24)),
+    _densenet("densenet169", 14_149_480, block_sizes=(6, 12, 32, 32)),
+    _densenet("densenet201", 20_013_928, block_sizes=(6, 12, 48, 32)),
+    _densenet("densenet264", 33_337_704, block_sizes=(6, 12, 64, 48)),
+    _densenet("densenet264_k48", 72_686_632, growth_rate=48, block_sizes=(6, 12, 64, 48)),
+    _densenet("densenet264d", 72_736_216, growth_rate=48, block_sizes=(6, 12, 64, 48), stem="deep"),
+    _densenet("densenet121d", 7_998_088, stem="deep"),
+    _densenet("densenetblur121d", 7_998_088, stem="deep", blur="stem"),
+    _densenet("densenet232", 71_538_184, growth_rate=48, block_sizes=(6, 32, 48, 48)),
+    _tiny("densenet_40_12", 1_019_722, growth_rate=12, layers=12, bottleneck=False),
+    _tiny("densenet_100_12", 6_979_642, growth_rate=12, layers=32, bottleneck=False),
+    _tiny("densenet_100_24", 27_249_082, growth_rate=24, layers=32, bottleneck=False),
+    _tiny("densenet_bc_22_12", 71_686, growth_rate=12, layers=3, bottleneck=True),
+    _tiny("densenet_bc_40_12", 176_122, growth_rate=12, layers=6, bottleneck=True),
+    _tiny("densenet_bc_100_12", 769_162, growth_rate=12, layers=16, bottleneck=True),
+    _tiny("densenet_bc_250_24", 15_324_406, growth_rate=24, layers=41, bottleneck=True),
+    _tiny("densenet_bc_190_40", 25_624_430, growth_rate=40, layers=31, bottleneck=True),
+    _dual_path("dpn48b", 9_126_226, **_SMALL, block_sizes=(3, 4, 6, 3), split_projection=True, activation="silu"),
+    _dual_path("dpn68", 12_611_602, **_SMALL, block_sizes=(3, 4, 12, 3)),
+    _dual_path("dpn68b", 12_611_602, **_SMALL, block_sizes=(3, 4, 12, 3), split_projection=True),
+    _dual_path("dpn92", 37_668_392),
+    _dual_path(
+        "dpn98",
+        61_570_728,
+        block_sizes=(3, 6, 20, 3),
+        dense_increments=(16, 32, 32, 128),
+        reduction_width=160,
+        groups=40,
+        stem_width=96,
+    ),
+    _dual_path(
+        "dpn107",
+        86_917_800,
+        block_sizes=(4, 8, 20, 3),
+        dense_increments=(20, 64, 64, 128),
+        reduction_width=200,
+        groups=50,
+        stem_width=128,
+    ),
+    _dual_path(
+        "dpn131",
+        79_254_504,
+        block_sizes=(4, 8, 28, 3),
+        dense_increments=(16, 32, 32, 128),
+        reduction_width=160,
+        groups=40,
+        stem_width=128,
+    ),
+)
+
+VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
+
+
+def get_variant(name: str) -> Variant:
+    """The row of one name.
+
+    Raises:
+      UserError: the name is not in the table; the message gives the nearest names.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    nearest = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.5) or list(VARIANTS)[:3]
+    raise UserError(
+        f"unknown model {name!r}: the nearest names are {', '.join(nearest)}; "
+        "densenet_jax.list_models() lists all of them"
+    )
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the table that match a shell-style pattern, in the table's order."""
+    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
