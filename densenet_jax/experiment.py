@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from densenet_jax.training import augment, sharding
 from densenet_jax.training.rng import Purpose, example_keys, step_key
 from densenet_jax.training.state import TrainState, abstract_state, create_state
 from densenet_jax.training.steps import make_eval_step, make_train_step
+from densenet_jax.training.timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,6 @@ class Experiment:
     """The parts of one run, each made on first use: an evaluation never opens the training split."""
 
     config: ml_collections.FrozenConfigDict
-
-    # --- data -------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def train_source(self) -> Source:
@@ -55,7 +54,7 @@ class Experiment:
         side = self.config.data.image_size_px
         return side, side, self.config.data.channels
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray]]:
         """This process's shares of the global batches from `start_step` on, without end."""
         config = self.config
         transform = train_transform(
@@ -78,7 +77,7 @@ class Experiment:
             prefetch_batches=config.data.prefetch_batches,
         )
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self) -> Generator[dict[str, np.ndarray]]:
         """This process's shares of the evaluated split, padded and masked."""
         config = self.config
         transform = eval_transform(
@@ -115,41 +114,18 @@ class Experiment:
     def _reader_threads(self) -> int:
         return self.config.data.reader_threads or os.cpu_count() or 1
 
-    # --- length ------------------------------------------------------------------------------------------------
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps a pass takes; a fraction, since a batch may span two passes."""
-        return len(self.train_source) / self.config.train.global_batch_size
-
-    def steps_of(self, epochs: float) -> int:
-        """The first step count at which `epochs` passes are complete."""
-        return math.ceil(round(epochs * self.steps_per_epoch, 6))
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_of(self.config.train.epochs)
-
-    def epochs_done(self, step: int) -> float:
-        """Passes over the training split that `step` steps amount to."""
-        return step / self.steps_per_epoch
-
-    def is_eval_step(self, step: int) -> bool:
-        """Whether validation is due after `step` steps."""
-        every = self.config.eval.every_epochs
-        nth = round(self.epochs_done(step) / every)
-        return step >= self.total_steps or any(n > 0 and self.steps_of(n * every) == step for n in (nth - 1, nth))
-
-    def is_save_step(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
-        return step % self.config.checkpoint.every_steps == 0 or self.is_eval_step(step)
-
-    def is_report_step(self, step: int) -> bool:
-        """Whether a report is due after `step` steps."""
-        return step % self.config.train.log_every_steps == 0 or step >= self.total_steps
-
-    # --- model and optimizer ---------------------------------------------------------------------------------------
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """What is due when."""
+        config = self.config
+        return Timeline(
+            examples=len(self.train_source),
+            global_batch_size=config.train.global_batch_size,
+            epochs=config.train.epochs,
+            eval_every_epochs=config.eval.every_epochs,
+            save_every_steps=config.checkpoint.every_steps,
+            report_every_steps=config.train.log_every_steps,
+        )
 
     @functools.cached_property
     def variant(self) -> Any:
@@ -194,9 +170,9 @@ class Experiment:
         return make_schedule(
             config.optim.schedule,
             learning_rate=config.optim.learning_rate,
-            total_steps=self.total_steps,
-            warmup_steps=config.optim.warmup_steps or self.steps_of(config.optim.warmup_epochs),
-            milestone_steps=config.optim.milestone_steps or tuple(map(self.steps_of, config.optim.milestone_epochs)),
+            total_steps=self.timeline.total_steps,
+            warmup_steps=config.optim.warmup_steps or self.timeline.steps_of(config.optim.warmup_epochs),
+            milestone_steps=config.optim.milestone_steps or tuple(map(self.timeline.steps_of, config.optim.milestone_epochs)),
             milestone_rates=config.optim.milestone_rates,
             decay_factor=config.optim.decay_factor,
             end_learning_rate=config.optim.end_learning_rate,
@@ -225,8 +201,6 @@ class Experiment:
                     f"{config.data.channels}; give one number a channel."
                 )
         return mean, std
-
-    # --- steps and state -----------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -287,8 +261,9 @@ class Experiment:
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
-                    f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes: {name} "
-                    f"is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; give the run's own --config."
+                    f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes: "
+                    f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; "
+                    "give the run's own --config."
                 )
 
     def _abstract_variables(self) -> dict[str, Any]:

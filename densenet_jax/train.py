@@ -24,7 +24,7 @@ from densenet_jax.training.steps import StepReport
 from densenet_jax.writers import Writers, read_metrics
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved its state."""
 
 
@@ -87,7 +87,7 @@ class Window:
         self.sums = ClassificationSums.zeros()
 
     def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
-        """Takes in one step that has been dispatched; waits for the one two before it, so that the queue stays short."""
+        """Takes in one step that has been dispatched; waits for the one two before it: a short queue."""
         self._reports.append(report)
         self._examples += examples
         self._data_wait_secs += data_wait_secs
@@ -140,7 +140,8 @@ class Trainer:
         self._experiment = experiment
         self._stop = stop
         self._config = to_dict(experiment.config)
-        total, per_epoch = experiment.total_steps, experiment.steps_per_epoch
+        self._timeline = experiment.timeline
+        total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
         say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
         self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
         restored = self._checkpoints.restore_newest(experiment.abstract_state)
@@ -157,7 +158,7 @@ class Trainer:
         }
         self._best = max(validated.values(), default=0.0)
         self._validation_missing = (
-            0 < self._step < total and experiment.is_eval_step(self._step) and self._step not in validated
+            0 < self._step < total and self._timeline.is_eval_step(self._step) and self._step not in validated
         )
 
     def run(self) -> dict[str, Any]:
@@ -171,17 +172,17 @@ class Trainer:
             UserError: the loss is not finite, or a record can't be read.
         """
         experiment = self._experiment
-        if self._step >= experiment.total_steps:
+        if self._step >= self._timeline.total_steps:
             say("nothing left to train")
             return self._validate()
         if self._validation_missing:
             self._validate()
         batches = experiment.train_batches(self._step)
-        bar = Bar("training", experiment.total_steps, self._step)
+        bar = Bar("training", self._timeline.total_steps, self._step)
         window = Window(self._step)
         result: dict[str, Any] = {}
         try:
-            while self._step < experiment.total_steps:
+            while self._step < self._timeline.total_steps:
                 waiting = time.perf_counter()
                 batch = to_devices(next(batches), experiment.mesh)
                 waited = time.perf_counter() - waiting
@@ -190,16 +191,16 @@ class Trainer:
                 window.add(report, experiment.config.train.global_batch_size, waited)
                 bar.advance()
                 stopping = self._stop.received is not None
-                if experiment.is_report_step(self._step):
+                if self._timeline.is_report_step(self._step):
                     window.check_finite()
                     self._report(window, bar)
                     window = Window(self._step)
-                if experiment.is_save_step(self._step) or stopping:
+                if self._timeline.is_save_step(self._step) or stopping:
                     window.check_finite()
                     with window.paused():
-                        result = self._validate() if experiment.is_eval_step(self._step) and not stopping else {}
+                        result = self._validate() if self._timeline.is_eval_step(self._step) and not stopping else {}
                         self._checkpoints.save(self._step, self._state, self._config, result or None)
-                if stopping and self._step < experiment.total_steps:
+                if stopping and self._step < self._timeline.total_steps:
                     raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
             bar.close()
@@ -213,7 +214,7 @@ class Trainer:
 
     def _report(self, window: Window, bar: Bar) -> None:
         figures = window.sums.compute()
-        epoch = self._experiment.epochs_done(self._step)
+        epoch = self._timeline.epochs_done(self._step)
         rate = float(self._experiment.schedule(self._step - 1))
         speed = window.speed()
         values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
@@ -233,7 +234,7 @@ class Trainer:
             examples=len(experiment.eval_source),
             batch_count=experiment.eval_batch_count,
         )
-        epoch = round(experiment.epochs_done(self._step), 4)
+        epoch = round(self._timeline.epochs_done(self._step), 4)
         self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures)})
         self._best = max(self._best, figures["top1"])
         say(

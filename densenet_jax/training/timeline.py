@@ -1,0 +1,58 @@
+"""What is due when: epochs to steps and back, with batches that may span two epochs."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The length of a run and its regular events, all counted in steps done.
+
+    Args:
+        examples: examples in the training split.
+        global_batch_size: examples a step.
+        epochs: passes over the split; fractions are allowed.
+        eval_every_epochs: epochs between validations; there is one at the end as well.
+        save_every_steps: steps between checkpoints; every validation saves as well.
+        report_every_steps: steps between reports; the last step reports as well.
+    """
+
+    examples: int
+    global_batch_size: int
+    epochs: float
+    eval_every_epochs: float
+    save_every_steps: int
+    report_every_steps: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps a pass takes; a fraction, since a batch may span two passes."""
+        return self.examples / self.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_of(self.epochs)
+
+    def steps_of(self, epochs: float) -> int:
+        """The first step count at which `epochs` passes are complete."""
+        # Rounded first: 0.1 + 0.2 epochs must not become a step more than 0.3.
+        return math.ceil(round(epochs * self.steps_per_epoch, 6))
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the training split that `step` steps amount to."""
+        return step / self.steps_per_epoch
+
+    def is_eval_step(self, step: int) -> bool:
+        """Whether validation is due after `step` steps."""
+        nth = round(self.epochs_done(step) / self.eval_every_epochs)
+        due = (self.steps_of(n * self.eval_every_epochs) for n in (nth - 1, nth) if n > 0)
+        return step == self.total_steps or step in due
+
+    def is_save_step(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step % self.save_every_steps == 0 or self.is_eval_step(step)
+
+    def is_report_step(self, step: int) -> bool:
+        """Whether a report is due after `step` steps."""
+        return step % self.report_every_steps == 0 or step == self.total_steps
