@@ -168,7 +168,8 @@ def _piecewise(rates: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
 
 def _half_cosine(start: float | Array, end: float, fraction: Array) -> Array:
-    return end + (start - end) * (0.5 * (1.0 + jnp.cos(math.pi * fraction)))
+    weight = 0.5 * (1.0 + jnp.cos(math.pi * fraction))
+    return start * weight + end * (1.0 - weight)
 
 
 def _cosine(peak: float, span: int, floor: float) -> Schedule:
