@@ -10,13 +10,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from densenet_jax.errors import UserError
-from densenet_jax.models.densenet import OUTPUTS, STEMS, DenseNet
+from densenet_jax.models.densenet import STEMS, DenseNet
+from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
+from densenet_jax.models.head import OUTPUTS, HeadOptions
 from densenet_jax.models.layers import DType, NormOptions
 from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
 
-_CHOICES = {"stem": STEMS, "output": OUTPUTS, "blur": ("none", "stem", "all"), "init_fan": ("fan_in", "fan_out")}
+_CHOICES = {
+    "stem": STEMS,
+    "output": OUTPUTS,
+    "blur": ("none", "stem", "all"),
+    "init_fan": ("fan_in", "fan_out"),
+    "activation": tuple(ACTIVATIONS),
+}
 
 
 def create_model(
@@ -29,6 +37,7 @@ def create_model(
     layer_dropout: float = 0.0,
     dropout_every_convolution: bool = True,
     output: str = "logits",
+    test_time_pool_px: int = 0,
     remat: bool = False,
     batch_norm_momentum: float = 0.9,
     batch_norm_epsilon: float | None = None,
@@ -38,9 +47,9 @@ def create_model(
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
 
-    `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives logits
-    float32[b, num_classes] of normalised images float[b, h, w, c]. Training: `train=True, mutable=["batch_stats"]`, and
-    `rngs={"dropout": key}` where a dropout rate is set.
+    `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives
+    logits float32[b, num_classes] of normalised images float[b, h, w, c]. Training: `train=True,
+    mutable=["batch_stats"]`, and `rngs={"dropout": key}` where a dropout rate is set.
 
     Args:
       name: one of `list_models()`.
@@ -49,9 +58,11 @@ def create_model(
       param_dtype: of parameters.
       classifier_dropout: rate in [0, 1) between pooling and classifier.
       layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
-      dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's, after
-        each dense layer's last.
+      dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
+        after each dense layer's last.
       output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: map} for every stage.
+      test_time_pool_px: in evaluation on images larger than the training's, classify every window of that side in the
+        last map (7 in the references) and take the mean of the windows' average and maximum; 0 switches it off.
       remat: recompute cheap intermediate values in the backward pass to save memory.
       batch_norm_momentum: share of the old running statistic an update keeps.
       batch_norm_epsilon: None is the variant's own.
@@ -73,9 +84,8 @@ def create_model(
             f"num_classes={num_classes}: expected at least 1; for features without a head use output='pooled'"
         )
     common = {
-        "num_classes": num_classes,
         "norm_options": NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance),
-        "classifier_dropout": classifier_dropout,
+        "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
         "output": _chosen("output", output),
         "remat": remat,
         "dtype": dtype,
@@ -85,7 +95,9 @@ def create_model(
         return DenseNet(
             **facts, **common, layer_dropout=layer_dropout, dropout_every_convolution=dropout_every_convolution
         )
-    raise UserError(f"{name} is not built yet")
+    if layer_dropout:
+        raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
+    return DualPathNetwork(**facts, **common)
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """A dense block: one module that owns the parameters of all its layers, and the arithmetic it hands them to.
 
-The arithmetic is a pure function of arrays (a form), so that several forms can stand behind one parameter tree. The plain
-form below is the paper's definition written down: concatenate, normalise, ReLU, convolve.
+The arithmetic is a pure function of arrays (a form), so that several forms can stand behind one parameter tree. The
+plain form below is the paper's definition written down: concatenate, normalise, ReLU, convolve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ class BlockOptions:
       remat: keep only convolution outputs for the backward pass and recompute the rest (1707.06990).
     """
 
-    norm: NormOptions = NormOptions()
+    norm: NormOptions = field(default_factory=NormOptions)
     dtype: DType = jnp.float32
     dropout_rate: float = 0.0
     dropout_every_convolution: bool = True
@@ -121,7 +121,7 @@ def plain_dense_block(
     options: BlockOptions,
     train: bool,
 ) -> BlockResult:
-    """The reference form: every layer normalises the whole concatenation before it; autodiff gives the backward pass."""
+    """The reference form: every layer normalises the whole concatenation before it; autodiff does the rest."""
     step = dense_layer
     if options.remat:
         policy = jax.checkpoint_policies.save_only_these_names(SAVED_BY_REMAT)
@@ -147,6 +147,7 @@ class DenseLayer(nn.Module):
     param_dtype: DType
 
     def setup(self) -> None:
+        """Declares the layer's norms and convolutions."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         kernels = {"init_fan": self.init_fan, **types}
         self.norm1 = BatchNorm(self.in_features, self.norm_options, **types)

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form, plain_dense_block
+from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
     BatchNorm,
-    Classifier,
     Convolution,
     DType,
     FeatureMap,
@@ -26,7 +26,6 @@ from densenet_jax.models.layers import (
 )
 
 STEMS = ("plain", "deep", "deep_tiered", "cifar")
-OUTPUTS = ("logits", "pooled", "map", "pyramid")
 
 
 class Transition(nn.Module):
@@ -54,15 +53,15 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """A DenseNet; the attributes up to init_fan are those of variants.DenseNetArchitecture.
 
-    Parameters are named as in the published PyTorch checkpoints: conv0, norm0, denseblock{i}/denselayer{j}/..., transition{i}/...,
-    norm5, classifier.
+    Parameters are named as in the published PyTorch checkpoints: conv0, norm0, denseblock{i}/denselayer{j}/...,
+    transition{i}/..., norm5, classifier.
 
     Attributes:
-      num_classes: width of the logits.
       norm_options: of all batch norms.
-      classifier_dropout: rate between pooling and classifier, in training.
+      head_options: of pooling and classifier.
       layer_dropout: rate after convolutions, in training.
-      dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense layer's last.
+      dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense
+        layer's last.
       output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
         to its map (raw block outputs; the last one normalised and rectified).
       remat: recompute concatenations and norms in the backward pass instead of storing them (1707.06990).
@@ -78,9 +77,8 @@ class DenseNet(nn.Module):
     compression: float = 0.5
     blur: str = "none"
     init_fan: str = "fan_in"
-    num_classes: int = 1000
     norm_options: NormOptions = NormOptions()
-    classifier_dropout: float = 0.0
+    head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0
     dropout_every_convolution: bool = True
     output: str = "logits"
@@ -125,7 +123,11 @@ class DenseNet(nn.Module):
         x = jax.nn.relu(self._norm("norm5", features.values.shape[-1])(features, train))
         if self.output == "pyramid":
             return {**pyramid, stride: x}
-        return x if self.output == "map" else self._head(x, train)
+        if self.output == "map":
+            return x
+        if self.output == "pooled":
+            return global_average_pool(x)
+        return classify(x, self.head_options, train, self.make_rng)
 
     @nn.nowrap
     def _norm(self, name: str, features: int) -> BatchNorm:
@@ -151,20 +153,11 @@ class DenseNet(nn.Module):
         return max_pool(x) if self.blur == "none" else blur_pool(max_pool(x, stride=1))
 
     @nn.nowrap
-    def _head(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b k"]:
-        pooled = global_average_pool(x)
-        if self.output == "pooled":
-            return pooled
-        if train and self.classifier_dropout:
-            pooled = dropout(pooled, self.classifier_dropout, self.make_rng("dropout"))
-        return Classifier(self.num_classes, self.dtype, self.param_dtype, name="classifier")(pooled)
-
-    @nn.nowrap
     def _check_size(self, shape: tuple[int, ...]) -> None:
         halvings = 2 ** (len(self.block_sizes) - 1)
         smallest = halvings if self.stem == "cifar" else 4 * (halvings - 1) + 1
         if min(shape[1:3]) < smallest:
             raise UserError(
-                f"images of {shape[1]}x{shape[2]} pixels are too small: this network halves the map until nothing is left; "
-                f"give it at least {smallest}x{smallest}"
+                f"images of {shape[1]}x{shape[2]} pixels are too small: this network halves the map until nothing is "
+                f"left; give it at least {smallest}x{smallest}"
             )

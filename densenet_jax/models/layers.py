@@ -89,7 +89,7 @@ def group_count(batch: int, group_size: int) -> int:
 def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Array, " c"]) -> Moments:
     """Mean and biased variance over examples and positions, in float32 or wider, in one pass over x.
 
-    The sums are taken of x - shift: with the running mean as shift they do not cancel, however far the mean is from zero.
+    The sums are of x - shift: with the running mean as shift they do not cancel, however far the mean is from zero.
     """
     groups = group_count(x.shape[0], group_size)
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -124,7 +124,7 @@ def norm_by_running(x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float
 def apply_norm(
     x: Float[Array, "b h w c"], norm: NormArrays, options: NormOptions, train: bool, dtype: DType
 ) -> tuple[Float[Array, "b h w c"], Moments | None]:
-    """Batch norm of raw values: the result in dtype, and in training the moments that the running statistics take in."""
+    """Batch norm of raw values: the result in dtype and, in training, the moments for the running statistics."""
     if not train:
         return norm_by_running(x, norm, options.epsilon, dtype), None
     moments = batch_moments(x, options.group_size, norm.mean)
@@ -143,6 +143,7 @@ class BatchNorm(nn.Module):
     param_dtype: DType = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and variables."""
         shape = (self.features,)
         self.scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
@@ -204,7 +205,7 @@ def he_normal(fan: str):
 
 
 class Convolution(nn.Module):
-    """Bias-free convolution with padding that keeps the size at stride 1; parameter kernel float[k, k, in/groups, out]."""
+    """Bias-free convolution, padded to keep the size at stride 1; parameter kernel float[k, k, in / groups, out]."""
 
     in_features: int
     features: int
@@ -216,6 +217,7 @@ class Convolution(nn.Module):
     param_dtype: DType = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and variables."""
         shape = (self.kernel_size, self.kernel_size, self.in_features // self.groups, self.features)
         self.kernel = self.param("kernel", he_normal(self.init_fan), shape, self.param_dtype)
 
@@ -223,24 +225,6 @@ class Convolution(nn.Module):
         """The convolution in dtype."""
         padding = self.kernel_size // 2
         return convolve(x.astype(self.dtype), self.kernel, stride=self.stride, padding=padding, groups=self.groups)
-
-
-class Classifier(nn.Module):
-    """Linear layer from pooled features to logits, float32 or wider; kernel float[c, k] as torch's Linear draws it."""
-
-    num_classes: int
-    dtype: DType = jnp.float32
-    param_dtype: DType = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b k"]:
-        """Logits of features whose last axis is c."""
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=wide)
-        return logits + jnp.expand_dims(bias.astype(wide), tuple(range(logits.ndim - 1)))
 
 
 def max_pool(x: Float[Array, "b h w c"], stride: int = 2) -> Float[Array, "b h2 w2 c"]:

@@ -1,0 +1,75 @@
+"""From the last feature map to logits: pooling, dropout, classifier; the same for every network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.layers import DType, dropout, global_average_pool
+
+OUTPUTS = ("logits", "pooled", "map", "pyramid")
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What the head does.
+
+    Attributes:
+      num_classes: width of the logits.
+      dropout_rate: between pooling and classifier, in training.
+      test_time_pool_px: in evaluation, classify every window of that side in the last map and take the mean of the
+        windows' average and maximum (for inputs larger than those of training; 7 in the references); 0 switches it off.
+      dtype: of the features; param_dtype: of the parameters.
+    """
+
+    num_classes: int
+    dropout_rate: float = 0.0
+    test_time_pool_px: int = 0
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+
+class Classifier(nn.Module):
+    """Linear layer from pooled features to logits, float32 or wider; kernel float[c, k] as torch's Linear draws it."""
+
+    num_classes: int
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b k"]:
+        """Logits of features whose last axis is c."""
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=wide)
+        return logits + jnp.expand_dims(bias.astype(wide), tuple(range(logits.ndim - 1)))
+
+
+def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w2 c"]:
+    if min(x.shape[1:3]) < window_px:
+        raise UserError(
+            f"test_time_pool_px={window_px} is larger than the last map of {x.shape[1]}x{x.shape[2]}; "
+            "give larger images or 0"
+        )
+    return nn.avg_pool(x, (window_px, window_px))
+
+
+def classify(
+    x: Float[Array, "b h w c"], options: HeadOptions, train: bool, make_rng: Callable[[str], Array]
+) -> Float[Array, "b k"]:
+    """Logits of the last feature map; called inside a module, it declares that module's child "classifier"."""
+    classifier = Classifier(options.num_classes, options.dtype, options.param_dtype, name="classifier")
+    if options.test_time_pool_px and not train:
+        logits = classifier(_windows(x, options.test_time_pool_px))
+        return 0.5 * (logits.mean(axis=(1, 2)) + logits.max(axis=(1, 2)))
+    pooled = global_average_pool(x)
+    if train and options.dropout_rate:
+        pooled = dropout(pooled, options.dropout_rate, make_rng("dropout"))
+    return classifier(pooled)
