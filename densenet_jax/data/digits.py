@@ -1,0 +1,123 @@
+"""scikit-learn's handwritten digits as a tfds data set: 1,797 real 8x8 images that need no download."""
+
+import contextlib
+import fcntl
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from densenet_jax.errors import UserError
+
+TEST_EXAMPLES = 360
+_SPLIT_SEED = 0  # fixed for good: the split is part of the data set
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """8x8 grey digits, scaled to 0..255, in a fixed stratified split of 1,437 for training and 360 for testing."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012  (tfds's own attribute)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits of the UCI repository, as scikit-learn ships them.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                    "file_name": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://archive.ics.uci.edu/dataset/80",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        test = stratified_test_indices(digits.target, TEST_EXAMPLES)
+        train = np.setdiff1d(np.arange(len(digits.target)), test)
+        return {
+            "train": self._generate_examples(digits.images, digits.target, train),
+            "test": self._generate_examples(digits.images, digits.target, test),
+        }
+
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Iterator[Any]:
+        for index in indices:
+            name = f"digit_{index:04d}.png"
+            file = io.BytesIO()
+            Image.fromarray(np.round(images[index] * (255 / 16)).astype(np.uint8)).save(file, "PNG")
+            file.seek(0)
+            yield name, {"image": file, "label": int(labels[index]), "file_name": name}
+
+
+def stratified_test_indices(labels: np.ndarray, count: int) -> np.ndarray:
+    """int[count], sorted: a fixed choice with every class at its share, largest remainders first."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    quotas = count * sizes / sizes.sum()
+    shares = np.floor(quotas).astype(int)
+    shares[np.argsort(shares - quotas, kind="stable")[: count - shares.sum()]] += 1
+    random = np.random.RandomState(_SPLIT_SEED)  # its stream is frozen by numpy
+    chosen = [
+        random.permutation(np.flatnonzero(labels == label))[:share]
+        for label, share in zip(classes, shares, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def prepare(directory: str) -> str:
+    """Writes the digits below `directory` unless they are there; returns the prepared directory.
+
+    Several processes may call this at once, and one that is killed leaves nothing that a later call would take for
+    the data set.
+
+    Raises:
+        UserError: `directory` can't be written.
+    """
+    path = os.path.join(directory, "digits", "1.0.0")
+    if _is_prepared(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _lock(os.path.join(os.path.dirname(path), ".lock")):
+            if not _is_prepared(path):
+                _write(directory, path)
+    except OSError as error:
+        raise UserError(f"The digits can't be written to {path} ({error}); set config.data.dir.") from error
+    return path
+
+
+def _is_prepared(path: str) -> bool:
+    return os.path.exists(os.path.join(path, "dataset_info.json"))
+
+
+def _write(directory: str, path: str) -> None:
+    for leftover in os.scandir(os.path.dirname(path)):
+        if leftover.is_dir():  # of a run that was killed: under the lock nobody else writes here
+            shutil.rmtree(leftover.path)
+    builder = Digits(data_dir=directory, file_format="array_record")
+    # tfds writes into a neighbour and renames it, so `path` is whole or absent.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        builder.download_and_prepare(
+            download_dir=os.path.join(os.path.dirname(path), "downloads"),
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    if not _is_prepared(path):
+        raise UserError(f"Preparing the digits left nothing in {path}; remove that directory and try again.")
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[None]:
+    """Held by one process at a time; the kernel lets go of it when the process dies."""
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,270 @@
+"""Where records lie: random access to encoded images and labels, whatever the files look like."""
+
+import dataclasses
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from densenet_jax.errors import UserError
+
+# Splits every ImageNet user knows; what a directory must hold before it may be called prepared.
+_MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+_HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never changes between runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example as it is stored.
+
+    Attributes:
+        image: the encoded file (JPEG, PNG, ...).
+        label: the class, from 0 on.
+        name: how a person finds this example again: the file's name, or split and position.
+    """
+
+    image: bytes
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """Random access to the examples of one split; safe to read from many threads."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data set, whether or not the split has examples of all."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Record:
+        """The example at `index`, 0 <= index < len."""
+
+    def labels(self) -> np.ndarray:
+        """int32[n]: every label, without reading images where the files allow that."""
+
+
+def default_directory() -> str:
+    """Where tfds keeps data sets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
+
+
+def open_source(name: str, directory: str = "", split: str = "train", *, holdout: float = 0.0) -> Source:
+    """Opens one split of a prepared data set.
+
+    Args:
+        name: "digits" (prepared on first use), "folder" (a tree of class folders: DIRECTORY/train/CLASS/*), or a tfds
+            name "set", "set/config" or "set/config:1.2.3" that was prepared as ArrayRecord.
+        directory: where data sets are; "" is tfds's own directory. May be a `gs://` or `s3://` path for tfds sets.
+        split: a split's name, or for tfds sets also a slice such as "train[:90%]". "holdout" is the part that
+            `holdout` takes away from "train".
+        holdout: how much of "train" is held out: a count from 1 on or a share below 1; 0 holds nothing out. Which
+            examples are held out depends only on their number, never on a run's seed.
+
+    Raises:
+        UserError: the data are not there, not readable or not of a kind that can be read; the message says what to do.
+    """
+    if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
+        raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
+    wanted = "train" if split == "holdout" else split
+    source = _open_whole(name, directory or default_directory(), wanted)
+    if wanted != "train" or (split == "train" and not holdout):
+        return source
+    return _hold_out(source, holdout, part=split)
+
+
+def _open_whole(name: str, directory: str, split: str) -> Source:
+    if name == "folder":
+        from densenet_jax.data.folder import FolderSource
+
+        return FolderSource(directory, split)
+    if name == "digits":
+        from densenet_jax.data import digits
+
+        digits.prepare(directory)
+    return ArrayRecordSource(find_prepared(name, directory), split)
+
+
+def _hold_out(source: Source, holdout: float, part: str) -> Source:
+    total = len(source)
+    count = int(holdout) if holdout >= 1 else round(holdout * total)
+    if not 0 < count < total:
+        raise UserError(
+            f"config.data.holdout is {holdout!r}, which holds out {count} of the {total} training images; "
+            "expected at least 1 and not all of them."
+        )
+    order = np.random.RandomState(_HOLDOUT_SEED).permutation(total)  # RandomState's stream is frozen by numpy
+    chosen = order[:count] if part == "holdout" else order[count:]
+    return SubsetSource(source, np.sort(chosen))
+
+
+class SubsetSource:
+    """The examples of `source` at `indices`, in that order."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self._source = source
+        self._indices = np.asarray(indices, np.int64)
+        self.num_classes = source.num_classes
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+    def labels(self) -> np.ndarray:
+        """int32[n]: the labels of the chosen examples."""
+        return self._source.labels()[self._indices]
+
+
+class ArrayRecordSource:
+    """A split of a tfds image classification set whose files are ArrayRecord."""
+
+    def __init__(self, directory: str, split: str) -> None:
+        """Opens `split` of the prepared set in `directory` (the one that holds dataset_info.json)."""
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except Exception as error:
+            raise UserError(f"{directory} can't be read as a tfds data set ({error}); prepare it again.") from error
+        file_format = getattr(builder.info.file_format, "value", "unknown")
+        if file_format != "array_record":
+            raise UserError(
+                f"{directory} is stored as {file_format}, which has no random access; "
+                f"convert it once with `python main.py --mode prepare` and the same --config."
+            )
+        self._split = split
+        self._image_key, self._label_key, self._name_key = _feature_keys(builder.info.features, directory)
+        feature = builder.info.features[self._label_key]
+        self.num_classes = int(feature.num_classes)
+        self.class_names = tuple(feature.names)
+        self._records = _open_records(builder, split, directory)
+        self._parse = _example_parser()
+        self._labels: np.ndarray | None = None
+        self._labels_lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        fields = self._parse(self._records[index])
+        name = f"{self._split}/{index}"
+        if self._name_key:
+            name = fields[self._name_key].bytes_list.value[0].decode("utf-8", "replace") or name
+        return Record(
+            image=fields[self._image_key].bytes_list.value[0],
+            label=int(fields[self._label_key].int64_list.value[0]),
+            name=name,
+        )
+
+    def labels(self) -> np.ndarray:
+        """int32[n]: every label. Reads the whole split on the first call."""
+        with self._labels_lock:
+            if self._labels is None:
+                self._labels = np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
+            return self._labels
+
+
+def _open_records(builder: Any, split: str, directory: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    known = sorted(builder.info.splits)
+    if re.split(r"[\[+]", split)[0] not in known:
+        raise UserError(f"{directory} has no split {split!r}; it has {', '.join(known)}.")
+    try:
+        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        missing = [
+            i.filename for i in builder.info.splits[split].file_instructions if not tfds.core.Path(i.filename).exists()
+        ]
+    except Exception as error:
+        raise UserError(f"Split {split!r} of {directory} can't be opened ({error}).") from error
+    if missing:
+        raise UserError(
+            f"{directory} is incomplete: {len(missing)} files are missing, first {missing[0]}; prepare it again."
+        )
+    if not len(records):
+        raise UserError(f"Split {split!r} of {directory} has no examples.")
+    return records
+
+
+def _example_parser() -> Callable[[bytes], Any]:
+    # tfds's own copy of the protocol buffer: the file format's parser in tfds would import TensorFlow.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return lambda raw: tf_example_pb2.Example.FromString(raw).features.feature
+
+
+def _feature_keys(features: Any, directory: str) -> tuple[str, str, str]:
+    """Keys of the image, the label and the file name ("" where there is none)."""
+    import tensorflow_datasets as tfds
+
+    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
+    labels = [key for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)]
+    image = "image" if "image" in images else images[0] if len(images) == 1 else None
+    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    if image is None or label is None:
+        raise UserError(
+            f"{directory} is not an image classification set: expected one image and one class label, "
+            f"found images {images} and labels {labels}."
+        )
+    names = [key for key in ("file_name", "filename", "image/filename", "id") if key in features]
+    name = next((key for key in names if isinstance(features[key], tfds.features.Text)), "")
+    return image, label, name
+
+
+def find_prepared(name: str, directory: str) -> str:
+    """The directory of the newest prepared version of tfds set `name`.
+
+    Raises:
+        UserError: none is there; the message says how to get it.
+    """
+    from etils import epath
+
+    match = re.fullmatch(r"(?P<set>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?", name)
+    if not match:
+        raise UserError(f"config.data.name is {name!r}; expected digits, folder or a tfds name like cifar10.")
+    root = epath.Path(directory) / match["set"]
+    if match["config"]:
+        root /= match["config"]
+    versions = []
+    if root.exists():
+        for path in root.iterdir():
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists():
+                versions.append((tuple(int(part) for part in path.name.split(".")), path))
+    if match["version"]:
+        versions = [entry for entry in versions if entry[1].name == match["version"]]
+    if not versions:
+        raise UserError(not_prepared_message(match["set"], name, directory))
+    random_access = [entry for entry in versions if _file_format(entry[1]) == "array_record"]
+    return os.fspath(max(random_access or versions)[1])
+
+
+def _file_format(path: Any) -> str:
+    try:
+        return json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "")
+    except (OSError, ValueError):
+        return ""
+
+
+def not_prepared_message(set_name: str, name: str, directory: str) -> str:
+    """What to download, where to put it and the one command that prepares it, as one line."""
+    command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"
+    start = f"Data set {name} is not prepared in {directory}"
+    if archives := _MANUAL_ARCHIVES.get(set_name):
+        manual = os.path.join(directory, "downloads", "manual")
+        return (
+            f"{start}: download {' and '.join(archives)} from https://image-net.org/download-images "
+            f"into {manual}, then run {command}."
+        )
+    return f"{start}: run {command}, or set config.data.dir to where it is."

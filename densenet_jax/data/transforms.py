@@ -1,0 +1,215 @@
+"""Encoded images to squares of one size: the crops of training and evaluation, on the host, in uint8.
+
+Everything random comes in as draws, so that a transform is a pure function.
+"""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from densenet_jax.data.decode import decode_image
+from densenet_jax.errors import UserError
+
+_TRIES = 10  # of a random crop that fits, as in the references
+DRAWS = 4 * _TRIES  # uniform numbers in [0, 1) that a transform may use for one example
+_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+
+
+class Transform(Protocol):
+    """One encoded image to uint8[image_size_px, image_size_px, channels]."""
+
+    @property
+    def image_size_px(self) -> int:
+        """Side of the result."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result: 1 or 3."""
+
+    def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
+        """Transforms the file `data`; `draws` is float64[DRAWS] in [0, 1).
+
+        Raises:
+            DamagedImage: `data` can't be decoded.
+        """
+
+
+def train_transform(
+    *,
+    kind: str = "random_resized_crop",
+    image_size_px: int = 224,
+    channels: int = 3,
+    area_range: tuple[float, float] = (0.08, 1.0),
+    aspect_range: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+) -> Transform:
+    """What training does to an image on the host.
+
+    Args:
+        kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
+            image, resized where its size is another.
+        image_size_px: side of the result.
+        channels: 3 for RGB, 1 for grey.
+        area_range: share of the image's area that a crop covers.
+        aspect_range: width over height of a crop, drawn evenly in its logarithm.
+        interpolation: "bilinear" or "bicubic".
+        antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
+            ones, as OpenCV and tf.image do, which is faster and gives other pixels.
+    """
+    _check(image_size_px, channels, interpolation)
+    if kind == "none":
+        return Whole(image_size_px, channels, interpolation, antialias)
+    if kind != "random_resized_crop":
+        raise UserError(f"config.data.crop is {kind!r}; expected random_resized_crop or none.")
+    return RandomResizedCrop(image_size_px, channels, interpolation, antialias, tuple(area_range), tuple(aspect_range))
+
+
+def eval_transform(
+    *,
+    image_size_px: int = 224,
+    resize_px: int = 256,
+    channels: int = 3,
+    interpolation: str = "bilinear",
+    apply_exif_orientation: bool = False,
+) -> Transform:
+    """Short side to `resize_px`, then the central square: Pillow's antialiased pixels, as torchvision and timm give.
+
+    Args:
+        image_size_px: side of the result.
+        resize_px: length of the short side before the crop, at least `image_size_px`.
+        channels: 3 for RGB, 1 for grey.
+        interpolation: "bilinear" or "bicubic".
+        apply_exif_orientation: turn photographs as their camera said; see `decode_image`.
+    """
+    _check(image_size_px, channels, interpolation)
+    if resize_px < image_size_px:
+        raise UserError(f"The resized short side ({resize_px} px) is below the crop ({image_size_px} px).")
+    return ResizedCentreCrop(image_size_px, channels, interpolation, resize_px, apply_exif_orientation)
+
+
+def _check(image_size_px: int, channels: int, interpolation: str) -> None:
+    if image_size_px < 1:
+        raise UserError(f"config.data.image_size_px is {image_size_px}; expected more than 0.")
+    if channels not in (1, 3):
+        raise UserError(f"config.data.channels is {channels}; expected 1 or 3.")
+    if interpolation not in _PILLOW:
+        raise UserError(f"config.data.interpolation is {interpolation!r}; expected {' or '.join(_PILLOW)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the image, resized to a square."""
+
+    image_size_px: int
+    channels: int
+    interpolation: str
+    antialias: bool
+    area_range: tuple[float, ...]
+    aspect_range: tuple[float, ...]
+
+    def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
+        """See `Transform`."""
+        pixels = decode_image(data, self.channels, name=name)
+        top, left, height, width = random_crop_box(*pixels.shape[:2], self.area_range, self.aspect_range, draws)
+        crop = pixels[top : top + height, left : left + width]
+        return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The stored image, squeezed to the square where it has another shape."""
+
+    image_size_px: int
+    channels: int
+    interpolation: str
+    antialias: bool
+
+    def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
+        """See `Transform`."""
+        del draws
+        pixels = decode_image(data, self.channels, name=name)
+        return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizedCentreCrop:
+    """The middle of the image after its short side was resized."""
+
+    image_size_px: int
+    channels: int
+    interpolation: str
+    resize_px: int
+    apply_exif_orientation: bool = False
+
+    def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
+        """See `Transform`."""
+        del draws
+        pixels = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
+        box = centre_box(*pixels.shape[:2], self.resize_px, self.image_size_px)
+        return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
+
+
+def random_crop_box(
+    height: int, width: int, area_range: tuple[float, ...], aspect_range: tuple[float, ...], draws: np.ndarray
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the first of ten tries that fits, else the largest central crop in range.
+
+    The boxes are distributed as those of torchvision's RandomResizedCrop. `draws` is float64[DRAWS] in [0, 1).
+    """
+    low, high = math.log(aspect_range[0]), math.log(aspect_range[1])
+    for area, aspect, down, right in draws.reshape(_TRIES, 4).tolist():
+        target = height * width * (area_range[0] + area * (area_range[1] - area_range[0]))
+        ratio = math.exp(low + aspect * (high - low))
+        crop_width, crop_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width / height < aspect_range[0]:
+        crop_height = max(1, round(width / aspect_range[0]))
+    elif width / height > aspect_range[1]:
+        crop_width = max(1, round(height * aspect_range[1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def centre_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) in the stored image of the central crop that is taken after the resize.
+
+    Rounds as torchvision's Resize and CenterCrop do, so that the crop has the same pixels without computing others.
+    """
+    short, long = min(height, width), max(height, width)
+    resized_long = int(resize_px * long / short)
+    resized_height, resized_width = (resize_px, resized_long) if height <= width else (resized_long, resize_px)
+    top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
+    down, right = height / resized_height, width / resized_width
+    return left * right, top * down, min((left + crop_px) * right, width), min((top + crop_px) * down, height)
+
+
+def resize(
+    pixels: np.ndarray,
+    height: int,
+    width: int,
+    interpolation: str,
+    antialias: bool,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
+
+    Returns:
+        uint8[height, width, channels]; with `antialias` the values of Pillow's resize.
+    """
+    if box is None and pixels.shape[:2] == (height, width):
+        return pixels
+    channels = pixels.shape[2]
+    if not antialias and box is None:
+        return cv2.resize(pixels, (width, height), interpolation=_OPENCV[interpolation]).reshape(
+            height, width, channels
+        )
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    return np.asarray(image.resize((width, height), _PILLOW[interpolation], box)).reshape(height, width, channels)
