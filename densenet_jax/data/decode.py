@@ -80,7 +80,8 @@ def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
 
 
 def _decode_with_pillow(data: bytes, channels: int, name: str) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Image.Image = opened
         check_size(*image.size, name)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":

@@ -5,7 +5,7 @@ Everything random comes in as draws, so that a transform is a pure function.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import cv2
 import numpy as np
@@ -15,7 +15,6 @@ from densenet_jax.data.decode import decode_image
 from densenet_jax.errors import UserError
 
 _TRIES = 10  # of a random crop that fits, as in the references
-DRAWS = 4 * _TRIES  # uniform numbers in [0, 1) that a transform may use for one example
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
@@ -31,8 +30,12 @@ class Transform(Protocol):
     def channels(self) -> int:
         """Channels of the result: 1 or 3."""
 
+    @property
+    def draws(self) -> int:
+        """Uniform numbers in [0, 1) that one example needs; 0 where the result is always the same."""
+
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
-        """Transforms the file `data`; `draws` is float64[DRAWS] in [0, 1).
+        """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
 
         Raises:
             DamagedImage: `data` can't be decoded.
@@ -112,11 +115,15 @@ class RandomResizedCrop:
     antialias: bool
     area_range: tuple[float, ...]
     aspect_range: tuple[float, ...]
+    draws: ClassVar[int] = 4 * _TRIES
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         pixels = decode_image(data, self.channels, name=name)
-        top, left, height, width = random_crop_box(*pixels.shape[:2], self.area_range, self.aspect_range, draws)
+        stored_height, stored_width = pixels.shape[:2]
+        top, left, height, width = random_crop_box(
+            stored_height, stored_width, self.area_range, self.aspect_range, draws
+        )
         crop = pixels[top : top + height, left : left + width]
         return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
 
@@ -129,6 +136,7 @@ class Whole:
     channels: int
     interpolation: str
     antialias: bool
+    draws: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
@@ -146,12 +154,13 @@ class ResizedCentreCrop:
     interpolation: str
     resize_px: int
     apply_exif_orientation: bool = False
+    draws: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
         pixels = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
-        box = centre_box(*pixels.shape[:2], self.resize_px, self.image_size_px)
+        box = centre_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
 
 
@@ -160,7 +169,7 @@ def random_crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of the first of ten tries that fits, else the largest central crop in range.
 
-    The boxes are distributed as those of torchvision's RandomResizedCrop. `draws` is float64[DRAWS] in [0, 1).
+    The boxes are distributed as those of torchvision's RandomResizedCrop. `draws` is float64[40] in [0, 1).
     """
     low, high = math.log(aspect_range[0]), math.log(aspect_range[1])
     for area, aspect, down, right in draws.reshape(_TRIES, 4).tolist():

@@ -1,0 +1,178 @@
+"""Batches that threads decode ahead, over Grain.
+
+One Grain element is a part of a batch: large enough that threads need little of the interpreter, small enough that all
+threads work on the batch that is needed next and that memory does not grow with their number.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+
+from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.sources import Record
+
+PART = 32  # examples of an element at most
+FOREVER = range(2**40)
+Batch = dict[str, np.ndarray]
+
+
+class Damaged:
+    """Names of the images that could not be decoded, each once, in the order in which they were met."""
+
+    def __init__(self, skip: bool) -> None:
+        self._skip = skip
+        self._names: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, record: Record, error: DamagedImage) -> None:
+        """Notes `record`, or raises `error` where nothing may be skipped."""
+        if not self._skip:
+            raise error
+        with self._lock:
+            self._names[record.name] = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What was noted so far."""
+        with self._lock:
+            return tuple(self._names)
+
+
+class Stopped(Exception):  # noqa: N818  (no error: ends a read that nobody waits for)
+    """Raised in a reading thread after `Batches.close`."""
+
+
+class Rows:
+    """A stretch of one batch that one thread fills."""
+
+    def __init__(self, step: int, rows: range, batch: Batch, stopped: threading.Event) -> None:
+        self.step = step
+        self._rows = rows
+        self._stopped = stopped
+        self.batch = {key: array[rows.start : rows.stop] for key, array in batch.items()}
+
+    @property
+    def first(self) -> int:
+        """Place of the first row in the process's batch."""
+        return self._rows.start
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[int]:
+        """0 to len - 1; ends early where nobody waits for the batch any more."""
+        for row in range(len(self._rows)):
+            if self._stopped.is_set():
+                raise Stopped
+            yield row
+
+
+class Batches(Iterator[Batch]):
+    """An iterator of batches. Close it, or use it in a `with`, so that its threads end."""
+
+    def __init__(
+        self,
+        arrays: dict[str, tuple[tuple[int, ...], Any]],
+        steps: range,
+        fill: Callable[[Rows], None],
+        damaged: Damaged,
+        *,
+        reader_threads: int,
+        prefetch_batches: int,
+    ) -> None:
+        """Prepares to read; nothing is read before `start` or the first `next`.
+
+        Args:
+            arrays: shape (batch first) and dtype of every array of a batch.
+            steps: the steps whose batches are wanted.
+            fill: fills some rows of a batch; called from many threads, may raise.
+            damaged: what `fill` notes damaged images in.
+            reader_threads: threads that call `fill`; 0: one a core.
+            prefetch_batches: batches that wait in memory at most, besides those in use.
+        """
+        cv2.setNumThreads(1)  # our own threads use the cores
+        self._damaged = damaged
+        self._builder = _PartBuilder(arrays, steps, fill)
+        self._parts = self._builder.parts
+        ahead = max(1, prefetch_batches) * self._parts
+        threads = min(reader_threads or available_cores(), ahead)
+        parts: Any = grain.MapDataset.source(self._builder)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._iterator = iter(parts.to_iter_dataset(options))
+
+    def start(self) -> None:
+        """Begins to read ahead without waiting for a batch."""
+        self._iterator.start_prefetch()
+
+    def __next__(self) -> Batch:
+        for _ in range(self._parts):
+            step, batch = next(self._iterator)
+        self._builder.forget(step)
+        return batch
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """Names of the images that were skipped so far, those of batches that are read ahead among them."""
+        return self._damaged.names
+
+    def close(self) -> None:
+        """Ends the threads, each after the image it is at. May be called twice."""
+        self._builder.stop()
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_iterator"):
+            self.close()
+
+
+class _PartBuilder:
+    """Random access to parts of batches; the parts of one batch share its arrays."""
+
+    def __init__(
+        self, arrays: dict[str, tuple[tuple[int, ...], Any]], steps: range, fill: Callable[[Rows], None]
+    ) -> None:
+        self._arrays, self._steps, self._fill = arrays, steps, fill
+        self._size = next(iter(arrays.values()))[0][0]
+        self.parts = -(-self._size // PART)
+        self._open: dict[int, Batch] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._steps) * self.parts
+
+    def __getitem__(self, index: int) -> tuple[int, Batch]:
+        entry, part = divmod(int(index), self.parts)
+        step = self._steps[entry]
+        with self._lock:
+            if step not in self._open:
+                self._open[step] = {key: np.empty(*array) for key, array in self._arrays.items()}
+            batch = self._open[step]
+        rows = range(part * self._size // self.parts, (part + 1) * self._size // self.parts)
+        self._fill(Rows(step, rows, batch, self._stopped))
+        return step, batch
+
+    def forget(self, step: int) -> None:
+        """Lets go of the arrays of a finished batch."""
+        with self._lock:
+            del self._open[step]
+
+    def stop(self) -> None:
+        """Ends running reads after the image they are at."""
+        self._stopped.set()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,56 @@
+"""Which example comes when, and which random numbers it gets: pure functions of (seed, position).
+
+A position counts the examples that training has used since its start, over all processes.
+"""
+
+import functools
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+_ORDER, _CROPS = 0x6F72, 0x6372  # purposes of random numbers
+_WORDS = 4  # random words that one count of Philox gives
+
+
+class Order:
+    """The endless order of training: every example once an epoch, each epoch in another order.
+
+    Epochs follow each other without a gap, so the last examples of one that fill no batch begin the next batch.
+    Any stretch costs its own length, wherever it begins, and nothing of the size of the data set is kept.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        """Orders `size` examples; `seed` is any whole number from 0 on."""
+        self._size = size
+        self._epoch_seed = functools.lru_cache(4)(lambda epoch: _hash(seed, _ORDER, epoch))
+
+    def stretch(self, start: int, count: int) -> list[int]:
+        """The examples at positions `start` to `start + count - 1`."""
+        last = self._size - 1
+        indices = []
+        for position in range(start, start + count):
+            epoch, place = divmod(position, self._size)
+            indices.append(index_shuffle(place, max_index=last, seed=self._epoch_seed(epoch), rounds=4) if last else 0)
+        return indices
+
+
+class Draws:
+    """Random numbers of every position: Philox, counted from the position, so that any stretch can be had at once."""
+
+    def __init__(self, seed: int, per_example: int) -> None:
+        """Gives each position `per_example` numbers, a multiple of 4 or 0."""
+        if per_example % _WORDS:
+            raise ValueError(f"per_example is {per_example}; expected a multiple of {_WORDS}")
+        self._key = np.random.SeedSequence([seed, _CROPS]).generate_state(2, np.uint64)
+        self._per_example = per_example
+
+    def stretch(self, start: int, count: int) -> np.ndarray:
+        """float64[count, per_example] in [0, 1): the numbers of positions `start` to `start + count - 1`."""
+        generator = np.random.Philox(key=self._key, counter=start * self._per_example // _WORDS)
+        words = np.asarray(generator.random_raw(count * self._per_example), np.uint64)
+        return (words >> np.uint64(11)).reshape(count, self._per_example) * 2.0**-53
+
+
+def _hash(*words: int) -> int:
+    """32 bits in which numbers that are close together have nothing in common."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
