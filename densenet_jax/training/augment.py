@@ -44,3 +44,20 @@ def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Sha
     """Mirrors each image left to right with probability 1/2."""
     flip = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1, :], images)
+
+
+def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_px: int) -> Shaped[Array, "b h w c"]:
+    """Pads every side with zeros and cuts the original size back out at a random place (CIFAR's, with 4 pixels).
+
+    Args:
+        images: of any dtype.
+        keys: one an example.
+        pad_px: pixels on each side; all (2 pad_px + 1)^2 places are equally likely.
+    """
+    padded = jnp.pad(images, ((0, 0), (pad_px, pad_px), (pad_px, pad_px), (0, 0)))
+
+    def crop(image: Shaped[Array, "h2 w2 c"], key: Key[Array, ""]) -> Shaped[Array, "h w c"]:
+        top, left = jax.random.randint(key, (2,), 0, 2 * pad_px + 1)
+        return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, keys)
