@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     data = config.data = ml_collections.ConfigDict()
     data.name = "imagenet2012"  # a tfds name, "digits", or "folder" for class folders under data.dir
     data.dir = ""  # where data sets are; "": tfds's own directory (TFDS_DATA_DIR or ~/tensorflow_datasets)
-    data.train_split = "train"
-    data.eval_split = "validation"
+    data.train_split = "train"  # what is trained on
+    data.eval_split = "validation"  # what is evaluated
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as grey
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size
@@ -50,11 +50,11 @@ def get_config() -> ml_collections.ConfigDict:
     train.log_every_steps = 50  # steps between reports
 
     optim = config.optim = ml_collections.ConfigDict()
-    optim.name = "sgd"
+    optim.name = "sgd"  # "sgd", "adamw", "lamb" or "rmsprop"
     optim.learning_rate = 0.1  # peak rate
-    optim.momentum = 0.9
-    optim.nesterov = True
-    optim.weight_decay = 1e-4
+    optim.momentum = 0.9  # sgd and rmsprop
+    optim.nesterov = True  # sgd: look ahead along the momentum
+    optim.weight_decay = 1e-4  # torch's form: added to the gradient (sgd), or decoupled (adamw, lamb)
     optim.decay_norm_and_bias = True  # False spares batch-norm scales and all biases from weight decay
     optim.schedule = "multistep"  # or "cosine", "constant"
     optim.milestone_epochs = (150.0, 225.0, 300.0)  # multistep: where the rate drops

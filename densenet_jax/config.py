@@ -99,7 +99,7 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
     """
     if not isinstance(error, AttributeError | KeyError):
         return f"{error}".replace("flag --", "--")
-    found = re.search(r"""['"]([\w.]+)['"]""", str(error))
+    found = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
     name = found.group(1) if found else str(error)
     keys = [key for key, _ in flatten(known)]
     for argument in arguments:

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from densenet_jax.training.metrics import ClassificationSums
 from jax.sharding import Mesh
 
 from densenet_jax.progress import Bar
+from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.sharding import to_devices
 
 
@@ -41,11 +41,13 @@ def evaluate(
     total = ClassificationSums.zeros()
     try:
         for batch in batches:
-            total = total.merge(eval_step(variables, to_devices(batch, mesh)))
+            before, total = total, total.merge(eval_step(variables, to_devices(batch, mesh)))
+            jax.block_until_ready(before)  # one batch in flight, one on its way: memory stays bounded
             bar.advance()
         total = jax.device_get(total)
     finally:
         bar.close()
     if int(total.examples) != examples:
         raise RuntimeError(f"counted {int(total.examples)} examples of a split that has {examples}")
-    return total.compute()
+    figures = total.compute()
+    return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}

@@ -3,28 +3,26 @@
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
-from densenet_jax.data.decode import eval_transform, train_transform
-from densenet_jax.data.pipeline import eval_batches, train_batches
-from densenet_jax.data.sources import Source, open_source
-from densenet_jax.models.create import create_model
-from densenet_jax.training.optimizer import make_optimizer
-from densenet_jax.training.schedules import make_schedule
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
+from densenet_jax.data.sources import Source, open_source
+from densenet_jax.data.transforms import eval_transform, train_transform
 from densenet_jax.errors import UserError
+from densenet_jax.models.create import create_model
 from densenet_jax.models.variants import get_variant
 from densenet_jax.training import augment, sharding
+from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.rng import Purpose, example_keys, step_key
+from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import TrainState, abstract_state, create_state
 from densenet_jax.training.steps import make_eval_step, make_train_step
 from densenet_jax.training.timeline import Timeline
@@ -54,7 +52,7 @@ class Experiment:
         side = self.config.data.image_size_px
         return side, side, self.config.data.channels
 
-    def train_batches(self, start_step: int) -> Generator[dict[str, np.ndarray]]:
+    def train_batches(self, start_step: int) -> Batches:
         """This process's shares of the global batches from `start_step` on, without end."""
         config = self.config
         transform = train_transform(
@@ -73,11 +71,11 @@ class Experiment:
             process_count=jax.process_count(),
             start_step=start_step,
             transform=transform,
-            reader_threads=self._reader_threads,
+            reader_threads=config.data.reader_threads,
             prefetch_batches=config.data.prefetch_batches,
         )
 
-    def eval_batches(self) -> Generator[dict[str, np.ndarray]]:
+    def eval_batches(self) -> Batches:
         """This process's shares of the evaluated split, padded and masked."""
         config = self.config
         transform = eval_transform(
@@ -92,7 +90,7 @@ class Experiment:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             transform=transform,
-            reader_threads=self._reader_threads,
+            reader_threads=config.data.reader_threads,
             prefetch_batches=config.data.prefetch_batches,
         )
 
@@ -109,10 +107,6 @@ class Experiment:
     @property
     def _eval_size_px(self) -> int:
         return self.config.eval.image_size_px or self.config.data.image_size_px
-
-    @property
-    def _reader_threads(self) -> int:
-        return self.config.data.reader_threads or os.cpu_count() or 1
 
     @functools.cached_property
     def timeline(self) -> Timeline:

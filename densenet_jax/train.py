@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from densenet_jax.training.metrics import ClassificationSums
 
 from densenet_jax.config import claim_workdir, to_dict
 from densenet_jax.errors import UserError
@@ -18,6 +17,7 @@ from densenet_jax.evaluate import evaluate
 from densenet_jax.experiment import Experiment
 from densenet_jax.progress import Bar, say, working
 from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import StepReport

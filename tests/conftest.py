@@ -7,9 +7,20 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401 - the hook below looks it up by name
+
 # Before anything of ours is imported: from here on the shapes in signatures are checked at every call.
-install_import_hook(["densenet_jax.models", "densenet_jax.training"], "beartype.beartype")
+install_import_hook(["densenet_jax.models", "densenet_jax.training"], "tests.typecheck.checked")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a user whose data sets and compiled programs last as long as the test session."""
+    home = tmp_path_factory.mktemp("user")
+    return {"TFDS_DATA_DIR": str(home / "datasets"), "XDG_CACHE_HOME": str(home / "cache")}

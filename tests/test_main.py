@@ -1,0 +1,229 @@
+"""The command line as a user meets it: real processes, real signals, real data."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import densenet_jax
+from tests.running import last_line, run_main, start_main
+
+QUICK = (
+    "--config=configs/digits.py",
+    "--config.train.epochs=2",
+    "--config.eval.every_epochs=1",
+    "--config.checkpoint.every_steps=6",
+    "--config.train.log_every_steps=5",
+)
+TOTAL_STEPS = 45
+
+
+def files_of(workdir: pathlib.Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file with its time, inode and content."""
+    found = {}
+    for path in sorted(workdir.rglob("*")):
+        if path.is_file():
+            status = path.stat()
+            found[str(path)] = status.st_mtime_ns, status.st_ino, path.read_bytes()
+    return found
+
+
+def reports_of(workdir: pathlib.Path, split: str) -> list[dict]:
+    """Reports without what the clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("images_per_sec", "data_wait_fraction")
+    return [{key: line[key] for key in line if key not in clocks} for line in lines if line["split"] == split]
+
+
+def saved_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything in the newest state, the optimizer's included, by name."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert step == TOTAL_STEPS
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        path = workdir / "checkpoints" / str(step) / "state"
+        tree = reader.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+
+def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    ours, theirs = saved_arrays(workdir), saved_arrays(other)
+    assert ours.keys() == theirs.keys()
+    assert any("opt_state" in name for name in ours)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert reports_of(workdir, "validation") == reports_of(other, "validation")
+
+
+@pytest.fixture(scope="module")
+def finished(user, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    output, errors = run_main(*QUICK, f"--workdir={workdir}", **user)
+    result = last_line(output)
+    assert list(result) == ["mode", "step", "examples", "loss", "top1", "top5"]
+    assert (result["mode"], result["step"], result["examples"]) == ("train", TOTAL_STEPS, 360)
+    assert result["top1"] > 0.5
+    assert len(output.splitlines()) == 1
+    assert "images/s" in errors
+    assert "left 0:" in errors
+    assert "Traceback" not in errors
+    return workdir
+
+
+def test_work_directory_holds_what_is_promised(finished):
+    assert json.loads((finished / "config.json").read_text())["model"]["name"] == "densenet_bc_22_12"
+    train, validation = reports_of(finished, "train"), reports_of(finished, "validation")
+    assert [report["step"] for report in train] == list(range(5, TOTAL_STEPS + 1, 5))
+    assert [report["step"] for report in validation] == [23, 45]
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"step", "epoch", "split", "loss", "top1", "top5", "learning_rate", "images_per_sec", "data_wait_fraction"}
+    assert set(first) == expected
+    assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_event_file_holds_the_same_scalars(finished):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for path in finished.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found[event.step, value.tag] = value.tensor.float_val[0]
+    for split in ("train", "validation"):
+        for report in reports_of(finished, split):
+            assert found[report["step"], f"{split}/loss"] == pytest.approx(report["loss"], rel=1e-6)
+
+
+def test_newest_and_best_checkpoints_are_kept(finished):
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == [6, 12, 18, 23, 24, 30, 36, 42, 45]
+
+
+def test_eval_counts_every_example_whatever_the_batch_size_and_changes_nothing(finished, user):
+    before = files_of(finished)
+    results = []
+    for batch_size in (64, 7):
+        changes = (f"--config.eval.batch_size={batch_size}", "--mode=eval", f"--workdir={finished}")
+        results.append(last_line(run_main(*QUICK, *changes, **user)[0]))
+    assert files_of(finished) == before
+    for result in results:
+        assert (result["mode"], result["step"], result["examples"]) == ("eval", TOTAL_STEPS, 360)
+    assert results[0]["top1"] == results[1]["top1"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+    assert results[0]["top1"] == reports_of(finished, "validation")[-1]["top1"]
+
+
+def test_same_command_on_a_finished_run_trains_nothing(finished, user):
+    steps = sorted(os.listdir(finished / "checkpoints"))
+    output, errors = run_main(*QUICK, f"--workdir={finished}", **user)
+    assert "nothing left to train" in errors
+    assert last_line(output)["step"] == TOTAL_STEPS
+    assert sorted(os.listdir(finished / "checkpoints")) == steps
+
+
+def test_killed_at_random_moments_ends_bit_for_bit_like_the_uninterrupted_run(finished, user, tmp_path):
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(3):
+        process = start_main(*QUICK, f"--workdir={tmp_path}", **user)
+        deadline = time.monotonic() + 200
+        steps = set(os.listdir(tmp_path / "checkpoints")) if (tmp_path / "checkpoints").exists() else set()
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "checkpoints").exists() and set(os.listdir(tmp_path / "checkpoints")) - steps:
+                time.sleep(chance.uniform(0, 0.4))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.communicate(timeout=60)
+    assert kills >= 2
+    run_main(*QUICK, f"--workdir={tmp_path}", **user)
+    assert_same_end(tmp_path, finished)
+    assert reports_of(tmp_path, "train")[-1] == reports_of(finished, "train")[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_first_and_can_be_continued(number, finished, user, tmp_path):
+    process = start_main(*QUICK, f"--workdir={tmp_path}", **user)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("training"):
+            process.send_signal(number)
+            break
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert output == ""
+    stopped_after = int(errors.split("stopped and saved after step ")[1].split(";")[0])
+    assert (tmp_path / "checkpoints" / str(stopped_after)).is_dir()
+    output, errors = run_main(*QUICK, f"--workdir={tmp_path}", **user)
+    assert f"continuing after step {stopped_after}" in errors
+    assert_same_end(tmp_path, finished)
+
+
+def test_weights_come_back_in_python(finished):
+    variables = densenet_jax.load_checkpoint(str(finished))
+    assert set(variables) == {"params", "batch_stats"}
+    module = densenet_jax.create_model("densenet_bc_22_12", num_classes=10)
+    logits = module.apply(variables, np.zeros((2, 8, 8, 1), np.float32), train=False)
+    assert logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.optim.learing_rate=1"], "config.optim.learing_rate is not a setting; the nearest is config.optim.learning_rate"),
+        (["--config.optim.learning_rate=fast"], "could not convert string to float: 'fast'"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (["--mode=trian"], "trian"),
+        (["--confg=x"], "Unknown command line flag 'confg'"),
+        (["oops"], "oops is not a flag"),
+        (["--config.model.name=densenet122"], "densenet121"),
+        (["--config.model.num_classes=11"], "config.model.num_classes is 11, but digits has 10 classes"),
+        (["--config.train.global_batch_size=0"], "config.train.global_batch_size is 0; expected more than 0"),
+        (["--mode=eval"], "has no checkpoints"),
+        (["--config.data.name=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments, said, user, tmp_path):
+    workdir = tmp_path / "run"
+    output, errors = run_main("--config=configs/digits.py", f"--workdir={workdir}", *arguments, expect=2, **user)
+    assert output == ""
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+
+
+def test_settings_of_another_run_are_refused(finished, user):
+    before = files_of(finished)
+    _, errors = run_main(*QUICK, "--config.optim.learning_rate=0.5", f"--workdir={finished}", expect=2, **user)
+    assert "config.optim.learning_rate: 0.1 -> 0.5" in errors
+    assert {name: content[2] for name, content in files_of(finished).items()} == {
+        name: content[2] for name, content in before.items()
+    }
+
+
+def test_checkpoint_of_another_model_is_refused(finished, user):
+    arguments = ("--mode=eval", "--config.model.name=densenet_bc_40_12", f"--workdir={finished}")
+    _, errors = run_main(*QUICK, *arguments, expect=2, **user)
+    assert "is of another model than densenet_bc_40_12" in errors
+
+
+def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(user, tmp_path):
+    hot = ("--config.optim.learning_rate=1e30", "--config.optim.warmup_epochs=0", "--config.optim.schedule=constant")
+    _, errors = run_main(*QUICK, *hot, f"--workdir={tmp_path}", expect=2, **user)
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: the ")
+    assert " at step " in last
+    assert [name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()] == []
