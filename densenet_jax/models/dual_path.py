@@ -158,7 +158,8 @@ class Stem(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shape = (x.shape[-1], self.features, self.kernel_size, 2)
         x = Convolution(*shape, init_fan=self.init_fan, name="conv", **types)(x)
-        return ACTIVATIONS[self.activation](BatchNorm(self.features, self.norm_options, name="bn", **types)(x, train))
+        x = BatchNorm(self.features, self.norm_options, name="bn", **types)(x, train)
+        return ACTIVATIONS[self.activation](x)
 
 
 class DualPathNetwork(nn.Module):

@@ -1,0 +1,185 @@
+"""Names and layouts of PyTorch checkpoints (timm and torchvision), both ways.
+
+Our parameter names mirror theirs, so the mapping is a rename and a transpose: `denseblock1/denselayer1/norm1/scale` is
+`features.denseblock1.denselayer1.norm1.weight`. Everything here works on arrays in memory; pretrained.py reads files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from densenet_jax.errors import UserError
+
+Path = tuple[str, ...]  # collection first: ("params", "denseblock1", "denselayer1", "norm1", "scale")
+Shape = tuple[int, ...]
+
+_LEAVES = {
+    ("params", "kernel"): "weight",
+    ("params", "scale"): "weight",
+    ("params", "bias"): "bias",
+    ("batch_stats", "mean"): "running_mean",
+    ("batch_stats", "var"): "running_var",
+}
+_COUNTER = "num_batches_tracked"
+_OLD_SPELLING = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
+_LISTED = 100
+
+
+def torch_name(path: Path) -> str:
+    """The state-dict key of one leaf of {"params", "batch_stats"}."""
+    collection, *modules, leaf = path
+    prefix = [] if modules[0] == "classifier" else ["features"]
+    return ".".join([*prefix, *modules, _LEAVES[collection, leaf]])
+
+
+def is_dual_path(paths: Mapping[Path, Any]) -> bool:
+    """Whether the leaves are a Dual Path Network's, whose classifier is a 1x1 convolution in PyTorch."""
+    return any(path[1] == "conv1_1" for path in paths)
+
+
+def flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    """{"params", "batch_stats"} as one flat dict; other collections are left out."""
+    return traverse_util.flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
+
+
+def torch_shape(path: Path, shape: Shape, dual_path: bool) -> Shape:
+    """The shape PyTorch keeps a leaf of this shape in."""
+    if path[-1] != "kernel":
+        return shape
+    if len(shape) == 4:
+        return (shape[3], shape[2], shape[0], shape[1])
+    return (shape[1], shape[0], 1, 1) if dual_path else (shape[1], shape[0])
+
+
+def to_torch_array(path: Path, value: Any, dual_path: bool) -> np.ndarray:
+    """One leaf in PyTorch's layout: convolutions [out, in, h, w], classifiers [classes, features(, 1, 1)]."""
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":  # numpy's safetensors has no such type
+        array = array.astype(np.float32)
+    if path[-1] == "kernel":
+        array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
+    return np.ascontiguousarray(array.reshape(torch_shape(path, np.shape(value), dual_path)))
+
+
+def from_torch_array(path: Path, array: np.ndarray) -> np.ndarray:
+    """One state-dict entry in our layout: convolutions [h, w, in, out], classifiers [features, classes]."""
+    if path[-1] != "kernel":
+        return array
+    if path[1] == "classifier":
+        return array.reshape(array.shape[:2]).T
+    return array.transpose(2, 3, 1, 0)
+
+
+def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A state dict that timm and torchvision load strictly.
+
+    Args:
+      variables: {"params", "batch_stats"} of a DenseNet or a Dual Path Network.
+
+    Returns:
+      Arrays by state-dict key, `num_batches_tracked` (zero) included.
+
+    Raises:
+      UserError: the variables are not those of one of our networks.
+    """
+    try:
+        leaves = flatten(variables)
+        dual_path = is_dual_path(leaves)
+        state = {torch_name(path): to_torch_array(path, value, dual_path) for path, value in leaves.items()}
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"these variables do not become a PyTorch state dict ({error!r}): expected "
+            '{"params", "batch_stats"} of a model made by create_model'
+        ) from error
+    for key in [key for key in state if key.endswith(".running_mean")]:
+        state[key.removesuffix("running_mean") + _COUNTER] = np.zeros((), np.int64)
+    return state
+
+
+def modern_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with today's keys: the old torchvision spelling `norm.1.weight` joined, DataParallel's prefix gone.
+
+    Counters of batches are dropped: nothing here reads them.
+
+    Raises:
+      UserError: two keys are spellings of the same parameter.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in state.items():
+        name = _OLD_SPELLING.sub(r"\1\2", key.removeprefix("module."))
+        if name.endswith(_COUNTER):
+            continue
+        if name in renamed:
+            raise UserError(f"the state dict has {name} twice, in two spellings; remove one")
+        renamed[name] = value
+    return renamed
+
+
+def _shape_fits(name: str, found: Shape, expected: Shape) -> bool:
+    if name == "classifier.weight":  # a linear layer and a 1x1 convolution say the same
+        return found[:2] == expected[:2] and set(found[2:]) <= {1} and len(found) in (2, 4)
+    return found == expected
+
+
+def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list[str]:
+    """Every difference between a state dict's shapes and what a model expects, one line each; empty where it fits.
+
+    Args:
+      shapes: by today's names, without counters.
+      template: {"params", "batch_stats"} of arrays or shape structs.
+    """
+    leaves = flatten(template)
+    dual_path = is_dual_path(leaves)
+    expected = {torch_name(path): torch_shape(path, tuple(leaf.shape), dual_path) for path, leaf in leaves.items()}
+    lines = [
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and not _shape_fits(name, shapes[name], shape)
+    ]
+    lines += [f"missing {name}, expected {list(shape)}" for name, shape in expected.items() if name not in shapes]
+    lines += [
+        f"left over {name} {list(shape)}, expected none" for name, shape in shapes.items() if name not in expected
+    ]
+    return lines
+
+
+def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], origin: str = "the state dict") -> dict:
+    """{"params", "batch_stats"} of a state dict, in the template's shapes and dtypes; all of it or nothing.
+
+    Args:
+      state: arrays by state-dict key, either spelling.
+      template: the model's variables, or their shape structs.
+      origin: what errors call the state dict.
+
+    Raises:
+      UserError: keys are missing, left over or of another shape (each listed with both shapes), or values are not
+        finite floating point numbers.
+    """
+    state = modern_names(state)
+    lines = mismatches({name: tuple(array.shape) for name, array in state.items()}, template)
+    lines += [f"{name} holds {array.dtype}, expected floats" for name, array in state.items() if not _is_float(array)]
+    if lines:
+        raise UserError(f"{origin} does not fit the model: {listed(lines)}")
+    bad = [name for name, array in state.items() if not np.isfinite(array.astype(np.float32)).all()]
+    if bad:
+        raise UserError(f"{origin} has values that are not finite: {listed(bad)}")
+    leaves = {
+        path: np.ascontiguousarray(from_torch_array(path, state[torch_name(path)]).astype(leaf.dtype))
+        for path, leaf in flatten(template).items()
+    }
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+
+
+def listed(lines: list[str]) -> str:
+    """Many findings in one line, the count of those left out at the end."""
+    rest = len(lines) - _LISTED
+    return "; ".join(lines[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
