@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+
+
+def uniforms(keys: Key[Array, " b"], count: int) -> Float[Array, "b {count}"]:
+    """`count` float32 numbers in [0, 1) for each key: all that an augmentation needs in one draw, which is cheap."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
+
+
+def whole_below(numbers: Float[Array, "..."], limits: Int[Array, "..."] | int) -> Int[Array, "..."]:
+    """Numbers in [0, 1) as whole numbers in [0, limit), all equally likely; limits up to some thousands."""
+    return jnp.floor(numbers * limits).astype(jnp.int32)
 
 
 def to_float(images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -42,8 +52,8 @@ def normalize(
 
 def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Shaped[Array, "b h w c"]:
     """Mirrors each image left to right with probability 1/2."""
-    flip = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(flip[:, None, None, None], images[:, :, ::-1, :], images)
+    flip = uniforms(keys, 1)[:, :, None, None] < 0.5
+    return jnp.where(flip, images[:, :, ::-1, :], images)
 
 
 def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_px: int) -> Shaped[Array, "b h w c"]:
@@ -56,8 +66,9 @@ def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_p
     """
     padded = jnp.pad(images, ((0, 0), (pad_px, pad_px), (pad_px, pad_px), (0, 0)))
 
-    def crop(image: Shaped[Array, "h2 w2 c"], key: Key[Array, ""]) -> Shaped[Array, "h w c"]:
-        top, left = jax.random.randint(key, (2,), 0, 2 * pad_px + 1)
-        return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+    corners = whole_below(uniforms(keys, 2), 2 * pad_px + 1)
 
-    return jax.vmap(crop)(padded, keys)
+    def crop(image: Shaped[Array, "h2 w2 c"], corner: Int[Array, " 2"]) -> Shaped[Array, "h w c"]:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, corners)

@@ -1,10 +1,9 @@
 """Random brightness, contrast and saturation on the accelerator."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from densenet_jax.training.augment import to_float
+from densenet_jax.training.augment import to_float, uniforms
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
@@ -57,14 +56,11 @@ def color_jitter(
     Returns:
         Floats in [0, 1].
     """
-    strengths = jnp.asarray((brightness, contrast, saturation), jnp.float32)
+    strengths = jnp.asarray((brightness, contrast, saturation), jnp.float32)[None, :]
+    numbers = uniforms(keys, 6)
+    orders = jnp.argsort(numbers[:, :3], axis=1)
     low, high = jnp.maximum(0.0, 1.0 - strengths), 1.0 + strengths
-
-    def draw(key: Key[Array, ""]) -> tuple[Int[Array, " 3"], Float[Array, " 3"]]:
-        order_key, factor_key = jax.random.split(key)
-        return jax.random.permutation(order_key, 3), jax.random.uniform(factor_key, (3,), jnp.float32, low, high)
-
-    orders, factors = jax.vmap(draw)(keys)
+    factors = low + (high - low) * numbers[:, 3:]
     images = to_float(images)
     for place in range(3):
         operations = orders[:, place]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from densenet_jax.errors import UserError
+from densenet_jax.training.augment import uniforms, whole_below
 
 ERASE_MODES = ("zero", "color", "pixel")
 _ATTEMPTS = 10
@@ -26,23 +27,20 @@ def erase_boxes(
     As in timm and torchvision: the area is uniform, the aspect (height over width) log-uniform, a box that is as high
     or as wide as the image is drawn again, up to ten times, and then given up.
     """
-
-    def draw(key: Key[Array, ""]) -> Int[Array, " 4"]:
-        use_key, area_key, aspect_key, place_key = jax.random.split(key, 4)
-        share = jax.random.uniform(area_key, (_ATTEMPTS,), jnp.float32, *area)
-        log_aspect = jax.random.uniform(aspect_key, (_ATTEMPTS,), jnp.float32, *map(math.log, aspect))
-        pixels, ratio = share * (height * width), jnp.exp(log_aspect)
-        heights = jnp.round(jnp.sqrt(pixels * ratio)).astype(jnp.int32)
-        widths = jnp.round(jnp.sqrt(pixels / ratio)).astype(jnp.int32)
-        fits = (heights < height) & (widths < width)
-        first = jnp.argmax(fits)
-        used = fits[first] & jax.random.bernoulli(use_key, probability)
-        box = jnp.where(used, jnp.stack([heights[first], widths[first]]), 0)
-        free = jnp.asarray((height, width)) - box
-        corner = jax.random.randint(place_key, (2,), 0, free + 1)
-        return jnp.concatenate([corner, box]).astype(jnp.int32)
-
-    return jax.vmap(draw)(keys)
+    numbers = uniforms(keys, 2 * _ATTEMPTS + 3)
+    share = area[0] + (area[1] - area[0]) * numbers[:, :_ATTEMPTS]
+    log_low, log_high = map(math.log, aspect)
+    ratio = jnp.exp(log_low + (log_high - log_low) * numbers[:, _ATTEMPTS : 2 * _ATTEMPTS])
+    pixels = share * (height * width)
+    sides = jnp.stack([jnp.sqrt(pixels * ratio), jnp.sqrt(pixels / ratio)], axis=-1)
+    sides = jnp.round(sides).astype(jnp.int32)
+    fits = jnp.all(sides < jnp.asarray((height, width), jnp.int32)[None, None, :], axis=-1)
+    first = jnp.argmax(fits, axis=1)[:, None]
+    use, corner = numbers[:, -3:-2], numbers[:, -2:]
+    used = jnp.take_along_axis(fits, first, axis=1) & (use < probability)
+    box = jnp.where(used, jnp.take_along_axis(sides, first[..., None], axis=1)[:, 0], 0)
+    free = jnp.asarray((height, width), jnp.int32)[None, :] - box
+    return jnp.concatenate([whole_below(corner, free + 1), box], axis=1)
 
 
 def inside_boxes(boxes: Int[Array, "b 4"], height: int, width: int) -> Bool[Array, "b h w 1"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from densenet_jax.errors import UserError
+from densenet_jax.training.augment import uniforms, whole_below
 from densenet_jax.training.erasing import inside_boxes
 from densenet_jax.training.rng import example_keys
 
@@ -83,17 +84,12 @@ def mix(
     keys = example_keys(key, size) if per_example else example_keys(key, 1)
     share_of_cutmix = 0.0 if cutmix_alpha <= 0.0 else 1.0 if mixup_alpha <= 0.0 else cutmix_share
 
-    def draw(key: Key[Array, ""]) -> tuple[Array, Array, Array]:
-        use_key, switch_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
-        cut = jax.random.bernoulli(switch_key, share_of_cutmix)
-        mixup_draw = jax.random.beta(mixup_key, mixup_alpha, mixup_alpha) if mixup_alpha > 0 else 1.0
-        cutmix_draw = jax.random.beta(cutmix_key, cutmix_alpha, cutmix_alpha) if cutmix_alpha > 0 else 1.0
-        used = jax.random.bernoulli(use_key, probability)
-        share = jnp.where(used, jnp.where(cut, cutmix_draw, mixup_draw), 1.0).astype(jnp.float32)
-        centre = jax.random.randint(place_key, (2,), 0, jnp.asarray((height, width)))
-        return cut, share, centre.astype(jnp.int32)
-
-    cut, share, centres = jax.vmap(draw)(keys)
+    draw_keys, beta_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    numbers = uniforms(draw_keys, 4)
+    used, cut = numbers[:, 0] < probability, numbers[:, 1] < share_of_cutmix
+    alpha = jnp.where(cut, cutmix_alpha, mixup_alpha).astype(jnp.float32)
+    share = jnp.where(used, jax.vmap(lambda key, a: jax.random.beta(key, a, a))(beta_keys, alpha), 1.0)
+    centres = whole_below(numbers[:, 2:], jnp.asarray((height, width), jnp.int32)[None, :])
     boxes, outside = cut_boxes(centres, share, height, width)
     own_label = jnp.where(cut, outside, share)[:, None]
     inside = inside_boxes(boxes, height, width)
