@@ -1,11 +1,13 @@
 """Optimizers by name: optax chains, and which parameters the weight decay touches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
 from densenet_jax.errors import UserError
+from densenet_jax.training.freeze import freeze_mask_function, rate_factors
 from densenet_jax.training.schedules import Schedule
 
 OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
@@ -38,6 +40,8 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     rms_decay: float = 0.9,
     epsilon: float = 0.0,
+    freeze: str = "",
+    rate_multipliers: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
     """Builds the optimizer; its state lies in the parameters' dtype, and the schedule counts its updates.
 
@@ -55,32 +59,55 @@ def make_optimizer(
         nesterov: sgd looks ahead by one step of momentum.
         weight_decay: factor of the parameters in the step.
         decay_norm_and_bias: False spares batch-norm scales and all biases.
-        clip_grad_norm: the gradient's norm over all parameters is cut to this first; 0 leaves it.
+        clip_grad_norm: the gradient's norm over all parameters that move is cut to this first; 0 leaves it.
         betas: kept shares of adamw's and lamb's first and second moments.
         rms_decay: kept share of rmsprop's squared gradient.
         epsilon: against division by zero; 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
+        freeze: pattern of parameters that stand still, see `densenet_jax.training.freeze`; no decay either.
+        rate_multipliers: (pattern, factor) pairs, the factor of the learning rate of the parameters that match.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; from the optimizer's init, a pattern that fits no parameter.
     """
     if name not in OPTIMIZERS:
         raise UserError(f"config.optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)}.")
     epsilon = epsilon or _USUAL_EPSILON.get(name, 0.0)
-    nothing = optax.identity()
 
     def mask(params: Any) -> Any:
         return decay_mask(params, decay_norm_and_bias)
 
-    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else nothing
-    clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else nothing
-    rate = optax.scale_by_learning_rate(schedule)
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
     if name == "sgd":
-        trace = optax.trace(momentum, nesterov) if momentum else nothing
-        return optax.chain(clip, decay, trace, rate)
-    if name == "rmsprop":
-        scaled = optax.scale_by_rms(rms_decay, epsilon, eps_in_sqrt=False)
-        trace = optax.trace(momentum, nesterov=False) if momentum else nothing
-        return optax.chain(clip, decay, scaled, trace, rate)
-    adaptive = optax.scale_by_adam(betas[0], betas[1], epsilon)
-    trust = optax.masked(optax.scale_by_trust_ratio(), mask) if name == "lamb" else nothing
-    return optax.chain(clip, adaptive, decay, trust, rate)
+        body = [decay, _momentum(momentum, nesterov)]
+    elif name == "rmsprop":
+        body = [decay, optax.scale_by_rms(rms_decay, epsilon, eps_in_sqrt=False), _momentum(momentum, False)]
+    else:
+        body = [optax.scale_by_adam(betas[0], betas[1], epsilon), decay]
+        if name == "lamb":
+            body.append(optax.masked(optax.scale_by_trust_ratio(), mask))
+    # Zeroing comes twice: first, so that frozen gradients count in no norm; last, because of weight decay.
+    zero_frozen = optax.masked(optax.set_to_zero(), freeze_mask_function(freeze)) if freeze else optax.identity()
+    clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else optax.identity()
+    rate = optax.scale_by_learning_rate(schedule)
+    return optax.chain(zero_frozen, clip, *body, rate, _scale_by_path(rate_multipliers), zero_frozen)
+
+
+def _momentum(momentum: float, nesterov: bool) -> optax.GradientTransformation:
+    return optax.trace(momentum, nesterov) if momentum else optax.identity()
+
+
+def _scale_by_path(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    if not multipliers:
+        return optax.identity()
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        rate_factors(params, multipliers)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        factors = rate_factors(updates, multipliers)
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,114 @@
+"""Precision by one name, and the dynamic loss scaling that float16 needs.
+
+Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy says in which
+type activations and matrix products are.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from densenet_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What a precision means.
+
+    Attributes:
+        name: "float32", "bfloat16" or "float16".
+        compute_dtype: of activations and matrix products.
+        scales_loss: float16's gradients underflow without loss scaling; the others have float32's range.
+    """
+
+    name: str
+    compute_dtype: Any
+    scales_loss: bool
+
+
+POLICIES = {
+    "float32": Policy("float32", jnp.float32, False),
+    "bfloat16": Policy("bfloat16", jnp.bfloat16, False),
+    "float16": Policy("float16", jnp.float16, True),
+}
+
+
+def get_policy(name: str) -> Policy:
+    """The policy of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in POLICIES:
+        raise UserError(f"config.model.dtype is {name!r}; expected one of {', '.join(POLICIES)}.")
+    return POLICIES[name]
+
+
+@flax.struct.dataclass
+class LossScale:
+    """Dynamic loss scaling (arXiv:1710.03740), with the constants of torch's GradScaler.
+
+    A training step multiplies the loss by `scale`, takes the gradient, divides it by `scale` and, where a number of
+    it is not finite, keeps the old parameters, statistics and optimizer state and halves the scale:
+
+        loss_scale.scale_loss(loss)                            # inside the function that is differentiated
+        gradients = loss_scale.unscale(gradients)
+        finite = all_finite(gradients)
+        new_state = select(finite, new_state, old_state)
+        loss_scale = loss_scale.update(finite)
+
+    Attributes:
+        scale: what the loss is multiplied by, a power of two: scaling and unscaling round nothing.
+        good_steps: finite steps since the scale last changed.
+        skipped_steps: steps skipped in the whole run.
+    """
+
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+    skipped_steps: Int[Array, ""]
+
+    @classmethod
+    def create(cls, initial: float = 2.0**16) -> "LossScale":
+        """The scale before the first step."""
+        nothing = jnp.zeros((), jnp.int32)
+        return cls(scale=jnp.asarray(initial, jnp.float32), good_steps=nothing, skipped_steps=nothing)
+
+    def scale_loss(self, loss: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The loss times the scale."""
+        return loss * self.scale.astype(loss.dtype)
+
+    def unscale(self, gradients: Any) -> Any:
+        """Gradients of the scaled loss over the scale, leaf by leaf."""
+        return jax.tree.map(lambda leaf: leaf * (1.0 / self.scale).astype(leaf.dtype), gradients)
+
+    def update(
+        self,
+        finite: Bool[Array, ""],
+        *,
+        growth_interval_steps: int = 2000,
+        smallest: float = 1.0,
+        largest: float = 2.0**24,
+    ) -> "LossScale":
+        """The scale for the next step: halved after a skipped step, doubled after so many good ones in a row."""
+        good = jnp.where(finite, self.good_steps + 1, 0)
+        grows = good >= growth_interval_steps
+        factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
+        return LossScale(
+            scale=jnp.clip(self.scale * factor, smallest, largest),
+            good_steps=jnp.where(grows, 0, good),
+            skipped_steps=self.skipped_steps + jnp.where(finite, 0, 1),
+        )
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of every leaf is finite."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def select(use_new: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The tree `new` where `use_new`, else `old`; both are computed, nothing branches."""
+    return jax.tree.map(lambda a, b: jnp.where(use_new, a, b), new, old)
