@@ -165,7 +165,8 @@ class Stem(nn.Module):
 class DualPathNetwork(nn.Module):
     """A Dual Path Network; the attributes up to init_fan are those of variants.DualPathArchitecture.
 
-    Parameters are named as in the published PyTorch checkpoints: conv1_1, conv{2-5}_{j}/..., conv5_bn_ac/bn, classifier.
+    Parameters are named as in the published PyTorch checkpoints: conv1_1, conv{2-5}_{j}/..., conv5_bn_ac/bn,
+    classifier.
 
     Attributes:
       norm_options: of all batch norms.

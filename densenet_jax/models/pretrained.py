@@ -57,8 +57,8 @@ def load_pretrained(
       {"params", "batch_stats"} for `create_model(name, num_classes=...).apply`.
 
     Raises:
-      UserError: the source is not found or unreadable, or does not fit the variant; every key that is missing, left over
-        or of another shape is listed with both shapes. Nothing is loaded in part.
+      UserError: the source is not found or unreadable, or does not fit the variant; every key that is missing, left
+        over or of another shape is listed with both shapes. Nothing is loaded in part.
     """
     row = get_variant(name)
     state = modern_names(read_state_dict(source))
@@ -105,6 +105,7 @@ def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[
     Raises:
       UserError: the variables are not a model's, do not fit the named variant, or the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     state = to_torch(variables)
@@ -114,7 +115,7 @@ def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[
     try:
         save_file(state, temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {os.fspath(path)}: {error}; give a file in a folder you may write to") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""Makes the golden files beside this script from timm.
+
+    python tests/golden/make_golden.py [NAME ...]
+
+needs torch 2.13, torchvision and timm 1.0.31 (any CPU build). Run it again only when a case is added or the drawing in
+drawn.py changes; review the difference, since the files say what the references compute.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from drawn import draw, draw_images, key_lines, summarise  # noqa: E402
+
+_register_fake = torch.library.register_fake
+
+
+def _skip_torchvision(name, *args, **kwargs):
+    """A CPU build of torch lacks torchvision's compiled operators; nothing here needs them."""
+    if isinstance(name, str) and name.startswith("torchvision::"):
+        return lambda function: function
+    return _register_fake(name, *args, **kwargs)
+
+
+torch.library.register_fake = _skip_torchvision
+
+import timm  # noqa: E402
+import torchvision  # noqa: E402
+from timm.models.densenet import DenseNet  # noqa: E402
+from timm.models.dpn import DPN  # noqa: E402
+
+NAMES = (
+    *("densenet121", "densenet161", "densenet169", "densenet201", "densenet264d", "densenetblur121d"),
+    *("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131"),
+)
+CASES = ((1, 224), (1, 161), (2, 65))  # (batch, side in pixels)
+TORCHVISION = ("densenet121", "densenet161", "densenet169", "densenet201")
+
+SMALL = {
+    "small_densenet": lambda: DenseNet(growth_rate=8, block_config=(2, 3, 2, 2), num_classes=10),
+    "small_densenet_blur": lambda: DenseNet(
+        growth_rate=8,
+        block_config=(2, 2),
+        num_classes=10,
+        stem_type="deep_tiered",
+        aa_layer=timm.layers.BlurPool2d,
+        aa_stem_only=False,
+    ),
+    "small_dpn": lambda: DPN(
+        small=True, num_init_features=10, k_r=16, groups=4, k_sec=(1, 2, 1, 2), inc_sec=(4, 6, 8, 4), num_classes=10
+    ),
+    "small_dpn_b": lambda: DPN(
+        small=True,
+        num_init_features=6,
+        k_r=16,
+        groups=4,
+        k_sec=(2, 1, 1, 1),
+        inc_sec=(4, 6, 8, 4),
+        b=True,
+        act_layer="silu",
+        num_classes=10,
+    ),
+}
+SMALL_BATCH, SMALL_TRAIN_PX, SMALL_EVAL_PX = 4, 67, (67, 64)  # odd and even sides show different padding faults
+
+
+def fill(model):
+    """Every parameter and statistic drawn at random."""
+    state = model.state_dict()
+    for key, value in state.items():
+        if value.dtype.is_floating_point:
+            value.copy_(torch.from_numpy(draw(key, tuple(value.shape))))
+    model.load_state_dict(state)
+    return model
+
+
+def taps(model):
+    """The modules whose outputs are compared, by their name in the state dict."""
+    modules = dict(model.features.named_children())
+    if "conv5_bn_ac" not in modules:
+        wanted = [name for name in modules if name.startswith(("norm", "denseblock", "transition"))]
+        return {name: modules[name] for name in wanted}
+    last = {name.split("_")[0]: name for name in modules if name not in ("conv1_pool", "conv5_bn_ac")}
+    return {name: modules[name] for name in (*last.values(), "conv5_bn_ac")}
+
+
+def summaries(model, images):
+    """Summaries of every tap, and all the logits."""
+    found, handles = {}, []
+    for name, module in taps(model).items():
+        hook = lambda _, __, output, name=name: found.__setitem__(name, summarise(output.detach().numpy()))  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+    with torch.no_grad():
+        found["logits"] = model(images).numpy()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def same_as_torchvision(name, model):
+    """torchvision's network has the same keys and gives the same logits."""
+    other = torchvision.models.get_model(name, weights=None)
+    assert set(other.state_dict()) == set(model.state_dict())
+    other.load_state_dict(model.state_dict(), strict=True)
+    images = torch.from_numpy(draw_images(2, 97)).double()
+    with torch.no_grad():
+        torch.testing.assert_close(other.double().eval()(images), model(images), rtol=1e-12, atol=1e-12)
+
+
+def evaluation(name):
+    model = fill(timm.create_model(name, pretrained=False)).double().eval()
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    arrays = {
+        "keys_sha256": np.array(hashlib.sha256(key_lines(shapes).encode()).hexdigest()),
+        "key_count": np.array(len(shapes)),
+    }
+    for batch, side_px in CASES:
+        found = summaries(model, torch.from_numpy(draw_images(batch, side_px)).double())
+        arrays |= {f"{side_px}/{key}": value for key, value in found.items()}
+    if name in TORCHVISION:
+        same_as_torchvision(name, model)
+    return arrays
+
+
+def training(name):
+    """Training-mode logits, running statistics after one step, and every gradient of a random linear loss."""
+    model = fill(SMALL[name]()).double().train()
+    images = torch.from_numpy(draw_images(SMALL_BATCH, SMALL_TRAIN_PX)).double().requires_grad_()
+    logits = model(images)
+    weights = torch.from_numpy(draw("loss.weight", (SMALL_BATCH, 10))).double()
+    (logits * weights).sum().backward()
+    arrays = {"train/logits": logits.detach().numpy(), "gradient/images": summarise(images.grad.numpy())}
+    arrays |= {f"gradient/{key}": summarise(value.grad.numpy()) for key, value in model.named_parameters()}
+    statistics = {key: value for key, value in model.state_dict().items() if "running" in key}
+    arrays |= {f"after/{key}": summarise(value.numpy()) for key, value in statistics.items()}
+    evaluating = fill(SMALL[name]()).double().eval()
+    for side_px in SMALL_EVAL_PX:
+        found = summaries(evaluating, torch.from_numpy(draw_images(SMALL_BATCH, side_px)).double())
+        arrays |= {f"{side_px}/{key}": value for key, value in found.items()}
+    return arrays
+
+
+def main():
+    assert timm.__version__ == "1.0.31", timm.__version__
+    for name in sys.argv[1:] or (*NAMES, *SMALL):
+        arrays = training(name) if name in SMALL else evaluation(name)
+        path = HERE / f"{name}.npz"
+        np.savez_compressed(path, **arrays)
+        print(f"{name}: {len(arrays)} arrays, {path.stat().st_size} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Runs our models on the golden files' weights and images, and measures how far they are from the references."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from densenet_jax.models.create import create_model
+from densenet_jax.models.torch_weights import (
+    flatten,
+    from_torch_array,
+    is_dual_path,
+    to_torch_array,
+    torch_name,
+    torch_shape,
+)
+from densenet_jax.models.variants import get_variant
+from tests.golden.drawn import SEED, draw, draw_images, relative_error, summarise
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+SMALL_MODELS = {
+    "small_densenet": ("densenet121", {"growth_rate": 8, "block_sizes": (2, 3, 2, 2)}),
+    "small_densenet_blur": (
+        "densenet121",
+        {"growth_rate": 8, "block_sizes": (2, 2), "stem": "deep_tiered", "blur": "all"},
+    ),
+    "small_dpn": (
+        "dpn68",
+        {"reduction_width": 16, "groups": 4, "block_sizes": (1, 2, 1, 2), "dense_increments": (4, 6, 8, 4)},
+    ),
+    "small_dpn_b": (
+        "dpn48b",
+        {
+            "stem_width": 6,
+            "reduction_width": 16,
+            "groups": 4,
+            "block_sizes": (2, 1, 1, 1),
+            "dense_increments": (4, 6, 8, 4),
+        },
+    ),
+}
+
+
+def golden(name):
+    """The arrays of one golden file."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def make(name, **options):
+    """The model that a golden file is about."""
+    if name in SMALL_MODELS:
+        base, architecture = SMALL_MODELS[name]
+        return create_model(base, num_classes=10, **architecture, **options)
+    return create_model(name, **options)
+
+
+@functools.cache
+def abstract_variables(name):
+    """Shapes of a model's variables, traced once a test run."""
+    side_px = 65 if name in SMALL_MODELS else get_variant(name).preprocessing.input_px
+    return jax.eval_shape(
+        make(name).init, jax.random.key(0), jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
+    )
+
+
+def torch_shapes(template):
+    """The shapes of a model's variables by state-dict key."""
+    leaves = flatten(template)
+    dual_path = is_dual_path(leaves)
+    return {torch_name(path): torch_shape(path, leaf.shape, dual_path) for path, leaf in leaves.items()}
+
+
+def drawn_variables(name, dtype=np.float32, seed=SEED):
+    """A model's variables with the golden files' weights."""
+    leaves = flatten(abstract_variables(name))
+    shapes = torch_shapes(abstract_variables(name))
+    drawn = {path: from_torch_array(path, draw(torch_name(path), shapes[torch_name(path)], seed)) for path in leaves}
+    return traverse_util.unflatten_dict({path: array.astype(dtype) for path, array in drawn.items()})
+
+
+def images(batch, side_px, dtype=np.float32):
+    """The golden files' images, float[b, h, w, 3]."""
+    return draw_images(batch, side_px).transpose(0, 2, 3, 1).astype(dtype)
+
+
+def _is_tap(module, method):
+    name = module.name or ""
+    return method == "__call__" and name.startswith(("norm", "denseblock", "transition", "conv"))
+
+
+def run_with_taps(model, variables, x):
+    """Logits and every stage's output, by the references' module names."""
+    logits, state = model.apply(variables, x, capture_intermediates=_is_tap, mutable=["intermediates"])
+    found = {"logits": logits}
+    for name, outputs in state["intermediates"].items():
+        if isinstance(outputs, dict) and "__call__" in outputs:
+            value = outputs["__call__"][0]
+            value = value.raw(model.norm_options.epsilon) if hasattr(value, "raw") else value
+            # The references' norms in stem and head include the ReLU.
+            found[name] = jax.nn.relu(value) if name.startswith("norm") else value
+    return found
+
+
+def torch_layout(array):
+    """[b, h, w, c] as [b, c, h, w]; other ranks as they are."""
+    return np.asarray(array).transpose(0, 3, 1, 2) if np.ndim(array) == 4 else np.asarray(array)
+
+
+def stage_errors(found, expected, side_px):
+    """The relative error of each stage and of the logits that a golden file has for this size."""
+    prefix = f"{side_px}/"
+    names = [key.removeprefix(prefix) for key in expected if key.startswith(prefix)]
+    assert "logits" in names
+    errors = {}
+    for name in names:
+        ours, theirs = torch_layout(found[name]), expected[prefix + name]
+        if name == "logits":
+            assert ours.shape == theirs.shape
+            error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+            errors[name] = error if np.isfinite(error) else np.inf
+        else:
+            errors[name] = float(relative_error(summarise(ours), theirs))
+    return errors
+
+
+def gradient_leaves(gradients):
+    """Gradients by state-dict key, in PyTorch's layout."""
+    leaves = flatten({"params": gradients, "batch_stats": {}})
+    dual_path = is_dual_path(leaves)
+    return {torch_name(path): to_torch_array(path, value, dual_path) for path, value in leaves.items()}

@@ -1,0 +1,104 @@
+"""Our networks equal timm's, stage by stage, with every weight and statistic drawn at random.
+
+The expected values are tests/golden/*.npz, made by tests/golden/make_golden.py in float64.
+"""
+
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+
+from densenet_jax.models.torch_weights import to_torch
+from tests.golden.drawn import draw, key_lines, relative_error, summarise
+from tests.models import golden
+
+NAMES = (
+    *("densenet121", "densenet161", "densenet169", "densenet201", "densenet264d", "densenetblur121d"),
+    *("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131"),
+)
+QUICK = ("densenet121", "densenetblur121d", "dpn48b", "dpn68b")
+# float64 tells rounding, which depth amplifies, from a fault that happens to be small.
+TOLERANCES = {np.float32: 1e-5, np.float64: 1e-9}
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 0
+}  # the arithmetic is the same, the compiler takes a fifth of the time
+
+
+def _largest_error(name, side_px, batch, dtype):
+    with jax.enable_x64(dtype is np.float64):
+        model = golden.make(name, dtype=dtype, param_dtype=dtype)
+        run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x), compiler_options=FAST_COMPILE)
+        found = run(golden.drawn_variables(name, dtype), golden.images(batch, side_px, dtype))
+        assert found["logits"].dtype == dtype
+        return golden.stage_errors(jax.device_get(found), golden.golden(name), side_px)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", QUICK)
+def test_every_stage_equals_the_reference(name, dtype):
+    errors = _largest_error(name, 65, 2, dtype)
+    assert max(errors.values()) < TOLERANCES[dtype], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("side_px", [224, 161])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_equals_the_reference_at_full_size(name, side_px, dtype):
+    errors = _largest_error(name, side_px, 1, dtype)
+    assert max(errors.values()) < TOLERANCES[dtype], errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_keys_and_shapes_are_the_reference_s(name):
+    expected = golden.golden(name)
+    shapes = golden.torch_shapes(golden.abstract_variables(name))
+    assert hashlib.sha256(key_lines(shapes).encode()).hexdigest() == str(expected["keys_sha256"])
+    norms = sum(key.endswith("running_mean") for key in shapes)
+    assert len(shapes) + norms == int(expected["key_count"])
+
+
+def _train_once(name):
+    """Logits, updated statistics and gradients of the golden files' linear loss, in float64."""
+    model = golden.make(name, dtype=np.float64, param_dtype=np.float64)
+    variables = golden.drawn_variables(name, np.float64)
+    weights = draw("loss.weight", (4, 10)).astype(np.float64)
+
+    def loss(params, x):
+        everything = {"params": params, "batch_stats": variables["batch_stats"]}
+        logits, state = model.apply(everything, x, train=True, mutable=["batch_stats"])
+        return (logits * weights).sum(), (logits, state["batch_stats"])
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE)
+    (_, (logits, statistics)), gradients = run(variables["params"], golden.images(4, 67, np.float64))
+    return jax.device_get((logits, statistics, gradients))
+
+
+@pytest.fixture(scope="module", params=list(golden.SMALL_MODELS))
+def trained(request):
+    with jax.enable_x64(True):
+        return golden.golden(request.param), *_train_once(request.param)
+
+
+def test_training_output_equals_the_reference(trained):
+    expected, logits, _, _ = trained
+    assert np.abs(logits - expected["train/logits"]).max() < 1e-9 * np.abs(expected["train/logits"]).max()
+
+
+def test_running_statistics_equal_the_reference(trained):
+    expected, _, statistics, _ = trained
+    state = {
+        key: value for key, value in to_torch({"params": {}, "batch_stats": statistics}).items() if "num" not in key
+    }
+    assert {f"after/{key}" for key in state} == {key for key in expected if key.startswith("after/")}
+    errors = {key: relative_error(summarise(value), expected[f"after/{key}"]) for key, value in state.items()}
+    assert max(errors.values()) < 1e-9, errors
+
+
+def test_every_gradient_equals_the_reference(trained):
+    expected, _, _, (gradients, image_gradient) = trained
+    leaves = golden.gradient_leaves(gradients) | {"images": golden.torch_layout(image_gradient)}
+    assert {f"gradient/{key}" for key in leaves} == {key for key in expected if key.startswith("gradient/")}
+    errors = {key: relative_error(summarise(value), expected[f"gradient/{key}"]) for key, value in leaves.items()}
+    assert max(errors.values()) < 1e-9, errors

@@ -1,0 +1,258 @@
+"""Weights from the hub's cache, from files whole and hostile, and back into files."""
+
+import json
+import logging
+import struct
+import sys
+from types import ModuleType, SimpleNamespace
+
+import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.pretrained import load_pretrained, read_state_dict, save_torch_state_dict
+from densenet_jax.models.torch_weights import to_torch
+from tests.models import golden
+
+BASE, ARCHITECTURE = golden.SMALL_MODELS["small_densenet"]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return golden.drawn_variables("small_densenet")
+
+
+@pytest.fixture(scope="module")
+def weights(variables, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_torch_state_dict(variables, path)
+    return path
+
+
+def _load(source, num_classes=None, **options):
+    return load_pretrained(BASE, source, num_classes, **ARCHITECTURE, **options)
+
+
+def _assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_saved_file_loads_as_it_was(variables, weights):
+    _assert_same(_load(weights), variables)
+    assert {path.name for path in weights.parent.iterdir()} == {"small.safetensors"}
+
+
+def test_another_class_count_keeps_the_body_and_says_so(variables, weights, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = _load(weights, num_classes=4)
+    assert "has 10 classes, not 4" in caplog.text
+    assert found["params"].pop("classifier")["kernel"].shape[1] == 4
+    body = {key: value for key, value in variables["params"].items() if key != "classifier"}
+    _assert_same(found, {"params": body, "batch_stats": variables["batch_stats"]})
+
+
+def test_the_same_class_count_keeps_the_head_silently(variables, weights, caplog):
+    _assert_same(_load(weights, num_classes=10), variables)
+    assert not caplog.records
+
+
+def test_a_new_head_does_not_hide_a_damaged_body(variables, tmp_path):
+    state = to_torch(variables)
+    del state["features.conv0.weight"]
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"missing features.conv0.weight"):
+        _load(tmp_path / "x.safetensors", num_classes=4)
+
+
+def test_weights_of_another_variant_are_refused(weights):
+    with pytest.raises(UserError, match=r"features.conv0.weight is \[16, 3, 7, 7\], expected \[64, 3, 7, 7\]"):
+        load_pretrained("densenet121", weights)
+
+
+def test_half_precision_is_widened(variables, tmp_path):
+    state = {key: value.astype(np.float16) for key, value in to_torch(variables).items() if "num" not in key}
+    save_file(state, tmp_path / "half.safetensors")
+    found = _load(tmp_path / "half.safetensors")
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, variables)
+
+
+def _hostile_files(whole):
+    header_size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + header_size])
+    far = dict(header)
+    key = next(key for key in header if key != "__metadata__")
+    far[key] = header[key] | {"data_offsets": [0, 2**40]}
+    far = json.dumps(far).encode()
+    return {
+        "empty": b"",
+        "text": b"hello, this is not a file of weights at all",
+        "huge header": struct.pack("<Q", 2**62) + whole[8:],
+        "broken header": whole[:8] + b"x" * header_size + whole[8 + header_size :],
+        "truncated": whole[: len(whole) // 2],
+        "offsets beyond the end": struct.pack("<Q", len(far)) + far + whole[8 + header_size :],
+        "wrong type": whole.replace(b'"F32"', b'"I32"'),
+        "unknown type": whole.replace(b'"F32"', b'"F99"'),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty",
+        "text",
+        "huge header",
+        "broken header",
+        "truncated",
+        "offsets beyond the end",
+        "wrong type",
+        "unknown type",
+    ],
+)
+def test_a_hostile_file_is_a_users_error(kind, weights, tmp_path):
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(_hostile_files(weights.read_bytes())[kind])
+    with pytest.raises(UserError, match=r"hostile\.safetensors"):
+        _load(path)
+
+
+def test_nothing_at_the_source():
+    with pytest.raises(UserError, match=r"no weights at '/nowhere/x\.safetensors'"):
+        _load("/nowhere/x.safetensors")
+
+
+class _Tensor:
+    """As much of a torch tensor as the reader touches."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        return self.array
+
+
+def _fake_torch(monkeypatch, load):
+    torch = ModuleType("torch")
+    torch.load, torch.Tensor, torch.bfloat16 = load, _Tensor, "bfloat16"
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def test_a_pytorch_file_is_read_as_weights_only(monkeypatch, variables, tmp_path, wrap):
+    path = tmp_path / "small.pth"
+    path.touch()
+
+    def load(file, map_location, weights_only):
+        assert (file, map_location, weights_only) == (path, "cpu", True)
+        return wrap({key: _Tensor(value) for key, value in to_torch(variables).items()})
+
+    _fake_torch(monkeypatch, load)
+    _assert_same(_load(path), variables)
+
+
+def test_a_pytorch_file_that_holds_code_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "evil.pth").touch()
+
+    def load(*_, **__):
+        raise ValueError("Unsupported global: os.system\nmore")
+
+    _fake_torch(monkeypatch, load)
+    with pytest.raises(UserError, match=r"evil\.pth.*Unsupported global: os\.system\).*nothing in it was executed"):
+        _load(tmp_path / "evil.pth")
+
+
+def test_a_pytorch_file_without_a_state_dict_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "list.pth").touch()
+    _fake_torch(monkeypatch, lambda *_, **__: [1, 2])
+    with pytest.raises(UserError, match="holds a list"):
+        _load(tmp_path / "list.pth")
+
+
+def test_a_pytorch_file_without_torch_says_what_to_do(monkeypatch, tmp_path):
+    (tmp_path / "small.pth").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"install torch, or give the \.safetensors"):
+        _load(tmp_path / "small.pth")
+
+
+def test_real_torch_files(variables, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {key: torch.from_numpy(value.copy()) for key, value in to_torch(variables).items()}
+    torch.save({"state_dict": state}, tmp_path / "small.pth")
+    _assert_same(_load(tmp_path / "small.pth"), variables)
+    torch.save({"state_dict": SimpleNamespace(x=1)}, tmp_path / "code.pth")
+    with pytest.raises(UserError, match="nothing in it was executed"):
+        _load(tmp_path / "code.pth")
+
+
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_hub_id_is_found_in_the_cache_offline(hub_cache, variables, weights):
+    repository = hub_cache / "models--timm--small.ra_in1k"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit / "model.safetensors").write_bytes(weights.read_bytes())
+    _assert_same(_load("timm/small.ra_in1k"), variables)
+    _assert_same(_load(f"timm/small.ra_in1k@{commit}"), variables)
+
+
+def test_a_hub_id_that_cannot_be_reached_says_so(hub_cache):
+    with pytest.raises(UserError, match="not in the hub's cache"):
+        _load("timm/densenet121.ra_in1k")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (huggingface_hub.errors.EntryNotFoundError("x"), r"none of model\.safetensors, pytorch_model\.bin"),
+        (ConnectionError("no route to host\ndetails"), "no route to host;"),
+    ],
+)
+def test_the_hub_s_answers_become_users_errors(monkeypatch, error, message):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=message):
+        read_state_dict("timm/densenet121.ra_in1k")
+
+
+def test_our_own_faults_are_not_hidden_as_network_errors(monkeypatch):
+    def download(*_, **__):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(AttributeError):
+        read_state_dict("timm/densenet121.ra_in1k")
+
+
+def test_saving_checks_the_named_variant(variables, tmp_path):
+    with pytest.raises(UserError, match=r"do not fit densenet121: .*conv0"):
+        save_torch_state_dict(variables, tmp_path / "x.safetensors", "densenet121")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_where_one_may_not_write(variables, tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        save_torch_state_dict(variables, tmp_path / "no" / "such" / "x.safetensors")
+
+
+def test_a_saved_file_says_that_it_is_pytorch_s(weights):
+    size = struct.unpack("<Q", weights.read_bytes()[:8])[0]
+    assert json.loads(weights.read_bytes()[8 : 8 + size])["__metadata__"] == {"format": "pt"}
+    assert load_file(weights)["features.norm0.num_batches_tracked"] == 0
