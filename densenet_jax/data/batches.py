@@ -14,7 +14,6 @@ import grain
 import numpy as np
 
 from densenet_jax.data.decode import DamagedImage
-from densenet_jax.data.sources import Record
 
 PART = 32  # examples of an element at most
 FOREVER = range(2**40)
@@ -29,12 +28,12 @@ class Damaged:
         self._names: dict[str, None] = {}
         self._lock = threading.Lock()
 
-    def add(self, record: Record, error: DamagedImage) -> None:
-        """Notes `record`, or raises `error` where nothing may be skipped."""
+    def add(self, error: DamagedImage) -> None:
+        """Notes the image of `error`, or raises it where nothing may be skipped."""
         if not self._skip:
-            raise error
+            raise DamagedImage(error.name, f"{error.why} (mend it, or set config.data.on_damaged=skip)") from error
         with self._lock:
-            self._names[record.name] = None
+            self._names[error.name] = None
 
     @property
     def names(self) -> tuple[str, ...]:

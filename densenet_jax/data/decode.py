@@ -15,7 +15,12 @@ _EXACT_JPEG = {"fastdct": False, "fastupsample": False}  # the pixels that Pillo
 
 
 class DamagedImage(UserError):  # noqa: N818  (what it is, in the data set's words)
-    """An image that can't be decoded; the message names it and says why."""
+    """An image that can't be read or decoded; the message names it and says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Image {name} can't be decoded: {why}.")
+        self.name = name
+        self.why = why
 
 
 def decode_image(
@@ -47,13 +52,13 @@ def decode_image(
     except DamagedImage:
         raise
     except Exception as error:  # decoders raise nearly anything on garbage
-        raise DamagedImage(f"Image {name} can't be decoded: {error or type(error).__name__}.") from error
+        raise DamagedImage(name, str(error) or type(error).__name__) from error
 
 
 def check_size(width: int, height: int, name: str) -> None:
     """Raises DamagedImage where an image of this size is not to be decoded."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise DamagedImage(f"Image {name} claims to be {width}x{height}; at most {MAX_PIXELS} pixels are decoded.")
+        raise DamagedImage(name, f"it claims {width}x{height} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
@@ -61,7 +66,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height, name)
-        if colours in ("CMYK", "YCCK") or (channels == 1 and colours == "RGB"):
+        if colours in ("CMYK", "YCCK") or (channels == 1 and colours != "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **_EXACT_JPEG)
     except ValueError:  # also where libjpeg merely warns: Pillow then tells a truncated file from an odd one
@@ -85,17 +90,17 @@ def _decode_with_pillow(data: bytes, channels: int, name: str) -> np.ndarray:
         check_size(*image.size, name)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
-            return _from_wide(np.asarray(image), channels)
+            return _from_wide(np.asarray(image), channels, image.mode.startswith("I;16"))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns where transparency is lost on the direct way
         converted = image.convert("L" if channels == 1 else "RGB")
     return np.array(converted).reshape(converted.height, converted.width, channels)
 
 
-def _from_wide(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """16-bit (also held as 32-bit) grey to 8 bits; Pillow's own conversion would clip at 255."""
+def _from_wide(pixels: np.ndarray, channels: int, is_16_bit: bool) -> np.ndarray:
+    """Grey of 16 bits (some files hold it as 32) to 8 bits; Pillow's own conversion would clip at 255."""
     wide = pixels.astype(np.float64)
-    scaled = wide / 257 if wide.max(initial=0) > 255 else wide
+    scaled = wide / 257 if is_16_bit or wide.max(initial=0) > 255 else wide
     return np.repeat(np.clip(np.round(scaled), 0, 255).astype(np.uint8)[:, :, None], channels, axis=2)
 
 

@@ -111,6 +111,7 @@ def _write(directory: str, path: str) -> None:
             download_dir=os.path.join(os.path.dirname(path), "downloads"),
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
+    shutil.rmtree(os.path.join(os.path.dirname(path), "downloads"), ignore_errors=True)  # empty
     if not _is_prepared(path):
         raise UserError(f"Preparing the digits left nothing in {path}; remove that directory and try again.")
 

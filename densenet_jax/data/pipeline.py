@@ -10,7 +10,7 @@ import numpy as np
 from densenet_jax.data.batches import FOREVER, Batches, Damaged, Rows
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.order import Draws, Order
-from densenet_jax.data.sources import Source
+from densenet_jax.data.records import Source
 from densenet_jax.data.transforms import Transform
 from densenet_jax.errors import UserError
 
@@ -99,11 +99,11 @@ def eval_batches(
             batch["image"][row], batch["label"][row], batch["mask"][row] = 0, 0, False
             if start + row >= total:
                 continue
-            record = source[start + row]
             try:
+                record = source[start + row]
                 batch["image"][row] = transform(record.image, numbers, record.name)
             except DamagedImage as error:
-                damaged.add(record, error)
+                damaged.add(error)
                 continue
             batch["label"][row], batch["mask"][row] = record.label, True
 
@@ -122,12 +122,12 @@ class _Fresh:
         """Writes the example into `image` uint8[1, h, w, c] and `label` int32[1]."""
         size = len(self._source)
         for offset in range(size):
-            record = self._source[(index + offset) % size]
             try:
+                record = self._source[(index + offset) % size]
                 image[0], label[0] = self._transform(record.image, draws, record.name), record.label
                 return
             except DamagedImage as error:
-                self._damaged.add(record, error)
+                self._damaged.add(error)
         raise UserError(f"All {size} images of the training split are damaged.")
 
 

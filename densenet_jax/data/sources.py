@@ -1,56 +1,21 @@
 """Where records lie: random access to encoded images and labels, whatever the files look like."""
 
-import dataclasses
 import json
 import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
 # Splits every ImageNet user knows; what a directory must hold before it may be called prepared.
 _MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 _HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never changes between runs
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One example as it is stored.
-
-    Attributes:
-        image: the encoded file (JPEG, PNG, ...).
-        label: the class, from 0 on.
-        name: how a person finds this example again: the file's name, or split and position.
-    """
-
-    image: bytes
-    label: int
-    name: str
-
-
-class Source(Protocol):
-    """Random access to the examples of one split; safe to read from many threads."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the data set, whether or not the split has examples of all."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """A name for each class."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def __getitem__(self, index: int) -> Record:
-        """The example at `index`, 0 <= index < len."""
-
-    def labels(self) -> np.ndarray:
-        """int32[n]: every label, without reading images where the files allow that."""
 
 
 def default_directory() -> str:
@@ -77,7 +42,7 @@ def open_source(name: str, directory: str = "", split: str = "train", *, holdout
         raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
     wanted = "train" if split == "holdout" else split
     source = _open_whole(name, directory or default_directory(), wanted)
-    if wanted != "train" or (split == "train" and not holdout):
+    if wanted != "train" or (split != "holdout" and not holdout):
         return source
     return _hold_out(source, holdout, part=split)
 
@@ -158,8 +123,11 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        fields = self._parse(self._records[index])
         name = f"{self._split}/{index}"
+        try:
+            fields = self._parse(self._records[index])
+        except Exception as error:  # the reader and the parser raise their own kinds
+            raise DamagedImage(name, f"its record can't be read ({error})") from error
         if self._name_key:
             name = fields[self._name_key].bytes_list.value[0].decode("utf-8", "replace") or name
         return Record(

@@ -1,0 +1,46 @@
+"""What a source of examples gives."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example as it is stored.
+
+    Attributes:
+        image: the encoded file (JPEG, PNG, ...).
+        label: the class, from 0 on.
+        name: how a person finds this example again: the file's name, or split and position.
+    """
+
+    image: bytes
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """Random access to the examples of one split; safe to read from many threads."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data set, whether or not the split has examples of all."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Record:
+        """The example at `index`, 0 <= index < len.
+
+        Raises:
+            DamagedImage: it can't be read.
+        """
+
+    def labels(self) -> np.ndarray:
+        """int32[n]: every label, without reading images where the files allow that."""

@@ -1,0 +1,149 @@
+"""Crops are those of the references, pixel by pixel where the reference is Pillow."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from densenet_jax.data import transforms
+from densenet_jax.data.order import Draws
+from densenet_jax.data.transforms import centre_box, eval_transform, random_crop_box, train_transform
+from densenet_jax.errors import UserError
+
+PHOTOGRAPHS = ("astronaut", "cat", "chelsea", "coffee", "rocket", "brick")
+PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def photograph(name):
+    pixels = getattr(photographs, name)()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def resize_then_crop(data, resize_px, crop_px, interpolation):
+    """The published evaluation: torchvision's Resize and CenterCrop on a Pillow image, in their own arithmetic."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    new_long = int(resize_px * long / short)
+    new_width, new_height = (resize_px, new_long) if width <= height else (new_long, resize_px)
+    image = image.resize((new_width, new_height), PILLOW[interpolation])
+    top, left = round((new_height - crop_px) / 2), round((new_width - crop_px) / 2)
+    return np.asarray(image)[top : top + crop_px, left : left + crop_px].astype(int)
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("resize_px", "crop_px"), [(256, 224), (232, 224), (288, 288), (320, 299), (64, 33)])
+def test_evaluation_differs_from_pillow_by_at_most_one_level(name, interpolation, resize_px, crop_px):
+    data = photograph(name)
+    pixels = eval_transform(image_size_px=crop_px, resize_px=resize_px, interpolation=interpolation)(data)
+    difference = np.abs(pixels - resize_then_crop(data, resize_px, crop_px, interpolation))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.03  # values at exactly half a level, rounded the other way
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_crops_differ_from_pillow_by_at_most_one_level(name, interpolation):
+    data = photograph(name)
+    transform = train_transform(image_size_px=160, interpolation=interpolation)
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    for draws in Draws(3, transform.draws).stretch(0, 8):
+        top, left, height, width = random_crop_box(whole.height, whole.width, (0.08, 1), (3 / 4, 4 / 3), draws)
+        want = whole.crop((left, top, left + width, top + height)).resize((160, 160), PILLOW[interpolation])
+        difference = np.abs(transform(data, draws) - np.asarray(want, int))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.02
+
+
+def test_plain_interpolation_is_another_function():
+    data = photograph("coffee")
+    draws = Draws(0, 40).stretch(0, 1)[0] * 0 + 0.5
+    plain = train_transform(image_size_px=64, antialias=False)(data, draws)
+    smooth = train_transform(image_size_px=64)(data, draws)
+    assert plain.shape == smooth.shape == (64, 64, 3)
+    assert np.abs(plain.astype(int) - smooth).max() > 10
+
+
+def test_crop_boxes_fit_and_are_spread_as_torchvisions():
+    draws = Draws(1, 40).stretch(0, 4000)
+    boxes = np.array([random_crop_box(375, 500, (0.08, 1.0), (3 / 4, 4 / 3), numbers) for numbers in draws])
+    top, left, height, width = boxes.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (height >= 1).all()
+    assert (width >= 1).all()
+    assert (top + height <= 375).all()
+    assert (left + width <= 500).all()
+    aspect = width / height
+    assert aspect.min() > 0.73
+    assert aspect.max() < 1.36
+    share = height * width / (375 * 500)
+    assert share.min() > 0.078
+    # Means over 200,000 boxes of torchvision's RandomResizedCrop.get_params on this size.
+    assert share.mean() == pytest.approx(0.4339, abs=0.012)
+    assert np.log(aspect).mean() == pytest.approx(0.0308, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"), [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10)), (30, 30, (0, 0, 30, 30))]
+)
+def test_where_no_try_fits_the_largest_central_crop_is_taken(height, width, box):
+    draws = np.full(40, 0.999999)  # whole area at the most extreme aspect ratio: never fits
+    assert random_crop_box(height, width, (1.0, 1.0), (3 / 4, 4 / 3), draws) == box
+
+
+def test_whole_images_stay_as_they_are():
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 8), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    transform = train_transform(kind="none", image_size_px=8, channels=1)
+    assert transform.draws == 0
+    np.testing.assert_array_equal(transform(file.getvalue(), np.empty(0))[:, :, 0], pixels)
+    np.testing.assert_array_equal(
+        eval_transform(image_size_px=8, resize_px=8, channels=1)(file.getvalue())[:, :, 0], pixels
+    )
+    doubled = train_transform(kind="none", image_size_px=16, channels=3)(file.getvalue(), np.empty(0))
+    want = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(doubled, np.repeat(np.asarray(want)[:, :, None], 3, 2))
+
+
+def test_the_central_box_lies_inside():
+    for height, width in [(1, 1), (3, 1000), (375, 500), (500, 375), (224, 224), (7, 5)]:
+        left, top, right, bottom = centre_box(height, width, 256, 224)
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "mosaic"}, "mosaic"),
+        ({"interpolation": "lanczos"}, "lanczos"),
+        ({"channels": 4}, "channels is 4"),
+        ({"image_size_px": 0}, "image_size_px is 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        train_transform(**arguments)
+
+
+def test_the_crop_can_not_be_larger_than_the_resized_image():
+    with pytest.raises(UserError, match="200"):
+        eval_transform(image_size_px=224, resize_px=200)
+
+
+def test_grey_crops():
+    data = photograph("brick")
+    draws = Draws(0, 40).stretch(5, 1)[0]
+    for antialias in (True, False):
+        assert transforms.train_transform(image_size_px=50, channels=1, antialias=antialias)(data, draws).shape == (
+            50,
+            50,
+            1,
+        )
