@@ -161,7 +161,7 @@ def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
 def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
     """The index, or None where there is none or a folder changed since."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             stamp = json.loads(stored["stamp"].tobytes())
             if stamp["version"] != _VERSION or tuple(stamp["classes"]) != class_names:
                 return None
