@@ -20,7 +20,7 @@ from configs import default
 from densenet_jax import modes
 from densenet_jax.config import checked, explain_flag_error
 from densenet_jax.errors import UserError
-from densenet_jax.train import Interrupted
+from densenet_jax.interruption import Interrupted
 
 FLAGS = flags.FLAGS
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> None:
     """Reads the flags and the recipe; every mistake in them becomes a `UserError`."""
     try:
         left_over = FLAGS(arguments)[1:]
-        len(CONFIG.value)  # a recipe that is missing or broken shows itself only on use
+        CONFIG.value.lock()  # a recipe that is missing shows itself only on use
     except (
         flags.Error,
         ArithmeticError,
@@ -58,14 +58,14 @@ def main(arguments: list[str]) -> int:
         parse(arguments)
         recipe = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
         workdir = FLAGS.workdir or os.path.join("runs", os.path.splitext(recipe)[0])
-        result = modes.MODES[FLAGS.mode](checked(CONFIG.value), workdir)
+        result = modes.run(FLAGS.mode, checked(CONFIG.value), workdir)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
-    print(json.dumps({"mode": FLAGS.mode, **result}), flush=True)
+    print(json.dumps(result), flush=True)
     return 0
 
 

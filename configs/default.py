@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.interpolation = "bilinear"  # of training crops: "bilinear" or "bicubic"
     data.flip = True  # mirror half of the training images
     data.pad_px = 0  # pad by this much with zeros and crop back at random (CIFAR's 4)
-    data.mean = ()  # of each channel in [0, 1]; (): the variant's own
+    data.mean = ()  # of each channel in [0, 1]; (): the weights' own
     data.std = ()  # likewise
     data.reader_threads = 0  # threads that read and decode whole batches; 0: one a core
     data.prefetch_batches = 4  # decoded batches that wait in memory at most
@@ -69,8 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.every_epochs = 1.0  # epochs between validations; there is always one at the end
     evaluation.batch_size = 0  # examples a step, over all devices; 0: train.global_batch_size
     evaluation.image_size_px = 0  # side of the evaluated square; 0: data.image_size_px
-    evaluation.crop_fraction = 0.875  # crop side over resized short side (224 of 256); 0: the variant's own
-    evaluation.interpolation = "bilinear"  # "bilinear" or "bicubic"; "": the variant's own
+    evaluation.crop_fraction = 0.0  # crop side over resized short side (0.875: 224 of 256); 0: the weights' own
+    evaluation.interpolation = ""  # "bilinear" or "bicubic", antialiased as Pillow does it; "": the weights' own
     evaluation.checkpoint = "latest"  # what --mode eval evaluates: "latest", "best" or a step
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()

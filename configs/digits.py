@@ -34,7 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.warmup_epochs = 2.0
 
     config.eval.every_epochs = 5.0
-    config.eval.crop_fraction = 1.0
 
     config.checkpoint.every_steps = 100
     return config

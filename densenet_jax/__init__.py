@@ -1,8 +1,8 @@
 """DenseNets and Dual Path Networks in JAX and Flax: train, evaluate, adapt and ship them.
 
-    import densenet_jax
-    module = densenet_jax.create_model("densenet121", num_classes=10)
-    variables = densenet_jax.load_checkpoint("runs/digits")
+import densenet_jax
+module = densenet_jax.create_model("densenet121", num_classes=10)
+variables = densenet_jax.load_checkpoint("runs/digits")
 """
 
 from densenet_jax.errors import UserError

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,39 +137,3 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes `content` so that the file is whole at every moment: to a neighbour first, then moved into place."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def claim_workdir(workdir: str, config: Any) -> None:
-    """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
-
-    Raises:
-        UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
-            can't be read.
-    """
-    path = os.path.join(workdir, "config.json")
-    current = to_dict(config)
-    if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                stored = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
-        if changed := differences(stored, current):
-            raise UserError(
-                f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
-                "choose another --workdir or give the run's own settings."
-            )
-        if stored == current:
-            return
-    write_json(path, current)

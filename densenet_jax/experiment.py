@@ -18,7 +18,9 @@ from densenet_jax.data.sources import Source, open_source
 from densenet_jax.data.transforms import eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
-from densenet_jax.models.variants import get_variant
+from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.published import Preprocessing
+from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import augment, sharding
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.rng import Purpose, example_keys, step_key
@@ -80,9 +82,9 @@ class Experiment:
         config = self.config
         transform = eval_transform(
             image_size_px=self._eval_size_px,
-            resize_px=round(self._eval_size_px / (config.eval.crop_fraction or self.variant.crop_fraction)),
+            resize_px=round(self._eval_size_px / (config.eval.crop_fraction or self.preprocessing.crop_fraction)),
             channels=config.data.channels,
-            interpolation=config.eval.interpolation or self.variant.interpolation,
+            interpolation=config.eval.interpolation or self.preprocessing.interpolation,
         )
         return eval_batches(
             self.eval_source,
@@ -122,9 +124,14 @@ class Experiment:
         )
 
     @functools.cached_property
-    def variant(self) -> Any:
+    def variant(self) -> Variant:
         """The model's row in the table of variants."""
         return get_variant(self.config.model.name)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the images of the published weights were prepared, or of the variant where it starts from none."""
+        return self.variant.preprocessing_of(self.config.model.pretrained)
 
     @functools.cached_property
     def num_classes(self) -> int:
@@ -166,7 +173,8 @@ class Experiment:
             learning_rate=config.optim.learning_rate,
             total_steps=self.timeline.total_steps,
             warmup_steps=config.optim.warmup_steps or self.timeline.steps_of(config.optim.warmup_epochs),
-            milestone_steps=config.optim.milestone_steps or tuple(map(self.timeline.steps_of, config.optim.milestone_epochs)),
+            milestone_steps=config.optim.milestone_steps
+            or tuple(map(self.timeline.steps_of, config.optim.milestone_epochs)),
             milestone_rates=config.optim.milestone_rates,
             decay_factor=config.optim.decay_factor,
             end_learning_rate=config.optim.end_learning_rate,
@@ -187,7 +195,7 @@ class Experiment:
 
     def _mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         config = self.config
-        mean, std = config.data.mean or self.variant.mean, config.data.std or self.variant.std
+        mean, std = config.data.mean or self.preprocessing.mean, config.data.std or self.preprocessing.std
         for key, values in (("config.data.mean", mean), ("config.data.std", std)):
             if len(values) != config.data.channels:
                 raise UserError(
@@ -212,10 +220,31 @@ class Experiment:
         )
 
     def initial_state(self) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step, from pretrained weights where the settings name some."""
         return create_state(
-            self.model, self.optimizer, self.config.seed, self.image_shape, sharding.replicated(self.mesh)
+            self.model,
+            self.optimizer,
+            self.config.seed,
+            self.image_shape,
+            sharding.replicated(self.mesh),
+            self.pretrained_variables() if self.config.model.pretrained else None,
         )
+
+    def pretrained_variables(self) -> dict[str, Any]:
+        """The weights that `config.model.pretrained` names, with a new head where the classes differ.
+
+        Raises:
+            UserError: they can't be had, or are of another model.
+        """
+        config = self.config
+        variables = load_pretrained(
+            config.model.name,
+            config.model.pretrained,
+            self.num_classes,
+            channels=config.data.channels,
+            head_seed=config.seed,
+        )
+        return jax.device_put(variables, sharding.replicated(self.mesh))
 
     def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
         """The training step, compiled for this mesh; its state argument is donated."""

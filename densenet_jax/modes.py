@@ -1,11 +1,11 @@
 """What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
 
+import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-import ml_collections
 
 from densenet_jax.evaluate import evaluate
 from densenet_jax.experiment import Experiment
@@ -13,11 +13,26 @@ from densenet_jax.progress import say, working
 from densenet_jax.train import train
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import Checkpoints, restore_variables
+from densenet_jax.workdir import started_from
 
-Config = ml_collections.FrozenConfigDict
+Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
-def use_compilation_cache() -> None:
+def _set_up_logging() -> None:
+    """Our warnings are said to the person at the terminal; of the libraries only errors are."""
+    for library in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    ours = logging.getLogger("densenet_jax")
+    ours.propagate = False
+    ours.handlers = [_Saying()]
+
+
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second start does not compile again.
 
     The directory is $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache.
@@ -29,20 +44,22 @@ def use_compilation_cache() -> None:
 
 def train_mode(config: Config, workdir: str) -> dict[str, Any]:
     """Trains from the newest good checkpoint of `workdir`, else from the start."""
-    use_compilation_cache()
     return train(Experiment(config), workdir)
 
 
 def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
-    """Evaluates a checkpoint of `workdir` and changes nothing there."""
-    use_compilation_cache()
+    """Evaluates a checkpoint of `workdir`, or the weights that config.model.pretrained names; changes nothing there."""
     experiment = Experiment(config)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.resolve(str(config.eval.checkpoint))
-    checkpoints.close()
-    variables = restore_variables(checkpoints.directory, step, sharding.replicated(experiment.mesh))
-    experiment.check_fits(variables, f"{checkpoints.directory}/{step}")
-    say(f"evaluating step {step} of {workdir} on {config.data.name} {config.data.eval_split}")
+    if config.model.pretrained and not started_from(workdir, config.model.pretrained):
+        step, what, variables = 0, config.model.pretrained, experiment.pretrained_variables()
+    else:
+        checkpoints = Checkpoints(workdir, read_only=True)
+        step = checkpoints.resolve(str(config.eval.checkpoint))
+        checkpoints.close()
+        what = f"step {step} of {workdir}"
+        variables = restore_variables(checkpoints.directory, step, sharding.replicated(experiment.mesh))
+        experiment.check_fits(variables, f"{checkpoints.directory}/{step}")
+    say(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
     with working("compiling"):
         eval_step = experiment.compile_eval_step()
     figures = evaluate(
@@ -53,10 +70,21 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
         examples=len(experiment.eval_source),
         batch_count=experiment.eval_batch_count,
     )
+    say(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
+    if step == 0:
+        for line in experiment.published_beside(figures):
+            say(line)
     return {"step": step, **figures}
 
 
 MODES: dict[str, Callable[[Config, str], dict[str, Any]]] = {"train": train_mode, "eval": eval_mode}
+
+
+def run(mode: str, config: Config, workdir: str) -> dict[str, Any]:
+    """Runs one mode in a process of its own and returns the figures of its last line."""
+    _set_up_logging()
+    _use_compilation_cache()
+    return {"mode": mode, **MODES[mode](config, workdir)}
 
 
 def describe() -> str:

@@ -1,131 +1,19 @@
 """The loop: next batch, step, report, evaluate, save, stop."""
 
-import contextlib
-import fcntl
-import os
-import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-
-from densenet_jax.config import claim_workdir, to_dict
-from densenet_jax.errors import UserError
+from densenet_jax.config import to_dict
 from densenet_jax.evaluate import evaluate
 from densenet_jax.experiment import Experiment
+from densenet_jax.interruption import Interrupted, StopRequest
 from densenet_jax.progress import Bar, say, working
+from densenet_jax.report_window import Window
 from densenet_jax.training.checkpoint import Checkpoints
-from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
-from densenet_jax.training.steps import StepReport
+from densenet_jax.workdir import claim_workdir, only_run_in
 from densenet_jax.writers import Writers, read_metrics
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop and has saved its state."""
-
-
-class StopRequest:
-    """Remembers SIGTERM and Ctrl-C until the step under way is done; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        say(f"{self.received.name} received: saving after this step")
-
-
-@contextlib.contextmanager
-def only_run_in(workdir: str) -> Iterator[None]:
-    """Holds the work directory for this run; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another run holds it, or the directory can't be made.
-    """
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        lock = open(os.path.join(workdir, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} can't be used: {error.strerror}; choose another.") from error
-    with lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"--workdir {workdir} is in use by another run; wait for its end or choose another."
-                ) from error
-        yield
-
-
-class Window:
-    """What has happened since the last report. Reading it waits for the device, so it is read once a report."""
-
-    def __init__(self, step: int):
-        """Starts after `step` steps."""
-        self._reports: list[StepReport] = []
-        self._step = step
-        self._examples = 0
-        self._data_wait_secs = 0.0
-        self._started = time.perf_counter()
-        self.sums = ClassificationSums.zeros()
-
-    def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
-        """Takes in one step that has been dispatched; waits for the one two before it: a short queue."""
-        self._reports.append(report)
-        self._examples += examples
-        self._data_wait_secs += data_wait_secs
-        if len(self._reports) > 2:
-            jax.block_until_ready(self._reports[-3])
-
-    def check_finite(self) -> None:
-        """Reads what is outstanding.
-
-        Raises:
-            UserError: a loss or gradient is not finite; the message names the step.
-        """
-        reports, self._reports = jax.device_get(self._reports), []
-        for report in reports:
-            self._step += 1
-            for what, value in (("loss", report.sums.loss), ("gradient norm", report.grad_norm)):
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"the {what} is {float(value)} at step {self._step}; the checkpoints before it are untouched. "
-                        "Lower config.optim.learning_rate or lengthen config.optim.warmup_epochs, in a new --workdir."
-                    )
-            self.sums = self.sums.merge(report.sums)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps what happens inside (validation, saving) out of the throughput."""
-        jax.block_until_ready(self._reports)
-        start = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - start
-
-    def speed(self) -> dict[str, float]:
-        """Throughput and the share of time spent waiting for data since the start of this window."""
-        secs = time.perf_counter() - self._started
-        return {
-            "images_per_sec": round(self._examples / secs, 2),
-            "data_wait_fraction": round(self._data_wait_secs / secs, 4),
-        }
 
 
 class Trainer:
@@ -148,7 +36,9 @@ class Trainer:
         with working("compiling"):
             self._train_step = experiment.compile_train_step()
             self._eval_step = experiment.compile_eval_step()
-        self._state: TrainState = restored if restored is not None else experiment.initial_state()
+        self._state: TrainState
+        self._begun: dict[str, float] | None
+        self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
         self._step = int(self._state.step)
         if self._step:
             say(f"continuing after step {self._step}")
@@ -179,7 +69,7 @@ class Trainer:
             self._validate()
         batches = experiment.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
-        window = Window(self._step)
+        window = Window(self._step, self._begun)
         result: dict[str, Any] = {}
         try:
             while self._step < self._timeline.total_steps:
@@ -199,7 +89,7 @@ class Trainer:
                     window.check_finite()
                     with window.paused():
                         result = self._validate() if self._timeline.is_eval_step(self._step) and not stopping else {}
-                        self._checkpoints.save(self._step, self._state, self._config, result or None)
+                        self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
                 if stopping and self._step < self._timeline.total_steps:
                     raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:

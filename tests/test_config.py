@@ -3,14 +3,16 @@
 import ast
 import importlib
 import json
+import operator
 import pathlib
 
 import ml_collections
 import pytest
 
 from configs import default
-from densenet_jax.config import checked, claim_workdir, differences, explain_flag_error, flatten, to_dict
+from densenet_jax.config import checked, differences, explain_flag_error, flatten, to_dict
 from densenet_jax.errors import UserError
+from densenet_jax.workdir import claim_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))
@@ -92,9 +94,7 @@ def test_value_out_of_range_names_key_value_and_expectation(key, value):
 def test_misspelt_key_is_told_with_the_nearest(wrong, right):
     config = default.get_config()
     with pytest.raises((AttributeError, KeyError)) as caught:
-        node = config
-        for part in wrong.split(".")[1:]:
-            node = getattr(node, part)
+        operator.attrgetter(wrong.removeprefix("config."))(config)
     said = explain_flag_error(caught.value, ["main.py", f"--{wrong}=1"], config)
     assert said == f"{wrong} is not a setting; the nearest is {right}."
 

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from tests.running import last_line, run_main, start_main
 QUICK = (
     "--config=configs/digits.py",
     "--config.train.epochs=2",
+    "--config.optim.warmup_epochs=0.2",
     "--config.eval.every_epochs=1",
     "--config.checkpoint.every_steps=6",
     "--config.train.log_every_steps=5",
@@ -62,7 +64,8 @@ def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
     assert any("opt_state" in name for name in ours)
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    assert reports_of(workdir, "validation") == reports_of(other, "validation")
+    for split in ("train", "validation"):
+        assert reports_of(workdir, split) == reports_of(other, split)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,17 @@ def test_work_directory_holds_what_is_promised(finished):
     assert [report["step"] for report in train] == list(range(5, TOTAL_STEPS + 1, 5))
     assert [report["step"] for report in validation] == [23, 45]
     first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
-    expected = {"step", "epoch", "split", "loss", "top1", "top5", "learning_rate", "images_per_sec", "data_wait_fraction"}
+    expected = {
+        "step",
+        "epoch",
+        "split",
+        "loss",
+        "top1",
+        "top5",
+        "learning_rate",
+        "images_per_sec",
+        "data_wait_fraction",
+    }
     assert set(first) == expected
     assert list(finished.glob("events.out.tfevents.*"))
 
@@ -150,7 +163,6 @@ def test_killed_at_random_moments_ends_bit_for_bit_like_the_uninterrupted_run(fi
     assert kills >= 2
     run_main(*QUICK, f"--workdir={tmp_path}", **user)
     assert_same_end(tmp_path, finished)
-    assert reports_of(tmp_path, "train")[-1] == reports_of(finished, "train")[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -175,14 +187,17 @@ def test_weights_come_back_in_python(finished):
     variables = densenet_jax.load_checkpoint(str(finished))
     assert set(variables) == {"params", "batch_stats"}
     module = densenet_jax.create_model("densenet_bc_22_12", num_classes=10)
-    logits = module.apply(variables, np.zeros((2, 8, 8, 1), np.float32), train=False)
+    logits = module.apply(variables, jnp.zeros((2, 8, 8, 1)), train=False)
     assert logits.shape == (2, 10)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config.optim.learing_rate=1"], "config.optim.learing_rate is not a setting; the nearest is config.optim.learning_rate"),
+        (
+            ["--config.optim.learing_rate=1"],
+            "config.optim.learing_rate is not a setting; the nearest is config.optim.learning_rate",
+        ),
         (["--config.optim.learning_rate=fast"], "could not convert string to float: 'fast'"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--mode=trian"], "trian"),

@@ -53,7 +53,12 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, state: TrainState, config: dict[str, Any], metrics: dict[str, float] | None = None
+        self,
+        step: int,
+        state: TrainState,
+        config: dict[str, Any],
+        window: dict[str, float],
+        metrics: dict[str, float] | None = None,
     ) -> None:
         """Starts writing `state`; returns once it is safe to donate it to the next step.
 
@@ -61,6 +66,7 @@ class Checkpoints:
             step: steps done, as `state.step` says.
             state: what to save.
             config: the resolved settings.
+            window: sums of the report under way, so that the next report is whole after a restart, too.
             metrics: validation metrics at this step, with "top1", where there are some.
         """
         if step in self._manager.all_steps():
@@ -69,7 +75,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"next_step": step}),
+                data=ocp.args.JsonSave({"next_step": step, "window": window}),
                 config=ocp.args.JsonSave(config),
             ),
             metrics=metrics,
@@ -108,8 +114,8 @@ class Checkpoints:
             raise UserError(f"{self.directory} has no step {which}; it has {', '.join(map(str, steps))}.")
         return int(which)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, laid out as the abstract state `like` says.
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The state saved at `step`, laid out as the abstract state `like` says, and the sums of the report under way.
 
         Raises:
             UserError: the checkpoint can't be read or is of another model.
@@ -123,10 +129,12 @@ class Checkpoints:
             raise UserError(f"{path} can't be restored: {_first_line(error)}") from error
         if restored["data"]["next_step"] != step:
             raise UserError(f"{self.directory}/{step} says it is of step {restored['data']['next_step']}.")
-        return restored["state"]
+        return restored["state"], restored["data"]["window"]
 
-    def restore_newest(self, like: TrainState) -> TrainState | None:
-        """The newest state that can be restored, passing over damaged ones by name; None where nothing was saved.
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
+        """What `restore` gives for the newest checkpoint that can be read; damaged ones are named and passed over.
+
+        None where nothing was saved.
 
         Raises:
             UserError: there are checkpoints, but none can be restored.

@@ -41,7 +41,11 @@ def init_state(
         image_shape: height, width and channels that the model is trained on.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = model.init(step_key(seed, Purpose.INIT, 0), images, train=False)
+    return state_of(model.init(step_key(seed, Purpose.INIT, 0), images, train=False), optimizer)
+
+
+def state_of(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a run that starts from `variables`, {"params", "batch_stats"}."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -69,7 +73,18 @@ def create_state(
     seed: int,
     image_shape: tuple[int, int, int],
     sharding: NamedSharding,
+    variables: dict[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step, made directly where `sharding` says."""
-    make = jax.jit(lambda: init_state(model, optimizer, seed, image_shape), out_shardings=sharding)
-    return make()
+    """The state before the first step, made directly where `sharding` says.
+
+    Args:
+        model: as in `init_state`.
+        optimizer: as in `init_state`.
+        seed: the run's seed.
+        image_shape: as in `init_state`.
+        sharding: of every array.
+        variables: {"params", "batch_stats"} to start from instead of random ones.
+    """
+    if variables is None:
+        return jax.jit(lambda: init_state(model, optimizer, seed, image_shape), out_shardings=sharding)()
+    return jax.jit(lambda given: state_of(given, optimizer), out_shardings=sharding)(variables)

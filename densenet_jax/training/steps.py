@@ -7,11 +7,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from densenet_jax.training.losses import cross_entropy
-from densenet_jax.training.metrics import ClassificationSums
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from densenet_jax.training.losses import cross_entropy
+from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.rng import Purpose, step_key
 from densenet_jax.training.state import TrainState
 
@@ -93,7 +93,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> ClassificationSums:
-        logits = model.apply(variables, preprocess(batch["image"]), train=False)
+        logits: Array = model.apply(variables, preprocess(batch["image"]), train=False)  # type: ignore[assignment]
         labels: Int[Array, " b"] = batch["label"]
         mask: Bool[Array, " b"] = batch["mask"]
         return ClassificationSums.from_batch(logits, labels, cross_entropy(logits, labels, 0.0), mask)

@@ -1,0 +1,81 @@
+"""A run's directory: held by one run at a time, and by one set of settings for good."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from densenet_jax.config import differences, to_dict
+from densenet_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: str) -> Iterator[None]:
+    """Holds the work directory for this run; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another run holds it, or the directory can't be made.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(os.path.join(workdir, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} can't be used: {error.strerror}; choose another.") from error
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"--workdir {workdir} is in use by another run; wait for its end or choose another."
+                ) from error
+        yield
+
+
+def started_from(workdir: str, pretrained: str) -> bool:
+    """Whether the run in `workdir` began with these pretrained weights, so that its checkpoints continue them."""
+    try:
+        with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+            return json.load(file)["model"]["pretrained"] == pretrained
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes `content` so that the file is whole at every moment: to a neighbour first, then moved into place."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def claim_workdir(workdir: str, config: Any) -> None:
+    """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
+
+    Raises:
+        UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
+            can't be read.
+    """
+    path = os.path.join(workdir, "config.json")
+    current = to_dict(config)
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
+        if changed := differences(stored, current):
+            raise UserError(
+                f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
+                "choose another --workdir or give the run's own settings."
+            )
+        if stored == current:
+            return
+    write_json(path, current)
