@@ -1,7 +1,6 @@
 """scikit-learn's handwritten digits as a tfds data set: 1,797 real 8x8 images that need no download."""
 
 import contextlib
-import fcntl
 import io
 import os
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from densenet_jax.data.locking import locked
 from densenet_jax.errors import UserError
 
 TEST_EXAMPLES = 360
@@ -87,8 +87,7 @@ def prepare(directory: str) -> str:
     if _is_prepared(path):
         return path
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _lock(os.path.join(os.path.dirname(path), ".lock")):
+        with locked(os.path.join(os.path.dirname(path), ".lock")):
             if not _is_prepared(path):
                 _write(directory, path)
     except OSError as error:
@@ -114,11 +113,3 @@ def _write(directory: str, path: str) -> None:
     shutil.rmtree(os.path.join(os.path.dirname(path), "downloads"), ignore_errors=True)  # empty
     if not _is_prepared(path):
         raise UserError(f"Preparing the digits left nothing in {path}; remove that directory and try again.")
-
-
-@contextlib.contextmanager
-def _lock(path: str) -> Iterator[None]:
-    """Held by one process at a time; the kernel lets go of it when the process dies."""
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

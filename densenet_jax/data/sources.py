@@ -1,6 +1,5 @@
 """Where records lie: random access to encoded images and labels, whatever the files look like."""
 
-import json
 import os
 import re
 import threading
@@ -9,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from densenet_jax.data.convert import stored_formats
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
-# Splits every ImageNet user knows; what a directory must hold before it may be called prepared.
-_MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+# What only a person can download.
+MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 _HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never changes between runs
 
 
@@ -103,10 +103,10 @@ class ArrayRecordSource:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:
             raise UserError(f"{directory} can't be read as a tfds data set ({error}); prepare it again.") from error
-        file_format = getattr(builder.info.file_format, "value", "unknown")
-        if file_format != "array_record":
+        formats = stored_formats(directory)
+        if "array_record" not in formats:
             raise UserError(
-                f"{directory} is stored as {file_format}, which has no random access; "
+                f"{directory} is stored as {formats[0] or 'an unknown format'}, which has no random access; "
                 f"convert it once with `python main.py --mode prepare` and the same --config."
             )
         self._split = split
@@ -152,12 +152,11 @@ def _open_records(builder: Any, split: str, directory: str) -> Any:
         raise UserError(f"{directory} has no split {split!r}; it has {', '.join(known)}.")
     try:
         records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        missing = [
-            i.filename for i in builder.info.splits[split].file_instructions if not tfds.core.Path(i.filename).exists()
-        ]
+        files = [os.fspath(part.filename) for part in builder.info.splits[split].file_instructions]
     except Exception as error:
         raise UserError(f"Split {split!r} of {directory} can't be opened ({error}).") from error
-    if missing:
+    remote = "://" in directory  # asking for a thousand files there would take a minute
+    if missing := [] if remote else [file for file in files if not os.path.exists(file)]:
         raise UserError(
             f"{directory} is incomplete: {len(missing)} files are missing, first {missing[0]}; prepare it again."
         )
@@ -214,22 +213,15 @@ def find_prepared(name: str, directory: str) -> str:
         versions = [entry for entry in versions if entry[1].name == match["version"]]
     if not versions:
         raise UserError(not_prepared_message(match["set"], name, directory))
-    random_access = [entry for entry in versions if _file_format(entry[1]) == "array_record"]
+    random_access = [entry for entry in versions if "array_record" in stored_formats(os.fspath(entry[1]))]
     return os.fspath(max(random_access or versions)[1])
-
-
-def _file_format(path: Any) -> str:
-    try:
-        return json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "")
-    except (OSError, ValueError):
-        return ""
 
 
 def not_prepared_message(set_name: str, name: str, directory: str) -> str:
     """What to download, where to put it and the one command that prepares it, as one line."""
     command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"
     start = f"Data set {name} is not prepared in {directory}"
-    if archives := _MANUAL_ARCHIVES.get(set_name):
+    if archives := MANUAL_ARCHIVES.get(set_name):
         manual = os.path.join(directory, "downloads", "manual")
         return (
             f"{start}: download {' and '.join(archives)} from https://image-net.org/download-images "

@@ -1,0 +1,211 @@
+"""Makes a data set ready to train on, and proves it: counts, classes, and every image decodes."""
+
+import dataclasses
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import TypeVar
+
+import numpy as np
+
+from densenet_jax.data import convert, sources
+from densenet_jax.data.batches import available_cores
+from densenet_jax.data.convert import Progress
+from densenet_jax.data.decode import DamagedImage, decode_image
+from densenet_jax.data.locking import locked
+from densenet_jax.data.records import Source
+from densenet_jax.errors import UserError
+
+# Examples that a complete data set has.
+KNOWN_COUNTS: dict[str, dict[str, int]] = {
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "imagenet_v2": {"test": 10_000},
+    "imagenet_a": {"test": 7_500},
+    "imagenet_r": {"test": 30_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
+    "digits": {"train": 1_437, "test": 360},
+}
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_BLOCK = 64  # images that a thread checks at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitReport:
+    """What a verification found in one split.
+
+    Attributes:
+        split: its name.
+        examples: how many records there are.
+        expected: how many a complete data set has; None where that is not known.
+        damaged: (name, why) of every image that can't be decoded, in the order of the files.
+        class_counts: int64[classes], whole and damaged ones.
+    """
+
+    split: str
+    examples: int
+    expected: int | None
+    damaged: tuple[tuple[str, str], ...]
+    class_counts: np.ndarray
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one line each; () where nothing is."""
+        lines = [f"{self.split}: image {name} can't be decoded: {why}" for name, why in self.damaged]
+        if self.expected not in (None, self.examples):
+            lines.insert(0, f"{self.split}: {self.examples} images, expected {self.expected}")
+        return tuple(lines)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    del what, done, total
+
+
+def prepare_dataset(
+    name: str,
+    directory: str = "",
+    *,
+    splits: tuple[str, ...] = (),
+    progress: Progress = _silent,
+    workers: int = 0,
+    verify: bool = True,
+) -> list[SplitReport]:
+    """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
+
+    Digits and class folders need nothing but this call. A tfds set that is stored as TFRecord gets ArrayRecord files
+    beside. Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and
+    its archives in DIRECTORY/downloads/manual).
+
+    Args:
+        name: as for `open_source`.
+        directory: as for `open_source`.
+        splits: what to verify; (): all splits that a tfds set has, or "train" and "validation" of class folders.
+        progress: is called with (what is being done, how much is done, of how much).
+        workers: threads that convert and verify; 0: one a core.
+        verify: False leaves the verification out.
+
+    Returns:
+        a report for each split.
+
+    Raises:
+        UserError: something that only the user can do is missing; the message says what.
+    """
+    directory = directory or sources.default_directory()
+    workers = workers or available_cores()
+    known: dict[str, int] = KNOWN_COUNTS.get(name.partition("/")[0].partition(":")[0], {})
+    if name == "folder":
+        splits = splits or ("train", "validation")
+    elif name == "digits":
+        splits = splits or ("train", "test")
+    else:
+        path = _prepare_tfds(name, directory, progress, workers)
+        splits = splits or _split_names(path)
+    if not verify:
+        return []
+    return [
+        verify_split(sources.open_source(name, directory, split), split, known.get(split), progress, workers)
+        for split in splits
+    ]
+
+
+def verify_split(
+    source: Source, split: str, expected: int | None = None, progress: Progress = _silent, workers: int = 0
+) -> SplitReport:
+    """Decodes every image of `source`; needs memory for the images in flight only."""
+    total = len(source)
+    counts = np.zeros(source.num_classes, np.int64)
+    damaged: list[tuple[str, str]] = []
+    blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
+    done = 0
+    for labels, found in _in_order(lambda block: _check(source, block), blocks, workers or available_cores()):
+        counts += np.bincount(labels, minlength=source.num_classes)
+        damaged += found
+        done = min(done + _BLOCK, total)
+        progress(f"verify {split}", done, total)
+    return SplitReport(split, total, expected, tuple(damaged), counts)
+
+
+def _check(source: Source, block: range) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    labels, damaged = [], []
+    for index in block:
+        try:
+            record = source[index]
+            if not 0 <= record.label < source.num_classes:
+                raise DamagedImage(record.name, f"its label {record.label} is none of {source.num_classes} classes")
+            labels.append(record.label)
+            decode_image(record.image, name=record.name)
+        except DamagedImage as error:
+            damaged.append((error.name, error.why))
+    return np.array(labels, np.int64), damaged
+
+
+def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
+    """Like `map` with threads, but takes items only as results are taken."""
+    pending: list[futures.Future[_Result]] = []
+    with futures.ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * workers:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _split_names(path: str) -> tuple[str, ...]:
+    import tensorflow_datasets as tfds
+
+    return tuple(name for name in tfds.builder_from_directory(path).info.splits if name != "all")
+
+
+def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -> str:
+    """Directory of the prepared set, which has ArrayRecord files when this returns."""
+    set_name = name.partition("/")[0].partition(":")[0]
+    if "://" in directory:
+        raise UserError(f"{directory} is on object storage; prepare in a local directory and copy the files there.")
+    try:
+        with locked(os.path.join(directory, f".{set_name}.lock")):
+            return _prepare_locked(name, set_name, directory, progress, workers)
+    except OSError as error:
+        raise UserError(f"{name} can't be prepared in {directory} ({error}); set config.data.dir.") from error
+
+
+def _prepare_locked(name: str, set_name: str, directory: str, progress: Progress, workers: int) -> str:
+    try:
+        path = sources.find_prepared(name, directory)
+    except UserError:
+        _download_and_prepare(name, set_name, directory)
+        path = sources.find_prepared(name, directory)
+    if "array_record" not in convert.stored_formats(path):
+        convert.convert_to_array_record(path, progress, workers)
+    return path
+
+
+def _download_and_prepare(name: str, set_name: str, directory: str) -> None:
+    import tensorflow_datasets as tfds
+
+    manual = os.path.join(directory, "downloads", "manual")
+    archives = sources.MANUAL_ARCHIVES.get(set_name, ())
+    if any(not os.path.exists(os.path.join(manual, archive)) for archive in archives):
+        raise UserError(sources.not_prepared_message(set_name, name, directory))
+    try:
+        if archives:
+            import tensorflow as _  # noqa: F401  (tfds reads these archives with it)
+        builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+        for leftover in glob.glob(f"{glob.escape(os.fspath(builder.data_path))}.incomplete*"):
+            shutil.rmtree(leftover)  # of a run that was killed: under the lock nobody else writes here
+        builder.download_and_prepare(
+            download_dir=os.path.join(directory, "downloads"),
+            download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False),
+        )
+    except ImportError as error:
+        package = "tensorflow-cpu==2.21.0" if "tensorflow" in str(error) else error.name or str(error)
+        raise UserError(f"Preparing {name} needs one more package: `pip install {package}`, then repeat.") from error
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"config.data.name is {name!r}, which tfds does not know.") from error
