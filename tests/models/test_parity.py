@@ -65,13 +65,14 @@ def _train_once(name):
     variables = golden.drawn_variables(name, np.float64)
     weights = draw("loss.weight", (4, 10)).astype(np.float64)
 
-    def loss(params, x):
-        everything = {"params": params, "batch_stats": variables["batch_stats"]}
+    def loss(params, x, statistics):
+        everything = {"params": params, "batch_stats": statistics}
         logits, state = model.apply(everything, x, train=True, mutable=["batch_stats"])
         return (logits * weights).sum(), (logits, state["batch_stats"])
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE)
-    (_, (logits, statistics)), gradients = run(variables["params"], golden.images(4, 67, np.float64))
+    x = golden.images(4, 67, np.float64)
+    (_, (logits, statistics)), gradients = run(variables["params"], x, variables["batch_stats"])
     return jax.device_get((logits, statistics, gradients))
 
 
