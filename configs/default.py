@@ -17,10 +17,11 @@ def get_config() -> ml_collections.ConfigDict:
     model.name = "densenet121"  # a name of densenet_jax.list_models()
     model.pretrained = ""  # start from these weights: a hub id, a .safetensors or a .pth file
     model.num_classes = 0  # 0: as many as the data set has
-    model.dtype = "float32"  # of activations and matrix products; parameters, statistics and losses stay float32
+    model.dtype = "float32"  # or bfloat16, float16: of activations and products; parameters and losses stay float32
     model.classifier_dropout = 0.0  # rate before the classifier
     model.layer_dropout = 0.0  # rate after the convolutions of a dense layer (the paper's 0.2 without augmentation)
     model.batch_norm_momentum = 0.9  # kept share of the running statistics (0.9 here is 0.1 in torch)
+    model.batch_norm_epsilon = 0.0  # 0: the variant's own (1e-5, of DPN 1e-3)
     model.batch_norm_group_size = 0  # examples that share batch statistics; 0: the whole global batch
     model.unbiased_running_variance = True  # torch's n/(n-1); False: the biased variance, as flax keeps it
     model.remat = False  # recompute dense layers in the backward pass: less memory, more time
@@ -30,40 +31,70 @@ def get_config() -> ml_collections.ConfigDict:
     data.dir = ""  # where data sets are; "": tfds's own directory (TFDS_DATA_DIR or ~/tensorflow_datasets)
     data.train_split = "train"  # what is trained on
     data.eval_split = "validation"  # what is evaluated
+    data.holdout = 0.0  # share (below 1) or number of training images kept back; data.eval_split="holdout" is these
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as grey
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size
     data.crop_area = (0.08, 1.0)  # share of the image's area that a random crop covers
     data.crop_aspect = (3 / 4, 4 / 3)  # width over height of a random crop
     data.interpolation = "bilinear"  # of training crops: "bilinear" or "bicubic"
-    data.flip = True  # mirror half of the training images
-    data.pad_px = 0  # pad by this much with zeros and crop back at random (CIFAR's 4)
     data.mean = ()  # of each channel in [0, 1]; (): the weights' own
     data.std = ()  # likewise
+    data.on_damaged = "error"  # or "skip": take the next training image instead, and count
     data.reader_threads = 0  # threads that read and decode whole batches; 0: one a core
     data.prefetch_batches = 4  # decoded batches that wait in memory at most
+
+    augment = config.augment = ml_collections.ConfigDict()  # of training images, on the accelerator
+    augment.flip = True  # mirror half of the images
+    augment.pad_px = 0  # pad by this much with zeros and crop back at random (CIFAR's 4)
+    augment.color_jitter = (0.0, 0.0, 0.0)  # strength of brightness, contrast, saturation; usual: 0.4 each
+    augment.erase = 0.0  # share of images that lose a random rectangle; usual: 0.25
+    augment.mixup_alpha = 0.0  # of mixup's Beta distribution; 0: none
+    augment.cutmix_alpha = 0.0  # likewise of cutmix
+    augment.mix_probability = 1.0  # share of batches that are mixed
+    augment.cutmix_share = 0.5  # share of the mixed batches that cutmix mixes, where both are on
 
     train = config.train = ml_collections.ConfigDict()
     train.epochs = 300.0  # passes over the training split; fractions are allowed
     train.global_batch_size = 256  # examples a step, over all devices
+    train.microbatches = 1  # the batch is computed in so many parts, to save memory
+    train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
     train.label_smoothing = 0.0  # spread this much evenly over all classes
     train.log_every_steps = 50  # steps between reports
 
     optim = config.optim = ml_collections.ConfigDict()
     optim.name = "sgd"  # "sgd", "adamw", "lamb" or "rmsprop"
     optim.learning_rate = 0.1  # peak rate
+    optim.base_batch_size = 0  # rates are for a batch of this size and scale with the batch; 0: they are as given
     optim.momentum = 0.9  # sgd and rmsprop
     optim.nesterov = True  # sgd: look ahead along the momentum
     optim.weight_decay = 1e-4  # torch's form: added to the gradient (sgd), or decoupled (adamw, lamb)
     optim.decay_norm_and_bias = True  # False spares batch-norm scales and all biases from weight decay
-    optim.schedule = "multistep"  # or "cosine", "constant"
+    optim.clip_grad_norm = 0.0  # cut the gradient's norm to this; 0: never
+    optim.betas = (0.9, 0.999)  # adamw and lamb: kept shares of the moments
+    optim.rms_decay = 0.9  # rmsprop: kept share of the squared gradient
+    optim.epsilon = 0.0  # adamw, lamb, rmsprop: against division by zero; 0: the usual
+    optim.freeze = ""  # regular expression of parameters that stand still, such as "^params/(?!classifier)"
+    optim.rate_multipliers = ()  # pairs (regular expression of parameters, factor of the rate); the first match counts
+    optim.schedule = "multistep"  # or "constant", "cosine", "exponential", "cosine_restarts", "one_cycle"
     optim.milestone_epochs = (150.0, 225.0, 300.0)  # multistep: where the rate drops
     optim.milestone_steps = ()  # the same in steps
     optim.milestone_rates = ()  # multistep: the rate of each stretch; (): learning_rate times powers of decay_factor
-    optim.decay_factor = 0.1  # multistep: factor at each milestone
-    optim.end_learning_rate = 0.0  # cosine: the rate at the end
-    optim.warmup_epochs = 0.0  # linear warmup from 0 in front of any schedule
+    optim.decay_factor = 0.1  # multistep: factor at each milestone; exponential: in decay_epochs
+    optim.decay_epochs = 1.0  # exponential: the rate falls by decay_factor in this time
+    optim.decay_steps = 0  # the same in steps
+    optim.staircase = False  # exponential: falls at once at the end of each such time
+    optim.end_learning_rate = 0.0  # cosine, cosine_restarts, exponential: the lowest rate
+    optim.cycle_epochs = 10.0  # cosine_restarts: length of the first cycle
+    optim.cycle_steps = 0  # the same in steps
+    optim.cycle_multiplier = 1.0  # cosine_restarts: each cycle's length over the one before
+    optim.cycle_decay = 1.0  # cosine_restarts: each cycle's peak over the one before
+    optim.rise_fraction = 0.3  # one_cycle: share of the steps in which the rate rises
+    optim.start_divisor = 25.0  # one_cycle: highest rate over the first
+    optim.end_divisor = 1e4  # one_cycle: first rate over the last
+    optim.warmup_epochs = 0.0  # linear warmup in front of any schedule
     optim.warmup_steps = 0  # the same in steps
+    optim.warmup_learning_rate = 0.0  # where the warmup starts
 
     evaluation = config.eval = ml_collections.ConfigDict()
     evaluation.every_epochs = 1.0  # epochs between validations; there is always one at the end

@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.image_size_px = 8
     config.data.channels = 1
     config.data.crop = "none"
-    config.data.flip = False
-    config.data.pad_px = 1
+    config.augment.flip = False
+    config.augment.pad_px = 1
     config.data.mean = (0.305,)
     config.data.std = (0.376,)
 

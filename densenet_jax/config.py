@@ -24,13 +24,14 @@ MAY_CHANGE_ON_RESUME = (
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
+_SHARE: Callable[[Any], bool] = lambda value: 0 <= value <= 1  # noqa: E731
 _RATE: Callable[[Any], bool] = lambda value: 0 <= value < 1  # noqa: E731
 
 # key -> (what is expected, check)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
     "model.num_classes": ("0 or more", _NOT_NEGATIVE),
-    "model.dtype": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
+    "model.dtype": ("float32, bfloat16 or float16", lambda value: value in ("float32", "bfloat16", "float16")),
     "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
     "model.layer_dropout": ("a rate in [0, 1)", _RATE),
     "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
@@ -44,7 +45,20 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "data.crop_aspect": ("two ratios 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1]),
     "data.interpolation": ("bilinear or bicubic", lambda value: value in ("bilinear", "bicubic")),
-    "data.pad_px": ("0 or more", _NOT_NEGATIVE),
+    "augment.pad_px": ("0 or more", _NOT_NEGATIVE),
+    "augment.color_jitter": ("three strengths", lambda value: len(value) == 3 and min(value) >= 0),
+    "augment.erase": ("a share in [0, 1]", _SHARE),
+    "augment.mixup_alpha": ("0 or more", _NOT_NEGATIVE),
+    "augment.cutmix_alpha": ("0 or more", _NOT_NEGATIVE),
+    "augment.mix_probability": ("a share in [0, 1]", _SHARE),
+    "augment.cutmix_share": ("a share in [0, 1]", _SHARE),
+    "data.holdout": ("a share below 1 or a number of images", lambda value: 0 <= value < 1 or value == int(value)),
+    "data.on_damaged": ("error or skip", lambda value: value in ("error", "skip")),
+    "model.batch_norm_epsilon": ("0 or more", _NOT_NEGATIVE),
+    "train.microbatches": ("more than 0", _POSITIVE),
+    "train.average_decay": ("a share in [0, 1)", _RATE),
+    "optim.base_batch_size": ("0 or more", _NOT_NEGATIVE),
+    "optim.clip_grad_norm": ("0 or more", _NOT_NEGATIVE),
     "data.mean": ("one number a channel, or ()", lambda value: all(0 <= entry <= 1 for entry in value)),
     "data.std": ("one number above 0 a channel, or ()", lambda value: all(entry > 0 for entry in value)),
     "data.reader_threads": ("0 or more", _NOT_NEGATIVE),
@@ -61,7 +75,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval.every_epochs": ("more than 0", _POSITIVE),
     "eval.batch_size": ("0 or more", _NOT_NEGATIVE),
     "eval.image_size_px": ("0 or more", _NOT_NEGATIVE),
-    "eval.crop_fraction": ("a share in [0, 1]", lambda value: 0 <= value <= 1),
+    "eval.crop_fraction": ("a share in [0, 1]", _SHARE),
     "eval.interpolation": ("bilinear, bicubic or empty", lambda value: value in ("", "bilinear", "bicubic")),
     "eval.checkpoint": ("latest, best or a step", lambda value: value in ("latest", "best") or str(value).isdigit()),
     "checkpoint.every_steps": ("more than 0", _POSITIVE),

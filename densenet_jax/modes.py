@@ -65,10 +65,10 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
     figures = evaluate(
         eval_step,
         variables,
-        experiment.eval_batches(),
+        experiment.data.eval_batches(),
         experiment.mesh,
-        examples=len(experiment.eval_source),
-        batch_count=experiment.eval_batch_count,
+        examples=len(experiment.data.eval_source),
+        batch_count=experiment.data.eval_batch_count,
     )
     say(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
     if step == 0:

@@ -47,9 +47,7 @@ class Trainer:
             record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
         }
         self._best = max(validated.values(), default=0.0)
-        self._validation_missing = (
-            0 < self._step < total and self._timeline.is_eval_step(self._step) and self._step not in validated
-        )
+        self._validated = self._step in validated
 
     def run(self) -> dict[str, Any]:
         """Trains to the end.
@@ -62,15 +60,15 @@ class Trainer:
             UserError: the loss is not finite, or a record can't be read.
         """
         experiment = self._experiment
-        if self._step >= self._timeline.total_steps:
+        result: dict[str, Any] = {}
+        if self._step and self._timeline.is_eval_step(self._step):
+            result = self._validate(record=not self._validated)
+        if self._step == self._timeline.total_steps:
             say("nothing left to train")
-            return self._validate()
-        if self._validation_missing:
-            self._validate()
-        batches = experiment.train_batches(self._step)
+            return result
+        batches = experiment.data.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
         window = Window(self._step, self._begun)
-        result: dict[str, Any] = {}
         try:
             while self._step < self._timeline.total_steps:
                 waiting = time.perf_counter()
@@ -85,12 +83,15 @@ class Trainer:
                     window.check_finite()
                     self._report(window, bar)
                     window = Window(self._step)
+                stopping = stopping and self._step < self._timeline.total_steps
                 if self._timeline.is_save_step(self._step) or stopping:
                     window.check_finite()
                     with window.paused():
-                        result = self._validate() if self._timeline.is_eval_step(self._step) and not stopping else {}
+                        # Whoever asks to stop may not wait: validation is made up for by the next start.
+                        validate = self._timeline.is_eval_step(self._step) and not stopping
+                        result = self._validate() if validate else {}
                         self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
-                if stopping and self._step < self._timeline.total_steps:
+                if stopping:
                     raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
             bar.close()
@@ -105,33 +106,47 @@ class Trainer:
     def _report(self, window: Window, bar: Bar) -> None:
         figures = window.sums.compute()
         epoch = self._timeline.epochs_done(self._step)
-        rate = float(self._experiment.schedule(self._step - 1))
+        scaling = self._state.loss_scale
+        skipped = {} if scaling is None else {"skipped_steps": int(scaling.skipped_steps)}
+        # The schedule counts updates, and a skipped step makes none.
+        rate = float(self._experiment.schedule(self._step - 1 - skipped.get("skipped_steps", 0)))
         speed = window.speed()
-        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
+        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed, **skipped}
         self._writers.write(self._step, "train", values)
+        mixed = " of mixed images" if self._experiment.mixes else ""
         bar.figures(
-            f"epoch {epoch:.1f}  loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  lr {rate:.4g}  "
+            f"epoch {epoch:.1f}  loss {figures['loss']:.4f}  top-1{mixed} {figures['top1']:.2%}  lr {rate:.4g}  "
             f"{speed['images_per_sec']:.0f} images/s  waiting {speed['data_wait_fraction']:.0%}"
         )
 
-    def _validate(self) -> dict[str, Any]:
-        experiment = self._experiment
-        figures = evaluate(
-            self._eval_step,
-            self._state.variables,
-            experiment.eval_batches(),
-            experiment.mesh,
-            examples=len(experiment.eval_source),
-            batch_count=experiment.eval_batch_count,
-        )
+    def _validate(self, record: bool = True) -> dict[str, Any]:
+        """Evaluates the moving average where there is one, the raw weights beside it."""
+        raw = self._evaluate(self._state.variables)
+        figures, beside = raw, {}
+        if self._state.average is not None:
+            figures = self._evaluate(self._state.average)
+            beside = {f"raw_{name}": value for name, value in _means(raw).items()}
         epoch = round(self._timeline.epochs_done(self._step), 4)
-        self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures)})
+        if record:
+            self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures), **beside})
         self._best = max(self._best, figures["top1"])
+        raw_note = f"  (raw weights: top-1 {raw['top1']:.2%})" if beside else ""
         say(
             f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
-            f"top-5 {figures['top5']:.2%}  (best {self._best:.2%})"
+            f"top-5 {figures['top5']:.2%}  (best {self._best:.2%}){raw_note}"
         )
         return {"step": self._step, **figures}
+
+    def _evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
+        data = self._experiment.data
+        return evaluate(
+            self._eval_step,
+            variables,
+            data.eval_batches(),
+            self._experiment.mesh,
+            examples=len(data.eval_source),
+            batch_count=data.eval_batch_count,
+        )
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:

@@ -158,12 +158,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_checkpoint(workdir: str, step: int | None = None) -> dict[str, Any]:
+def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True) -> dict[str, Any]:
     """Loads {"params", "batch_stats"} of a run onto the default device, without its model or settings.
 
     Args:
         workdir: the run's directory.
         step: which checkpoint; None takes the newest.
+        averaged: take their moving average where the run has kept one, as validation does.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -174,11 +175,19 @@ def load_checkpoint(workdir: str, step: int | None = None) -> dict[str, Any]:
     finally:
         checkpoints.close()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return restore_variables(checkpoints.directory, chosen, here)
+    return restore_variables(checkpoints.directory, chosen, here, averaged)
 
 
-def restore_variables(directory: str, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+def restore_variables(
+    directory: str, step: int, sharding: jax.sharding.Sharding, averaged: bool = True
+) -> dict[str, Any]:
     """The parameters and batch statistics saved at `step`, each laid out by `sharding`.
+
+    Args:
+        directory: the run's checkpoints.
+        step: which one.
+        sharding: of every array.
+        averaged: take their moving average where the run has kept one.
 
     Raises:
         UserError: the checkpoint can't be read.
@@ -188,10 +197,13 @@ def restore_variables(directory: str, step: int, sharding: jax.sharding.Sharding
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in ("params", "batch_stats")}
+            if averaged and tree.get("average"):
+                wanted = {"average": tree["average"]}
             restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), wanted)
-            return reader.restore(
+            restored = reader.restore(
                 path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
             )
+            return restored.get("average", restored)
     except Exception as error:  # as in Checkpoints.restore
         raise UserError(f"{os.path.dirname(path)} can't be restored: {_first_line(error)}") from error
 

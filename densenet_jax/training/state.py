@@ -1,5 +1,6 @@
 """What a training run is at one moment: described abstractly first, then made where it will live."""
 
+import dataclasses
 from typing import Any
 
 import flax
@@ -10,18 +11,30 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
+from densenet_jax.training.precision import LossScale
 from densenet_jax.training.rng import Purpose, step_key
 from densenet_jax.training.sharding import with_sharding
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, statistics and optimizer state after `step` steps; with the seed, all that a run is."""
+    """Parameters, statistics and optimizer state after `step` steps; with the seed, all that a run is.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        params: the model's parameters.
+        batch_stats: its running statistics.
+        opt_state: the optimizer's.
+        average: {"params", "batch_stats"} averaged over steps; None where the run keeps no average.
+        loss_scale: None where the precision needs none.
+    """
 
     step: Int[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = None
+    loss_scale: LossScale | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -29,62 +42,50 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
-) -> TrainState:
-    """The state before the first step, a pure function of the seed.
+@dataclasses.dataclass(frozen=True)
+class StateRecipe:
+    """How the state before the first step is made, a pure function of the seed.
 
-    Args:
+    Attributes:
         model: called as `model.init(key, images, train=False)`.
         optimizer: any optax transformation.
         seed: the run's seed.
         image_shape: height, width and channels that the model is trained on.
+        averages: keep a moving average of parameters and batch statistics.
+        scales_loss: keep a loss scale.
     """
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    return state_of(model.init(step_key(seed, Purpose.INIT, 0), images, train=False), optimizer)
 
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    seed: int
+    image_shape: tuple[int, int, int]
+    averages: bool = False
+    scales_loss: bool = False
 
-def state_of(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step of a run that starts from `variables`, {"params", "batch_stats"}."""
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
-    )
+    def init_variables(self) -> Any:
+        """Random {"params", "batch_stats"}."""
+        images = jnp.zeros((1, *self.image_shape), jnp.float32)
+        return self.model.init(step_key(self.seed, Purpose.INIT, 0), images, train=False)
 
+    def start_from(self, variables: Any) -> TrainState:
+        """The state before the first step with `variables`, {"params", "batch_stats"}."""
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=self.optimizer.init(params),
+            # A copy: the state is donated whole, and no buffer may be donated twice.
+            average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if self.averages else None,
+            loss_scale=LossScale.create() if self.scales_loss else None,
+        )
 
-def abstract_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    image_shape: tuple[int, int, int],
-    sharding: NamedSharding,
-) -> TrainState:
-    """Shapes, dtypes and layout of the state without any memory."""
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, seed, image_shape))
-    return with_sharding(shapes, sharding)
+    def abstract(self, sharding: NamedSharding) -> TrainState:
+        """Shapes, dtypes and layout of the state without any memory."""
+        return with_sharding(jax.eval_shape(lambda: self.start_from(self.init_variables())), sharding)
 
-
-def create_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    image_shape: tuple[int, int, int],
-    sharding: NamedSharding,
-    variables: dict[str, Any] | None = None,
-) -> TrainState:
-    """The state before the first step, made directly where `sharding` says.
-
-    Args:
-        model: as in `init_state`.
-        optimizer: as in `init_state`.
-        seed: the run's seed.
-        image_shape: as in `init_state`.
-        sharding: of every array.
-        variables: {"params", "batch_stats"} to start from instead of random ones.
-    """
-    if variables is None:
-        return jax.jit(lambda: init_state(model, optimizer, seed, image_shape), out_shardings=sharding)()
-    return jax.jit(lambda given: state_of(given, optimizer), out_shardings=sharding)(variables)
+    def create(self, sharding: NamedSharding, variables: Any = None) -> TrainState:
+        """The state, made directly where `sharding` says, from `variables` where they are given."""
+        if variables is None:
+            return jax.jit(lambda: self.start_from(self.init_variables()), out_shardings=sharding)()
+        return jax.jit(self.start_from, out_shardings=sharding)(variables)

@@ -1,5 +1,6 @@
 """The training step and the evaluation step: pure functions of a state and a batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,81 +11,122 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from densenet_jax.training.accumulate import accumulate_gradients
+from densenet_jax.training.ema import ema_decay, update_ema
+from densenet_jax.training.freeze import frozen_statistics_mask, keep_frozen
 from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.precision import LossScale, all_finite, select
 from densenet_jax.training.rng import Purpose, step_key
 from densenet_jax.training.state import TrainState
 
 Batch = dict[str, Array]
-# uint8 images and the step -> what the model is given
-Preprocess = Callable[[UInt8[Array, "b h w c"], Int[Array, ""]], Float[Array, "b h2 w2 c"]]
+# uint8 images, labels and the step -> what the model is given, and labels or class probabilities
+Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 @flax.struct.dataclass
 class StepReport:
-    """What a step tells: sums over its batch, and the norm of its gradient, which shows a fault a step early."""
+    """What a step tells.
+
+    Attributes:
+        sums: over its batch; under mixup, of the mixed examples.
+        grad_norm: of the gradient before clipping; it shows a fault a step before the loss does. 0 in a skipped step.
+        skipped: 1 where the step changed nothing because a scaled gradient was not finite.
+    """
 
     sums: ClassificationSums
     grad_norm: Float[Array, ""]
+    skipped: Int[Array, ""]
 
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    preprocess: Preprocess,
-    *,
-    seed: int,
-    label_smoothing: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """Builds `step(state, batch) -> (state, report)`.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """`step(state, batch) -> (state, report)`, to be jitted with the state donated.
 
-    Batch norm's statistics are those of the whole global batch (or of the model's groups), however many devices it
-    is spread over: the step is written for the global batch and the compiler inserts the collectives.
+    The batch has "image" uint8 [b, h, w, c] and "label" int32 [b]. It is the global batch, however many devices it is
+    spread over: batch norm's statistics are over all of it (or over the model's groups), and the compiler inserts
+    the collectives.
 
-    Args:
+    Attributes:
         model: called as `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=...)`.
         optimizer: any optax transformation.
-        preprocess: uint8 images and the step to what the model is given; augmentation happens here.
+        augment: what happens to images and labels before the model sees them.
         seed: the run's seed, for dropout.
         label_smoothing: share of the target spread evenly over all classes.
-
-    The batch has "image" uint8 [b, h, w, c] and "label" int32 [b].
+        microbatches: the batch is computed in so many parts, one after the other.
+        average_decay: kept share of the moving average; used where the state has one.
+        freeze: pattern of parameters that stand still; their running statistics do, too.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        images = preprocess(batch["image"], state.step)
-        labels = batch["label"]
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    augment: Augment
+    seed: int
+    label_smoothing: float = 0.0
+    microbatches: int = 1
+    average_decay: float = 0.0
+    freeze: str = ""
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        """One step."""
+        images, targets = self.augment(batch["image"], batch["label"], state.step)
+        gradients, batch_stats, (losses, logits) = accumulate_gradients(
+            lambda *args: self._gradients(state.step, state.loss_scale, *args),
+            state.params,
+            state.batch_stats,
+            (images, targets),
+            self.microbatches,
+        )
+        if self.freeze:
+            frozen = frozen_statistics_mask(state.batch_stats, self.freeze)
+            batch_stats = keep_frozen(frozen, state.batch_stats, batch_stats)
+        if state.loss_scale is not None:
+            gradients = state.loss_scale.unscale(gradients)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        new = state.replace(  # type: ignore[attr-defined]
+            params=optax.apply_updates(state.params, updates), batch_stats=batch_stats, opt_state=opt_state
+        )
+        if state.average is not None:
+            decay = ema_decay(state.step, self.average_decay)
+            new = new.replace(average=update_ema(state.average, new.variables, decay))
+        skipped = jnp.zeros((), jnp.int32)
+        if state.loss_scale is not None:
+            finite = all_finite(gradients)
+            new = select(finite, new, state).replace(loss_scale=state.loss_scale.update(finite))
+            skipped = 1 - finite.astype(jnp.int32)
+        report = StepReport(
+            sums=ClassificationSums.from_batch(logits, targets, losses),
+            grad_norm=jnp.where(skipped == 1, 0.0, optax.global_norm(gradients)),
+            skipped=skipped,
+        )
+        return new.replace(step=state.step + 1), report
+
+    def _gradients(
+        self, step: Array, loss_scale: LossScale | None, params: Any, batch_stats: Any, part: Any, number: Array
+    ) -> tuple[Any, Any, Any]:
+        images, targets = part
+        dropout = jax.random.fold_in(step_key(self.seed, Purpose.DROPOUT, step), number)
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-            logits, mutated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+            logits, mutated = self.model.apply(
+                {"params": params, "batch_stats": batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": step_key(seed, Purpose.DROPOUT, state.step)},
+                rngs={"dropout": dropout},
             )
-            losses = cross_entropy(logits, labels, label_smoothing)
-            return jnp.mean(losses), (losses, logits, mutated["batch_stats"])
+            losses = cross_entropy(logits, targets, self.label_smoothing)
+            loss = jnp.mean(losses)
+            loss = loss if loss_scale is None else loss_scale.scale_loss(loss)
+            return loss, (losses, logits, mutated["batch_stats"])
 
-        gradients, (losses, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        report = StepReport(
-            sums=ClassificationSums.from_batch(logits, labels, losses),
-            grad_norm=optax.global_norm(gradients),
-        )
-        state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        return state, report
-
-    return train_step
+        gradients, (losses, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
+        return gradients, batch_stats, (losses, logits)
 
 
 def make_eval_step(
-    model: nn.Module, preprocess: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+    model: nn.Module, normalize: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
 ) -> Callable[[dict[str, Any], Batch], ClassificationSums]:
     """Builds `step(variables, batch) -> sums` over the examples that the batch's mask names.
 
@@ -93,9 +135,9 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> ClassificationSums:
-        logits: Array = model.apply(variables, preprocess(batch["image"]), train=False)  # type: ignore[assignment]
+        logits: Array = model.apply(variables, normalize(batch["image"]), train=False)  # type: ignore[assignment]
         labels: Int[Array, " b"] = batch["label"]
         mask: Bool[Array, " b"] = batch["mask"]
-        return ClassificationSums.from_batch(logits, labels, cross_entropy(logits, labels, 0.0), mask)
+        return ClassificationSums.from_batch(logits, labels, cross_entropy(logits, labels), mask)
 
     return eval_step

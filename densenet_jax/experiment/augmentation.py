@@ -1,0 +1,58 @@
+"""`config.augment` to what happens to a batch on the accelerator, inside the jitted step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from densenet_jax.training import augment
+from densenet_jax.training.color import color_jitter
+from densenet_jax.training.erasing import random_erase
+from densenet_jax.training.mixing import mix
+from densenet_jax.training.rng import Purpose, example_keys, step_key
+from densenet_jax.training.steps import Augment
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalize_with(mean_std: Statistics, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """What evaluation does to images: bytes to normalised floats."""
+    mean, std = mean_std
+    return lambda images: augment.normalize(images, mean, std, dtype)
+
+
+def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) -> Augment:
+    """What training does to images and labels, as a function of (seed, step, example)."""
+    mean, std = mean_std
+
+    def apply(images: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def keys(purpose: Purpose) -> jax.Array:
+            return example_keys(step_key(config.seed, purpose, step), images.shape[0])
+
+        if config.augment.flip:
+            images = augment.random_flip(images, keys(Purpose.FLIP))
+        if config.augment.pad_px:
+            images = augment.pad_and_crop(images, keys(Purpose.PAD_CROP), config.augment.pad_px)
+        if any(config.augment.color_jitter):
+            brightness, contrast, saturation = config.augment.color_jitter
+            images = color_jitter(
+                images, keys(Purpose.COLOR), brightness=brightness, contrast=contrast, saturation=saturation
+            )
+        images = augment.normalize(images, mean, std, jnp.float32 if config.augment.erase else dtype)
+        if config.augment.erase:
+            images = random_erase(images, keys(Purpose.ERASE), probability=config.augment.erase).astype(dtype)
+        if config.augment.mixup_alpha or config.augment.cutmix_alpha:
+            return mix(
+                images,
+                labels,
+                step_key(config.seed, Purpose.MIX, step),
+                num_classes=num_classes,
+                mixup_alpha=config.augment.mixup_alpha,
+                cutmix_alpha=config.augment.cutmix_alpha,
+                probability=config.augment.mix_probability,
+                cutmix_share=config.augment.cutmix_share,
+            )
+        return images, labels
+
+    return apply

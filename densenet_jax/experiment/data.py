@@ -1,0 +1,120 @@
+"""`config.data` and the sizes of batches, to sources and batches."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
+from densenet_jax.data.sources import Source, open_source
+from densenet_jax.data.transforms import eval_transform, train_transform
+from densenet_jax.errors import UserError
+from densenet_jax.models.published import Preprocessing
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The splits of a run and their batches, opened on first use: an evaluation never opens the training split."""
+
+    config: Any
+    preprocessing: Preprocessing
+
+    @functools.cached_property
+    def train_source(self) -> Source:
+        """The records that are trained on."""
+        config = self.config
+        return open_source(
+            config.data.name, config.data.dir, config.data.train_split, holdout=float(config.data.holdout)
+        )
+
+    @functools.cached_property
+    def eval_source(self) -> Source:
+        """The records that are evaluated; the held-out part of train where `config.data.eval_split` is "holdout"."""
+        config = self.config
+        return open_source(
+            config.data.name, config.data.dir, config.data.eval_split, holdout=float(config.data.holdout)
+        )
+
+    @property
+    def train_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the model is trained on."""
+        side = self.config.data.image_size_px
+        return side, side, self.config.data.channels
+
+    @property
+    def eval_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what is evaluated."""
+        side = self.config.eval.image_size_px or self.config.data.image_size_px
+        return side, side, self.config.data.channels
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples an evaluation step takes, over all devices."""
+        return self.config.eval.batch_size or self.config.train.global_batch_size
+
+    @property
+    def eval_batch_count(self) -> int:
+        """Batches of one evaluation."""
+        return math.ceil(len(self.eval_source) / self.eval_batch_size)
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What images in [0, 1] are normalised by, a number a channel.
+
+        Raises:
+            UserError: there are more or fewer numbers than channels.
+        """
+        config = self.config
+        mean, std = config.data.mean or self.preprocessing.mean, config.data.std or self.preprocessing.std
+        for key, values in (("config.data.mean", mean), ("config.data.std", std)):
+            if len(values) != config.data.channels:
+                raise UserError(
+                    f"{key} has {len(values)} numbers {tuple(values)}, but config.data.channels is "
+                    f"{config.data.channels}; give one number a channel."
+                )
+        return mean, std
+
+    def train_batches(self, start_step: int) -> Batches:
+        """This process's shares of the global batches from `start_step` on, without end."""
+        config = self.config
+        transform = train_transform(
+            kind=config.data.crop,
+            image_size_px=config.data.image_size_px,
+            channels=config.data.channels,
+            area_range=config.data.crop_area,
+            aspect_range=config.data.crop_aspect,
+            interpolation=config.data.interpolation,
+        )
+        return train_batches(
+            self.train_source,
+            seed=config.seed,
+            global_batch_size=config.train.global_batch_size,
+            start_step=start_step,
+            transform=transform,
+            on_damaged=config.data.on_damaged,
+            **self._reading(),
+        )
+
+    def eval_batches(self) -> Batches:
+        """This process's shares of the evaluated split, padded and masked."""
+        config = self.config
+        side = self.eval_shape[0]
+        transform = eval_transform(
+            image_size_px=side,
+            resize_px=round(side / (config.eval.crop_fraction or self.preprocessing.crop_fraction)),
+            channels=config.data.channels,
+            interpolation=config.eval.interpolation or self.preprocessing.interpolation,
+        )
+        return eval_batches(
+            self.eval_source, global_batch_size=self.eval_batch_size, transform=transform, **self._reading()
+        )
+
+    def _reading(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "reader_threads": config.data.reader_threads,
+            "prefetch_batches": config.data.prefetch_batches,
+        }

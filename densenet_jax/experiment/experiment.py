@@ -1,0 +1,226 @@
+"""The parts of one run, each made from the settings on first use."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from densenet_jax.errors import UserError
+from densenet_jax.experiment.augmentation import augment_of, normalize_with
+from densenet_jax.experiment.data import Data
+from densenet_jax.experiment.optimization import optimizer_of, schedule_of
+from densenet_jax.models.create import create_model
+from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.variants import Variant, get_variant
+from densenet_jax.training import sharding
+from densenet_jax.training.precision import Policy, get_policy
+from densenet_jax.training.schedules import Schedule
+from densenet_jax.training.state import StateRecipe, TrainState
+from densenet_jax.training.steps import TrainStep, make_eval_step
+from densenet_jax.training.timeline import Timeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of one run. What they cost (opened files, compiled programs) is paid on first use."""
+
+    config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.checked` has checked
+
+    @functools.cached_property
+    def variant(self) -> Variant:
+        """The model's row in the table of variants."""
+        return get_variant(self.config.model.name)
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The splits and their batches."""
+        return Data(self.config, self.variant.preprocessing_of(self.config.model.pretrained))
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """What is due when."""
+        config = self.config
+        return Timeline(
+            examples=len(self.data.train_source),
+            global_batch_size=config.train.global_batch_size,
+            epochs=config.train.epochs,
+            eval_every_epochs=config.eval.every_epochs,
+            save_every_steps=config.checkpoint.every_steps,
+            report_every_steps=config.train.log_every_steps,
+        )
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """Classes of the head: the data set's own.
+
+        Raises:
+            UserError: another number was asked for.
+        """
+        config = self.config
+        asked, found = config.model.num_classes, self.data.eval_source.num_classes
+        if asked and asked != found:
+            raise UserError(
+                f"config.model.num_classes is {asked}, but {config.data.name} has {found} classes; "
+                "set it to 0 to take the data set's own."
+            )
+        return found
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The precision."""
+        return get_policy(self.config.model.dtype)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The flax module."""
+        config = self.config
+        return create_model(
+            config.model.name,
+            num_classes=self.num_classes,
+            dtype=self.policy.compute_dtype,
+            classifier_dropout=config.model.classifier_dropout,
+            layer_dropout=config.model.layer_dropout,
+            remat=config.model.remat,
+            batch_norm_momentum=config.model.batch_norm_momentum,
+            batch_norm_epsilon=config.model.batch_norm_epsilon or None,
+            batch_norm_group_size=config.model.batch_norm_group_size,
+            unbiased_running_variance=config.model.unbiased_running_variance,
+        )
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The learning rate as a function of the step."""
+        return schedule_of(self.config, self.timeline)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax chain."""
+        return optimizer_of(self.config, self.schedule)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """All devices of all processes along one data axis."""
+        mesh = sharding.make_mesh()
+        sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
+        sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
+        return mesh
+
+    @functools.cached_property
+    def state_recipe(self) -> StateRecipe:
+        """How the state begins."""
+        return StateRecipe(
+            self.model,
+            self.optimizer,
+            self.config.seed,
+            self.data.train_shape,
+            averages=self.config.train.average_decay > 0,
+            scales_loss=self.policy.scales_loss,
+        )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and layout of the state."""
+        return self.state_recipe.abstract(sharding.replicated(self.mesh))
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, from pretrained weights where the settings name some."""
+        variables = self.pretrained_variables() if self.config.model.pretrained else None
+        return self.state_recipe.create(sharding.replicated(self.mesh), variables)
+
+    def pretrained_variables(self) -> dict[str, Any]:
+        """The weights that `config.model.pretrained` names, with a new head where the classes differ.
+
+        Raises:
+            UserError: they can't be had, or are of another model.
+        """
+        config = self.config
+        variables = load_pretrained(
+            config.model.name,
+            config.model.pretrained,
+            self.num_classes,
+            channels=config.data.channels,
+            head_seed=config.seed,
+        )
+        return jax.device_put(variables, sharding.replicated(self.mesh))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training examples are mixtures, on which accuracy is low by nature."""
+        return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
+
+    def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
+        """The training step, compiled for this mesh; its state argument is donated."""
+        config = self.config
+        step = TrainStep(
+            self.model,
+            self.optimizer,
+            augment_of(config, self.data.mean_std(), self.num_classes, self.policy.compute_dtype),
+            seed=config.seed,
+            label_smoothing=config.train.label_smoothing,
+            microbatches=config.train.microbatches,
+            average_decay=config.train.average_decay,
+            freeze=config.optim.freeze,
+        )
+        batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape)
+        everywhere = sharding.replicated(self.mesh)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+        return jitted.lower(self.abstract_state, batch).compile()
+
+    def compile_eval_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], Any]:
+        """The evaluation step, compiled for this mesh."""
+        step = make_eval_step(self.model, normalize_with(self.data.mean_std(), self.policy.compute_dtype))
+        size = self.data.eval_batch_size
+        batch = self._abstract_batch(size, self.data.eval_shape)
+        batch["mask"] = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=batch["label"].sharding)
+        jitted = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
+        return jitted.lower(self._abstract_variables(), batch).compile()
+
+    def check_fits(self, variables: dict[str, Any], where: str) -> None:
+        """Checks that restored variables are this model's.
+
+        Raises:
+            UserError: they aren't; the message names the first difference.
+        """
+        ours, theirs = (
+            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._abstract_variables(), variables))
+        )
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes: "
+                    f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; "
+                    "give the run's own --config."
+                )
+
+    def published_beside(self, figures: dict[str, float]) -> list[str]:
+        """What others have published for the pretrained weights on this data set, a line a figure."""
+        config = self.config
+        lines = []
+        for result in self.variant.results_of(config.model.pretrained):
+            if result.dataset == config.data.name and result.preprocessing is not None:
+                px, here = result.preprocessing.test_px, 100 * figures["top1"]
+                lines.append(
+                    f"published at {px} px ({result.source}): top-1 {result.top1:.3f}%; here, at "
+                    f"{self.data.eval_shape[0]} px: {here:.3f}% ({here - result.top1:+.3f})"
+                )
+        return lines or [f"no published figure of {config.model.pretrained} on {config.data.name} is known"]
+
+    def _abstract_batch(self, size: int, image_shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+        over_data = sharding.over_data(self.mesh)
+        return {
+            "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=over_data),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over_data),
+        }
+
+    def _abstract_variables(self) -> dict[str, Any]:
+        shapes = jax.eval_shape(
+            lambda key: self.model.init(key, jnp.zeros((1, *self.data.train_shape)), train=False), jax.random.key(0)
+        )
+        return sharding.with_sharding(shapes, sharding.replicated(self.mesh))
