@@ -107,7 +107,20 @@ def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
             nearest = difflib.get_close_matches(key, facts, n=1) or [", ".join(facts)]
             raise UserError(f"create_model({name!r}) has no setting {key!r}: did you mean {nearest[0]}?")
         facts[key] = tuple(value) if isinstance(facts[key], tuple) else _chosen(key, value)
+    _check_facts(facts)
     return facts
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    sizes, increments = facts["block_sizes"], facts.get("dense_increments")
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"block_sizes={sizes}: expected at least one block, each of at least one layer")
+    if increments is not None and len(increments) != len(sizes):
+        raise UserError(f"block_sizes={sizes} and dense_increments={increments}: expected one increment a stage")
+    if facts.get("growth_rate", 1) < 1:
+        raise UserError(f"growth_rate={facts['growth_rate']}: expected at least 1")
+    if not 0 < facts.get("compression", 1) <= 1:
+        raise UserError(f"compression={facts['compression']}: expected a share above 0, up to 1")
 
 
 def _chosen(key: str, value: Any) -> Any:

@@ -15,8 +15,8 @@ DENSENET = {"growth_rate": 4, "block_sizes": (1, 2)}
 DUAL_PATH = {
     "reduction_width": 8,
     "groups": 2,
-    "block_sizes": (1, 1, 1, 1),
-    "dense_increments": (2, 2, 2, 2),
+    "block_sizes": (1, 2),
+    "dense_increments": (2, 2),
 }
 ARCHITECTURES = {"densenet121": DENSENET, "densenet_bc_22_12": {"block_sizes": (2, 1)}, "dpn68": DUAL_PATH}
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -101,7 +101,7 @@ def test_channels_follow_the_images(channels):
     assert shapes["params"]["conv0"]["kernel"].shape == (7, 7, channels, 8)
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@pytest.mark.parametrize("name", ["densenet121", "dpn68"])
 def test_remat_changes_neither_output_nor_gradients(name):
     variables, images = _variables(name), _images()
 
@@ -228,6 +228,9 @@ def test_test_time_pooling_is_the_mean_of_average_and_maximum_over_windows(name)
         ({"output": "maps"}, r"output='maps': expected one of logits"),
         ({"blur": True}, r"blur=True"),
         ({"num_classes": 0}, r"num_classes=0"),
+        ({"block_sizes": ()}, r"block_sizes=\(\)"),
+        ({"compression": 0}, r"compression=0"),
+        ({"growth_rate": 0}, r"growth_rate=0"),
         ({"classifier_dropout": 1.0}, r"classifier_dropout=1\.0"),
         ({"layer_dropout": -0.1}, r"layer_dropout=-0\.1"),
     ],
@@ -237,7 +240,9 @@ def test_a_wrong_option_says_what_was_expected(options, message):
         create_model("densenet121", **options)
 
 
-def test_dual_path_networks_have_no_layer_dropout():
+def test_dual_path_networks_have_an_increment_a_stage_and_no_layer_dropout():
+    with pytest.raises(UserError, match=r"block_sizes=\(1, 1\).*dense_increments=\(16, 32, 32, 64\)"):
+        create_model("dpn68", block_sizes=(1, 1))
     with pytest.raises(UserError, match=r"layer_dropout=0\.2: dpn68"):
         create_model("dpn68", layer_dropout=0.2)
 
