@@ -1,0 +1,108 @@
+"""Pillow's tone and blend operations on the accelerator, on whole numbers 0 to 255 held as float32.
+
+Every operation is computed for the batch at once, each example with its own parameters; what an example does not ask
+for is the identity, to the bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+LEVELS = 256
+Images = Float[Array, "b h w c"]
+
+
+def histogram(images: Float[Array, "b h w c"]) -> Float[Array, "b c 256"]:
+    """How often each value 0 to 255 occurs in each channel of each image.
+
+    A value is 16 * high + low; counting pairs (high, low) is a product of two narrow one-hot matrices, which runs on
+    matrix units and needs no scatter.
+    """
+    size, height, width, channels = images.shape
+    flat = images.reshape(size, height * width, channels).astype(jnp.int32)
+    high = jax.nn.one_hot(flat // 16, 16, dtype=jnp.bfloat16)
+    low = jax.nn.one_hot(flat % 16, 16, dtype=jnp.bfloat16)
+    counts = jnp.einsum("bpch,bpcl->bchl", high, low, preferred_element_type=jnp.float32)
+    return counts.reshape(size, channels, LEVELS)
+
+
+def look_up(images: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]) -> Float[Array, "b h w c"]:
+    """Each value replaced by its channel's table entry."""
+    size, height, width, channels = images.shape
+    places = images.reshape(size, height * width, channels).astype(jnp.int32)
+    found = jnp.take_along_axis(jnp.swapaxes(tables, 1, 2), places, axis=1)
+    return found.reshape(images.shape)
+
+
+def _values() -> Float[Array, "1 1 256"]:
+    return jnp.arange(LEVELS, dtype=jnp.float32)[None, None, :]
+
+
+def auto_contrast_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 256"]:
+    """Stretches the values that occur to 0 to 255 (ImageOps.autocontrast)."""
+    occurs = counts > 0
+    low = jnp.argmax(occurs, axis=-1, keepdims=True).astype(jnp.float32)
+    high = LEVELS - 1.0 - jnp.argmax(occurs[..., ::-1], axis=-1, keepdims=True).astype(jnp.float32)
+    scale = 255.0 / jnp.maximum(high - low, 1.0)
+    # The small number keeps what is whole in exact arithmetic from being cut to the next lower value.
+    stretched = jnp.clip(jnp.floor((_values() - low) * scale + 1e-4), 0.0, 255.0)
+    return jnp.where(high > low, stretched, _values())
+
+
+def equalize_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 256"]:
+    """Makes the histogram flat (ImageOps.equalize)."""
+    last = LEVELS - 1 - jnp.argmax((counts > 0)[..., ::-1], axis=-1)
+    total = jnp.sum(counts, axis=-1)
+    of_last = jnp.take_along_axis(counts, last[..., None], axis=-1)[..., 0]
+    step = jnp.floor((total - of_last) / 255.0)[..., None]
+    before = jnp.cumsum(counts, axis=-1) - counts
+    divided = jnp.floor((jnp.floor(step / 2) + before) / jnp.maximum(step, 1.0))
+    return jnp.where(step > 0, jnp.minimum(divided, 255.0), _values())
+
+
+def posterize_tables(bits: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
+    """Keeps so many of the highest bits (ImageOps.posterize)."""
+    lost = jnp.exp2(8.0 - bits)[:, None, None]
+    return jnp.floor(_values() / lost) * lost
+
+
+def solarize_tables(thresholds: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
+    """Turns values from the threshold on into their negative (ImageOps.solarize)."""
+    return jnp.where(_values() < thresholds[:, None, None], _values(), 255.0 - _values())
+
+
+def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
+    """Brightens the lower half of the values."""
+    return jnp.where(_values() < 128.0, jnp.minimum(_values() + added[:, None, None], 255.0), _values())
+
+
+def grey(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+    """Pillow's conversion to "L", exact in float32; one channel is its own grey."""
+    if images.shape[-1] == 1:
+        return images
+    red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
+    return jnp.floor((red * 19595.0 + green * 38470.0 + blue * 7471.0 + 32768.0) / 65536.0)
+
+
+def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pillow's SMOOTH filter: weights 1 around 5, over 13; the border stays as it is."""
+    height, width = images.shape[1:3]
+    if min(height, width) < 3:
+        return images
+    rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
+    around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    inner = jnp.floor((around + 4.0 * images[:, 1:-1, 1:-1]) / 13.0 + 0.5)
+    return images.at[:, 1:-1, 1:-1].set(inner)
+
+
+def blend(
+    references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """Pillow's Image.blend: reference + factor * (image - reference), clipped and cut to whole numbers."""
+    blended = references + factors[:, None, None, None] * (images - references)
+    return jnp.floor(jnp.clip(blended, 0.0, 255.0))
+
+
+def choose(which: Int[Array, " b"], index: int, ndim: int) -> Bool[Array, "..."]:
+    """Where `which` is `index`, shaped to broadcast over arrays of `ndim` axes."""
+    return (which == index).reshape((-1,) + (1,) * (ndim - 1))
