@@ -15,15 +15,26 @@ Images = Float[Array, "b h w c"]
 def histogram(images: Float[Array, "b h w c"]) -> Float[Array, "b c 256"]:
     """How often each value 0 to 255 occurs in each channel of each image.
 
-    A value is 16 * high + low; counting pairs (high, low) is a product of two narrow one-hot matrices, which runs on
-    matrix units and needs no scatter.
+    On accelerators a value is 16 * high + low, and counting pairs (high, low) is a product of two narrow one-hot
+    matrices, which runs on matrix units and needs no scatter. On a CPU the scatter is ten times as fast.
     """
     size, height, width, channels = images.shape
     flat = images.reshape(size, height * width, channels).astype(jnp.int32)
+    return jax.lax.platform_dependent(flat, cpu=_histogram_by_scatter, default=_histogram_by_product)
+
+
+def _histogram_by_product(flat: Int[Array, "b p c"]) -> Float[Array, "b c 256"]:
     high = jax.nn.one_hot(flat // 16, 16, dtype=jnp.bfloat16)
     low = jax.nn.one_hot(flat % 16, 16, dtype=jnp.bfloat16)
     counts = jnp.einsum("bpch,bpcl->bchl", high, low, preferred_element_type=jnp.float32)
-    return counts.reshape(size, channels, LEVELS)
+    return counts.reshape(flat.shape[0], flat.shape[2], LEVELS)
+
+
+def _histogram_by_scatter(flat: Int[Array, "b p c"]) -> Float[Array, "b c 256"]:
+    def count(values: Int[Array, " p"]) -> Float[Array, " 256"]:
+        return jnp.zeros(LEVELS, jnp.float32).at[values].add(1.0)
+
+    return jax.vmap(jax.vmap(count, in_axes=1))(flat)
 
 
 def look_up(images: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]) -> Float[Array, "b h w c"]:
