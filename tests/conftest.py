@@ -15,6 +15,8 @@ install_import_hook(["densenet_jax.models", "densenet_jax.training"], "tests.typ
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What takes time here is the compiler, not the programs: a fifth of the time without its expensive passes.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 

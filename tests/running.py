@@ -14,7 +14,9 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """The environment of a user with `devices` devices; JAX's own settings of this test process are left out."""
     kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "COLUMNS")}
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **changes}
+    # As in conftest.py: compiling takes most of a short run.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {**kept, **quick, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **changes}
 
 
 def start_main(*arguments: str, devices: int = 1, **changes: str) -> subprocess.Popen[str]:

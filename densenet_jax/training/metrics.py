@@ -2,6 +2,7 @@
 
 import flax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -25,10 +26,10 @@ class ClassificationSums:
     Counts are int32, exact up to 2,147,483,647 examples.
     """
 
-    loss: Float[Array, ""]
-    top1: Int[Array, ""]
-    top5: Int[Array, ""]
-    examples: Int[Array, ""]
+    loss: Float[Array | np.ndarray, ""]
+    top1: Int[Array | np.ndarray, ""]
+    top5: Int[Array | np.ndarray, ""]
+    examples: Int[Array | np.ndarray, ""]
 
     @classmethod
     def zeros(cls) -> "ClassificationSums":

@@ -10,6 +10,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from densenet_jax.errors import UserError
@@ -67,9 +68,9 @@ class LossScale:
         skipped_steps: steps skipped in the whole run.
     """
 
-    scale: Float[Array, ""]
-    good_steps: Int[Array, ""]
-    skipped_steps: Int[Array, ""]
+    scale: Float[Array | np.ndarray, ""]
+    good_steps: Int[Array | np.ndarray, ""]
+    skipped_steps: Int[Array | np.ndarray, ""]
 
     @classmethod
     def create(cls, initial: float = 2.0**16) -> "LossScale":

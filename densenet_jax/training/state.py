@@ -6,6 +6,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
@@ -29,7 +30,7 @@ class TrainState:
         loss_scale: None where the precision needs none.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array | np.ndarray, ""]
     params: Any
     batch_stats: Any
     opt_state: Any

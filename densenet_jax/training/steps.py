@@ -7,6 +7,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -36,8 +37,8 @@ class StepReport:
     """
 
     sums: ClassificationSums
-    grad_norm: Float[Array, ""]
-    skipped: Int[Array, ""]
+    grad_norm: Float[Array | np.ndarray, ""]
+    skipped: Int[Array | np.ndarray, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TrainStep:
             skipped = 1 - finite.astype(jnp.int32)
         report = StepReport(
             sums=ClassificationSums.from_batch(logits, targets, losses),
-            grad_norm=jnp.where(skipped == 1, 0.0, optax.global_norm(gradients)),
+            grad_norm=jnp.where(skipped == 1, 0.0, optax.tree.norm(gradients)),
             skipped=skipped,
         )
         return new.replace(step=state.step + 1), report

@@ -1,0 +1,139 @@
+"""The training step: the same on any number of devices, exact in every option."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densenet_jax.models.create import create_model
+from densenet_jax.training import sharding
+from densenet_jax.training.augment import normalize, random_flip
+from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.optimizer import make_optimizer
+from densenet_jax.training.rng import Purpose, example_keys, step_key
+from densenet_jax.training.schedules import make_schedule
+from densenet_jax.training.state import StateRecipe
+from densenet_jax.training.steps import TrainStep, make_eval_step
+
+SHAPE = (8, 8, 1)
+BATCH = 16
+
+
+def batch_of(seed: int) -> dict[str, np.ndarray]:
+    chance = np.random.default_rng(seed)
+    return {
+        "image": chance.integers(0, 256, (BATCH, *SHAPE), np.uint8),
+        "label": chance.integers(0, 10, BATCH).astype(np.int32),
+    }
+
+
+def augment(images, labels, step):
+    keys = example_keys(step_key(0, Purpose.FLIP, step), images.shape[0])
+    return normalize(random_flip(images, keys), (0.3,), (0.4,), jax.dtypes.canonicalize_dtype(float)), labels
+
+
+def recipe_of(dtype, **changes) -> StateRecipe:
+    model = create_model(
+        "densenet_bc_22_12", block_sizes=(1, 2), growth_rate=4, dtype=dtype, param_dtype=dtype, layer_dropout=0.2
+    )
+    schedule = make_schedule("constant", learning_rate=0.1, total_steps=10)
+    optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return StateRecipe(model, optimizer, 0, SHAPE, **changes)
+
+
+def trained(recipe: StateRecipe, devices: int, steps: int = 3, **options):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    everywhere = sharding.replicated(mesh)
+    step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, label_smoothing=0.1, **options)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    state = recipe.create(everywhere)
+    reports = []
+    for number in range(steps):
+        state, report = jitted(state, sharding.to_devices(batch_of(number), mesh))
+        reports.append(jax.device_get(report))
+    return jax.device_get(state), reports
+
+
+def assert_close(ours, theirs, rtol):
+    named = jax.tree_util.tree_leaves_with_path(ours)
+    for (name, left), right in zip(named, jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol, err_msg=jax.tree_util.keystr(name))
+
+
+def test_same_numbers_on_one_and_on_eight_devices():
+    with jax.enable_x64(True):
+        recipe = recipe_of(jnp.float64, averages=True)
+        one, eight = trained(recipe, 1, average_decay=0.9), trained(recipe, 8, average_decay=0.9)
+    assert_close(one, eight, 1e-10)
+    assert one[0].step == 3
+
+
+def test_batch_and_state_lie_where_they_should():
+    mesh = sharding.make_mesh(jax.devices())
+    batch = sharding.to_devices(batch_of(0), mesh)
+    assert len(batch["image"].addressable_shards) == 8
+    assert batch["image"].addressable_shards[3].data.shape[0] == BATCH // 8
+    state = recipe_of(jnp.float32).create(sharding.replicated(mesh))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def test_batch_that_devices_do_not_divide_is_a_users_error():
+    mesh = sharding.make_mesh(jax.devices())
+    with pytest.raises(Exception, match=r"config.x is 20, which 8 devices don't divide; take 16 or 24"):
+        sharding.check_batch_size("config.x", 20, mesh)
+
+
+def test_moving_average_follows_its_closed_form():
+    recipe = recipe_of(jnp.float32, averages=True)
+    first, _ = trained(recipe, 1, steps=1, average_decay=0.9)
+    start = jax.device_get(recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1]))))
+    decay = min(0.9, 1 / 10)
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start.variables, first.variables)
+    assert_close(first.average, expected, 1e-6)
+
+
+def test_frozen_parts_stand_still_with_their_statistics():
+    pattern = "^params/(?!classifier)"
+    recipe = recipe_of(jnp.float32)
+    schedule = make_schedule("constant", learning_rate=0.1, total_steps=10)
+    optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4, freeze=pattern)
+    recipe = StateRecipe(recipe.model, optimizer, 0, SHAPE)
+    start = jax.device_get(recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1]))))
+    end, _ = trained(recipe, 1, freeze=pattern)
+    classifier = end.params.pop("classifier")
+    assert_close(start.params.pop("classifier")["bias"] * 0, classifier["bias"] * 0, 0)
+    assert np.abs(classifier["bias"]).max() > 0
+    assert_close(start.params, end.params, 0)
+    assert_close(start.batch_stats, end.batch_stats, 0)
+
+
+def test_float16_skips_a_step_whose_scaled_gradient_overflows():
+    recipe = recipe_of(jnp.float32, scales_loss=True)
+    start = recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1])))
+    hot = start.replace(loss_scale=start.loss_scale.replace(scale=jnp.asarray(np.inf, jnp.float32)))
+    step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0)
+    state, report = jax.jit(step)(hot, jax.tree.map(jnp.asarray, batch_of(0)))
+    assert (int(report.skipped), int(state.loss_scale.skipped_steps), int(state.step)) == (1, 1, 1)
+    assert np.isfinite(report.grad_norm)
+    assert np.isfinite(report.sums.loss)
+    for kept in ("params", "batch_stats", "opt_state"):
+        assert_close(getattr(state, kept), getattr(start, kept), 0)
+
+
+def test_step_is_a_function_of_seed_and_step_alone():
+    recipe = recipe_of(jnp.float32)
+    (first, _), (second, _) = trained(recipe, 1, steps=2), trained(recipe, 1, steps=2)
+    assert_close(first, second, 0)
+
+
+def test_eval_counts_only_what_the_mask_names():
+    model = recipe_of(jnp.float32).model
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+    step = jax.jit(make_eval_step(model, lambda images: normalize(images, (0.3,), (0.4,))))
+    whole = {**batch_of(0), "mask": np.ones(BATCH, bool)}
+    expected: ClassificationSums = step(variables, jax.tree.map(jnp.asarray, whole))
+    padded = {name: np.concatenate([array, np.zeros_like(array[:8])]) for name, array in whole.items()}
+    found = step(variables, jax.tree.map(jnp.asarray, padded))
+    assert int(found.examples) == BATCH
+    assert int(found.top1) == int(expected.top1)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
