@@ -12,28 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawn import draw, draw_images, key_lines, summarise
+from references import timm, torchvision
+from timm.models.densenet import DenseNet
+from timm.models.dpn import DPN
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from drawn import draw, draw_images, key_lines, summarise  # noqa: E402
-
-_register_fake = torch.library.register_fake
-
-
-def _skip_torchvision(name, *args, **kwargs):
-    """A CPU build of torch lacks torchvision's compiled operators; nothing here needs them."""
-    if isinstance(name, str) and name.startswith("torchvision::"):
-        return lambda function: function
-    return _register_fake(name, *args, **kwargs)
-
-
-torch.library.register_fake = _skip_torchvision
-
-import timm  # noqa: E402
-import torchvision  # noqa: E402
-from timm.models.densenet import DenseNet  # noqa: E402
-from timm.models.dpn import DPN  # noqa: E402
-
 NAMES = (
     *("densenet121", "densenet161", "densenet169", "densenet201", "densenet264d", "densenetblur121d"),
     *("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131"),
