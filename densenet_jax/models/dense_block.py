@@ -20,6 +20,7 @@ from densenet_jax.models.layers import (
     BatchNorm,
     Convolution,
     DType,
+    Fan,
     FeatureMap,
     Moments,
     NormArrays,
@@ -142,7 +143,7 @@ class DenseLayer(nn.Module):
     growth_rate: int
     bottleneck_width: int
     norm_options: NormOptions
-    init_fan: str
+    init_fan: Fan
     dtype: DType
     param_dtype: DType
 
@@ -183,7 +184,7 @@ class DenseBlock(nn.Module):
     num_layers: int
     growth_rate: int
     bottleneck_width: int = 4
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     options: BlockOptions = BlockOptions()
     param_dtype: DType = jnp.float32
     form: Form = plain_dense_block

@@ -16,6 +16,7 @@ from densenet_jax.models.layers import (
     BatchNorm,
     Convolution,
     DType,
+    Fan,
     FeatureMap,
     NormOptions,
     average_pool,
@@ -34,7 +35,7 @@ class Transition(nn.Module):
     features: int
     options: BlockOptions
     blur: bool
-    init_fan: str
+    init_fan: Fan
     param_dtype: DType
 
     @nn.compact
@@ -76,7 +77,7 @@ class DenseNet(nn.Module):
     bottleneck_width: int = 4
     compression: float = 0.5
     blur: str = "none"
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     norm_options: NormOptions = NormOptions()
     head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0

@@ -16,6 +16,7 @@ from densenet_jax.models.layers import (
     BatchNorm,
     Convolution,
     DType,
+    Fan,
     NormOptions,
     global_average_pool,
     max_pool,
@@ -48,7 +49,7 @@ class NormActivationConvolution(nn.Module):
     stride: int
     groups: int
     norm_options: NormOptions
-    init_fan: str
+    init_fan: Fan
     dtype: DType
     param_dtype: DType
 
@@ -90,7 +91,7 @@ class DualPathBlock(nn.Module):
     groups: int
     split_projection: bool
     norm_options: NormOptions
-    init_fan: str
+    init_fan: Fan
     dtype: DType
     param_dtype: DType
 
@@ -148,7 +149,7 @@ class Stem(nn.Module):
     kernel_size: int
     activation: str
     norm_options: NormOptions
-    init_fan: str
+    init_fan: Fan
     dtype: DType
     param_dtype: DType
 
@@ -185,7 +186,7 @@ class DualPathNetwork(nn.Module):
     small: bool = False
     split_projection: bool = False
     activation: str = "relu"
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     norm_options: NormOptions = NormOptions(epsilon=1e-3)
     head_options: HeadOptions = HeadOptions(1000)
     output: str = "logits"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from densenet_jax.errors import UserError
 
 DType = Any
+Fan = Literal["fan_in", "fan_out"]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def convolve(
     )
 
 
-def he_normal(fan: str):
+def he_normal(fan: Fan):
     """He's initialiser from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
 
@@ -212,7 +213,7 @@ class Convolution(nn.Module):
     kernel_size: int = 1
     stride: int = 1
     groups: int = 1
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from drawn import draw, draw_images, key_lines, summarise
 from references import timm, torchvision
+from timm.layers.test_time_pool import TestTimePoolHead
 from timm.models.densenet import DenseNet
 from timm.models.dpn import DPN
 
@@ -51,6 +52,7 @@ SMALL = {
     ),
 }
 SMALL_BATCH, SMALL_TRAIN_PX, SMALL_EVAL_PX = 4, 67, (67, 64)  # odd and even sides show different padding faults
+WINDOW_PX = 2
 
 
 def fill(model):
@@ -126,6 +128,9 @@ def training(name):
     for side_px in SMALL_EVAL_PX:
         found = summaries(evaluating, torch.from_numpy(draw_images(SMALL_BATCH, side_px)).double())
         arrays |= {f"{side_px}/{key}": value for key, value in found.items()}
+    windows = TestTimePoolHead(evaluating, original_pool=WINDOW_PX).double()  # takes the model apart, so it comes last
+    with torch.no_grad():
+        arrays["windows/logits"] = windows(images.detach()).numpy()
     return arrays
 
 

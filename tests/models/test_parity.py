@@ -66,6 +66,16 @@ def test_state_dict_keys_and_shapes_are_the_reference_s(name):
     assert len(shapes) + norms == int(expected["key_count"])
 
 
+@pytest.mark.parametrize("name", ["small_densenet_blur", "small_dpn"])
+def test_test_time_pooling_equals_the_reference(name):
+    with jax.enable_x64(True):
+        model = golden.make(name, dtype=np.float64, param_dtype=np.float64, test_time_pool_px=2)
+        run = jax.jit(model.apply, compiler_options=FAST_COMPILE)
+        logits = jax.device_get(run(golden.drawn_variables(name, np.float64), golden.images(4, 67, np.float64)))
+    expected = golden.golden(name)["windows/logits"]
+    assert np.abs(logits - expected).max() < 1e-9 * np.abs(expected).max()
+
+
 def _train_once(name):
     """Logits, updated statistics and gradients of the golden files' linear loss, in float64."""
     model = golden.make(name, dtype=np.float64, param_dtype=np.float64)
