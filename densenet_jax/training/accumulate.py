@@ -55,7 +55,7 @@ def accumulate_gradients(
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % count:
         raise UserError(
-            f"config.train.accumulation_steps is {count}, which does not divide config.train.global_batch_size "
+            f"config.train.microbatches is {count}, which does not divide config.train.global_batch_size "
             f"{size}; choose a divisor."
         )
     if count == 1:

@@ -63,7 +63,7 @@ def mix(
     a box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l.
 
     Args:
-        images: bytes do not mix: floats, normalised or not.
+        images: bytes do not mix: floats, normalised or not; mixed in float32 at least, given back in their dtype.
         labels: class numbers.
         key: of the step.
         num_classes: k.
@@ -94,6 +94,5 @@ def mix(
     own_label = jnp.where(cut, outside, share)[:, None]
     inside = inside_boxes(boxes, height, width)
     own_pixel = jnp.where(cut[:, None, None, None], jnp.where(inside, 0.0, 1.0), share[:, None, None, None])
-    own_pixel = own_pixel.astype(images.dtype)
     mixed = own_pixel * images + (1.0 - own_pixel) * partners(images, pair_distance)
-    return mixed, own_label * targets + (1.0 - own_label) * partners(targets, pair_distance)
+    return mixed.astype(images.dtype), own_label * targets + (1.0 - own_label) * partners(targets, pair_distance)

@@ -3,7 +3,7 @@
 An accelerator computes every branch of a choice that differs between examples, so fifteen operations an example would
 cost fifteen passes. They are three instead: a table look-up (six operations), a blend (four) and an affine warp (five);
 an example goes through all three, and those that it did not draw are the identity. Two layers at 224 px cost 26 ms an
-image on two busy CPU cores, a few per cent of densenet121's training step there; not measured on accelerators.
+image on two busy CPU cores; not measured on accelerators.
 """
 
 from collections.abc import Sequence

@@ -68,5 +68,5 @@ def test_no_example_leaves_its_device():
 
 
 def test_a_count_that_does_not_divide():
-    with pytest.raises(UserError, match="accumulation_steps is 5"):
+    with pytest.raises(UserError, match=r"config\.train\.microbatches is 5"):
         accumulate_gradients(gradient_function, PARAMS, STATISTICS, BATCH, 5)

@@ -11,23 +11,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from densenet_jax.errors import UserError
 from densenet_jax.training.mixing import cut_boxes, mix, partners
 
-IMAGES = np.random.default_rng(0).normal(size=(8, 12, 10, 3)).astype(np.float32)
-LABELS = np.array([0, 1, 2, 3, 4, 0, 1, 2])
+SIZE = 16
+IMAGES = np.random.default_rng(0).normal(size=(SIZE, 12, 10, 3)).astype(np.float32)
+LABELS = np.arange(SIZE) % 5
 ONE_HOT = np.eye(5)[LABELS]
-PAIRED = [1, 0, 3, 2, 5, 4, 7, 6]
+PAIRED = np.arange(SIZE) ^ 1
 
 
-def run(key, **settings):
-    step = jax.jit(functools.partial(mix, num_classes=5, **settings))
-    images, labels = step(jnp.asarray(IMAGES), jnp.asarray(LABELS), jax.random.key(key))
-    assert labels.dtype == jnp.float32
-    np.testing.assert_allclose(np.sum(labels, axis=1), 1.0, rtol=1e-6)
-    return np.asarray(images), np.asarray(labels)
+def mixed_by(**settings):
+    def step(images, labels, key):
+        return mix(images, labels, key, num_classes=5, **settings)
+
+    return step
 
 
 def own_share(labels):
-    """The share of its own label that each example kept."""
-    return labels[np.arange(8), LABELS]
+    """The share of its own label that each example kept; the partner has the rest."""
+    share = np.asarray(labels)[..., np.arange(SIZE), LABELS]
+    np.testing.assert_allclose(labels, share[..., None] * ONE_HOT + (1 - share[..., None]) * ONE_HOT[PAIRED], atol=1e-6)
+    return share
 
 
 def test_partners_change_places_in_blocks():
@@ -38,27 +40,50 @@ def test_partners_change_places_in_blocks():
         partners(order, 4)
 
 
-@pytest.mark.parametrize("per_example", [False, True])
-def test_mixup(per_example):
-    images, labels = run(0, mixup_alpha=0.8, per_example=per_example)
+@pytest.fixture(scope="module")
+def per_example():
+    """Images and labels of 30 steps, everything drawn for each example."""
+    step = jax.jit(mixed_by(mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_share=0.3, per_example=True))
+    runs = [step(IMAGES, jnp.asarray(LABELS), jax.random.key(number)) for number in range(30)]
+    return [(np.asarray(images), np.asarray(labels)) for images, labels in runs]
+
+
+def test_each_example_is_mixup_or_cutmix_or_nothing_in_the_asked_shares(per_example):
+    kinds = {"none": 0, "mixup": 0, "cutmix": 0}
+    for images, labels in per_example:
+        share = own_share(labels)
+        own, other = (images == IMAGES).all(axis=-1), (images == IMAGES[PAIRED]).all(axis=-1)
+        for index in range(SIZE):
+            if own[index].all():
+                kinds["none"] += 1
+                assert share[index] == 1.0
+            elif (own[index] | other[index]).all():
+                kinds["cutmix"] += 1
+                assert share[index] == pytest.approx(own[index].mean(), abs=1e-6)
+                rows, columns = np.nonzero(other[index])  # what came from the partner fills a rectangle
+                assert other[index][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+            else:
+                kinds["mixup"] += 1
+                expected = share[index] * IMAGES[index] + (1 - share[index]) * IMAGES[PAIRED[index]]
+                np.testing.assert_allclose(images[index], expected, atol=1e-6)
+    # 480 draws: 0.4 and a few empty boxes, 0.6 * 0.7, 0.6 * 0.3 less the empty boxes
+    assert 170 < kinds["none"] < 240
+    assert 165 < kinds["mixup"] < 240
+    assert 45 < kinds["cutmix"] < 115
+
+
+def test_one_share_a_batch_with_the_beta_distributions_moments():
+    keys = jax.random.split(jax.random.key(9), 1000)
+    steps = jax.jit(jax.vmap(mixed_by(mixup_alpha=0.2), in_axes=(None, None, 0)))
+    images, labels = map(np.asarray, steps(IMAGES[:, :1, :1], jnp.asarray(LABELS), keys))
     share = own_share(labels)
-    assert len(np.unique(share)) == (8 if per_example else 1)
-    weight = share[:, None, None, None]
-    np.testing.assert_allclose(images, weight * IMAGES + (1 - weight) * IMAGES[PAIRED], atol=1e-6)
-    np.testing.assert_allclose(labels, share[:, None] * ONE_HOT + (1 - share[:, None]) * ONE_HOT[PAIRED], atol=1e-6)
-
-
-def test_cutmix_labels_are_the_share_of_pixels():
-    images, labels = run(3, cutmix_alpha=1.0, per_example=True)
-    own = (images == IMAGES).all(axis=-1)
-    other = (images == IMAGES[PAIRED]).all(axis=-1)
-    assert (own ^ other).all()
-    np.testing.assert_allclose(own_share(labels), own.mean(axis=(1, 2)), atol=1e-6)
-    assert other.any()
-    for pixels in other:
-        rows, columns = np.nonzero(pixels)
-        if len(rows):  # what came from the partner fills a rectangle
-            assert pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+    np.testing.assert_array_equal(share, np.broadcast_to(share[:, :1], share.shape))
+    share = share[:, 0]
+    assert share.mean() == pytest.approx(0.5, abs=0.04)
+    assert share.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), abs=0.012)
+    weight = share[:10, None, None, None, None]
+    expected = weight * IMAGES[:, :1, :1] + (1 - weight) * IMAGES[PAIRED, :1, :1]
+    np.testing.assert_allclose(images[:10], expected, atol=1e-6)
 
 
 def test_boxes_follow_timms_arithmetic():
@@ -76,70 +101,22 @@ def test_boxes_follow_timms_arithmetic():
         assert float(left_over) == pytest.approx(1 - (bottom - top) * (right - left) / 120)
 
 
-def test_switch_and_probability():
-    run_jitted = jax.jit(
-        lambda key: mix(
-            jnp.asarray(IMAGES),
-            jnp.asarray(LABELS),
-            key,
-            num_classes=5,
-            mixup_alpha=1.0,
-            cutmix_alpha=1.0,
-            probability=0.6,
-            cutmix_share=0.3,
-            per_example=True,
-        )[0]
-    )
-    kinds = {"none": 0, "mixup": 0, "cutmix": 0}
-    for number in range(60):
-        images = np.asarray(run_jitted(jax.random.key(number)))
-        from_either = ((images == IMAGES) | (images == IMAGES[PAIRED])).all(axis=(1, 2, 3))
-        untouched = (images == IMAGES).all(axis=(1, 2, 3))
-        kinds["none"] += int(untouched.sum())
-        kinds["cutmix"] += int((from_either & ~untouched).sum())
-        kinds["mixup"] += int((~from_either).sum())
-    # 480 draws: 0.4 + a few empty boxes, 0.6 * 0.7, 0.6 * 0.3 less the empty boxes
-    assert 170 < kinds["none"] < 240
-    assert 165 < kinds["mixup"] < 240
-    assert 45 < kinds["cutmix"] < 115
-
-
-def test_mixups_share_has_the_beta_distributions_moments():
-    keys = jax.random.split(jax.random.key(9), 4)
-    step = jax.jit(
-        lambda key: mix(
-            jnp.zeros((512, 1, 1, 1)),
-            jnp.arange(512) % 2,
-            key,
-            num_classes=2,
-            mixup_alpha=0.2,
-            per_example=True,
-        )[1]
-    )
-    share = np.concatenate([np.asarray(step(key))[np.arange(512), np.arange(512) % 2] for key in keys])
-    assert share.mean() == pytest.approx(0.5, abs=0.03)
-    assert share.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), abs=0.01)
-
-
 def test_nothing_asked_nothing_mixed():
-    images, labels = run(0)
+    images, labels = mixed_by()(jnp.asarray(IMAGES), jnp.asarray(LABELS), jax.random.key(0))
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, ONE_HOT)
 
 
 def test_sharded_batch_is_mixed_alike_and_pairs_stay_on_their_device():
-    images = jnp.asarray(np.random.default_rng(2).normal(size=(16, 6, 6, 3)), jnp.float32)
-    labels = jnp.arange(16) % 5
-
-    def mixed(images, labels):
-        return mix(images, labels, jax.random.key(3), num_classes=5, cutmix_alpha=1.0)
-
+    step = mixed_by(cutmix_alpha=1.0)
+    arguments = (IMAGES, jnp.asarray(LABELS), jax.random.key(3))
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     over_data = NamedSharding(mesh, PartitionSpec("data"))
-    placed = jax.device_put((images, labels), over_data)
-    compiled = jax.jit(mixed, out_shardings=over_data).lower(*placed).compile()
-    for ours, alone in zip(compiled(*placed), jax.jit(mixed)(images, labels), strict=True):
+    placed = (*jax.device_put(arguments[:2], over_data), arguments[2])
+    compiled = jax.jit(step, out_shardings=over_data).lower(*placed).compile()
+    for ours, alone in zip(compiled(*placed), jax.jit(step)(*arguments), strict=True):
         np.testing.assert_allclose(ours, alone, atol=1e-6)
-    program = compiled.as_text()
+    assert not (np.asarray(compiled(*placed)[0]) == IMAGES).all()
+    lines = compiled.as_text().splitlines()
     for collective in (" all-gather", " all-to-all", " collective-permute", " all-reduce"):
-        assert not [line for line in program.splitlines() if collective in line and "6,6,3" in line]
+        assert not [line for line in lines if collective in line and ",12,10,3]" in line]
