@@ -61,6 +61,22 @@ def check_size(width: int, height: int, name: str) -> None:
         raise DamagedImage(name, f"it claims {width}x{height} pixels, at most {MAX_PIXELS} are decoded")
 
 
+def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
+    """(height, width) as the file's first bytes say, or None where it is no JPEG.
+
+    Raises:
+        DamagedImage: the image is too large to be decoded.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    check_size(width, height, name)
+    return height, width
+
+
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
     """None where libjpeg-turbo's simple call has no opinion: Pillow then judges."""
     try:

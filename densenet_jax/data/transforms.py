@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from densenet_jax.data.decode import decode_image
+from densenet_jax.data.decode import decode_image, jpeg_size
+from densenet_jax.data.native import crop as native
 from densenet_jax.errors import UserError
 
 _TRIES = 10  # of a random crop that fits, as in the references
@@ -119,12 +120,17 @@ class RandomResizedCrop:
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
-        pixels = decode_image(data, self.channels, name=name)
-        stored_height, stored_width = pixels.shape[:2]
+        pixels = None
+        if size := _native_size(data, self.channels, name):
+            box = random_crop_box(*size, self.area_range, self.aspect_range, draws)
+            pixels = _native_crop(data, box, self.image_size_px, self.interpolation, self.antialias)
+        if pixels is not None:
+            return pixels
+        whole = decode_image(data, self.channels, name=name)
         top, left, height, width = random_crop_box(
-            stored_height, stored_width, self.area_range, self.aspect_range, draws
+            whole.shape[0], whole.shape[1], self.area_range, self.aspect_range, draws
         )
-        crop = pixels[top : top + height, left : left + width]
+        crop = whole[top : top + height, left : left + width]
         return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
 
 
@@ -159,6 +165,11 @@ class ResizedCentreCrop:
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
+        size = None if self.apply_exif_orientation else _native_size(data, self.channels, name)
+        if size:
+            box = centre_box(*size, self.resize_px, self.image_size_px)
+            if (result := _native_resize(data, size, box, self.image_size_px, self.interpolation)) is not None:
+                return result
         pixels = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
         box = centre_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
@@ -198,6 +209,40 @@ def centre_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[f
     top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
     down, right = height / resized_height, width / resized_width
     return left * right, top * down, min((left + crop_px) * right, width), min((top + crop_px) * down, height)
+
+
+def _native_size(data: bytes, channels: int, name: str) -> tuple[int, int] | None:
+    """(height, width) where the compiled helper is there and may be able to decode this file."""
+    return jpeg_size(data, name) if channels == 3 and native.available() else None
+
+
+def _native_crop(
+    data: bytes, box: tuple[int, int, int, int], out_px: int, interpolation: str, antialias: bool
+) -> np.ndarray | None:
+    """What decoding the whole image, cutting and `resize` give, or None where the helper leaves the file to them."""
+    top, left, height, width = box
+    pixels = native.decode_part(data, left, top, width, height, rgbx=antialias)
+    if pixels is None:
+        return None
+    if not antialias:
+        return resize(pixels, out_px, out_px, interpolation, False)
+    return native.resize(pixels, out_px, (0.0, 0.0, width, height), cubic=interpolation == "bicubic")
+
+
+def _native_resize(
+    data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
+) -> np.ndarray | None:
+    """The same for a box that may fall between pixels; decodes only what the resize looks at."""
+    cubic = interpolation == "bicubic"
+    single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
+    x0, y0 = single[:2].tolist()
+    x1, y1 = x0 + float(single[2] - single[0]), y0 + float(single[3] - single[1])
+    left, right = native.window(x0, x1, out_px, size[1], cubic=cubic)
+    top, bottom = native.window(y0, y1, out_px, size[0], cubic=cubic)
+    pixels = native.decode_part(data, left, top, right - left, bottom - top, rgbx=True)
+    if pixels is None:
+        return None
+    return native.resize(pixels, out_px, (x0, y0, x1, y1), cubic=cubic, whole=size, corner=(top, left))
 
 
 def resize(
