@@ -211,8 +211,7 @@ class DualPathNetwork(nn.Module):
             x = self._stage(x, stage, common, train)
             pyramid[4 * 2**stage] = x
         types = (self.dtype, self.param_dtype)
-        name = f"conv{len(self.block_sizes) + 1}_bn_ac"
-        x = NormActivation(self.norm_options, *types, self.activation, name=name)(x, train)
+        x = NormActivation(self.norm_options, *types, self.activation, name="conv5_bn_ac")(x, train)
         if self.output == "pyramid":
             return {**pyramid, max(pyramid): x}
         if self.output == "map":

@@ -19,7 +19,6 @@ DUAL_PATH = {
     "dense_increments": (2, 2),
 }
 ARCHITECTURES = {"densenet121": DENSENET, "densenet_bc_22_12": {"block_sizes": (2, 1)}, "dpn68": DUAL_PATH}
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def _images(batch=2, side_px=32, channels=3):
@@ -32,13 +31,13 @@ def _model(name="densenet121", **options):
 
 @functools.cache
 def _variables(name="densenet121"):
-    return jax.jit(_model(name).init, compiler_options=FAST_COMPILE)(jax.random.key(1), _images())
+    return jax.jit(_model(name).init)(jax.random.key(1), _images())
 
 
 def _apply(model, variables, images, train=False, key=None):
     rngs = {} if key is None else {"dropout": jax.random.key(key)}
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(variables, images):
         if not train:
             return model.apply(variables, images)
@@ -111,7 +110,7 @@ def test_remat_changes_neither_output_nor_gradients(name):
             logits, state = model.apply(variables_now, images, train=True, mutable=["batch_stats"])
             return jnp.sum(logits**2), state
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)(variables["params"])
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
     found, expected = gradients(_model(name, remat=True)), gradients(_model(name))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
@@ -158,7 +157,7 @@ def test_layer_dropout_is_where_the_paper_or_torchvision_puts_it(every):
 def test_layer_dropout_after_a_transition():
     model = _model(layer_dropout=0.9)
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def transition(variables, images):
         _, state = model.apply(
             variables,
@@ -249,7 +248,7 @@ def test_dual_path_networks_have_an_increment_a_stage_and_no_layer_dropout():
 
 def test_parameters_start_as_the_references_do():
     model = create_model("densenet121", growth_rate=64, block_sizes=(1, 1), num_classes=200)
-    params = jax.jit(model.init, compiler_options=FAST_COMPILE)(jax.random.key(0), _images(1))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), _images(1))["params"]
     kernel = params["denseblock1"]["denselayer1"]["conv1"]["kernel"]
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / kernel.shape[2]), rtol=0.03)
     assert not np.any(params["classifier"]["bias"])

@@ -12,13 +12,12 @@ from jax import lax
 from densenet_jax.models import dense_block, densenet, dual_path, layers
 from tests.models import golden
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 TOLERANCE = 1e-5
 
 
 def _largest_error(name, side_px=64, **options):
     model = golden.make(name, **options)
-    run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x), compiler_options=FAST_COMPILE)
+    run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x))
     found = run(golden.drawn_variables(name), golden.images(4, side_px))
     return max(golden.stage_errors(jax.device_get(found), golden.golden(name), side_px).values())
 

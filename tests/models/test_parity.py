@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from densenet_jax.models import layers
 from densenet_jax.models.torch_weights import to_torch
 from tests.golden.drawn import draw, key_lines, relative_error, summarise
 from tests.models import golden
@@ -19,15 +20,12 @@ NAMES = (
 )
 # float64 tells rounding, which depth amplifies, from a fault that happens to be small.
 TOLERANCES = {np.float32: 1e-5, np.float64: 1e-9}
-FAST_COMPILE = {
-    "xla_backend_optimization_level": 0
-}  # the arithmetic is the same, the compiler takes a fifth of the time
 
 
 def _largest_error(name, side_px, batch, dtype):
     with jax.enable_x64(dtype is np.float64):
         model = golden.make(name, dtype=dtype, param_dtype=dtype)
-        run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x), compiler_options=FAST_COMPILE)
+        run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x))
         found = run(golden.drawn_variables(name, dtype), golden.images(batch, side_px, dtype))
         assert found["logits"].dtype == dtype
         return golden.stage_errors(jax.device_get(found), golden.golden(name), side_px)
@@ -70,15 +68,15 @@ def test_state_dict_keys_and_shapes_are_the_reference_s(name):
 def test_test_time_pooling_equals_the_reference(name):
     with jax.enable_x64(True):
         model = golden.make(name, dtype=np.float64, param_dtype=np.float64, test_time_pool_px=2)
-        run = jax.jit(model.apply, compiler_options=FAST_COMPILE)
+        run = jax.jit(model.apply)
         logits = jax.device_get(run(golden.drawn_variables(name, np.float64), golden.images(4, 67, np.float64)))
     expected = golden.golden(name)["windows/logits"]
     assert np.abs(logits - expected).max() < 1e-9 * np.abs(expected).max()
 
 
-def _train_once(name):
+def _train_once(name, **options):
     """Logits, updated statistics and gradients of the golden files' linear loss, in float64."""
-    model = golden.make(name, dtype=np.float64, param_dtype=np.float64)
+    model = golden.make(name, dtype=np.float64, param_dtype=np.float64, **options)
     variables = golden.drawn_variables(name, np.float64)
     weights = draw("loss.weight", (4, 10)).astype(np.float64)
 
@@ -87,36 +85,44 @@ def _train_once(name):
         logits, state = model.apply(everything, x, train=True, mutable=["batch_stats"])
         return (logits * weights).sum(), (logits, state["batch_stats"])
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     x = golden.images(4, 67, np.float64)
     (_, (logits, statistics)), gradients = run(variables["params"], x, variables["batch_stats"])
     return jax.device_get((logits, statistics, gradients))
 
 
-@pytest.fixture(scope="module", params=list(golden.SMALL_MODELS))
-def trained(request):
+def _training_errors(name, **options):
+    """The largest relative errors of training output, statistics and gradients."""
+    expected = golden.golden(name)
     with jax.enable_x64(True):
-        return golden.golden(request.param), *_train_once(request.param)
-
-
-def test_training_output_equals_the_reference(trained):
-    expected, logits, _, _ = trained
-    assert np.abs(logits - expected["train/logits"]).max() < 1e-9 * np.abs(expected["train/logits"]).max()
-
-
-def test_running_statistics_equal_the_reference(trained):
-    expected, _, statistics, _ = trained
-    state = {
-        key: value for key, value in to_torch({"params": {}, "batch_stats": statistics}).items() if "num" not in key
-    }
-    assert {f"after/{key}" for key in state} == {key for key in expected if key.startswith("after/")}
-    errors = {key: relative_error(summarise(value), expected[f"after/{key}"]) for key, value in state.items()}
-    assert max(errors.values()) < 1e-9, errors
-
-
-def test_every_gradient_equals_the_reference(trained):
-    expected, _, _, (gradients, image_gradient) = trained
+        logits, statistics, (gradients, image_gradient) = _train_once(name, **options)
+    state = to_torch({"params": {}, "batch_stats": statistics})
+    after = {f"after/{key}": value for key, value in state.items() if "num_batches" not in key}
     leaves = golden.gradient_leaves(gradients) | {"images": golden.torch_layout(image_gradient)}
-    assert {f"gradient/{key}" for key in leaves} == {key for key in expected if key.startswith("gradient/")}
-    errors = {key: relative_error(summarise(value), expected[f"gradient/{key}"]) for key, value in leaves.items()}
+    found = after | {f"gradient/{key}": value for key, value in leaves.items()}
+    assert set(found) == {key for key in expected if key.startswith(("after/", "gradient/"))}
+    errors = {key: relative_error(summarise(value), expected[key]) for key, value in found.items()}
+    return {
+        "output": np.abs(logits - expected["train/logits"]).max() / np.abs(expected["train/logits"]).max(),
+        "statistics": max(error for key, error in errors.items() if key.startswith("after/")),
+        "gradients": max(error for key, error in errors.items() if key.startswith("gradient/")),
+    }
+
+
+@pytest.mark.parametrize("name", list(golden.SMALL_MODELS))
+def test_training_output_statistics_and_every_gradient_equal_the_reference(name):
+    errors = _training_errors(name)
     assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.slow
+def test_faults_in_training_are_caught(monkeypatch):
+    name = "small_densenet_blur"
+    assert _training_errors(name, unbiased_running_variance=False)["statistics"] > 1e-4
+    assert _training_errors(name, batch_norm_momentum=0.99)["statistics"] > 1e-4
+    assert _training_errors(name, batch_norm_group_size=2)["output"] > 1e-4
+    exact = layers.batch_moments
+    monkeypatch.setattr(layers, "batch_moments", lambda *args: jax.lax.stop_gradient(exact(*args)))
+    errors = _training_errors(name)
+    assert errors["output"] < 1e-9
+    assert errors["gradients"] > 1e-4
