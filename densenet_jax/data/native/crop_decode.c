@@ -31,8 +31,8 @@ int decode_part(const uint8_t *data, unsigned long size, const int *part, int rg
   if ((info.jpeg_color_space != JCS_YCbCr && info.jpeg_color_space != JCS_GRAYSCALE) || info.max_h_samp_factor > 2 ||
       part[0] + part[2] > (int)info.image_width || part[1] + part[3] > (int)info.image_height) goto end;
   info.out_color_space = rgbx ? JCS_EXT_RGBX : JCS_RGB, jpeg_start_decompress(&info);
-  int beside = 16 * info.max_h_samp_factor; /* chroma beside the part counts in upsampling */
-  JDIMENSION from = part[0] > beside ? part[0] - beside : 0, to = part[0] + part[2] + beside;
+  /* 32 pixels at each side: chroma beside the part counts in upsampling. */
+  JDIMENSION from = part[0] > 32 ? part[0] - 32 : 0, to = part[0] + part[2] + 32;
   JDIMENSION width = (to < info.image_width ? to : info.image_width) - from;
   jpeg_crop_scanline(&info, &from, &width); /* moves the left edge to a multiple of 8 or 16 */
   if (width * (rgbx ? 4 : 3) > (JDIMENSION)pitch) goto end;
@@ -100,17 +100,16 @@ FAST static void down(const uint8_t *in, int pitch, int width, uint8_t *result, 
 void resize_rgbx(const uint8_t *in, int pitch, const int *whole, const int *part, const double *box, int out, int cubic,
                  int down_first, uint8_t *result, uint8_t *work) {
   taps x, y;
-  const int width = part[2], height = part[3];
   int32_t *next = make_taps(&x, (int32_t *)work, whole[0], part[0], box[0], box[2], out, cubic);
   next = make_taps(&y, next, whole[1], part[1], box[1], box[3], out, cubic);
   quad *sums = (quad *)(((uintptr_t)next + 31) / 32 * 32);
-  uint8_t *half = (uint8_t *)(sums + out + width + x.size);
-  uint8_t *full = half + 4 * (size_t)out * (down_first ? width : height);
+  uint8_t *half = (uint8_t *)(sums + out + part[2] + x.size);
+  uint8_t *full = half + 4 * (size_t)out * (down_first ? part[2] : part[3]);
   if (down_first) {
-    down(in, pitch, 4 * width, half, &y, out, (int32_t *)sums);
-    across(half, 4 * width, out, full, &x, out, sums);
+    down(in, pitch, 4 * part[2], half, &y, out, (int32_t *)sums);
+    across(half, 4 * part[2], out, full, &x, out, sums);
   } else {
-    across(in, pitch, height, half, &x, out, sums);
+    across(in, pitch, part[3], half, &x, out, sums);
     down(half, 4 * out, 4 * out, full, &y, out, (int32_t *)sums);
   }
   for (int i = 0; i < out * out; i++)
