@@ -75,26 +75,20 @@ def create_model(
     """
     variant = get_variant(name)
     facts = _override(name, variant.architecture, architecture)
-    epsilon = facts.pop("epsilon") if batch_norm_epsilon is None else batch_norm_epsilon
-    facts.pop("epsilon", None)
-    _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
+    own_epsilon = facts.pop("epsilon")
+    epsilon = own_epsilon if batch_norm_epsilon is None else batch_norm_epsilon
     num_classes = variant.num_classes if num_classes is None else num_classes
-    if num_classes < 1:
-        raise UserError(
-            f"num_classes={num_classes}: expected at least 1; for features without a head use output='pooled'"
-        )
-    common = {
+    _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
+    _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
+    common: dict[str, Any] = {
         "norm_options": NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance),
         "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
         "output": _chosen("output", output),
-        "remat": remat,
-        "dtype": dtype,
-        "param_dtype": param_dtype,
+        **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
     }
     if isinstance(variant.architecture, DenseNetArchitecture):
-        return DenseNet(
-            **facts, **common, layer_dropout=layer_dropout, dropout_every_convolution=dropout_every_convolution
-        )
+        common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
+        return DenseNet(**facts, **common)
     if layer_dropout:
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
     return DualPathNetwork(**facts, **common)
@@ -127,6 +121,18 @@ def _chosen(key: str, value: Any) -> Any:
     if key in _CHOICES and value not in _CHOICES[key]:
         raise UserError(f"{key}={value!r}: expected one of {', '.join(_CHOICES[key])}")
     return value
+
+
+def _check_numbers(num_classes: int, momentum: float, epsilon: float, group_size: int, window_px: int) -> None:
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: expected at least 1; for features without a head, output='pooled'")
+    if not 0.0 <= momentum <= 1.0:
+        raise UserError(f"batch_norm_momentum={momentum}: expected a share from 0 to 1")
+    if epsilon <= 0:
+        raise UserError(f"batch_norm_epsilon={epsilon}: expected more than 0")
+    for key, value in (("batch_norm_group_size", group_size), ("test_time_pool_px", window_px)):
+        if value < 0:
+            raise UserError(f"{key}={value}: expected 0 (off) or more")
 
 
 def _check_rates(**rates: float) -> None:

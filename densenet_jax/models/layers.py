@@ -108,14 +108,18 @@ def normalise(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> F
     return (x.astype(wide) - mean) * lax.rsqrt(variance + epsilon)
 
 
-def scale_shift(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], dtype: DType):
+def scale_shift(
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], dtype: DType
+) -> Float[Array, "b h w c"]:
     """Scale * x + bias in float32 or wider, given back in dtype."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     scale, bias = (v.astype(wide)[None, None, None, :] for v in (scale, bias))
     return (x.astype(wide) * scale + bias).astype(dtype)
 
 
-def norm_by_running(x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float, dtype: DType):
+def norm_by_running(
+    x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float, dtype: DType
+) -> Float[Array, "b h w c"]:
     """Batch norm with the running statistics, as in evaluation: one multiply and one add an element."""
     wide = jnp.promote_types(norm.variance.dtype, jnp.float32)
     factor = norm.scale.astype(wide) * lax.rsqrt(norm.variance.astype(wide) + epsilon)
@@ -200,7 +204,7 @@ def convolve(
     )
 
 
-def he_normal(fan: Fan):
+def he_normal(fan: Fan) -> nn.initializers.Initializer:
     """He's initialiser from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
 
