@@ -7,9 +7,11 @@ from typing import Any, TypeAlias
 
 import jax
 
+from densenet_jax.data.prepare import prepare_dataset
+from densenet_jax.errors import UserError
 from densenet_jax.evaluate import evaluate
 from densenet_jax.experiment import Experiment
-from densenet_jax.progress import say, working
+from densenet_jax.progress import Bar, say, working
 from densenet_jax.train import train
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import Checkpoints, restore_variables
@@ -77,7 +79,48 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
     return {"step": step, **figures}
 
 
-MODES: dict[str, Callable[[Config, str], dict[str, Any]]] = {"train": train_mode, "eval": eval_mode}
+def prepare_mode(config: Config, workdir: str) -> dict[str, Any]:
+    """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it.
+
+    Raises:
+        UserError: it can't be prepared, has damaged images (named on standard error), or another number of them than
+            a complete data set.
+    """
+    del workdir  # data sets lie in config.data.dir
+    bars: dict[str, Bar] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[what] = Bar(what, total)
+        bars[what].move_to(done)
+
+    try:
+        reports = prepare_dataset(config.data.name, config.data.dir, progress=progress)
+    finally:
+        for bar in bars.values():
+            bar.close()
+    faults = []
+    for report in reports:
+        complete = report.expected in (None, report.examples)
+        say(f"{report.split}: {report.examples} images, {len(report.damaged)} damaged")
+        for name, why in report.damaged:
+            say(f"  {name}: {why}")
+        if report.damaged:
+            faults.append(f"{len(report.damaged)} damaged images in {report.split}")
+        if not complete:
+            faults.append(f"{report.examples} images in {report.split} instead of {report.expected}")
+    if faults:
+        raise UserError(f"{config.data.name} is prepared, but has {', '.join(faults)}; see the lines above.")
+    return {"name": config.data.name, "splits": {report.split: report.examples for report in reports}}
+
+
+MODES: dict[str, Callable[[Config, str], dict[str, Any]]] = {
+    "train": train_mode,
+    "eval": eval_mode,
+    "prepare": prepare_mode,
+}
 
 
 def run(mode: str, config: Config, workdir: str) -> dict[str, Any]:

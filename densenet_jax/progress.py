@@ -66,6 +66,10 @@ class Bar:
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)
 
+    def move_to(self, done: int) -> None:
+        """Stands at `done` steps."""
+        self.advance(done - self._done)
+
     def time_left_secs(self) -> float:
         """Estimated from the mean speed since the start."""
         done = self._done - self._start_step
@@ -81,10 +85,6 @@ class Bar:
             self._progress.update(self._task, figures=text)
         else:
             say(f"{self._what} {self._done}/{self._total}  {text}")
-
-    def restart_clock(self) -> None:
-        """Counts time from here: what came before (compilation) was not progress."""
-        self._started, self._start_step = time.perf_counter(), self._done
 
     def close(self) -> None:
         """Takes the bar off the screen."""
