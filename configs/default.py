@@ -48,6 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
     augment.flip = True  # mirror half of the images
     augment.pad_px = 0  # pad by this much with zeros and crop back at random (CIFAR's 4)
     augment.color_jitter = (0.0, 0.0, 0.0)  # strength of brightness, contrast, saturation; usual: 0.4 each
+    augment.rand_layers = 0  # RandAugment: operations an image, in place of color_jitter; 0: none; usual: 2
+    augment.rand_magnitude = 9.0  # RandAugment: strength from 0 to 10
+    augment.erase_mode = "pixel"  # what an erased rectangle holds: "zero", "color" or "pixel" (noise)
     augment.erase = 0.0  # share of images that lose a random rectangle; usual: 0.25
     augment.mixup_alpha = 0.0  # of mixup's Beta distribution; 0: none
     augment.cutmix_alpha = 0.0  # likewise of cutmix

@@ -1,9 +1,8 @@
-"""densenet121 on ImageNet with a cosine schedule and five epochs of warmup.
+"""densenet121 on ImageNet: 120 epochs of cosine, colour jitter, no weight decay on batch norm and biases.
 
     python main.py --config configs/densenet121_cosine.py --workdir ./runs/cosine
 
-Expected: about 75.4% top-1 (published for 120 epochs of cosine from 0.1 at batch 256: 75.43 top-1, 92.60 top-5).
-Not reproduced here.
+Expected: 75.43% top-1, 92.60% top-5, as MindSpore's model zoo publishes for this recipe. Not reproduced here.
 """
 
 import ml_collections
@@ -12,10 +11,10 @@ from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """120 epochs, cosine from 0.1 to 0; weight decay spares batch norm and biases."""
+    """Batch 256, cosine from 0.1 to 0."""
     config = default.get_config()
+    config.augment.color_jitter = (0.4, 0.4, 0.4)
     config.train.epochs = 120.0
     config.optim.schedule = "cosine"
-    config.optim.warmup_epochs = 5.0
     config.optim.decay_norm_and_bias = False
     return config

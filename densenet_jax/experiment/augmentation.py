@@ -10,6 +10,7 @@ from densenet_jax.training import augment
 from densenet_jax.training.color import color_jitter
 from densenet_jax.training.erasing import random_erase
 from densenet_jax.training.mixing import mix
+from densenet_jax.training.randaugment import rand_augment
 from densenet_jax.training.rng import Purpose, example_keys, step_key
 from densenet_jax.training.steps import Augment
 
@@ -34,14 +35,26 @@ def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) 
             images = augment.random_flip(images, keys(Purpose.FLIP))
         if config.augment.pad_px:
             images = augment.pad_and_crop(images, keys(Purpose.PAD_CROP), config.augment.pad_px)
-        if any(config.augment.color_jitter):
+        if config.augment.rand_layers:
+            fill = tuple(round(255 * value) for value in mean)
+            images = rand_augment(
+                images,
+                keys(Purpose.RAND_AUGMENT),
+                num_layers=config.augment.rand_layers,
+                magnitude=config.augment.rand_magnitude,
+                fill=fill,
+            )
+        elif any(config.augment.color_jitter):
             brightness, contrast, saturation = config.augment.color_jitter
             images = color_jitter(
                 images, keys(Purpose.COLOR), brightness=brightness, contrast=contrast, saturation=saturation
             )
         images = augment.normalize(images, mean, std, jnp.float32 if config.augment.erase else dtype)
         if config.augment.erase:
-            images = random_erase(images, keys(Purpose.ERASE), probability=config.augment.erase).astype(dtype)
+            images = random_erase(
+                images, keys(Purpose.ERASE), probability=config.augment.erase, mode=config.augment.erase_mode
+            )
+            images = images.astype(dtype)
         if config.augment.mixup_alpha or config.augment.cutmix_alpha:
             return mix(
                 images,
