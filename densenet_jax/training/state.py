@@ -6,7 +6,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
@@ -30,7 +29,7 @@ class TrainState:
         loss_scale: None where the precision needs none.
     """
 
-    step: Int[Array | np.ndarray, ""]
+    step: Int[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: Any

@@ -6,9 +6,14 @@ from densenet_jax.training.timeline import Timeline
 
 
 def timeline(**changes: float) -> Timeline:
-    values = dict(
-        examples=1437, global_batch_size=64, epochs=4, eval_every_epochs=1, save_every_steps=50, report_every_steps=20
-    )
+    values: dict[str, float] = {
+        "examples": 1437,
+        "global_batch_size": 64,
+        "epochs": 4,
+        "eval_every_epochs": 1,
+        "save_every_steps": 50,
+        "report_every_steps": 20,
+    }
     return Timeline(**{**values, **changes})
 
 
