@@ -61,6 +61,21 @@ def check_size(width: int, height: int, name: str) -> None:
         raise DamagedImage(name, f"it claims {width}x{height} pixels, at most {MAX_PIXELS} are decoded")
 
 
+def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
+    """(width, height) as the file's first bytes say; decodes nothing.
+
+    Raises:
+        DamagedImage: it is no image, or one that is too large to be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Exception as error:
+        raise DamagedImage(name, str(error) or type(error).__name__) from error
+    check_size(width, height, name)
+    return width, height
+
+
 def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     """(height, width) as the file's first bytes say, or None where it is no JPEG.
 

@@ -1,0 +1,142 @@
+"""What a data set holds and how fast it is read: numbers and a picture for a page that a person looks at."""
+
+import dataclasses
+import io
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from densenet_jax.data.batches import Batches
+from densenet_jax.data.decode import DamagedImage, image_size
+from densenet_jax.data.records import Source
+
+_SAMPLE = 2000  # images whose size is looked at; spread evenly over the split
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSummary:
+    """A split in numbers.
+
+    Attributes:
+        examples: how many there are.
+        class_counts: int64[classes].
+        widths: int64[sample], in pixels, of images that are spread evenly over the split.
+        heights: int64[sample], likewise.
+        encoded_bytes: int64[sample], sizes of the files.
+        damaged: names in the sample whose size can't be told.
+    """
+
+    examples: int
+    class_counts: np.ndarray
+    widths: np.ndarray
+    heights: np.ndarray
+    encoded_bytes: np.ndarray
+    damaged: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The same as plain numbers for a table: counts, class balance, and quartiles of the sizes."""
+        counts, used = self.class_counts, self.class_counts[self.class_counts > 0]
+        table: dict[str, float | int] = {
+            "examples": self.examples,
+            "classes": len(counts),
+            "classes_without_examples": int((counts == 0).sum()),
+            "fewest_in_a_class": int(used.min()) if len(used) else 0,
+            "most_in_a_class": int(used.max()) if len(used) else 0,
+            "sampled_images": len(self.widths),
+            "damaged_in_sample": len(self.damaged),
+        }
+        for name, values in (("width_px", self.widths), ("height_px", self.heights), ("bytes", self.encoded_bytes)):
+            for key, share in (("lowest", 0), ("median", 50), ("highest", 100)):
+                table[f"{key}_{name}"] = int(np.percentile(values, share)) if len(values) else 0
+        return table
+
+
+def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
+    """Counts all labels and looks at the headers of up to `sample` images; decodes none."""
+    total = len(source)
+    widths, heights, sizes, damaged = [], [], [], []
+    for index in np.unique(np.linspace(0, total - 1, min(sample, total)).astype(int)).tolist():
+        try:
+            record = source[index]
+            width, height = image_size(record.image, record.name)
+        except DamagedImage as error:
+            damaged.append(error.name)
+            continue
+        widths.append(width)
+        heights.append(height)
+        sizes.append(len(record.image))
+    labels = source.labels()
+    counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
+    return SplitSummary(total, counts, np.array(widths), np.array(heights), np.array(sizes), tuple(damaged))
+
+
+def measure_speed(batches: Batches, seconds: float = 5.0, warmup_batches: int = 2) -> float:
+    """Images a second of this process that `batches` gives with nobody computing beside; closes `batches`."""
+    with batches:
+        for _ in itertools.islice(batches, warmup_batches):
+            pass
+        began, images = time.perf_counter(), 0
+        for batch in batches:
+            images += len(batch["label"])
+            if time.perf_counter() - began >= seconds:
+                break
+        return images / (time.perf_counter() - began)
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    columns: int = 8,
+    *,
+    show: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> bytes:
+    """A PNG of images in rows with a title above each.
+
+    Args:
+        images: arrays [h, w, 1 or 3] that `show` turns into uint8 or into floats in [0, 1].
+        titles: one for each image, such as its class.
+        columns: images in a row.
+        show: undoes a normalisation, for images as the model sees them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.5 * columns, 1.7 * rows))
+    FigureCanvasAgg(figure)
+    for place, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        pixels = show(image)
+        axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, cmap="gray", interpolation="nearest")
+        axes.set_title(title[:22], fontsize=7)
+        axes.axis("off")
+    figure.tight_layout(pad=0.4)
+    return _png(figure)
+
+
+def class_balance_chart(summaries: dict[str, SplitSummary]) -> bytes:
+    """A PNG with the examples of every class, most first, a line for each split."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 2.6))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for split, summary in summaries.items():
+        counts = np.sort(summary.class_counts)[::-1]
+        axes.step(np.arange(len(counts)), counts, where="mid", label=split)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("classes, largest first")
+    axes.set_ylabel("examples")
+    axes.legend()
+    figure.tight_layout()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()

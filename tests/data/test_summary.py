@@ -1,0 +1,65 @@
+"""The page about a data set tells the truth about it."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from densenet_jax.data import summary
+from densenet_jax.data.pipeline import eval_batches, train_batches
+from densenet_jax.data.sources import open_source
+from densenet_jax.data.transforms import eval_transform, train_transform
+from tests.data import fake_imagenet
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("data"))
+    replace = {"train_5.JPEG": b"broken"}
+    fake_imagenet.write(directory, train=30, validation=3, num_classes=6, used_classes=4, replace=replace)
+    return open_source("imagenet2012", directory, "train")
+
+
+def test_a_split_in_numbers(source):
+    found = summary.summarize(source)
+    assert found.examples == 30
+    np.testing.assert_array_equal(found.class_counts, [8, 8, 7, 7, 0, 0])
+    assert found.damaged == ("train_5.JPEG",)
+    first = Image.open(io.BytesIO(fake_imagenet.jpeg(0)))
+    assert (found.widths[0], found.heights[0]) == first.size
+    table = found.as_dict()
+    assert table["classes_without_examples"] == 2
+    assert (table["fewest_in_a_class"], table["most_in_a_class"]) == (7, 8)
+    assert table["sampled_images"] == 29
+    assert 90 <= table["lowest_width_px"] <= table["median_width_px"] <= table["highest_width_px"] < 140
+
+
+def test_large_splits_are_sampled(source):
+    assert len(summary.summarize(source, sample=7).widths) in (6, 7)
+
+
+def test_speed_is_measured_for_endless_and_short_batches(source):
+    train = train_batches(
+        source, seed=0, global_batch_size=8, transform=train_transform(image_size_px=16), on_damaged="skip"
+    )
+    assert summary.measure_speed(train, seconds=0.2) > 8
+    once = eval_batches(
+        source, global_batch_size=8, transform=eval_transform(image_size_px=16, resize_px=16), on_damaged="skip"
+    )
+    assert summary.measure_speed(once, seconds=100) > 8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_grid_is_a_picture(channels):
+    images = [np.full((8, 8, channels), shade, np.uint8) for shade in (0, 100, 255)]
+    picture = Image.open(io.BytesIO(summary.image_grid(images, ["black", "grey", "white"], columns=2)))
+    assert picture.format == "PNG"
+    assert picture.width > 200
+    scaled = summary.image_grid([image / 255 for image in images], ["a", "b", "c"], show=lambda image: image * 0.5)
+    assert Image.open(io.BytesIO(scaled)).format == "PNG"
+
+
+def test_class_balance_is_drawn(source):
+    chart = summary.class_balance_chart({"train": summary.summarize(source)})
+    assert Image.open(io.BytesIO(chart)).width > 300
