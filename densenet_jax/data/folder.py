@@ -41,6 +41,7 @@ class FolderSource:
         if not own:
             raise UserError(f"{self._root} has no class folders; expected {self._root}/CLASS/IMAGE.")
         self.num_classes = len(self.class_names)
+        self.label_sets = False
         self._labels, self._ends, self._names = _load_or_list(directory, self._root, own, self.class_names)
         if not len(self._labels):
             raise UserError(f"{self._root} holds no images; files that end in {', '.join(EXTENSIONS)} are read.")

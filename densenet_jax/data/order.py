@@ -17,11 +17,16 @@ class Order:
 
     Epochs follow each other without a gap, so the last examples of one that fill no batch begin the next batch.
     Any stretch costs its own length, wherever it begins, and nothing of the size of the data set is kept.
+
+    With repeats r (repeated augmentation, arXiv:1901.09335) each example holds r positions that follow each other, so
+    that `size` positions, which is what an epoch's length is counted in, see size / r different examples, as with the
+    samplers of the references. These begin a new order after `size` positions, so that chance decides which examples
+    are seen more often; here an order is followed to its end: r * size positions see every example exactly r times.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, repeats: int = 1) -> None:
         """Orders `size` examples; `seed` is any whole number from 0 on."""
-        self._size = size
+        self._size, self._repeats = size, repeats
         self._epoch_seed = functools.lru_cache(4)(lambda epoch: _hash(seed, _ORDER, epoch))
 
     def stretch(self, start: int, count: int) -> list[int]:
@@ -29,7 +34,7 @@ class Order:
         last = self._size - 1
         indices = []
         for position in range(start, start + count):
-            epoch, place = divmod(position, self._size)
+            epoch, place = divmod(position // self._repeats, self._size)
             indices.append(index_shuffle(place, max_index=last, seed=self._epoch_seed(epoch), rounds=4) if last else 0)
         return indices
 

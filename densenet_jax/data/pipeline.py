@@ -29,6 +29,7 @@ def train_batches(
     reader_threads: int = 0,
     prefetch_batches: int = 4,
     on_damaged: str = "error",
+    repeats: int = 1,
 ) -> Batches:
     """Endless training batches from `start_step` on; starting late costs no more than starting early.
 
@@ -45,6 +46,8 @@ def train_batches(
         reader_threads: threads that read and decode; 0: one a core.
         prefetch_batches: batches that wait in memory at most, besides the ones in use.
         on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set and counts.
+        repeats: neighbouring examples of a batch that are one image, each transformed by draws of its own; see
+            `Order`. Must divide `global_batch_size`.
 
     Returns:
         iterator of {"image": uint8[b, h, w, c], "label": int32[b]}, b being this process's share.
@@ -53,8 +56,13 @@ def train_batches(
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
     """
     share = _share(global_batch_size, process_count)
+    if global_batch_size % repeats:
+        raise UserError(
+            f"config.augment.repeats is {repeats}, which does not divide config.train.global_batch_size "
+            f"{global_batch_size}; choose a divisor."
+        )
     damaged = Damaged(_skips(on_damaged))
-    order, draws = Order(len(source), seed), Draws(seed, transform.draws)
+    order, draws = Order(len(source), seed, repeats), Draws(seed, transform.draws)
     read = _Kept(source, transform, damaged) if not transform.draws else _Fresh(source, transform, damaged)
 
     def fill(rows: Rows) -> None:
@@ -85,7 +93,9 @@ def eval_batches(
     images are masked out as well, and counted. Arguments as for `train_batches`.
 
     Returns:
-        iterator of {"image": uint8[b, h, w, c], "label": int32[b], "mask": bool[b]}.
+        iterator of {"image": uint8[b, h, w, c] (or [b, crops, h, w, c], as the transform gives), "label": int32[b],
+        "mask": bool[b]}; of a source with `label_sets` also {"label_set": bool[b, classes]}, True for every right
+        class, of which an example may have none.
     """
     share = _share(global_batch_size, process_count)
     damaged = Damaged(_skips(on_damaged))
@@ -96,7 +106,8 @@ def eval_batches(
         start = rows.step * global_batch_size + process_index * share + rows.first
         batch = rows.batch
         for row in rows:
-            batch["image"][row], batch["label"][row], batch["mask"][row] = 0, 0, False
+            for array in batch.values():
+                array[row] = 0
             if start + row >= total:
                 continue
             try:
@@ -106,9 +117,13 @@ def eval_batches(
                 damaged.add(error)
                 continue
             batch["label"][row], batch["mask"][row] = record.label, True
+            if source.label_sets:
+                batch["label_set"][row, list(record.label_set)] = True
 
     steps = range(-(-total // global_batch_size))
     arrays = _arrays(share, transform) | {"mask": ((share,), np.bool_)}
+    if source.label_sets:
+        arrays["label_set"] = ((share, source.num_classes), np.bool_)
     return Batches(arrays, steps, fill, damaged, reader_threads=reader_threads, prefetch_batches=prefetch_batches)
 
 
@@ -136,8 +151,7 @@ class _Kept(_Fresh):
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         super().__init__(source, transform, damaged)
-        size = transform.image_size_px
-        shape = (len(source), size, size, transform.channels)
+        shape = (len(source), *transform.shape)
         fits = int(np.prod(shape, dtype=np.int64)) <= _KEEP_BYTES
         self._images = np.empty(shape if fits else (0,), np.uint8)
         self._labels = np.empty(len(self._images), np.int32)
@@ -159,8 +173,7 @@ class _Kept(_Fresh):
 
 
 def _arrays(share: int, transform: Transform) -> dict[str, tuple[tuple[int, ...], type]]:
-    size = transform.image_size_px
-    return {"image": ((share, size, size, transform.channels), np.uint8), "label": ((share,), np.int32)}
+    return {"image": ((share, *transform.shape), np.uint8), "label": ((share,), np.int32)}
 
 
 def _share(global_batch_size: int, process_count: int) -> int:

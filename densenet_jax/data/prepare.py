@@ -21,6 +21,7 @@ from densenet_jax.errors import UserError
 # Examples that a complete data set has.
 KNOWN_COUNTS: dict[str, dict[str, int]] = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "imagenet2012_real": {"validation": 50_000},
     "imagenet_v2": {"test": 10_000},
     "imagenet_a": {"test": 7_500},
     "imagenet_r": {"test": 30_000},

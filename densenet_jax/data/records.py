@@ -14,11 +14,13 @@ class Record:
         image: the encoded file (JPEG, PNG, ...).
         label: the class, from 0 on.
         name: how a person finds this example again: the file's name, or split and position.
+        label_set: every class that is right, where the source has `label_sets`; () where nobody could say.
     """
 
     image: bytes
     label: int
     name: str
+    label_set: tuple[int, ...] = ()
 
 
 class Source(Protocol):
@@ -31,6 +33,10 @@ class Source(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """A name for each class."""
+
+    @property
+    def label_sets(self) -> bool:
+        """Whether its examples have any number of right classes (ImageNet ReaL) instead of one."""
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -14,7 +14,10 @@ from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
 # What only a person can download.
-MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+MANUAL_ARCHIVES: dict[str, tuple[str, ...]] = {
+    "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+    "imagenet2012_real": ("ILSVRC2012_img_val.tar",),
+}
 _HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never changes between runs
 
 
@@ -80,6 +83,7 @@ class SubsetSource:
         self._indices = np.asarray(indices, np.int64)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.label_sets = source.label_sets
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -114,6 +118,8 @@ class ArrayRecordSource:
         feature = builder.info.features[self._label_key]
         self.num_classes = int(feature.num_classes)
         self.class_names = tuple(feature.names)
+        self._set_key = _label_set_key(builder.info.features)
+        self.label_sets = bool(self._set_key)
         self._records = _open_records(builder, split, directory)
         self._parse = _example_parser()
         self._labels: np.ndarray | None = None
@@ -134,6 +140,7 @@ class ArrayRecordSource:
             image=fields[self._image_key].bytes_list.value[0],
             label=int(fields[self._label_key].int64_list.value[0]),
             name=name,
+            label_set=tuple(fields[self._set_key].int64_list.value) if self._set_key else (),
         )
 
     def labels(self) -> np.ndarray:
@@ -188,6 +195,14 @@ def _feature_keys(features: Any, directory: str) -> tuple[str, str, str]:
     names = [key for key in ("file_name", "filename", "image/filename", "id") if key in features]
     name = next((key for key in names if isinstance(features[key], tfds.features.Text)), "")
     return image, label, name
+
+
+def _label_set_key(features: Any) -> str:
+    """Key of the classes that are right beside the one label, as imagenet2012_real has them; "" where there is none."""
+    import tensorflow_datasets as tfds
+
+    sequences = {key: value for key, value in features.items() if isinstance(value, tfds.features.Sequence)}
+    return next((key for key, value in sequences.items() if isinstance(value.feature, tfds.features.ClassLabel)), "")
 
 
 def find_prepared(name: str, directory: str) -> str:

@@ -21,15 +21,11 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 class Transform(Protocol):
-    """One encoded image to uint8[image_size_px, image_size_px, channels]."""
+    """One encoded image to uint8[shape]."""
 
     @property
-    def image_size_px(self) -> int:
-        """Side of the result."""
-
-    @property
-    def channels(self) -> int:
-        """Channels of the result: 1 or 3."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result: height, width and channels, or the crops of one image before them."""
 
     @property
     def draws(self) -> int:
@@ -81,6 +77,7 @@ def eval_transform(
     channels: int = 3,
     interpolation: str = "bilinear",
     apply_exif_orientation: bool = False,
+    crops: int = 1,
 ) -> Transform:
     """Short side to `resize_px`, then the central square: Pillow's antialiased pixels, as torchvision and timm give.
 
@@ -90,10 +87,13 @@ def eval_transform(
         channels: 3 for RGB, 1 for grey.
         interpolation: "bilinear" or "bicubic".
         apply_exif_orientation: turn photographs as their camera said; see `decode_image`.
+        crops: 1, or 5 for the four corners and the middle, of which the result then has an axis in front.
     """
     _check(image_size_px, channels, interpolation)
     if resize_px < image_size_px:
         raise UserError(f"The resized short side ({resize_px} px) is below the crop ({image_size_px} px).")
+    if crops == 5:
+        return FiveCrops(image_size_px, channels, interpolation, resize_px, apply_exif_orientation)
     return ResizedCentreCrop(image_size_px, channels, interpolation, resize_px, apply_exif_orientation)
 
 
@@ -107,12 +107,23 @@ def _check(image_size_px: int, channels: int, interpolation: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random part of the image, resized to a square."""
+class _Square:
+    """What all have in common."""
 
     image_size_px: int
     channels: int
     interpolation: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Transform`."""
+        return self.image_size_px, self.image_size_px, self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(_Square):
+    """A random part of the image, resized to a square."""
+
     antialias: bool
     area_range: tuple[float, ...]
     aspect_range: tuple[float, ...]
@@ -135,12 +146,9 @@ class RandomResizedCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Whole(_Square):
     """The stored image, squeezed to the square where it has another shape."""
 
-    image_size_px: int
-    channels: int
-    interpolation: str
     antialias: bool
     draws: ClassVar[int] = 0
 
@@ -152,12 +160,9 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class ResizedCentreCrop:
+class ResizedCentreCrop(_Square):
     """The middle of the image after its short side was resized."""
 
-    image_size_px: int
-    channels: int
-    interpolation: str
     resize_px: int
     apply_exif_orientation: bool = False
     draws: ClassVar[int] = 0
@@ -173,6 +178,27 @@ class ResizedCentreCrop:
         pixels = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
         box = centre_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
+
+
+@dataclasses.dataclass(frozen=True)
+class FiveCrops(ResizedCentreCrop):
+    """The corners (top left, top right, bottom left, bottom right) and the middle of the resized image."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Transform`."""
+        return 5, *super().shape
+
+    def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
+        """See `Transform`."""
+        del draws
+        stored = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
+        height, width = resized_size(*stored.shape[:2], self.resize_px)
+        pixels = resize(stored, height, width, self.interpolation, True)
+        side = self.image_size_px
+        down, right = height - side, width - side
+        corners = ((0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2)))
+        return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
 
 def random_crop_box(
@@ -198,14 +224,18 @@ def random_crop_box(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
+def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
+    """(height, width) of an image whose short side becomes `resize_px`, rounded as torchvision's Resize does."""
+    resized_long = int(resize_px * max(height, width) / min(height, width))
+    return (resize_px, resized_long) if height <= width else (resized_long, resize_px)
+
+
 def centre_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in the stored image of the central crop that is taken after the resize.
 
     Rounds as torchvision's Resize and CenterCrop do, so that the crop has the same pixels without computing others.
     """
-    short, long = min(height, width), max(height, width)
-    resized_long = int(resize_px * long / short)
-    resized_height, resized_width = (resize_px, resized_long) if height <= width else (resized_long, resize_px)
+    resized_height, resized_width = resized_size(height, width, resize_px)
     top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
     down, right = height / resized_height, width / resized_width
     return left * right, top * down, min((left + crop_px) * right, width), min((top + crop_px) * down, height)

@@ -24,6 +24,7 @@ class Numbers:
         self.size, self.damaged, self.seconds = size, damaged, seconds
         self.num_classes = size
         self.class_names = tuple(map(str, range(size)))
+        self.label_sets = False
         self.reads = 0
 
     def __len__(self):
@@ -43,8 +44,7 @@ class Numbers:
 class Show:
     """A transform that writes what it was given into the pixels."""
 
-    image_size_px = 2
-    channels = 1
+    shape = (2, 2, 1)
 
     def __init__(self, draws=4):
         self.draws = draws
@@ -262,3 +262,51 @@ def test_real_photographs_come_through(imagenet):
     assert [int(batch["mask"].sum()) for batch in got] == [4, 4, 1]
     np.testing.assert_array_equal(got[1]["image"][2], transform(source[6].image, np.empty(0)))
     assert got[1]["image"][2].std() > 10
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_repeats_are_neighbours_with_draws_of_their_own_and_all_are_seen_equally_often(process_count):
+    repeats, size, batch = 3, 20, 12
+    common = {"seed": 2, "global_batch_size": batch, "transform": Show(), "repeats": repeats}
+    shares = [
+        take(train_batches(Numbers(size), **common, process_index=index, process_count=process_count), 5)
+        for index in range(process_count)
+    ]
+    batches = [
+        {key: np.concatenate([share[step][key] for share in shares]) for key in ("image", "label")} for step in range(5)
+    ]
+    labels = np.concatenate([entry["label"] for entry in batches]).reshape(-1, repeats)
+    assert (labels == labels[:, :1]).all()
+    assert sorted(labels[:, 0].tolist()) == list(range(size))  # 5 batches of 12 are 20 images, three times each
+    images = np.concatenate([entry["image"][:, 0, 0, 0] for entry in batches]).reshape(-1, repeats)
+    assert all(len(set(row)) == repeats for row in images.tolist()[:4])
+    late = take(train_batches(Numbers(size), **common, start_step=3), 1)[0]
+    np.testing.assert_array_equal(late["label"], batches[3]["label"])
+
+
+def test_repeats_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match=r"config.augment.repeats is 3, which does not divide .* 16"):
+        train_batches(Numbers(20), seed=0, global_batch_size=16, transform=Show(), repeats=3)
+
+
+def test_label_sets_become_rows_of_right_classes(tmp_path):
+    sets = [(1, 3), (), (0,), (2,), (3,)]
+    fake_imagenet.write_variant(str(tmp_path), "imagenet2012_real", "validation", [1, 2, 0, 2, 3], label_sets=sets)
+    source = open_source("imagenet2012_real", str(tmp_path), "validation")
+    assert source.label_sets
+    transform = eval_transform(image_size_px=16, resize_px=18, crops=5)
+    batches = take(eval_batches(source, global_batch_size=4, transform=transform), 2)
+    rows = np.concatenate([batch["label_set"] for batch in batches])
+    assert [tuple(np.flatnonzero(row)) for row in rows] == [*sets, (), (), ()]
+    assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [True] * 5 + [False] * 3
+    assert batches[0]["image"].shape == (4, 5, 16, 16, 3)
+    assert batches[1]["image"][0].any()
+    assert not batches[1]["image"][1:].any()
+
+
+@pytest.mark.parametrize("name", ["imagenet_v2/matched-frequency", "imagenet_a", "imagenet_r"])
+def test_variants_of_imagenet_open_with_all_its_classes(name, tmp_path):
+    fake_imagenet.write_variant(str(tmp_path), name, "test", [6, 11, 13])
+    source = open_source(name, str(tmp_path), "test")
+    assert (source.num_classes, source.label_sets) == (1000, False)
+    assert source.labels().tolist() == [6, 11, 13]

@@ -147,3 +147,20 @@ def test_grey_crops():
             50,
             1,
         )
+
+
+@pytest.mark.parametrize("name", ["coffee", "astronaut"])
+def test_five_crops_are_corners_and_middle_of_the_resized_image(name):
+    data = photograph(name)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    short = min(image.size)
+    size = [int(64 * side / short) for side in image.size]
+    whole = np.asarray(image.resize(size, PILLOW["bicubic"]), int)
+    crops = eval_transform(image_size_px=48, resize_px=64, interpolation="bicubic", crops=5)(data)
+    down, right = whole.shape[0] - 48, whole.shape[1] - 48
+    assert down == 16
+    places = [(0, 0), (0, right), (down, 0), (down, right), (8, round(right / 2))]
+    for crop, (top, left) in zip(crops, places, strict=True):
+        assert np.abs(crop - whole[top : top + 48, left : left + 48]).max() <= 1
+    single = eval_transform(image_size_px=48, resize_px=64, interpolation="bicubic")(data)
+    assert np.abs(crops[4].astype(int) - single).max() <= 1
