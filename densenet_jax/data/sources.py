@@ -219,11 +219,15 @@ def find_prepared(name: str, directory: str) -> str:
     root = epath.Path(directory) / match["set"]
     if match["config"]:
         root /= match["config"]
-    versions = []
-    if root.exists():
-        for path in root.iterdir():
-            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists():
-                versions.append((tuple(int(part) for part in path.name.split(".")), path))
+    try:
+        found = [path for path in root.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)] if root.exists() else []
+        versions = [
+            (tuple(int(part) for part in path.name.split(".")), path)
+            for path in found
+            if (path / "dataset_info.json").exists()
+        ]
+    except Exception as error:  # no rights, no network, or no package for this kind of storage
+        raise UserError(f"config.data.dir {directory} can't be read: {error}.") from error
     if match["version"]:
         versions = [entry for entry in versions if entry[1].name == match["version"]]
     if not versions:

@@ -190,7 +190,7 @@ for round in range(int(sys.argv[3])):
         crop.decode_part(data, *random.randint(0, 90, 2).tolist(), *random.randint(1, 60, 2).tolist())
 print("refused", refused)
 """
-    rounds = os.environ.get("FUZZ_ROUNDS", "300")
+    rounds = os.environ.get("FUZZ_ROUNDS", "150")
     result = subprocess.run(
         [sys.executable, "-c", code, str(build.library_paths()[0]), os.environ.get("FUZZ_SEED", "0"), rounds],
         capture_output=True, text=True, timeout=600, check=False,

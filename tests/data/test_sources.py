@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +152,12 @@ def test_sets_that_are_no_image_classification_are_refused(tmp_path):
     tfds.features.FeaturesDict({"left": tfds.features.Image(), "right": tfds.features.Image()}).save_config(path)
     with pytest.raises(UserError, match="not an image classification set"):
         open_source("imagenet2012", str(tmp_path), "train")
+
+
+def test_storage_that_needs_another_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://bucket/data can't be read: .*s3fs"):
+        open_source("imagenet2012", "s3://bucket/data", "train")
 
 
 def test_the_directory_is_tfds_own_by_default(monkeypatch, tmp_path):
