@@ -193,7 +193,7 @@ class FiveCrops(ResizedCentreCrop):
         """See `Transform`."""
         del draws
         stored = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
-        height, width = resized_size(*stored.shape[:2], self.resize_px)
+        height, width = resized_size(stored.shape[0], stored.shape[1], self.resize_px)
         pixels = resize(stored, height, width, self.interpolation, True)
         side = self.image_size_px
         down, right = height - side, width - side
