@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     augment.rand_magnitude = 9.0  # RandAugment: strength from 0 to 10
     augment.erase_mode = "pixel"  # what an erased rectangle holds: "zero", "color" or "pixel" (noise)
     augment.erase = 0.0  # share of images that lose a random rectangle; usual: 0.25
+    augment.repeats = 1  # differently augmented copies of each image of a batch; an epoch has so many fewer images
     augment.mixup_alpha = 0.0  # of mixup's Beta distribution; 0: none
     augment.cutmix_alpha = 0.0  # likewise of cutmix
     augment.mix_probability = 1.0  # share of batches that are mixed
@@ -105,6 +106,10 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.image_size_px = 0  # side of the evaluated square; 0: data.image_size_px
     evaluation.crop_fraction = 0.0  # crop side over resized short side (0.875: 224 of 256); 0: the weights' own
     evaluation.interpolation = ""  # "bilinear" or "bicubic", antialiased as Pillow does it; "": the weights' own
+    evaluation.crops = 1  # or 10: corners, middle and their mirror images, whose logits are averaged
+    evaluation.class_map = ""  # "present": judge only among the classes of the split (ImageNet-A and -R); "": all
+    evaluation.per_class_output = ""  # CSV file that --mode eval writes each class's accuracy to; "": none
+    evaluation.confusion_output = ""  # likewise for the examples of each class by predicted class
     evaluation.checkpoint = "latest"  # what --mode eval evaluates: "latest", "best" or a step
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()

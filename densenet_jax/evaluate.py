@@ -8,23 +8,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from densenet_jax.progress import Bar
-from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.eval_step import EvalSums
 from densenet_jax.training.sharding import to_devices
 
 
 def evaluate(
-    eval_step: Callable[[dict[str, Any], dict[str, jax.Array]], ClassificationSums],
+    eval_step: Callable[[dict[str, Any], dict[str, jax.Array]], EvalSums],
     variables: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     *,
     examples: int,
     batch_count: int,
-) -> dict[str, float]:
-    """Sums over all `batches` and divides once at the end.
+) -> EvalSums:
+    """Adds up all `batches`.
 
     Args:
-        eval_step: as `densenet_jax.training.steps.make_eval_step` builds it, jitted.
+        eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
         variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches.
         mesh: where they go.
@@ -32,22 +32,32 @@ def evaluate(
         batch_count: how many batches there are, for the bar.
 
     Returns:
-        {"examples", "loss", "top1", "top5"}; the last three are means, the accuracies in [0, 1].
+        The counts over the whole split, on the host.
 
     Raises:
-        RuntimeError: another number of examples was counted than the split has.
+        RuntimeError: another number of examples was seen than the split has.
     """
     bar = Bar("evaluating", batch_count)
-    total = ClassificationSums.zeros()
+    total: EvalSums | None = None
     try:
         for batch in batches:
-            before, total = total, total.merge(eval_step(variables, to_devices(batch, mesh)))
+            part = eval_step(variables, to_devices(batch, mesh))
+            before, total = total, part if total is None else total.merge(part)
             jax.block_until_ready(before)  # one batch in flight, one on its way: memory stays bounded
             bar.advance()
-        total = jax.device_get(total)
     finally:
         bar.close()
-    if int(total.examples) != examples:
-        raise RuntimeError(f"counted {int(total.examples)} examples of a split that has {examples}")
-    figures = total.compute()
+    found: EvalSums | None = jax.device_get(total)
+    seen = 0 if found is None else int(found.seen)
+    if found is None or seen != examples:
+        raise RuntimeError(f"counted {seen} examples of a split that has {examples}")
+    return found
+
+
+def figures_of(counts: EvalSums) -> dict[str, float]:
+    """The counts divided: {"examples", "loss", "top1", "top5"}, means but for the first, accuracies in [0, 1].
+
+    "examples" are those that were counted: where a data set gives some images no right class, these are left out.
+    """
+    figures = counts.sums.compute()
     return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
+from densenet_jax.class_tables import ClassTables
 from densenet_jax.data.prepare import prepare_dataset
 from densenet_jax.errors import UserError
-from densenet_jax.evaluate import evaluate
+from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.progress import Bar, say, working
 from densenet_jax.train import train
@@ -52,6 +54,8 @@ def train_mode(config: Config, workdir: str) -> dict[str, Any]:
 def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir`, or the weights that config.model.pretrained names; changes nothing there."""
     experiment = Experiment(config)
+    tables = ClassTables(config.eval.per_class_output, config.eval.confusion_output)
+    tables.check()
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         step, what, variables = 0, config.model.pretrained, experiment.pretrained_variables()
     else:
@@ -63,8 +67,10 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
         experiment.check_fits(variables, f"{checkpoints.directory}/{step}")
     say(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
     with working("compiling"):
-        eval_step = experiment.compile_eval_step()
-    figures = evaluate(
+        eval_step = experiment.compile_eval_step(confusion=tables.wanted)
+    if (allowed := experiment.data.allowed_classes) is not None:
+        say(f"judged among the {len(allowed)} classes of the split")
+    counts = evaluate(
         eval_step,
         variables,
         experiment.data.eval_batches(),
@@ -72,6 +78,11 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
         examples=len(experiment.data.eval_source),
         batch_count=experiment.data.eval_batch_count,
     )
+    figures = figures_of(counts)
+    if counts.confusion is not None and jax.process_index() == 0:
+        tables.write(np.asarray(counts.confusion), experiment.data.eval_source.class_names, allowed)
+    if left_out := int(counts.seen) - int(figures["examples"]):
+        say(f"{left_out} images without a right class are left out")
     say(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
     if step == 0:
         for line in experiment.published_beside(figures):

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from densenet_jax.config import to_dict
-from densenet_jax.evaluate import evaluate
+from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.interruption import Interrupted, StopRequest
 from densenet_jax.progress import Bar, say, working
@@ -139,7 +139,7 @@ class Trainer:
 
     def _evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
         data = self._experiment.data
-        return evaluate(
+        counts = evaluate(
             self._eval_step,
             variables,
             data.eval_batches(),
@@ -147,6 +147,7 @@ class Trainer:
             examples=len(data.eval_source),
             batch_count=data.eval_batch_count,
         )
+        return figures_of(counts)
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:

@@ -65,6 +65,7 @@ def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) 
                 cutmix_alpha=config.augment.cutmix_alpha,
                 probability=config.augment.mix_probability,
                 cutmix_share=config.augment.cutmix_share,
+                pair_distance=config.augment.repeats,
             )
         return images, labels
 

@@ -9,7 +9,7 @@ import jax
 
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.sources import Source, open_source
-from densenet_jax.data.transforms import eval_transform, train_transform
+from densenet_jax.data.transforms import Transform, eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.published import Preprocessing
 
@@ -48,6 +48,32 @@ class Data:
         """Height, width and channels of what is evaluated."""
         side = self.config.eval.image_size_px or self.config.data.image_size_px
         return side, side, self.config.data.channels
+
+    @property
+    def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a global batch of evaluation, whose arrays are those of `eval_batches`."""
+        size = self.eval_batch_size
+        shapes = {"image": (size, *self._eval_transform.shape), "label": (size,), "mask": (size,)}
+        if self.eval_source.label_sets:
+            shapes["label_set"] = (size, self.eval_source.num_classes)
+        return shapes
+
+    @functools.cached_property
+    def allowed_classes(self) -> tuple[int, ...] | None:
+        """The classes among which evaluation judges, None for all. Reads the labels of the split where it must.
+
+        Raises:
+            UserError: the data set has several right classes an image.
+        """
+        config = self.config
+        if not config.eval.class_map:
+            return None
+        if self.eval_source.label_sets:
+            raise UserError(
+                f"config.eval.class_map is {config.eval.class_map!r}, but {config.data.name} has several right classes "
+                "an image; leave it empty."
+            )
+        return tuple(sorted(set(self.eval_source.labels().tolist())))
 
     @property
     def eval_batch_size(self) -> int:
@@ -93,21 +119,29 @@ class Data:
             start_step=start_step,
             transform=transform,
             on_damaged=config.data.on_damaged,
+            repeats=config.augment.repeats,
             **self._reading(),
         )
 
     def eval_batches(self) -> Batches:
         """This process's shares of the evaluated split, padded and masked."""
+        return eval_batches(
+            self.eval_source,
+            global_batch_size=self.eval_batch_size,
+            transform=self._eval_transform,
+            **self._reading(),
+        )
+
+    @property
+    def _eval_transform(self) -> Transform:
         config = self.config
         side = self.eval_shape[0]
-        transform = eval_transform(
+        return eval_transform(
             image_size_px=side,
             resize_px=round(side / (config.eval.crop_fraction or self.preprocessing.crop_fraction)),
             channels=config.data.channels,
             interpolation=config.eval.interpolation or self.preprocessing.interpolation,
-        )
-        return eval_batches(
-            self.eval_source, global_batch_size=self.eval_batch_size, transform=transform, **self._reading()
+            crops=5 if config.eval.crops == 10 else 1,  # their mirror images are made on the accelerator
         )
 
     def _reading(self) -> dict[str, Any]:

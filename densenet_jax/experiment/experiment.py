@@ -19,10 +19,11 @@ from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import sharding
+from densenet_jax.training.eval_step import EvalSums, make_eval_step
 from densenet_jax.training.precision import Policy, get_policy
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.state import StateRecipe, TrainState
-from densenet_jax.training.steps import TrainStep, make_eval_step
+from densenet_jax.training.steps import TrainStep
 from densenet_jax.training.timeline import Timeline
 
 
@@ -172,14 +173,35 @@ class Experiment:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
         return jitted.lower(self.abstract_state, batch).compile()
 
-    def compile_eval_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], Any]:
-        """The evaluation step, compiled for this mesh."""
-        step = make_eval_step(self.model, normalize_with(self.data.mean_std(), self.policy.compute_dtype))
-        size = self.data.eval_batch_size
-        batch = self._abstract_batch(size, self.data.eval_shape)
-        batch["mask"] = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=batch["label"].sharding)
+    def compile_eval_step(
+        self, *, confusion: bool = False
+    ) -> Callable[[dict[str, Any], dict[str, jax.Array]], EvalSums]:
+        """The evaluation step, compiled for this mesh; with `confusion` it counts predictions by class.
+
+        Raises:
+            UserError: predictions can't be counted by class, since the images have several right classes.
+        """
+        if confusion and self.data.eval_source.label_sets:
+            raise UserError(
+                f"config.eval.per_class_output and config.eval.confusion_output expect one class an image, but "
+                f"{self.config.data.name} has several; leave them empty."
+            )
+        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
+        step = make_eval_step(self.model, normalize, classes=self.data.allowed_classes, confusion=confusion)
+        over_data = sharding.over_data(self.mesh)
+        dtypes = {"image": jnp.uint8, "label": jnp.int32, "mask": jnp.bool_, "label_set": jnp.bool_}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=over_data)
+            for name, shape in self.data.eval_batch_shapes.items()
+        }
         jitted = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
         return jitted.lower(self._abstract_variables(), batch).compile()
+
+    def compile_predict_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+        """The step that tells the probabilities of every example, compiled on first use."""
+        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
+        step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes)
+        return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:
         """Checks that restored variables are this model's.
@@ -207,8 +229,8 @@ class Experiment:
             if result.dataset == config.data.name and result.preprocessing is not None:
                 px, here = result.preprocessing.test_px, 100 * figures["top1"]
                 lines.append(
-                    f"published at {px} px ({result.source}): top-1 {result.top1:.3f}%; here, at "
-                    f"{self.data.eval_shape[0]} px: {here:.3f}% ({here - result.top1:+.3f})"
+                    f"published with one crop at {px} px ({result.source}): top-1 {result.top1:.3f}%; here, with "
+                    f"{config.eval.crops} at {self.data.eval_shape[0]} px: {here:.3f}% ({here - result.top1:+.3f})"
                 )
         return lines or [f"no published figure of {config.model.pretrained} on {config.data.name} is known"]
 

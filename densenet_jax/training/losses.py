@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def cross_entropy(
@@ -32,3 +32,17 @@ def cross_entropy(
     if label_smoothing == 0.0:
         return -found
     return -(1.0 - label_smoothing) * found - label_smoothing * jnp.mean(log_probabilities, axis=-1)
+
+
+def label_set_cross_entropy(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Float[Array, " b"]:
+    """Minus the logarithm of the probability that all right classes have together.
+
+    Args:
+        logits: any float dtype; computed in float32, or in float64 where the logits are.
+        right: True for every right class of an example; with one it is `cross_entropy`.
+
+    Returns:
+        One loss an example, in nats; infinity for an example without a right class.
+    """
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return -jax.nn.logsumexp(log_probabilities, axis=-1, where=right)

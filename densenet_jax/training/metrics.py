@@ -19,6 +19,18 @@ def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Ar
     return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), logits.shape[-1], ranks)
 
 
+def best_of_set(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Int[Array, " b"]:
+    """Of the right classes the one that is placed first.
+
+    Whoever counts it as the true class counts an answer as right that is any of them.
+
+    Args:
+        logits: any float dtype.
+        right: True for every right class; in a row without one the result means nothing.
+    """
+    return jnp.argmax(jnp.where(right, logits, -jnp.inf), axis=-1)
+
+
 @flax.struct.dataclass
 class ClassificationSums:
     """Loss and right answers summed over examples.

@@ -1,4 +1,4 @@
-"""The training step and the evaluation step: pure functions of a state and a batch."""
+"""The training step: a pure function of a state and a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
@@ -124,21 +124,3 @@ class TrainStep:
 
         gradients, (losses, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
         return gradients, batch_stats, (losses, logits)
-
-
-def make_eval_step(
-    model: nn.Module, normalize: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
-) -> Callable[[dict[str, Any], Batch], ClassificationSums]:
-    """Builds `step(variables, batch) -> sums` over the examples that the batch's mask names.
-
-    The batch has "image" uint8 [b, h, w, c], "label" int32 [b] and "mask" bool [b]; an example whose mask is False is
-    padding and counts nowhere.
-    """
-
-    def eval_step(variables: dict[str, Any], batch: Batch) -> ClassificationSums:
-        logits: Array = model.apply(variables, normalize(batch["image"]), train=False)  # type: ignore[assignment]
-        labels: Int[Array, " b"] = batch["label"]
-        mask: Bool[Array, " b"] = batch["mask"]
-        return ClassificationSums.from_batch(logits, labels, cross_entropy(logits, labels), mask)
-
-    return eval_step

@@ -8,12 +8,11 @@ import pytest
 from densenet_jax.models.create import create_model
 from densenet_jax.training import sharding
 from densenet_jax.training.augment import normalize, random_flip
-from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.rng import Purpose, example_keys, step_key
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import StateRecipe
-from densenet_jax.training.steps import TrainStep, make_eval_step
+from densenet_jax.training.steps import TrainStep
 
 SHAPE = (8, 8, 1)
 BATCH = 16
@@ -128,16 +127,3 @@ def test_step_is_a_function_of_seed_and_step_alone():
     recipe = recipe_of(jnp.float32)
     (first, _), (second, _) = trained(recipe, 1, steps=2), trained(recipe, 1, steps=2)
     assert_close(first, second, 0)
-
-
-def test_eval_counts_only_what_the_mask_names():
-    model = recipe_of(jnp.float32).model
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
-    step = jax.jit(make_eval_step(model, lambda images: normalize(images, (0.3,), (0.4,))))
-    whole = {**batch_of(0), "mask": np.ones(BATCH, bool)}
-    expected: ClassificationSums = step(variables, jax.tree.map(jnp.asarray, whole))
-    padded = {name: np.concatenate([array, np.zeros_like(array[:8])]) for name, array in whole.items()}
-    found = step(variables, jax.tree.map(jnp.asarray, padded))
-    assert int(found.examples) == BATCH
-    assert int(found.top1) == int(expected.top1)
-    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)

@@ -22,10 +22,11 @@ from flax import traverse_util
 from densenet_jax.models.create import create_model
 from densenet_jax.models.torch_weights import from_torch, to_torch
 from densenet_jax.training.augment import normalize
+from densenet_jax.training.eval_step import make_eval_step
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import TrainState
-from densenet_jax.training.steps import TrainStep, make_eval_step
+from densenet_jax.training.steps import TrainStep
 from tests.golden import train_case as case
 
 
@@ -79,8 +80,9 @@ class Trainer:
     def evaluate(self, state):
         images, labels = case.digits()[1]
         batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
-        sums = self.eval_step(state.variables, {**batch, "mask": jnp.ones(len(labels), bool)}).compute()
-        return sums["loss"], sums["top1"]
+        counts = self.eval_step(state.variables, {**batch, "mask": jnp.ones(len(labels), bool)})
+        figures = counts.sums.compute()
+        return figures["loss"], figures["top1"]
 
     def run(self):
         """States before each step, and losses and evaluations as the golden file has them."""

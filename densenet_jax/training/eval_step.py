@@ -1,0 +1,106 @@
+"""The evaluation step: a pure function of weights and a batch, whose sums add up over batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from densenet_jax.training.losses import cross_entropy, label_set_cross_entropy
+from densenet_jax.training.metrics import ClassificationSums, best_of_set, confusion_counts
+
+Batch = dict[str, Array]
+Normalize = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+
+
+@flax.struct.dataclass
+class EvalSums:
+    """What was counted over examples.
+
+    Attributes:
+        sums: over the examples that have a right class.
+        seen: all examples that are not padding, those without a right class among them.
+        confusion: examples of each true class (rows) by predicted class (columns); None where nobody asked.
+    """
+
+    sums: ClassificationSums
+    seen: Int[Array | np.ndarray, ""]
+    confusion: Int[Array | np.ndarray, "k k"] | None = None
+
+    def merge(self, other: "EvalSums") -> "EvalSums":
+        """The counts over the examples of both."""
+        both = None if self.confusion is None else self.confusion + other.confusion
+        return EvalSums(sums=self.sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
+
+
+def make_eval_step(
+    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None, confusion: bool = False
+) -> Callable[[dict[str, Any], Batch], EvalSums]:
+    """Builds `step(variables, batch) -> sums` over the examples that the batch's mask names.
+
+    The batch has "image" uint8 [b, h, w, c], or [b, crops, h, w, c] for evaluation by crops and their mirror images
+    (`mean_logits`), "label" int32 [b] and "mask" bool [b]; an example whose mask is False is padding and counts
+    nowhere. Where it has "label_set" bool [b, k] too, an answer is right that is any of the set (ImageNet ReaL,
+    arXiv:2006.07159), and an example whose set is empty is seen, but left out of the sums.
+
+    Args:
+        model: called as `model.apply(variables, images, train=False)`.
+        normalize: bytes to what the model is given.
+        classes: the answers that are allowed, as class numbers; None: all.
+        confusion: whether to count predictions by true class; not for batches with label sets.
+    """
+
+    def eval_step(variables: dict[str, Any], batch: Batch) -> EvalSums:
+        def logits_of(images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
+            return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
+
+        images = batch["image"]
+        logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
+        if classes is not None:
+            logits = restrict(logits, classes)
+        mask: Bool[Array, " b"] = batch["mask"]
+        labels, counted = batch["label"], mask
+        if "label_set" in batch:
+            right: Bool[Array, "b k"] = batch["label_set"]
+            labels, counted = best_of_set(logits, right), mask & jnp.any(right, axis=-1)
+            losses = label_set_cross_entropy(logits, right)
+        else:
+            losses = cross_entropy(logits, labels)
+        return EvalSums(
+            sums=ClassificationSums.from_batch(logits, labels, losses, counted),
+            seen=jnp.sum(mask, dtype=jnp.int32),
+            confusion=confusion_counts(logits, labels, counted) if confusion else None,
+        )
+
+    return eval_step
+
+
+def mean_logits(
+    logits_of: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b k"]], images: UInt8[Array, "b n h w c"]
+) -> Float[Array, "b k"]:
+    """The mean of the logits of n crops of each image and of their mirror images: with five crops, ten-crop evaluation.
+
+    The DenseNet paper's code derives from fb.resnet.torch, which adds the outputs of the last linear layer (its line
+    that would exponentiate them is commented out); so the logits are averaged, not the probabilities.
+
+    One crop of the whole batch is computed after the other: memory is that of single-crop evaluation.
+    """
+    count = images.shape[1]
+
+    def one(number: Int[Array, ""]) -> Float[Array, "b k"]:
+        crop = jnp.take(images, number % count, axis=1)
+        logits = logits_of(jnp.where(number < count, crop, crop[:, :, ::-1]))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    return jnp.mean(jax.lax.map(one, jnp.arange(2 * count)), axis=0)
+
+
+def restrict(logits: Float[Array, "b k"], classes: Sequence[int]) -> Float[Array, "b k"]:
+    """The logits of `classes` and minus infinity elsewhere: no other class has a probability or is predicted."""
+    allowed = np.zeros((1, logits.shape[-1]), bool)
+    allowed[0, list(classes)] = True
+    return jnp.where(allowed, logits, -jnp.inf)
