@@ -43,6 +43,7 @@ def create_model(
     batch_norm_epsilon: float | None = None,
     batch_norm_group_size: int = 0,
     unbiased_running_variance: bool = True,
+    frozen_norms: str = "",
     **architecture: Any,
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
@@ -68,6 +69,8 @@ def create_model(
       batch_norm_epsilon: None is the variant's own.
       batch_norm_group_size: examples that share batch statistics; 0 is the whole batch.
       unbiased_running_variance: torch's n-1 estimate in the running variance.
+      frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
+        statistics in training, too, and leave them as they are; for fine-tuning with a frozen body.
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
@@ -81,7 +84,9 @@ def create_model(
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
-        "norm_options": NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance),
+        "norm_options": NormOptions(
+            epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms
+        ),
         "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
         "output": _chosen("output", output),
         **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},

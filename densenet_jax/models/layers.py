@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,12 +28,15 @@ class NormOptions:
       momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
       group_size: examples that share statistics in training; 0 is the whole batch.
       unbiased_running_variance: the running variance takes in the n-1 estimate, as in torch.
+      frozen: regular expression; a batch norm in whose scale's name ("params/norm0/scale") it is found normalises by
+        its running statistics in training, too, and leaves them as they are. "" freezes none.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.9
     group_size: int = 0
     unbiased_running_variance: bool = True
+    frozen: str = ""
 
 
 class Moments(NamedTuple):
@@ -55,13 +60,15 @@ class FeatureMap(NamedTuple):
         return (self.values * jnp.sqrt(variance + epsilon) + mean).astype(self.values.dtype)
 
 
-class NormArrays(NamedTuple):
-    """What a batch norm reads with: its parameters and running statistics, each float[c]."""
+@flax.struct.dataclass
+class NormArrays:
+    """What a batch norm reads with: its parameters and running statistics, each float[c]; frozen: as if evaluating."""
 
     scale: Array
     bias: Array
     mean: Array
     variance: Array
+    frozen: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def _per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
@@ -130,7 +137,7 @@ def apply_norm(
     x: Float[Array, "b h w c"], norm: NormArrays, options: NormOptions, train: bool, dtype: DType
 ) -> tuple[Float[Array, "b h w c"], Moments | None]:
     """Batch norm of raw values: the result in dtype and, in training, the moments for the running statistics."""
-    if not train:
+    if not train or norm.frozen:
         return norm_by_running(x, norm, options.epsilon, dtype), None
     moments = batch_moments(x, options.group_size, norm.mean)
     return scale_shift(normalise(x, moments, options.epsilon), norm.scale, norm.bias, dtype), moments
@@ -158,7 +165,11 @@ class BatchNorm(nn.Module):
 
     def arrays(self) -> NormArrays:
         """Parameters and running statistics, for code that does the arithmetic itself."""
-        return NormArrays(self.scale, self.bias, self.mean.value, self.var.value)
+        return NormArrays(self.scale, self.bias, self.mean.value, self.var.value, self._frozen())
+
+    def _frozen(self) -> bool:
+        pattern = self.options.frozen
+        return bool(pattern) and re.search(pattern, "/".join(("params", *self.path, "scale"))) is not None
 
     def record(self, moments: Moments, count: int) -> None:
         """Takes one step's moments, each over count values, into the running statistics; groups are averaged."""
@@ -176,7 +187,8 @@ class BatchNorm(nn.Module):
         """Normalised values in dtype; a FeatureMap with moments is only scaled and shifted."""
         features = x if isinstance(x, FeatureMap) else FeatureMap(x)
         values, moments = features
-        if moments is None:
+        if moments is None or self._frozen():
+            values = features.raw(self.options.epsilon)
             out, moments = apply_norm(values, self.arrays(), self.options, train, self.dtype)
         else:
             out = scale_shift(values, self.scale, self.bias, self.dtype)

@@ -57,30 +57,6 @@ def frozen_mask(params: Any, pattern: str) -> Any:
     return mask
 
 
-def frozen_statistics_mask(batch_stats: Any, pattern: str) -> Any:
-    """True for each running statistic whose batch norm has a frozen scale, as a tree of the same shape.
-
-    Args:
-        batch_stats: the running statistics, or their abstract shapes.
-        pattern: as for `frozen_mask`.
-    """
-    expression = _compiled(pattern, _KEY)
-
-    def frozen(path: tuple[Any, ...], _: Any) -> bool:
-        return bool(pattern) and bool(expression.search(path_name((*path[:-1], jax.tree_util.DictKey("scale")))))
-
-    return jax.tree_util.tree_map_with_path(frozen, batch_stats)
-
-
-def keep_frozen(mask: Any, old: Any, new: Any) -> Any:
-    """The tree `new` with the leaves of `old` where the mask is True.
-
-    A training step applies it to the running statistics with `frozen_statistics_mask`; the parameters need it not,
-    since `make_optimizer` gives frozen ones an update of zero.
-    """
-    return jax.tree.map(lambda frozen, before, after: before if frozen else after, mask, old, new)
-
-
 def rate_factors(params: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
     """What the learning rate of each parameter is multiplied by, as a tree of the same shape.
 

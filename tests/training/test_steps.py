@@ -1,5 +1,7 @@
 """The training step: the same on any number of devices, exact in every option."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,9 +102,10 @@ def test_frozen_parts_stand_still_with_their_statistics():
     recipe = recipe_of(jnp.float32)
     schedule = make_schedule("constant", learning_rate=0.1, total_steps=10)
     optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4, freeze=pattern)
-    recipe = StateRecipe(recipe.model, optimizer, 0, SHAPE)
+    frozen_norms = dataclasses.replace(recipe.model.norm_options, frozen=pattern)
+    recipe = StateRecipe(recipe.model.clone(norm_options=frozen_norms), optimizer, 0, SHAPE)
     start = on_one(recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1]))))
-    end, _ = trained(recipe, 1, freeze=pattern)
+    end, _ = trained(recipe, 1)
     classifier = end.params.pop("classifier")
     assert_close(start.params.pop("classifier")["bias"] * 0, classifier["bias"] * 0, 0)
     assert np.abs(classifier["bias"]).max() > 0
