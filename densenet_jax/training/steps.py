@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
-from densenet_jax.training.freeze import frozen_statistics_mask, keep_frozen
 from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.precision import LossScale, all_finite, select
@@ -57,7 +56,6 @@ class TrainStep:
         label_smoothing: share of the target spread evenly over all classes.
         microbatches: the batch is computed in so many parts, one after the other.
         average_decay: kept share of the moving average; used where the state has one.
-        freeze: pattern of parameters that stand still; their running statistics do, too.
     """
 
     model: nn.Module
@@ -67,7 +65,6 @@ class TrainStep:
     label_smoothing: float = 0.0
     microbatches: int = 1
     average_decay: float = 0.0
-    freeze: str = ""
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         """One step."""
@@ -79,9 +76,6 @@ class TrainStep:
             (images, targets),
             self.microbatches,
         )
-        if self.freeze:
-            frozen = frozen_statistics_mask(state.batch_stats, self.freeze)
-            batch_stats = keep_frozen(frozen, state.batch_stats, batch_stats)
         if state.loss_scale is not None:
             gradients = state.loss_scale.unscale(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
