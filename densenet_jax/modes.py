@@ -14,6 +14,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.progress import Bar, say, working
+from densenet_jax.schedule_plot import plot_schedule
 from densenet_jax.train import train
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import Checkpoints, restore_variables
@@ -90,6 +91,11 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
     return {"step": step, **figures}
 
 
+def schedule_mode(config: Config, workdir: str) -> dict[str, Any]:
+    """Draws the learning rate over the steps to schedule.png; needs no data set where its size is known."""
+    return plot_schedule(Experiment(config), workdir)
+
+
 def prepare_mode(config: Config, workdir: str) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it.
 
@@ -131,6 +137,7 @@ MODES: dict[str, Callable[[Config, str], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "prepare": prepare_mode,
+    "schedule": schedule_mode,
 }
 
 

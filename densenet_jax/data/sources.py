@@ -236,6 +236,15 @@ def find_prepared(name: str, directory: str) -> str:
     return os.fspath(max(random_access or versions)[1])
 
 
+def is_prepared(name: str, directory: str = "") -> bool:
+    """Whether tfds set `name` is in `directory`, whatever state it is in."""
+    try:
+        find_prepared(name, directory or default_directory())
+    except UserError:
+        return False
+    return True
+
+
 def not_prepared_message(set_name: str, name: str, directory: str) -> str:
     """What to download, where to put it and the one command that prepares it, as one line."""
     command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
-from densenet_jax.data.sources import Source, open_source
+from densenet_jax.data.prepare import KNOWN_COUNTS
+from densenet_jax.data.sources import Source, is_prepared, open_source
 from densenet_jax.data.transforms import Transform, eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.published import Preprocessing
@@ -28,6 +29,24 @@ class Data:
         return open_source(
             config.data.name, config.data.dir, config.data.train_split, holdout=float(config.data.holdout)
         )
+
+    def count_train_examples(self) -> tuple[int, bool]:
+        """How many images are trained on, and whether they were counted.
+
+        Where the data set is not prepared, the number is that of the complete set.
+
+        Raises:
+            UserError: the data set is not prepared, and how many images it has is not known.
+        """
+        config = self.config
+        known = KNOWN_COUNTS.get(config.data.name, {}).get(config.data.train_split)
+        try:
+            return len(self.train_source), True
+        except UserError:
+            if known is None or is_prepared(config.data.name, config.data.dir):
+                raise
+        held_out = float(config.data.holdout)
+        return known - int(held_out if held_out >= 1 else round(held_out * known)), False
 
     @functools.cached_property
     def eval_source(self) -> Source:

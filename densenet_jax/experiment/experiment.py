@@ -19,11 +19,13 @@ from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import sharding
+from densenet_jax.training.checkpoint import Checkpoints, restore_variables
 from densenet_jax.training.eval_step import EvalSums, make_eval_step
 from densenet_jax.training.precision import Policy, get_policy
+from densenet_jax.training.predict_step import make_predict_step
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.state import StateRecipe, TrainState
-from densenet_jax.training.steps import TrainStep
+from densenet_jax.training.steps import Augment, TrainStep
 from densenet_jax.training.timeline import Timeline
 
 
@@ -46,9 +48,13 @@ class Experiment:
     @functools.cached_property
     def timeline(self) -> Timeline:
         """What is due when."""
+        return self.timeline_of(len(self.data.train_source))
+
+    def timeline_of(self, examples: int) -> Timeline:
+        """What is due when in training on so many images."""
         config = self.config
         return Timeline(
-            examples=len(self.data.train_source),
+            examples=examples,
             global_batch_size=config.train.global_batch_size,
             epochs=config.train.epochs,
             eval_every_epochs=config.eval.every_epochs,
@@ -92,12 +98,17 @@ class Experiment:
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,
             unbiased_running_variance=config.model.unbiased_running_variance,
+            frozen_norms=config.optim.freeze,
         )
 
     @functools.cached_property
     def schedule(self) -> Schedule:
         """The learning rate as a function of the step."""
-        return schedule_of(self.config, self.timeline)
+        return self.schedule_of(self.timeline)
+
+    def schedule_of(self, timeline: Timeline) -> Schedule:
+        """The learning rate as a function of the step, for training of that length."""
+        return schedule_of(self.config, timeline)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -150,10 +161,30 @@ class Experiment:
         )
         return jax.device_put(variables, sharding.replicated(self.mesh))
 
+    def saved_variables(self, workdir: str) -> tuple[int, dict[str, Any]]:
+        """The step that `config.eval.checkpoint` names and its weights, their moving average where the run keeps one.
+
+        Raises:
+            UserError: `workdir` has no such checkpoint, or it is of another model.
+        """
+        checkpoints = Checkpoints(workdir, read_only=True)
+        try:
+            step = checkpoints.resolve(str(self.config.eval.checkpoint))
+        finally:
+            checkpoints.close()
+        variables = restore_variables(checkpoints.directory, step, sharding.replicated(self.mesh))
+        self.check_fits(variables, f"{checkpoints.directory}/{step}")
+        return step, variables
+
     @property
     def mixes(self) -> bool:
         """Whether training examples are mixtures, on which accuracy is low by nature."""
         return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
+
+    @functools.cached_property
+    def augment(self) -> Augment:
+        """What training does to a batch of images and labels, as a function of the step."""
+        return augment_of(self.config, self.data.mean_std(), self.num_classes, self.policy.compute_dtype)
 
     def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
         """The training step, compiled for this mesh; its state argument is donated."""
@@ -161,12 +192,11 @@ class Experiment:
         step = TrainStep(
             self.model,
             self.optimizer,
-            augment_of(config, self.data.mean_std(), self.num_classes, self.policy.compute_dtype),
+            self.augment,
             seed=config.seed,
             label_smoothing=config.train.label_smoothing,
             microbatches=config.train.microbatches,
             average_decay=config.train.average_decay,
-            freeze=config.optim.freeze,
         )
         batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape)
         everywhere = sharding.replicated(self.mesh)
