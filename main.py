@@ -18,7 +18,8 @@ from ml_collections import config_flags
 
 from configs import default
 from densenet_jax import modes
-from densenet_jax.config import checked, explain_flag_error
+from densenet_jax.command import Command
+from densenet_jax.config import checked, explain_flag_error, to_dict
 from densenet_jax.errors import UserError
 from densenet_jax.interruption import Interrupted
 
@@ -27,6 +28,7 @@ RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits.py"), "A recipe in configs/.")
 flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
 flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
+flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
 
 
 def parse(arguments: list[str]) -> None:
@@ -56,9 +58,12 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parse(arguments)
-        recipe = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
-        workdir = FLAGS.workdir or os.path.join("runs", os.path.splitext(recipe)[0])
-        result = modes.run(FLAGS.mode, checked(CONFIG.value), workdir)
+        flag = FLAGS["config"]
+        recipe, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+        command = Command(recipe, overrides, to_dict(default.get_config()), tuple(FLAGS.compare))
+        by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
+        workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]
+        result = modes.run(FLAGS.mode, checked(CONFIG.value), workdir, command)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

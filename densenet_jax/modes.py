@@ -9,17 +9,18 @@ import jax
 import numpy as np
 
 from densenet_jax.class_tables import ClassTables
+from densenet_jax.command import Command
 from densenet_jax.data.prepare import prepare_dataset
 from densenet_jax.errors import UserError
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.progress import Bar, say, working
+from densenet_jax.report import report_comparison, report_run
 from densenet_jax.schedule_plot import plot_schedule
 from densenet_jax.train import train
-from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import Checkpoints, restore_variables
-from densenet_jax.workdir import started_from
+from densenet_jax.workdir import check_settings, started_from
 
+logger = logging.getLogger(__name__)
 Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
@@ -47,25 +48,37 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "densenet_jax", "compiled"))
 
 
-def train_mode(config: Config, workdir: str) -> dict[str, Any]:
+def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Trains from the newest good checkpoint of `workdir`, else from the start."""
-    return train(Experiment(config), workdir)
+    experiment = Experiment(config)
+    figures = train(experiment, workdir)
+    try:
+        report_run(experiment, workdir, command)
+    except Exception as error:  # the run is done and saved: whatever is wrong with its page may not fail it
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        logger.warning("the report could not be written (%s); --mode report tries again.", why)
+    return figures
 
 
-def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
+def report_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Writes report/index.html about the run in `workdir`, or report/compare.html about it and those of --compare."""
+    if command.compare:
+        return {"path": report_comparison([workdir, *command.compare], workdir, command)}
+    check_settings(workdir, config)
+    return {"path": report_run(Experiment(config), workdir, command)}
+
+
+def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir`, or the weights that config.model.pretrained names; changes nothing there."""
+    del command
     experiment = Experiment(config)
     tables = ClassTables(config.eval.per_class_output, config.eval.confusion_output)
     tables.check()
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         step, what, variables = 0, config.model.pretrained, experiment.pretrained_variables()
     else:
-        checkpoints = Checkpoints(workdir, read_only=True)
-        step = checkpoints.resolve(str(config.eval.checkpoint))
-        checkpoints.close()
+        step, variables = experiment.saved_variables(workdir)
         what = f"step {step} of {workdir}"
-        variables = restore_variables(checkpoints.directory, step, sharding.replicated(experiment.mesh))
-        experiment.check_fits(variables, f"{checkpoints.directory}/{step}")
     say(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
     with working("compiling"):
         eval_step = experiment.compile_eval_step(confusion=tables.wanted)
@@ -91,19 +104,20 @@ def eval_mode(config: Config, workdir: str) -> dict[str, Any]:
     return {"step": step, **figures}
 
 
-def schedule_mode(config: Config, workdir: str) -> dict[str, Any]:
+def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Draws the learning rate over the steps to schedule.png; needs no data set where its size is known."""
+    del command
     return plot_schedule(Experiment(config), workdir)
 
 
-def prepare_mode(config: Config, workdir: str) -> dict[str, Any]:
+def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it.
 
     Raises:
         UserError: it can't be prepared, has damaged images (named on standard error), or another number of them than
             a complete data set.
     """
-    del workdir  # data sets lie in config.data.dir
+    del workdir, command  # data sets lie in config.data.dir
     bars: dict[str, Bar] = {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -133,19 +147,22 @@ def prepare_mode(config: Config, workdir: str) -> dict[str, Any]:
     return {"name": config.data.name, "splits": {report.split: report.examples for report in reports}}
 
 
-MODES: dict[str, Callable[[Config, str], dict[str, Any]]] = {
+MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "prepare": prepare_mode,
     "schedule": schedule_mode,
+    "report": report_mode,
 }
 
 
-def run(mode: str, config: Config, workdir: str) -> dict[str, Any]:
+def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Runs one mode in a process of its own and returns the figures of its last line."""
+    if command.compare and mode != "report":
+        raise UserError(f"--compare {command.compare[0]} is for --mode report, but --mode is {mode}; leave it out.")
     _set_up_logging()
     _use_compilation_cache()
-    return {"mode": mode, **MODES[mode](config, workdir)}
+    return {"mode": mode, **MODES[mode](config, workdir, command)}
 
 
 def describe() -> str:

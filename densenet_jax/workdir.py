@@ -56,6 +56,40 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def read_settings(workdir: str) -> dict[str, Any]:
+    """The resolved settings of the run in `workdir`.
+
+    Raises:
+        UserError: there is no run, or its `config.json` can't be read.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise UserError(
+            f"{workdir} is not a run's directory: it has no config.json; train there first or name another."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
+    return stored
+
+
+def check_settings(workdir: str, config: Any) -> None:
+    """Checks that the run in `workdir` was started with these settings.
+
+    Raises:
+        UserError: there is no run, or it has other settings (the message lists them).
+    """
+    if changed := differences(read_settings(workdir), to_dict(config)):
+        raise UserError(
+            f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
+            "choose another --workdir or give the run's own settings."
+        )
+
+
 def claim_workdir(workdir: str, config: Any) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
 
@@ -66,16 +100,7 @@ def claim_workdir(workdir: str, config: Any) -> None:
     path = os.path.join(workdir, "config.json")
     current = to_dict(config)
     if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                stored = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
-        if changed := differences(stored, current):
-            raise UserError(
-                f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
-                "choose another --workdir or give the run's own settings."
-            )
-        if stored == current:
+        check_settings(workdir, config)
+        if read_settings(workdir) == current:
             return
     write_json(path, current)

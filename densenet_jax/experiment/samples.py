@@ -1,0 +1,51 @@
+"""Training images as the model is given them, made back into pictures."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from densenet_jax.experiment.experiment import Experiment
+
+_NAMED_SHARE = 0.005  # of a mixed label; less than this is not named
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedSamples:
+    """The first images of step 0, cropped and augmented.
+
+    Attributes:
+        images: uint8 [n, h, w, c].
+        titles: each image's class, or the classes that are mixed in it with their shares.
+    """
+
+    images: np.ndarray
+    titles: tuple[str, ...]
+
+
+def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSamples:
+    """Reads the first batch of this process and augments its first `most` images, on one device.
+
+    Mixing pairs each image with another one of these, not of the whole batch. Erased pixels may lie outside of what a
+    picture can show and are clipped.
+    """
+    with experiment.data.train_batches(0) as batches:
+        batch = next(batches)
+    images, labels = jax.jit(experiment.augment)(batch["image"][:most], batch["label"][:most], np.int32(0))
+    mean, std = (np.asarray(values, np.float32) for values in experiment.data.mean_std())
+    pixels = 255 * (np.asarray(images, np.float32) * std + mean)
+    names = experiment.data.train_source.class_names
+    titles = tuple(_title(label, names) for label in np.asarray(labels))
+    return AugmentedSamples(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), titles)
+
+
+def _title(label: np.ndarray, names: tuple[str, ...]) -> str:
+    if label.ndim == 0:
+        return names[int(label)]
+    named = ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE)
+    shares = sorted(named, reverse=True)
+        ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE), reverse=True
+    )
+    if len(shares) == 1:
+        return names[shares[0][1]]
+    return " + ".join(f"{share:.0%} {names[index]}" for share, index in shares)

@@ -1,0 +1,5 @@
+"""The page that tells what a run has done, for a person: figures, pictures, settings and the way on."""
+
+from densenet_jax.report.run import report_comparison, report_run
+
+__all__ = ["report_comparison", "report_run"]

@@ -1,0 +1,154 @@
+"""HTML from plain data: one file that needs no network and no script, wide or narrow, light or dark.
+
+Whatever is given as text is escaped here; only this module writes tags.
+"""
+
+import base64
+import dataclasses
+import html
+from collections.abc import Iterable, Sequence
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1b1b; --quiet: #5a5f66; --line: #d6d6d6;
+  --panel: #f4f5f7; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181d; --ink: #e8e8e8; --quiet: #a9b0ba; --line: #3c4048;
+  --panel: #20242b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem clamp(0.8rem, 3vw, 2rem) 3rem; max-width: 82rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.6rem 0 0.2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); padding-bottom: 0.2rem; }
+p { margin: 0.3rem 0 0.8rem; max-width: 75ch; overflow-wrap: anywhere; }
+p.quiet, figcaption { color: var(--quiet); }
+.tiles { display: grid; gap: 0.6rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin: 1rem 0; }
+.tiles div { background: var(--panel); border-radius: 0.5rem; padding: 0.6rem 0.8rem; }
+.tiles b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--quiet); font-size: 0.85rem; }
+.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.images { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
+figure { margin: 0; min-width: 0; }
+figure img { display: block; width: 100%; height: auto; }
+.charts figure { max-width: 44rem; }
+.images img { image-rendering: pixelated; border-radius: 0.3rem; }
+.images.smooth img { image-rendering: auto; }
+.charts figcaption { font-weight: 600; color: var(--ink); margin-bottom: 0.2rem; }
+.images figcaption { font-size: 0.85rem; line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }
+.images figcaption b { color: var(--ink); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.92rem; }
+th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.88rem; }
+pre { background: var(--panel); border-radius: 0.5rem; padding: 0.7rem 0.9rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; margin: 0.3rem 0 0.9rem; }
+summary { cursor: pointer; margin: 0.8rem 0; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the page, which is also a file beside it.
+
+    Attributes:
+        name: of the file, without its ending.
+        png: its content.
+        alt: what it shows, for who can't see it.
+        dark_png: the same for a dark page; None where one serves both.
+    """
+
+    name: str
+    png: bytes
+    alt: str
+    dark_png: bytes | None = None
+
+    def files(self) -> dict[str, bytes]:
+        """File names and contents."""
+        dark = {} if self.dark_png is None else {f"{self.name}_dark.png": self.dark_png}
+        return {f"{self.name}.png": self.png, **dark}
+
+
+def document(title: str, *blocks: str) -> str:
+    """A whole page."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, *blocks: str) -> str:
+    """A heading and what stands under it."""
+    return "\n".join((f"<section>\n<h2>{html.escape(title)}</h2>", *blocks, "</section>"))
+
+
+def text(words: str, *, quiet: bool = False) -> str:
+    """A paragraph."""
+    kind = ' class="quiet"' if quiet else ""
+    return f"<p{kind}>{html.escape(words)}</p>"
+
+
+def tiles(figures: Iterable[tuple[str, str]]) -> str:
+    """(what, value) pairs, the value large."""
+    cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for what, value in figures)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
+    """Rows of text; columns named in `numbers` stand right. Scrolls by itself where the window is narrow."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = (' class="number"' if place in numbers else "" for place in range(len(cells)))
+        inner = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in rows)
+    return (
+        f'<div class="scroll"><table>\n<thead>{row(headings, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    )
+
+
+def folded(summary: str, *blocks: str) -> str:
+    """Blocks behind a line that opens them."""
+    return "\n".join((f"<details><summary>{html.escape(summary)}</summary>", *blocks, "</details>"))
+
+
+def command(what: str, line: str) -> str:
+    """A shell command and what it does."""
+    return f"<p>{html.escape(what)}</p>\n<pre><code>{html.escape(line)}</code></pre>"
+
+
+def charts(entries: Iterable[tuple[str, Picture]]) -> str:
+    """(title, picture) pairs in as many columns as there is room for."""
+    inner = (
+        f"<figure><figcaption>{html.escape(title)}</figcaption>{_image(picture)}</figure>" for title, picture in entries
+    )
+    return f'<div class="charts">{"".join(inner)}</div>'
+
+
+def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool) -> str:
+    """(picture, heading, further text) triples as a grid of small images.
+
+    Args:
+        entries: the images.
+        enlarged: their pixels are to be seen as squares.
+    """
+    inner = (
+        f"<figure>{_image(picture)}<figcaption><b>{html.escape(heading)}</b>"
+        f"{f'<br>{html.escape(more)}' if more else ''}</figcaption></figure>"
+        for picture, heading, more in entries
+    )
+    return f'<div class="images{"" if enlarged else " smooth"}">{"".join(inner)}</div>'
+
+
+def _image(picture: Picture) -> str:
+    image = f'<img src="{_data_uri(picture.png)}" alt="{html.escape(picture.alt)}">'
+    if picture.dark_png is None:
+        return image
+    dark = f'<source srcset="{_data_uri(picture.dark_png)}" media="(prefers-color-scheme: dark)">'
+    return f"<picture>{dark}{image}</picture>"
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

@@ -1,0 +1,199 @@
+"""Figures from plain numbers, for people who see all colours and for those who don't, on light and dark pages.
+
+Lines differ in colour (Okabe and Ito's palette), dash and marker at once.
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_SIZE_INCHES = (5.4, 3.4)
+_DPI = 150
+_MOST_NUMBERED = 16  # classes up to which the cells of a confusion matrix have room for their counts
+_SHORTEST_PX = 160  # smaller images are enlarged to about this
+_LONGEST_PX = 224  # larger ones are reduced to this
+_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 2)), "P"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a page: its own and those of the lines, best to tell apart first."""
+
+    page: str
+    ink: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#1b1b1b", "#d6d6d6", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
+DARK = Theme("#16181d", "#e8e8e8", "#3c4048", ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        label: its name in the legend.
+        xs: where it has values.
+        ys: the values; one that is not finite leaves a gap.
+        marked: whether each value gets a marker, for values that are few.
+        style: number of its colour, dash and marker; the same number looks the same in every chart.
+    """
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    marked: bool = False
+    style: int = 0
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    theme: Theme = LIGHT,
+    percent: bool = False,
+    y_from_zero: bool = False,
+    logarithmic: bool = False,
+) -> bytes:
+    """A PNG of lines over a common axis.
+
+    Args:
+        lines: what to draw; those without values are left out.
+        x_label: what the horizontal axis counts.
+        y_label: what the vertical axis measures, with its unit.
+        theme: the page's colours.
+        percent: the values are shares and shown per cent.
+        y_from_zero: the vertical axis begins at 0, so that heights can be compared.
+        logarithmic: the vertical axis is logarithmic, where all values are above 0.
+    """
+    figure, axes = _axes(theme)
+    drawn = [line for line in lines if len(line.xs)]
+    _draw(axes, drawn, theme)
+    finite = np.array([value for line in drawn for value in line.ys if np.isfinite(value)])
+    if logarithmic and len(finite) and (finite > 0).all():
+        axes.set_yscale("log")
+    elif y_from_zero:
+        axes.set_ylim(bottom=0)
+    if percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if len(drawn) > 1:
+        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
+    return _png(figure)
+
+
+def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
+    """A PNG of a confusion matrix: true classes downwards, predicted ones to the right, shaded by each row's shares.
+
+    Args:
+        counts: whole numbers [k, k].
+        class_names: a name for each class.
+        theme: the page's colours.
+    """
+    figure, axes = _axes(theme, (5.4, 5.0))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The square root lifts single mistakes out of a page that is right almost everywhere else.
+    shades = np.sqrt(shares)
+    axes.imshow(shades, cmap="cividis", vmin=0, vmax=1)
+    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(_plain, class_names)]
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(names) <= _MOST_NUMBERED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "black" if shades[row, column] > 0.55 else "white"
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
+    return _png(figure)
+
+
+def picture(image: np.ndarray) -> bytes:
+    """A PNG of uint8 [h, w, 1 or 3]: small ones enlarged by a whole number without smoothing, large ones reduced."""
+    pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    longest = max(pixels.size)
+    if longest > _LONGEST_PX:
+        width, height = (max(1, round(side * _LONGEST_PX / longest)) for side in pixels.size)
+        pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+    elif longest < _SHORTEST_PX:
+        times = -(-_SHORTEST_PX // longest)
+        pixels = pixels.resize((pixels.width * times, pixels.height * times), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    pixels.save(file, format="png", optimize=True)
+    return file.getvalue()
+
+
+def readme_curves(accuracy: Sequence[Line], loss: Sequence[Line]) -> bytes:
+    """A PNG of two charts side by side for the README, accuracy and loss over epochs.
+
+    docs/digits.png is made of a finished run of the digits by
+    `python -c "import sys; from densenet_jax.report.run import write_readme_curves as w; w(*sys.argv[1:])"
+    runs/digits docs/digits.png`.
+    """
+    figure, axes = _axes(LIGHT, (8.0, 2.9), columns=2)
+    for chart, lines, label in zip(axes, (accuracy, loss), ("top-1 accuracy", "loss, nats"), strict=True):
+        _draw(chart, lines, LIGHT)
+        chart.set_xlabel("epochs")
+        chart.set_ylabel(label)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False)
+    return _png(figure, dpi=110)
+
+
+def _axes(theme: Theme, size: tuple[float, float] = _SIZE_INCHES, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, facecolor=theme.page, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
+        one.set_facecolor(theme.page)
+        one.tick_params(colors=theme.ink, labelsize=9)
+        one.xaxis.label.set_color(theme.ink)
+        one.yaxis.label.set_color(theme.ink)
+        for name, spine in one.spines.items():
+            spine.set_color(theme.ink)
+            spine.set_visible(name in ("left", "bottom"))
+    return figure, axes if columns > 1 else axes[0]
+
+
+def _draw(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
+    for line in lines:
+        colors = len(theme.lines)
+        dash, marker = _STYLES[(line.style + line.style // colors) % len(_STYLES)]  # no two of 36 look the same
+        axes.plot(
+            line.xs,
+            line.ys,
+            label=_plain(line.label),
+            color=theme.lines[line.style % colors],
+            linestyle=dash,
+            linewidth=1.8,
+            marker=marker if line.marked or len(line.xs) == 1 else None,
+            markersize=4.5,
+        )
+    axes.grid(color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it stands: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def _png(figure: Any, dpi: int = _DPI) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names are in any script
+        figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    return file.getvalue()

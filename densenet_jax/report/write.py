@@ -1,0 +1,53 @@
+"""A page and its pictures put into a work directory, whole at every moment."""
+
+import os
+import re
+from collections.abc import Iterable
+
+from densenet_jax.errors import UserError
+from densenet_jax.report.page import Picture
+
+DIRECTORY = "report"
+_NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # a later page may have fewer of these
+
+
+def write_page(workdir: str, name: str, page: str, pictures: Iterable[Picture]) -> str:
+    """Writes `workdir/report/NAME` and every picture as a PNG beside it; the page itself comes last.
+
+    The page holds its pictures, so that whoever opens it while this goes on sees the old page or the new one, never a
+    mixture.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the directory can't be written to.
+    """
+    directory = os.path.join(workdir, DIRECTORY)
+    files = {file: content for picture in pictures for file, content in picture.files().items()}
+    try:
+        os.makedirs(directory, exist_ok=True)
+        for file, content in {**files, name: page.encode("utf-8")}.items():
+            _replace(os.path.join(directory, file), content)
+        if name == "index.html":
+            for file in os.listdir(directory):
+                if _NUMBERED.fullmatch(file) and file not in files:
+                    os.remove(os.path.join(directory, file))
+    except OSError as error:
+        raise UserError(
+            f"the report can't be written into {directory} ({error.strerror}); mend that, then --mode report."
+        ) from error
+    return os.path.join(directory, name)
+
+
+def _replace(path: str, content: bytes) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
