@@ -44,8 +44,6 @@ def _title(label: np.ndarray, names: tuple[str, ...]) -> str:
         return names[int(label)]
     named = ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE)
     shares = sorted(named, reverse=True)
-        ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE), reverse=True
-    )
     if len(shares) == 1:
         return names[shares[0][1]]
     return " + ".join(f"{share:.0%} {names[index]}" for share, index in shares)
