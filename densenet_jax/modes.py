@@ -61,9 +61,9 @@ def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
 
 
 def report_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Writes report/index.html about the run in `workdir`, or report/compare.html about it and those of --compare."""
+    """Writes report/index.html about the run in `workdir`, or report/compare.html about those of --compare."""
     if command.compare:
-        return {"path": report_comparison([workdir, *command.compare], workdir, command)}
+        return {"path": report_comparison(command.compare, workdir)}
     check_settings(workdir, config)
     return {"path": report_run(Experiment(config), workdir, command)}
 

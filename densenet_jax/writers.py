@@ -1,28 +1,48 @@
 """Where numbers go: `metrics.jsonl` for scripts and TensorBoard's event files, without TensorFlow."""
 
+import io
 import json
 import os
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from tensorboard.compat.proto import event_pb2, summary_pb2
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from densenet_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Every report in `workdir/metrics.jsonl`, oldest first; a last line cut short by a kill is left out."""
+    """Every report in `workdir/metrics.jsonl`, oldest first; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: a line is not a report.
+    """
     path = os.path.join(workdir, METRICS_FILE)
     if not os.path.exists(path):
         return []
     records = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                records.append(json.loads(line))
+                records.append(_parse(line, f"{path} line {number}"))
     return records
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if not {"step", "epoch", "split", "loss", "top1", "top5"} <= record.keys():
+            raise ValueError("step, epoch, split, loss, top1 or top5 is missing")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where} is not a report ({error}); mend or remove that line.") from error
+    return record
 
 
 class Writers:
@@ -62,6 +82,25 @@ class Writers:
         ]
         self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
 
+    def describe(self, settings: Iterable[tuple[str, str]], images: np.ndarray, titles: Sequence[str]) -> None:
+        """Tells TensorBoard of what the run begins with.
+
+        Args:
+            settings: keys and values, shown as a table.
+            images: uint8 [n, h, w, 1 or 3], as the model is given them.
+            titles: one an image.
+        """
+        rows = "\n".join(f"    {key} = {value}" for key, value in settings)
+        summary = summary_pb2.Summary(value=[_text_value("settings", rows)])
+        for number, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
+            summary.value.append(_image_value(f"augmented/{number:02d}", title, image))
+        self._add_event(step=0, summary=summary)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._file is not None
+
     def close(self) -> None:
         """Puts everything on disk."""
         if self._file is not None and self._events is not None:
@@ -71,3 +110,19 @@ class Writers:
     def _add_event(self, **fields: Any) -> None:
         assert self._events is not None
         self._events.add_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+
+def _text_value(tag: str, markdown: str) -> summary_pb2.Summary.Value:
+    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[markdown.encode("utf-8")])
+    return summary_pb2.Summary.Value(tag=tag, metadata=summary_pb2.SummaryMetadata(plugin_data=plugin), tensor=tensor)
+
+
+def _image_value(tag: str, title: str, pixels: np.ndarray) -> summary_pb2.Summary.Value:
+    height, width, channels = pixels.shape
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(file, format="png")
+    image = summary_pb2.Summary.Image(
+        height=height, width=width, colorspace=channels, encoded_image_string=file.getvalue()
+    )
+    return summary_pb2.Summary.Value(tag=tag, image=image, metadata=summary_pb2.SummaryMetadata(display_name=title))

@@ -1,0 +1,58 @@
+"""Runs side by side on one page."""
+
+import os
+from collections.abc import Sequence
+
+from densenet_jax.errors import UserError
+from densenet_jax.progress import say
+from densenet_jax.report import page
+from densenet_jax.report.curves import compare_charts, final_figures
+from densenet_jax.report.settings import different_settings
+from densenet_jax.report.write import write_page
+from densenet_jax.workdir import read_settings
+from densenet_jax.writers import read_metrics
+
+
+def report_comparison(compared: Sequence[str], into: str) -> str:
+    """Writes `into/report/compare.html` about the runs in `compared` and returns its path.
+
+    Where `into` is a run's directory it comes first. A directory that is named twice counts once.
+
+    Raises:
+        UserError: a directory is not a run's, or there are fewer than two runs.
+    """
+    own = [into] if os.path.exists(os.path.join(into, "config.json")) else []
+    chosen = list({os.path.realpath(workdir): workdir for workdir in (*own, *compared)}.values())
+    settings = [read_settings(workdir) for workdir in chosen]
+    if len(chosen) < 2:
+        raise UserError(f"--compare names only {chosen[0]}, but two runs are needed; give --compare DIR once for each.")
+    names = _short_names(chosen)
+    records = {name: read_metrics(workdir) for name, workdir in zip(names, chosen, strict=True)}
+    charts = [chart.render() for chart in compare_charts(records)]
+    figures = [final_figures(records[name]) for name in names]
+    rows = [(what, *(run[place][1] for run in figures)) for place, (what, _) in enumerate(figures[0])]
+    numbers = tuple(range(1, len(names) + 1))
+    different = different_settings(settings)
+    content = page.document(
+        f"{len(names)} runs side by side",
+        page.section("Final figures", page.table(("", *names), rows, numbers=numbers)),
+        page.section("Curves", page.charts(charts) if charts else page.text("Nothing has been reported yet.")),
+        page.section(
+            "Settings that differ",
+            page.table(("setting", *names), different) if different else page.text("None: all settings are alike."),
+        ),
+        page.section("Work directories", page.table(("run", "directory"), zip(names, chosen, strict=True))),
+    )
+    path = write_page(into, "compare.html", content, [picture for _, picture in charts])
+    say(f"report: {path}")
+    return path
+
+
+def _short_names(workdirs: Sequence[str]) -> list[str]:
+    """The last parts of the paths, as few as tell the runs apart."""
+    parts = [os.path.normpath(os.path.abspath(workdir)).split(os.sep) for workdir in workdirs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [os.sep.join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(workdirs)

@@ -1,0 +1,138 @@
+"""From the reports of one run or of several to charts and final figures."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from densenet_jax.report.page import Picture
+from densenet_jax.report.plots import DARK, LIGHT, Line, line_chart
+
+Record = Mapping[str, Any]
+_MANY = 30  # values from which on a line needs no markers
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """What a chart shows; see `densenet_jax.report.plots.line_chart`."""
+
+    name: str
+    title: str
+    y_label: str
+    lines: tuple[Line, ...]
+    percent: bool = False
+    y_from_zero: bool = False
+    logarithmic: bool = False
+
+    def render(self) -> tuple[str, Picture]:
+        """Its title and its picture, for light and for dark pages."""
+        light, dark = (
+            line_chart(
+                self.lines,
+                x_label="epochs",
+                y_label=self.y_label,
+                theme=theme,
+                percent=self.percent,
+                y_from_zero=self.y_from_zero,
+                logarithmic=self.logarithmic,
+            )
+            for theme in (LIGHT, DARK)
+        )
+        shown = ", ".join(line.label for line in self.lines if len(line.xs))
+        return self.title, Picture(self.name, light, f"{self.title} over epochs: {shown}", dark)
+
+
+def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
+    """The charts of one run; a chart without a value is left out.
+
+    Args:
+        records: as `densenet_jax.writers.read_metrics` gives them.
+        mixed: training figures are of mixed images.
+    """
+    training = "training, mixed images" if mixed else "training"
+
+    def both(key: str) -> tuple[Line, ...]:
+        return (
+            _line(records, "train", key, training, 0),
+            _line(records, "validation", key, "validation", 1),
+            _line(records, "validation", f"raw_{key}", "validation, raw weights", 2),
+        )
+
+    speed = _line(records, "train", "images_per_sec", "training", 0)
+    waiting = _line(records, "train", "data_wait_fraction", "training", 0)
+    rate = _line(records, "train", "learning_rate", "training", 0)
+    return _with_values(
+        Chart("loss", "Loss", "nats", both("loss"), logarithmic=True),
+        Chart("top1", "Top-1 accuracy", "share of images", both("top1"), percent=True),
+        Chart("learning_rate", "Learning rate", "rate of the step reported", (rate,), y_from_zero=True),
+        Chart("throughput", "Throughput", "images/s", (speed,), y_from_zero=True),
+        Chart("data_wait", "Time spent waiting for data", "share of time", (waiting,), percent=True, y_from_zero=True),
+    )
+
+
+def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
+    """The charts of several runs over each other, a line for each; a chart without a value is left out."""
+
+    def lines(split: str, key: str) -> tuple[Line, ...]:
+        return tuple(_line(records, split, key, name, style) for style, (name, records) in enumerate(runs.items()))
+
+    return _with_values(
+        Chart(
+            "compare_top1", "Validation top-1 accuracy", "share of images", lines("validation", "top1"), percent=True
+        ),
+        Chart("compare_loss", "Validation loss", "nats", lines("validation", "loss"), logarithmic=True),
+        Chart("compare_train_loss", "Training loss", "nats", lines("train", "loss"), logarithmic=True),
+        Chart("compare_train_top1", "Training top-1 accuracy", "share of images", lines("train", "top1"), percent=True),
+        Chart("compare_learning_rate", "Learning rate", "rate", lines("train", "learning_rate"), y_from_zero=True),
+        Chart("compare_throughput", "Throughput", "images/s", lines("train", "images_per_sec"), y_from_zero=True),
+    )
+
+
+def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What a run has come to, as (what, value) pairs; "–" where there is none."""
+    train = [record for record in records if record["split"] == "train"]
+    validation = [record for record in records if record["split"] == "validation"]
+    last: Record = validation[-1] if validation else {}
+    best: Record = max(validation, key=lambda record: (record["top1"], record["step"]), default={})
+    # The first report holds what happens once: caches that fill, programs that load.
+    steady = train[1:] or train
+
+    def shown(record: Record, key: str, form: Callable[[float], str]) -> str:
+        return form(record[key]) if key in record else "–"
+
+    def typical(key: str, form: Callable[[float], str]) -> str:
+        return form(statistics.median(record[key] for record in steady)) if steady else "–"
+
+    newest: Record = max((*train[-1:], *validation[-1:]), key=lambda record: record["step"], default={})
+    return [
+        ("epochs", shown(newest, "epoch", "{:.4g}".format)),
+        ("steps", shown(newest, "step", "{:,}".format)),
+        ("validation top-1", shown(last, "top1", "{:.2%}".format)),
+        ("validation top-5", shown(last, "top5", "{:.2%}".format)),
+        ("validation loss", shown(last, "loss", "{:.4f}".format)),
+        ("best top-1", shown(best, "top1", "{:.2%}".format)),
+        ("step of the best", shown(best, "step", "{:,}".format)),
+        ("last training loss", shown(train[-1] if train else {}, "loss", "{:.4f}".format)),
+        ("images/s, median", typical("images_per_sec", "{:,.0f}".format)),
+        ("waiting for data, median", typical("data_wait_fraction", "{:.1%}".format)),
+    ]
+
+
+def curve(records: Sequence[Record], split: str, key: str, style: int) -> Line:
+    """One figure of one split over epochs, named after the split."""
+    return _line(records, split, key, split, style)
+
+
+def _line(records: Sequence[Record], split: str, key: str, label: str, style: int) -> Line:
+    found = [record for record in records if record["split"] == split and key in record]
+    return Line(
+        label,
+        [record["epoch"] for record in found],
+        [record[key] for record in found],
+        marked=len(found) < _MANY and split == "validation",
+        style=style,
+    )
+
+
+def _with_values(*charts: Chart) -> list[Chart]:
+    return [chart for chart in charts if any(len(line.xs) for line in chart.lines)]

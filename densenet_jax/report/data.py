@@ -1,0 +1,110 @@
+"""The page that shows what a recipe's data looks like and how fast it comes."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from densenet_jax.data.summary import SplitSummary, class_balance_chart, measure_speed, summarize
+from densenet_jax.experiment import Experiment, augmented_samples
+from densenet_jax.progress import say, working
+from densenet_jax.report import page
+from densenet_jax.report.plots import picture
+from densenet_jax.report.write import write_page
+from densenet_jax.training.sharding import to_devices
+
+_TIMED_STEPS = 4
+
+
+def report_data(experiment: Experiment, workdir: str) -> dict[str, Any]:
+    """Writes `workdir/report/data.html` and returns its path and the speeds measured, in images a second.
+
+    Raises:
+        UserError: the data set is not prepared, or the directory can't be written to.
+    """
+    data = experiment.data
+    with working("looking at the data"):
+        splits = {"train": summarize(data.train_source), "evaluated": summarize(data.eval_source)}
+        samples = augmented_samples(experiment)
+        with data.eval_batches() as batches:
+            evaluated = next(iter(batches))
+    with working("measuring the pipeline"):
+        pipeline = measure_speed(data.train_batches(0))
+    with working("measuring the model"):
+        model = model_speed(experiment)
+    names = data.eval_source.class_names
+    # One channel stands for three, and ten-crop evaluation shows its first crop.
+    shown = [image if image.ndim == 3 else image[0] for image in evaluated["image"][:16]]
+    titles = [names[label] for label in np.asarray(evaluated["label"]).reshape(len(evaluated["label"]), -1)[:16, 0]]
+    enlarged = data.train_shape[0] < 64
+    pictures = {
+        "augmented": _grid("augmented", samples.images, samples.titles),
+        "evaluated": _grid("evaluated", shown, titles),
+    }
+    balance = page.Picture("class_balance", class_balance_chart(splits), "examples of each class")
+    content = page.document(
+        f"{experiment.config.data.name}: what the model sees",
+        page.tiles(
+            [
+                ("images a second from the pipeline on this machine", f"{pipeline:,.0f}"),
+                (f"images a second that {experiment.config.model.name} takes here", f"{model:,.0f}"),
+            ]
+        ),
+        page.text(_verdict(pipeline, model)),
+        page.section("Splits", _split_table(splits)),
+        page.section("Class balance", page.charts([("examples of every class, largest first", balance)])),
+        page.section("Augmented training images", page.images(pictures["augmented"], enlarged=enlarged)),
+        page.section("Evaluated images", page.images(pictures["evaluated"], enlarged=enlarged)),
+    )
+    every = [balance, *(entry[0] for entries in pictures.values() for entry in entries)]
+    path = write_page(workdir, "data.html", content, every)
+    say(f"data page: {path}")
+    return {"path": path, "pipeline_images_per_sec": round(pipeline, 1), "model_images_per_sec": round(model, 1)}
+
+
+def model_speed(experiment: Experiment) -> float:
+    """Images a second of the training step alone, on one batch that is there already."""
+    step = experiment.compile_train_step()
+    with experiment.data.train_batches(0) as batches:
+        batch = to_devices(next(iter(batches)), experiment.mesh)
+    state, report = step(experiment.initial_state(), batch)
+    jax.block_until_ready(report)
+    began = time.perf_counter()
+    for _ in range(_TIMED_STEPS):
+        state, report = step(state, batch)
+    jax.block_until_ready(report)
+    return _TIMED_STEPS * experiment.config.train.global_batch_size / (time.perf_counter() - began)
+
+
+def _verdict(pipeline: float, model: float) -> str:
+    if pipeline >= model:
+        return f"The pipeline gives {pipeline / model:.1f} times what the model takes: it does not wait for data."
+    return f"The model takes {model / pipeline:.1f} times what the pipeline gives: it waits for data."
+
+
+def _split_table(splits: dict[str, SplitSummary]) -> str:
+    def span(values: np.ndarray) -> str:
+        return f"{int(np.median(values))} ({values.min()} to {values.max()})" if len(values) else "unknown"
+
+    rows = [
+        (
+            name,
+            f"{summary.examples:,}",
+            str(np.count_nonzero(summary.class_counts)),
+            span(summary.widths),
+            span(summary.heights),
+            span(summary.encoded_bytes),
+            str(len(summary.damaged)),
+        )
+        for name, summary in splits.items()
+    ]
+    headings = ("split", "images", "classes", "width, px", "height, px", "bytes", "damaged in sample")
+    return page.table(headings, rows, numbers=range(1, 7))
+
+
+def _grid(name: str, images: Any, titles: Any) -> list[tuple[page.Picture, str, str]]:
+    return [
+        (page.Picture(f"{name}_{index}", picture(image), title), title, "")
+        for index, (image, title) in enumerate(zip(images, titles, strict=True))
+    ]
