@@ -50,8 +50,9 @@ def plot_schedule(experiment: Experiment, workdir: str) -> dict[str, Any]:
 
 
 def all_rates(schedule: Any, total_steps: int) -> np.ndarray:
-    """float[total_steps]: the rate of every step."""
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
+    """float64[total_steps]: the rate of every step, exact where training rounds it to float32."""
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
 
 
 def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
@@ -67,7 +68,7 @@ def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
     around = np.maximum(np.append(0.0, size[:-1]), np.append(size[1:], 0.0))
     jumps = np.flatnonzero((size > 1e-3 * np.maximum(rates[:-1], rates[1:])) & (size > 10 * around)) + 1
     smooth = np.where(np.isin(np.arange(1, len(rates)), jumps), 0.0, slopes)
-    course = np.sign(np.where(np.abs(smooth) > 1e-6 * rates.max(initial=0.0), smooth, 0.0))
+    course = np.sign(np.where(np.abs(smooth) > 1e-12 * rates.max(initial=0.0), smooth, 0.0))
     turns = np.flatnonzero(course[1:] * course[:-1] < 0) + 1
     ends = np.flatnonzero((course[:-1] > 0) & (course[1:] == 0)) + 1  # a warmup that ends on a level stretch
     inner = sorted({int(step) for step in (*jumps, *turns, *ends)} - {0, len(rates) - 1})
