@@ -10,12 +10,14 @@ import numpy as np
 
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
-from densenet_jax.data.prepare import prepare_dataset
 from densenet_jax.errors import UserError
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
-from densenet_jax.progress import Bar, say, working
+from densenet_jax.parameter_table import parameter_table
+from densenet_jax.prepare import prepare_and_verify
+from densenet_jax.progress import say, working
 from densenet_jax.report import report_comparison, report_run
+from densenet_jax.report.data import report_data
 from densenet_jax.schedule_plot import plot_schedule
 from densenet_jax.train import train
 from densenet_jax.workdir import check_settings, started_from
@@ -111,47 +113,32 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
 
 
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it.
-
-    Raises:
-        UserError: it can't be prepared, has damaged images (named on standard error), or another number of them than
-            a complete data set.
-    """
+    """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it."""
     del workdir, command  # data sets lie in config.data.dir
-    bars: dict[str, Bar] = {}
+    return {"name": config.data.name, "splits": prepare_and_verify(config.data.name, config.data.dir)}
 
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = Bar(what, total)
-        bars[what].move_to(done)
 
-    try:
-        reports = prepare_dataset(config.data.name, config.data.dir, progress=progress)
-    finally:
-        for bar in bars.values():
-            bar.close()
-    faults = []
-    for report in reports:
-        complete = report.expected in (None, report.examples)
-        say(f"{report.split}: {report.examples} images, {len(report.damaged)} damaged")
-        for name, why in report.damaged:
-            say(f"  {name}: {why}")
-        if report.damaged:
-            faults.append(f"{len(report.damaged)} damaged images in {report.split}")
-        if not complete:
-            faults.append(f"{report.examples} images in {report.split} instead of {report.expected}")
-    if faults:
-        raise UserError(f"{config.data.name} is prepared, but has {', '.join(faults)}; see the lines above.")
-    return {"name": config.data.name, "splits": {report.split: report.examples for report in reports}}
+def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Writes report/data.html: sample images, class balance, sizes, and the pipeline's speed beside the model's."""
+    del command
+    return report_data(Experiment(config), workdir)
+
+
+def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Prints the model's parameters as a table."""
+    del workdir, command
+    table, count = parameter_table(Experiment(config))
+    say(table)
+    return {"model": config.model.name, "parameters": count}
 
 
 MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "prepare": prepare_mode,
+    "data": data_mode,
     "schedule": schedule_mode,
+    "parameters": parameters_mode,
     "report": report_mode,
 }
 
@@ -167,5 +154,5 @@ def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, 
 
 def describe() -> str:
     """One line a mode, for --help."""
-    lines = (f"  {name:8}{(mode.__doc__ or '').splitlines()[0]}" for name, mode in MODES.items())
+    lines = (f"  {name:12}{(mode.__doc__ or '').splitlines()[0]}" for name, mode in MODES.items())
     return "modes:\n" + "\n".join(lines)

@@ -242,3 +242,19 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_che
     assert last.startswith("error: the ")
     assert " at step " in last
     assert [name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()] == []
+
+
+def test_parameter_table_counts_what_the_variants_table_says(user):
+    output, errors = run_main("--mode=parameters", "--config=configs/digits.py", **user)
+    assert last_line(output) == {"mode": "parameters", "model": "densenet_bc_22_12", "parameters": 71254}
+    assert "denseblock1/denselayer1/conv1/kernel" in errors
+
+
+def test_data_page_shows_the_images_and_the_speed(user, tmp_path):
+    output, _ = run_main("--mode=data", "--config=configs/digits.py", f"--workdir={tmp_path}", **user)
+    result = last_line(output)
+    page = (tmp_path / "report" / "data.html").read_text()
+    assert result["path"].endswith("report/data.html")
+    assert result["pipeline_images_per_sec"] > 0 < result["model_images_per_sec"]
+    assert "1,437" in page
+    assert page.count("<img") >= 33
