@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-from densenet_jax.config import to_dict
+from densenet_jax.config import flatten, to_dict
 from densenet_jax.evaluate import evaluate, figures_of
-from densenet_jax.experiment import Experiment
+from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.interruption import Interrupted, StopRequest
 from densenet_jax.progress import Bar, say, working
 from densenet_jax.report_window import Window
@@ -43,6 +43,9 @@ class Trainer:
         if self._step:
             say(f"continuing after step {self._step}")
         self._writers = Writers(workdir, resumed_step=self._step)
+        if not self._step and self._writers.writes:
+            samples = augmented_samples(experiment)
+            self._writers.describe(flatten(self._config), samples.images, samples.titles)
         validated = {
             record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
         }

@@ -82,7 +82,7 @@ class Writers:
         ]
         self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
 
-    def describe(self, settings: Iterable[tuple[str, str]], images: np.ndarray, titles: Sequence[str]) -> None:
+    def describe(self, settings: Iterable[tuple[str, Any]], images: np.ndarray, titles: Sequence[str]) -> None:
         """Tells TensorBoard of what the run begins with.
 
         Args:

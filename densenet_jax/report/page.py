@@ -25,10 +25,10 @@ p.quiet, figcaption { color: var(--quiet); }
 .tiles b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--quiet); font-size: 0.85rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-.images { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
+.images { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(min(30%, 8.5rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; }
-.charts figure { max-width: 44rem; }
+.charts figure { max-width: 34rem; }
 .images img { image-rendering: pixelated; border-radius: 0.3rem; }
 .images.smooth img { image-rendering: auto; }
 .charts figcaption { font-weight: 600; color: var(--ink); margin-bottom: 0.2rem; }
@@ -37,7 +37,9 @@ figure img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 4.5rem; }
+td:first-child, th { overflow-wrap: break-word; }
+@media (max-width: 40rem) { table { font-size: 0.85rem; } }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.88rem; }
 pre { background: var(--panel); border-radius: 0.5rem; padding: 0.7rem 0.9rem; white-space: pre-wrap;

@@ -160,8 +160,8 @@ def _axes(theme: Theme, size: tuple[float, float] = _SIZE_INCHES, columns: int =
     for one in axes:
         one.set_facecolor(theme.page)
         one.tick_params(colors=theme.ink, labelsize=9)
-        one.xaxis.label.set_color(theme.ink)
-        one.yaxis.label.set_color(theme.ink)
+        for label in (one.xaxis.label, one.yaxis.label):
+            label.set(color=theme.ink, fontsize=9)
         for name, spine in one.spines.items():
             spine.set_color(theme.ink)
             spine.set_visible(name in ("left", "bottom"))
