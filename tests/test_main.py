@@ -112,7 +112,8 @@ def test_event_file_holds_the_same_scalars(finished):
     for path in finished.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                found[event.step, value.tag] = value.tensor.float_val[0]
+                if value.tensor.float_val:
+                    found[event.step, value.tag] = value.tensor.float_val[0]
     for split in ("train", "validation"):
         for report in reports_of(finished, split):
             assert found[report["step"], f"{split}/loss"] == pytest.approx(report["loss"], rel=1e-6)
