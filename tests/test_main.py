@@ -138,6 +138,13 @@ def test_eval_counts_every_example_whatever_the_batch_size_and_changes_nothing(f
     assert results[0]["top1"] == reports_of(finished, "validation")[-1]["top1"]
 
 
+def test_best_checkpoint_can_be_evaluated(finished, user):
+    best = max(reports_of(finished, "validation"), key=lambda report: (report["top1"], report["step"]))
+    arguments = ("--mode=eval", "--config.eval.checkpoint=best", f"--workdir={finished}")
+    result = last_line(run_main(*QUICK, *arguments, **user)[0])
+    assert (result["step"], result["top1"]) == (best["step"], best["top1"])
+
+
 def test_same_command_on_a_finished_run_trains_nothing(finished, user):
     steps = sorted(os.listdir(finished / "checkpoints"))
     output, errors = run_main(*QUICK, f"--workdir={finished}", **user)

@@ -44,7 +44,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else keep,
+                preservation_policy=keep,  # also when only reading: without it Orbax does not read the metrics
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,

@@ -10,8 +10,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from densenet_jax.errors import UserError
 
@@ -68,9 +67,9 @@ class LossScale:
         skipped_steps: steps skipped in the whole run.
     """
 
-    scale: Float[Array | np.ndarray, ""]
-    good_steps: Int[Array | np.ndarray, ""]
-    skipped_steps: Int[Array | np.ndarray, ""]
+    scale: Any  # float32[]; untyped, since trees of this form also hold shapes, layouts and names
+    good_steps: Any  # int32[]
+    skipped_steps: Any  # int32[]
 
     @classmethod
     def create(cls, initial: float = 2.0**16) -> "LossScale":

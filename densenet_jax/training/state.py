@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
 
 from densenet_jax.training.precision import LossScale
 from densenet_jax.training.rng import Purpose, step_key
@@ -29,12 +28,12 @@ class TrainState:
         loss_scale: None where the precision needs none.
     """
 
-    step: Int[Array, ""]
+    step: Any  # int32[]; untyped like the rest, since trees of this form also hold shapes, layouts and names
     params: Any
     batch_stats: Any
     opt_state: Any
     average: Any = None
-    loss_scale: LossScale | None = None
+    loss_scale: Any = None  # a LossScale
 
     @property
     def variables(self) -> dict[str, Any]:

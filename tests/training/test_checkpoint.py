@@ -1,0 +1,113 @@
+"""What is saved comes back, and what is damaged is passed over by name."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.create import create_model
+from densenet_jax.training import sharding
+from densenet_jax.training.checkpoint import Checkpoints, load_checkpoint
+from densenet_jax.training.state import StateRecipe
+
+WINDOW = {"loss": 1.25, "top1": 3, "top5": 7, "examples": 8}
+CONFIG = {"seed": 0}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> StateRecipe:
+    model = create_model("densenet_bc_22_12", block_sizes=(1,), growth_rate=2)
+    return StateRecipe(model, optax.sgd(0.1, momentum=0.9), 0, (8, 8, 1), averages=True)
+
+
+def everywhere(devices: int = 1):
+    return sharding.replicated(sharding.make_mesh(jax.devices()[:devices]))
+
+
+def state_at(recipe: StateRecipe, step: int):
+    state = recipe.create(everywhere())
+    params = jax.tree.map(lambda leaf: leaf + step, state.params)
+    return state.replace(step=jnp.asarray(step, jnp.int32), params=params)
+
+
+def saved(recipe: StateRecipe, workdir: pathlib.Path, scores: dict[int, float | None], **options) -> None:
+    checkpoints = Checkpoints(str(workdir), **options)
+    for step, score in scores.items():
+        metrics = None if score is None else {"top1": score}
+        checkpoints.save(step, state_at(recipe, step), CONFIG, WINDOW, metrics)
+    checkpoints.close()
+
+
+def steps_in(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_state_and_window_come_back_to_the_bit_on_another_number_of_devices(recipe, tmp_path):
+    saved(recipe, tmp_path, {5: None})
+    checkpoints = Checkpoints(str(tmp_path))
+    state, window = checkpoints.restore(5, recipe.abstract(everywhere(4)))
+    checkpoints.close()
+    expected = state_at(recipe, 5)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 4
+    assert window == WINDOW
+
+
+def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.6, 6: None}, max_to_keep=2)
+    assert steps_in(tmp_path) == [2, 5, 6]
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert checkpoints.resolve("best") == 2
+    assert checkpoints.resolve("latest") == 6
+    assert checkpoints.resolve("5") == 5
+    with pytest.raises(UserError, match="has no step 3; it has 2, 5, 6"):
+        checkpoints.resolve("3")
+    checkpoints.close()
+
+
+def damage(workdir: pathlib.Path, step: int) -> None:
+    """Cuts every data file of a checkpoint to half its length."""
+    files = [path for path in (workdir / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_checkpoint_is_named_and_passed_over(recipe, tmp_path, caplog):
+    saved(recipe, tmp_path, {1: None, 2: None, 3: None})
+    damage(tmp_path, 3)
+    checkpoints = Checkpoints(str(tmp_path))
+    restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
+    checkpoints.close()
+    assert restored is not None
+    assert int(restored[0].step) == 2
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("densenet_jax")]
+    assert any("checkpoints/3 can't be restored" in warning for warning in warnings)
+
+
+def test_nothing_but_damaged_checkpoints_is_a_users_error(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: None})
+    damage(tmp_path, 1)
+    checkpoints = Checkpoints(str(tmp_path))
+    with pytest.raises(UserError, match="checkpoints/1 can't be restored"):
+        checkpoints.restore_newest(recipe.abstract(everywhere()))
+    checkpoints.close()
+
+
+def test_averaged_weights_are_loaded_unless_the_raw_ones_are_asked_for(recipe, tmp_path):
+    saved(recipe, tmp_path, {2: None})
+    state = state_at(recipe, 2)
+    averaged, raw = load_checkpoint(str(tmp_path)), load_checkpoint(str(tmp_path), step=2, averaged=False)
+    kernel = averaged["params"]["conv0"]["kernel"]
+    np.testing.assert_array_equal(kernel, state.average["params"]["conv0"]["kernel"])
+    np.testing.assert_array_equal(raw["params"]["conv0"]["kernel"], state.params["conv0"]["kernel"])
+
+
+def test_directory_without_checkpoints_is_a_users_error_and_stays_as_it_is(tmp_path):
+    with pytest.raises(UserError, match="has no checkpoints"):
+        load_checkpoint(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
