@@ -1,8 +1,10 @@
 """What training and evaluation see does not depend on threads, processes or interruptions, and errors arrive."""
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -225,6 +227,28 @@ def test_closing_ends_the_threads():
     for reader in readers:
         reader.join(timeout=5)
         assert not reader.is_alive()
+
+
+def test_closing_does_not_wait_for_batches_that_nobody_wants():
+    before = set(threading.enumerate())
+    batches = train_batches(
+        Numbers(1000, seconds=0.1), seed=0, global_batch_size=PART, transform=Show(), reader_threads=1
+    )
+    batches.start()
+    readers = set(threading.enumerate()) - before
+    time.sleep(0.2)
+    batches.close()
+    began = time.monotonic()
+    for reader in readers:
+        reader.join(timeout=10)
+    assert time.monotonic() - began < 0.1 * PART / 2  # an image takes 0.1 seconds, a batch 3.2
+
+
+def test_batches_that_were_used_are_let_go():
+    with train_batches(Numbers(1000), seed=0, global_batch_size=16, transform=Show(), prefetch_batches=2) as batches:
+        images = [weakref.ref(next(batches)["image"]) for _ in range(20)]
+        gc.collect()
+        assert sum(image() is not None for image in images) <= 1
 
 
 def test_reading_ahead_is_bounded():
