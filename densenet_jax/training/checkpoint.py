@@ -44,7 +44,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,  # also when only reading: without it Orbax does not read the metrics
+                preservation_policy=keep,
+                # The policy above decides what is kept; without this Orbax writes no metrics for it to go by.
+                best_fn=lambda metrics: metrics[_BEST_METRIC],
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,

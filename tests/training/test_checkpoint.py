@@ -68,6 +68,8 @@ def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
     with pytest.raises(UserError, match="has no step 3; it has 2, 5, 6"):
         checkpoints.resolve("3")
     checkpoints.close()
+    saved(recipe, tmp_path, {7: 0.8, 8: None}, max_to_keep=2)  # a restart must not forget which is best
+    assert steps_in(tmp_path) == [2, 7, 8]
 
 
 def damage(workdir: pathlib.Path, step: int) -> None:
