@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.mean = ()  # of each channel in [0, 1]; (): the weights' own
     data.std = ()  # likewise
     data.on_damaged = "error"  # or "skip": take the next training image instead, and count
+    data.antialias = True  # of training crops; False is faster and differs from the reference trainers
     data.reader_threads = 0  # threads that read and decode whole batches; 0: one a core
     data.prefetch_batches = 4  # decoded batches that wait in memory at most
 

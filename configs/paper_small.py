@@ -27,6 +27,7 @@ def get_config(choice: str = "cifar10+,densenet_bc_100_12") -> ml_collections.Co
     config.model.name = name or "densenet_bc_100_12"
     config.model.layer_dropout = 0.0 if augmented else 0.2
     config.data.name = "svhn_cropped" if svhn else data_set.removesuffix("+")
+    config.data.train_split = "train+extra" if svhn else "train"
     config.data.eval_split = "test"
     config.data.image_size_px = 32
     config.data.crop = "none"

@@ -62,7 +62,9 @@ def test_data_knows_nothing_of_ours_but_the_error():
 
 
 def test_only_the_experiment_modes_and_loop_read_the_settings():
-    readers = {name for name, path in modules().items() if ".config." in path.read_text() or "config.seed" in path.read_text()}
+    readers = {
+        name for name, path in modules().items() if ".config." in path.read_text() or "config.seed" in path.read_text()
+    }
     allowed = (f"{OURS}.experiment", f"{OURS}.train", f"{OURS}.modes", f"{OURS}.config", f"{OURS}.workdir")
     assert {name for name in readers if not name.startswith(allowed)} - texts_only() == set()
 
@@ -80,7 +82,9 @@ def texts_only() -> set[str]:
 
 def test_no_import_cycles():
     known = modules()
-    graph = {name: {other for other in imports_at_load(path) if other in known} - {name} for name, path in known.items()}
+    graph = {
+        name: {other for other in imports_at_load(path) if other in known} - {name} for name, path in known.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real signals, real data."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -226,6 +227,14 @@ def test_a_mistake_is_one_clear_line(arguments, said, user, tmp_path):
     assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")
     assert said in lines[0]
+
+
+def test_second_run_in_a_work_directory_is_refused(user, tmp_path):
+    with open(tmp_path / ".lock", "w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _, errors = run_main(*QUICK, f"--workdir={tmp_path}", expect=2, **user)
+    assert "is in use by another run" in errors
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_settings_of_another_run_are_refused(finished, user):

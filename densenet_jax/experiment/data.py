@@ -130,6 +130,7 @@ class Data:
             area_range=config.data.crop_area,
             aspect_range=config.data.crop_aspect,
             interpolation=config.data.interpolation,
+            antialias=config.data.antialias,
         )
         return train_batches(
             self.train_source,

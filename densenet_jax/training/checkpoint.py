@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from densenet_jax.errors import UserError
@@ -141,15 +142,34 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none can be restored.
         """
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
-                return self.restore(step, like)
+                restored = self.restore(step, like)
             except UserError as error:
                 if step == steps[0]:
                     raise
                 logger.warning("%s; going back to the one before it.", error)
+                damaged.append(step)
+            else:
+                self._set_aside(damaged)
+                return restored
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints out of the way of new ones of the same steps; nothing is deleted."""
+        if not steps:
+            return
+        aside = os.path.join(os.path.dirname(self.directory), "damaged_checkpoints")
+        if jax.process_index() == 0:
+            os.makedirs(aside, exist_ok=True)
+            for step in steps:
+                source, target = os.path.join(self.directory, str(step)), os.path.join(aside, str(step))
+                while os.path.exists(target):
+                    target += "_again"
+                os.rename(source, target)
+        multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when everything started is on disk; raises what went wrong there."""

@@ -84,9 +84,14 @@ def test_damaged_checkpoint_is_named_and_passed_over(recipe, tmp_path, caplog):
     damage(tmp_path, 3)
     checkpoints = Checkpoints(str(tmp_path))
     restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
-    checkpoints.close()
     assert restored is not None
     assert int(restored[0].step) == 2
+    assert (steps_in(tmp_path), (tmp_path / "damaged_checkpoints" / "3").is_dir()) == ([1, 2], True)
+    checkpoints.save(3, state_at(recipe, 3), CONFIG, WINDOW)
+    checkpoints.wait()
+    again, _ = checkpoints.restore(3, recipe.abstract(everywhere()))
+    assert int(again.step) == 3
+    checkpoints.close()
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("densenet_jax")]
     assert any("checkpoints/3 can't be restored" in warning for warning in warnings)
 
