@@ -57,9 +57,7 @@ class ClassTables:
         if self.per_class:
             _write(self.per_class, _per_class_rows(counts, names, chosen))
         if self.confusion:
-            header = ["true class / predicted class", *(names[column] for column in chosen)]
-            rows = ([names[row], *counts[row, list(chosen)].tolist()] for row in chosen)
-            _write(self.confusion, [header, *rows])
+            _write(self.confusion, _confusion_rows(counts, names, chosen))
 
 
 def _per_class_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[int]) -> Iterable[list[object]]:
@@ -67,6 +65,12 @@ def _per_class_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[
     for number in classes:
         examples, correct = int(counts[number].sum()), int(counts[number, number])
         yield [number, names[number], examples, correct, round(correct / examples, 6) if examples else ""]
+
+
+def _confusion_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[int]) -> Iterable[list[object]]:
+    yield ["true class / predicted class", *(names[column] for column in classes)]
+    for row in classes:
+        yield [names[row], *counts[row, list(classes)].tolist()]
 
 
 def _write(path: str, rows: Iterable[list[object]]) -> None:

@@ -109,7 +109,13 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Draws the learning rate over the steps to schedule.png; needs no data set where its size is known."""
     del command
-    return plot_schedule(Experiment(config), workdir)
+    experiment = Experiment(config)
+    examples, counted = experiment.data.count_train_examples()
+    if not counted:
+        say(f"{config.data.name} is not prepared here; taking its known {examples:,} training images")
+    timeline = experiment.timeline_of(examples)
+    title = f"{config.optim.schedule}, {config.model.name}"
+    return plot_schedule(experiment.schedule_of(timeline), timeline, workdir, title)
 
 
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:

@@ -1,44 +1,37 @@
 """Any recipe's learning rate as a picture and a few lines, without training."""
 
 import os
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from densenet_jax.errors import UserError
-from densenet_jax.experiment import Experiment
 from densenet_jax.progress import say
+from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.timeline import Timeline
 
 
-def plot_schedule(experiment: Experiment, workdir: str) -> dict[str, Any]:
+def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: str) -> dict[str, str | int | float]:
     """Draws the learning rate over all steps to WORKDIR/schedule.png and says where it changes its course.
-
-    The data set need not be there, where the number of its training images is known.
 
     Returns:
         {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}; the last is the last step's rate.
 
     Raises:
-        UserError: the settings contradict each other, or the picture can't be written.
+        UserError: the picture can't be written.
     """
-    examples, counted = experiment.data.count_train_examples()
-    if not counted:
-        say(f"{experiment.config.data.name} is not prepared here; taking its known {examples:,} training images")
-    timeline = experiment.timeline_of(examples)
-    rates = all_rates(experiment.schedule_of(timeline), timeline.total_steps)
-    say(
-        f"{timeline.total_steps} steps, {timeline.steps_per_epoch:.1f} an epoch, "
-        f"of {experiment.config.train.global_batch_size} images"
-    )
+    rates = all_rates(schedule, timeline.total_steps)
+    per_epoch = timeline.steps_per_epoch
+    say(f"{timeline.total_steps} steps, {per_epoch:.1f} an epoch, of {timeline.global_batch_size} images")
     for step in turning_points(rates):
         say(f"step {step:>9}  epoch {timeline.epochs_done(step):>7.2f}  learning rate {rates[step]:.6g}")
     path = os.path.join(workdir, "schedule.png")
     try:
         os.makedirs(workdir, exist_ok=True)
-        _draw(path, rates, timeline, f"{experiment.config.optim.schedule}, {experiment.config.model.name}")
+        _draw(path, rates, per_epoch, title)
     except OSError as error:
         raise UserError(f"{path} can't be written ({error}); choose another --workdir.") from error
     return {
@@ -49,7 +42,7 @@ def plot_schedule(experiment: Experiment, workdir: str) -> dict[str, Any]:
     }
 
 
-def all_rates(schedule: Any, total_steps: int) -> np.ndarray:
+def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
     """float64[total_steps]: the rate of every step, exact where training rounds it to float32."""
     with jax.enable_x64(True):
         return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
@@ -75,7 +68,7 @@ def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
     return sorted({0, *inner[:most], len(rates) - 1})
 
 
-def _draw(path: str, rates: np.ndarray, timeline: Timeline, title: str) -> None:
+def _draw(path: str, rates: np.ndarray, steps_per_epoch: float, title: str) -> None:
     # Loaded here: no other mode needs it before its end.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -91,8 +84,12 @@ def _draw(path: str, rates: np.ndarray, timeline: Timeline, title: str) -> None:
     axes.set_xlim(0, max(1, len(rates) - 1))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    per_epoch = timeline.steps_per_epoch
-    epochs = axes.secondary_xaxis("top", functions=(lambda step: step / per_epoch, lambda epoch: epoch * per_epoch))
+    to_epochs, to_steps = _times(1 / steps_per_epoch), _times(steps_per_epoch)
+    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
     epochs.set_xlabel("epoch")
     figure.tight_layout()
     figure.savefig(path)
+
+
+def _times(factor: float) -> Callable[[ArrayLike], np.ndarray]:
+    return lambda values: np.asarray(values) * factor

@@ -7,24 +7,26 @@ import pytest
 from PIL import Image
 
 from configs import default
+from densenet_jax.command import Command
 from densenet_jax.config import checked
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
-from densenet_jax.schedule_plot import all_rates, plot_schedule, turning_points
+from densenet_jax.modes import schedule_mode
+from densenet_jax.schedule_plot import all_rates, turning_points
 from densenet_jax.training.schedules import make_schedule
 from tests.data import fake_imagenet
 from tests.running import last_line, run_main
 
 
-def experiment_of(recipe, directory, **changes):
+def drawn(recipe, directory, workdir, **changes):
     config = importlib.import_module(f"configs.{recipe}").get_config()
     config.update_from_flattened_dict({"data.dir": str(directory), **changes})
-    return Experiment(checked(config))
+    return schedule_mode(checked(config), str(workdir), Command())
 
 
 def test_schedule_of_imagenet_is_drawn_without_imagenet(tmp_path, capsys):
     workdir = tmp_path / "run"
-    result = plot_schedule(experiment_of("densenet121_paper", tmp_path), str(workdir))
+    result = drawn("densenet121_paper", tmp_path, workdir)
     assert list(result) == ["path", "total_steps", "peak_learning_rate", "end_learning_rate"]
     assert result["total_steps"] == -(-90 * 1_281_167 // 256)
     assert (result["peak_learning_rate"], result["end_learning_rate"]) == pytest.approx((0.1, 0.001))
@@ -39,8 +41,9 @@ def test_schedule_of_imagenet_is_drawn_without_imagenet(tmp_path, capsys):
 
 def test_prepared_images_are_counted(tmp_path, capsys):
     fake_imagenet.write(str(tmp_path), train=40, validation=2)
-    experiment = experiment_of("densenet121_paper", tmp_path, **{"train.global_batch_size": 8, "data.holdout": 8})
-    assert plot_schedule(experiment, str(tmp_path / "run"))["total_steps"] == 90 * 32 // 8
+    changes = {"train.global_batch_size": 8, "data.holdout": 8.0}
+    result = drawn("densenet121_paper", tmp_path, tmp_path / "run", **changes)
+    assert result["total_steps"] == 90 * 32 // 8
     assert "known" not in capsys.readouterr().err
 
 
@@ -54,13 +57,13 @@ def test_known_number_is_less_what_is_held_out(held_out, left, tmp_path):
 
 def test_unknown_set_that_is_not_prepared_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match=r"oxford_flowers102 is not prepared"):
-        plot_schedule(experiment_of("densenet121", tmp_path, **{"data.name": "oxford_flowers102"}), str(tmp_path))
+        drawn("densenet121", tmp_path, tmp_path, **{"data.name": "oxford_flowers102"})
 
 
 def test_picture_that_can_not_be_written_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"schedule.png can't be written .* choose another --workdir"):
-        plot_schedule(experiment_of("densenet121", tmp_path), str(tmp_path / "file"))
+        drawn("densenet121", tmp_path, tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class EvalSums:
 
     def merge(self, other: "EvalSums") -> "EvalSums":
         """The counts over the examples of both."""
-        both = None if self.confusion is None else self.confusion + other.confusion
+        both = None if self.confusion is None or other.confusion is None else self.confusion + other.confusion
         return EvalSums(sums=self.sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
 
 
