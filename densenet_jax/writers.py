@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from densenet_jax.errors import UserError
@@ -113,16 +115,17 @@ class Writers:
 
 
 def _text_value(tag: str, markdown: str) -> summary_pb2.Summary.Value:
-    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[markdown.encode("utf-8")])
-    return summary_pb2.Summary.Value(tag=tag, metadata=summary_pb2.SummaryMetadata(plugin_data=plugin), tensor=tensor)
+    metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
+    return summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
 
 
 def _image_value(tag: str, title: str, pixels: np.ndarray) -> summary_pb2.Summary.Value:
     height, width, channels = pixels.shape
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(file, format="png")
-    image = summary_pb2.Summary.Image(
-        height=height, width=width, colorspace=channels, encoded_image_string=file.getvalue()
-    )
-    return summary_pb2.Summary.Value(tag=tag, image=image, metadata=summary_pb2.SummaryMetadata(display_name=title))
+    strings = [str(width).encode(), str(height).encode(), file.getvalue()]  # as TensorBoard's image plugin reads them
+    shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=len(strings))])
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=strings, tensor_shape=shape)
+    metadata = image_metadata.create_summary_metadata(display_name=tag, description=title)
+    return summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)

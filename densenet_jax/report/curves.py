@@ -9,6 +9,7 @@ from densenet_jax.report.page import Picture
 from densenet_jax.report.plots import DARK, LIGHT, Line, line_chart
 
 Record = Mapping[str, Any]
+NONE = "–"  # in place of a figure that there is none of
 _MANY = 30  # values from which on a line needs no markers
 
 
@@ -89,7 +90,7 @@ def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
 
 
 def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What a run has come to, as (what, value) pairs; "–" where there is none."""
+    """What a run has come to, as (what, value) pairs; `NONE` where there is none."""
     train = [record for record in records if record["split"] == "train"]
     validation = [record for record in records if record["split"] == "validation"]
     last: Record = validation[-1] if validation else {}
@@ -98,10 +99,10 @@ def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
     steady = train[1:] or train
 
     def shown(record: Record, key: str, form: Callable[[float], str]) -> str:
-        return form(record[key]) if key in record else "–"
+        return form(record[key]) if key in record else NONE
 
     def typical(key: str, form: Callable[[float], str]) -> str:
-        return form(statistics.median(record[key] for record in steady)) if steady else "–"
+        return form(statistics.median(record[key] for record in steady)) if steady else NONE
 
     newest: Record = max((*train[-1:], *validation[-1:]), key=lambda record: record["step"], default={})
     return [

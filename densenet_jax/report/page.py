@@ -30,6 +30,7 @@ figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; }
 .charts figure { max-width: 34rem; }
 .images img { image-rendering: pixelated; border-radius: 0.3rem; }
+.images.smooth { grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); }
 .images.smooth img { image-rendering: auto; }
 .charts figcaption { font-weight: 600; color: var(--ink); margin-bottom: 0.2rem; }
 .images figcaption { font-size: 0.85rem; line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }

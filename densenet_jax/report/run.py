@@ -12,7 +12,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samples
 from densenet_jax.progress import say, working
 from densenet_jax.report import page
-from densenet_jax.report.curves import Record, curve, final_figures, run_charts
+from densenet_jax.report.curves import NONE, Record, curve, final_figures, run_charts
 from densenet_jax.report.gather import Answers, gather_answers
 from densenet_jax.report.machine import hardware, versions
 from densenet_jax.report.plots import DARK, LIGHT, confusion_chart, picture, readme_curves
@@ -113,7 +113,7 @@ def run_page(
     blocks = [
         page.text(f"Work directory {workdir}. {_how_far(records, look)}", quiet=True),
         *(page.text(why) for why in look.missing),
-        page.tiles(final_figures(records)),
+        page.tiles((what, value) for what, value in final_figures(records) if value != NONE),
         page.section("Curves", page.charts(charts) if charts else page.text("Nothing has been reported yet.")),
     ]
     for part in (_confusion(look), _mistakes(look), _augmented(look)):

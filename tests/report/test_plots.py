@@ -1,0 +1,79 @@
+"""Pictures show what they are given, on both themes."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from densenet_jax.report import plots
+from densenet_jax.report.plots import DARK, LIGHT, Line, confusion_chart, line_chart, picture
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def rgb(color: str) -> np.ndarray:
+    return np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+
+
+def has(image: np.ndarray, color: str) -> bool:
+    return bool((np.abs(image.astype(int) - rgb(color)).max(axis=-1) <= 2).any())
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_chart_has_its_lines_on_its_page(theme):
+    lines = [Line("a", [0, 1, 2], [1, 3, 2]), Line("b", [0, 2], [2, 2], marked=True, style=1)]
+    image = pixels(line_chart(lines, x_label="x", y_label="y", theme=theme))
+    assert (image[0, 0] == rgb(theme.page)).all()
+    assert has(image, theme.lines[0])
+    assert has(image, theme.lines[1])
+    assert not has(image, theme.lines[3])
+
+
+@pytest.mark.parametrize(
+    "ys", [[], [0.5], [0.0, 1.0], [float("nan"), 2.0], [float("inf"), 1.0, 2.0], [-1.0, 1.0], [1e-30, 1e30]]
+)
+@pytest.mark.parametrize("logarithmic", [True, False])
+def test_chart_of_few_or_odd_values_is_drawn(ys, logarithmic):
+    png = line_chart(
+        [Line("a", list(range(len(ys))), ys)], x_label="x", y_label="$y", logarithmic=logarithmic, percent=True
+    )
+    assert pixels(png).shape == (510, 810, 3)
+
+
+def test_no_two_of_many_lines_look_the_same():
+    # What matplotlib is told of each line: colour, dash and marker.
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    plots._draw(axes, [Line(str(style), [0, 1], [0, 1], marked=True, style=style) for style in range(36)], LIGHT)
+    looks = [(line.get_color(), str(line._dash_pattern), line.get_marker()) for line in axes.lines]
+    assert len(set(looks)) == 36
+    for first, second in itertools.pairwise(looks[:6]):
+        assert first[0] != second[0]
+        assert first[2] != second[2]
+
+
+def test_confusion_is_shaded_by_row():
+    counts = np.array([[90, 10], [0, 1]])
+    image = pixels(confusion_chart(counts, ["a$b$", "a very long name indeed"]))
+    assert image.shape == (750, 810, 3)
+    yellow, blue = (np.abs(image.astype(int) - color).max(axis=-1) <= 3 for color in ([254, 232, 56], [0, 34, 78]))
+    assert yellow.sum() > 10_000  # the whole of the second row's diagonal
+    assert blue.sum() > 10_000  # its empty cell
+
+
+def test_class_names_of_any_script_and_classes_without_examples_are_drawn():
+    confusion_chart(np.zeros((3, 3), int), ["猫", "собака", "🐟"])
+
+
+def test_small_picture_is_enlarged_without_smoothing_and_large_one_reduced():
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    large = pixels(picture(image))
+    assert large.shape == (160, 160, 3)
+    np.testing.assert_array_equal(large[10::20, 10::20, :1], image)
+    assert pixels(picture(np.zeros((300, 600, 3), np.uint8))).shape == (112, 224, 3)
+    assert pixels(picture(np.zeros((224, 224, 3), np.uint8))).shape == (224, 224, 3)

@@ -1,0 +1,164 @@
+"""The page of a run: from made-up answers, and through the entry point."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from densenet_jax import modes
+from densenet_jax.command import Command
+from densenet_jax.experiment import AugmentedSamples
+from densenet_jax.report.gather import Answers, Mistake
+from densenet_jax.report.run import Look, run_page, write_readme_curves
+from tests.report.reading import Page, records
+from tests.running import last_line, run_main
+
+EVIL = "<script>x</script>"
+SETTINGS = {"seed": 3, "model": {"name": "tiny"}, "data": {"name": EVIL}, "augment": {"mixup_alpha": 0.2}}
+DEFAULTS = {**SETTINGS, "seed": 0}
+
+
+def look(classes: int, side: int, channels: int) -> Look:
+    image = np.zeros((side, side, channels), np.uint8)
+    names = tuple(f"{EVIL} {number}" for number in range(classes))
+    mistakes = (Mistake(image, 7, 0, 1, 0.9, 0.05), Mistake(image, 3, 1, 0, 0.8, 0.2))
+    pairs = {(0, 0): 3, (0, 1): 1, (1, 0): 2, (1, 1): 2}
+    samples = AugmentedSamples(np.stack([image] * 3), (EVIL, "two", "three"))
+    return Look(5, Answers(pairs, mistakes), (EVIL, "file"), names, samples, total_steps=6)
+
+
+@pytest.mark.parametrize(("classes", "side", "channels", "drawn"), [(2, 8, 1, 2), (1000, 224, 3, 0)])
+def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn):
+    command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
+    pictures, content = run_page(f"runs/{EVIL}", SETTINGS, records(3), look(classes, side, channels), command)
+    page = Page(content)
+    assert "script" not in page.tags
+    assert f"tiny on {EVIL}" in page.text
+    assert "All 6 steps are done." in page.text
+    assert "8 evaluated images: 5 right, 3 wrong" in page.text
+    assert f"{EVIL} 1 {EVIL} 0 2 50.0%" in page.text
+    assert f"{EVIL} 0 taken for {EVIL} 1" in page.text
+    assert "90.0% sure; 5.0% for the label" in page.text
+    assert "config.seed 3 0" in page.text
+    assert "jax " in page.text
+    assert "1 × cpu" in page.text or "8 × cpu" in page.text
+    run = f"python main.py --config configs/digits.py --workdir 'runs/{EVIL}'"
+    assert f"{run} '--config.data.dir=a b' --config.seed=3" in page.text
+    assert f"{run} --mode eval '--config.data.dir=a b' --config.seed=3 --config.eval.checkpoint=best" in page.text
+    assert len(page.pictures) == 10 + drawn + 2 + 3
+    assert ("confusion" in {picture.name for picture in pictures}) == bool(drawn)
+    assert len(page.pictures) == sum(len(picture.files()) for picture in pictures)
+
+
+def test_run_that_has_nothing_yet_has_a_page():
+    bare = Look(missing=("No predictions: none & so on",))
+    pictures, content = run_page("runs/x", {}, [], bare, Command())
+    assert pictures == []
+    text = Page(content).text
+    assert "0 steps done" in text
+    assert "No predictions: none & so on" in text
+    assert "Nothing has been reported yet." in text
+
+
+QUICK = (
+    "--config=configs/digits.py",
+    "--config.train.epochs=0.3",
+    "--config.optim.warmup_epochs=0.1",
+    "--config.train.log_every_steps=3",
+    "--config.eval.checkpoint=latest",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(user, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("report") / "run"
+    _, errors = run_main(*QUICK, f"--workdir={workdir}", **user)
+    assert "warning" not in errors
+    assert f"report: {workdir}/report/index.html" in errors
+    return workdir
+
+
+def test_training_ends_with_a_page_that_agrees_with_its_validation(finished):
+    page = Page((finished / "report" / "index.html").read_text())
+    assert "All 7 steps are done." in page.text
+    reports = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    right = round(reports[-1]["top1"] * 360)
+    assert f"Answers of step 7 to 360 evaluated images: {right} right, {360 - right} wrong." in page.text
+    assert "config.train.epochs 0.3 300.0" in page.text
+    assert f"python main.py --config configs/digits.py --workdir {finished} --config.train.epochs=0.3" in page.text
+    for name in ("loss.png", "top1_dark.png", "confusion.png", "mistake_12.png", "augmented_16.png"):
+        assert (finished / "report" / name).is_file()
+    assert len(page.pictures) == len(list((finished / "report").glob("*.png")))
+
+
+def test_event_file_begins_with_the_settings_and_the_augmented_images(finished):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (path,) = finished.glob("events.out.tfevents.*")
+    tags = {value.tag: event for event in EventFileLoader(str(path)).Load() for value in event.summary.value}
+    assert tags["settings"].step == tags["augmented/16"].step == 0
+    assert b"    train.epochs = 0.3" in tags["settings"].summary.value[0].tensor.string_val[0]
+    assert "augmented/17" not in tags
+
+
+def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finished, user):
+    def files():
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in finished.rglob("*")
+            if path.is_file() and path.parent.name != "report"
+        }
+
+    before = files()
+    (finished / "report" / "index.html").unlink()
+    output, _ = run_main(*QUICK, "--mode=report", f"--workdir={finished}", **user)
+    assert last_line(output) == {"mode": "report", "path": f"{finished}/report/index.html"}
+    assert files() == before
+
+    stopped = finished.parent / "stopped"
+    stopped.mkdir()
+    (stopped / "config.json").write_bytes((finished / "config.json").read_bytes())
+    line = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (stopped / "metrics.jsonl").write_bytes(line + b'{"step": 5, "cut sh')
+    _, errors = run_main(*QUICK, "--mode=report", f"--workdir={stopped}", **user)
+    assert "warning: No predictions: " in errors
+    text = Page((stopped / "report" / "index.html").read_text()).text
+    assert "3 of 7 steps are reported" in text
+    assert "No predictions: " in text
+    assert sorted(os.listdir(stopped)) == ["config.json", "metrics.jsonl", "report"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=report"], "is not a run's directory"),
+        (["--mode=eval", "--compare=a"], "--compare a is for --mode report"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments, said, user, tmp_path):
+    _, errors = run_main(*QUICK, f"--workdir={tmp_path / 'x'}", *arguments, expect=2, **user)
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert said in errors
+    assert not (tmp_path / "x").exists()
+
+
+def test_training_does_not_fail_with_its_report(monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr(modes, "Experiment", lambda config: config)
+    monkeypatch.setattr(modes, "train", lambda experiment, workdir: {"step": 7})
+    monkeypatch.setattr(modes, "report_run", fail)
+    assert modes.train_mode({}, "x", Command()) == {"step": 7}
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "the report could not be written (RuntimeError: no room at all); --mode report tries again.")
+    ]
+
+
+def test_picture_for_the_readme_is_small(tmp_path):
+    lines = [json.dumps(record) + "\n" for record in records(40)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    write_readme_curves(str(tmp_path), str(tmp_path / "digits.png"))
+    assert 10_000 < (tmp_path / "digits.png").stat().st_size < 80_000
