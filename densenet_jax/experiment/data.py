@@ -39,7 +39,8 @@ class Data:
             UserError: the data set is not prepared, and how many images it has is not known.
         """
         config = self.config
-        known = KNOWN_COUNTS.get(config.data.name, {}).get(config.data.train_split)
+        set_name = config.data.name.partition("/")[0].partition(":")[0]
+        known = KNOWN_COUNTS.get(set_name, {}).get(config.data.train_split)
         try:
             return len(self.train_source), True
         except UserError:
