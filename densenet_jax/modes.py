@@ -16,8 +16,9 @@ from densenet_jax.experiment import Experiment
 from densenet_jax.parameter_table import parameter_table
 from densenet_jax.prepare import prepare_and_verify
 from densenet_jax.progress import say, working
-from densenet_jax.report import report_comparison, report_run
+from densenet_jax.report.compare import report_comparison
 from densenet_jax.report.data import report_data
+from densenet_jax.report.run import report_run
 from densenet_jax.schedule_plot import plot_schedule
 from densenet_jax.train import train
 from densenet_jax.workdir import check_settings, started_from

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.report import report_comparison
+from densenet_jax.report.compare import report_comparison
 from tests.report.reading import Page, records
 
 
