@@ -180,3 +180,10 @@ def test_mixing_does_not_pair_the_copies_of_an_image():
     _, targets = augment(jnp.zeros((8, 4, 4, 3), jnp.uint8), labels, jnp.asarray(0))
     used = [set(np.flatnonzero(row).tolist()) for row in np.asarray(targets)]
     assert used == [{0, 1}] * 4 + [{2, 3}] * 4
+
+
+def test_repeats_that_do_not_divide_the_batch_are_refused_before_anything_is_written(user, tmp_path):
+    arguments = ("--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", "--config.augment.repeats=3")
+    _, errors = run_main(*arguments, expect=2, **user)
+    assert "config.augment.repeats is 3, which does not divide config.train.global_batch_size 64" in errors
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -56,11 +56,7 @@ def train_batches(
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
     """
     share = _share(global_batch_size, process_count)
-    if global_batch_size % repeats:
-        raise UserError(
-            f"config.augment.repeats is {repeats}, which does not divide config.train.global_batch_size "
-            f"{global_batch_size}; choose a divisor."
-        )
+    check_repeats(global_batch_size, repeats)
     damaged = Damaged(_skips(on_damaged))
     order, draws = Order(len(source), seed, repeats), Draws(seed, transform.draws)
     read = _Kept(source, transform, damaged) if not transform.draws else _Fresh(source, transform, damaged)
@@ -183,6 +179,19 @@ def _share(global_batch_size: int, process_count: int) -> int:
             f"choose a multiple of {process_count}."
         )
     return global_batch_size // process_count
+
+
+def check_repeats(global_batch_size: int, repeats: int) -> None:
+    """Checks that a batch holds all copies of its images.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    if global_batch_size % repeats:
+        raise UserError(
+            f"config.augment.repeats is {repeats}, which does not divide config.train.global_batch_size "
+            f"{global_batch_size}; choose a divisor."
+        )
 
 
 def _skips(on_damaged: str) -> bool:

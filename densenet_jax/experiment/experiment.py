@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.data.pipeline import check_repeats
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of, normalize_with
 from densenet_jax.experiment.data import Data
@@ -121,6 +122,7 @@ class Experiment:
         mesh = sharding.make_mesh()
         sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
         sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
+        check_repeats(self.config.train.global_batch_size, self.config.augment.repeats)
         return mesh
 
     @functools.cached_property
