@@ -128,7 +128,7 @@ def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, An
 def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Writes report/data.html: sample images, class balance, sizes, and the pipeline's speed beside the model's."""
     del command
-    return report_data(Experiment(config), workdir)
+    return report_data(Experiment(config), workdir, config.data.name)
 
 
 def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:

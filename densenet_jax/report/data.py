@@ -17,7 +17,7 @@ from densenet_jax.training.sharding import to_devices
 _TIMED_STEPS = 4
 
 
-def report_data(experiment: Experiment, workdir: str) -> dict[str, Any]:
+def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[str, Any]:
     """Writes `workdir/report/data.html` and returns its path and the speeds measured, in images a second.
 
     Raises:
@@ -39,16 +39,16 @@ def report_data(experiment: Experiment, workdir: str) -> dict[str, Any]:
     titles = [names[label] for label in np.asarray(evaluated["label"]).reshape(len(evaluated["label"]), -1)[:16, 0]]
     enlarged = data.train_shape[0] < 64
     pictures = {
-        "augmented": _grid("augmented", samples.images, samples.titles),
-        "evaluated": _grid("evaluated", shown, titles),
+        "augmented": _grid("data_augmented", samples.images, samples.titles),
+        "evaluated": _grid("data_evaluated", shown, titles),
     }
     balance = page.Picture("class_balance", class_balance_chart(splits), "examples of each class")
     content = page.document(
-        f"{experiment.config.data.name}: what the model sees",
+        f"{data_name}: what the model sees",
         page.tiles(
             [
                 ("images a second from the pipeline on this machine", f"{pipeline:,.0f}"),
-                (f"images a second that {experiment.config.model.name} takes here", f"{model:,.0f}"),
+                (f"images a second that {experiment.variant.name} takes here", f"{model:,.0f}"),
             ]
         ),
         page.text(_verdict(pipeline, model)),
@@ -74,7 +74,7 @@ def model_speed(experiment: Experiment) -> float:
     for _ in range(_TIMED_STEPS):
         state, report = step(state, batch)
     jax.block_until_ready(report)
-    return _TIMED_STEPS * experiment.config.train.global_batch_size / (time.perf_counter() - began)
+    return _TIMED_STEPS * experiment.timeline.global_batch_size / (time.perf_counter() - began)
 
 
 def _verdict(pipeline: float, model: float) -> str:
