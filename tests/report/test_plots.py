@@ -74,6 +74,6 @@ def test_small_picture_is_enlarged_without_smoothing_and_large_one_reduced():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     large = pixels(picture(image))
     assert large.shape == (160, 160, 3)
-    np.testing.assert_array_equal(large[10::20, 10::20, :1], image)
+    np.testing.assert_array_equal(large[:, :, :1], image.repeat(20, axis=0).repeat(20, axis=1))
     assert pixels(picture(np.zeros((300, 600, 3), np.uint8))).shape == (112, 224, 3)
     assert pixels(picture(np.zeros((224, 224, 3), np.uint8))).shape == (224, 224, 3)
