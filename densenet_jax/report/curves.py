@@ -114,7 +114,10 @@ def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("best top-1", shown(best, "top1", "{:.2%}".format)),
         ("step of the best", shown(best, "step", "{:,}".format)),
         ("last training loss", shown(train[-1] if train else {}, "loss", "{:.4f}".format)),
-        ("images/s, median", typical("images_per_sec", "{:,.0f}".format)),
+        (
+            "images/s, median",
+            typical("images_per_sec", lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.2g}"),
+        ),
         ("waiting for data, median", typical("data_wait_fraction", "{:.1%}".format)),
     ]
 

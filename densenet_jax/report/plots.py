@@ -72,15 +72,15 @@ def line_chart(
         theme: the page's colours.
         percent: the values are shares and shown per cent.
         y_from_zero: the vertical axis begins at 0, so that heights can be compared.
-        logarithmic: the vertical axis is logarithmic, where all values are above 0.
+        logarithmic: the vertical axis is logarithmic, where all values are above 0 and far apart.
     """
     figure, axes = _axes(theme)
     drawn = [line for line in lines if len(line.xs)]
     _draw(axes, drawn, theme)
     finite = np.array([value for line in drawn for value in line.ys if np.isfinite(value)])
-    if logarithmic and len(finite) and (finite > 0).all():
+    if logarithmic and len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
         axes.set_yscale("log")
-    elif y_from_zero:
+    elif y_from_zero or (percent and len(finite) and finite.min() >= 0 > axes.get_ylim()[0]):
         axes.set_ylim(bottom=0)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")

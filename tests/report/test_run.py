@@ -9,6 +9,7 @@ import pytest
 from densenet_jax import modes
 from densenet_jax.command import Command
 from densenet_jax.experiment import AugmentedSamples
+from densenet_jax.experiment.samples import _title
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.run import Look, run_page, write_readme_curves
 from tests.report.reading import Page, records
@@ -49,6 +50,19 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn):
     assert len(page.pictures) == 10 + drawn + 2 + 3
     assert ("confusion" in {picture.name for picture in pictures}) == bool(drawn)
     assert len(page.pictures) == sum(len(picture.files()) for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("label", "title"),
+    [
+        (np.int32(1), "two"),
+        (np.float32([0, 0, 1]), "three"),
+        (np.float32([0.7, 0, 0.3]), "70% one + 30% three"),
+        (np.float32([0.001, 0.999, 0]), "two"),
+    ],
+)
+def test_mixed_images_are_named_by_their_shares(label, title):
+    assert _title(label, ("one", "two", "three")) == title
 
 
 def test_run_that_has_nothing_yet_has_a_page():
