@@ -27,6 +27,15 @@ _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
 _SHARE: Callable[[Any], bool] = lambda value: 0 <= value <= 1  # noqa: E731
 _RATE: Callable[[Any], bool] = lambda value: 0 <= value < 1  # noqa: E731
 
+
+def _is_regular_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
 # key -> (what is expected, check)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
@@ -62,6 +71,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.microbatches": ("more than 0", _POSITIVE),
     "train.average_decay": ("a share in [0, 1)", _RATE),
     "optim.base_batch_size": ("0 or more", _NOT_NEGATIVE),
+    "optim.freeze": ("a regular expression", _is_regular_expression),
     "optim.clip_grad_norm": ("0 or more", _NOT_NEGATIVE),
     "data.mean": ("one number a channel, or ()", lambda value: all(0 <= entry <= 1 for entry in value)),
     "data.std": ("one number above 0 a channel, or ()", lambda value: all(entry > 0 for entry in value)),

@@ -72,6 +72,7 @@ def test_default_values_pass_their_own_check():
         ("model.dtype", "float8"),
         ("eval.checkpoint", "newest"),
         ("optim.learning_rate", 0.0),
+        ("optim.freeze", "("),
     ],
 )
 def test_value_out_of_range_names_key_value_and_expectation(key, value):

@@ -78,7 +78,7 @@ def test_frozen_body_stays_bit_for_bit_and_the_head_learns(seven_classes, user, 
         (["--config.model.pretrained=nowhere.safetensors"], "nowhere.safetensors"),
         (["--config.model.name=densenet_bc_40_12"], "denseblock1"),
         (["--config.optim.freeze=^params/nothing"], "config.optim.freeze"),
-        (["--config.optim.freeze=("], "no regular expression"),
+        (["--config.optim.freeze=("], "expected a regular expression"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_clear_line(changes, said, seven_classes, user, tmp_path):

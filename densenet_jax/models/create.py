@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,6 +82,10 @@ def create_model(
     own_epsilon = facts.pop("epsilon")
     epsilon = own_epsilon if batch_norm_epsilon is None else batch_norm_epsilon
     num_classes = variant.num_classes if num_classes is None else num_classes
+    try:
+        re.compile(frozen_norms)
+    except re.error as error:
+        raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
