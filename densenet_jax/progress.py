@@ -32,6 +32,7 @@ def working(what: str) -> Iterator[None]:
         with _console.status(what):
             yield
     else:
+        say(f"{what} ...")
         yield
     say(f"{what}: {time.perf_counter() - start:.1f} s")
 
