@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, first_line
 from densenet_jax.models.create import create_model
 from densenet_jax.models.head import Classifier
 from densenet_jax.models.layers import DType
@@ -170,7 +170,7 @@ def _download(hub_id: str) -> str:
         except Exception as error:  # the hub's client lets its HTTP library's exceptions through
             if not _is_network_error(error):
                 raise
-            message = f"cannot fetch {hub_id} from the hub: {_first_line(error)}; try again or give a local file"
+            message = f"cannot fetch {hub_id} from the hub: {first_line(error)}; try again or give a local file"
             raise UserError(message) from error
     raise UserError(f"the hub's {repository!r} has none of {', '.join(_HUB_FILES)}; give a local file")
 
@@ -190,10 +190,6 @@ def _is_network_error(error: Exception) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
@@ -202,7 +198,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a readable safetensors file ({_first_line(error)}): fetch it again, or, if it is a PyTorch "
+            f"{path} is not a readable safetensors file ({first_line(error)}): fetch it again, or, if it is a PyTorch "
             "file, let its name end in .pth"
         ) from error
 
@@ -218,7 +214,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a damaged or hostile pickle leads it to
         raise UserError(
-            f"{path} is not a PyTorch file of weights only ({_first_line(error)}): it is damaged or holds code; "
+            f"{path} is not a PyTorch file of weights only ({first_line(error)}): it is damaged or holds code; "
             "nothing in it was executed"
         ) from error
     for wrapper in ("state_dict", "model"):

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, first_line
 from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Checkpoints:
             )
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
             path = os.path.join(self.directory, str(step))
-            raise UserError(f"{path} can't be restored: {_first_line(error)}") from error
+            raise UserError(f"{path} can't be restored: {first_line(error)}") from error
         if restored["data"]["next_step"] != step:
             raise UserError(f"{self.directory}/{step} says it is of step {restored['data']['next_step']}.")
         return restored["state"], restored["data"]["window"]
@@ -227,9 +227,4 @@ def restore_variables(
             )
             return restored.get("average", restored)
     except Exception as error:  # as in Checkpoints.restore
-        raise UserError(f"{os.path.dirname(path)} can't be restored: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise UserError(f"{os.path.dirname(path)} can't be restored: {first_line(error)}") from error

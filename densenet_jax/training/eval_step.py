@@ -55,13 +55,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> EvalSums:
-        def logits_of(images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
-            return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
-
-        images = batch["image"]
-        logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
-        if classes is not None:
-            logits = restrict(logits, classes)
+        logits = batch_logits(model, normalize, variables, batch["image"], classes)
         mask: Bool[Array, " b"] = batch["mask"]
         labels, counted = batch["label"], mask
         if "label_set" in batch:
@@ -77,6 +71,22 @@ def make_eval_step(
         )
 
     return eval_step
+
+
+def batch_logits(
+    model: nn.Module,
+    normalize: Normalize,
+    variables: dict[str, Any],
+    images: UInt8[Array, "b h w c"] | UInt8[Array, "b n h w c"],
+    classes: Sequence[int] | None,
+) -> Float[Array, "b k"]:
+    """The logits that an evaluation goes by: of whole images or averaged over crops, among `classes` only if given."""
+
+    def logits_of(images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
+        return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
+
+    logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
+    return logits if classes is None else restrict(logits, classes)
 
 
 def mean_logits(

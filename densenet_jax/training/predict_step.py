@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, UInt8
 
-from densenet_jax.training.eval_step import Batch, Normalize, mean_logits, restrict
+from densenet_jax.training.eval_step import Batch, Normalize, batch_logits
 
 
 def make_predict_step(
@@ -21,13 +20,7 @@ def make_predict_step(
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> Batch:
-        def logits_of(images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
-            return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
-
-        images = batch["image"]
-        logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
-        if classes is not None:
-            logits = restrict(logits, classes)
+        logits = batch_logits(model, normalize, variables, batch["image"], classes)
         rest = {name: array for name, array in batch.items() if name != "image"}
         return {**rest, "probability": jax.nn.softmax(logits.astype(jnp.float32))}
 
