@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from importlib import metadata
 from multiprocessing import shared_memory
 
 SIDE_PX = 224
@@ -275,7 +274,9 @@ def main() -> None:
     _show(rows)
     if arguments.output:
         names = ("jax", "grain", "simplejpeg", "opencv-python-headless", "pillow", "tensorflow-cpu")
-        versions = {name: _version(name) for name in names}
+        versions = {name: _version(name, sys.executable) for name in names}
+        if arguments.tensorflow_python:
+            versions["tensorflow-cpu"] = _version("tensorflow-cpu", arguments.tensorflow_python)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         content = {"date": date, "device": f"{platform.processor() or platform.machine()}, {everything} cores",
                    "versions": versions, "rows": rows}  # fmt: skip
@@ -291,11 +292,10 @@ def _row(pipeline: str, case: dict, found: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _version(name: str, interpreter: str) -> str | None:
+    code = "import sys; from importlib import metadata; print(metadata.version(sys.argv[1]))"
+    result = subprocess.run([interpreter, "-c", code, name], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 def _show(rows: list[dict]) -> None:

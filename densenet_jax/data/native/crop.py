@@ -11,6 +11,7 @@ from densenet_jax.data.native.build import library_paths
 
 _SIDE_MARGIN = 160  # pixels beside a part that decoding may write as well
 _TAP_BYTES = 4
+_LINES = 4  # that are resized across at the same time
 
 
 @functools.cache
@@ -79,8 +80,8 @@ def resize(
     height, width = pixels.shape[:2]
     most = [int(4 * max((high - low) / out_px, 1)) + 1 for low, high in ((box[0], box[2]), (box[1], box[3]))]
     taps = _TAP_BYTES * out_px * (4 + sum(most))
-    sums = 16 * (out_px + width + most[0])
-    work = np.empty(taps + 32 + sums + 4 * out_px * (max(height, width) + out_px), np.uint8)
+    turned = 4 * _LINES * (width + out_px)
+    work = np.empty(taps + turned + 4 * out_px * (max(height, width) + out_px), np.uint8)
     result = np.empty((out_px, out_px, 3), np.uint8)
     whole = whole or (height, width)
     library.resize_rgbx(

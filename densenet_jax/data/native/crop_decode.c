@@ -4,15 +4,16 @@
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <jpeglib.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FAST __attribute__((target_clones("avx2", "default")))
+#define FAST __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FAST
 #endif
-enum { BITS = 22, HALF = 1 << (BITS - 1) }; /* fixed point, as in Pillow */
-typedef int32_t quad __attribute__((vector_size(16)));                     /* sums of a pixel */
+enum { BITS = 22, HALF = 1 << (BITS - 1) };        /* fixed point, as in Pillow */
+enum { WIDE = 16 };                                /* bytes of one pixel in four lines; sums that registers hold */
 typedef struct { int size, *first, *count; int32_t *weights; } taps;       /* which inputs an output sums */
 typedef struct { struct jpeg_error_mgr base; jmp_buf out; } trap;          /* errors end the call */
 
@@ -69,30 +70,46 @@ static int32_t *make_taps(taps *t, int32_t *memory, int in, int have, double low
 
 static inline uint8_t to_byte(int32_t sum) { return sum >> BITS < 0 ? 0 : sum >> BITS > 255 ? 255 : sum >> BITS; }
 
-FAST static void across(const uint8_t *in, int pitch, int lines, uint8_t *result, const taps *t, int out, quad *work) {
-  int32_t *line = (int32_t *)(work + out);
-  const int from = 4 * t->first[0], to = 4 * (t->first[out - 1] + t->count[out - 1]), size = t->size;
-  for (; lines--; in += pitch, result += 4 * out) {
-    for (int i = from; i < to; i++) line[i] = in[i];
-    for (int i = 0; i < out; i++) {
-      quad sum = {HALF, HALF, HALF, HALF}, *pixels = (quad *)line + t->first[i];
-      for (int k = 0; k < size; k++) sum += pixels[k] * t->weights[i * size + k]; /* behind the last tap come zeros */
-      work[i] = sum;
+/* Every line of the result is a sum of lines of `width` bytes. */
+FAST static void down(const uint8_t *in, int pitch, int width, uint8_t *result, const taps *t, int out) {
+  for (int i = 0; i < out; i++, result += width) {
+    const uint8_t *lines = in + (size_t)t->first[i] * pitch;
+    const int32_t *weights = t->weights + i * t->size;
+    int x = 0;
+    for (; x <= width - WIDE; x += WIDE) {
+      int32_t sums[WIDE];
+      for (int j = 0; j < WIDE; j++) sums[j] = HALF;
+      for (int k = 0; k < t->count[i]; k++)
+        for (int j = 0; j < WIDE; j++) sums[j] += lines[(size_t)k * pitch + x + j] * weights[k];
+      for (int j = 0; j < WIDE; j++) result[x + j] = to_byte(sums[j]);
     }
-    for (int i = 0; i < 4 * out; i++) result[i] = to_byte(((int32_t *)work)[i]);
+    for (; x < width; x++) {
+      int32_t sum = HALF;
+      for (int k = 0; k < t->count[i]; k++) sum += lines[(size_t)k * pitch + x] * weights[k];
+      result[x] = to_byte(sum);
+    }
   }
 }
 
-FAST static void down(const uint8_t *in, int pitch, int width, uint8_t *result, const taps *t, int out, int32_t *sums) {
-  for (int i = 0; i < out; i++, result += width) {
-    for (int x = 0; x < width; x++) sums[x] = HALF;
-    for (int k = 0; k < t->count[i]; k++) {
-      const uint8_t *line = in + (size_t)(t->first[i] + k) * pitch;
-      const int32_t weight = t->weights[i * t->size + k];
-      for (int x = 0; x < width; x++) sums[x] += line[x] * weight;
-    }
-    for (int x = 0; x < width; x++) result[x] = to_byte(sums[x]);
+/* The same for the pixels of lines: four lines, turned by a right angle, are work for `down`. */
+FAST static void across(const uint8_t *in, int pitch, int rows, uint8_t *result, const taps *t, int out,
+                        uint8_t *work) {
+  const int from = t->first[0], to = t->first[out - 1] + t->count[out - 1];
+  uint32_t *four = (uint32_t *)work, *turned = four + 4 * (size_t)to;
+  for (int left = rows; left > 0; left -= 4, in += 4 * (size_t)pitch) {
+    const uint32_t *lines[4]; /* of fewer than four the last again */
+    for (int l = 0; l < 4; l++) lines[l] = (const uint32_t *)(in + (size_t)(l < left ? l : left - 1) * pitch);
+    for (int i = from; i < to; i++)
+      for (int l = 0; l < 4; l++) four[4 * i + l] = lines[l][i];
+    down(work, WIDE, WIDE, (uint8_t *)turned, t, out);
+    for (int l = 0; l < 4 && l < left; l++, result += 4 * out)
+      for (int i = 0; i < out; i++) ((uint32_t *)result)[i] = turned[4 * i + l];
   }
+}
+
+FAST static void pack(const uint8_t *rgbx, int pixels, uint8_t *rgb) {
+  for (int i = 0; i < pixels; i++)
+    for (int c = 0; c < 3; c++) rgb[3 * i + c] = rgbx[4 * i + c];
 }
 
 /* Resizes `box` (left, top, right, bottom) of an image of whole[0] x whole[1] to uint8[out][out][3]. `in` is its part
@@ -101,17 +118,15 @@ void resize_rgbx(const uint8_t *in, int pitch, const int *whole, const int *part
                  int down_first, uint8_t *result, uint8_t *work) {
   taps x, y;
   int32_t *next = make_taps(&x, (int32_t *)work, whole[0], part[0], box[0], box[2], out, cubic);
-  next = make_taps(&y, next, whole[1], part[1], box[1], box[3], out, cubic);
-  quad *sums = (quad *)(((uintptr_t)next + 31) / 32 * 32);
-  uint8_t *half = (uint8_t *)(sums + out + part[2] + x.size);
+  uint8_t *turned = (uint8_t *)make_taps(&y, next, whole[1], part[1], box[1], box[3], out, cubic);
+  uint8_t *half = turned + WIDE * ((size_t)part[2] + out);
   uint8_t *full = half + 4 * (size_t)out * (down_first ? part[2] : part[3]);
   if (down_first) {
-    down(in, pitch, 4 * part[2], half, &y, out, (int32_t *)sums);
-    across(half, 4 * part[2], out, full, &x, out, sums);
+    down(in, pitch, 4 * part[2], half, &y, out);
+    across(half, 4 * part[2], out, full, &x, out, turned);
   } else {
-    across(in, pitch, part[3], half, &x, out, sums);
-    down(half, 4 * out, 4 * out, full, &y, out, (int32_t *)sums);
+    across(in, pitch, part[3], half, &x, out, turned);
+    down(half, 4 * out, 4 * out, full, &y, out);
   }
-  for (int i = 0; i < out * out; i++)
-    for (int c = 0; c < 3; c++) result[3 * i + c] = full[4 * i + c];
+  pack(full, out * out, result);
 }
