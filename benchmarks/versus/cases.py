@@ -1,0 +1,82 @@
+"""From a variant's name to what each worker is asked to prepare."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import subprocess
+import sys
+
+from versus.turns import Contestant, Worker
+
+SCRIPTS = {
+    "densenet_jax": ("jax_worker.py", "default"),
+    "plain": ("jax_worker.py", "plain"),
+    "torch_eager": ("torch_worker.py", "eager"),
+    "torch_compile": ("torch_worker.py", "compile"),
+}
+
+
+def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size: int, mode: str) -> Contestant:
+    """One of SCRIPTS on one case; arguments are those of `add_arguments` and dtype."""
+    from densenet_jax.models.variants import get_variant
+
+    variant = get_variant(model)
+    overrides = {"block_sizes": arguments.block_sizes} if arguments.block_sizes else {}
+    facts = dataclasses.asdict(variant.architecture) | overrides
+    channels = arguments.channels or variant.channels
+    facts |= {"channels": channels, "num_classes": variant.num_classes, "changed": bool(overrides)}
+    script, form = SCRIPTS[name]
+    ours = script == "jax_worker.py"
+    case = {
+        "model": model,
+        "mode": mode,
+        "batch_size": batch_size,
+        "image_size_px": arguments.image_size_px or variant.preprocessing.input_px,
+        "dtype": arguments.dtype,
+        "form": form,
+        **({"channels": channels, "overrides": overrides} if ours else {"facts": facts}),
+    }
+    interpreter = sys.executable if ours else arguments.torch_python
+    return Contestant(name, functools.partial(Worker, script, interpreter), case)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is compared."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--image_size_px", type=int, default=0, help="default: what the variant is trained on")
+    parser.add_argument("--channels", type=int, default=0, help="of the images; default: the variant's")
+    parser.add_argument("--block_sizes", type=int, nargs="+", help="layers of each block, in place of the variant's")
+    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and timm")
+    parser.add_argument("--output", help="write the rows to this JSON file")
+
+
+def all_models(names: list[str]) -> list[str]:
+    """The names, or those of all variants for "all"."""
+    if names != ["all"]:
+        return names
+    from densenet_jax import list_models
+
+    return list_models()
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether JAX has one, asked in a process of its own: this one would hold memory of the device."""
+    code = "import jax; print(jax.default_backend())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.strip() == "gpu"
+
+
+def check_platforms(contestants: list[Contestant]) -> None:
+    """Ends the run where the contestants did not run on the same kind of device."""
+    platforms = {one.prepared["platform"] for one in contestants if one.prepared}
+    if len(platforms) > 1:
+        raise SystemExit(f"error: the implementations ran on different platforms: {', '.join(sorted(platforms))}")
+
+
+def versions_of(contestants: list[Contestant]) -> dict[str, str]:
+    """The library's version for each that could be prepared."""
+    libraries = {"torch_eager": "torch", "torch_compile": "torch", "onnxruntime": "onnxruntime"}
+    return {libraries.get(one.name, "jax"): one.prepared["version"] for one in contestants if one.prepared}

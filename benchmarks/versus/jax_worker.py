@@ -1,0 +1,84 @@
+"""A network of this project, trained or evaluated; a worker of `turns`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from worker import serve
+
+import densenet_jax
+from densenet_jax.models.dense_block import plain_dense_block
+from densenet_jax.models.variants import get_variant
+
+
+class JaxCase:
+    """One compiled step and the arrays that it goes over."""
+
+    def __init__(self, step: Any, arrays: tuple[Any, ...], batch: tuple[Any, ...], keeps: int) -> None:
+        self._step, self._arrays, self._batch, self._keeps = step, arrays, batch, keeps
+        self._result: Any = None
+
+    def step(self) -> None:
+        """One step."""
+        *kept, self._result = self._step(*self._arrays, *self._batch)
+        self._arrays = (*kept, *self._arrays[self._keeps :])
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        jax.block_until_ready((self._arrays, self._result))
+        if not np.isfinite(np.asarray(self._result).ravel()[0]):
+            raise FloatingPointError("the result is not finite")
+
+    def peak_bytes(self) -> int | None:
+        """Of the device's allocator."""
+        statistics = jax.local_devices()[0].memory_stats()
+        return statistics.get("peak_bytes_in_use") if statistics else None
+
+
+def prepare(
+    model: str,
+    mode: str,
+    batch_size: int,
+    image_size_px: int,
+    channels: int,
+    dtype: str,
+    form: str,
+    overrides: dict[str, Any],
+) -> tuple[JaxCase, dict[str, Any]]:
+    """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
+    variant = get_variant(model)
+    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), **overrides)
+    if form == "plain" and hasattr(network, "block_form"):
+        network = network.clone(block_form=plain_dense_block)
+    random = np.random.default_rng(0)
+    shape = (batch_size, image_size_px, image_size_px, channels)
+    images = jnp.asarray(random.standard_normal(shape, np.float32))
+    labels = jnp.asarray(random.integers(0, variant.num_classes, batch_size), jnp.int32)
+    variables = jax.jit(network.init)(jax.random.key(0), images[:1])
+    params, statistics = variables["params"], variables["batch_stats"]
+    facts = {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "version": jax.__version__}
+    if mode == "infer":
+        logits = jax.jit(lambda variables, images: (network.apply(variables, images, train=False),))
+        return JaxCase(logits, (variables,), (images,), 0), facts
+    optimizer = optax.sgd(0.01, momentum=0.9)
+
+    def loss_of(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
+        arrays = {"params": params, "batch_stats": statistics}
+        logits, new = network.apply(arrays, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+    def step(params: Any, statistics: Any, momentum: Any, images: Any, labels: Any) -> Any:
+        (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, statistics, images, labels)
+        updates, momentum = optimizer.update(gradients, momentum, params)
+        return optax.apply_updates(params, updates), statistics, momentum, loss
+
+    arrays = (params, statistics, jax.jit(optimizer.init)(params))
+    return JaxCase(jax.jit(step, donate_argnums=(0, 1, 2)), arrays, (images, labels), 3), facts
+
+
+if __name__ == "__main__":
+    serve(prepare, lambda error: "RESOURCE_EXHAUSTED" in str(error))

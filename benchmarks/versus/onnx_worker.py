@@ -1,0 +1,46 @@
+"""A network of this project run by onnxruntime from an ONNX file; a worker of `turns`. Needs neither JAX nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from worker import serve
+
+
+class OnnxCase:
+    """A session and its input."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> None:
+        self._session, self._feed = session, feed
+        self._result: np.ndarray | None = None
+
+    def step(self) -> None:
+        """One inference; it is done when this returns."""
+        self._result = self._session.run(None, self._feed)[0]
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+        if self._result is None or not np.isfinite(self._result).all():
+            raise FloatingPointError("the result is not finite")
+
+    def peak_bytes(self) -> int | None:
+        """The process's own."""
+        return None
+
+
+def prepare(path: str, batch_size: int, image_size_px: int, channels: int) -> tuple[OnnxCase, dict[str, Any]]:
+    """Logits of one batch, by the file at path."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (wanted,) = session.get_inputs()
+    shape = (batch_size, image_size_px, image_size_px, channels)
+    images = np.random.default_rng(0).standard_normal(shape)
+    kind = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}[wanted.type]
+    images = (np.abs(images) * 50).clip(0, 255).astype(kind) if kind is np.uint8 else images.astype(kind)
+    facts = {"platform": "cpu", "device": "cpu", "version": onnxruntime.__version__}
+    return OnnxCase(session, {wanted.name: images}), facts
+
+
+if __name__ == "__main__":
+    serve(prepare, lambda error: False)

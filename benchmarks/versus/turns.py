@@ -1,0 +1,163 @@
+"""Workers in processes of their own that take turns, so that each meets the same machine.
+
+A worker reads one JSON object a line and answers with one. Requests: {"ask": "prepare", ...} readies one case and tells
+how long that took, {"ask": "turn", "secs": s} works for about that long, {"ask": "peak"} tells the memory it needed.
+An answer may be {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+OUT_OF_MEMORY = "out of memory"
+PAUSE_SECS = 0.2  # threads of the last worker's pool may still be spinning
+
+
+class Worker:
+    """One implementation in a process of its own; `ask` gives its answer."""
+
+    def __init__(self, script: str, interpreter: str, **environment: str) -> None:
+        search = os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))
+        shared = {"PYTHONPATH": search, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [interpreter, str(HERE / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | shared | environment,
+            text=True,
+        )
+
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer; {"error": ...} where it has died."""
+        try:
+            assert self._process.stdin
+            assert self._process.stdout
+            self._process.stdin.write(json.dumps({"ask": request, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        status = self._process.wait()
+        return {"error": OUT_OF_MEMORY if status == -9 else f"the worker ended with status {status}"}
+
+    def stop(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+@dataclass
+class Contestant:
+    """An implementation in one comparison, and what was found.
+
+    Attributes:
+      name: of the implementation.
+      start: starts its worker.
+      case: what it is to prepare.
+      prepared: its answer to that.
+      secs: of single steps, a list a turn.
+      processor_secs: of all threads, a number a turn.
+      peak_bytes: memory it needed, once ready.
+      error: why there are no figures.
+      interleaved: whether it took turns with the others; on a small device it may only fit alone.
+    """
+
+    name: str
+    start: Callable[[], Worker]
+    case: dict[str, Any]
+    prepared: dict[str, Any] = field(default_factory=dict)
+    secs: list[list[float]] = field(default_factory=list)
+    processor_secs: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    error: str | None = None
+    interleaved: bool = True
+    _worker: Worker | None = None
+
+    def prepare(self) -> bool:
+        """Starts the worker and readies its case."""
+        self.error = None
+        self._worker = self.start()
+        return self._take(self._worker.ask("prepare", **self.case), self.prepared)
+
+    def turn(self, secs: float) -> bool:
+        """One turn of about secs seconds."""
+        assert self._worker
+        answer: dict[str, Any] = {}
+        if not self._take(self._worker.ask("turn", secs=secs), answer):
+            return False
+        self.secs.append(answer["secs"])
+        self.processor_secs.append(answer["processor_secs"])
+        return True
+
+    def finish(self) -> None:
+        """Asks for the memory used and ends the worker."""
+        if self._worker and not self.error:
+            self.peak_bytes = self._worker.ask("peak").get("peak_bytes")
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the worker."""
+        if self._worker:
+            self._worker.stop()
+            self._worker = None
+
+    def _take(self, answer: dict[str, Any], into: dict[str, Any]) -> bool:
+        self.error = answer.pop("error", None)
+        if self.error:
+            self.stop()
+        into.update(answer)
+        return not self.error
+
+
+def compete(contestants: list[Contestant], turns: int, turn_secs: float) -> None:
+    """Lets the contestants take turns; one that does not fit beside the others is measured alone afterwards."""
+    try:
+        for contestant in contestants:
+            say(f"preparing {contestant.name}")
+            contestant.prepare()
+        _take_turns([one for one in contestants if not one.error], turns, turn_secs)
+        for contestant in contestants:
+            contestant.finish()
+        for contestant in contestants:
+            if contestant.error == OUT_OF_MEMORY and len(contestants) > 1:
+                contestant.interleaved, contestant.secs, contestant.processor_secs = False, [], []
+                if contestant.prepare():
+                    _take_turns([contestant], turns, turn_secs)
+                contestant.finish()
+    finally:
+        for contestant in contestants:
+            contestant.stop()
+
+
+def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float) -> None:
+    for number in range(turns):
+        # Each order once: whoever comes second after a heavy neighbour isn't always the same.
+        for contestant in contestants if number % 2 == 0 else contestants[::-1]:
+            if not contestant.error:
+                time.sleep(PAUSE_SECS)
+                contestant.turn(turn_secs)
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    print(text, file=sys.stderr, flush=True)

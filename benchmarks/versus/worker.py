@@ -1,0 +1,95 @@
+"""The worker's side of `turns`: answers requests until its input ends. Knows no framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Case(Protocol):
+    """One case that is ready to be measured."""
+
+    def step(self) -> None:
+        """Issues one step."""
+
+    def wait(self) -> None:
+        """Returns when all issued steps are done; raises FloatingPointError where the result is not finite."""
+
+    def peak_bytes(self) -> int | None:
+        """The device's memory at its fullest; None means this process's own is what counts."""
+
+
+Prepare = Callable[..., tuple[Case, dict[str, Any]]]
+
+
+def serve(prepare: Prepare, out_of_memory: Callable[[Exception], bool]) -> None:
+    """Answers requests; prepare(**case) gives a Case and facts to tell."""
+    # Libraries print to standard output what they like: the answers keep it to themselves.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    case: Case | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        ask = request.pop("ask")
+        try:
+            if ask == "prepare":
+                case, answer = _prepare(prepare, request)
+            else:
+                assert case is not None, "prepare first"
+                answer = _turn(case, **request) if ask == "turn" else {"peak_bytes": _peak_bytes(case)}
+        except Exception as error:
+            told = "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"[:300]
+            answer = {"error": told}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str, Any]]:
+    began = time.perf_counter()
+    case, facts = prepare(**request)
+    case.step()
+    case.wait()
+    first = time.perf_counter()
+    case.step()
+    case.wait()
+    step_secs = time.perf_counter() - first
+    _forget_peak()
+    # What the first step took beyond an ordinary one: tracing, compiling, choosing algorithms.
+    return case, {"compile_secs": max(first - began - step_secs, 0.0), **facts}
+
+
+def _turn(case: Case, secs: float) -> dict[str, Any]:
+    found: list[float] = []
+    end, used = time.perf_counter() + secs, time.process_time()
+    while not found or time.perf_counter() < end:
+        began = time.perf_counter()
+        case.step()
+        case.wait()
+        found.append(time.perf_counter() - began)
+    return {"secs": found, "processor_secs": time.process_time() - used}
+
+
+def _forget_peak() -> None:
+    """Lets the process's peak memory begin anew, so that what compiling took is not in it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def _peak_bytes(case: Case) -> int | None:
+    device = case.peak_bytes()
+    if device is not None:
+        return device
+    try:
+        with open("/proc/self/status") as file:
+            found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
