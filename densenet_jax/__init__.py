@@ -3,7 +3,11 @@
 import densenet_jax
 module = densenet_jax.create_model("densenet121", num_classes=10)
 variables = densenet_jax.load_checkpoint("runs/digits")
+predictor = densenet_jax.Predictor.from_workdir("runs/digits")
 """
+
+import importlib
+import typing
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
@@ -12,7 +16,11 @@ from densenet_jax.models.variants import list_models
 from densenet_jax.training.checkpoint import load_checkpoint
 from densenet_jax.version import __version__
 
+if typing.TYPE_CHECKING:
+    from densenet_jax.deploy.predictor import Predictor
+
 __all__ = [
+    "Predictor",
     "UserError",
     "__version__",
     "create_model",
@@ -21,3 +29,15 @@ __all__ = [
     "load_pretrained",
     "save_torch_state_dict",
 ]
+
+_ON_FIRST_USE = {"Predictor": "densenet_jax.deploy.predictor"}  # they load data libraries, which the import may not
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from densenet_jax.report_window import Window
 from densenet_jax.training.checkpoint import Checkpoints
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
-from densenet_jax.workdir import claim_workdir, only_run_in
+from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
 from densenet_jax.writers import Writers, read_metrics
 
 
@@ -170,6 +170,7 @@ def train(experiment: Experiment, workdir: str) -> dict[str, Any]:
     with only_run_in(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
         claim_workdir(workdir, experiment.config)
+        write_labels(workdir, experiment.data.eval_source.class_names)
         trainer = Trainer(experiment, workdir, stop)
         try:
             return trainer.run()

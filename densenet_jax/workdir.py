@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,13 +47,28 @@ def started_from(workdir: str, pretrained: str) -> bool:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes `content` so that the file is whole at every moment: to a neighbour first, then moved into place."""
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: str, text: str) -> None:
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def labels_path(workdir: str) -> str:
+    """Where a run keeps the names of its classes, for whoever uses its checkpoints without the data set."""
+    return os.path.join(workdir, "labels.txt")
+
+
+def write_labels(workdir: str, class_names: Sequence[str]) -> None:
+    """Writes the names of the classes into `workdir`, one a line, unless they are there."""
+    path = labels_path(workdir)
+    if jax.process_index() == 0 and not os.path.exists(path):
+        _write_whole(path, "".join(f"{' '.join(name.split())}\n" for name in class_names))
 
 
 def read_settings(workdir: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from densenet_jax.data.decode import decode_image, jpeg_size
+from densenet_jax.data.decode import check_size, decode_image, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
 from densenet_jax.errors import UserError
 
@@ -78,7 +78,7 @@ def eval_transform(
     interpolation: str = "bilinear",
     apply_exif_orientation: bool = False,
     crops: int = 1,
-) -> Transform:
+) -> "ResizedCentreCrop":
     """Short side to `resize_px`, then the central square: Pillow's antialiased pixels, as torchvision and timm give.
 
     Args:
@@ -170,12 +170,15 @@ class ResizedCentreCrop(_Square):
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
-        size = None if self.apply_exif_orientation else _native_size(data, self.channels, name)
-        if size:
+        upright = not self.apply_exif_orientation or exif_orientation(data) == 1
+        if upright and (size := _native_size(data, self.channels, name)):
             box = centre_box(*size, self.resize_px, self.image_size_px)
             if (result := _native_resize(data, size, box, self.image_size_px, self.interpolation)) is not None:
                 return result
-        pixels = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
+        return self.of_pixels(decode_image(data, self.channels, name=name, apply_exif_orientation=not upright))
+
+    def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The same for an image that is decoded: uint8[height, width, channels] to uint8[shape]."""
         box = centre_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
 
@@ -192,8 +195,13 @@ class FiveCrops(ResizedCentreCrop):
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
-        stored = decode_image(data, self.channels, name=name, apply_exif_orientation=self.apply_exif_orientation)
+        turn = self.apply_exif_orientation
+        return self.of_pixels(decode_image(data, self.channels, name=name, apply_exif_orientation=turn))
+
+    def of_pixels(self, stored: np.ndarray) -> np.ndarray:
+        """See `ResizedCentreCrop`."""
         height, width = resized_size(stored.shape[0], stored.shape[1], self.resize_px)
+        check_size(width, height, "of five crops")  # a line of pixels would be enlarged without measure
         pixels = resize(stored, height, width, self.interpolation, True)
         side = self.image_size_px
         down, right = height - side, width - side

@@ -10,7 +10,7 @@ import jax
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_COUNTS
 from densenet_jax.data.sources import Source, is_prepared, open_source
-from densenet_jax.data.transforms import Transform, eval_transform, train_transform
+from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.published import Preprocessing
 
@@ -73,7 +73,7 @@ class Data:
     def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a global batch of evaluation, whose arrays are those of `eval_batches`."""
         size = self.eval_batch_size
-        shapes = {"image": (size, *self._eval_transform.shape), "label": (size,), "mask": (size,)}
+        shapes = {"image": (size, *self.eval_transform().shape), "label": (size,), "mask": (size,)}
         if self.eval_source.label_sets:
             shapes["label_set"] = (size, self.eval_source.num_classes)
         return shapes
@@ -149,12 +149,12 @@ class Data:
         return eval_batches(
             self.eval_source,
             global_batch_size=self.eval_batch_size,
-            transform=self._eval_transform,
+            transform=self.eval_transform(),
             **self._reading(),
         )
 
-    @property
-    def _eval_transform(self) -> Transform:
+    def eval_transform(self, *, apply_exif_orientation: bool = False) -> ResizedCentreCrop:
+        """What evaluation does to an image on the host; for users' photographs, turned as their camera said."""
         config = self.config
         side = self.eval_shape[0]
         return eval_transform(
@@ -162,6 +162,7 @@ class Data:
             resize_px=round(side / (config.eval.crop_fraction or self.preprocessing.crop_fraction)),
             channels=config.data.channels,
             interpolation=config.eval.interpolation or self.preprocessing.interpolation,
+            apply_exif_orientation=apply_exif_orientation,
             crops=5 if config.eval.crops == 10 else 1,  # their mirror images are made on the accelerator
         )
 

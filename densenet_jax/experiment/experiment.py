@@ -35,6 +35,7 @@ class Experiment:
     """The parts of one run. What they cost (opened files, compiled programs) is paid on first use."""
 
     config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.checked` has checked
+    head_classes: int = 0  # classes of the head where no data set is there to tell; 0: the data set's own
 
     @functools.cached_property
     def variant(self) -> Variant:
@@ -70,6 +71,8 @@ class Experiment:
         Raises:
             UserError: another number was asked for.
         """
+        if self.head_classes:
+            return self.head_classes
         config = self.config
         asked, found = config.model.num_classes, self.data.eval_source.num_classes
         if asked and asked != found:
@@ -243,7 +246,7 @@ class Experiment:
         """
         ours, theirs = (
             {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._abstract_variables(), variables))
+            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._variable_shapes(), variables))
         )
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
@@ -273,8 +276,10 @@ class Experiment:
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over_data),
         }
 
-    def _abstract_variables(self) -> dict[str, Any]:
-        shapes = jax.eval_shape(
+    def _variable_shapes(self) -> Any:
+        return jax.eval_shape(
             lambda key: self.model.init(key, jnp.zeros((1, *self.data.train_shape)), train=False), jax.random.key(0)
         )
-        return sharding.with_sharding(shapes, sharding.replicated(self.mesh))
+
+    def _abstract_variables(self) -> dict[str, Any]:
+        return sharding.with_sharding(self._variable_shapes(), sharding.replicated(self.mesh))

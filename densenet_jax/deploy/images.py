@@ -1,0 +1,191 @@
+"""Images from outside: files, bytes and arrays that nobody has checked before, to pixels or to one clear reason.
+
+Everything that can be told from the first bytes is checked before anything is decoded.
+"""
+
+import dataclasses
+import os
+import stat
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from densenet_jax.data.decode import MAX_PIXELS, DamagedImage, decode_image, image_size
+from densenet_jax.errors import UserError
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray
+_JPEG_SCANS = 100  # progressive encoders write about ten; each costs a pass over all pixels
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class ImageError(UserError):
+    """An image that is refused.
+
+    Attributes:
+        name: what the image is called.
+        why: the reason, without the name.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name = name
+        self.why = why
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost before it is refused.
+
+    Attributes:
+        max_bytes: of the encoded file.
+        max_pixels: of the decoded image; `densenet_jax.data.decode.MAX_PIXELS` holds besides.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = MAX_PIXELS
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def shown(name: str | os.PathLike[str], most: int = 500) -> str:
+    """A file's name for a terminal or a log: one line, and nothing in it that a terminal would obey."""
+    text = os.fspath(name)
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def name_of(source: ImageSource) -> str:
+    """What messages call an image: its path, or that it is bytes or an array."""
+    if isinstance(source, str | os.PathLike):
+        return shown(source)
+    return "an array" if isinstance(source, np.ndarray) else "the image"
+
+
+def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of a regular file that is not too large; never waits for a pipe and never opens a device.
+
+    Raises:
+        ImageError: it is anything else, or can't be read.
+    """
+    name = shown(path)
+    try:
+        _check_kind(os.stat(path).st_mode, name)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            _check_kind(os.fstat(descriptor).st_mode, name)  # it may have been exchanged meanwhile
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise ImageError(name, f"it can't be read ({error.strerror or error})") from error
+    except ValueError as error:  # a zero byte in the name
+        raise ImageError(name, f"it can't be read ({error})") from error
+    check_bytes(data, name, limits)
+    return data
+
+
+def _check_kind(mode: int, name: str) -> None:
+    if not stat.S_ISREG(mode):
+        raise ImageError(name, f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not an image file")
+
+
+def check_bytes(data: bytes, name: str = "the image", limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Checks an encoded image as far as its size and first bytes tell; decodes nothing.
+
+    Raises:
+        ImageError: it is empty, no image, or would take too much memory or time to decode.
+    """
+    if not data:
+        raise ImageError(name, "it is empty")
+    if len(data) > limits.max_bytes:
+        raise ImageError(name, f"it has more than {limits.max_bytes:,} bytes")
+    try:
+        width, height = image_size(data, name)
+    except DamagedImage as error:
+        raise ImageError(name, error.why) from error
+    _check_pixel_count(width, height, name, limits)
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _JPEG_SCANS:
+        raise ImageError(name, f"it has more than {_JPEG_SCANS} JPEG scans")
+
+
+def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) -> None:
+    if width < 1 or height < 1 or width * height > limits.max_pixels:
+        raise ImageError(name, f"it has {width}x{height} pixels, at most {limits.max_pixels} are decoded")
+
+
+def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Checks pixels that came decoded.
+
+    Args:
+        array: should be uint8[height, width], [height, width, 1] (grey) or [height, width, 3] (RGB).
+        name: for messages.
+        limits: of its pixels.
+
+    Raises:
+        ImageError: it is not.
+    """
+    if array.dtype != np.uint8:
+        raise ImageError(name, f"its dtype is {array.dtype}, expected uint8")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise ImageError(name, f"its shape is {array.shape}, expected (height, width), or 1 or 3 channels besides")
+    _check_pixel_count(array.shape[1], array.shape[0], name, limits)
+
+
+def load_image(
+    source: ImageSource, channels: int = 3, *, name: str = "", limits: ImageLimits = DEFAULT_LIMITS
+) -> np.ndarray:
+    """The upright pixels of an image from outside.
+
+    Args:
+        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM or TIFF; of an animation the first frame
+            counts), or uint8[height, width], [height, width, 1] or [height, width, 3].
+        channels: 3 for RGB, 1 for grey.
+        name: what messages call the image; "" is its path.
+        limits: what it may cost.
+
+    Returns:
+        uint8[height, width, channels], turned as its EXIF data say.
+
+    Raises:
+        ImageError: it is refused; the message says why.
+    """
+    name = name or name_of(source)
+    if isinstance(source, np.ndarray):
+        check_array(source, name, limits)
+        return with_channels(source, channels)
+    data = encoded(source, name, limits)
+    try:
+        return decode_image(data, channels, name=name, apply_exif_orientation=True)
+    except DamagedImage as error:
+        raise ImageError(name, error.why) from error
+
+
+def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
+    """The checked bytes of a path or of bytes.
+
+    Raises:
+        ImageError: they are refused, or `source` is neither.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+        check_bytes(data, name, limits)
+        return data
+    if isinstance(source, str | os.PathLike):
+        return read_file(source, limits)
+    raise ImageError(name, f"it is a {type(source).__name__}, expected a path, bytes or a uint8 array")
+
+
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Checked pixels as uint8[height, width, channels], RGB made grey as Pillow does it."""
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
