@@ -28,6 +28,7 @@ from densenet_jax.models.layers import (
     apply_norm,
     convolve,
     dropout,
+    folded_norm,
 )
 
 SAVED_BY_REMAT = "convolution"
@@ -136,6 +137,31 @@ def plain_dense_block(
     return BlockResult(FeatureMap(join(features)), tuple(moments))
 
 
+class FoldedLayerArrays(NamedTuple):
+    """One dense layer with its batch norms folded; bias2 and kernel2 are None without a bottleneck."""
+
+    scale1: Array
+    bias1: Array
+    kernel1: Array
+    bias2: Array | None = None
+    kernel2: Array | None = None
+
+
+def folded_dense_block(
+    inputs: Float[Array, "b h w c"], layers: Sequence[FoldedLayerArrays], dtype: DType
+) -> Float[Array, "b h w c2"]:
+    """The block in evaluation: scale and shift, ReLU, 1x1 convolution with bias, ReLU, 3x3 convolution."""
+    features: tuple[Array, ...] = (inputs,)
+    for layer in layers:
+        x = jax.nn.relu(folded_norm(join(features), layer.scale1, layer.bias1, dtype))
+        x = convolve(x, layer.kernel1, padding=layer.kernel1.shape[0] // 2)
+        if layer.bias2 is not None and layer.kernel2 is not None:
+            x = jax.nn.relu(folded_norm(x, None, layer.bias2, dtype))
+            x = convolve(x, layer.kernel2, padding=layer.kernel2.shape[0] // 2)
+        features = (*features, x)
+    return join(features)
+
+
 class DenseLayer(nn.Module):
     """The parameters of one dense layer: norm1, conv1 and, with a bottleneck, norm2 and conv2."""
 
@@ -157,7 +183,7 @@ class DenseLayer(nn.Module):
             return
         width = self.bottleneck_width * self.growth_rate
         self.conv1 = Convolution(self.in_features, width, 1, **kernels)
-        self.norm2 = BatchNorm(width, self.norm_options, **types)
+        self.norm2 = BatchNorm(width, self.norm_options, after_convolution=True, **types)
         self.conv2 = Convolution(width, self.growth_rate, 3, **kernels)
 
     def arrays(self) -> LayerArrays:
@@ -166,6 +192,13 @@ class DenseLayer(nn.Module):
         if not self.bottleneck_width:
             return LayerArrays(*first)
         return LayerArrays(*first, self.norm2.arrays(), self.conv2.kernel)
+
+    def folded_arrays(self) -> FoldedLayerArrays:
+        """All arrays of the layer where its norms are folded."""
+        first = (self.norm1.scale, self.norm1.bias, self.conv1.kernel)
+        if not self.bottleneck_width:
+            return FoldedLayerArrays(*first)
+        return FoldedLayerArrays(*first, self.norm2.bias, self.conv2.kernel)
 
     def record(self, moments: LayerMoments, positions: int) -> None:
         """Takes a training step's moments, over positions values a channel in the whole batch, into the statistics."""
@@ -205,6 +238,9 @@ class DenseBlock(nn.Module):
             )
             for index in range(self.num_layers)
         ]
+        if self.options.norm.folded:
+            folded = [layer.folded_arrays() for layer in layers]
+            return FeatureMap(folded_dense_block(x, folded, self.options.dtype))
         key = self.make_rng("dropout") if train and self.options.dropout_rate else None
         result = self.form(x, [layer.arrays() for layer in layers], key, self.options, train)
         for layer, moments in zip(layers, result.moments, strict=True):

@@ -131,8 +131,8 @@ class DenseNet(nn.Module):
         return classify(x, self.head_options, train, self.make_rng)
 
     @nn.nowrap
-    def _norm(self, name: str, features: int) -> BatchNorm:
-        return BatchNorm(features, self.norm_options, self.dtype, self.param_dtype, name=name)
+    def _norm(self, name: str, features: int, *, after_convolution: bool = False) -> BatchNorm:
+        return BatchNorm(features, self.norm_options, self.dtype, self.param_dtype, after_convolution, name=name)
 
     @nn.nowrap
     def _stem(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
@@ -150,8 +150,11 @@ class DenseNet(nn.Module):
             x = Convolution(x.shape[-1], width, kernel_size, stride, name=f"conv{index}", **types)(x)
             if self.stem == "cifar":
                 return x
-            x = jax.nn.relu(self._norm(f"norm{index}", width)(x, train))
-        return max_pool(x) if self.blur == "none" else blur_pool(max_pool(x, stride=1))
+            x = jax.nn.relu(self._norm(f"norm{index}", width, after_convolution=True)(x, train))
+        border = self.norm_options.folded
+        if self.blur == "none":
+            return max_pool(x, repeat_border=border)
+        return blur_pool(max_pool(x, stride=1, repeat_border=border))
 
     @nn.nowrap
     def _check_size(self, shape: tuple[int, ...]) -> None:

@@ -33,11 +33,13 @@ class NormActivation(nn.Module):
     dtype: DType
     param_dtype: DType
     activation: str = "relu"
+    after_convolution: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         """Normalised and activated values."""
-        norm = BatchNorm(x.shape[-1], self.norm_options, self.dtype, self.param_dtype, name="bn")
+        types = (self.dtype, self.param_dtype)
+        norm = BatchNorm(x.shape[-1], self.norm_options, *types, self.after_convolution, name="bn")
         return ACTIVATIONS[self.activation](norm(x, train))
 
 
@@ -52,12 +54,14 @@ class NormActivationConvolution(nn.Module):
     init_fan: Fan
     dtype: DType
     param_dtype: DType
+    after_convolution: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Features of the convolution."""
         types = (self.dtype, self.param_dtype)
-        y = jax.nn.relu(BatchNorm(x.shape[-1], self.norm_options, *types, name="bn")(x, train))
+        norm = BatchNorm(x.shape[-1], self.norm_options, *types, self.after_convolution, name="bn")
+        y = jax.nn.relu(norm(x, train))
         shape = (x.shape[-1], self.features, self.kernel_size, self.stride, self.groups)
         return checkpoint_name(Convolution(*shape, self.init_fan, *types, name="conv")(y), SAVED_BY_REMAT)
 
@@ -105,7 +109,7 @@ class DualPathBlock(nn.Module):
             shortcut = self._convolution(f"c1x1_w_s{stride}", width, stride=stride)(x, train)
         residual, dense = split_paths(shortcut, self.residual_width)
         y = self._convolution("c1x1_a", self.width)(x, train)
-        y = self._convolution("c3x3_b", self.width, 3, stride, self.groups)(y, train)
+        y = self._convolution("c3x3_b", self.width, 3, stride, self.groups, after_convolution=True)(y, train)
         new_residual, new_dense = self._project(y, train)
         return join_paths(residual + new_residual, dense, new_dense)
 
@@ -113,9 +117,10 @@ class DualPathBlock(nn.Module):
     def _project(self, y: Float[Array, "b h w c"], train: bool) -> tuple[Array, Array]:
         widths = (self.residual_width, self.dense_increment)
         if not self.split_projection:
-            return split_paths(self._convolution("c1x1_c", sum(widths))(y, train), self.residual_width)
+            y = self._convolution("c1x1_c", sum(widths), after_convolution=True)(y, train)
+            return split_paths(y, self.residual_width)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = NormActivation(self.norm_options, name="c1x1_c", **types)(y, train)
+        y = NormActivation(self.norm_options, after_convolution=True, name="c1x1_c", **types)(y, train)
         residual, dense = (
             checkpoint_name(
                 Convolution(y.shape[-1], width, init_fan=self.init_fan, name=f"c1x1_c{index}", **types)(y),
@@ -127,7 +132,14 @@ class DualPathBlock(nn.Module):
 
     @nn.nowrap
     def _convolution(
-        self, name: str, features: int, kernel_size: int = 1, stride: int = 1, groups: int = 1
+        self,
+        name: str,
+        features: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        after_convolution: bool = False,
     ) -> NormActivationConvolution:
         return NormActivationConvolution(
             features,
@@ -138,6 +150,7 @@ class DualPathBlock(nn.Module):
             self.init_fan,
             self.dtype,
             self.param_dtype,
+            after_convolution,
             name=name,
         )
 
@@ -159,7 +172,7 @@ class Stem(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shape = (x.shape[-1], self.features, self.kernel_size, 2)
         x = Convolution(*shape, init_fan=self.init_fan, name="conv", **types)(x)
-        x = BatchNorm(self.features, self.norm_options, name="bn", **types)(x, train)
+        x = BatchNorm(self.features, self.norm_options, after_convolution=True, name="bn", **types)(x, train)
         return ACTIVATIONS[self.activation](x)
 
 
@@ -205,7 +218,7 @@ class DualPathNetwork(nn.Module):
         }
         kernel_size = 3 if self.small else 7
         stem = Stem(self.stem_width, kernel_size, self.activation, name="conv1_1", **common)
-        x = max_pool(stem(images.astype(self.dtype), train))
+        x = max_pool(stem(images.astype(self.dtype), train), repeat_border=self.norm_options.folded)
         pyramid = {}
         for stage in range(len(self.block_sizes)):
             x = self._stage(x, stage, common, train)

@@ -58,7 +58,7 @@ def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w
             f"test_time_pool_px={window_px} is larger than the last map of {x.shape[1]}x{x.shape[2]}; "
             "give larger images or 0"
         )
-    return nn.avg_pool(x, (window_px, window_px))
+    return nn.avg_pool(x, window_shape=(window_px, window_px))
 
 
 def classify(

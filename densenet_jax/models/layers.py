@@ -30,6 +30,7 @@ class NormOptions:
       unbiased_running_variance: the running variance takes in the n-1 estimate, as in torch.
       frozen: regular expression; a batch norm in whose scale's name ("params/norm0/scale") it is found normalises by
         its running statistics in training, too, and leaves them as they are. "" freezes none.
+      folded: for evaluation only: the variables are those of `densenet_jax.models.fold`, without running statistics.
     """
 
     epsilon: float = 1e-5
@@ -37,6 +38,7 @@ class NormOptions:
     group_size: int = 0
     unbiased_running_variance: bool = True
     frozen: str = ""
+    folded: bool = False
 
 
 class Moments(NamedTuple):
@@ -133,6 +135,16 @@ def norm_by_running(
     return scale_shift(x, factor, norm.bias.astype(wide) - norm.mean.astype(wide) * factor, dtype)
 
 
+def folded_norm(
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"] | None, bias: Float[Array, " c"], dtype: DType
+) -> Float[Array, "b h w c"]:
+    """A batch norm in evaluation with its statistics folded in; scale None: the convolution before it has taken it."""
+    if scale is None:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (x.astype(wide) + bias.astype(wide)[None, None, None, :]).astype(dtype)
+    return scale_shift(x, scale, bias, dtype)
+
+
 def apply_norm(
     x: Float[Array, "b h w c"], norm: NormArrays, options: NormOptions, train: bool, dtype: DType
 ) -> tuple[Float[Array, "b h w c"], Moments | None]:
@@ -146,19 +158,24 @@ def apply_norm(
 class BatchNorm(nn.Module):
     """Batch normalisation of float[b, h, w, features] with torch's running statistics.
 
-    Parameters scale and bias, statistics mean and var in the collection "batch_stats", all float[features].
+    Parameters scale and bias, statistics mean and var in the collection "batch_stats", all float[features]. Folded, it
+    has no statistics; after a convolution whose output nothing else reads, it has no scale either: the kernel holds it.
     """
 
     features: int
     options: NormOptions = NormOptions()
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    after_convolution: bool = False
 
     def setup(self) -> None:
         """Declares parameters and variables."""
         shape = (self.features,)
-        self.scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        if not (self.options.folded and self.after_convolution):
+            self.scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        if self.options.folded:
+            return
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
         self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
         self.var = self.variable("batch_stats", "var", jnp.ones, shape, wide)
@@ -186,6 +203,11 @@ class BatchNorm(nn.Module):
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
         """Normalised values in dtype; a FeatureMap with moments is only scaled and shifted."""
         features = x if isinstance(x, FeatureMap) else FeatureMap(x)
+        if self.options.folded:
+            if train:
+                raise UserError("a model with folded batch norms can't be trained; use the one it was made from")
+            scale = None if self.after_convolution else self.scale
+            return folded_norm(features.raw(self.options.epsilon), scale, self.bias, self.dtype)
         values, moments = features
         if moments is None or self._frozen():
             values = features.raw(self.options.epsilon)
@@ -244,14 +266,24 @@ class Convolution(nn.Module):
         return convolve(x.astype(self.dtype), self.kernel, stride=self.stride, padding=padding, groups=self.groups)
 
 
-def max_pool(x: Float[Array, "b h w c"], stride: int = 2) -> Float[Array, "b h2 w2 c"]:
-    """3x3 maximum, padded by one on every side."""
-    return nn.max_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
+def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool = False) -> Float[Array, "b h2 w2 c"]:
+    """3x3 maximum, padded by one on every side.
+
+    With repeat_border the border is repeated and nothing is padded, for exporters that lose a pooling's padding. The
+    result is the same to the bit: a window that reaches over the border holds the border already.
+    """
+    if not repeat_border:
+        return nn.max_pool(x, window_shape=(3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
+    for axis in (1, 2):
+        size = x.shape[axis]
+        first, last = (lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (0, size - 1))
+        x = jnp.concatenate([first, x, last], axis=axis)
+    return nn.max_pool(x, window_shape=(3, 3), strides=(stride, stride))
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """2x2 mean at stride 2; an odd last row or column is left out, as in the references."""
-    return nn.avg_pool(x, (2, 2), (2, 2))
+    return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
 
 
 def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -1,0 +1,69 @@
+"""Batch norm folded away for inference: its running statistics become part of a convolution, or a scale and a bias.
+
+A norm whose input is a convolution's output that nothing else reads goes into that convolution: its scale into the
+kernel, the rest into a bias, which stands under the norm's name. These are the norms of the stems (DenseNet's `norm0`
+and so on, but for the CIFAR stem, which has none; DPN's `conv1_1/bn`), `norm2` of a dense layer with a bottleneck, and
+`c3x3_b/bn` and `c1x1_c/bn` of a dual-path block.
+
+Every other norm reads a concatenation or a sum that other layers read as well and that a ReLU separates from the next
+convolution: it becomes one precomputed scale and bias a channel. These are `norm1` of every dense layer, `norm` of the
+transitions, `norm5`, and in DPN `c1x1_a/bn`, `c1x1_w_s{1,2}/bn` and `conv5_bn_ac/bn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+# A convolution's path, and that of the norm which alone reads its output, where there is one.
+_FOLLOWED_BY = (
+    (r"conv(\d)", r"norm\1"),
+    (r"(.*denselayer\d+)/conv1", r"\1/norm2"),
+    (r"conv1_1/conv", r"conv1_1/bn"),
+    (r"(conv\d_\d+)/c1x1_a/conv", r"\1/c3x3_b/bn"),
+    (r"(conv\d_\d+)/c3x3_b/conv", r"\1/c1x1_c/bn"),
+)
+
+
+def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The same network for inference only, with every batch norm folded.
+
+    The arithmetic of folding is float64; the result has the dtypes of the parameters.
+
+    Args:
+      module: a model of `create_model`.
+      variables: its {"params", "batch_stats"}; left as they are.
+
+    Returns:
+      A module that can only evaluate, and its variables, {"params"} alone.
+    """
+    options = module.norm_options
+    params, stats = (traverse_util.flatten_dict(dict(variables[kind]), sep="/") for kind in ("params", "batch_stats"))
+    dtypes = {name: np.asarray(value).dtype for name, value in params.items()}
+    folded = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    norms = [name.removesuffix("/mean") for name in stats if name.endswith("/mean")]
+    for norm in norms:
+        mean, variance = (np.asarray(stats[f"{norm}/{kind}"], np.float64) for kind in ("mean", "var"))
+        scale = folded[f"{norm}/scale"] / np.sqrt(variance + options.epsilon)
+        folded[f"{norm}/scale"] = scale
+        folded[f"{norm}/bias"] = folded[f"{norm}/bias"] - mean * scale
+    for name in params:
+        norm = _norm_after(name)
+        if norm in norms:
+            folded[name] = folded[name] * folded.pop(f"{norm}/scale")
+    arrays = {name: jnp.asarray(value, dtypes[name]) for name, value in folded.items()}
+    plain = module.clone(norm_options=dataclasses.replace(options, folded=True), remat=False)
+    return plain, {"params": traverse_util.unflatten_dict(arrays, sep="/")}
+
+
+def _norm_after(kernel: str) -> str | None:
+    for convolution, norm in _FOLLOWED_BY:
+        if match := re.fullmatch(f"{convolution}/kernel", kernel):
+            return match.expand(norm)
+    return None
