@@ -30,6 +30,17 @@ KNOWN_COUNTS: dict[str, dict[str, int]] = {
     "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
     "digits": {"train": 1_437, "test": 360},
 }
+KNOWN_CLASSES: dict[str, int] = {
+    "imagenet2012": 1000,
+    "imagenet2012_real": 1000,
+    "imagenet_v2": 1000,
+    "imagenet_a": 1000,
+    "imagenet_r": 1000,
+    "cifar10": 10,
+    "cifar100": 100,
+    "svhn_cropped": 10,
+    "digits": 10,
+}
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _BLOCK = 64  # images that a thread checks at a time

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
-from densenet_jax.data.prepare import KNOWN_COUNTS
+from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
 from densenet_jax.data.sources import Source, is_prepared, open_source
 from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
@@ -48,6 +48,21 @@ class Data:
                 raise
         held_out = float(config.data.holdout)
         return known - int(held_out if held_out >= 1 else round(held_out * known)), False
+
+    def count_classes(self) -> int:
+        """How many classes there are: those of the data set here, else of the set of that name, else the settings' own.
+
+        Raises:
+            UserError: none of these tells.
+        """
+        config = self.config
+        known = KNOWN_CLASSES.get(config.data.name.partition("/")[0].partition(":")[0]) or config.model.num_classes
+        try:
+            return self.eval_source.num_classes
+        except UserError:
+            if not known or is_prepared(config.data.name, config.data.dir):
+                raise
+        return known
 
     @functools.cached_property
     def eval_source(self) -> Source:

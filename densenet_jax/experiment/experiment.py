@@ -36,6 +36,8 @@ class Experiment:
 
     config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.checked` has checked
     head_classes: int = 0  # classes of the head where no data set is there to tell; 0: the data set's own
+    # Chips that are only compiled for; the data set then need not be here either. None: those of all processes.
+    absent_devices: tuple[jax.Device, ...] | None = None
 
     @functools.cached_property
     def variant(self) -> Variant:
@@ -50,6 +52,8 @@ class Experiment:
     @functools.cached_property
     def timeline(self) -> Timeline:
         """What is due when."""
+        if self.absent_devices is not None:
+            return self.timeline_of(self.data.count_train_examples()[0])
         return self.timeline_of(len(self.data.train_source))
 
     def timeline_of(self, examples: int) -> Timeline:
@@ -74,7 +78,9 @@ class Experiment:
         if self.head_classes:
             return self.head_classes
         config = self.config
-        asked, found = config.model.num_classes, self.data.eval_source.num_classes
+        planned = self.absent_devices is not None
+        asked = config.model.num_classes
+        found = self.data.count_classes() if planned else self.data.eval_source.num_classes
         if asked and asked != found:
             raise UserError(
                 f"config.model.num_classes is {asked}, but {config.data.name} has {found} classes; "
@@ -122,7 +128,8 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices of all processes along one data axis."""
-        mesh = sharding.make_mesh()
+        absent = self.absent_devices
+        mesh = sharding.make_mesh(None if absent is None else list(absent))
         sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
         sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
         check_repeats(self.config.train.global_batch_size, self.config.augment.repeats)
@@ -193,6 +200,10 @@ class Experiment:
 
     def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
         """The training step, compiled for this mesh; its state argument is donated."""
+        return self.lower_train_step().compile()
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The training step, traced for this mesh and ready to be compiled."""
         config = self.config
         step = TrainStep(
             self.model,
@@ -206,7 +217,7 @@ class Experiment:
         batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape)
         everywhere = sharding.replicated(self.mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-        return jitted.lower(self.abstract_state, batch).compile()
+        return jitted.lower(self.abstract_state, batch)
 
     def compile_eval_step(
         self, *, confusion: bool = False

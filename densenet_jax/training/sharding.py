@@ -28,12 +28,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(key: str, global_batch_size: int, mesh: Mesh) -> None:
-    """Checks that the devices divide a batch evenly.
+    """Checks that the devices of a mesh divide a batch evenly; see `check_divides`."""
+    check_divides(key, global_batch_size, mesh.size)
+
+
+def check_divides(key: str, global_batch_size: int, count: int) -> None:
+    """Checks that `count` devices divide a batch evenly.
 
     Raises:
         UserError: they don't; the message names `key` and the nearest sizes that fit.
     """
-    count = mesh.size
     if global_batch_size % count:
         low = global_batch_size // count * count
         fits = f"{low} or {low + count}" if low else str(count)

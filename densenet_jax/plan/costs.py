@@ -1,0 +1,82 @@
+"""A step compiled for absent chips, and what it costs each of them."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from densenet_jax.plan.hlo import Collective, Program
+
+
+class DoesNotFitError(Exception):
+    """The compiler found no way to run the program in a chip's memory; `needed_bytes` is what it would take."""
+
+    def __init__(self, needed_bytes: int | None) -> None:
+        super().__init__(f"needs {needed_bytes} bytes")
+        self.needed_bytes = needed_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one run of a compiled program costs one chip.
+
+    Attributes:
+        memory_bytes: at the fullest: arguments, results, temporaries and the program; donated memory counts once.
+        temp_bytes: of temporaries alone.
+        flops: operations; None where the compiler does not tell.
+        traffic_bytes: read from and written to memory.
+        collectives: transfers between chips.
+    """
+
+    memory_bytes: int
+    temp_bytes: int
+    flops: float | None
+    traffic_bytes: float
+    collectives: tuple[Collective, ...]
+
+
+def compile_costs(lowered: jax.stages.Lowered) -> Costs:
+    """Compiles a lowered program and counts.
+
+    Bytes are the compiler's own count of what it accesses where it tells (TPU), else the operands and results of the
+    optimised program's instructions (GPU); the bodies of loops count as often as they run.
+
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+    """
+    try:
+        compiled: Any = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(_needed_bytes(str(error))) from error
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    own = _own_analysis(compiled)
+    repeats = program.traffic() / max(1, program.traffic(once=True))
+    return Costs(
+        memory_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        flops=own.get("flops") if repeats == 1 else None,
+        traffic_bytes=own["bytes accessed"] * repeats if "bytes accessed" in own else program.traffic(),
+        collectives=tuple(program.collectives()),
+    )
+
+
+def _own_analysis(compiled: Any) -> dict[str, float]:
+    """XLA's cost analysis, empty where the compiler has none."""
+    try:
+        return dict(compiled.cost_analysis() or {})
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return {}
+
+
+def _needed_bytes(message: str) -> int | None:
+    """The size that a message such as "Used 20.53G of 15.75G hbm" tells."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
+    return round(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None

@@ -1,0 +1,113 @@
+"""A topology's name to the chips it stands for: "v5e:16x16" is a slice of 256, "h200:1x1x8" one host with eight."""
+
+import dataclasses
+import difflib
+import math
+import re
+
+from densenet_jax.errors import UserError
+from densenet_jax.plan.chips import CHIPS, Chip
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all that exist of two axes
+_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of three axes, below the cube of 64 that larger ones are made of
+_CUBE, _LARGEST_SIDE = 4, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips that are planned for.
+
+    Attributes:
+        name: as given, "v5e:16x16".
+        chip: their kind.
+        shape: chips along each axis; of GPUs slices, hosts in a slice, GPUs in a host.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        """Machines that they sit in, and so the processes that would run."""
+        if self.chip.compiler == "cuda":
+            return math.prod(self.shape[:-1])
+        return math.ceil(self.chips / self.chip.chips_per_host)
+
+
+def parse_topology(name: str) -> Topology:
+    """The topology of that name.
+
+    Raises:
+        UserError: there is no such chip, or it has no topology of that shape.
+    """
+    kind, _, given = name.partition(":")
+    chip = find_chip(kind)
+    shape = tuple(map(int, given.split("x"))) if re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", given) else ()
+    if not _exists(chip, shape):
+        raise UserError(
+            f"--topology is {name!r}, which is no shape of {kind}: {_shapes_of(chip)}; give for instance "
+            f"{_nearest(chip, shape)}."
+        )
+    return Topology(name, chip, shape)
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of that name.
+
+    Raises:
+        UserError: there is none; the message names the one that is written most like it.
+    """
+    if name not in CHIPS:
+        near = max(CHIPS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
+        raise UserError(
+            f"{name!r} is no chip that can be planned for; the nearest is {near} ({example_of(CHIPS[near])}), "
+            f"known are {', '.join(CHIPS)}."
+        )
+    return CHIPS[name]
+
+
+def example_of(chip: Chip) -> str:
+    """A name of the smallest whole host of that chip."""
+    return f"{chip.name}:{'1x1x8' if chip.compiler == 'cuda' else '2x2' if chip.axes == 2 else '2x2x1'}"
+
+
+def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
+    written = "x".join(map(str, shape))
+    if len(shape) != chip.axes:
+        return False
+    if chip.compiler == "cuda":
+        return shape[0] == 1 and shape[1] <= 1024 and shape[2] <= chip.chips_per_host
+    if chip.axes == 2:
+        return written in _FLAT
+    whole_cubes = all(side % _CUBE == 0 and side <= _LARGEST_SIDE for side in shape)
+    return written in _SMALL or (whole_cubes and list(shape) == sorted(shape))
+
+
+def _shapes_of(chip: Chip) -> str:
+    if chip.compiler == "cuda":
+        return f"1xHOSTSxGPUS with at most {chip.chips_per_host} GPUs in a host"
+    if chip.axes == 2:
+        return ", ".join(_FLAT)
+    return f"{', '.join(_SMALL)}, or three multiples of {_CUBE} in rising order up to {_LARGEST_SIDE}"
+
+
+def _nearest(chip: Chip, shape: tuple[int, ...]) -> str:
+    """The existing topology whose number of chips is nearest to the one asked for."""
+    wanted = math.prod(shape) if shape else chip.chips_per_host
+    if chip.compiler == "cuda":
+        per_host = chip.chips_per_host
+        return (
+            f"{chip.name}:1x1x{wanted}"
+            if wanted <= per_host
+            else f"{chip.name}:1x{round(wanted / per_host)}x{per_host}"
+        )
+    sides = range(_CUBE, _LARGEST_SIDE + 1, _CUBE)
+    cubes = [f"{a}x{b}x{c}" for a in sides for b in sides for c in sides if a <= b <= c]
+    names = _FLAT if chip.axes == 2 else [*_SMALL, *cubes]
+    return f"{chip.name}:{min(names, key=lambda n: abs(math.prod(map(int, n.split('x'))) - wanted))}"

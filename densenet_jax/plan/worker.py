@@ -1,0 +1,83 @@
+"""One compilation in a process of its own, which may crash, fill memory and speak as its compiler likes.
+
+    python -m densenet_jax.plan.worker < request.json
+
+The request is {"config", "topology"}; the last line of standard output is {"costs"}, {"does_not_fit"} or {"mistake"}.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+
+from densenet_jax.config import checked
+from densenet_jax.errors import UserError
+from densenet_jax.experiment import Experiment
+from densenet_jax.plan.compilers import ENVIRONMENT, absent_devices
+from densenet_jax.plan.costs import Costs, DoesNotFitError, compile_costs
+from densenet_jax.plan.hlo import Collective
+from densenet_jax.plan.topology import Topology, parse_topology
+
+
+def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
+    """What the training step of these settings costs each chip of a topology.
+
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+        UserError: the settings can't be trained with, or the compiler ended in an error of its own.
+    """
+    request = json.dumps({"config": config, "topology": topology.name})
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=request,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        raise UserError(
+            f"compiling for {topology.name} failed: {said[-1].strip()}; nothing can be told about it. Where memory "
+            "ran out (exit status -9), plan on a machine with more."
+        ) from None
+    if "mistake" in answer:
+        raise UserError(answer["mistake"])
+    if "does_not_fit" in answer:
+        raise DoesNotFitError(answer["does_not_fit"])
+    costs = answer["costs"]
+    return Costs(**{**costs, "collectives": tuple(Collective(**one) for one in costs["collectives"])})
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        config = checked(ml_collections.ConfigDict(request["config"]))
+        devices = absent_devices(parse_topology(request["topology"]))
+        lowered = Experiment(config, tuple(devices)).lower_train_step()
+        costs = compile_costs(lowered)
+    except UserError as mistake:
+        return {"mistake": str(mistake)}
+    except DoesNotFitError as full:
+        return {"does_not_fit": full.needed_bytes}
+    if costs.flops is None:  # what is computed is the same on every chip, so a compiler that tells may be asked
+        costs = dataclasses.replace(costs, flops=_traced_flops(lowered, len(devices)))
+    return {"costs": dataclasses.asdict(costs)}
+
+
+def _traced_flops(lowered: jax.stages.Lowered, chips: int) -> float | None:
+    try:
+        flops = (lowered.cost_analysis() or {}).get("flops")
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    return None if flops is None else flops / chips
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))), flush=True)

@@ -1,0 +1,78 @@
+"""The compilers' own counts of a product whose costs are known, for chips that are not there."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.plan import compilers
+from tests.extras import needs
+from tests.running import ROOT
+
+PRODUCT = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp
+from densenet_jax.plan.compilers import absent_devices
+from densenet_jax.plan.costs import compile_costs
+from densenet_jax.plan.topology import parse_topology
+from densenet_jax.training import sharding
+
+topology = parse_topology(sys.argv[1])
+mesh = sharding.make_mesh(absent_devices(topology))
+x = jax.ShapeDtypeStruct((1024 * topology.chips, 512), jnp.bfloat16, sharding=sharding.over_data(mesh))
+w = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=sharding.replicated(mesh))
+gradient = jax.jit(jax.grad(lambda w, x: jnp.square((x @ w).astype(jnp.float32)).sum()), out_shardings=w.sharding)
+costs = compile_costs(gradient.lower(w, x))
+print(json.dumps({**dataclasses.asdict(costs), "devices": mesh.size, "default": jax.default_backend()}))
+"""
+
+
+def costs_on(topology: str) -> dict:
+    environment = os.environ | compilers.ENVIRONMENT
+    command = [sys.executable, "-c", PRODUCT, topology]
+    output = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert output.returncode == 0, output.stderr[-2000:]
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def check(costs: dict, chips: int) -> None:
+    operands, product = 2 * (1024 * 512 + 512 * 256), 2 * 1024 * 256
+    assert costs["devices"] == chips
+    assert costs["default"] == "cpu"
+    assert costs["memory_bytes"] >= operands
+    assert (
+        operands + product <= costs["traffic_bytes"] < 8 * (operands + product)
+    )  # split sums are partial products in float32
+    sums = [one for one in costs["collectives"] if one["op"] == "all-reduce"]
+    assert sum(one["count"] for one in sums) == (1 if chips > 1 else 0)
+    assert all(one["bytes"] in (512 * 256 * 2, 512 * 256 * 4) for one in sums)
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v5e:2x2", 4), ("v4:2x2x2", 8), ("v6e:2x4", 8)])
+@needs("libtpu")
+def test_a_product_on_tpus_that_are_not_there(topology, chips):
+    costs = costs_on(topology)
+    check(costs, chips)
+    assert costs["flops"] == pytest.approx(2 * 2 * 1024 * 512 * 256, rel=0.05)
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("h200:1x1x1", 1), ("h200:1x1x8", 8), ("h100:1x2x8", 16)])
+@needs("jax_plugins.xla_cuda12")
+def test_a_product_on_gpus_that_are_not_there(topology, chips):
+    check(costs_on(topology), chips)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "file"), [("tpu", "requirements-plan.txt"), ("cuda", "requirements-plan-gpu.txt")]
+)
+def test_a_compiler_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch, compiler, file):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install -r {file}"):
+        compilers.check_installed(compiler)
+    assert (ROOT / file).exists()
