@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -156,12 +156,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def differences(
+    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
     """Settings that make `current` another run than `stored`, each as "config.key: stored -> current".
 
-    Settings that may change on resuming are left out.
+    Settings that may change on resuming are left out. A setting that did not exist when `stored` was written counts
+    as its default.
+
+    Args:
+        stored: settings of an earlier run, nested.
+        current: those of this one.
+        defaults: every setting with its default, nested.
     """
-    old, new = dict(flatten(stored)), dict(flatten(current))
+    old, new = dict(flatten(defaults or {})) | dict(flatten(stored)), dict(flatten(current))
     return [
         f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
         for key in sorted(old.keys() | new.keys())

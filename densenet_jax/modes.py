@@ -54,7 +54,7 @@ def _use_compilation_cache() -> None:
 def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Trains from the newest good checkpoint of `workdir`, else from the start."""
     experiment = Experiment(config)
-    figures = train(experiment, workdir)
+    figures = train(experiment, workdir, command.defaults)
     try:
         report_run(experiment, workdir, command)
     except Exception as error:  # the run is done and saved: whatever is wrong with its page may not fail it
@@ -67,7 +67,7 @@ def report_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
     """Writes report/index.html about the run in `workdir`, or report/compare.html about those of --compare."""
     if command.compare:
         return {"path": report_comparison(command.compare, workdir)}
-    check_settings(workdir, config)
+    check_settings(workdir, config, command.defaults)
     return {"path": report_run(Experiment(config), workdir, command)}
 
 

@@ -10,15 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from densenet_jax.errors import UserError
+from densenet_jax.training.faults import describe, leaf_names
 from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import StepReport
 
 
 class Window:
     """What has happened since the last report. Reading it waits for the device, so it is read once a report."""
 
-    def __init__(self, step: int, begun: dict[str, float] | None = None):
-        """Starts after `step` steps; `begun` is what `begun()` gave before a restart in the middle of a window."""
+    def __init__(self, step: int, state: TrainState, begun: dict[str, float] | None = None):
+        """Starts after `step` steps.
+
+        Args:
+            step: steps done.
+            state: anything with the form of the run's state, for the names in an error.
+            begun: what `begun()` gave before a restart in the middle of a window.
+        """
+        self._parameters, self._statistics = leaf_names(state.params), leaf_names(state.batch_stats)
         self._reports: list[StepReport] = []
         self._step = step
         self._examples = 0
@@ -49,10 +58,20 @@ class Window:
             for what, value in (("loss", report.sums.loss), ("gradient norm", report.grad_norm)):
                 if not np.isfinite(value):
                     raise UserError(
-                        f"the {what} is {float(value)} at step {self._step}; the checkpoints before it are untouched. "
-                        "Lower config.optim.learning_rate or lengthen config.optim.warmup_epochs, in a new --workdir."
+                        f"the {what} is {float(value)} at step {self._step}{self._where(report)}; the checkpoints "
+                        "before it are untouched. Lower config.optim.learning_rate or lengthen "
+                        "config.optim.warmup_epochs, in a new --workdir."
                     )
             self.sums = self.sums.merge(report.sums)
+
+    def _where(self, report: StepReport) -> str:
+        """In which parts of the model it shows: the running statistics tell of the way forward, the gradients back."""
+        places = [
+            describe("running statistics", report.faulty_statistics, self._statistics),
+            describe("parameters' gradients", report.faulty_gradients, self._parameters),
+        ]
+        found = "; ".join(place for place in places if place)
+        return f" (not finite: {found})" if found else ""
 
     def begun(self) -> dict[str, float]:
         """The sums so far as plain numbers, for a checkpoint; call `check_finite` first."""

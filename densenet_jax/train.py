@@ -1,6 +1,7 @@
 """The loop: next batch, step, report, evaluate, save, stop."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from densenet_jax.config import flatten, to_dict
@@ -66,12 +67,13 @@ class Trainer:
         result: dict[str, Any] = {}
         if self._step and self._timeline.is_eval_step(self._step):
             result = self._validate(record=not self._validated)
+            self._checkpoints.add_metrics(self._step, result)
         if self._step == self._timeline.total_steps:
             say("nothing left to train")
             return result
         batches = experiment.data.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
-        window = Window(self._step, self._begun)
+        window = Window(self._step, self._state, self._begun)
         try:
             while self._step < self._timeline.total_steps:
                 waiting = time.perf_counter()
@@ -85,7 +87,7 @@ class Trainer:
                 if self._timeline.is_report_step(self._step):
                     window.check_finite()
                     self._report(window, bar)
-                    window = Window(self._step)
+                    window = Window(self._step, self._state)
                 stopping = stopping and self._step < self._timeline.total_steps
                 if self._timeline.is_save_step(self._step) or stopping:
                     window.check_finite()
@@ -157,8 +159,13 @@ def _means(figures: dict[str, float]) -> dict[str, float]:
     return {name: figures[name] for name in ("loss", "top1", "top5")}
 
 
-def train(experiment: Experiment, workdir: str) -> dict[str, Any]:
+def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Trains in `workdir`, from its newest good checkpoint where there is one.
+
+    Args:
+        experiment: the parts of the run.
+        workdir: its directory.
+        defaults: every setting with its default, nested; what settings count as that the run there does not know yet.
 
     Returns:
         {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
@@ -169,7 +176,7 @@ def train(experiment: Experiment, workdir: str) -> dict[str, Any]:
     """
     with only_run_in(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
-        claim_workdir(workdir, experiment.config)
+        claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, experiment.data.eval_source.class_names)
         trainer = Trainer(experiment, workdir, stop)
         try:

@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from densenet_jax.config import differences, to_dict
+from densenet_jax.disk import full_disk_told
 from densenet_jax.errors import UserError
 
 
@@ -92,30 +93,31 @@ def read_settings(workdir: str) -> dict[str, Any]:
     return stored
 
 
-def check_settings(workdir: str, config: Any) -> None:
-    """Checks that the run in `workdir` was started with these settings.
+def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any]) -> None:
+    """Checks that the run in `workdir` was started with these settings; one that it does not know had its default.
 
     Raises:
         UserError: there is no run, or it has other settings (the message lists them).
     """
-    if changed := differences(read_settings(workdir), to_dict(config)):
+    if changed := differences(read_settings(workdir), to_dict(config), defaults):
         raise UserError(
             f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
             "choose another --workdir or give the run's own settings."
         )
 
 
-def claim_workdir(workdir: str, config: Any) -> None:
+def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any]) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
 
     Raises:
-        UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
-            can't be read.
+        UserError: the directory belongs to a run with other settings (the message lists them), its `config.json`
+            can't be read, or the disk is full.
     """
     path = os.path.join(workdir, "config.json")
     current = to_dict(config)
     if os.path.exists(path):
-        check_settings(workdir, config)
+        check_settings(workdir, config, defaults)
         if read_settings(workdir) == current:
             return
-    write_json(path, current)
+    with full_disk_told(workdir):
+        write_json(path, current)

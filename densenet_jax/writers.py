@@ -3,9 +3,10 @@
 import io
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from densenet_jax.disk import full_disk_told
 from densenet_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -56,10 +58,15 @@ class Writers:
         Reports of later steps, written by a run that died before its next checkpoint, are dropped: those steps are
         done again. TensorBoard is told to drop its own.
         """
-        self._file = None
-        self._events = None
+        self._file: IO[str] | None = None
+        self._events: RecordWriter | None = None
+        self._directory = workdir
         if jax.process_index() != 0:
             return
+        with full_disk_told(workdir):
+            self._open(workdir, resumed_step)
+
+    def _open(self, workdir: str, resumed_step: int) -> None:
         path = os.path.join(workdir, METRICS_FILE)
         kept = [record for record in read_metrics(workdir) if record["step"] <= resumed_step] if resumed_step else []
         temporary = f"{path}.tmp"
@@ -67,22 +74,30 @@ class Writers:
             file.writelines(json.dumps(record) + "\n" for record in kept)
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._events = EventFileWriter(workdir)
+        # Written at once and not by EventFileWriter's thread, whose errors nobody could catch.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._events = RecordWriter(open(os.path.join(workdir, name), "ab"))  # noqa: SIM115 - likewise
+        self._add_event(file_version="brain.Event:2")
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add_event(step=resumed_step + 1, session_log=started)
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Writes one report: a line {"step", "split", **values} and a scalar "split/name" for every number."""
+        """Writes one report: a line {"step", "split", **values} and a scalar "split/name" for every number.
+
+        Raises:
+            UserError: the disk is full.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._file.flush()
         scalars = [
             summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value)
             for name, value in values.items()
             if isinstance(value, int | float)
         ]
-        self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
+        with full_disk_told(self._directory):
+            self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._file.flush()
+            self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
 
     def describe(self, settings: Iterable[tuple[str, Any]], images: np.ndarray, titles: Sequence[str]) -> None:
         """Tells TensorBoard of what the run begins with.
@@ -96,7 +111,8 @@ class Writers:
         summary = summary_pb2.Summary(value=[_text_value("settings", rows)])
         for number, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
             summary.value.append(_image_value(f"augmented/{number:02d}", title, image))
-        self._add_event(step=0, summary=summary)
+        with full_disk_told(self._directory):
+            self._add_event(step=0, summary=summary)
 
     @property
     def writes(self) -> bool:
@@ -105,13 +121,15 @@ class Writers:
 
     def close(self) -> None:
         """Puts everything on disk."""
-        if self._file is not None and self._events is not None:
-            self._file.close()
-            self._events.close()
+        for file in (self._file, self._events):
+            if file is not None:
+                with full_disk_told(self._directory):
+                    file.close()
 
     def _add_event(self, **fields: Any) -> None:
         assert self._events is not None
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), **fields))
+        self._events.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.flush()
 
 
 def _text_value(tag: str, markdown: str) -> summary_pb2.Summary.Value:

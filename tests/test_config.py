@@ -115,24 +115,37 @@ def frozen(**changes: object) -> ml_collections.FrozenConfigDict:
     return checked(config)
 
 
+DEFAULTS = to_dict(default.get_config())
+
+
 def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
-    claim_workdir(str(tmp_path), frozen())
+    claim_workdir(str(tmp_path), frozen(), DEFAULTS)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"config.optim.learning_rate: 0.1 -> 0.2"):
-        claim_workdir(str(tmp_path), frozen(**{"optim.learning_rate": 0.2}))
+        claim_workdir(str(tmp_path), frozen(**{"optim.learning_rate": 0.2}), DEFAULTS)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_settings_that_do_not_change_the_run_may_differ(tmp_path):
-    claim_workdir(str(tmp_path), frozen())
-    claim_workdir(str(tmp_path), frozen(**{"checkpoint.max_to_keep": 3}))
+    claim_workdir(str(tmp_path), frozen(), DEFAULTS)
+    claim_workdir(str(tmp_path), frozen(**{"checkpoint.max_to_keep": 3}), DEFAULTS)
     assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["max_to_keep"] == 3
+
+
+def test_setting_that_an_older_run_does_not_know_had_its_default(tmp_path):
+    older = to_dict(frozen())
+    del older["augment"]["repeats"], older["eval"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"\(config.augment.repeats: 1 -> 2\)"):
+        claim_workdir(str(tmp_path), frozen(**{"augment.repeats": 2}), DEFAULTS)
+    claim_workdir(str(tmp_path), frozen(), DEFAULTS)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(frozen())
 
 
 def test_unreadable_config_json_is_a_users_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json can't be read"):
-        claim_workdir(str(tmp_path), frozen())
+        claim_workdir(str(tmp_path), frozen(), DEFAULTS)
 
 
 def test_differences_of_equal_settings_are_none():

@@ -15,8 +15,9 @@ def every_setting(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def changed_settings(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every setting that is not its default."""
-    return [(key, *values[::-1]) for key, *values in different_settings([defaults, settings])]  # type: ignore[misc]
+    """(key, value, default) of every setting that is not its default; one that an older run lacks had its default."""
+    rows = different_settings([defaults, settings])
+    return [(key, value, default) for key, default, value in rows if value != _ABSENT]
 
 
 def different_settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -13,7 +13,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from densenet_jax.disk import full_disk_told
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.training.integrity import (
+    METRICS_ITEM,
+    DamagedCheckpointError,
+    check_files,
+    finished_steps,
+    saved_score,
+    write_checksums,
+)
 from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -34,6 +43,8 @@ class Checkpoints:
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"--workdir {workdir} has no checkpoints; train there first, or name a run's directory.")
+        if not read_only:
+            self._set_aside_unjudged()
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(max_to_keep),
@@ -51,6 +62,8 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
+                lightweight_initialize=read_only,  # a damaged checkpoint must not keep a sound one from being read
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
             ),
             item_names=("state", "data", "config"),
         )
@@ -71,18 +84,39 @@ class Checkpoints:
             config: the resolved settings.
             window: sums of the report under way, so that the next report is whole after a restart, too.
             metrics: validation metrics at this step, with "top1", where there are some.
+
+        Raises:
+            UserError: the disk is full; of an earlier save this is told here, too.
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"next_step": step, "window": window}),
-                config=ocp.args.JsonSave(config),
-            ),
-            metrics=metrics,
-        )
+        with full_disk_told(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave({"next_step": step, "window": window}),
+                    config=ocp.args.JsonSave(config),
+                ),
+                metrics=metrics,
+            )
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a validation that was made up for to the finished checkpoint of `step`, so that it can be the best.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        path = self._path(step)
+        if saved_score(path, _BEST_METRIC) is not None:
+            return
+        with full_disk_told(self.directory):
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS_ITEM)) as writer:
+                writer.save(os.path.join(path, METRICS_ITEM), args=ocp.args.JsonSave(metrics))
+            if jax.process_index() == 0:
+                write_checksums(path, METRICS_ITEM)
+        multihost_utils.sync_global_devices("a validation is added to a checkpoint")
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
@@ -90,11 +124,14 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest validation top-1, the newest of equals; None where none was validated."""
-        scores = {
-            step: metrics[_BEST_METRIC]
-            for step in self.steps()
-            if (metrics := self._manager.metrics(step)) and _BEST_METRIC in metrics
-        }
+        scores = {}
+        for step in self.steps():
+            try:
+                score = saved_score(self._path(step), _BEST_METRIC)
+            except DamagedCheckpointError as error:
+                logger.warning("%s; another one may have been better.", error)
+            else:
+                scores |= {} if score is None else {step: score}
         return max(scores, key=lambda step: (scores[step], step)) if scores else None
 
     def resolve(self, which: str) -> int:
@@ -121,17 +158,23 @@ class Checkpoints:
         """The state saved at `step`, laid out as the abstract state `like` says, and the sums of the report under way.
 
         Raises:
-            UserError: the checkpoint can't be read or is of another model.
+            DamagedCheckpointError: the checkpoint is not what was written.
+            UserError: it can't be read, or is of another model.
         """
+        path = self._path(step)
+        whole = check_files(path)
         try:
+            _check_same_model(path, like)
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
             )
+        except UserError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
-            path = os.path.join(self.directory, str(step))
-            raise UserError(f"{path} can't be restored: {first_line(error)}") from error
+            kind = UserError if whole else DamagedCheckpointError
+            raise kind(f"{path} can't be restored: {first_line(error)}") from error
         if restored["data"]["next_step"] != step:
-            raise UserError(f"{self.directory}/{step} says it is of step {restored['data']['next_step']}.")
+            raise DamagedCheckpointError(f"{path} says it is of step {restored['data']['next_step']}")
         return restored["state"], restored["data"]["window"]
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
@@ -140,19 +183,20 @@ class Checkpoints:
         None where nothing was saved.
 
         Raises:
-            UserError: there are checkpoints, but none can be restored.
+            UserError: there are checkpoints, but all are damaged; or one that is whole is of another model.
         """
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
                 restored = self.restore(step, like)
-            except UserError as error:
+            except DamagedCheckpointError as error:
                 if step == steps[0]:
-                    raise
+                    raise UserError(f"{error}, and there is none before it; start again in a new --workdir.") from error
                 logger.warning("%s; going back to the one before it.", error)
                 damaged.append(step)
             else:
                 self._set_aside(damaged)
+                self._manager.reload()
                 return restored
         return None
 
@@ -164,20 +208,64 @@ class Checkpoints:
         if jax.process_index() == 0:
             os.makedirs(aside, exist_ok=True)
             for step in steps:
-                source, target = os.path.join(self.directory, str(step)), os.path.join(aside, str(step))
+                source, target = self._path(step), os.path.join(aside, str(step))
                 while os.path.exists(target):
                     target += "_again"
                 os.rename(source, target)
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-        self._manager.reload()
+
+    def _set_aside_unjudged(self) -> None:
+        """Sets aside checkpoints whose validation can't be read: Orbax could not even open the directory."""
+        steps, damaged = finished_steps(self.directory), []
+        for step in steps:
+            try:
+                saved_score(self._path(step), _BEST_METRIC)
+            except DamagedCheckpointError as error:
+                if len(damaged) == len(steps) - 1:
+                    raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
+                logger.warning("%s; it is set aside.", error)
+                damaged.append(step)
+        self._set_aside(damaged)
+
+    def _add_checksums(self) -> None:
+        """Called by Orbax when all of a checkpoint is written and before it has its name."""
+        if jax.process_index() == 0:
+            for name in os.listdir(self.directory):
+                if ".orbax-checkpoint-tmp" in name:
+                    write_checksums(os.path.join(self.directory, name))
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self.directory, str(step))
 
     def wait(self) -> None:
-        """Returns when everything started is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Returns when everything started is on disk.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with full_disk_told(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go of the directory."""
-        self._manager.close()
+        """Waits and lets go of the directory; raises what `wait` does."""
+        with full_disk_told(self.directory):
+            self._manager.close()
+
+
+def _check_same_model(path: str, like: TrainState) -> None:
+    """Compares the shapes of the parameters before anything is read: Orbax tells of it in a hundred tracebacks."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(os.path.join(path, "state")).item_metadata.tree["params"]
+    theirs, ours = (
+        {jax.tree_util.keystr(name, simple=True, separator="/"): tuple(leaf.shape) for name, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (tree, like.params))
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{path} is of another model: {name} is {theirs.get(name, 'absent')} there and "
+                f"{ours.get(name, 'absent')} here; give the run's own --config or another --workdir."
+            )
 
 
 def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True) -> dict[str, Any]:
@@ -189,7 +277,7 @@ def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True
         averaged: take their moving average where the run has kept one, as validation does.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or it is damaged.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
@@ -215,6 +303,7 @@ def restore_variables(
         UserError: the checkpoint can't be read.
     """
     path = os.path.join(directory, str(step), "state")
+    check_files(os.path.dirname(path))
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
+from densenet_jax.training.faults import not_finite
 from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.precision import LossScale, all_finite, select
@@ -33,11 +34,15 @@ class StepReport:
         sums: over its batch; under mixup, of the mixed examples.
         grad_norm: of the gradient before clipping; it shows a fault a step before the loss does. 0 in a skipped step.
         skipped: 1 where the step changed nothing because a scaled gradient was not finite.
+        faulty_gradients: one flag a parameter, up where its gradient is not finite.
+        faulty_statistics: one flag for each of the new running statistics, likewise.
     """
 
     sums: ClassificationSums
     grad_norm: Float[Array | np.ndarray, ""]
     skipped: Int[Array | np.ndarray, ""]
+    faulty_gradients: Bool[Array | np.ndarray, " n"]
+    faulty_statistics: Bool[Array | np.ndarray, " m"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,8 @@ class TrainStep:
             sums=ClassificationSums.from_batch(logits, targets, losses),
             grad_norm=jnp.where(skipped == 1, 0.0, optax.tree.norm(gradients)),
             skipped=skipped,
+            faulty_gradients=not_finite(gradients),
+            faulty_statistics=not_finite(batch_stats),
         )
         return new.replace(step=state.step + 1), report
 

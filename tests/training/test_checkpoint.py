@@ -72,6 +72,23 @@ def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
     assert steps_in(tmp_path) == [2, 7, 8]
 
 
+def test_checkpoint_that_is_validated_later_can_be_the_best(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: 0.5, 2: None})
+    checkpoints = Checkpoints(str(tmp_path), max_to_keep=1)
+    checkpoints.add_metrics(2, {"top1": 0.9})
+    checkpoints.add_metrics(2, {"top1": 0.1})  # what a checkpoint has stays
+    assert checkpoints.resolve("best") == 2
+    for step in (3, 4):
+        checkpoints.save(step, state_at(recipe, step), CONFIG, WINDOW, {"top1": 0.7})
+    checkpoints.close()
+    assert steps_in(tmp_path) == [2, 4]
+    saved(recipe, tmp_path, {5: None}, max_to_keep=1)
+    assert steps_in(tmp_path) == [2, 5]
+    checkpoints = Checkpoints(str(tmp_path))
+    assert int(checkpoints.restore(2, recipe.abstract(everywhere()))[0].step) == 2
+    checkpoints.close()
+
+
 def damage(workdir: pathlib.Path, step: int) -> None:
     """Cuts every data file of a checkpoint to half its length."""
     files = [path for path in (workdir / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
@@ -93,16 +110,92 @@ def test_damaged_checkpoint_is_named_and_passed_over(recipe, tmp_path, caplog):
     assert int(again.step) == 3
     checkpoints.close()
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("densenet_jax")]
-    assert any("checkpoints/3 can't be restored" in warning for warning in warnings)
+    assert any("checkpoints/3 is damaged" in warning and "going back" in warning for warning in warnings)
 
 
 def test_nothing_but_damaged_checkpoints_is_a_users_error(recipe, tmp_path):
     saved(recipe, tmp_path, {1: None})
     damage(tmp_path, 1)
     checkpoints = Checkpoints(str(tmp_path))
-    with pytest.raises(UserError, match="checkpoints/1 can't be restored"):
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged.*there is none before it"):
         checkpoints.restore_newest(recipe.abstract(everywhere()))
     checkpoints.close()
+
+
+def files_of(checkpoint: pathlib.Path) -> list[str]:
+    return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+
+
+# What Orbax writes when it gives the checkpoint its name, and nothing reads.
+NOT_READ = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+@pytest.mark.parametrize(
+    "harm", [flip, lambda data: data[: len(data) // 2], lambda data: None], ids=["flipped bit", "cut short", "missing"]
+)
+def test_harm_to_any_file_is_detected_and_the_file_named(harm, recipe, tmp_path):
+    saved(recipe, tmp_path, {1: None, 2: 0.5})
+    checkpoint, like = tmp_path / "checkpoints" / "2", recipe.abstract(everywhere())
+    files = [name for name in files_of(checkpoint) if not name.endswith(NOT_READ)]
+    assert {"data/metadata", "metrics/metrics", "state/_METADATA", "checksums.json"} <= set(files)
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    for name in files:
+        content = (checkpoint / name).read_bytes()
+        harmed = harm(content)
+        if harmed is None and name == "checksums.json":
+            continue  # without it a checkpoint is read like those of before there were any
+        (checkpoint / name).unlink() if harmed is None else (checkpoint / name).write_bytes(harmed)
+        named = ".*" if name == "checksums.json" else name  # a wrong checksum speaks against its file
+        for read in (lambda: checkpoints.restore(2, like), lambda: load_checkpoint(str(tmp_path))):
+            with pytest.raises(UserError, match=f"checkpoints/2 is damaged: {named} "):
+                read()
+        (checkpoint / name).write_bytes(content)
+    state, _ = checkpoints.restore(2, like)
+    checkpoints.close()
+    assert int(state.step) == 2
+
+
+def test_checkpoint_whose_validation_is_unreadable_is_passed_over(recipe, tmp_path, caplog):
+    saved(recipe, tmp_path, {1: 0.5, 2: 0.9, 3: 0.7})
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text("{")
+    reader = Checkpoints(str(tmp_path), read_only=True)
+    assert reader.resolve("best") == 3
+    reader.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    checkpoints = Checkpoints(str(tmp_path))
+    assert steps_in(tmp_path) == [1, 3]
+    assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+    assert checkpoints.resolve("best") == 3
+    checkpoints.close()
+    assert sum("2 is damaged: metrics/metrics" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_checkpoint_from_before_there_were_checksums_is_read(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: None, 2: None})
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "checksums.json").unlink()
+    damage(tmp_path, 2)  # what Orbax notices by itself is still told
+    checkpoints = Checkpoints(str(tmp_path))
+    restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
+    checkpoints.close()
+    assert restored is not None
+    assert int(restored[0].step) == 1
+
+
+def test_whole_checkpoint_of_another_model_is_not_set_aside(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: None, 2: None})
+    wider = create_model("densenet_bc_22_12", block_sizes=(1,), growth_rate=3)
+    other = StateRecipe(wider, optax.sgd(0.1, momentum=0.9), 0, (8, 8, 1), averages=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    with pytest.raises(UserError, match=r"checkpoints/2 is of another model: .* there and .* here"):
+        checkpoints.restore_newest(other.abstract(everywhere()))
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_averaged_weights_are_loaded_unless_the_raw_ones_are_asked_for(recipe, tmp_path):

@@ -1,0 +1,43 @@
+"""A disk that is full, told as the user's to mend and not as a fault of ours."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+
+from densenet_jax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the process's limit (ulimit -f)
+_FULL_MESSAGES = tuple(os.strerror(number) for number in _FULL)
+
+
+@contextlib.contextmanager
+def full_disk_told(directory: str) -> Iterator[None]:
+    """Turns what a full disk makes anything inside raise into one message.
+
+    Raises:
+        UserError: something inside could not be written to `directory` for want of room.
+    """
+    try:
+        yield
+    except Exception as error:  # TensorStore raises errors of its own, which hold the kernel's message
+        why = _why_full(error)
+        if why is None:
+            raise
+        free = shutil.disk_usage(directory).free
+        raise UserError(
+            f"{directory} can't be written to: {why} ({free / 2**20:,.1f} MiB are free there). What was saved before "
+            "is whole; make room and give the same command again: it goes on from the newest checkpoint."
+        ) from error
+
+
+def _why_full(error: BaseException | None) -> str | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return os.strerror(error.errno)
+        for message in _FULL_MESSAGES:
+            if message in str(error):
+                return message
+        error = error.__cause__ or error.__context__
+    return None
