@@ -11,6 +11,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     """The settings that every recipe starts from: densenet121 on ImageNet with the milestone schedule."""
     config = ml_collections.ConfigDict()
+    config.profile = ""  # "STEP:COUNT": write a profile of COUNT training steps from STEP on into the work directory
     config.seed = 0  # with the step, the only source of randomness: initial weights, order, crops, augmentation
 
     model = config.model = ml_collections.ConfigDict()
@@ -66,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
     train.label_smoothing = 0.0  # spread this much evenly over all classes
     train.log_every_steps = 50  # steps between reports
+    train.stall_secs = 600.0  # tell, with stack traces of all threads, when nothing moves for so long; 0: never
 
     optim = config.optim = ml_collections.ConfigDict()
     optim.name = "sgd"  # "sgd", "adamw", "lamb" or "rmsprop"

@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from densenet_jax.errors import UserError
+from densenet_jax.profiling import is_profile
 
 # A run may be continued with other values of these: they change where or how fast it computes, not what.
 MAY_CHANGE_ON_RESUME = (
@@ -18,6 +19,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.reader_threads",
     "data.prefetch_batches",
     "train.log_every_steps",
+    "train.stall_secs",
+    "profile",
     "eval.",
     "checkpoint.",
 )
@@ -38,6 +41,7 @@ def _is_regular_expression(value: str) -> bool:
 
 # key -> (what is expected, check)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
     "model.num_classes": ("0 or more", _NOT_NEGATIVE),
     "model.dtype": ("float32, bfloat16 or float16", lambda value: value in ("float32", "bfloat16", "float16")),
@@ -80,6 +84,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.epochs": ("more than 0", _POSITIVE),
     "train.global_batch_size": ("more than 0", _POSITIVE),
     "train.label_smoothing": ("a share in [0, 1)", _RATE),
+    "train.stall_secs": ("0 or more", _NOT_NEGATIVE),
     "train.log_every_steps": ("more than 0", _POSITIVE),
     "optim.learning_rate": ("more than 0", _POSITIVE),
     "optim.momentum": ("a share in [0, 1)", _RATE),

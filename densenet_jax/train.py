@@ -8,11 +8,14 @@ from densenet_jax.config import flatten, to_dict
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.interruption import Interrupted, StopRequest
+from densenet_jax.memory import memory_used
+from densenet_jax.profiling import Profile
 from densenet_jax.progress import Bar, say, working
 from densenet_jax.report_window import Window
 from densenet_jax.training.checkpoint import Checkpoints
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
+from densenet_jax.watchdog import Watchdog
 from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
 from densenet_jax.writers import Writers, read_metrics
 
@@ -20,7 +23,7 @@ from densenet_jax.writers import Writers, read_metrics
 class Trainer:
     """One run in one work directory, from its newest checkpoint to its end."""
 
-    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest):
+    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest, watchdog: Watchdog):
         """Compiles the steps and restores or creates the state.
 
         Raises:
@@ -28,8 +31,10 @@ class Trainer:
         """
         self._experiment = experiment
         self._stop = stop
+        self._watchdog = watchdog
         self._config = to_dict(experiment.config)
         self._timeline = experiment.timeline
+        self._profile = Profile(experiment.config.profile, workdir, self._timeline.total_steps)
         total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
         say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
         self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
@@ -76,11 +81,16 @@ class Trainer:
         window = Window(self._step, self._state, self._begun)
         try:
             while self._step < self._timeline.total_steps:
-                waiting = time.perf_counter()
-                batch = to_devices(next(batches), experiment.mesh)
-                waited = time.perf_counter() - waiting
-                self._state, report = self._train_step(self._state, batch)
-                self._step += 1
+                number = self._step + 1
+                with self._profile.step(number):
+                    self._watchdog.begins(f"waiting for the images of step {number}")
+                    waiting = time.perf_counter()
+                    batch = to_devices(next(batches), experiment.mesh)
+                    waited = time.perf_counter() - waiting
+                    self._watchdog.begins(f"the devices are at step {number} or the two before it")
+                    self._state, report = self._train_step(self._state, batch)
+                self._step = number
+                self._profile.ends(number, self._state)
                 window.add(report, experiment.config.train.global_batch_size, waited)
                 bar.advance()
                 stopping = self._stop.received is not None
@@ -95,12 +105,14 @@ class Trainer:
                         # Whoever asks to stop may not wait: validation is made up for by the next start.
                         validate = self._timeline.is_eval_step(self._step) and not stopping
                         result = self._validate() if validate else {}
+                        self._watchdog.begins(f"saving after step {self._step}")
                         self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
                 if stopping:
                     raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
             bar.close()
             batches.close()
+            self._profile.close()
         return result
 
     def close(self) -> None:
@@ -116,7 +128,8 @@ class Trainer:
         # The schedule counts updates, and a skipped step makes none.
         rate = float(self._experiment.schedule(self._step - 1 - skipped.get("skipped_steps", 0)))
         speed = window.speed()
-        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed, **skipped}
+        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
+        values |= memory_used() | skipped
         self._writers.write(self._step, "train", values)
         mixed = " of mixed images" if self._experiment.mixes else ""
         bar.figures(
@@ -147,7 +160,7 @@ class Trainer:
         counts = evaluate(
             self._eval_step,
             variables,
-            data.eval_batches(),
+            self._watchdog.each(data.eval_batches(), "evaluating"),
             self._experiment.mesh,
             examples=len(data.eval_source),
             batch_count=data.eval_batch_count,
@@ -178,8 +191,10 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, experiment.data.eval_source.class_names)
-        trainer = Trainer(experiment, workdir, stop)
+        watchdog = Watchdog(workdir, experiment.config.train.stall_secs)
+        trainer = Trainer(experiment, workdir, stop, watchdog)
         try:
-            return trainer.run()
+            with watchdog:
+                return trainer.run()
         finally:
             trainer.close()

@@ -93,7 +93,7 @@ def read_settings(workdir: str) -> dict[str, Any]:
     return stored
 
 
-def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any]) -> None:
+def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
     """Checks that the run in `workdir` was started with these settings; one that it does not know had its default.
 
     Raises:
@@ -106,7 +106,7 @@ def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any]) -> No
         )
 
 
-def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any]) -> None:
+def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
 
     Raises:

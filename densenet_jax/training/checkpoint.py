@@ -124,7 +124,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest validation top-1, the newest of equals; None where none was validated."""
-        scores = {}
+        scores: dict[int, float] = {}
         for step in self.steps():
             try:
                 score = saved_score(self._path(step), _BEST_METRIC)
@@ -216,7 +216,8 @@ class Checkpoints:
 
     def _set_aside_unjudged(self) -> None:
         """Sets aside checkpoints whose validation can't be read: Orbax could not even open the directory."""
-        steps, damaged = finished_steps(self.directory), []
+        damaged: list[int] = []
+        steps = finished_steps(self.directory)
         for step in steps:
             try:
                 saved_score(self._path(step), _BEST_METRIC)
