@@ -132,11 +132,11 @@ def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 
 def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Prints the model's parameters as a table."""
+    """Prints the model's parameters as a table, and what one image costs."""
     del workdir, command
-    table, count = parameter_table(Experiment(config))
+    table, figures = parameter_table(Experiment(config))
     say(table)
-    return {"model": config.model.name, "parameters": count}
+    return {"model": config.model.name, **figures}
 
 
 MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {

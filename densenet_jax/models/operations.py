@@ -1,0 +1,56 @@
+"""How much arithmetic a function does: multiply-adds of its convolutions and matrix products, as papers count them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
+    """Multiply-adds of all convolutions and matrix products in one call of `function`, which is only traced.
+
+    Normalisation, activation and pooling are not counted, as in the tables of the papers and of timm ("GMACs") and
+    torchvision ("GFLOPS"). Of a choice between branches the largest counts.
+
+    Args:
+      function: a function of arrays.
+      arguments: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "conv_general_dilated":
+        kernel = _shape(equation.invars[1])
+        out_features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+        return math.prod(_shape(equation.outvars[0])) * (math.prod(kernel) // out_features)
+    if name == "dot_general":
+        contracted, _ = parameters["dimension_numbers"][0]
+        shape = _shape(equation.invars[0])
+        return math.prod(_shape(equation.outvars[0])) * math.prod(shape[axis] for axis in contracted)
+    inner = [_count(jaxpr) for jaxpr in _inner(parameters)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * parameters.get("length", 1)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
+    """The programs that an equation calls."""
+    found = []
+    for value in parameters.values():
+        for entry in value if isinstance(value, tuple | list) else (value,):
+            entry = getattr(entry, "jaxpr", entry)
+            if isinstance(entry, core.Jaxpr):
+                found.append(entry)
+    return found
