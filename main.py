@@ -2,7 +2,8 @@
 
     python main.py --config configs/densenet121.py --workdir ./runs [--mode MODE] [--config.KEY=VALUE ...]
 
-Every setting and its default stands in configs/default.py. Exit status: 0 done, 2 a user's mistake, 130 interrupted.
+Every setting and its default stands in configs/default.py. Exit status: 0 done, 2 a user's mistake, 3 done, but some
+inputs were refused, 130 interrupted.
 """
 
 import json
@@ -29,11 +30,18 @@ CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits
 flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
 flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
 flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
+flags.DEFINE_multi_string("images", [], "--mode predict: a file, a folder or a pattern in quotes; may be repeated.")
+flags.DEFINE_string("output", "", "--mode predict: the file to write; by default predictions.jsonl in the workdir.")
+flags.DEFINE_string("labels", "", "--mode predict: a file with a class name a line; by default the run's own names.")
+flags.DEFINE_integer("topk", 5, "--mode predict: how many classes an image, best first.")
+flags.DEFINE_string("annotate", "", "--mode predict: a directory for the images with their predictions drawn on.")
+flags.DEFINE_string("features", "", "--mode predict: pooled or pyramid, written to a NumPy archive beside the output.")
 
 
 def parse(arguments: list[str]) -> None:
     """Reads the flags and the recipe; every mistake in them becomes a `UserError`."""
     try:
+        FLAGS.set_gnu_getopt(True)  # flags may follow --images *.jpg, of which the shell makes many words
         left_over = FLAGS(arguments)[1:]
         CONFIG.value.lock()  # a recipe that is missing shows itself only on use
     except (
@@ -47,7 +55,9 @@ def parse(arguments: list[str]) -> None:
         ValueError,
     ) as e:
         raise UserError(explain_flag_error(e, arguments, default.get_config())) from e
-    if left_over:
+    if left_over and FLAGS.images:
+        FLAGS["images"].value = [*FLAGS.images, *left_over]
+    elif left_over:
         raise UserError(f"{left_over[0]} is not a flag; settings are given as --config.KEY=VALUE.")
 
 
@@ -60,7 +70,18 @@ def main(arguments: list[str]) -> int:
         parse(arguments)
         flag = FLAGS["config"]
         recipe, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
-        command = Command(recipe, overrides, to_dict(default.get_config()), tuple(FLAGS.compare))
+        command = Command(
+            recipe,
+            overrides,
+            to_dict(default.get_config()),
+            compare=tuple(FLAGS.compare),
+            images=tuple(FLAGS.images),
+            output=FLAGS.output,
+            labels=FLAGS.labels,
+            topk=FLAGS.topk,
+            annotate=FLAGS.annotate,
+            features=FLAGS.features,
+        )
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]
         result = modes.run(FLAGS.mode, checked(CONFIG.value), workdir, command)
@@ -71,7 +92,7 @@ def main(arguments: list[str]) -> int:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     print(json.dumps(result), flush=True)
-    return 0
+    return 3 if result.get("refused") else 0
 
 
 if __name__ == "__main__":

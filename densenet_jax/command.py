@@ -5,6 +5,19 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from densenet_jax.errors import UserError
+
+# Flags that only some modes have a use for.
+_MODES_OF = {
+    "compare": ("report",),
+    "images": ("predict",),
+    "output": ("predict",),
+    "labels": ("predict",),
+    "topk": ("predict",),
+    "annotate": ("predict",),
+    "features": ("predict",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -15,12 +28,38 @@ class Command:
         overrides: settings that the command line changed, by "section.key".
         defaults: every setting with its default, nested; what a run's settings are compared with.
         compare: work directories to put side by side.
+        images: files, folders and patterns to predict.
+        output: the file to write; "": the mode's own place in the work directory.
+        labels: a file with a class name a line; "": the run's own.
+        topk: classes to tell of each image.
+        annotate: where images with their predictions drawn on go; "": nowhere.
+        features: which features to write beside the predictions; "": none.
     """
 
     recipe: str = "configs/digits.py"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compare: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    output: str = ""
+    labels: str = ""
+    topk: int = 5
+    annotate: str = ""
+    features: str = ""
+
+    def check_mode(self, mode: str) -> None:
+        """Checks that no flag was given that means nothing in this mode.
+
+        Raises:
+            UserError: one was.
+        """
+        for flag, modes in _MODES_OF.items():
+            value = getattr(self, flag)
+            if mode not in modes and value != getattr(Command, flag):
+                shown = value[0] if isinstance(value, tuple) else value
+                raise UserError(
+                    f"--{flag} {shown} is for --mode {' or '.join(modes)}, but --mode is {mode}; leave it out."
+                )
 
     def line(self, workdir: str, mode: str = "train", **more: Any) -> str:
         """The shell command that runs `mode` with these settings in `workdir`; `more` are settings as section__key."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
-from densenet_jax.errors import UserError
+from densenet_jax.deploy.predict import PredictOptions, predict
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
+from densenet_jax.experiment.deployed import deployed_from_settings, settings_of_run
 from densenet_jax.parameter_table import parameter_table
 from densenet_jax.prepare import prepare_and_verify
 from densenet_jax.progress import say, working
@@ -107,6 +109,22 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     return {"step": step, **figures}
 
 
+def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Predicts the --images with a checkpoint of `workdir`, or with the weights that config.model.pretrained names."""
+    warnings.filterwarnings("ignore", module="PIL")  # about files that are odd; those that can't be read are named
+    if not config.model.pretrained or started_from(workdir, config.model.pretrained):
+        config = settings_of_run(workdir, command.overrides, command.defaults)
+    options = PredictOptions(
+        images=command.images,
+        output=command.output or os.path.join(workdir, "predictions.jsonl"),
+        topk=command.topk,
+        annotate=command.annotate,
+        features=command.features,
+        largest_batch=config.eval.batch_size,
+    )
+    return predict(lambda: deployed_from_settings(config, workdir, command.labels), options)
+
+
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Draws the learning rate over the steps to schedule.png; needs no data set where its size is known."""
     del command
@@ -142,6 +160,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
 MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
+    "predict": predict_mode,
     "prepare": prepare_mode,
     "data": data_mode,
     "schedule": schedule_mode,
@@ -152,8 +171,7 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
 
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Runs one mode in a process of its own and returns the figures of its last line."""
-    if command.compare and mode != "report":
-        raise UserError(f"--compare {command.compare[0]} is for --mode report, but --mode is {mode}; leave it out.")
+    command.check_mode(mode)
     _set_up_logging()
     _use_compilation_cache()
     return {"mode": mode, **MODES[mode](config, workdir, command)}

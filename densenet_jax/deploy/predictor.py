@@ -217,6 +217,12 @@ class Predictor:
             images = np.concatenate([images, padding])
         return self._step(self._variables, jax.device_put(images, self._over_data), features=features)
 
+    def output_shapes(self, features: str = "") -> dict[str, tuple[int, ...]]:
+        """Shapes of what `dispatch` gives, without the batch; compiles nothing."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
+        answer = functools.partial(self._answer, features=features)
+        return {name: leaf.shape[1:] for name, leaf in jax.eval_shape(answer, self._variables, images).items()}
+
     def best(self, probabilities: np.ndarray, topk: int = 5) -> list[ClassProbability]:
         """The `topk` highest of float32[classes], best first; of equals the lower class number."""
         order = np.argsort(-probabilities, kind="stable")[:topk]
@@ -238,8 +244,7 @@ class Predictor:
             outputs = jax.device_get(self.dispatch(chunk, features))
             parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
         if not parts:
-            shapes = jax.eval_shape(functools.partial(self._answer, features=features), self._variables, images)
-            return {name: np.zeros(shape.shape, np.float32) for name, shape in shapes.items()}
+            return {name: np.zeros((0, *shape), np.float32) for name, shape in self.output_shapes(features).items()}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _check_batch(self, images: np.ndarray, features: str) -> None:

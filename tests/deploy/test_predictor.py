@@ -21,13 +21,6 @@ from densenet_jax.experiment.deployed import deployed_from_settings
 from densenet_jax.models.pretrained import save_torch_state_dict
 from densenet_jax.workdir import write_labels
 from tests.deploy.files import encoded, gradient
-from tests.deploy.run import make_run
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("predictor")
-    return root / "run", make_run(root / "run", root / "datasets")
 
 
 @pytest.fixture(scope="module")
