@@ -32,10 +32,15 @@ flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
 flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
 flags.DEFINE_multi_string("images", [], "--mode predict: a file, a folder or a pattern in quotes; may be repeated.")
 flags.DEFINE_string("output", "", "--mode predict: the file to write; by default predictions.jsonl in the workdir.")
-flags.DEFINE_string("labels", "", "--mode predict: a file with a class name a line; by default the run's own names.")
+flags.DEFINE_string(
+    "labels", "", "--mode predict, serve: a file with a class name a line; by default the run's own names."
+)
 flags.DEFINE_integer("topk", 5, "--mode predict: how many classes an image, best first.")
 flags.DEFINE_string("annotate", "", "--mode predict: a directory for the images with their predictions drawn on.")
 flags.DEFINE_string("features", "", "--mode predict: pooled or pyramid, written to a NumPy archive beside the output.")
+flags.DEFINE_string("host", "127.0.0.1", "--mode serve: where it listens; 0.0.0.0 for every network.")
+flags.DEFINE_integer("port", 8080, "--mode serve: port of REST and of its page; 0: a free one.", 0, 65535)
+flags.DEFINE_integer("grpc_port", 8081, "--mode serve: port of gRPC; 0: a free one.", 0, 65535)
 
 
 def parse(arguments: list[str]) -> None:
@@ -81,6 +86,9 @@ def main(arguments: list[str]) -> int:
             topk=FLAGS.topk,
             annotate=FLAGS.annotate,
             features=FLAGS.features,
+            host=FLAGS.host,
+            port=FLAGS.port,
+            grpc_port=FLAGS.grpc_port,
         )
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]

@@ -119,4 +119,8 @@ def get_config() -> ml_collections.ConfigDict:
     checkpoint.every_steps = 1000  # steps between saves; every validation and the end save as well
     checkpoint.max_to_keep = 10  # newest checkpoints kept; the best by validation top-1 is kept besides
 
+    serve = config.serve = ml_collections.ConfigDict()
+    serve.batch_sizes = (1, 4, 16, 64)  # images that a compiled program takes; (1,): each request by itself
+    serve.batch_wait_secs = 0.004  # how long a request waits at most for others to share its batch
+
     return config.lock()

@@ -12,10 +12,13 @@ _MODES_OF = {
     "compare": ("report",),
     "images": ("predict",),
     "output": ("predict",),
-    "labels": ("predict",),
+    "labels": ("predict", "serve"),
     "topk": ("predict",),
     "annotate": ("predict",),
     "features": ("predict",),
+    "host": ("serve",),
+    "port": ("serve",),
+    "grpc_port": ("serve",),
 }
 
 
@@ -34,6 +37,9 @@ class Command:
         topk: classes to tell of each image.
         annotate: where images with their predictions drawn on go; "": nowhere.
         features: which features to write beside the predictions; "": none.
+        host: where --mode serve listens.
+        port: its port for REST and the page; 0: a free one.
+        grpc_port: likewise for gRPC.
     """
 
     recipe: str = "configs/digits.py"
@@ -46,6 +52,9 @@ class Command:
     topk: int = 5
     annotate: str = ""
     features: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    grpc_port: int = 8081
 
     def check_mode(self, mode: str) -> None:
         """Checks that no flag was given that means nothing in this mode.

@@ -23,6 +23,7 @@ MAY_CHANGE_ON_RESUME = (
     "profile",
     "eval.",
     "checkpoint.",
+    "serve.",
 )
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
@@ -101,6 +102,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval.checkpoint": ("latest, best or a step", lambda value: value in ("latest", "best") or str(value).isdigit()),
     "checkpoint.every_steps": ("more than 0", _POSITIVE),
     "checkpoint.max_to_keep": ("more than 0", _POSITIVE),
+    "serve.batch_sizes": ("sizes from 1 to 1024", lambda value: value and 1 <= min(value) <= max(value) <= 1024),
+    "serve.batch_wait_secs": ("a time from 0 to 10", lambda value: 0 <= value <= 10),
 }
 
 

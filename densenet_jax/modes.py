@@ -12,6 +12,8 @@ import numpy as np
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
 from densenet_jax.deploy.predict import PredictOptions, predict
+from densenet_jax.deploy.predictor import Predictor
+from densenet_jax.deploy.serve import LIMITS, Address, check_installed, listen, serve
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.experiment.deployed import deployed_from_settings, settings_of_run
@@ -112,8 +114,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Predicts the --images with a checkpoint of `workdir`, or with the weights that config.model.pretrained names."""
     warnings.filterwarnings("ignore", module="PIL")  # about files that are odd; those that can't be read are named
-    if not config.model.pretrained or started_from(workdir, config.model.pretrained):
-        config = settings_of_run(workdir, command.overrides, command.defaults)
+    config = _as_trained(config, workdir, command)
     options = PredictOptions(
         images=command.images,
         output=command.output or os.path.join(workdir, "predictions.jsonl"),
@@ -123,6 +124,26 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
         largest_batch=config.eval.batch_size,
     )
     return predict(lambda: deployed_from_settings(config, workdir, command.labels), options)
+
+
+def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Answers requests over REST and gRPC with what --mode predict would predict with, until it is stopped."""
+    warnings.filterwarnings("ignore", module="PIL")
+    check_installed()
+    address = Address(command.host, command.port, command.grpc_port)
+    with listen(address) as listener:
+        config = _as_trained(config, workdir, command)
+        deployed = deployed_from_settings(config, workdir, command.labels)
+        say(f"serving {deployed.source}")
+        predictor = Predictor(deployed, batch_sizes=config.serve.batch_sizes, limits=LIMITS)
+        return serve(predictor, listener, address, batch_wait_secs=config.serve.batch_wait_secs)
+
+
+def _as_trained(config: Config, workdir: str, command: Command) -> Config:
+    """The settings of the run in `workdir` with the command line's changes; the given ones for pretrained weights."""
+    if config.model.pretrained and not started_from(workdir, config.model.pretrained):
+        return config
+    return settings_of_run(workdir, command.overrides, command.defaults)
 
 
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -166,6 +187,7 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "schedule": schedule_mode,
     "parameters": parameters_mode,
     "report": report_mode,
+    "serve": serve_mode,
 }
 
 

@@ -1,0 +1,161 @@
+"""The protocol over gRPC: MLServer's servicer, with every mistake of a client answered by a status that says so."""
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+from mlserver.errors import MLServerError
+from mlserver.grpc import dataplane_pb2 as pb
+from mlserver.grpc.converters import ModelInferResponseConverter, ModelMetadataResponseConverter
+from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from mlserver.grpc.interceptors import PromServerInterceptor
+from mlserver.grpc.server import GRPCServer
+from mlserver.grpc.servicers import InferenceServicer
+from mlserver.handlers import DataPlane
+from mlserver.settings import Settings
+from mlserver.types import InferenceRequest, Parameters, RequestInput, RequestOutput, TensorData
+
+from densenet_jax.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+Method: TypeAlias = Callable[..., Awaitable[Any]]
+MAX_METADATA_BYTES = 16384
+STATUS = {400: grpc.StatusCode.INVALID_ARGUMENT, 404: grpc.StatusCode.NOT_FOUND}
+
+
+def answered(method: Method) -> Method:
+    """Turns what `method` raises into a status; MLServer's way leaves some out and logs a traceback for each."""
+
+    @functools.wraps(method)
+    async def call(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(self, request, context)
+        except MLServerError as error:
+            await context.abort(STATUS.get(error.status_code, grpc.StatusCode.FAILED_PRECONDITION), str(error))
+        except Exception:
+            logger.exception("a gRPC request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server is at fault; its log says why")
+
+    return call
+
+
+async def left_out(self: Any, request: Any, context: grpc.aio.ServicerContext) -> None:
+    """Answers a method that this server does not offer."""
+    del self, request
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server serves one model, request by request")
+
+
+class Servicer(InferenceServicer):
+    """Health, metadata and inference; loading and unloading of models and streams are left out."""
+
+    ModelReady = answered(InferenceServicer.ModelReady)
+    RepositoryIndex = RepositoryModelLoad = RepositoryModelUnload = ModelStreamInfer = left_out
+
+    @answered
+    async def ModelMetadata(  # noqa: N802 - the protocol's name
+        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelMetadataResponse:
+        """Inputs and outputs."""
+        del context
+        found = await self._data_plane.model_metadata(name=request.name, version=request.version)
+        return ModelMetadataResponseConverter.from_types(found)
+
+    @answered
+    async def ModelInfer(  # noqa: N802 - the protocol's name
+        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelInferResponse:
+        """Answers a request for inference, in raw contents where it came in raw contents."""
+        del context
+        result = await self._data_plane.infer(
+            payload=as_inference_request(request), name=request.model_name, version=request.model_version
+        )
+        result.parameters = None  # headers for HTTP
+        if not request.raw_input_contents:
+            return ModelInferResponseConverter.from_types(result)
+        return ModelInferResponseConverter.from_types(result, use_raw=True)
+
+
+def as_inference_request(request: pb.ModelInferRequest) -> InferenceRequest:
+    """The message as MLServer's handlers take it. Raw contents stay bytes; MLServer would make a number of each byte.
+
+    Raises:
+        MLServerError: inputs and raw contents don't belong together.
+    """
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise MLServerError(f"{len(request.inputs)} inputs with {len(raw)} raw contents; expected one each")
+    contents = raw or [contents_of(tensor.contents) for tensor in request.inputs]
+    inputs = [
+        RequestInput.model_construct(
+            name=tensor.name,
+            datatype=tensor.datatype,
+            shape=list(tensor.shape),
+            parameters=Parameters(content_type=tensor.parameters["content_type"].string_param)
+            if "content_type" in tensor.parameters
+            else None,
+            data=TensorData.model_construct(root=data),
+        )
+        for tensor, data in zip(request.inputs, contents, strict=True)
+    ]
+    outputs = [RequestOutput.model_construct(name=output.name) for output in request.outputs]
+    return InferenceRequest.model_construct(
+        id=request.id or None, parameters=None, inputs=inputs, outputs=outputs or None
+    )
+
+
+def contents_of(contents: pb.InferTensorContents) -> list[Any] | bytes:
+    """The values of a tensor, whichever field they are in; of small whole numbers the bytes."""
+    fields = contents.ListFields()
+    if len(fields) != 1:
+        raise MLServerError(f"a tensor has contents of {len(fields)} datatypes; expected one")
+    descriptor, values = fields[0]
+    if descriptor.name != "uint_contents":
+        return list(values)
+    numbers = np.fromiter(values, np.uint32, len(values))
+    if numbers.max() > 255:
+        raise MLServerError("the values of a tensor are not all whole numbers from 0 to 255")
+    return numbers.astype(np.uint8).tobytes()
+
+
+class BoundGRPCServer(GRPCServer):
+    """MLServer's gRPC server with our servicer and limits, on an address that is its own."""
+
+    def __init__(self, settings: Settings, data_plane: DataPlane, *, max_requests: int):
+        """Serves at most `max_requests` at once."""
+        super().__init__(settings, data_plane, None)
+        self._max_requests = max_requests
+        self.port = settings.grpc_port
+
+    def bind(self) -> None:
+        """Takes the address; a port of 0 becomes a free one, told by `port`.
+
+        Raises:
+            UserError: it is in use.
+        """
+        size = self._settings.grpc_max_message_length
+        self._server = grpc.aio.server(
+            interceptors=[PromServerInterceptor(enable_handling_time_histogram=True)],
+            maximum_concurrent_rpcs=self._max_requests,
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.so_reuseport", 0),  # else two servers would share a port, and each get half of the requests
+            ],
+        )
+        add_GRPCInferenceServiceServicer_to_server(Servicer(self._data_plane, None), self._server)
+        try:
+            self.port = self._server.add_insecure_port(f"{self._settings.host}:{self._settings.grpc_port}")
+        except RuntimeError as error:
+            raise UserError(
+                f"--grpc_port {self._settings.grpc_port} of {self._settings.host} can't be used ({first_line(error)}); "
+                "give another one."
+            ) from error
+
+    async def start(self) -> None:
+        """Serves until it is stopped."""
+        await self._server.start()
+        await self._server.wait_for_termination()

@@ -1,0 +1,91 @@
+"""A real server in a process of its own, and clients for it."""
+
+import base64
+import contextlib
+import pathlib
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tests.running import start_main
+
+MODEL = "densenet_bc_22_12"
+
+
+class Server:
+    """A running `--mode serve`.
+
+    Attributes:
+        url: of REST and the page.
+        grpc: "host:port".
+        process: the process; its standard error is kept in `said`.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process = process
+        self.said: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+        assert self._ready.wait(240), "".join(self.said)
+        assert process.poll() is None, "".join(self.said)
+        text = "".join(self.said)
+        self.url = re.search(r"page on (http://[\d.:]+)/", text)[1]
+        self.grpc = re.search(r"gRPC on ([\d.:]+);", text)[1]
+
+    def _listen(self) -> None:
+        for line in self.process.stderr:
+            self.said.append(line)
+            if line.startswith("gRPC on"):
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def infer_url(self) -> str:
+        return f"{self.url}/v2/models/{MODEL}/infer"
+
+    def memory_bytes(self) -> int:
+        """Resident memory."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Asks it to stop; returns its exit status and standard output."""
+        self.process.send_signal(number)
+        output = self.process.stdout.read()
+        status = self.process.wait(60)
+        self._reader.join(10)
+        return status, output
+
+
+@contextlib.contextmanager
+def serving(workdir: pathlib.Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """Serves the run in `workdir` on free ports."""
+    ports = ("--port", "0", "--grpc_port", "0")
+    digits = ("--config", "configs/digits.py", "--workdir", str(workdir), "--mode", "serve")
+    with start_main(*digits, *ports, *arguments, **environment) as process:
+        try:
+            yield Server(process)
+        finally:
+            process.kill()
+
+
+def pixels_input(pixels: np.ndarray) -> dict[str, Any]:
+    """The input of a REST request that holds pixels."""
+    return {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.tolist()}
+
+
+def pictures_input(*pictures: bytes) -> dict[str, Any]:
+    """The input of a REST request that holds encoded pictures."""
+    data = [base64.b64encode(picture).decode() for picture in pictures]
+    return {"name": "image_bytes", "datatype": "BYTES", "shape": [len(data)], "data": data}
+
+
+def request_of(*inputs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A REST request."""
+    return {"inputs": list(inputs), **more}
