@@ -41,6 +41,7 @@ flags.DEFINE_string("features", "", "--mode predict: pooled or pyramid, written 
 flags.DEFINE_string("host", "127.0.0.1", "--mode serve: where it listens; 0.0.0.0 for every network.")
 flags.DEFINE_integer("port", 8080, "--mode serve: port of REST and of its page; 0: a free one.", 0, 65535)
 flags.DEFINE_integer("grpc_port", 8081, "--mode serve: port of gRPC; 0: a free one.", 0, 65535)
+flags.DEFINE_string("topology", "", "--mode plan: the chips to plan for, such as v5e:16x16 or h200:1x1x8.")
 
 
 def parse(arguments: list[str]) -> None:
@@ -89,6 +90,7 @@ def main(arguments: list[str]) -> int:
             host=FLAGS.host,
             port=FLAGS.port,
             grpc_port=FLAGS.grpc_port,
+            topology=FLAGS.topology,
         )
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]

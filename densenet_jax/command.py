@@ -19,6 +19,7 @@ _MODES_OF = {
     "host": ("serve",),
     "port": ("serve",),
     "grpc_port": ("serve",),
+    "topology": ("plan",),
 }
 
 
@@ -40,6 +41,7 @@ class Command:
         host: where --mode serve listens.
         port: its port for REST and the page; 0: a free one.
         grpc_port: likewise for gRPC.
+        topology: the chips that --mode plan plans for.
     """
 
     recipe: str = "configs/digits.py"
@@ -55,6 +57,7 @@ class Command:
     host: str = "127.0.0.1"
     port: int = 8080
     grpc_port: int = 8081
+    topology: str = ""
 
     def check_mode(self, mode: str) -> None:
         """Checks that no flag was given that means nothing in this mode.

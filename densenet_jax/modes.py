@@ -18,6 +18,7 @@ from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.experiment.deployed import deployed_from_settings, settings_of_run
 from densenet_jax.parameter_table import parameter_table
+from densenet_jax.plan.plan import plan
 from densenet_jax.prepare import prepare_and_verify
 from densenet_jax.progress import say, working
 from densenet_jax.report.compare import report_comparison
@@ -170,6 +171,13 @@ def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     return report_data(Experiment(config), workdir, config.data.name)
 
 
+def plan_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Compiles the step for the chips that --topology names, which need not be there, and tells what it costs."""
+    del workdir
+    jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are here stay free
+    return plan(config, command.topology)
+
+
 def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prints the model's parameters as a table, and what one image costs."""
     del workdir, command
@@ -186,6 +194,7 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "data": data_mode,
     "schedule": schedule_mode,
     "parameters": parameters_mode,
+    "plan": plan_mode,
     "report": report_mode,
     "serve": serve_mode,
 }

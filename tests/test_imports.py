@@ -65,7 +65,14 @@ def test_only_the_experiment_modes_and_loop_read_the_settings():
     readers = {
         name for name, path in modules().items() if ".config." in path.read_text() or "config.seed" in path.read_text()
     }
-    allowed = (f"{OURS}.experiment", f"{OURS}.train", f"{OURS}.modes", f"{OURS}.config", f"{OURS}.workdir")
+    allowed = (
+        f"{OURS}.experiment",
+        f"{OURS}.train",
+        f"{OURS}.modes",
+        f"{OURS}.config",
+        f"{OURS}.workdir",
+        f"{OURS}.plan.plan",
+    )
     assert {name for name in readers if not name.startswith(allowed)} - texts_only() == set()
 
 

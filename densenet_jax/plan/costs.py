@@ -50,7 +50,7 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(_needed_bytes(str(error))) from error
+        raise DoesNotFitError(needed_bytes(str(error))) from error
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
     own = _own_analysis(compiled)
@@ -76,7 +76,10 @@ def _own_analysis(compiled: Any) -> dict[str, float]:
         return {}
 
 
-def _needed_bytes(message: str) -> int | None:
-    """The size that a message such as "Used 20.53G of 15.75G hbm" tells."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
-    return round(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
+def needed_bytes(message: str) -> int | None:
+    """The size in a compiler's complaint, such as "... for HLO temporaries (19.5G) exceeds available HBM (15.75G)"."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|[Uu]sed ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return None
+    amount, unit = found[1] or found[3], found[2] or found[4]
+    return round(float(amount) * 1024 ** ("KMGT".index(unit) + 1))

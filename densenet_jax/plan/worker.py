@@ -59,23 +59,25 @@ def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         config = checked(ml_collections.ConfigDict(request["config"]))
-        devices = absent_devices(parse_topology(request["topology"]))
-        lowered = Experiment(config, tuple(devices)).lower_train_step()
-        costs = compile_costs(lowered)
+        devices = tuple(absent_devices(parse_topology(request["topology"])))
+        costs = compile_costs(Experiment(config, absent_devices=devices).lower_train_step())
+        if costs.flops is None:
+            costs = dataclasses.replace(costs, flops=_traced_flops(request["config"], len(devices)))
     except UserError as mistake:
         return {"mistake": str(mistake)}
     except DoesNotFitError as full:
         return {"does_not_fit": full.needed_bytes}
-    if costs.flops is None:  # what is computed is the same on every chip, so a compiler that tells may be asked
-        costs = dataclasses.replace(costs, flops=_traced_flops(lowered, len(devices)))
     return {"costs": dataclasses.asdict(costs)}
 
 
-def _traced_flops(lowered: jax.stages.Lowered, chips: int) -> float | None:
-    try:
-        flops = (lowered.cost_analysis() or {}).get("flops")
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
+def _traced_flops(settings: dict[str, Any], chips: int) -> float | None:
+    """A chip's share of the operations of the step as traced for this machine; None where JAX does not tell.
+
+    They are counted with the batch in one part, since XLA counts a loop's body once.
+    """
+    whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
+    experiment = Experiment(checked(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
+    flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
     return None if flops is None else flops / chips
 
 

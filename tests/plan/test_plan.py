@@ -1,0 +1,154 @@
+"""The mode: what it refuses, what it tells, and real steps compiled for chips that are not there."""
+
+import pytest
+
+from configs import default, digits
+from densenet_jax.config import checked
+from densenet_jax.errors import UserError
+from densenet_jax.plan import plan as planning
+from densenet_jax.plan.costs import Costs, DoesNotFitError, needed_bytes
+from densenet_jax.plan.hlo import Collective
+from tests.extras import needs
+from tests.running import last_line, run_main
+
+KEYS = {
+    "topology", "chips", "hosts", "global_batch_size", "memory_bytes_per_chip", "capacity_bytes_per_chip", "fits",
+    "flops_per_image", "bytes_per_image", "collectives", "bound", "images_per_sec_bound", "hours_bound",
+}  # fmt: skip
+
+
+def settings(batch=256, name="imagenet2012"):
+    config = default.get_config()
+    with config.unlocked():
+        config.train.global_batch_size = batch
+        config.data.name = name
+        config.data.dir = "/nowhere"
+    return checked(config)
+
+
+def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
+    """Stands in for the compilers: memory grows with the batch. Returns the batches that were compiled for."""
+    asked = []
+
+    def costs_of_step(config, topology):
+        images = config["train"]["global_batch_size"] // topology.chips
+        asked.append(images * topology.chips)
+        memory = fixed + images * bytes_an_image
+        if raises_above is not None and memory > raises_above:
+            raise DoesNotFitError(memory)
+        return Costs(memory, memory, images * 2e9, images * 5e8, (Collective("all-reduce", 10**7, 2),))
+
+    monkeypatch.setattr(planning, "costs_of_step", costs_of_step)
+    monkeypatch.setattr(planning, "check_installed", lambda compiler: None)
+    return asked
+
+
+def test_a_plan_tells_every_figure_of_a_data_set_that_is_not_here(monkeypatch, capsys):
+    compiled(monkeypatch, 10**8)
+    figures = planning.plan(settings(1024), "v5e:2x2")
+    assert figures.keys() == KEYS
+    assert figures["fits"] is False  # 256 images of 100 MB on a chip of 17 GB
+    figures = planning.plan(settings(256), "v5e:2x2")
+    assert figures["fits"] is True
+    assert (figures["chips"], figures["hosts"], figures["memory_bytes_per_chip"]) == (4, 1, 64 * 10**8)
+    assert figures["flops_per_image"] == pytest.approx(2e9)
+    assert figures["bytes_per_image"] == pytest.approx(5e8)
+    assert figures["bound"] == "memory"
+    assert figures["images_per_sec_bound"] == pytest.approx(4 * 0.819e12 / 5e8)
+    images = 1_281_167 // 256 * 256 * 300
+    assert figures["hours_bound"] == pytest.approx(images / figures["images_per_sec_bound"] / 3600, rel=1e-3)
+    said = capsys.readouterr().err
+    assert "bounds, not predictions" in said
+    assert "37% of it" in said
+    assert "all-reduce: 2 of 10 MB" in said
+
+
+@pytest.mark.parametrize("raises_above", [None, 16 * 2**30])
+def test_a_batch_that_does_not_fit_says_the_largest_that_does(monkeypatch, capsys, raises_above):
+    asked = compiled(monkeypatch, 10**8, fixed=2 * 10**9, raises_above=raises_above)
+    figures = planning.plan(settings(4096), "v5e:2x2")
+    assert figures.keys() == KEYS
+    assert figures["fits"] is False
+    assert figures["memory_bytes_per_chip"] == 2 * 10**9 + 1024 * 10**8
+    largest = (16 * 2**30 - 2 * 10**9) // 10**8 * 4
+    said = capsys.readouterr().err
+    assert f"largest global batch that fits v5e:2x2 is {largest}; 4096 does not" in said
+    assert len(asked) <= 12
+    assert (figures["flops_per_image"] is None) == (raises_above is not None)
+
+
+def test_a_model_that_no_batch_fits_is_told(monkeypatch, capsys):
+    compiled(monkeypatch, 10**8, fixed=10**12, raises_above=10**11)
+    planning.plan(settings(64), "v5e:2x2")
+    assert "not even a batch of 4 fits v5e:2x2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "topology", "says"),
+    [
+        (settings(), "", "--topology v5e:2x2"),
+        (settings(), "v5r:2x2", "nearest is v5e"),
+        (settings(), "v5e:2x3", "no shape of v5e"),
+        (settings(250), "v5e:2x2", "config.train.global_batch_size is 250, which 4 devices don't divide; take 248 or"),
+        (settings(8), "v5e:4x4", "take 16"),
+        (settings(name="rock_paper_scissors"), "v5e:2x2", "rock_paper_scissors is not prepared"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(monkeypatch, config, topology, says):
+    asked = compiled(monkeypatch, 1)
+    with pytest.raises(UserError) as refused:
+        planning.plan(config, topology)
+    assert says in str(refused.value)
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5 * 2**30),
+        ("the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G).", 1.5 * 2**40),
+        ("RESOURCE_EXHAUSTED: used 512.0M of 1.0M", 2**29),
+        ("RESOURCE_EXHAUSTED: in other words", None),
+    ],
+)
+def test_the_compiler_tells_what_it_would_need(message, expected):
+    assert needed_bytes(message) == expected
+
+
+def test_the_flag_belongs_to_the_mode():
+    output, errors = run_main("--topology", "v5e:2x2", expect=2)
+    assert output == ""
+    assert errors.strip().splitlines()[-1].startswith("error: --topology v5e:2x2 is for --mode plan")
+
+
+def plan_digits(user, topology, *more):
+    output, errors = run_main("--mode", "plan", "--config", "configs/digits.py", "--topology", topology, *more, **user)
+    figures = last_line(output)
+    assert figures.keys() == KEYS | {"mode"}
+    assert len(output.splitlines()) == 1
+    assert "bounds, not predictions" in errors
+    assert "cudart" not in output
+    return figures
+
+
+def check_digits(figures, chips, batch):
+    parameters = 70_826  # of the recipe's model, as --mode parameters counts them
+    assert figures["fits"] is True
+    assert (figures["chips"], figures["global_batch_size"]) == (chips, batch)
+    sums = [one["bytes"] for one in figures["collectives"] if one["op"] == "all-reduce"]
+    assert max(sums) >= 4 * parameters * 0.5
+    assert sum(one["bytes"] * one["count"] for one in figures["collectives"]) >= 4 * parameters
+    assert 5e6 < figures["flops_per_image"] < 5e7
+    assert figures["images_per_sec_bound"] > 0
+    assert figures["hours_bound"] > 0
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v4:2x2x2", 8)])
+@needs("libtpu")
+def test_the_digits_on_tpus_that_are_not_there(user, topology, chips):
+    check_digits(plan_digits(user, topology), chips, digits.get_config().train.global_batch_size)
+
+
+@needs("jax_plugins.xla_cuda12")
+def test_the_digits_on_gpus_that_are_not_there(user):
+    check_digits(plan_digits(user, "h200:1x1x8"), 8, digits.get_config().train.global_batch_size)
