@@ -2,6 +2,9 @@
 
     python main.py --config configs/densenet121.py --workdir ./runs [--mode MODE] [--config.KEY=VALUE ...]
 
+Several processes as one run: the same command for each, with --coordinator HOST:PORT --num_processes N --process_id I
+where neither SLURM nor a TPU slice tells them (docs/pods.md).
+
 Every setting and its default stands in configs/default.py. Exit status: 0 done, 2 a user's mistake, 3 done, but some
 inputs were refused, 130 interrupted.
 """
@@ -18,7 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import default
-from densenet_jax import modes
+from densenet_jax import modes, processes
+from densenet_jax.cluster import Cluster, find_cluster
 from densenet_jax.command import Command
 from densenet_jax.config import checked, explain_flag_error, to_dict
 from densenet_jax.errors import UserError
@@ -42,6 +46,9 @@ flags.DEFINE_string("host", "127.0.0.1", "--mode serve: where it listens; 0.0.0.
 flags.DEFINE_integer("port", 8080, "--mode serve: port of REST and of its page; 0: a free one.", 0, 65535)
 flags.DEFINE_integer("grpc_port", 8081, "--mode serve: port of gRPC; 0: a free one.", 0, 65535)
 flags.DEFINE_string("topology", "", "--mode plan: the chips to plan for, such as v5e:16x16 or h200:1x1x8.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where this is one of several processes.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def parse(arguments: list[str]) -> None:
@@ -65,6 +72,20 @@ def parse(arguments: list[str]) -> None:
         FLAGS["images"].value = [*FLAGS.images, *left_over]
     elif left_over:
         raise UserError(f"{left_over[0]} is not a flag; settings are given as --config.KEY=VALUE.")
+
+
+def cluster() -> Cluster | None:
+    """The processes that this one belongs to; modes that are not for several run in each for itself.
+
+    Raises:
+        UserError: the flags contradict each other or the mode.
+    """
+    given = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    if FLAGS.mode in modes.TOGETHER:
+        return find_cluster(*given)
+    if any(value is not None for value in given):
+        raise UserError(f"--mode {FLAGS.mode} runs in one process; leave out --coordinator and the like.")
+    return None
 
 
 def main(arguments: list[str]) -> int:
@@ -94,16 +115,19 @@ def main(arguments: list[str]) -> int:
         )
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]
-        result = modes.run(FLAGS.mode, checked(CONFIG.value), workdir, command)
+        config = checked(CONFIG.value)
+        with processes.joined(cluster(), stops_together=FLAGS.mode == "train"):
+            result = modes.run(FLAGS.mode, config, workdir, command)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(result), flush=True)
+    if processes.is_first():
+        print(json.dumps(result), flush=True)
     return 3 if result.get("refused") else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    processes.leave(main(sys.argv))

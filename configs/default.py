@@ -64,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.epochs = 300.0  # passes over the training split; fractions are allowed
     train.global_batch_size = 256  # examples a step, over all devices
     train.microbatches = 1  # the batch is computed in so many parts, to save memory
+    train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
     train.label_smoothing = 0.0  # spread this much evenly over all classes
     train.log_every_steps = 50  # steps between reports

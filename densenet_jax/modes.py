@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from densenet_jax import processes
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
+from densenet_jax.config import flatten, to_dict
 from densenet_jax.deploy.predict import PredictOptions, predict
 from densenet_jax.deploy.predictor import Predictor
 from densenet_jax.deploy.serve import LIMITS, Address, check_installed, listen, serve
@@ -198,6 +200,9 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "report": report_mode,
     "serve": serve_mode,
 }
+TOGETHER = ("train", "eval", "report")  # modes that several processes can share
+# Settings in which hosts may differ: where data lie and how they are read.
+_OF_THE_HOST = ("data.dir", "data.reader_threads", "data.prefetch_batches")
 
 
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -205,6 +210,8 @@ def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, 
     command.check_mode(mode)
     _set_up_logging()
     _use_compilation_cache()
+    settings = (f"config.{key}={value}" for key, value in flatten(to_dict(config)) if key not in _OF_THE_HOST)
+    processes.check_same("settings", "\n".join([f"--mode {mode}", *settings]))
     return {"mode": mode, **MODES[mode](config, workdir, command)}
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from densenet_jax import processes
 from densenet_jax.config import flatten, to_dict
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment, augmented_samples
@@ -18,6 +19,8 @@ from densenet_jax.training.state import TrainState
 from densenet_jax.watchdog import Watchdog
 from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
 from densenet_jax.writers import Writers, read_metrics
+
+_CLOSING_SECS = 15  # closing waits for the other processes, which may be elsewhere where this one has failed
 
 
 class Trainer:
@@ -68,6 +71,7 @@ class Trainer:
             Interrupted: asked to stop; the state is saved.
             UserError: the loss is not finite, or a record can't be read.
         """
+        processes.wait_for_all("compiled")
         experiment = self._experiment
         result: dict[str, Any] = {}
         if self._step and self._timeline.is_eval_step(self._step):
@@ -93,7 +97,7 @@ class Trainer:
                 self._profile.ends(number, self._state)
                 window.add(report, experiment.config.train.global_batch_size, waited)
                 bar.advance()
-                stopping = self._stop.received is not None
+                stopping = self._stop.due(self._step)
                 if self._timeline.is_report_step(self._step):
                     window.check_finite()
                     self._report(window, bar)
@@ -195,6 +199,12 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         trainer = Trainer(experiment, workdir, stop, watchdog)
         try:
             with watchdog:
-                return trainer.run()
-        finally:
+                figures = trainer.run()
+        except Interrupted:
             trainer.close()
+            raise
+        except BaseException:
+            processes.try_for(_CLOSING_SECS, trainer.close)
+            raise
+        trainer.close()
+        return figures

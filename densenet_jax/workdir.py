@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from densenet_jax import processes
 from densenet_jax.config import differences, to_dict
 from densenet_jax.disk import full_disk_told
 from densenet_jax.errors import UserError
@@ -16,24 +18,28 @@ from densenet_jax.errors import UserError
 
 @contextlib.contextmanager
 def only_run_in(workdir: str) -> Iterator[None]:
-    """Holds the work directory for this run; the lock goes with the process, however it ends.
+    """Holds the work directory for this run; the lock goes with the first process, however it ends.
 
     Raises:
         UserError: another run holds it, or the directory can't be made.
     """
+    if "://" in workdir:
+        raise UserError(f"--workdir {workdir} is no directory; mount the bucket (gcsfuse) and name the mount's path.")
+    if not processes.is_first():
+        yield
+        return
     try:
         os.makedirs(workdir, exist_ok=True)
         lock = open(os.path.join(workdir, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
     except OSError as error:
         raise UserError(f"--workdir {workdir} can't be used: {error.strerror}; choose another.") from error
     with lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"--workdir {workdir} is in use by another run; wait for its end or choose another."
-                ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"--workdir {workdir} is in use by another run; wait for its end or choose another."
+            ) from error
         yield
 
 
@@ -68,7 +74,7 @@ def labels_path(workdir: str) -> str:
 def write_labels(workdir: str, class_names: Sequence[str]) -> None:
     """Writes the names of the classes into `workdir`, one a line, unless they are there."""
     path = labels_path(workdir)
-    if jax.process_index() == 0 and not os.path.exists(path):
+    if processes.is_first() and not os.path.exists(path):
         _write_whole(path, "".join(f"{' '.join(name.split())}\n" for name in class_names))
 
 
@@ -109,15 +115,23 @@ def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None
 def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
 
+    Of several processes the first one writes; the others see whether they share the directory with it.
+
     Raises:
         UserError: the directory belongs to a run with other settings (the message lists them), its `config.json`
             can't be read, or the disk is full.
     """
     path = os.path.join(workdir, "config.json")
     current = to_dict(config)
-    if os.path.exists(path):
-        check_settings(workdir, config, defaults)
-        if read_settings(workdir) == current:
-            return
-    with full_disk_told(workdir):
-        write_json(path, current)
+    if processes.is_first():
+        if os.path.exists(path):
+            check_settings(workdir, config, defaults)
+        if not os.path.exists(path) or read_settings(workdir) != current:
+            with full_disk_told(workdir):
+                write_json(path, current)
+    processes.wait_for_all("the settings are written")
+    if not os.path.exists(path):
+        raise UserError(
+            f"--workdir {workdir} of process {jax.process_index()} on {socket.gethostname()} is not that of the first "
+            "process; name a directory that all hosts share."
+        )

@@ -1,8 +1,10 @@
 """Runs the real entry point in a process of its own."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -37,6 +39,36 @@ def run_main(*arguments: str, devices: int = 1, expect: int = 0, **changes: str)
         output, errors = process.communicate(timeout=500)
     assert process.returncode == expect, f"exit status {process.returncode}\n{output}\n{errors}"
     return output, errors
+
+
+def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[subprocess.Popen[str]]:
+    """Starts `count` processes that are one run, each with `devices` devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = (f"--coordinator={where}", f"--num_processes={count}")
+    return [
+        start_main(*arguments, *flags, f"--process_id={index}", devices=devices, **changes) for index in range(count)
+    ]
+
+
+def end_of(processes: list[subprocess.Popen[str]], timeout_secs: float = 500) -> list[tuple[int, str, str]]:
+    """Exit status and both outputs of each; what does not end in time is killed and fails the test."""
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=timeout_secs), processes))
+        finally:
+            for process in processes:
+                process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
+
+
+def run_processes(count: int, *arguments: str, devices: int = 2, expect: int = 0, **changes: str) -> tuple[str, str]:
+    """Runs `count` processes as one run to their end; returns what the first one has written."""
+    ends = end_of(start_processes(count, *arguments, devices=devices, **changes))
+    assert [status for status, _, _ in ends] == [expect] * count, ends
+    assert [output for _, output, _ in ends[1:]] == [""] * (count - 1)
+    return ends[0][1:]
 
 
 def last_line(output: str) -> dict[str, Any]:

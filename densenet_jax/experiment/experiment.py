@@ -136,6 +136,11 @@ class Experiment:
         return mesh
 
     @functools.cached_property
+    def layout(self) -> sharding.Layout:
+        """Where each array of the state lies."""
+        return sharding.layout_of(self.config.train.sharding, self.mesh)
+
+    @functools.cached_property
     def state_recipe(self) -> StateRecipe:
         """How the state begins."""
         return StateRecipe(
@@ -150,12 +155,12 @@ class Experiment:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and layout of the state."""
-        return self.state_recipe.abstract(sharding.replicated(self.mesh))
+        return self.state_recipe.abstract(self.layout)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, from pretrained weights where the settings name some."""
         variables = self.pretrained_variables() if self.config.model.pretrained else None
-        return self.state_recipe.create(sharding.replicated(self.mesh), variables)
+        return self.state_recipe.create(self.layout, variables)
 
     def pretrained_variables(self) -> dict[str, Any]:
         """The weights that `config.model.pretrained` names, with a new head where the classes differ.
@@ -171,7 +176,7 @@ class Experiment:
             channels=config.data.channels,
             head_seed=config.seed,
         )
-        return jax.device_put(variables, sharding.replicated(self.mesh))
+        return self._laid_out(variables)
 
     def saved_variables(self, workdir: str) -> tuple[int, dict[str, Any]]:
         """The step that `config.eval.checkpoint` names and its weights, their moving average where the run keeps one.
@@ -186,7 +191,7 @@ class Experiment:
             checkpoints.close()
         variables = restore_variables(checkpoints.directory, step, sharding.replicated(self.mesh))
         self.check_fits(variables, f"{checkpoints.directory}/{step}")
-        return step, variables
+        return step, self._laid_out(variables)
 
     @property
     def mixes(self) -> bool:
@@ -213,10 +218,11 @@ class Experiment:
             label_smoothing=config.train.label_smoothing,
             microbatches=config.train.microbatches,
             average_decay=config.train.average_decay,
+            mesh=self.mesh if config.train.sharding == "fsdp" else None,
         )
         batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape)
         everywhere = sharding.replicated(self.mesh)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings_of(self.abstract_state), everywhere))
         return jitted.lower(self.abstract_state, batch)
 
     def compile_eval_step(
@@ -293,4 +299,7 @@ class Experiment:
         )
 
     def _abstract_variables(self) -> dict[str, Any]:
-        return sharding.with_sharding(self._variable_shapes(), sharding.replicated(self.mesh))
+        return sharding.with_sharding(self._variable_shapes(), self.layout)
+
+    def _laid_out(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return jax.device_put(variables, sharding.shardings_of(sharding.with_sharding(variables, self.layout)))

@@ -226,6 +226,7 @@ class Checkpoints:
                     raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
                 logger.warning("%s; it is set aside.", error)
                 damaged.append(step)
+        multihost_utils.sync_global_devices("all processes have looked at the checkpoints")
         self._set_aside(damaged)
 
     def _add_checksums(self) -> None:

@@ -1,6 +1,8 @@
-"""How arrays lie on the devices: the batch split over one data axis, the state on every device."""
+"""How arrays lie on the devices: the batch split over one data axis, the state whole or split over the same axis."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -9,6 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from densenet_jax.errors import UserError
 
 DATA_AXIS = "data"
+_LARGE = 2**12  # elements from which on an array is split: of smaller ones the exchange costs more than the memory
+
+# where an array of that shape and dtype lies
+Layout: TypeAlias = Callable[[jax.ShapeDtypeStruct], NamedSharding]
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -25,6 +31,33 @@ def over_data(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def spread(mesh: Mesh) -> Layout:
+    """Large arrays split over the devices along their longest axis that these divide, the others whole on each.
+
+    Laid out so, parameters and what the optimizer keeps of them take a device 1/devices of the memory (ZeRO,
+    arXiv:1910.02054; PyTorch's FSDP). A step gathers the parameters where it uses them; see `gathered`.
+    """
+
+    def lay_out(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        fitting = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0]
+        if not fitting or math.prod(leaf.shape) < _LARGE:
+            return replicated(mesh)
+        longest = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, DATA_AXIS))
+
+    return lay_out
+
+
+def layout_of(name: str, mesh: Mesh) -> Layout:
+    """The layout of a state that the settings call "replicated" or "fsdp"."""
+    return spread(mesh) if name == "fsdp" else lambda _: replicated(mesh)
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Inside a jitted function: the same arrays, whole on every device while they are used."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def check_batch_size(key: str, global_batch_size: int, mesh: Mesh) -> None:
@@ -50,6 +83,16 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def with_sharding(abstract: Any, sharding: NamedSharding) -> Any:
+def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
     """The same tree of shapes and dtypes, each leaf to be laid out by `sharding`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+
+    def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = sharding if isinstance(sharding, NamedSharding) else sharding(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(laid_out, abstract)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The tree of the shardings alone."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

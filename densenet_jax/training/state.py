@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from densenet_jax.training.precision import LossScale
 from densenet_jax.training.rng import Purpose, step_key
-from densenet_jax.training.sharding import with_sharding
+from densenet_jax.training.sharding import Layout, shardings_of, with_sharding
 
 
 @flax.struct.dataclass
@@ -79,12 +79,18 @@ class StateRecipe:
             loss_scale=LossScale.create() if self.scales_loss else None,
         )
 
-    def abstract(self, sharding: NamedSharding) -> TrainState:
+    def abstract(self, sharding: NamedSharding | Layout) -> TrainState:
         """Shapes, dtypes and layout of the state without any memory."""
         return with_sharding(jax.eval_shape(lambda: self.start_from(self.init_variables())), sharding)
 
-    def create(self, sharding: NamedSharding, variables: Any = None) -> TrainState:
+    def create(self, sharding: NamedSharding | Layout, variables: Any = None) -> TrainState:
         """The state, made directly where `sharding` says, from `variables` where they are given."""
-        if variables is None:
-            return jax.jit(lambda: self.start_from(self.init_variables()), out_shardings=sharding)()
-        return jax.jit(self.start_from, out_shardings=sharding)(variables)
+        given = () if variables is None else (variables,)
+
+        def begin(*variables: Any) -> TrainState:
+            return self.start_from(*(variables or (self.init_variables(),)))
+
+        where = sharding
+        if not isinstance(sharding, NamedSharding):
+            where = shardings_of(with_sharding(jax.eval_shape(begin, *given), sharding))
+        return jax.jit(begin, out_shardings=where)(*given)

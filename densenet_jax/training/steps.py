@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from densenet_jax.training.accumulate import accumulate_gradients
@@ -19,6 +20,7 @@ from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.precision import LossScale, all_finite, select
 from densenet_jax.training.rng import Purpose, step_key
+from densenet_jax.training.sharding import gathered
 from densenet_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -61,6 +63,7 @@ class TrainStep:
         label_smoothing: share of the target spread evenly over all classes.
         microbatches: the batch is computed in so many parts, one after the other.
         average_decay: kept share of the moving average; used where the state has one.
+        mesh: where the state is split over devices, the mesh on which the model gathers the parameters to use them.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class TrainStep:
     label_smoothing: float = 0.0
     microbatches: int = 1
     average_decay: float = 0.0
+    mesh: Mesh | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         """One step."""
@@ -111,6 +115,8 @@ class TrainStep:
         dropout = jax.random.fold_in(step_key(self.seed, Purpose.DROPOUT, step), number)
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+            if self.mesh is not None:
+                params = gathered(params, self.mesh)
             logits, mutated = self.model.apply(
                 {"params": params, "batch_stats": batch_stats},
                 images,

@@ -1,0 +1,255 @@
+"""Several processes as one run: real processes with two fake devices each, which exchange through gloo."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.running import ROOT, end_of, environment, last_line, run_main, run_processes, start_main, start_processes
+
+STEPS = 9
+QUICK = (
+    "--config=configs/digits.py",
+    "--config.train.epochs=0.4",
+    "--config.optim.warmup_epochs=0.1",
+    "--config.optim.learning_rate=0.01",
+    "--config.eval.every_epochs=1",
+    "--config.eval.batch_size=56",  # 360 examples: the last batch is not full, and some devices get none of it
+    "--config.checkpoint.every_steps=3",
+    "--config.train.log_every_steps=1",
+)
+LONG = (*QUICK, "--config.train.epochs=40", "--config.optim.warmup_epochs=2")
+
+
+def reports_of(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        path = workdir / "checkpoints" / str(step) / "state"
+        tree = reader.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, step: int = STEPS) -> None:
+    """Same reports and state, up to the order in which devices add."""
+    ours, theirs = reports_of(workdir), reports_of(other)
+    assert [(line["step"], line["split"]) for line in ours] == [(line["step"], line["split"]) for line in theirs]
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-5), mine["step"]
+        assert (mine["top1"], mine["top5"]) == (yours["top1"], yours["top5"])
+    arrays, expected = saved_arrays(workdir, step), saved_arrays(other, step)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Returns once training has reported `step`."""
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and any(json.loads(line)["step"] >= step for line in whole_lines(metrics))):
+        if any(process.poll() is not None for process in processes):
+            pytest.fail("\n".join(f"exit status {status}\n{errors}" for status, _, errors in end_of(processes)))
+        time.sleep(0.05)
+
+
+def whole_lines(path: pathlib.Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="module")
+def alone(user, tmp_path_factory) -> pathlib.Path:
+    """The run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run_main(*QUICK, f"--workdir={workdir}", devices=4, **user)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(user, alone, tmp_path_factory) -> pathlib.Path:
+    """The same run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("together")
+    output, errors = run_processes(2, *QUICK, f"--workdir={workdir}", **user)
+    assert len(output.splitlines()) == 1
+    assert last_line(output)["examples"] == 360
+    assert errors.count("compiling: ") == 1
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_devices_equal_one_with_four(alone, together):
+    assert_same_run(together, alone)
+    assert len(list(together.glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.slow
+def test_every_example_of_uneven_shards_counts_once(user, together):
+    arguments = (*QUICK, f"--workdir={together}", "--mode=eval", "--config.eval.batch_size=52")
+    output, _ = run_processes(2, *arguments, f"--config.eval.confusion_output={together}/confusion.csv", **user)
+    result, trained = last_line(output), reports_of(together)[-1]
+    assert (result["examples"], result["top1"]) == (360, trained["top1"])
+    assert result["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    rows = (together / "confusion.csv").read_text().splitlines()[1:]
+    counts = [int(number) for row in rows for number in row.split(",")[1:] if number.isdigit()]
+    assert sum(counts) >= 360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(user, alone, tmp_path, first, second):
+    def run(count: int, *more: str) -> None:
+        if count == 1:
+            run_main(*QUICK, *more, f"--workdir={tmp_path}", devices=4, **user)
+        else:
+            run_processes(count, *QUICK, *more, f"--workdir={tmp_path}", **user)
+
+    run(first)
+    for step in (9, 6):  # as if it had died after step 3
+        subprocess.run(["rm", "-r", str(tmp_path / "checkpoints" / str(step))], check=True)
+    run(second)
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_the_same_step_on_both(user, tmp_path):
+    processes = start_processes(2, *LONG, f"--workdir={tmp_path}", **user)
+    wait_for_step(tmp_path, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = end_of(processes)
+    assert [status for status, _, _ in ends] == [130, 130], ends
+    assert [output for _, output, _ in ends] == ["", ""]
+    newest = saved_steps(tmp_path)[-1]
+    assert [line["step"] for line in reports_of(tmp_path)][-1] == newest
+    assert f"stopped and saved after step {newest}" in ends[0][2]
+    assert "Traceback" not in ends[0][2] + ends[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_killed_ends_the_other_and_a_restart_continues(user, tmp_path, victim):
+    processes = start_processes(2, *LONG, f"--workdir={tmp_path}", **user)
+    wait_for_step(tmp_path, 4, processes)
+    processes[victim].kill()
+    started = time.monotonic()
+    status, output, errors = end_of(processes)[1 - victim]
+    assert time.monotonic() - started < 120
+    assert (status, output) == (1, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: a process of this run has died or can't be reached")
+    assert "start all of them again" in last
+
+    processes = start_processes(2, *LONG, f"--workdir={tmp_path}", **user)
+    wait_for_step(tmp_path, 7, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    ends = end_of(processes)
+    assert [status for status, _, _ in ends] == [130, 130], ends
+    assert "continuing after step " in ends[0][2]
+    assert [line["step"] for line in reports_of(tmp_path)] == list(range(1, saved_steps(tmp_path)[-1] + 1))
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_ends_all_with_its_message(user, tmp_path):
+    common = (*QUICK, f"--workdir={tmp_path}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    ends = end_of(
+        [
+            start_main(*common, *where, "--process_id=0", devices=2, **user),
+            start_main(*common, *where, "--process_id=1", "--config.optim.momentum=0.5", devices=2, **user),
+        ]
+    )
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    for _, _, errors in ends:
+        assert "config.optim.momentum=0.9 there, config.optim.momentum=0.5 here" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_that_the_devices_do_not_divide(user, tmp_path):
+    with_batch = (*QUICK, f"--workdir={tmp_path}", "--config.train.global_batch_size=6")
+    ends = end_of(start_processes(2, *with_batch, **user))
+    for status, output, errors in ends:
+        assert (status, output) == (2, "")
+        assert "config.train.global_batch_size is 6, which 4 devices don't divide; take 4 or 8." in errors
+        assert sum(line.startswith("error:") for line in errors.splitlines()) == 1
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_others_do_not_come(user, tmp_path, index):
+    started = time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}")
+    output, errors = run_main(*QUICK, f"--workdir={tmp_path}", *where, expect=2, **user)
+    assert time.monotonic() - started < 120
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("error: the 2 processes of this run did not come together at 127.0.0.1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=localhost:1"], "without --num_processes and --process_id"),
+        (["--mode=schedule", "--num_processes=2"], "--mode schedule runs in one process"),
+    ],
+)
+def test_flags_that_contradict_themselves_are_one_line(tmp_path, flags, message):
+    output, errors = run_main(*QUICK, f"--workdir={tmp_path}/run", *flags, expect=2)
+    assert (output, len(errors.splitlines())) == ("", 1)
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+LAUNCHERS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+def test_launcher_is_a_script_with_its_usage(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in text
+    assert f"launch/{script.name}" in text.partition("set -euo pipefail")[0]
+
+
+@pytest.mark.slow
+def test_local_launcher_runs_two_processes(user, tmp_path, alone):
+    result = subprocess.run(
+        ["launch/local.sh", "2", *QUICK, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env=environment(0, **user, DEVICES="2", XLA_FLAGS="", PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert last_line(result.stdout)["step"] == STEPS
+    assert_same_run(tmp_path, alone)
