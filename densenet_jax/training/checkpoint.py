@@ -23,6 +23,8 @@ from densenet_jax.training.integrity import (
     saved_score,
     write_checksums,
 )
+from densenet_jax.training.precision import LossScale
+from densenet_jax.training.sharding import shardings_of, with_sharding
 from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -157,6 +159,9 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The state saved at `step`, laid out as the abstract state `like` says, and the sums of the report under way.
 
+        A loss scale that `like` has and the checkpoint has not, since it was saved under another precision, begins
+        anew; one that `like` has not is dropped.
+
         Raises:
             DamagedCheckpointError: the checkpoint is not what was written.
             UserError: it can't be read, or is of another model.
@@ -164,9 +169,12 @@ class Checkpoints:
         path = self._path(step)
         whole = check_files(path)
         try:
-            _check_same_model(path, like)
+            tree = _saved_tree(path)
+            _check_same_model(path, tree, like)
+            scale = jax.eval_shape(LossScale.create) if tree.get("loss_scale") else None
+            as_saved = like.replace(loss_scale=with_sharding(scale, like.step.sharding))  # type: ignore[attr-defined]
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(as_saved), data=ocp.args.JsonRestore())
             )
         except UserError:
             raise
@@ -175,7 +183,11 @@ class Checkpoints:
             raise kind(f"{path} can't be restored: {first_line(error)}") from error
         if restored["data"]["next_step"] != step:
             raise DamagedCheckpointError(f"{path} says it is of step {restored['data']['next_step']}")
-        return restored["state"], restored["data"]["window"]
+        state, wanted = restored["state"], like.loss_scale
+        if (state.loss_scale is None) != (wanted is None):
+            scale = None if wanted is None else jax.device_put(LossScale.create(), shardings_of(wanted))
+            state = state.replace(loss_scale=scale)
+        return state, restored["data"]["window"]
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
         """What `restore` gives for the newest checkpoint that can be read; damaged ones are named and passed over.
@@ -254,13 +266,17 @@ class Checkpoints:
             self._manager.close()
 
 
-def _check_same_model(path: str, like: TrainState) -> None:
-    """Compares the shapes of the parameters before anything is read: Orbax tells of it in a hundred tracebacks."""
+def _saved_tree(path: str) -> dict[str, Any]:
+    """Shapes and dtypes of the saved state; None where it has nothing."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(os.path.join(path, "state")).item_metadata.tree["params"]
+        return reader.metadata(os.path.join(path, "state")).item_metadata.tree
+
+
+def _check_same_model(path: str, tree: dict[str, Any], like: TrainState) -> None:
+    """Compares the shapes of the parameters before anything is read: Orbax tells of it in a hundred tracebacks."""
     theirs, ours = (
         {jax.tree_util.keystr(name, simple=True, separator="/"): tuple(leaf.shape) for name, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (tree, like.params))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (tree["params"], like.params))
     )
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):

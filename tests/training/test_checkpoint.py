@@ -1,5 +1,6 @@
 """What is saved comes back, and what is damaged is passed over by name."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -56,6 +57,29 @@ def test_state_and_window_come_back_to_the_bit_on_another_number_of_devices(reci
         np.testing.assert_array_equal(ours, theirs)
     assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 4
     assert window == WINDOW
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["to_float16", "from_float16"])
+def test_a_loss_scale_begins_anew_or_is_dropped_with_the_precision(recipe, tmp_path, scaled):
+    before, after = (dataclasses.replace(recipe, scales_loss=scales) for scales in (scaled, not scaled))
+    state = state_at(before, 5)
+    if scaled:
+        state = state.replace(loss_scale=state.loss_scale.update(jnp.asarray(False)))
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(5, state, CONFIG, WINDOW)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(5, after.abstract(everywhere(4)))
+    same, _ = checkpoints.restore(5, before.abstract(everywhere(4)))
+    checkpoints.close()
+    for ours, theirs in zip(jax.tree.leaves(restored.opt_state), jax.tree.leaves(state.opt_state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    if scaled:
+        assert restored.loss_scale is None
+        assert float(same.loss_scale.scale) == 2.0**15
+    else:
+        assert same.loss_scale is None
+        assert float(restored.loss_scale.scale) == 2.0**16
+        assert len(restored.loss_scale.scale.sharding.device_set) == 4
 
 
 def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
