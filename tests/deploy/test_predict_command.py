@@ -123,27 +123,27 @@ def test_predict_answers_what_evaluation_counts(user, tmp_path):
 def test_kill_and_go_on(digits, user, tmp_path, number):
     many = tmp_path / "many"
     many.mkdir()
-    data = encoded(gradient(900, 700), "PNG")
-    for index in range(800):
-        (many / f"{index:04d}.png").write_bytes(data if index % 7 else data[: 1000 + index])
+    data = encoded(gradient(300, 200), "PNG")
+    for index in range(400):
+        (many / f"{index:04d}.png").write_bytes(data if index % 7 else data[: 500 + index])
     command = ("--mode=predict", f"--workdir={digits[0]}", f"--images={many}", "--features=pooled")
     output = tmp_path / "out.jsonl"
     with start_main(*command, f"--output={output}", **user) as process:
-        while not (output.exists() and len(output.read_bytes().splitlines()) > 100):
+        while not (output.exists() and len(output.read_bytes().splitlines()) > 80):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         process.send_signal(number)
         process.communicate(timeout=100)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
     kept = output.read_bytes()
-    assert 100 < len(kept.splitlines()) < 800
+    assert 80 < len(kept.splitlines()) < 400
     if number == signal.SIGKILL:
         output.write_bytes(kept[:-5])  # a file system may lose the end as well
     _, errors = run_main(*command, f"--output={output}", expect=3, **user)
     assert "images already" in errors
     run_main(*command, f"--output={tmp_path / 'whole.jsonl'}", expect=3, **user)
     lines, whole = lines_of(output), lines_of(tmp_path / "whole.jsonl")
-    assert [line["image"] for line in lines] == [f"{many}/{index:04d}.png" for index in range(800)]
+    assert [line["image"] for line in lines] == [f"{many}/{index:04d}.png" for index in range(400)]
     for line, want in zip(lines, whole, strict=True):
         assert line.keys() == want.keys()
         assert line.get("error") == want.get("error")

@@ -174,6 +174,14 @@ def test_pretrained_weights(tmp_path):
     assert {answer.label for answer in predictor([gradient_array()])[0]} == {"ant", "bee", "cat", "dog"}
 
 
+def test_a_thousand_classes_are_imagenet_s(tmp_path):
+    module = densenet_jax.create_model("densenet_bc_22_12", num_classes=1000)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    save_torch_state_dict(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes), tmp_path / "large.safetensors")
+    predictor = Predictor.from_pretrained("densenet_bc_22_12", str(tmp_path / "large.safetensors"))
+    assert predictor.class_names[281] == "tabby"
+
+
 def test_names_of_imagenet(tmp_path):
     names = imagenet_labels()
     assert len({name.lower() for name in names}) == 1000
