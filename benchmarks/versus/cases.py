@@ -39,7 +39,9 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
         **({"channels": channels, "overrides": overrides} if ours else {"facts": facts}),
     }
     interpreter = sys.executable if ours else arguments.torch_python
-    return Contestant(name, functools.partial(Worker, script, interpreter), case)
+    # The plain form is what JAX makes of the network without any kernel of ours.
+    environment = {"DENSENET_JAX_NATIVE": "0"} if form == "plain" else {}
+    return Contestant(name, functools.partial(Worker, script, interpreter, **environment), case)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

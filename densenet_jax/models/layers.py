@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.cpu import convolution as cpu
+from densenet_jax.kernels.cpu import pooling
 
 DType = Any
 Fan = Literal["fan_in", "fan_out"]
@@ -228,14 +230,10 @@ def convolve(
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
     """2-D convolution padded by the same number of zeros on every side (XLA's SAME pads stride 2 unevenly)."""
-    return lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        (stride, stride),
-        [(padding, padding), (padding, padding)],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    kernel = kernel.astype(x.dtype)
+    if cpu.usable(x, kernel, groups):
+        return cpu.convolve(x, kernel, stride=stride, padding=padding)
+    return cpu.plain_convolve(x, kernel, stride=stride, padding=padding, groups=groups)
 
 
 def he_normal(fan: Fan) -> nn.initializers.Initializer:
@@ -273,7 +271,9 @@ def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool
     result is the same to the bit: a window that reaches over the border holds the border already.
     """
     if not repeat_border:
-        return nn.max_pool(x, window_shape=(3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
+        if pooling.usable(x):
+            return pooling.max_pool(x, 3, stride)
+        return pooling.plain_max_pool(x, window=3, stride=stride)
     for axis in (1, 2):
         size = x.shape[axis]
         first, last = (lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (0, size - 1))

@@ -1,0 +1,1 @@
+"""Convolutions for XLA's CPU backend: an optional compiled library. See `build`."""

@@ -1,0 +1,677 @@
+// 2-D convolutions of float32 or float64 [b, h, w, c] maps for XLA's CPU backend: outputs, input gradients, kernel
+// gradients. See library.py for the contract.
+//
+// An output tile of kTileRows pixels by up to two vectors of channels stays in registers while the sum runs over the
+// window: one broadcast input value meets kVectors loaded weights. A window's row is contiguous in memory (its pixels
+// are neighbours, its channels innermost), so the sum is kernel_height runs of kernel_width * channels values, whatever
+// the kernel's size. Borders are zeros in a copy of the few input rows at hand, which stays in cache.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 14;  // 28 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileRows = 6;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kTileRows = 14;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6;
+#endif
+constexpr int kVectors = 2;
+constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
+
+template <typename T>
+struct Lanes {
+  static constexpr int kCount = kVectorBytes / sizeof(T);
+  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+
+int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs task(0) ... task(count - 1) on the pool and the calling thread, which never waits for a task nobody has begun.
+void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t count, done = 0;
+    const std::function<void(int64_t)>* task;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    void Work() {
+      int64_t mine = 0;
+      for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) (*task)(i);
+      if (mine == 0) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      if ((done += mine) == count) all_done.notify_all();
+    }
+  };
+  auto shared = std::make_shared<Shared>();
+  shared->count = count;
+  shared->task = &task;
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Work(); });
+  shared->Work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == count; });
+}
+
+template <typename T>
+class Scratch {  // a thread's own memory, aligned to cache lines and kept between calls
+ public:
+  T* Get(int slot, int64_t count) {
+    std::vector<char>& memory = memory_[slot];
+    if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<char> memory_[3];
+};
+
+template <typename T>
+T* ThreadScratch(int slot, int64_t count) {
+  static thread_local Scratch<T> scratch;
+  return scratch.Get(slot, count);
+}
+
+template <typename T>
+std::unique_ptr<T[], void (*)(T*)> Allocate(int64_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, std::max<int64_t>(count, 1) * sizeof(T))) throw std::bad_alloc();
+  return {static_cast<T*>(memory), [](T* p) { free(p); }};
+}
+
+// y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels, N vectors.
+template <typename T, int M, int N>
+void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t rows,
+                int64_t run, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * row_step;
+    for (int64_t j = 0; j < run; ++j, w += N * kLanes) {
+      Vector weights[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = from[m * pixel_step + j] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    if (lanes == N * kLanes) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(y + m * y_step + n * kLanes) = sum[m][n];
+    } else {
+      std::memcpy(y + m * y_step, sum[m], lanes * sizeof(T));
+    }
+  }
+}
+
+// dw[m, :] += sum over pixels of x[pixel][m] * g[pixel][:], for M window values, N vectors of output channels.
+template <typename T, int M, int N>
+void KernelTile(T* dw, int64_t dw_step, const T* x, int64_t pixel_step, int64_t row_step, const T* g, int64_t g_step,
+                int64_t g_row_step, int64_t rows, int64_t columns) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] = *reinterpret_cast<Vector*>(dw + m * dw_step + n * kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * row_step;
+    const T* gradient = g + r * g_row_step;
+    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += g_step) {
+      Vector gradients[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) gradients[n] = *reinterpret_cast<const Vector*>(gradient + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = from[m] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * gradients[n];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(dw + m * dw_step + n * kLanes) = sum[m][n];
+}
+
+template <typename T>
+using OutputTileFn = decltype(&OutputTile<T, 1, 1>);
+template <typename T>
+using KernelTileFn = decltype(&KernelTile<T, 1, 1>);
+
+template <typename T, int... M>
+OutputTileFn<T> OutputTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr OutputTileFn<T> table[2][sizeof...(M)] = {{OutputTile<T, M + 1, 1>...}, {OutputTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+template <typename T, int... M>
+KernelTileFn<T> KernelTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr KernelTileFn<T> table[2][sizeof...(M)] = {{KernelTile<T, M + 1, 1>...}, {KernelTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+constexpr auto kTiles = std::make_integer_sequence<int, kTileRows>{};
+
+// Calls tile(begin, size) for `count` cut into the fewest tiles, all of nearly the same size.
+template <typename F>
+void ForTiles(int64_t count, F tile) {
+  const int64_t tiles = DivideUp(count, kTileRows);
+  for (int64_t i = 0, begin = 0; i < tiles; ++i) {
+    const int64_t end = count * (i + 1) / tiles;
+    tile(begin, static_cast<int>(end - begin));
+    begin = end;
+  }
+}
+
+struct Sizes {
+  int64_t batch, height, width, channels;       // of the input
+  int64_t out_height, out_width, out_channels;  // of the output
+  int64_t kernel_height, kernel_width, stride, padding;
+
+  int64_t run() const { return kernel_width * channels; }
+  int64_t padded_width() const { return width + 2 * padding; }
+  // Without a window, pixels are one long row; cut into lines of some length, the last one shorter.
+  bool pointwise() const { return kernel_height == 1 && kernel_width == 1 && padding == 0 && stride == 1; }
+};
+
+// How a map is read: relu(scale * x + bias) of its first `channels` channels of `step`; without scale, x itself.
+template <typename T>
+struct Source {
+  const T* x;
+  const T* scale;
+  const T* bias;
+  int64_t step;
+};
+
+template <typename T>
+void ReadPixels(const Source<T>& source, const T* from, int64_t pixels, int64_t channels, T* to) {
+  if (source.scale == nullptr) {
+    std::memcpy(to, from, pixels * channels * sizeof(T));
+    return;
+  }
+  const T *scale = source.scale, *bias = source.bias;
+  for (int64_t p = 0; p < pixels; ++p, from += source.step, to += channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const T value = scale[c] * from[c] + bias[c];
+      to[c] = value > T{0} ? value : T{0};
+    }
+  }
+}
+
+// What is read of the rows under output rows [begin, end) of an image, borders included; the last row may be shorter.
+template <typename T>
+const T* InputRows(const Sizes& s, const Source<T>& source, int64_t image, int64_t begin, int64_t end, int64_t pixels) {
+  const int64_t first = begin * s.stride - s.padding, count = (end - begin - 1) * s.stride + s.kernel_height;
+  const T* x = source.x + image * s.height * s.width * source.step;
+  if (s.padding == 0) {
+    const T* from = x + first * s.width * source.step;
+    if (source.scale == nullptr) return from;
+    const int64_t most = std::min(count * s.width, pixels - (image * s.height + first) * s.width);
+    T* to = ThreadScratch<T>(0, count * s.width * s.channels);
+    ReadPixels(source, from, most, s.channels, to);
+    return to;
+  }
+  const int64_t line = s.padded_width() * s.channels, border = s.padding * s.channels;
+  T* rows = ThreadScratch<T>(0, count * line);
+  for (int64_t r = 0; r < count; ++r) {
+    T* to = rows + r * line;
+    if (first + r < 0 || first + r >= s.height) {
+      std::fill(to, to + line, T{0});
+      continue;
+    }
+    std::fill(to, to + border, T{0});
+    ReadPixels(source, x + (first + r) * s.width * source.step, s.width, s.channels, to + border);
+    std::fill(to + line - border, to + line, T{0});
+  }
+  return rows;
+}
+
+// How the output is cut into tasks: bands of rows (or, pointwise, of pixels) that keep their inputs in cache.
+struct Bands {
+  int64_t rows_each, per_image, count;
+
+  Bands(const Sizes& s, int64_t element_bytes, int64_t threads) {
+    const int64_t line = s.padded_width() * std::max(s.channels, s.out_channels) * element_bytes;
+    rows_each = std::clamp<int64_t>((kBandBytes / line - s.kernel_height) / s.stride + 1, 1, s.out_height);
+    while (rows_each > 1 && DivideUp(s.out_height, rows_each) * s.batch < 4 * threads) rows_each = (rows_each + 1) / 2;
+    per_image = DivideUp(s.out_height, rows_each);
+    count = per_image * s.batch;
+  }
+};
+
+// A pointwise convolution as one of lines: every line some pixels of one "image"; the last line may be shorter.
+Sizes AsLines(Sizes s, int64_t element_bytes) {
+  const int64_t most = kBandBytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
+  const int64_t line = std::clamp<int64_t>(most, 1, 8) * kTileRows;
+  s.out_height = s.height = DivideUp(s.batch * s.height * s.width, line);
+  s.out_width = s.width = line;
+  s.batch = 1;
+  return s;
+}
+
+// w[taps][channels][out] to [chunk][taps][channels][vectors of out]; transposed: for the input gradient, taps reversed
+// and the two kinds of channels exchanged.
+template <typename T>
+void Pack(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, T* packed) {
+  constexpr int kWidth = kVectors * Lanes<T>::kCount;
+  const int64_t taps = s.kernel_height * s.kernel_width, chunks = DivideUp(s.out_channels, kWidth);
+  ParallelFor(pool, chunks, [&](int64_t chunk) {
+    const int64_t first = chunk * kWidth, lanes = std::min<int64_t>(kWidth, s.out_channels - first);
+    const int64_t width = DivideUp(lanes, Lanes<T>::kCount) * Lanes<T>::kCount;
+    T* to = packed + first * taps * s.channels;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t c = 0; c < s.channels; ++c, to += width) {
+        if (transposed) {
+          const T* from = w + ((taps - 1 - tap) * s.out_channels + first) * s.channels + c;
+          for (int64_t o = 0; o < lanes; ++o) to[o] = from[o * s.channels];
+        } else {
+          std::memcpy(to, w + (tap * s.channels + c) * s.out_channels + first, lanes * sizeof(T));
+        }
+        std::fill(to + lanes, to + width, T{0});
+      }
+    }
+  });
+}
+
+// Computes bands of outputs and calls done(image, begin, end, first pixel, pixels, y) after each; where y is null, the
+// band lies in the thread's own memory and is gone afterwards.
+template <typename T, typename F>
+void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t pixels, const Bands& bands, const Source<T>& source,
+            const T* packed, T* y, F done) {
+  constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
+  ParallelFor(pool, bands.count, [&](int64_t task) {
+    const int64_t image = task / bands.per_image, begin = task % bands.per_image * bands.rows_each;
+    const int64_t end = std::min(begin + bands.rows_each, s.out_height);
+    const int64_t at = (image * s.out_height + begin) * s.out_width;
+    const int64_t count = std::min((end - begin) * s.out_width, pixels - at);
+    const T* rows = InputRows(s, source, image, begin, end, pixels);
+    T* out = y == nullptr ? ThreadScratch<T>(2, count * s.out_channels) : y + at * s.out_channels;
+    for (int64_t first = 0; first < s.out_channels; first += kWidth) {
+      const int64_t lanes = std::min<int64_t>(kWidth, s.out_channels - first);
+      const int vectors = static_cast<int>(DivideUp(lanes, kLanes));
+      const T* weights = packed + first * taps * s.channels;
+      for (int64_t row = 0; row < end - begin; ++row) {
+        const int64_t columns = std::min(s.out_width, count - row * s.out_width);
+        const T* from = rows + row * s.stride * row_step;
+        T* to = out + row * s.out_width * s.out_channels + first;
+        ForTiles(columns, [&](int64_t column, int tile) {
+          OutputTileOf<T>(tile, vectors, kTiles)(to + column * s.out_channels, s.out_channels,
+                                                 from + column * pixel_step, pixel_step, row_step, weights,
+                                                 s.kernel_height, s.run(), lanes);
+        });
+      }
+    }
+    done(task, at, count, out);
+  });
+}
+
+template <typename T>
+struct Prepared {  // a convolution cut into bands, its weights packed
+  Sizes sizes;
+  int64_t pixels;
+  std::unique_ptr<T[], void (*)(T*)> packed;
+  Bands bands;
+
+  Prepared(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed)
+      : sizes(s.pointwise() ? AsLines(s, sizeof(T)) : s),
+        pixels(s.batch * s.out_height * s.out_width),
+        packed(Allocate<T>(s.kernel_height * s.run() * DivideUp(s.out_channels, Lanes<T>::kCount) * Lanes<T>::kCount)),
+        bands(sizes, sizeof(T), pool.num_threads()) {
+    Pack(pool, s, w, transposed, packed.get());
+  }
+};
+
+template <typename T>
+void Output(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& source, const T* w, bool transposed, T* y) {
+  const Prepared<T> p(pool, s, w, transposed);
+  Output(pool, p.sizes, p.pixels, p.bands, source, p.packed.get(), y, [](int64_t, int64_t, int64_t, T*) {});
+}
+
+// The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx and, summed over all
+// pixels, those of scale and bias. s are the sizes of the transposed convolution.
+template <typename T>
+void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, const T* w, const Source<T>& read, T* dx,
+                  T* dscale, T* dbias) {
+  const Prepared<T> p(pool, s, w, true);
+  const int64_t channels = s.out_channels;
+  auto sums = Allocate<T>(p.bands.count * 2 * channels);
+  Output<T>(pool, p.sizes, p.pixels, p.bands, g, p.packed.get(), nullptr,
+            [&](int64_t band, int64_t at, int64_t count, T* gradient) {
+              T* of_scale = sums.get() + band * 2 * channels;
+              T* of_bias = of_scale + channels;
+              std::fill(of_scale, of_scale + 2 * channels, T{0});
+              const T *x = read.x + at * read.step, *scale = read.scale, *bias = read.bias;
+              T* to = dx + at * channels;
+              for (int64_t i = 0; i < count; ++i, x += read.step, to += channels, gradient += channels) {
+#pragma GCC ivdep
+                for (int64_t c = 0; c < channels; ++c) {
+                  const T open = scale[c] * x[c] + bias[c] > T{0} ? gradient[c] : T{0};
+                  of_bias[c] += open;
+                  of_scale[c] += open * x[c];
+                  to[c] = open * scale[c];
+                }
+              }
+            });
+  for (int64_t c = 0; c < channels; ++c) {
+    T of_scale = 0, of_bias = 0;
+    for (int64_t band = 0; band < p.bands.count; ++band) {
+      of_scale += sums[band * 2 * channels + c];
+      of_bias += sums[(band * 2 + 1) * channels + c];
+    }
+    dscale[c] = of_scale;
+    dbias[c] = of_bias;
+  }
+}
+
+// The rows [begin, end) of a gradient with its channels filled up to whole vectors.
+template <typename T>
+const T* WholeVectors(const T* g, int64_t pixels, int64_t channels, int64_t width) {
+  if (channels == width) return g;
+  T* wide = ThreadScratch<T>(1, pixels * width);
+  for (int64_t p = 0; p < pixels; ++p) {
+    std::memcpy(wide + p * width, g + p * channels, channels * sizeof(T));
+    std::fill(wide + p * width + channels, wide + (p + 1) * width, T{0});
+  }
+  return wide;
+}
+
+template <typename T>
+void KernelGradient(ffi::ThreadPool& pool, Sizes s, const Source<T>& source, const T* g, T* dw) {
+  constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
+  const int64_t window = s.kernel_height * s.run(), width = DivideUp(s.out_channels, kLanes) * kLanes;
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const bool pointwise = s.pointwise();
+  if (pointwise) s = AsLines(s, sizeof(T));
+  const Bands bands(s, sizeof(T), 1);
+  const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
+  // A sum for each of as many slices as there are threads, whichever thread computes it: the result is the same always.
+  const int64_t slices = std::min<int64_t>(pool.num_threads(), bands.count);
+  auto sums = Allocate<T>(slices * window * width);
+  ParallelFor(pool, slices, [&](int64_t slice) {
+    T* sum = sums.get() + slice * window * width;
+    std::fill(sum, sum + window * width, T{0});
+    for (int64_t band = bands.count * slice / slices; band < bands.count * (slice + 1) / slices; ++band) {
+      const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
+      const int64_t end = std::min(begin + bands.rows_each, s.out_height), at = (image * s.out_height + begin) * s.out_width;
+      const T* rows = InputRows(s, source, image, begin, end, pixels);
+      int64_t lines = end - begin, columns = s.out_width;
+      if (pointwise) {
+        columns = std::min(lines * columns, pixels - at);
+        lines = 1;
+      }
+      const T* gradients = WholeVectors(g + at * s.out_channels, lines * columns, s.out_channels, width);
+      for (int64_t first = 0; first < width; first += kWidth) {
+        const int vectors = static_cast<int>(std::min<int64_t>(kVectors, (width - first) / kLanes));
+        for (int64_t r = 0; r < s.kernel_height; ++r) {
+          ForTiles(s.run(), [&](int64_t value, int count) {
+            KernelTileOf<T>(count, vectors, kTiles)(sum + (r * s.run() + value) * width + first, width,
+                                                    rows + r * row_step + value, pixel_step, s.stride * row_step,
+                                                    gradients + first, width, columns * width, lines, columns);
+          });
+        }
+      }
+    }
+  });
+  for (int64_t k = 0; k < window; ++k) {
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      T total = sums[k * width + o];
+      for (int64_t slice = 1; slice < slices; ++slice) total += sums[(slice * window + k) * width + o];
+      dw[k * s.out_channels + o] = total;
+    }
+  }
+}
+
+// Calls visit(tap, pixel of x) for the taps of a square window that lie inside the image.
+template <typename F>
+void ForWindow(const Sizes& s, int64_t row, int64_t column, F visit) {
+  for (int64_t i = 0; i < s.kernel_height; ++i) {
+    const int64_t y = row * s.stride + i - s.padding;
+    if (y < 0 || y >= s.height) continue;
+    for (int64_t j = 0; j < s.kernel_width; ++j) {
+      const int64_t x = column * s.stride + j - s.padding;
+      if (x >= 0 && x < s.width) visit(static_cast<int32_t>(i * s.kernel_width + j), y * s.width + x);
+    }
+  }
+}
+
+// dx: the gradient of a window's maximum goes to the first of its largest values.
+template <typename T>
+void PoolGradient(ffi::ThreadPool& pool, const Sizes& s, const T* x, const T* g, T* dx) {
+  ParallelFor(pool, s.batch, [&](int64_t image) {
+    const int64_t channels = s.channels, size = s.height * s.width * channels;
+    const T* from = x + image * size;
+    T* to = dx + image * size;
+    std::fill(to, to + size, T{0});
+    std::vector<T> best(channels);
+    std::vector<int32_t> chosen(channels);
+    T* most = best.data();
+    int32_t* which = chosen.data();
+    for (int64_t row = 0; row < s.out_height; ++row) {
+      for (int64_t column = 0; column < s.out_width; ++column) {
+        bool first = true;
+        ForWindow(s, row, column, [&](int32_t tap, int64_t pixel) {
+          const T* values = from + pixel * channels;
+          if (first) {
+            std::copy(values, values + channels, most);
+            std::fill(which, which + channels, tap);
+            first = false;
+            return;
+          }
+#pragma GCC ivdep
+          for (int64_t c = 0; c < channels; ++c) {
+            const bool larger = values[c] > most[c];
+            which[c] = larger ? tap : which[c];
+            most[c] = larger ? values[c] : most[c];
+          }
+        });
+        const T* gradient = g + ((image * s.out_height + row) * s.out_width + column) * channels;
+        ForWindow(s, row, column, [&](int32_t tap, int64_t pixel) {
+          T* sums = to + pixel * channels;
+#pragma GCC ivdep
+          for (int64_t c = 0; c < channels; ++c) sums[c] += which[c] == tap ? gradient[c] : T{0};
+        });
+      }
+    }
+  });
+}
+
+using Shape = ffi::Span<const int64_t>;
+
+ffi::Error Invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
+
+// The sizes of a convolution of the first `channels` channels of maps x; false where they are none of its output's.
+bool Fit(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, int64_t kernel_width, int64_t stride,
+         int64_t padding) {
+  if (x.size() != 4 || y.size() != 4 || stride < 1 || padding < 0 || channels > x[3]) return false;
+  s = {x[0], x[1], x[2], channels, y[1], y[2], y[3], kernel_height, kernel_width, stride, padding};
+  return y[0] == s.batch && s.out_height == (s.height + 2 * padding - kernel_height) / stride + 1 &&
+         s.out_width == (s.width + 2 * padding - kernel_width) / stride + 1;
+}
+
+bool FitReader(Shape x, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
+  return x.size() == 4 && scale.dimensions().size() == 1 && bias.element_count() == scale.element_count() &&
+         static_cast<int64_t>(scale.element_count()) <= x[3];
+}
+
+template <typename T>
+Source<T> Plain(ffi::AnyBuffer x) {
+  return {x.typed_data<T>(), nullptr, nullptr, x.dimensions()[3]};
+}
+
+template <typename T>
+Source<T> Read(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
+  return {x.typed_data<T>(), scale.typed_data<T>(), bias.typed_data<T>(), x.dimensions()[3]};
+}
+
+// Calls run with a zero of the buffer's type.
+template <typename F>
+ffi::Error ForType(ffi::AnyBuffer buffer, F run) {
+  if (buffer.element_type() == ffi::F32) {
+    run(float{});
+  } else if (buffer.element_type() == ffi::F64) {
+    run(double{});
+  } else {
+    return Invalid("expected float32 or float64");
+  }
+  return ffi::Error::Success();
+}
+
+// y = x convolved with w; transposed: x is a gradient of the output and y that of the input, stride 1.
+ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
+                      int64_t stride, int64_t padding, bool transposed) {
+  const Shape k = w.dimensions();
+  Sizes s;
+  if (k.size() != 4 || !Fit(s, x.dimensions(), k[transposed ? 3 : 2], y->dimensions(), k[0], k[1], stride, padding) ||
+      x.dimensions()[3] != s.channels || k[transposed ? 2 : 3] != s.out_channels)
+    return Invalid("shapes of a convolution do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    Output<T>(pool, s, Plain<T>(x), w.typed_data<T>(), transposed, y->typed_data<T>());
+  });
+}
+
+// dw: the gradient of the kernel, from the input x and the output's gradient g.
+ffi::Error KernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dw,
+                              int64_t stride, int64_t padding) {
+  const Shape k = dw->dimensions();
+  Sizes s;
+  if (k.size() != 4 || !Fit(s, x.dimensions(), k[2], g.dimensions(), k[0], k[1], stride, padding) ||
+      x.dimensions()[3] != s.channels || k[3] != s.out_channels)
+    return Invalid("shapes of a convolution's gradient do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    KernelGradient<T>(pool, s, Plain<T>(x), g.typed_data<T>(), dw->typed_data<T>());
+  });
+}
+
+// y = relu(scale * x + bias) convolved with w, of the first channels of x, as many as scale has; stride 1.
+ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w,
+                    ffi::Result<ffi::AnyBuffer> y, int64_t padding) {
+  const Shape k = w.dimensions();
+  Sizes s;
+  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
+      !Fit(s, x.dimensions(), k[2], y->dimensions(), k[0], k[1], 1, padding) || k[3] != s.out_channels ||
+      static_cast<int64_t>(scale.element_count()) != s.channels)
+    return Invalid("shapes of a reader do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    Output<T>(pool, s, Read<T>(x, scale, bias), w.typed_data<T>(), false, y->typed_data<T>());
+  });
+}
+
+// The gradients of ReadCall's x, scale and bias, given g, that of y; padding is the transposed convolution's.
+ffi::Error ReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                            ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
+                            ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> dbias, int64_t padding) {
+  const Shape k = w.dimensions();
+  Sizes s;
+  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
+      !Fit(s, g.dimensions(), k[3], dx->dimensions(), k[0], k[1], 1, padding) || g.dimensions()[3] != s.channels ||
+      k[2] != s.out_channels || static_cast<int64_t>(scale.element_count()) != s.out_channels ||
+      x.element_count() / x.dimensions()[3] != dx->element_count() / s.out_channels ||
+      dscale->element_count() != scale.element_count() || dbias->element_count() != scale.element_count())
+    return Invalid("shapes of a reader's gradient do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    ReadGradient<T>(pool, s, Plain<T>(g), w.typed_data<T>(), Read<T>(x, scale, bias), dx->typed_data<T>(),
+                    dscale->typed_data<T>(), dbias->typed_data<T>());
+  });
+}
+
+// The gradient of ReadCall's w.
+ffi::Error ReadKernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                                  ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dw, int64_t padding) {
+  const Shape k = dw->dimensions();
+  Sizes s;
+  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
+      !Fit(s, x.dimensions(), k[2], g.dimensions(), k[0], k[1], 1, padding) || k[3] != s.out_channels ||
+      static_cast<int64_t>(scale.element_count()) != s.channels)
+    return Invalid("shapes of a reader's kernel gradient do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    KernelGradient<T>(pool, s, Read<T>(x, scale, bias), g.typed_data<T>(), dw->typed_data<T>());
+  });
+}
+
+// The gradient of x, given g, that of its windows' maxima; windows of window x window, padded on every side.
+ffi::Error PoolGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
+                            int64_t window, int64_t stride, int64_t padding) {
+  Sizes s;
+  const Shape shape = x.dimensions();
+  if (shape.size() != 4 || padding >= window || dx->element_count() != x.element_count() ||
+      !Fit(s, shape, shape[3], g.dimensions(), window, window, stride, padding) || s.out_channels != s.channels)
+    return Invalid("shapes of a pooling's gradient do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    PoolGradient<T>(pool, s, x.typed_data<T>(), g.typed_data<T>(), dx->typed_data<T>());
+  });
+}
+
+using Buffer = ffi::AnyBuffer;
+
+}  // namespace
+
+// clang-format off
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetConvolution, OutputCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<bool>("transposed"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetKernelGradient, KernelGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetRead, ReadCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetReadGradient, ReadGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetReadKernelGradient, ReadKernelGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetPoolGradient, PoolGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("window").Attr<int64_t>("stride").Attr<int64_t>("padding"));

@@ -1,0 +1,43 @@
+"""The compiled library's calls, known to XLA by name."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+import jax
+
+# A call and the library's symbol.
+_CALLS = {
+    "output": "DensenetConvolution",
+    "kernel_gradient": "DensenetKernelGradient",
+    "pool_gradient": "DensenetPoolGradient",
+    "read": "DensenetRead",
+    "read_gradient": "DensenetReadGradient",
+    "read_kernel_gradient": "DensenetReadKernelGradient",
+}
+
+
+@functools.cache
+def target_names() -> dict[str, str]:
+    """XLA's names of the calls; empty where the library was not built or may not be used.
+
+    Keys are those of _CALLS. The names hold the library's own: a program compiled with one library is not run with
+    another.
+    """
+    from densenet_jax.kernels.cpu.build import library_paths  # not at load: `python -m` runs that module
+
+    if os.environ.get("DENSENET_JAX_NATIVE") == "0":
+        return {}
+    for path in library_paths():
+        try:
+            library = ctypes.CDLL(os.fspath(path))
+        except OSError:
+            continue
+        names = {}
+        for call, symbol in _CALLS.items():
+            names[call] = f"densenet_{call}_{path.stem.split('-')[-1]}"
+            jax.ffi.register_ffi_target(names[call], jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+        return names
+    return {}

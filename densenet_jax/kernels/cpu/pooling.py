@@ -1,0 +1,53 @@
+"""Max pooling on a CPU, whose gradient XLA takes by way of sorting indices and a scatter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.cpu.library import target_names
+from densenet_jax.kernels.cpu.primitive import are_known, available, define
+
+
+def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
+    """The maximum of every window, padded by half the window on every side, as XLA has it."""
+    padding = (window // 2, window // 2)
+    return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride), padding=(padding, padding))
+
+
+def usable(x: Array) -> bool:
+    """Whether `max_pool` takes this operand and has something to gain in this process."""
+    return available() and are_known(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_pool(x: Float[Array, "b h w c"], window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
+    """`plain_max_pool` of an operand that is `usable`; the gradient goes to the first of equal maxima, as in XLA."""
+    return plain_max_pool(x, window=window, stride=stride)
+
+
+def _forward(x: Array, window: int, stride: int) -> tuple[Array, Array]:
+    return max_pool(x, window, stride), x
+
+
+def _backward(window: int, stride: int, x: Array, g: Array) -> tuple[Array]:
+    return (_gradient_p.bind(x, g, window=window, stride=stride),)
+
+
+def _plain_gradient(x: Array, g: Array, *, window: int, stride: int) -> Array:
+    _, pullback = jax.vjp(functools.partial(plain_max_pool, window=window, stride=stride), x)
+    return pullback(g)[0]
+
+
+def _lower_gradient(ctx: Any, x: Any, g: Any, *, window: int, stride: int) -> Any:
+    sizes = {"window": np.int64(window), "stride": np.int64(stride), "padding": np.int64(window // 2)}
+    return jax.ffi.ffi_lowering(target_names()["pool_gradient"])(ctx, x, g, **sizes)
+
+
+max_pool.defvjp(_forward, _backward)
+_gradient_p = define("max_pool_gradient", _plain_gradient, _lower_gradient)

@@ -1,0 +1,202 @@
+"""The CPU's compiled kernels give what their plain twins give. Skipped where there is no compiler."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import densenet_jax
+from densenet_jax.kernels.cpu import build, convolution, library, pooling, primitive, reader
+from densenet_jax.models.layers import convolve
+
+# batch, height, width, channels, output channels, kernel, stride, padding
+CONVOLUTIONS = [
+    (2, 9, 11, 5, 7, 3, 1, 1),
+    (3, 14, 14, 128, 32, 3, 1, 1),
+    (2, 7, 6, 24, 48, 3, 1, 0),
+    (1, 15, 16, 3, 64, 7, 2, 3),
+    (4, 13, 5, 33, 20, 1, 1, 0),
+    (5, 29, 31, 256, 40, 1, 1, 0),
+    (2, 6, 6, 24, 12, 3, 2, 1),
+    (2, 5, 6, 40, 36, 1, 2, 0),
+    (1, 1, 1, 3, 2, 3, 1, 1),
+]
+# batch, height, width, channels of the map, channels read, output channels, kernel
+READERS = [
+    (2, 9, 11, 9, 5, 7, 3),
+    (3, 14, 14, 128, 128, 32, 3),
+    (4, 13, 5, 33, 33, 20, 1),
+    (5, 30, 31, 300, 256, 64, 1),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The library, compiled for this test from the sources as they are."""
+    patch = pytest.MonkeyPatch()
+    path = tmp_path_factory.mktemp("native") / f"convolution-test{os.getpid()}.so"
+    patch.setattr(build, "library_paths", lambda: [path])
+    patch.delenv("DENSENET_JAX_NATIVE", raising=False)
+    library.target_names.cache_clear()
+    try:
+        build.build()
+    except RuntimeError as error:
+        patch.undo()
+        library.target_names.cache_clear()
+        pytest.skip(f"the library can't be compiled here: {error}")
+    assert primitive.available()
+    yield
+    patch.undo()
+    library.target_names.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def assert_same(found, expected, bound=1e-10):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+
+
+def uses_library(function, *arguments, **lowering):
+    return "@densenet_" in jax.jit(function).trace(*arguments).lower(**lowering).as_text()
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_and_its_gradients(case):
+    b, h, w, c, o, k, stride, padding = case
+    x, kernel = draw(b, h, w, c), draw(k, k, c, o, seed=1)
+
+    def of(function):
+        return lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, stride=stride, padding=padding)))
+
+    ours, twin = of(convolution.convolve), of(convolution.plain_convolve)
+    assert uses_library(ours, x, kernel)
+    assert_same(jax.jit(ours)(x, kernel), twin(x, kernel), 1e-9)  # a sum of many sines
+    found = jax.jit(jax.grad(ours, (0, 1)))(x, kernel)
+    assert_same(found, jax.grad(twin, (0, 1))(x, kernel))
+    assert_same(jax.grad(ours, (0, 1))(x, kernel), found, 0)  # not jitted, and the same every time
+
+
+def test_second_derivatives_vmap_and_remat():
+    x, kernel = draw(3, 2, 6, 6, 4), draw(3, 3, 4, 5, seed=1)
+
+    def of(function):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(function(x, kernel, stride=1, padding=1)))
+
+        def squared(x, kernel):
+            return sum(jnp.sum(g**2) for g in jax.grad(jax.checkpoint(loss), (0, 1))(x, kernel))
+
+        return squared
+
+    ours, twin = (
+        jax.jit(jax.vmap(jax.grad(of(function), (0, 1)), in_axes=(0, None)))(x, kernel)
+        for function in (convolution.convolve, convolution.plain_convolve)
+    )
+    assert_same(ours, twin, 1e-9)
+    ours, twin = (
+        jax.grad(of(function), (0, 1))(x[0], kernel) for function in (convolution.convolve, convolution.plain_convolve)
+    )
+    assert_same(ours, twin, 1e-9)
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_reader_and_its_gradients(case):
+    b, h, w, width, c, o, k = case
+    operands = draw(b, h, w, width), draw(c, seed=1), draw(c, seed=2), draw(k, k, c, o, seed=3)
+    assert reader.usable(*operands)
+    assert uses_library(reader.read, *operands)
+    expected, pullback = jax.vjp(reader.plain_read, *operands)
+    assert_same(jax.jit(reader.read)(*operands), expected)
+    g = draw(*expected.shape, seed=4)
+    of_x, *others = pullback(g)
+    assert not of_x[..., c:].any()
+    assert_same(jax.jit(reader.gradients)(*operands, g), (of_x[..., :c], *others))
+
+
+@pytest.mark.parametrize("case", [(2, 9, 11, 5, 2), (3, 14, 14, 33, 1), (1, 4, 5, 64, 2)])
+def test_pooling_gradient(case):
+    *shape, stride = case
+    x = jnp.round(2 * draw(*shape))  # with many equal values
+    expected, pullback = jax.vjp(lambda x: pooling.plain_max_pool(x, window=3, stride=stride), x)
+    found, ours = jax.vjp(lambda x: pooling.max_pool(x, 3, stride), x)
+    g = draw(*expected.shape, seed=1)
+    assert uses_library(ours, g)
+    assert_same((found, jax.jit(ours)(g)), (expected, pullback(g)), 1e-14)
+
+
+def test_float32_to_rounding():
+    x, kernel = draw(3, 14, 14, 128), draw(3, 3, 128, 32, seed=1)
+    exact = convolution.plain_convolve(x, kernel, padding=1)
+    narrow = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    found = convolution.convolve(*narrow, stride=1, padding=1)
+    assert found.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(found - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
+
+
+def test_the_library_is_for_programs_of_one_cpu_device():
+    x, kernel = draw(8, 8, 8, 4), draw(3, 3, 4, 4, seed=1)
+
+    def gradients(x, kernel):
+        return jax.grad(lambda *operands: jnp.sum(jnp.sin(convolve(*operands, padding=1))), (0, 1))(x, kernel)
+
+    assert uses_library(gradients, x, kernel)
+    for platform in ("tpu", "cuda"):
+        assert not uses_library(gradients, x, kernel, lowering_platforms=(platform,))
+    exported = jax.export.export(jax.jit(gradients), platforms=("cpu", "tpu"))(x, kernel)
+    assert "@densenet_" not in exported.mlir_module()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
+    assert not uses_library(gradients, spread, everywhere)
+    assert_same(jax.jit(gradients)(spread, everywhere), jax.jit(gradients)(x, kernel))
+
+
+def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
+    x, kernel = draw(2, 8, 8, 4), draw(3, 3, 4, 4, seed=1)
+    assert convolution.usable(x, kernel, 1)
+    assert not convolution.usable(x, draw(3, 3, 2, 4), 2)  # groups
+    assert not convolution.usable(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), 1)
+    assert not convolution.usable(x[:0], kernel, 1)
+    with primitive.plain_kernels():
+        assert not convolution.usable(x, kernel, 1)
+        assert "densenet_" not in str(jax.make_jaxpr(convolve)(x, kernel))
+    assert "densenet_" in str(jax.make_jaxpr(convolve)(x, kernel))
+    library.target_names.cache_clear()
+    monkeypatch.setenv("DENSENET_JAX_NATIVE", "0")
+    assert not convolution.usable(x, kernel, 1)
+    monkeypatch.undo()
+    library.target_names.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_network_and_its_gradients():
+    model = densenet_jax.create_model("densenet121", block_sizes=(2, 2), num_classes=3, dtype=jnp.float64)
+    images = draw(2, 32, 32, 3)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+
+    def loss(params):
+        logits, mutated = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(logits)), mutated
+
+    def run():
+        return jax.jit(jax.value_and_grad(lambda params: loss(params), has_aux=True))(variables["params"])
+
+    ours = run()
+    with primitive.plain_kernels():
+        twin = run()
+    assert_same(ours, twin)
+    assert not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(twin), strict=True))
