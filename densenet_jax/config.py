@@ -15,6 +15,7 @@ from densenet_jax.profiling import is_profile
 MAY_CHANGE_ON_RESUME = (
     "model.dtype",
     "model.remat",
+    "model.block_form",
     "data.dir",
     "data.reader_threads",
     "data.prefetch_batches",
@@ -51,6 +52,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model.layer_dropout": ("a rate in [0, 1)", _RATE),
     "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
     "model.batch_norm_group_size": ("0 or more", _NOT_NEGATIVE),
+    "model.block_form": (
+        "normalize_once, plain, or normalize_once_cpu, _tpu or _gpu",
+        lambda value: value == "plain" or re.fullmatch("normalize_once(_cpu|_tpu|_gpu)?", value) is not None,
+    ),
     "data.image_size_px": ("more than 0", _POSITIVE),
     "data.channels": ("1 or 3", lambda value: value in (1, 3)),
     "data.crop": ("random_resized_crop or none", lambda value: value in ("random_resized_crop", "none")),

@@ -104,6 +104,7 @@ class Experiment:
             classifier_dropout=config.model.classifier_dropout,
             layer_dropout=config.model.layer_dropout,
             remat=config.model.remat,
+            block_form=config.model.block_form,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,

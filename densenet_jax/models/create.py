@@ -15,6 +15,7 @@ from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
 from densenet_jax.models.head import OUTPUTS, HeadOptions
 from densenet_jax.models.layers import DType, NormOptions
+from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
@@ -24,6 +25,7 @@ _CHOICES = {
     "output": OUTPUTS,
     "blur": ("none", "stem", "all"),
     "init_fan": ("fan_in", "fan_out"),
+    "block_form": tuple(FORMS),
     "activation": tuple(ACTIVATIONS),
 }
 
@@ -45,6 +47,7 @@ def create_model(
     batch_norm_group_size: int = 0,
     unbiased_running_variance: bool = True,
     frozen_norms: str = "",
+    block_form: str = "normalize_once",
     **architecture: Any,
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
@@ -72,6 +75,9 @@ def create_model(
       unbiased_running_variance: torch's n-1 estimate in the running variance.
       frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
         statistics in training, too, and leave them as they are; for fine-tuning with a frozen body.
+      block_form: the arithmetic of dense blocks in training: "normalize_once", "plain" (the readable reference),
+        or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all are the
+        same function (DenseNet only).
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
@@ -86,6 +92,7 @@ def create_model(
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
+    form = FORMS[_chosen("block_form", block_form)]
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
@@ -98,6 +105,7 @@ def create_model(
     }
     if isinstance(variant.architecture, DenseNetArchitecture):
         common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
+        common |= {"block_form": form}
         return DenseNet(**facts, **common)
     if layer_dropout:
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")

@@ -79,7 +79,8 @@ class BlockResult(NamedTuple):
 Form = Callable[[Array, Sequence[LayerArrays], Array | None, BlockOptions, bool], BlockResult]
 
 
-def _key(key: Array | None, index: int) -> Array | None:
+def layer_key(key: Array | None, index: int) -> Array | None:
+    """The dropout key of one part: the same masks in every form."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
@@ -109,11 +110,11 @@ def dense_layer(
     if layer.norm2 is None or layer.kernel2 is None:
         return dropout(x, options.dropout_rate, key), LayerMoments(moments1, None)
     if options.dropout_every_convolution:
-        x = dropout(x, options.dropout_rate, _key(key, 0))
+        x = dropout(x, options.dropout_rate, layer_key(key, 0))
     x, moments2 = apply_norm(x, layer.norm2, options.norm, train, options.dtype)
     x = convolve(jax.nn.relu(x), layer.kernel2, padding=layer.kernel2.shape[0] // 2)
     x = checkpoint_name(x, SAVED_BY_REMAT)
-    return dropout(x, options.dropout_rate, _key(key, 1)), LayerMoments(moments1, moments2)
+    return dropout(x, options.dropout_rate, layer_key(key, 1)), LayerMoments(moments1, moments2)
 
 
 def plain_dense_block(
@@ -131,7 +132,7 @@ def plain_dense_block(
     features: tuple[Array, ...] = (inputs,)
     moments = []
     for index, layer in enumerate(layers):
-        new, seen = step(features, layer, _key(key, index), options, train)
+        new, seen = step(features, layer, layer_key(key, index), options, train)
         features = (*features, new)
         moments.append(seen)
     return BlockResult(FeatureMap(join(features)), tuple(moments))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form, plain_dense_block
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
     BatchNorm,
@@ -25,6 +25,7 @@ from densenet_jax.models.layers import (
     global_average_pool,
     max_pool,
 )
+from densenet_jax.models.normalize_once import normalize_once
 
 STEMS = ("plain", "deep", "deep_tiered", "cifar")
 
@@ -65,7 +66,8 @@ class DenseNet(nn.Module):
         layer's last.
       output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
         to its map (raw block outputs; the last one normalised and rectified).
-      remat: recompute concatenations and norms in the backward pass instead of storing them (1707.06990).
+      remat: of a dense block, keep x^ only and recompute its 1x1 convolutions in the backward pass (the plain form keeps
+        convolutions' outputs and recomputes concatenations and norms, 1707.06990).
       dtype: of activations; param_dtype: of parameters.
       block_form: the arithmetic of dense blocks.
     """
@@ -86,7 +88,7 @@ class DenseNet(nn.Module):
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
-    block_form: Form = plain_dense_block
+    block_form: Form = normalize_once
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:

@@ -60,7 +60,7 @@ class FeatureMap(NamedTuple):
         """The values before any normalisation."""
         if self.moments is None:
             return self.values
-        mean, variance = (_per_example(m, self.values.shape[0]) for m in self.moments)
+        mean, variance = (per_example(m, self.values.shape[0]) for m in self.moments)
         return (self.values * jnp.sqrt(variance + epsilon) + mean).astype(self.values.dtype)
 
 
@@ -75,7 +75,7 @@ class NormArrays:
     frozen: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def _per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
+def per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
     """One row a group to one row an example, or a single row that broadcasts where there is one group."""
     if groups.shape[0] > 1:
         groups = jnp.repeat(groups, batch // groups.shape[0], axis=0)
@@ -106,16 +106,16 @@ def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Arra
     groups = group_count(x.shape[0], group_size)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     shift = lax.stop_gradient(shift).astype(wide)
-    centred = (x.astype(wide) - shift[None, None, None, :]).reshape(groups, -1, x.shape[-1])
-    mean = jnp.mean(centred, axis=1)
-    variance = jnp.maximum(jnp.mean(jnp.square(centred), axis=1) - jnp.square(mean), 0)
+    centred = (x.astype(wide) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
+    mean = jnp.mean(centred, axis=(1, 2, 3))
+    variance = jnp.maximum(jnp.mean(jnp.square(centred), axis=(1, 2, 3)) - jnp.square(mean), 0)
     return Moments(mean + shift[None, :], variance)
 
 
 def normalise(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
     """(x - mean) / sqrt(variance + epsilon), in float32 or wider."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, variance = (_per_example(m.astype(wide), x.shape[0]) for m in moments)
+    mean, variance = (per_example(m.astype(wide), x.shape[0]) for m in moments)
     return (x.astype(wide) - mean) * lax.rsqrt(variance + epsilon)
 
 
@@ -128,13 +128,18 @@ def scale_shift(
     return (x.astype(wide) * scale + bias).astype(dtype)
 
 
+def fold_running(norm: NormArrays, epsilon: float) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """The scale and bias that do to raw values what norming by the running statistics does, float32 or wider."""
+    wide = jnp.promote_types(norm.variance.dtype, jnp.float32)
+    factor = norm.scale.astype(wide) * lax.rsqrt(norm.variance.astype(wide) + epsilon)
+    return factor, norm.bias.astype(wide) - norm.mean.astype(wide) * factor
+
+
 def norm_by_running(
     x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float, dtype: DType
 ) -> Float[Array, "b h w c"]:
     """Batch norm with the running statistics, as in evaluation: one multiply and one add an element."""
-    wide = jnp.promote_types(norm.variance.dtype, jnp.float32)
-    factor = norm.scale.astype(wide) * lax.rsqrt(norm.variance.astype(wide) + epsilon)
-    return scale_shift(x, factor, norm.bias.astype(wide) - norm.mean.astype(wide) * factor, dtype)
+    return scale_shift(x, *fold_running(norm, epsilon), dtype)
 
 
 def folded_norm(

@@ -1,0 +1,360 @@
+"""The dense block that normalises each feature map once, with its own derivative.
+
+All batch norms that read one feature map in training compute the same mean and variance of it: the statistics belong
+to the feature map, only scale and bias belong to the reader. So each map is normalised once, when it is made, and only
+the normalised x^ is kept; a layer reads relu(scale * x^ + bias). In the backward pass the gradients of x^ add up over
+all readers before one application of the normalisation's own derivative, and what was rectified is recomputed: memory
+grows linearly with depth (what 1707.06990 pays a second forward pass for).
+
+The function is that of `dense_block.plain_dense_block`, up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from densenet_jax.models.dense_block import (
+    BlockOptions,
+    BlockResult,
+    Form,
+    LayerArrays,
+    LayerMoments,
+    layer_key,
+    plain_dense_block,
+)
+from densenet_jax.models.layers import (
+    FeatureMap,
+    Moments,
+    NormArrays,
+    NormOptions,
+    batch_moments,
+    dropout,
+    fold_running,
+    normalise,
+)
+from densenet_jax.models.readers import (
+    Arithmetic,
+    Reader,
+    ReaderGradients,
+    normalisation_gradient,
+    read,
+    read_gradients,
+    sum_by_group,
+)
+
+# What each platform's compiler makes the most of; measured in docs/performance.md.
+ARITHMETIC = {
+    "cpu": Arithmetic("buffer", "dot", "reduce"),
+    "tpu": Arithmetic("buffer", "dot", "reduce"),
+    "gpu": Arithmetic("arrays", "convolution", "reduce"),
+}
+
+
+class Layer(NamedTuple):
+    """The differentiated arrays of one dense layer; second is None without a bottleneck."""
+
+    first: Reader
+    second: Reader | None
+
+
+class Shifts(NamedTuple):
+    """Near the means that moments are taken about (running means); they change no result but its rounding."""
+
+    inputs: Array
+    hidden: tuple[Array | None, ...]
+    outputs: tuple[Array, ...]
+
+
+class Facts(NamedTuple):
+    """What is static in a block's arithmetic.
+
+    Attributes:
+      options: of the block.
+      arithmetic: how it is computed.
+      normalises: maps are normalised by their own moments; False where all first norms are frozen, whose running
+        statistics are folded into scale and bias: then x^ is x itself.
+      normalises_hidden: the same of each layer's second norm.
+    """
+
+    options: BlockOptions
+    arithmetic: Arithmetic
+    normalises: bool
+    normalises_hidden: tuple[bool, ...]
+
+
+class Outputs(NamedTuple):
+    """The block's x^ float[b, h, w, c] with its moments, and the moments of each layer's hidden map."""
+
+    values: Array
+    moments: Moments
+    hidden_moments: tuple[Moments, ...]
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs; hidden maps are None under remat."""
+
+    maps: Any
+    moments: Moments
+    hidden: tuple[Array | None, ...]
+    hidden_moments: tuple[Moments, ...]
+    layers: tuple[Layer, ...]
+    key: Array | None
+
+
+def _begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
+    """The storage of a block's normalised maps, holding the first."""
+    if arithmetic.storage == "arrays":
+        return (first,)
+    return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
+
+
+def _put(maps: Any, new: Array, start: int) -> Any:
+    if isinstance(maps, tuple):
+        return (*maps, new)
+    return lax.dynamic_update_slice_in_dim(maps, new, start, axis=3)
+
+
+def _front(maps: Any, width: int) -> Array:
+    """The first channels."""
+    if not isinstance(maps, tuple):
+        return maps[..., :width]
+    ends = np.cumsum([piece.shape[-1] for piece in maps])
+    count = int(np.searchsorted(ends, width)) + 1
+    return jnp.concatenate(maps[:count], axis=-1)
+
+
+def _normalised(x: Array, facts: Facts, normalises: bool, shift: Array | None) -> tuple[Array, Moments]:
+    """x^ in x's dtype, and the moments; x itself with the moments that leave it alone where nothing normalises."""
+    if not normalises or shift is None:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return x, Moments(jnp.zeros((1, x.shape[-1]), wide), jnp.ones((1, x.shape[-1]), wide))
+    moments = batch_moments(x, facts.options.norm.group_size, shift)
+    return normalise(x, moments, facts.options.norm.epsilon).astype(x.dtype), moments
+
+
+def _hidden(maps: Any, layer: Layer, key: Array | None, facts: Facts) -> Array:
+    """What a layer's first convolution gives, dropped from if that is asked for."""
+    options = facts.options
+    out = read(_front(maps, layer.first.scale.shape[0]), layer.first, facts.arithmetic)
+    if layer.second is None:
+        return dropout(out, options.dropout_rate, key)
+    return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out
+
+
+def _forward(
+    facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None
+) -> tuple[Outputs, Residuals]:
+    options, arithmetic = facts.options, facts.arithmetic
+    first, moments = _normalised(inputs, facts, facts.normalises, shifts.inputs)
+    widths = [layer.first.scale.shape[0] for layer in layers]
+    last = layers[-1].second or layers[-1].first
+    maps = _begin(first, widths[-1] + last.kernel.shape[-1], arithmetic)
+    all_moments, hidden_maps, hidden_moments = [moments], [], []
+    for index, layer in enumerate(layers):
+        own_key = layer_key(key, index)
+        out = _hidden(maps, layer, own_key, facts)
+        if layer.second is not None:
+            hidden_maps.append(None if options.remat else out)
+            shift = shifts.hidden[index]
+            normalised, moments = _normalised(out, facts, facts.normalises_hidden[index], shift)
+            hidden_moments.append(moments)
+            out = read(normalised, layer.second, arithmetic)
+            out = dropout(out, options.dropout_rate, layer_key(own_key, 1))
+        normalised, moments = _normalised(out, facts, facts.normalises, shifts.outputs[index])
+        all_moments.append(moments)
+        maps = _put(maps, normalised, widths[index])
+    joined = Moments(*(jnp.concatenate(parts, axis=-1) for parts in zip(*all_moments, strict=True)))
+    values = _front(maps, joined.mean.shape[-1])
+    outputs = Outputs(values, joined, tuple(hidden_moments))
+    return outputs, Residuals(maps, joined, tuple(hidden_maps), tuple(hidden_moments), layers, key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None) -> Outputs:
+    return _forward(facts, inputs, layers, shifts, key)[0]
+
+
+def _columns(moments: Moments, start: int, end: int) -> Moments:
+    return Moments(moments.mean[:, start:end], moments.variance[:, start:end])
+
+
+def _raw_gradient(
+    gradient: Array,
+    normalised: Array,
+    moments: Moments,
+    moment_gradients: Moments,
+    sums: tuple[Array, Array],
+    normalises: bool,
+    facts: Facts,
+) -> Array:
+    """The gradient of raw values, given that of x^, in x^'s dtype."""
+    if normalises:
+        epsilon = facts.options.norm.epsilon
+        gradient = normalisation_gradient(gradient, normalised, moments, moment_gradients, sums, epsilon)
+    return gradient.astype(normalised.dtype)
+
+
+def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
+    """The parameters' gradients in their own dtypes."""
+    return Reader(
+        found.scale.sum(axis=0).astype(reader.scale.dtype),
+        found.bias.sum(axis=0).astype(reader.bias.dtype),
+        found.kernel.astype(reader.kernel.dtype),
+    )
+
+
+def _second_backward(
+    facts: Facts, saved: Residuals, index: int, hidden: Array, gradient: Array, moment_gradients: Moments
+) -> tuple[Array, Reader]:
+    """From a layer's raw output to what its second norm normalises."""
+    reader, moments = saved.layers[index].second, saved.hidden_moments[index]
+    assert reader is not None
+    normalises = facts.normalises_hidden[index]
+    normalised = hidden
+    if normalises:
+        normalised = normalise(hidden, moments, facts.options.norm.epsilon).astype(hidden.dtype)
+    found = read_gradients(normalised, reader, gradient, moments.mean.shape[0], facts.arithmetic)
+    scale = reader.scale.astype(found.scale.dtype)[None, :]
+    sums = (found.bias * scale, found.scale * scale)
+    raw = _raw_gradient(found.inputs, normalised, moments, moment_gradients, sums, normalises, facts)
+    return raw, _reader_gradients(found, reader)
+
+
+def _layer_backward(
+    facts: Facts, saved: Residuals, index: int, gradient: Array, moment_gradients: tuple[Moments, ...]
+) -> tuple[ReaderGradients, Layer]:
+    """From a layer's raw output to the maps it read: their gradients and the layer's own."""
+    layer, key, options = saved.layers[index], layer_key(saved.key, index), facts.options
+    front = _front(saved.maps, layer.first.scale.shape[0])
+    second = None
+    if layer.second is None:
+        gradient = dropout(gradient, options.dropout_rate, key)
+    else:
+        gradient = dropout(gradient, options.dropout_rate, layer_key(key, 1))
+        hidden = saved.hidden[index]
+        if hidden is None:
+            hidden = _hidden(saved.maps, layer, key, facts)
+        gradient, second = _second_backward(facts, saved, index, hidden, gradient, moment_gradients[index])
+        if options.dropout_every_convolution:
+            gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
+    found = read_gradients(front, layer.first, gradient, saved.moments.mean.shape[0], facts.arithmetic)
+    return found, Layer(_reader_gradients(found, layer.first), second)
+
+
+def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
+    groups = saved.moments.mean.shape[0]
+    total, dtype = cotangents.values, cotangents.values.dtype
+    width = total.shape[-1]
+    sums: tuple[Array, Array] = (
+        sum_by_group(total, groups),
+        sum_by_group(total.astype(jnp.promote_types(dtype, jnp.float32)) * _front(saved.maps, width), groups),
+    )
+    layers: list[Layer] = []
+
+    def raw_gradient(start: int, end: int) -> Array:
+        return _raw_gradient(
+            total[..., start:end],
+            _front(saved.maps, end)[..., start:end],
+            _columns(saved.moments, start, end),
+            _columns(cotangents.moments, start, end),
+            (sums[0][:, start:end], sums[1][:, start:end]),
+            facts.normalises,
+            facts,
+        )
+
+    for index in reversed(range(len(saved.layers))):
+        reader = saved.layers[index].first
+        start = reader.scale.shape[0]
+        gradient = raw_gradient(start, width)
+        found, layer = _layer_backward(facts, saved, index, gradient, cotangents.hidden_moments)
+        layers.append(layer)
+        scale = reader.scale.astype(found.scale.dtype)[None, :]
+        total = (total[..., :start].astype(found.inputs.dtype) + found.inputs).astype(dtype)
+        sums = (sums[0][:, :start] + found.bias * scale, sums[1][:, :start] + found.scale * scale)
+        width = start
+    return raw_gradient(0, width), tuple(reversed(layers)), None, None
+
+
+_block.defvjp(_forward, _backward)
+
+
+def _reader(norm: NormArrays, kernel: Array, options: NormOptions) -> Reader:
+    if norm.frozen:
+        return Reader(*fold_running(norm, options.epsilon), kernel)
+    return Reader(norm.scale, norm.bias, kernel)
+
+
+def _shifts(layers: Sequence[LayerArrays], new: int) -> Shifts:
+    """Running means: of a map by its first reader; the last map, a convolution's output, has none here."""
+    means = [layer.norm1.mean for layer in layers]
+    hidden = tuple(None if layer.norm2 is None else layer.norm2.mean for layer in layers)
+    return Shifts(means[0], hidden, (*(mean[-new:] for mean in means[1:]), jnp.zeros_like(means[0], shape=(new,))))
+
+
+def normalize_once(
+    inputs: Float[Array, "b h w c"],
+    layers: Sequence[LayerArrays],
+    key: Array | None,
+    options: BlockOptions,
+    train: bool,
+    platform: str = "",
+) -> BlockResult:
+    """The block in its normalise-once form; in evaluation the plain one, whose norms are folded into scale and bias.
+
+    A block in which some first norms are frozen and others are not takes the plain form: its maps have two kinds of
+    statistics.
+
+    Args:
+      inputs: of the block.
+      layers: their arrays.
+      key: for dropout.
+      options: of the block; with remat, hidden maps are recomputed as well and only x^ is kept.
+      train: batch statistics instead of running ones.
+      platform: a key of ARITHMETIC; "" is the platform JAX runs on.
+    """
+    frozen = {layer.norm1.frozen for layer in layers}
+    if not train or len(frozen) > 1:
+        return plain_dense_block(inputs, layers, key, options, train)
+    platform = platform or jax.default_backend()
+    hidden_frozen = tuple(layer.norm2 is not None and layer.norm2.frozen for layer in layers)
+    facts = Facts(
+        options,
+        ARITHMETIC.get(platform, ARITHMETIC["gpu"]),
+        normalises=frozen == {False},
+        normalises_hidden=tuple(not is_frozen for is_frozen in hidden_frozen),
+    )
+    readers = tuple(
+        Layer(
+            _reader(layer.norm1, layer.kernel1, options.norm),
+            None if layer.norm2 is None or layer.kernel2 is None else _reader(layer.norm2, layer.kernel2, options.norm),
+        )
+        for layer in layers
+    )
+    kernel = layers[-1].kernel1 if layers[-1].kernel2 is None else layers[-1].kernel2
+    outputs = _block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
+    return _result(outputs, layers, facts)
+
+
+def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:
+    hidden = iter(outputs.hidden_moments)
+    seen = []
+    for layer, normalises in zip(layers, facts.normalises_hidden, strict=True):
+        first = _columns(outputs.moments, 0, layer.norm1.scale.shape[0]) if facts.normalises else None
+        second = None if layer.norm2 is None else next(hidden)
+        seen.append(LayerMoments(first, second if normalises else None))
+    return BlockResult(FeatureMap(outputs.values, outputs.moments if facts.normalises else None), tuple(seen))
+
+
+FORMS: dict[str, Form] = {
+    "normalize_once": normalize_once,
+    **{f"normalize_once_{name}": functools.partial(normalize_once, platform=name) for name in ARITHMETIC},
+    "plain": plain_dense_block,
+}

@@ -1,0 +1,234 @@
+"""Reading a normalised feature map: relu(scale * x^ + bias), convolved; and the derivative of that.
+
+The derivative recomputes the rectified values instead of storing them. What a batch norm's own derivative needs over
+the whole batch, the sums of the gradient and of the gradient times x^, are the gradients of bias and scale: they come
+either from passes over the gradient, or from the same product that gives the kernel's gradient (`Arithmetic.sums`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from densenet_jax.models.layers import Moments, convolve, per_example, scale_shift
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The choices that change speed and memory, never the function.
+
+    Attributes:
+      storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
+        keeps one array a layer and concatenates them where they are read.
+      pointwise: 1x1 convolutions as "dot" or as "convolution".
+      sums: the gradients of scale and bias by "reduce", sums over the gradient, or by "product", a kernel gradient
+        of twice the input channels and no pass over the gradient at all.
+    """
+
+    storage: Literal["buffer", "arrays"] = "buffer"
+    pointwise: Literal["dot", "convolution"] = "dot"
+    sums: Literal["reduce", "product"] = "reduce"
+
+
+class Reader(NamedTuple):
+    """What a reader of c channels reads with: scale and bias float[c], kernel float[k, k, c, o]."""
+
+    scale: Array
+    bias: Array
+    kernel: Array
+
+
+class ReaderGradients(NamedTuple):
+    """Gradients of one reader.
+
+    Attributes:
+      inputs: float[b, h, w, c], of x^, in float32 or wider.
+      scale, bias: float[g, c], a row for each group of examples; the parameter's gradient is the sum over rows.
+      kernel: float[k, k, c, o], float32 or wider.
+    """
+
+    inputs: Array
+    scale: Array
+    bias: Array
+    kernel: Array
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _is_dot(kernel: Array, arithmetic: Arithmetic) -> bool:
+    return arithmetic.pointwise == "dot" and kernel.shape[:2] == (1, 1)
+
+
+def contract(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], arithmetic: Arithmetic
+) -> Float[Array, "b h w o"]:
+    """The convolution that keeps the map's size."""
+    if _is_dot(kernel, arithmetic):
+        return lax.dot_general(x, kernel[0, 0].astype(x.dtype), (((3,), (0,)), ((), ())))
+    return convolve(x, kernel, padding=kernel.shape[0] // 2)
+
+
+def _contract_inputs_gradient(
+    gradient: Float[Array, "b h w o"], kernel: Float[Array, "k k c o"], arithmetic: Arithmetic
+) -> Float[Array, "b h w c"]:
+    if _is_dot(kernel, arithmetic):
+        return lax.dot_general(gradient, kernel[0, 0].astype(gradient.dtype), (((3,), (1,)), ((), ())))
+    inputs = jnp.zeros((*gradient.shape[:3], kernel.shape[2]), gradient.dtype)
+    _, pullback = jax.vjp(lambda x: contract(x, kernel, arithmetic), inputs)
+    return pullback(gradient)[0]
+
+
+def _contract_kernel_gradient(
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b h w o"], size: int, arithmetic: Arithmetic
+) -> Float[Array, "k k c o"]:
+    """In float32 or wider where the product allows it, else in the activations' dtype."""
+    shape = (size, size, x.shape[3], gradient.shape[3])
+    if size == 1 and arithmetic.pointwise == "dot":
+        dimensions = (((0, 1, 2), (0, 1, 2)), ((), ()))
+        return lax.dot_general(x, gradient, dimensions, preferred_element_type=_wide(x.dtype)).reshape(shape)
+    _, pullback = jax.vjp(lambda kernel: contract(x, kernel, arithmetic), jnp.zeros(shape, x.dtype))
+    return pullback(gradient)[0].astype(_wide(x.dtype))
+
+
+def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]) -> Float[Array, "b h w c"]:
+    """relu(scale * x + bias), computed in float32 or wider, in x's dtype."""
+    return jax.nn.relu(scale_shift(x, scale, bias, x.dtype))
+
+
+def read(x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic) -> Float[Array, "b h w o"]:
+    """The reader's output, of a normalised map."""
+    return contract(rectify(x, reader.scale, reader.bias), reader.kernel, arithmetic)
+
+
+def sum_by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
+    """Sums over positions and the examples of each group, in float32 or wider."""
+    grouped = x.astype(_wide(x.dtype)).reshape(groups, -1, *x.shape[1:])
+    return jnp.sum(grouped, axis=(1, 2, 3))
+
+
+def read_gradients(
+    x: Float[Array, "b h w c"],
+    reader: Reader,
+    gradient: Float[Array, "b h w o"],
+    groups: int,
+    arithmetic: Arithmetic,
+) -> ReaderGradients:
+    """The derivative of `read`.
+
+    Args:
+      x: what was read.
+      reader: with what.
+      gradient: of the output.
+      groups: of examples that scale and bias gradients are wanted for.
+      arithmetic: how.
+    """
+    wide = _wide(x.dtype)
+    scale = reader.scale.astype(wide)[None, None, None, :]
+    positive = scale_shift(x, reader.scale, reader.bias, x.dtype) > 0
+    by_product = arithmetic.sums == "product" and groups == 1
+    sums = _sums_by_product if by_product else _sums_by_reduction
+    rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)
+    rectified = jnp.where(positive, rectified, jnp.zeros_like(rectified)).astype(wide)
+    return ReaderGradients(rectified * scale, *sums(x, reader, gradient, positive, rectified, groups, arithmetic))
+
+
+def _sums_by_reduction(
+    x: Array,
+    reader: Reader,
+    gradient: Array,
+    positive: Array,
+    rectified: Array,
+    groups: int,
+    arithmetic: Arithmetic,
+) -> tuple[Array, Array, Array]:
+    del positive
+    activation = rectify(x, reader.scale, reader.bias)
+    kernel = _contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic)
+    return sum_by_group(rectified * x.astype(rectified.dtype), groups), sum_by_group(rectified, groups), kernel
+
+
+def _sums_by_product(
+    x: Array,
+    reader: Reader,
+    gradient: Array,
+    positive: Array,
+    rectified: Array,
+    groups: int,
+    arithmetic: Arithmetic,
+) -> tuple[Array, Array, Array]:
+    """The output is linear in scale and bias wherever the rectifier is open.
+
+    With the kernel's gradients for the inputs [open] and [open * x^], the chain rule gives the gradients of bias,
+    scale and kernel without the gradient of the rectified values.
+    """
+    del positive, rectified, groups, arithmetic
+    wide = _wide(x.dtype)
+    of_open, of_values = _products(x, reader, gradient)
+    # The kernel in the dtype that the forward product saw.
+    kernel = reader.kernel.astype(x.dtype).astype(wide)
+    scale, bias = (v.astype(wide)[None, None, :, None] for v in (reader.scale, reader.bias))
+    scale_gradient = jnp.sum(kernel * of_values, axis=(0, 1, 3))
+    bias_gradient = jnp.sum(kernel * of_open, axis=(0, 1, 3))
+    return scale_gradient[None], bias_gradient[None], scale * of_values + bias * of_open
+
+
+def normalisation_gradient(
+    gradient: Float[Array, "b h w c"],
+    normalised: Float[Array, "b h w c"],
+    moments: Moments,
+    moment_gradients: Moments,
+    sums: tuple[Float[Array, "g c"], Float[Array, "g c"]],
+    epsilon: float,
+) -> Float[Array, "b h w c"]:
+    """The gradient of raw values x, given that of x^ = (x - mean) / sqrt(variance + epsilon).
+
+    Args:
+      gradient: of x^.
+      normalised: x^.
+      moments: of x.
+      moment_gradients: of the moments themselves, where something else reads them.
+      sums: of the gradient and of the gradient times x^ over each group of examples.
+      epsilon: the norm's.
+
+    Returns:
+      rstd * (gradient - mean(gradient) - x^ * mean(gradient * x^)), and what comes through the moments, in float32 or
+      wider.
+    """
+    wide = _wide(gradient.dtype)
+    deviation = jnp.sqrt(moments.variance.astype(wide) + epsilon)
+    count = gradient.size // gradient.shape[-1] // deviation.shape[0]
+    of_mean = (sums[0] - moment_gradients.mean * deviation) / count
+    of_values = (sums[1] - 2 * moment_gradients.variance * deviation**2) / count
+    factor, of_mean, of_values = (per_example(v, gradient.shape[0]) for v in (1 / deviation, of_mean, of_values))
+    return (gradient.astype(wide) - of_mean - normalised.astype(wide) * of_values) * factor
+
+
+def _products(x: Array, reader: Reader, gradient: Array) -> tuple[Array, Array]:
+    """The kernel's gradients, float32 or wider, for the inputs [open] and [open * x^].
+
+    Both in one convolution over a dimension of two more: there the compiler makes the operand from one read of x^ and
+    never stores it, which it does for neither a concatenation nor anything that is computed before the broadcast.
+    """
+    wide, pad = _wide(x.dtype), reader.kernel.shape[0] // 2
+    shape = (*x.shape[:3], 2, x.shape[3])
+    x = jnp.broadcast_to(x[:, :, :, None, :], shape)
+    scale, bias = (v.astype(wide)[None, None, None, None, :] for v in (reader.scale, reader.bias))
+    positive = (x.astype(wide) * scale + bias).astype(x.dtype) > 0
+    values = jnp.where(lax.broadcasted_iota(jnp.int32, shape, 3) == 0, jnp.ones_like(x), x)
+    # The map's channels are the batch, its examples the channels, and the gradient is the kernel.
+    products = lax.conv_general_dilated(
+        jnp.where(positive, values, jnp.zeros_like(x)),
+        gradient[:, :, :, None, :],
+        (1, 1, 1),
+        [(pad, pad), (pad, pad), (0, 0)],
+        dimension_numbers=lax.ConvDimensionNumbers((4, 0, 1, 2, 3), (4, 0, 1, 2, 3), (3, 4, 0, 1, 2)),
+        preferred_element_type=wide,
+    )
+    return products[:, :, 0], products[:, :, 1]

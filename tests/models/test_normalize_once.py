@@ -1,0 +1,204 @@
+"""The normalise-once block is the plain block: outputs, statistics and every gradient."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densenet_jax.models.create import create_model
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock
+from densenet_jax.models.normalize_once import FORMS
+from densenet_jax.models.variants import VARIANTS, DenseNetArchitecture
+from densenet_jax.training.sharding import make_mesh, over_data, replicated
+
+PLATFORMS = ["cpu", "tpu", "gpu"]
+SMALL = {"growth_rate": 4, "block_sizes": (2, 1)}
+
+
+def _drawn(shapes, seed, dtype):
+    """Random values for a tree of shapes; variances and everything else that must be positive is."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda leaf: (jax.random.normal(next(keys), leaf.shape) ** 2 / 4 + 0.1).astype(dtype), shapes)
+
+
+def _train(model, variables, images):
+    """(logits, statistics) and the gradients of parameters and images, of a linear loss."""
+
+    @jax.jit
+    def run(params, images):
+        def loss(params, images):
+            logits, mutated = model.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(3)},
+            )
+            weights = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
+            return jnp.sum(logits * weights), (logits, mutated["batch_stats"])
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, images)
+
+    (_, outputs), gradients = run(variables["params"], images)
+    return outputs, gradients
+
+
+def _largest_error(found, expected):
+    """Of any leaf, relative to that leaf's largest value."""
+
+    def error(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
+
+    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
+
+
+def _case(name, dtype, side_px=6, batch=4, **options):
+    """A function from a form's name to what its training gives, and the variables it starts from."""
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    make = functools.partial(create_model, name, num_classes=3, dtype=dtype, param_dtype=param_dtype, **options)
+    images = jax.random.normal(jax.random.key(0), (batch, side_px, side_px, 3)).astype(dtype)
+    shapes = jax.eval_shape(make().init, jax.random.key(0), images)
+    variables = {"params": _drawn(shapes["params"], 1, param_dtype)}
+    variables["params"] = jax.tree.map(_signed, variables["params"])
+    variables["batch_stats"] = _drawn(shapes["batch_stats"], 2, param_dtype)
+    return lambda form: _train(make(block_form=form), variables, images)
+
+
+def _signed(leaf):
+    """Kernels of both signs; scales too, so that rectifiers close."""
+    signs = np.where(np.arange(leaf.size) % 3 == 1, -1, 1).reshape(leaf.shape)
+    return leaf * signs
+
+
+CASES = {
+    "bottleneck": ("densenet_bc_22_12", {}),
+    "no bottleneck": ("densenet_40_12", {}),
+    "dropout": ("densenet_bc_22_12", {"layer_dropout": 0.3}),
+    "dropout, no bottleneck": ("densenet_40_12", {"layer_dropout": 0.3}),
+    "dropout after layers": ("densenet_bc_22_12", {"layer_dropout": 0.3, "dropout_every_convolution": False}),
+    "groups": ("densenet_bc_22_12", {"batch_norm_group_size": 2}),
+    "remat": ("densenet_bc_22_12", {"remat": True, "layer_dropout": 0.3}),
+    "biased variance": ("densenet_bc_22_12", {"unbiased_running_variance": False, "batch_norm_momentum": 0.5}),
+    "frozen": ("densenet_bc_22_12", {"frozen_norms": "params/(?!classifier)"}),
+    "frozen block": ("densenet_bc_22_12", {"frozen_norms": "denseblock1/|transition1"}),
+    "frozen readers after the block": ("densenet_bc_22_12", {"frozen_norms": "transition1|norm5"}),
+    "frozen here and there": ("densenet_bc_22_12", {"frozen_norms": "layer1/norm2|layer2/norm1"}),
+}
+QUICK = ["bottleneck", "no bottleneck", "dropout", "groups", "frozen block", "frozen readers after the block"]
+EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
+    name, options = CASES[case]
+    with jax.enable_x64(True):
+        run = _case(name, jnp.float64, **SMALL, **options)
+        expected = run("plain")
+        for platform in ["tpu"] if case in QUICK else PLATFORMS:
+            assert _largest_error(run(f"normalize_once_{platform}"), expected) < 1e-9, platform
+
+
+DENSENETS = [name for name, variant in VARIANTS.items() if isinstance(variant.architecture, DenseNetArchitecture)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENSENETS)
+def test_every_variant_is_the_plain_form_s(name):
+    """With its own stem, transitions and bottleneck; fewer and thinner layers, of which the full ones are more."""
+    sizes = tuple(min(layers, 2) for layers in VARIANTS[name].architecture.block_sizes)
+    with jax.enable_x64(True):
+        run = _case(name, jnp.float64, side_px=33, batch=2, growth_rate=4, stem_width=8, block_sizes=sizes)
+        platform = PLATFORMS[DENSENETS.index(name) % len(PLATFORMS)]
+        assert _largest_error(run(f"normalize_once_{platform}"), run("plain")) < 1e-9
+
+
+def _block(form, dtype=jnp.float32, layers=2, **options):
+    """A dense block and its variables for inputs of 8 channels."""
+    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), form=FORMS[form])
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 6, 6, 8), dtype), False))
+    variables = {"params": jax.tree.map(_signed, _drawn(shapes["params"], 1, jnp.float32))}
+    return module, variables | {"batch_stats": _drawn(shapes["batch_stats"], 2, jnp.float32)}
+
+
+def _block_gradients(module):
+    def loss(params, statistics, x):
+        features, mutated = module.apply(
+            {"params": params, "batch_stats": statistics}, x, True, mutable=["batch_stats"]
+        )
+        raw = features.raw(1e-5).astype(jnp.float32)
+        return jnp.sum(raw * jnp.sin(jnp.arange(raw.size)).reshape(raw.shape)), (raw, mutated)
+
+    return jax.value_and_grad(loss, argnums=(0, 2), has_aux=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_form(platform):
+    """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
+    ratios = []
+    for seed in range(3):
+        x = (3 * jax.random.normal(jax.random.key(seed), (8, 12, 12, 8)) + 1).astype(jnp.bfloat16)
+        results = []
+        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), (f"normalize_once_{platform}", x.dtype)):
+            module, variables = _block(form, dtype)
+            run = jax.jit(_block_gradients(module))
+            results.append(run(variables["params"], variables["batch_stats"], x.astype(dtype)))
+        exact, plain, once = ([leaf for leaf in jax.tree.leaves(result) if leaf.ndim] for result in results)
+        ratios += [_distance(b, e) / _distance(a, e) for a, b, e in zip(plain, once, exact, strict=True)]
+    assert np.median(ratios) < 1.5
+
+
+def _distance(found, exact):
+    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("form", ["normalize_once_cpu", "normalize_once_tpu"])
+def test_devices_agree_on_the_statistics_of_each_map_once(form):
+    """Forward: one all-reduce for the moments of each map; what the compiler joins counts as one."""
+    mesh = make_mesh()
+    module, variables = _block(form, layers=3)
+    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 8))
+
+    def run(variables, x):
+        return module.apply(variables, x, True, mutable=["batch_stats"])
+
+    compiled = jax.jit(run, in_shardings=(replicated(mesh), over_data(mesh))).lower(variables, x).compile()
+    reduced = re.findall(r"= (\S+|\(.*?\)) all-reduce(?:-start)?\(", compiled.as_text())
+    channels = sum(int(count) for shapes in reduced for count in re.findall(r"f32\[(?:1,)?(\d+)\]", shapes))
+    # A mean and a variance a channel: the input's 8, three layers' 16 hidden and 4 new ones.
+    assert channels == 2 * (8 + 3 * (16 + 4))
+    found = compiled(variables, jax.device_put(x, over_data(mesh)))
+    assert _largest_error(found, jax.jit(run)(variables, x)) < 1e-4
+
+
+def test_gradients_are_the_same_over_eight_devices():
+    mesh = make_mesh()
+    module, variables = _block("normalize_once")
+    run = _block_gradients(module)
+    arguments = (variables["params"], variables["batch_stats"], jax.random.normal(jax.random.key(0), (8, 6, 6, 8)))
+    whole = (replicated(mesh), replicated(mesh), over_data(mesh))
+    assert _largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
+
+
+def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less():
+    def stored(layers, form="normalize_once", **options):
+        module, variables = _block(form, layers=layers, **options)
+
+        def values(params, x):
+            return module.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])[0].values
+
+        x = jax.ShapeDtypeStruct((8, 6, 6, 8), jnp.float32)
+        _, pullback = jax.eval_shape(lambda p, x: jax.vjp(values, p, x), variables["params"], x)
+        maps = [leaf.size for leaf in jax.tree.leaves(pullback) if leaf.ndim == 4 and leaf.shape[0] == 8]
+        return sum(maps) / (8 * 6 * 6)
+
+    # x^ of everything, and of each layer the bottleneck's output.
+    for layers in (2, 4, 8):
+        assert stored(layers) == 8 + 4 * layers + 16 * layers
+        assert stored(layers, remat=True) == 8 + 4 * layers
+        assert stored(layers) <= stored(layers, "plain", remat=True) + 4
