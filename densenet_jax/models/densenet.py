@@ -66,8 +66,8 @@ class DenseNet(nn.Module):
         layer's last.
       output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
         to its map (raw block outputs; the last one normalised and rectified).
-      remat: of a dense block, keep x^ only and recompute its 1x1 convolutions in the backward pass (the plain form keeps
-        convolutions' outputs and recomputes concatenations and norms, 1707.06990).
+      remat: of a dense block, keep x^ only and recompute its 1x1 convolutions in the backward pass (the plain form
+        keeps convolutions' outputs and recomputes concatenations and norms, 1707.06990).
       dtype: of activations; param_dtype: of parameters.
       block_form: the arithmetic of dense blocks.
     """
