@@ -91,7 +91,6 @@ CASES = {
 QUICK_PLATFORMS = {
     "no bottleneck": ["tpu"],
     "dropout": ["cpu"],
-    "groups": ["tpu"],
     "frozen readers after the block": ["gpu"],
 }
 EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK_PLATFORMS else pytest.mark.slow) for case in CASES]
@@ -203,7 +202,7 @@ def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less():
         return sum(maps) / (8 * 6 * 6)
 
     # x^ of everything, and of each layer the bottleneck's output.
-    for layers in (2, 4, 8):
+    for layers in (2, 5):
         assert stored(layers) == 8 + 4 * layers + 16 * layers
         assert stored(layers, remat=True) == 8 + 4 * layers
         assert stored(layers) <= stored(layers, "plain", remat=True) + 4
