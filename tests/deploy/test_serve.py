@@ -12,9 +12,7 @@ import pytest
 import requests
 from PIL import Image
 
-from densenet_jax.deploy.predictor import Predictor
 from tests.deploy.files import BOMBS, encoded
-from tests.deploy.run import make_run
 from tests.deploy.serving import MODEL, pictures_input, pixels_input, request_of, serving
 from tests.extras import needs
 from tests.running import last_line, run_main
@@ -23,39 +21,6 @@ from tests.running import last_line, run_main
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 LOAD_SECS = 30
 needs_server = needs("mlserver")
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    root = tmp_path_factory.mktemp("serve")
-    make_run(root / "run", root / "datasets")
-    return root / "run"
-
-
-@pytest.fixture(scope="module")
-def server(workdir, user):
-    with serving(workdir, **user) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def predictor(workdir):
-    return Predictor.from_workdir(workdir)
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pictures(pixels):
-    return [encoded(Image.fromarray(image[:, :, 0])) for image in pixels]
-
-
-@pytest.fixture(scope="module")
-def expected(predictor, pixels):
-    return predictor.probabilities(pixels)
 
 
 def post(server, body, **options) -> requests.Response:
@@ -108,10 +73,10 @@ def test_it_tells_of_itself(server):
 
 
 @needs_server
-def test_answers_over_rest_are_the_predictors(server, predictor, pixels, pictures, expected):
+def test_answers_over_rest_are_the_predictors(server, served, pixels, pictures, expected):
     got = outputs_of(post(server, request_of(pixels_input(pixels[:5]))))
     np.testing.assert_allclose(got["probabilities"], expected[:5], **TOLERANCE)
-    best = [predictor.best(row) for row in expected[:5]]
+    best = [served.best(row) for row in expected[:5]]
     assert got["class_ids"].tolist() == [[one.class_id for one in row] for row in best]
     assert got["labels"].tolist() == [[one.label for one in row] for row in best]
     np.testing.assert_allclose(got["top_probabilities"], [[one.probability for one in row] for row in best], rtol=1e-4)
@@ -120,13 +85,13 @@ def test_answers_over_rest_are_the_predictors(server, predictor, pixels, picture
     np.testing.assert_allclose(got["probabilities"], expected[:5], **TOLERANCE)
     # A picture of another size goes through the model's own preprocessing.
     large = encoded(Image.fromarray(pixels[0, :, :, 0]).resize((30, 20)))
-    want = predictor.probabilities(predictor.preprocess(large)[None])
+    want = served.probabilities(served.preprocess(large)[None])
     got = outputs_of(post(server, request_of(pictures_input(large))))
     np.testing.assert_allclose(got["probabilities"], want, **TOLERANCE)
 
 
 @needs_server
-def test_answers_over_grpc_are_the_predictors(server, predictor, pixels, pictures, expected):
+def test_answers_over_grpc_are_the_predictors(server, served, pixels, pictures, expected):
     client = grpc_client(server)
     for given in (
         grpc_input("image", "UINT8", pixels[:5]),
@@ -134,7 +99,7 @@ def test_answers_over_grpc_are_the_predictors(server, predictor, pixels, picture
     ):
         got = client.infer(MODEL, [given])
         np.testing.assert_allclose(got.as_numpy("probabilities"), expected[:5], **TOLERANCE)
-        labels = [[one.label.encode() for one in predictor.best(row)] for row in expected[:5]]
+        labels = [[one.label.encode() for one in served.best(row)] for row in expected[:5]]
         assert got.as_numpy("labels").tolist() == labels
 
 
@@ -280,8 +245,8 @@ def test_64_clients_for_30_seconds_get_the_predictors_answers(server, pixels, pi
 
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_stops_cleanly(workdir, user, number):
-    with serving(workdir, "--config.serve.batch_sizes=(1,)", **user) as short:
+def test_it_stops_cleanly(served_run, user, number):
+    with serving(served_run, "--config.serve.batch_sizes=(1,)", **user) as short:
         assert post(short, request_of(pixels_input(np.zeros((3, 8, 8, 1), np.uint8)))).status_code == 200
         status, output = short.stop(number)
     assert status == 0, "".join(short.said)
@@ -290,9 +255,9 @@ def test_it_stops_cleanly(workdir, user, number):
 
 
 @needs_server
-def test_a_port_in_use_is_a_users_mistake(server, workdir, user):
+def test_a_port_in_use_is_a_users_mistake(server, served_run, user):
     port = server.url.rsplit(":", 1)[1]
-    common = ("--config", "configs/digits.py", "--workdir", str(workdir), "--mode", "serve")
+    common = ("--config", "configs/digits.py", "--workdir", str(served_run), "--mode", "serve")
     _, errors = run_main(*common, "--port", port, "--grpc_port", "0", expect=2, **user)
     assert errors.splitlines()[-1].startswith(f"error: --port {port} of 127.0.0.1 can't be used")
     _, errors = run_main(*common, "--port", "0", "--grpc_port", server.grpc.rsplit(":", 1)[1], expect=2, **user)
