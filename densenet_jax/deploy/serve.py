@@ -80,7 +80,7 @@ def serve(
         predictor: what is served.
         listener: from `listen`.
         address: as given to `listen`.
-        batch_wait_secs: how long a request waits at most for others to share its batch; with 0, or a predictor for
+        batch_wait_secs: how long a request waits for others while the device is idle; with 0, or a predictor for
             batches of one, each request is computed by itself.
 
     Returns:

@@ -60,6 +60,16 @@ class Engine(MLModel):
         return in_batches(images, self._predictor.batch_sizes, self._predictor.probabilities)
 
 
+class Batcher(AdaptiveBatcher):
+    """MLServer's batcher, which here waits for the batch under way: meanwhile more requests come for the next one."""
+
+    async def _batcher(self) -> None:
+        async for batch in self._batch_requests():
+            computing = asyncio.create_task(self._predict_fn(batch.merged_request))
+            await asyncio.wait([computing])
+            self._predict_callback(batch, computing)
+
+
 class ImageClassifier(MLModel):
     """The runtime: from a request of the protocol to its answer."""
 
@@ -70,7 +80,7 @@ class ImageClassifier(MLModel):
         self._engine = engine
         self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
         batches = engine.settings.max_batch_size > 1 and engine.settings.max_batch_time > 0
-        self._compute = AdaptiveBatcher(engine).predict if batches else engine.predict
+        self._compute = Batcher(engine).predict if batches else engine.predict
         self.requests_served = self.images_served = 0
         self.failure: Exception | None = None
 
