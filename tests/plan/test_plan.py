@@ -132,11 +132,11 @@ def plan_digits(user, topology, *more):
 
 
 def check_digits(figures, chips, batch):
-    parameters = 70_826  # of the recipe's model, as --mode parameters counts them
+    parameters = 71_254  # of the recipe's model, as --mode parameters counts them
     assert figures["fits"] is True
     assert (figures["chips"], figures["global_batch_size"]) == (chips, batch)
     sums = [one["bytes"] for one in figures["collectives"] if one["op"] == "all-reduce"]
-    assert max(sums) >= 4 * parameters * 0.5
+    assert max(sums) >= 0.9 * 4 * parameters
     assert sum(one["bytes"] * one["count"] for one in figures["collectives"]) >= 4 * parameters
     assert 5e6 < figures["flops_per_image"] < 5e7
     assert figures["images_per_sec_bound"] > 0

@@ -1,0 +1,173 @@
+"""Bytes that a training step moves and temporaries it needs on chips that are not there, as their compilers count them.
+
+    python benchmarks/traffic.py --models densenet121 --batch_sizes 128 --target v5e --output traffic_v5e.json
+
+Each row compiles forward, backward and an update of SGD with momentum for one chip: this project's form of the dense
+block, and the plain one (concatenate, batch norm, ReLU, convolution, autodiff). Beside them stands the floor: what has
+to be moved by counting. `--target h200` needs requirements-plan-gpu.txt, the TPUs need requirements-plan.txt. Growth
+with depth: --models densenet121 densenet169 densenet201 densenet264; with resolution: --image_size_px 160 224 320.
+Compiling densenet121 for a TPU takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+from versus import report
+
+FORMS = ("densenet_jax", "plain")
+COLUMNS = {
+    "model": "model",
+    "batch_size": "batch",
+    "image_size_px": "px",
+    "target": "target",
+    "form": "form",
+    "megabytes_per_image": "MB/image",
+    "temp_mib": "temporaries MiB",
+    "floor_megabytes": "floor MB/image",
+    "times_floor": "times floor",
+    "error": "error",
+}
+
+
+def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: str, target: str) -> dict[str, Any]:
+    """Compiles one training step in this process, which must have `compilers.ENVIRONMENT`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import densenet_jax
+    from densenet_jax.errors import UserError
+    from densenet_jax.models.dense_block import plain_dense_block
+    from densenet_jax.plan.compilers import one_chip_mesh
+    from densenet_jax.plan.costs import DoesNotFitError, compile_costs
+    from densenet_jax.training import sharding
+
+    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype))
+    if form == "plain":
+        network = network.clone(block_form=plain_dense_block)
+    optimizer = optax.sgd(0.01, momentum=0.9)
+
+    def step(variables: Any, momentum: Any, images: Any, labels: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            arrays = {**variables, "params": params}
+            logits, new = network.apply(arrays, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        gradients, new = jax.grad(loss_of, has_aux=True)(variables["params"])
+        updates, momentum = optimizer.update(gradients, momentum, variables["params"])
+        return {**new, "params": optax.apply_updates(variables["params"], updates)}, momentum
+
+    try:
+        everywhere = sharding.replicated(one_chip_mesh(target))
+        image = jnp.zeros((1, image_size_px, image_size_px, 3))
+        variables = jax.eval_shape(lambda: network.init(jax.random.key(0), image))
+        momentum = jax.eval_shape(optimizer.init, variables["params"])
+        images = jax.ShapeDtypeStruct((batch_size, *image.shape[1:]), jnp.dtype(dtype))
+        labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        shapes = sharding.with_sharding((variables, momentum, images, labels), everywhere)
+        costs = compile_costs(jax.jit(step, donate_argnums=(0, 1)).lower(*shapes))
+    except DoesNotFitError as full:
+        return {"bytes_per_image": None, "temp_bytes": full.needed_bytes, "error": "does not fit"}
+    except UserError as mistake:
+        return {"mistake": str(mistake)}
+    return {"bytes_per_image": round(costs.traffic_bytes / batch_size), "temp_bytes": costs.temp_bytes}
+
+
+def run_child(case: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a process of its own: compilers speak, and may crash."""
+    from densenet_jax.plan.compilers import ENVIRONMENT
+
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    search = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    command = [sys.executable, __file__, "--measure", json.dumps(case)]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | search, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"bytes_per_image": None, "temp_bytes": None, "error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "mistake" in found:
+        raise SystemExit(f"error: {found['mistake']}")
+    return found
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the table tells it."""
+    moved, floor = row["bytes_per_image"], row["floor_bytes_per_image"]
+    return row | {
+        "megabytes_per_image": moved and moved / 1e6,
+        "temp_mib": row["temp_bytes"] and row["temp_bytes"] // 2**20,
+        "floor_megabytes": floor and floor / 1e6,
+        "times_floor": moved / floor if moved and floor else None,
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["densenet121"], help="names of the variants table")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128])
+    parser.add_argument("--image_size_px", type=int, nargs="+", default=[224])
+    parser.add_argument("--target", nargs="+", default=["v5e"], help="chips: v4, v5e, v5p, v6e, h100, h200")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--output", help="write the rows to this JSON file")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compiles every case and prints the table."""
+    arguments = parse()
+    if arguments.measure:
+        print(json.dumps(measure(**json.loads(arguments.measure))), flush=True)
+        return
+    from versus.floor import floor_elements
+
+    from densenet_jax.errors import UserError
+    from densenet_jax.models.variants import get_variant
+    from densenet_jax.plan.compilers import check_installed
+    from densenet_jax.plan.topology import find_chip
+
+    try:
+        for model in arguments.models:
+            get_variant(model)
+        for target in arguments.target:
+            check_installed(find_chip(target).compiler)
+    except UserError as mistake:
+        raise SystemExit(f"error: {mistake}") from None
+    cases = [
+        {"model": model, "batch_size": batch_size, "image_size_px": px, "dtype": arguments.dtype, "target": target}
+        for target in arguments.target
+        for model in arguments.models
+        for px in arguments.image_size_px
+        for batch_size in arguments.batch_sizes
+    ]
+    rows: list[dict[str, Any]] = []
+    element = 2 if arguments.dtype == "bfloat16" else 4
+    for case in cases:
+        floor = floor_elements(case["model"], case["image_size_px"])
+        for form in arguments.forms:
+            print(f"{case['model']}, batch {case['batch_size']}, {case['target']}, {form}", file=sys.stderr, flush=True)
+            found = run_child({**case, "form": form})
+            rows.append({**case, "form": form, **found, "floor_bytes_per_image": floor and floor * element})
+    print(report.table([shown(row) for row in rows], COLUMNS))
+    if arguments.output:
+        report.write(arguments.output, f"compiled for {', '.join(arguments.target)} without one", versions(), rows)
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    names = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin")
+    found = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {name: found[name] for name in names if name in found}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The least a DenseNet's training step has to move between a chip and its memory, by counting."""
+
+from __future__ import annotations
+
+from densenet_jax.models.variants import DenseNetArchitecture, get_variant
+
+# How often a training step has to read or write each kind of array where every pass does all it can:
+CONCATENATION = 4  # read forward and backward; the gradient of all features read and written
+BOTTLENECK = 6  # written, read; backward read, its gradient written, and both read for the norm's own derivative
+NEW_FEATURES = 7  # written, read for their statistics, stored normalised; backward gradient and map read, written, read
+JOINED = 3  # a block's whole output for transition or head: read forward and backward, its gradient written
+STEM = 5  # the first convolution's output: written, read; backward read, its gradient written, read
+IMAGE = 2  # read forward, and for the first kernel's gradient
+
+
+def floor_elements(model: str, image_size_px: int, channels: int = 3) -> int | None:
+    """Elements moved for one image; None where the count is not worked out (Dual Path Networks, deep stems)."""
+    facts = get_variant(model).architecture
+    if not isinstance(facts, DenseNetArchitecture) or facts.stem not in ("plain", "cifar"):
+        return None
+    growth, width = facts.growth_rate, facts.stem_width or 2 * facts.growth_rate
+    side, moved = image_size_px, IMAGE * channels * image_size_px**2
+    if facts.stem == "plain":
+        side = -(-side // 2)
+        moved += STEM * width * side**2
+        side = -(-side // 2)
+    moved += NEW_FEATURES * width * side**2
+    for number, layers in enumerate(facts.block_sizes):
+        for _ in range(layers):
+            per_pixel = CONCATENATION * width + BOTTLENECK * facts.bottleneck_width * growth + NEW_FEATURES * growth
+            moved += per_pixel * side**2
+            width += growth
+        moved += JOINED * width * side**2
+        if number < len(facts.block_sizes) - 1:
+            width, side = int(width * facts.compression), side // 2
+            moved += NEW_FEATURES * width * side**2
+    return moved

@@ -1,0 +1,76 @@
+"""The traffic benchmark: its floor by counting, and the columns it promises."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.extras import needs
+from tests.running import ROOT, environment
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from versus.floor import floor_elements
+
+
+def run(*arguments):
+    command = [sys.executable, "benchmarks/traffic.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_the_floor_of_densenet121_is_about_160_megabytes_in_bfloat16():
+    assert 2 * floor_elements("densenet121", 224) == pytest.approx(160e6, rel=0.03)
+
+
+def test_the_floor_grows_with_depth_and_with_the_square_of_the_side():
+    counts = [floor_elements(name, 224) for name in ("densenet121", "densenet169", "densenet201", "densenet264")]
+    assert counts == sorted(counts)
+    assert floor_elements("densenet121", 448) == 4 * floor_elements("densenet121", 224)
+
+
+def test_the_floor_of_a_network_small_enough_to_count_by_hand():
+    # densenet_bc_22_12: three blocks of 3 layers on 8, 4 and 2 pixels, 24 maps at first, 12 more a layer.
+    def block(width, side):
+        layers = sum(4 * (width + 12 * index) + 6 * 48 + 7 * 12 for index in range(3))
+        return (layers + 3 * (width + 36)) * side**2
+
+    entering = 7 * (24 * 64 + 30 * 16 + 33 * 4)
+    by_hand = 2 * 3 * 64 + entering + block(24, 8) + block(30, 4) + block(33, 2)
+    assert floor_elements("densenet_bc_22_12", 8) == by_hand
+
+
+@pytest.mark.parametrize("model", ["dpn68", "densenet264d"])
+def test_networks_whose_floor_is_not_counted_have_none(model):
+    assert floor_elements(model, 224) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--target", "v5f"), "nearest is v5"), (("--models", "densenet120"), "densenet121")],
+)
+def test_a_name_that_is_not_known_is_one_line(arguments, says):
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@needs("libtpu")
+def test_the_columns(tmp_path):
+    path = os.fspath(tmp_path / "traffic.json")
+    tiny = ("--models", "densenet_bc_22_12", "--image_size_px", "8", "--batch_sizes", "8", "--target", "v5e")
+    done = run(*tiny, "--output", path)
+    assert done.returncode == 0, done.stderr
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    assert content.keys() == {"date", "device", "versions", "rows"}
+    assert "libtpu" in content["versions"]
+    assert [row["form"] for row in content["rows"]] == ["densenet_jax", "plain"]
+    for row in content["rows"]:
+        assert (row["model"], row["batch_size"], row["target"]) == ("densenet_bc_22_12", 8, "v5e")
+        assert row["bytes_per_image"] > row["floor_bytes_per_image"] > 0
+        assert row["temp_bytes"] > 0
+    assert "MB/image" in done.stdout
