@@ -30,11 +30,12 @@ if ((${#gpus[@]} == 0)); then
 fi
 
 pids=()
+signalled=0
 stop() {
-  kill -s "$1" "${pids[@]}" 2>/dev/null || true
+  signalled=1
+  kill "${pids[@]}" 2>/dev/null || true
 }
-trap 'stop INT' INT
-trap 'stop TERM' TERM
+trap stop INT TERM
 share=$((${#gpus[@]} / count))
 for ((id = 0; id < count; id++)); do
   ((share == 0)) || export CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:id * share:share}")
@@ -44,10 +45,14 @@ done
 
 status=0
 for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2>/dev/null; do # a trapped signal ends a wait before its process
-    code=0
-    wait "$pid" || code=$?
+  code=0
+  while :; do # a trapped signal ends a wait before its process
+    signalled=0
+    now=0
+    wait "$pid" || now=$?
+    ((now == 127)) || code=$now # 127: it was waited for before
+    ((signalled)) || break
   done
-  ((status != 0)) || status=${code:-0}
+  ((status != 0)) || status=$code
 done
 exit "$status"

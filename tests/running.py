@@ -41,12 +41,16 @@ def run_main(*arguments: str, devices: int = 1, expect: int = 0, **changes: str)
     return output, errors
 
 
-def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[subprocess.Popen[str]]:
-    """Starts `count` processes that are one run, each with `devices` devices."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = (f"--coordinator={where}", f"--num_processes={count}")
+        return free.getsockname()[1]
+
+
+def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[subprocess.Popen[str]]:
+    """Starts `count` processes that are one run, each with `devices` devices."""
+    flags = (f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}")
     return [
         start_main(*arguments, *flags, f"--process_id={index}", devices=devices, **changes) for index in range(count)
     ]
