@@ -86,7 +86,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
     """The same tree of shapes and dtypes, each leaf to be laid out by `sharding`."""
 
-    def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def laid_out(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
         where = sharding if isinstance(sharding, NamedSharding) else sharding(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
