@@ -45,14 +45,14 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
 
     import densenet_jax
     from densenet_jax.errors import UserError
-    from densenet_jax.models.dense_block import plain_dense_block
     from densenet_jax.plan.compilers import one_chip_mesh
     from densenet_jax.plan.costs import DoesNotFitError, compile_costs
+    from densenet_jax.plan.topology import find_chip
     from densenet_jax.training import sharding
 
-    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype))
-    if form == "plain":
-        network = network.clone(block_form=plain_dense_block)
+    platform = "tpu" if find_chip(target).compiler == "tpu" else "gpu"  # JAX itself runs on this machine's CPU
+    block_form = "plain" if form == "plain" else f"normalize_once_{platform}"
+    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), block_form=block_form)
     optimizer = optax.sgd(0.01, momentum=0.9)
 
     def step(variables: Any, momentum: Any, images: Any, labels: Any) -> Any:

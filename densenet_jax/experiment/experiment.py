@@ -104,13 +104,22 @@ class Experiment:
             classifier_dropout=config.model.classifier_dropout,
             layer_dropout=config.model.layer_dropout,
             remat=config.model.remat,
-            block_form=config.model.block_form,
+            block_form=self._block_form,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,
             unbiased_running_variance=config.model.unbiased_running_variance,
             frozen_norms=config.optim.freeze,
         )
+
+    @property
+    def _block_form(self) -> str:
+        """The form of dense blocks, for the chips that are planned for where it depends on the chip."""
+        form = self.config.model.block_form
+        if not self.absent_devices or form != "normalize_once":
+            return form
+        platform = self.absent_devices[0].platform
+        return f"{form}_{platform if platform in ('cpu', 'tpu') else 'gpu'}"
 
     @functools.cached_property
     def schedule(self) -> Schedule:

@@ -1,10 +1,14 @@
 """The mode: what it refuses, what it tells, and real steps compiled for chips that are not there."""
 
+import types
+
 import pytest
 
 from configs import default, digits
 from densenet_jax.config import checked
 from densenet_jax.errors import UserError
+from densenet_jax.experiment import Experiment
+from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.plan import plan as planning
 from densenet_jax.plan.costs import Costs, DoesNotFitError, needed_bytes
 from densenet_jax.plan.hlo import Collective
@@ -152,3 +156,20 @@ def test_the_digits_on_tpus_that_are_not_there(user, topology, chips):
 @needs("jax_plugins.xla_cuda12")
 def test_the_digits_on_gpus_that_are_not_there(user):
     check_digits(plan_digits(user, "h200:1x1x8"), 8, digits.get_config().train.global_batch_size)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "expected"),
+    [
+        ("tpu", "normalize_once", "normalize_once_tpu"),
+        ("cuda", "normalize_once", "normalize_once_gpu"),
+        ("cpu", "normalize_once", "normalize_once_cpu"),
+        ("tpu", "plain", "plain"),
+    ],
+)
+def test_the_dense_block_takes_the_form_of_the_chip_that_is_planned_for(platform, asked, expected):
+    config = digits.get_config()
+    with config.unlocked():
+        config.model.block_form = asked
+    absent = (types.SimpleNamespace(platform=platform),)
+    assert Experiment(checked(config), absent_devices=absent).model.block_form is FORMS[expected]
