@@ -21,6 +21,8 @@ def full_disk_told(directory: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # TensorStore raises errors of its own, which hold the kernel's message
         why = _why_full(error)
         if why is None:

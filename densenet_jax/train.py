@@ -6,6 +6,7 @@ from typing import Any
 
 from densenet_jax import processes
 from densenet_jax.config import flatten, to_dict
+from densenet_jax.disk import full_disk_told
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.interruption import Interrupted, StopRequest
@@ -26,7 +27,7 @@ _CLOSING_SECS = 15  # closing waits for the other processes, which may be elsewh
 class Trainer:
     """One run in one work directory, from its newest checkpoint to its end."""
 
-    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest, watchdog: Watchdog):
+    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest, watchdog: Watchdog, profile: Profile):
         """Compiles the steps and restores or creates the state.
 
         Raises:
@@ -37,7 +38,7 @@ class Trainer:
         self._watchdog = watchdog
         self._config = to_dict(experiment.config)
         self._timeline = experiment.timeline
-        self._profile = Profile(experiment.config.profile, workdir, self._timeline.total_steps)
+        self._profile = profile
         total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
         say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
         self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
@@ -121,8 +122,10 @@ class Trainer:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._checkpoints.close()
-        self._writers.close()
+        try:
+            self._checkpoints.close()
+        finally:
+            self._writers.close()
 
     def _report(self, window: Window, bar: Bar) -> None:
         figures = window.sums.compute()
@@ -189,14 +192,15 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
-        UserError: a mistake that the user can mend.
+        UserError: a mistake that the user can mend, or a full disk.
     """
-    with only_run_in(workdir), StopRequest() as stop:
+    with only_run_in(workdir), full_disk_told(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
+        profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, experiment.data.eval_source.class_names)
         watchdog = Watchdog(workdir, experiment.config.train.stall_secs)
-        trainer = Trainer(experiment, workdir, stop, watchdog)
+        trainer = Trainer(experiment, workdir, stop, watchdog, profile)
         try:
             with watchdog:
                 figures = trainer.run()

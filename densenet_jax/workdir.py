@@ -118,8 +118,8 @@ def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None 
     Of several processes the first one writes; the others see whether they share the directory with it.
 
     Raises:
-        UserError: the directory belongs to a run with other settings (the message lists them), its `config.json`
-            can't be read, or the disk is full.
+        UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
+            can't be read.
     """
     path = os.path.join(workdir, "config.json")
     current = to_dict(config)

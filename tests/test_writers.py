@@ -1,6 +1,7 @@
 """Reports in metrics.jsonl and in TensorBoard's files."""
 
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -33,6 +34,21 @@ def test_tensorboard_shows_settings_and_images(channels, tmp_path):
     width, height, png = events.Tensors("augmented/02")[0].tensor_proto.string_val
     assert (width, height) == (b"6", b"4")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))).reshape(4, 6, channels), images[1])
+
+
+def test_full_disk_is_a_users_error(tmp_path):
+    """A limit on the size of files stands for the disk; the soft one can be lifted again."""
+    writers = Writers(str(tmp_path))
+    writers.write(5, "train", FIGURES)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't be written to: File too large \(.* MiB are free there\)"):
+            writers.describe([("key", "x" * 1000)], np.zeros((0, 1, 1, 1), np.uint8), [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    writers.close()
+    assert read_metrics(str(tmp_path))[0]["step"] == 5
 
 
 def test_reports_come_back_but_for_a_line_cut_short(tmp_path):
