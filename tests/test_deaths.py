@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -42,7 +43,7 @@ def finished(user, tmp_path_factory) -> pathlib.Path:
 def kill_in(moment: str, run: Run, workdir: pathlib.Path, datasets: pathlib.Path, chance: random.Random) -> str:
     """Waits until `run` is in that moment, kills it a little later, and tells in which moment it really died."""
     temporary = lambda: list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))  # noqa: E731
-    steps = chance.randint(1, 8)
+    steps = chance.randint(3, 9)
     begins, delay_secs = {
         "data preparation": (lambda: datasets.exists() and any(datasets.iterdir()), 0.1),
         "compiling": (lambda: run.says(r"^compiling \.\.\.$|\ncompiling \.\.\.\n"), 1.0),
@@ -163,6 +164,9 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
     assert json.loads(scores.read_text())["top1"] == top1
 
 
+STALL = r"nothing has moved for \d+ s while waiting for the images of step 5\n(.*\n)*Thread 0x.*most recent call first"
+
+
 def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
     """A pipe among the images: who opens it waits until somebody writes, as on a network file system that is gone."""
     train = tmp_path / "data" / "train"
@@ -181,21 +185,21 @@ def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
         "--config.data.eval_split=val",
         "--config.train.global_batch_size=8",
         "--config.train.epochs=1",
-        "--config.train.stall_secs=1",
+        "--config.train.stall_secs=2",
         f"--workdir={tmp_path}/run",
     )
     pipe.unlink()
     os.mkfifo(pipe)
     told = tmp_path / "run" / "stalls.txt"
     with Run(*stalling, **user) as run:
-        assert run.wait_for(lambda: told.exists() and "Thread 0x" in told.read_text() and run.says("not stopped"))
+        # A busy machine may be slow enough to be told of in an earlier step, too.
+        assert run.wait_for(lambda: told.exists() and re.search(STALL, told.read_text()) and run.says(STALL))
         writer = os.open(pipe, os.O_WRONLY)
         pipe.unlink()
         pipe.write_bytes(picture)
         os.write(writer, picture)
         os.close(writer)
         assert run.end() == 0, run.errors
-    assert "while waiting for the images of step 5" in run.errors
     assert "folder.py" in told.read_text()
     assert run.says("it goes on after")
 
