@@ -36,8 +36,10 @@ Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not kno
 
 def _set_up_logging() -> None:
     """Our warnings are said to the person at the terminal; of the libraries only errors are."""
-    for library in ("absl", "jax", "orbax", "grain"):
+    for library in ("jax", "grain"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
     ours.handlers = [_Saying()]
