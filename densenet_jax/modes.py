@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -40,9 +41,16 @@ def _set_up_logging() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_late_answers
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
     ours.handlers = [_Saying()]
+
+
+def _without_late_answers(said: Any) -> None:
+    """Drops what TensorStore prints when many writes fail at once and Orbax, told by the first, listens no more."""
+    if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(said)
 
 
 class _Saying(logging.Handler):
