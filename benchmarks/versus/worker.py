@@ -50,8 +50,8 @@ def serve(prepare: Prepare, out_of_memory: Callable[[Exception], bool]) -> None:
 
 
 def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str, Any]]:
-    began = time.perf_counter()
     case, facts = prepare(**request)
+    began = time.perf_counter()
     case.step()
     case.wait()
     first = time.perf_counter()
