@@ -34,8 +34,8 @@ CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits
 flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
 flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
 flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
-flags.DEFINE_multi_string("images", [], "--mode predict: a file, a folder or a pattern in quotes; may be repeated.")
-flags.DEFINE_string("output", "", "--mode predict: the file to write; by default predictions.jsonl in the workdir.")
+flags.DEFINE_multi_string("images", [], "--mode predict, export: a file, a folder or a pattern in quotes; may be repeated.")
+flags.DEFINE_string("output", "", "--mode predict, export: the file to write; by default in the workdir.")
 flags.DEFINE_string(
     "labels", "", "--mode predict, serve: a file with a class name a line; by default the run's own names."
 )
@@ -49,6 +49,10 @@ flags.DEFINE_string("topology", "", "--mode plan: the chips to plan for, such as
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where this is one of several processes.")
 flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_string("format", "", "--mode export: stablehlo, onnx, savedmodel or tflite.")
+flags.DEFINE_string("precision", "float32", "--mode export: float32, or what the format has of float16 and int8.")
+flags.DEFINE_bool("preprocess", True, "--mode export: whether the file takes bytes and gives probabilities.")
+flags.DEFINE_integer("batch_size", 0, "--mode export: the only batch size that the file takes; 0: any.")
 
 
 def parse(arguments: list[str]) -> None:
@@ -112,6 +116,10 @@ def main(arguments: list[str]) -> int:
             port=FLAGS.port,
             grpc_port=FLAGS.grpc_port,
             topology=FLAGS.topology,
+            format=FLAGS.format,
+            precision=FLAGS.precision,
+            preprocess=FLAGS.preprocess,
+            batch_size=FLAGS.batch_size,
         )
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]

@@ -10,9 +10,9 @@ from densenet_jax.errors import UserError
 # Flags that only some modes have a use for.
 _MODES_OF = {
     "compare": ("report",),
-    "images": ("predict",),
-    "output": ("predict",),
-    "labels": ("predict", "serve"),
+    "images": ("predict", "export"),
+    "output": ("predict", "export"),
+    "labels": ("predict", "export", "serve"),
     "topk": ("predict",),
     "annotate": ("predict",),
     "features": ("predict",),
@@ -20,6 +20,10 @@ _MODES_OF = {
     "port": ("serve",),
     "grpc_port": ("serve",),
     "topology": ("plan",),
+    "format": ("export",),
+    "precision": ("export",),
+    "preprocess": ("export",),
+    "batch_size": ("export",),
 }
 
 
@@ -42,6 +46,10 @@ class Command:
         port: its port for REST and the page; 0: a free one.
         grpc_port: likewise for gRPC.
         topology: the chips that --mode plan plans for.
+        format: of the exported file.
+        precision: of the numbers in it.
+        preprocess: whether it takes bytes and gives probabilities.
+        batch_size: the only one that it takes; 0: any.
     """
 
     recipe: str = "configs/digits.py"
@@ -58,6 +66,10 @@ class Command:
     port: int = 8080
     grpc_port: int = 8081
     topology: str = ""
+    format: str = ""
+    precision: str = "float32"
+    preprocess: bool = True
+    batch_size: int = 0
 
     def check_mode(self, mode: str) -> None:
         """Checks that no flag was given that means nothing in this mode.

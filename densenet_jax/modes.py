@@ -1,5 +1,6 @@
 """What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
 
+import functools
 import logging
 import os
 import sys
@@ -14,11 +15,13 @@ from densenet_jax import processes
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
 from densenet_jax.config import flatten, to_dict
+from densenet_jax.deploy.export import ExportOptions, export
 from densenet_jax.deploy.predict import PredictOptions, predict
 from densenet_jax.deploy.predictor import Predictor
 from densenet_jax.deploy.serve import LIMITS, Address, check_installed, listen, serve
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
+from densenet_jax.experiment.check_images import Samples
 from densenet_jax.experiment.deployed import deployed_from_settings, settings_of_run
 from densenet_jax.parameter_table import parameter_table
 from densenet_jax.plan.plan import plan
@@ -157,6 +160,19 @@ def _as_trained(config: Config, workdir: str, command: Command) -> Config:
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         return config
     return settings_of_run(workdir, command.overrides, command.defaults)
+def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Writes the model as a file for other programs, checked against the model; see --format."""
+    config = _as_trained(config, workdir, command)
+    options = ExportOptions(
+        format=command.format,
+        output=command.output,
+        default_output=os.path.join(workdir, "export", config.model.name),
+        precision=command.precision,
+        preprocess=command.preprocess,
+        batch_size=command.batch_size,
+    )
+    model = functools.partial(deployed_from_settings, config, workdir, command.labels)
+    return export(model, Samples(config, command.images), options)
 
 
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -202,6 +218,7 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "predict": predict_mode,
+    "export": export_mode,
     "prepare": prepare_mode,
     "data": data_mode,
     "schedule": schedule_mode,
