@@ -160,6 +160,8 @@ def _as_trained(config: Config, workdir: str, command: Command) -> Config:
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         return config
     return settings_of_run(workdir, command.overrides, command.defaults)
+
+
 def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Writes the model as a file for other programs, checked against the model; see --format."""
     config = _as_trained(config, workdir, command)
