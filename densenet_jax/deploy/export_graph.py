@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.deployed import Deployed
+from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.training.augment import normalize
 from densenet_jax.training.eval_step import restrict
@@ -88,7 +89,8 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
     def logits(images: jax.Array) -> jax.Array:
         if preprocess:
             images = (images.astype(jnp.float32) - mean) / std
-        return module.apply(variables, images, train=False)  # type: ignore[return-value]
+        with plain_kernels():
+            return module.apply(variables, images, train=False)  # type: ignore[return-value]
 
     height, width, channels = model.transform.shape
     return Graph(

@@ -97,7 +97,7 @@ class DenseNet(nn.Module):
         Raises:
           UserError: the images are smaller than the strides allow.
         """
-        self._check_size(images.shape)
+        self._check_size(*images.shape[1:3])
         options = BlockOptions(
             self.norm_options, self.dtype, self.layer_dropout, self.dropout_every_convolution, self.remat
         )
@@ -159,11 +159,11 @@ class DenseNet(nn.Module):
         return blur_pool(max_pool(x, stride=1, repeat_border=border))
 
     @nn.nowrap
-    def _check_size(self, shape: tuple[int, ...]) -> None:
+    def _check_size(self, height: int, width: int) -> None:
         halvings = 2 ** (len(self.block_sizes) - 1)
         smallest = halvings if self.stem == "cifar" else 4 * (halvings - 1) + 1
-        if min(shape[1:3]) < smallest:
+        if min(height, width) < smallest:
             raise UserError(
-                f"images of {shape[1]}x{shape[2]} pixels are too small: this network halves the map until nothing is "
+                f"images of {height}x{width} pixels are too small: this network halves the map until nothing is "
                 f"left; give it at least {smallest}x{smallest}"
             )
