@@ -34,9 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits
 flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
 flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
 flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
-flags.DEFINE_multi_string(
-    "images", [], "--mode predict, export: a file, a folder or a pattern in quotes; may be repeated."
-)
+flags.DEFINE_multi_string("images", [], "--mode predict, export: a file, folder or pattern in quotes; repeatable.")
 flags.DEFINE_string("output", "", "--mode predict, export: the file to write; by default in the workdir.")
 flags.DEFINE_string(
     "labels", "", "--mode predict, serve: a file with a class name a line; by default the run's own names."
