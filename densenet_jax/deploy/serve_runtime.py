@@ -23,6 +23,7 @@ from mlserver.types import (
     ResponseOutput,
     TensorData,
 )
+from prometheus_client import Counter
 
 from densenet_jax.deploy.predictor import Predictor
 from densenet_jax.deploy.serve_batches import in_batches
@@ -31,6 +32,8 @@ from densenet_jax.deploy.serve_requests import ENCODED, PIXELS, Reader, RequestE
 PROBABILITIES = "probabilities"
 BEST = 5  # classes in the outputs that name the best
 DECODING_THREADS = 2
+BATCHES = Counter("served_batches", "Batches that were computed, each of one or more requests.")
+IMAGES = Counter("served_images", "Images that were computed.")
 
 
 class Engine(MLModel):
@@ -50,6 +53,8 @@ class Engine(MLModel):
         pixels = payload.inputs[0]
         images = np.frombuffer(pixels.data.root, np.uint8).reshape(pixels.shape)
         rows = await asyncio.get_running_loop().run_in_executor(self._device, self._compute, images)
+        BATCHES.inc()
+        IMAGES.inc(len(rows))
         data = TensorData.model_construct(root=rows.reshape(-1))
         output = ResponseOutput.model_construct(
             name=PROBABILITIES, datatype="FP32", shape=list(rows.shape), parameters=None, data=data

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -192,8 +193,14 @@ def test_bad_requests_and_lost_clients_leave_the_rest_of_a_batch_alone(server, p
         assert all(pool.map(ask, range(400)))
 
 
-async def load(server, pixels, pictures, check, secs: float) -> tuple[int, list[float]]:
-    """32 clients over REST and 32 over gRPC for so long; the number of answers, all checked, and their sizes."""
+def computed(server) -> tuple[float, float]:
+    """Batches and images that the server has computed."""
+    text = requests.get(f"{server.url}/metrics", timeout=9).text
+    return tuple(float(re.search(rf"^served_{what}_total (.*)$", text, re.M)[1]) for what in ("batches", "images"))
+
+
+async def load(server, pixels, pictures, check, secs: float) -> tuple[int, int]:
+    """32 clients over REST and 32 over gRPC for so long; the number of answers, all checked, and of their images."""
     import aiohttp
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -227,7 +234,7 @@ async def load(server, pixels, pictures, check, secs: float) -> tuple[int, list[
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         clients = [rest(session, number) for number in range(32)]
         await asyncio.gather(*clients, *[over_grpc(stub, number) for number in range(32)])
-    return len(counts), counts
+    return len(counts), sum(counts)
 
 
 @needs_server
@@ -235,8 +242,12 @@ def test_64_clients_for_30_seconds_get_the_predictors_answers(server, pixels, pi
     def check(which, rows):
         np.testing.assert_allclose(rows, expected[which], **TOLERANCE)
 
-    answers, _ = asyncio.run(load(server, pixels, pictures, check, LOAD_SECS))
-    assert answers > 64
+    before = computed(server)
+    requests_sent, images_sent = asyncio.run(load(server, pixels, pictures, check, LOAD_SECS))
+    batches, images = (after - start for after, start in zip(computed(server), before, strict=True))
+    assert images == images_sent
+    # Each client has one request under way at a time; so many of them, and no more, may share a batch.
+    assert requests_sent / 64 <= batches <= requests_sent / 3
     metrics = requests.get(f"{server.url}/metrics", timeout=9).text
     assert f'model_infer_request_success_total{{model="{MODEL}"' in metrics
     assert "grpc_server_handling_seconds" in metrics
