@@ -52,9 +52,9 @@ from densenet_jax.models.readers import (
 
 # What each platform's compiler makes the most of; measured in docs/performance.md.
 ARITHMETIC = {
-    "cpu": Arithmetic("buffer", "dot", "reduce"),
-    "tpu": Arithmetic("buffer", "dot", "reduce"),
-    "gpu": Arithmetic("arrays", "convolution", "reduce"),
+    "cpu": Arithmetic("buffer", "dot"),
+    "tpu": Arithmetic("buffer", "dot"),
+    "gpu": Arithmetic("arrays", "convolution"),
 }
 
 

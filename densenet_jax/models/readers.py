@@ -26,13 +26,10 @@ class Arithmetic:
       storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
         keeps one array a layer and concatenates them where they are read.
       pointwise: 1x1 convolutions as "dot" or as "convolution".
-      sums: the gradients of scale and bias by "reduce", sums over the gradient, or by "product", a kernel gradient
-        of twice the input channels and no pass over the gradient at all.
     """
 
     storage: Literal["buffer", "arrays"] = "buffer"
     pointwise: Literal["dot", "convolution"] = "dot"
-    sums: Literal["reduce", "product"] = "reduce"
 
 
 class Reader(NamedTuple):
@@ -130,53 +127,15 @@ def read_gradients(
       arithmetic: how.
     """
     wide = _wide(x.dtype)
-    scale = reader.scale.astype(wide)[None, None, None, :]
-    positive = scale_shift(x, reader.scale, reader.bias, x.dtype) > 0
-    by_product = arithmetic.sums == "product" and groups == 1
-    sums = _sums_by_product if by_product else _sums_by_reduction
-    rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)
-    rectified = jnp.where(positive, rectified, jnp.zeros_like(rectified)).astype(wide)
-    return ReaderGradients(rectified * scale, *sums(x, reader, gradient, positive, rectified, groups, arithmetic))
-
-
-def _sums_by_reduction(
-    x: Array,
-    reader: Reader,
-    gradient: Array,
-    positive: Array,
-    rectified: Array,
-    groups: int,
-    arithmetic: Arithmetic,
-) -> tuple[Array, Array, Array]:
-    del positive
     activation = rectify(x, reader.scale, reader.bias)
-    kernel = _contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic)
-    return sum_by_group(rectified * x.astype(rectified.dtype), groups), sum_by_group(rectified, groups), kernel
-
-
-def _sums_by_product(
-    x: Array,
-    reader: Reader,
-    gradient: Array,
-    positive: Array,
-    rectified: Array,
-    groups: int,
-    arithmetic: Arithmetic,
-) -> tuple[Array, Array, Array]:
-    """The output is linear in scale and bias wherever the rectifier is open.
-
-    With the kernel's gradients for the inputs [open] and [open * x^], the chain rule gives the gradients of bias,
-    scale and kernel without the gradient of the rectified values.
-    """
-    del positive, rectified, groups, arithmetic
-    wide = _wide(x.dtype)
-    of_open, of_values = _products(x, reader, gradient)
-    # The kernel in the dtype that the forward product saw.
-    kernel = reader.kernel.astype(x.dtype).astype(wide)
-    scale, bias = (v.astype(wide)[None, None, :, None] for v in (reader.scale, reader.bias))
-    scale_gradient = jnp.sum(kernel * of_values, axis=(0, 1, 3))
-    bias_gradient = jnp.sum(kernel * of_open, axis=(0, 1, 3))
-    return scale_gradient[None], bias_gradient[None], scale * of_values + bias * of_open
+    rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)
+    rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified)).astype(wide)
+    return ReaderGradients(
+        inputs=rectified * reader.scale.astype(wide)[None, None, None, :],
+        scale=sum_by_group(rectified * x.astype(wide), groups),
+        bias=sum_by_group(rectified, groups),
+        kernel=_contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic),
+    )
 
 
 def normalisation_gradient(
@@ -208,27 +167,3 @@ def normalisation_gradient(
     of_values = (sums[1] - 2 * moment_gradients.variance * deviation**2) / count
     factor, of_mean, of_values = (per_example(v, gradient.shape[0]) for v in (1 / deviation, of_mean, of_values))
     return (gradient.astype(wide) - of_mean - normalised.astype(wide) * of_values) * factor
-
-
-def _products(x: Array, reader: Reader, gradient: Array) -> tuple[Array, Array]:
-    """The kernel's gradients, float32 or wider, for the inputs [open] and [open * x^].
-
-    Both in one convolution over a dimension of two more: there the compiler makes the operand from one read of x^ and
-    never stores it, which it does for neither a concatenation nor anything that is computed before the broadcast.
-    """
-    wide, pad = _wide(x.dtype), reader.kernel.shape[0] // 2
-    shape = (*x.shape[:3], 2, x.shape[3])
-    x = jnp.broadcast_to(x[:, :, :, None, :], shape)
-    scale, bias = (v.astype(wide)[None, None, None, None, :] for v in (reader.scale, reader.bias))
-    positive = (x.astype(wide) * scale + bias).astype(x.dtype) > 0
-    values = jnp.where(lax.broadcasted_iota(jnp.int32, shape, 3) == 0, jnp.ones_like(x), x)
-    # The map's channels are the batch, its examples the channels, and the gradient is the kernel.
-    products = lax.conv_general_dilated(
-        jnp.where(positive, values, jnp.zeros_like(x)),
-        gradient[:, :, :, None, :],
-        (1, 1, 1),
-        [(pad, pad), (pad, pad), (0, 0)],
-        dimension_numbers=lax.ConvDimensionNumbers((4, 0, 1, 2, 3), (4, 0, 1, 2, 3), (3, 4, 0, 1, 2)),
-        preferred_element_type=wide,
-    )
-    return products[:, :, 0], products[:, :, 1]
