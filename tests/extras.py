@@ -7,7 +7,7 @@ import pytest
 
 
 def needs(*modules: str) -> pytest.MarkDecorator:
-    """Marks a test as slow and in need of `modules`.
+    """Marks a test as slow and in need of `modules`; the gate runs these (`-m extra`) after installing all extras.
 
     Where one of them is missing the test is skipped and says so; with DENSENET_JAX_ALL_EXTRAS=1 it fails instead.
     """
@@ -17,6 +17,6 @@ def needs(*modules: str) -> pytest.MarkDecorator:
 
     def mark(test):
         skip = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}, which an optional extra installs")
-        return pytest.mark.slow(skip(test))
+        return pytest.mark.extra(pytest.mark.slow(skip(test)))
 
     return mark

@@ -87,8 +87,8 @@ def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
     """The same tree of shapes and dtypes, each leaf to be laid out by `sharding`."""
 
     def laid_out(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
-        where = sharding if isinstance(sharding, NamedSharding) else sharding(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return shape.update(sharding=sharding if isinstance(sharding, NamedSharding) else sharding(shape))
 
     return jax.tree.map(laid_out, abstract)
 
