@@ -52,7 +52,7 @@ from densenet_jax.models.readers import (
 
 # What each platform's compiler makes the most of; measured in docs/performance.md.
 ARITHMETIC = {
-    "cpu": Arithmetic("buffer", "dot"),
+    "cpu": Arithmetic("buffer", "dot", library=True),
     "tpu": Arithmetic("buffer", "dot"),
     "gpu": Arithmetic("arrays", "convolution"),
 }
@@ -122,6 +122,11 @@ def _put(maps: Any, new: Array, start: int) -> Any:
     return lax.dynamic_update_slice_in_dim(maps, new, start, axis=3)
 
 
+def _readable(maps: Any, width: int, arithmetic: Arithmetic) -> Array:
+    """The first channels; where the library reads, which knows how many it wants, what lies behind them as well."""
+    return maps if arithmetic.library and not isinstance(maps, tuple) else _front(maps, width)
+
+
 def _front(maps: Any, width: int) -> Array:
     """The first channels."""
     if not isinstance(maps, tuple):
@@ -143,7 +148,7 @@ def _normalised(x: Array, facts: Facts, normalises: bool, shift: Array | None) -
 def _hidden(maps: Any, layer: Layer, key: Array | None, facts: Facts) -> Array:
     """What a layer's first convolution gives, dropped from if that is asked for."""
     options = facts.options
-    out = read(_front(maps, layer.first.scale.shape[0]), layer.first, facts.arithmetic)
+    out = read(_readable(maps, layer.first.scale.shape[0], facts.arithmetic), layer.first, facts.arithmetic)
     if layer.second is None:
         return dropout(out, options.dropout_rate, key)
     return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out
@@ -233,7 +238,7 @@ def _layer_backward(
 ) -> tuple[ReaderGradients, Layer]:
     """From a layer's raw output to the maps it read: their gradients and the layer's own."""
     layer, key, options = saved.layers[index], layer_key(saved.key, index), facts.options
-    front = _front(saved.maps, layer.first.scale.shape[0])
+    front = _readable(saved.maps, layer.first.scale.shape[0], facts.arithmetic)
     second = None
     if layer.second is None:
         gradient = dropout(gradient, options.dropout_rate, key)

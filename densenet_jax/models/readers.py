@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.cpu import reader as cpu
 from densenet_jax.models.layers import Moments, convolve, per_example, scale_shift
 
 
@@ -26,10 +27,12 @@ class Arithmetic:
       storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
         keeps one array a layer and concatenates them where they are read.
       pointwise: 1x1 convolutions as "dot" or as "convolution".
+      library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
     """
 
     storage: Literal["buffer", "arrays"] = "buffer"
     pointwise: Literal["dot", "convolution"] = "dot"
+    library: bool = False
 
 
 class Reader(NamedTuple):
@@ -100,8 +103,16 @@ def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[A
 
 
 def read(x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic) -> Float[Array, "b h w o"]:
-    """The reader's output, of a normalised map."""
+    """The reader's output, of a normalised map; x may have more channels than the reader, which come after."""
+    operands = _operands(x, reader)
+    if arithmetic.library and cpu.usable(*operands):
+        return cpu.read(*operands)
+    x = x[..., : reader.scale.shape[0]]
     return contract(rectify(x, reader.scale, reader.bias), reader.kernel, arithmetic)
+
+
+def _operands(x: Array, reader: Reader) -> tuple[Array, Array, Array, Array]:
+    return x, reader.scale.astype(x.dtype), reader.bias.astype(x.dtype), reader.kernel.astype(x.dtype)
 
 
 def sum_by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
@@ -120,12 +131,17 @@ def read_gradients(
     """The derivative of `read`.
 
     Args:
-      x: what was read.
+      x: what was read; it may have more channels than the reader, which come after.
       reader: with what.
       gradient: of the output.
       groups: of examples that scale and bias gradients are wanted for.
       arithmetic: how.
     """
+    operands = _operands(x, reader)
+    if arithmetic.library and groups == 1 and cpu.usable(*operands):
+        of_x, of_scale, of_bias, of_kernel = cpu.gradients(*operands, gradient)
+        return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
+    x = x[..., : reader.scale.shape[0]]
     wide = _wide(x.dtype)
     activation = rectify(x, reader.scale, reader.bias)
     rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)

@@ -183,8 +183,10 @@ def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_network_and_its_gradients():
-    model = densenet_jax.create_model("densenet121", block_sizes=(2, 2), num_classes=3, dtype=jnp.float64)
+@pytest.mark.parametrize("block_form", ["plain", "normalize_once"])
+def test_a_network_and_its_gradients(block_form):
+    facts = {"block_sizes": (2, 2), "num_classes": 3, "block_form": block_form}
+    model = densenet_jax.create_model("densenet121", dtype=jnp.float64, **facts)
     images = draw(2, 32, 32, 3)
     variables = jax.jit(model.init)(jax.random.key(0), images)
 
@@ -195,6 +197,9 @@ def test_a_network_and_its_gradients():
     def run():
         return jax.jit(jax.value_and_grad(lambda params: loss(params), has_aux=True))(variables["params"])
 
+    assert ("densenet_read_gradient" in str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"]))) == (
+        block_form == "normalize_once"
+    )
     ours = run()
     with primitive.plain_kernels():
         twin = run()
