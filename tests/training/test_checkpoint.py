@@ -222,10 +222,12 @@ def test_whole_checkpoint_of_another_model_is_not_set_aside(recipe, tmp_path):
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_averaged_weights_are_loaded_unless_the_raw_ones_are_asked_for(recipe, tmp_path):
+def test_averaged_weights_are_loaded_unless_the_raw_ones_are_asked_for(recipe, tmp_path, caplog):
     saved(recipe, tmp_path, {2: None})
     state = state_at(recipe, 2)
+    caplog.clear()
     averaged, raw = load_checkpoint(str(tmp_path)), load_checkpoint(str(tmp_path), step=2, averaged=False)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
     kernel = averaged["params"]["conv0"]["kernel"]
     np.testing.assert_array_equal(kernel, state.average["params"]["conv0"]["kernel"])
     np.testing.assert_array_equal(raw["params"]["conv0"]["kernel"], state.params["conv0"]["kernel"])
