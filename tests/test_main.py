@@ -4,9 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
-import random
 import signal
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,26 +151,6 @@ def test_same_command_on_a_finished_run_trains_nothing(finished, user):
     assert "nothing left to train" in errors
     assert last_line(output)["step"] == TOTAL_STEPS
     assert sorted(os.listdir(finished / "checkpoints")) == steps
-
-
-def test_killed_at_random_moments_ends_bit_for_bit_like_the_uninterrupted_run(finished, user, tmp_path):
-    chance = random.Random(0)
-    kills = 0
-    for _ in range(3):
-        process = start_main(*QUICK, f"--workdir={tmp_path}", **user)
-        deadline = time.monotonic() + 200
-        steps = set(os.listdir(tmp_path / "checkpoints")) if (tmp_path / "checkpoints").exists() else set()
-        while process.poll() is None and time.monotonic() < deadline:
-            if (tmp_path / "checkpoints").exists() and set(os.listdir(tmp_path / "checkpoints")) - steps:
-                time.sleep(chance.uniform(0, 0.4))
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        process.communicate(timeout=60)
-    assert kills >= 2
-    run_main(*QUICK, f"--workdir={tmp_path}", **user)
-    assert_same_end(tmp_path, finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,4 +1,4 @@
-"""One server for all tests of serving."""
+"""What several tests of deployment look at: one run, and one server for all tests of serving."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,13 @@ from densenet_jax.deploy.predictor import Predictor
 from tests.deploy.files import encoded
 from tests.deploy.run import make_run
 from tests.deploy.serving import serving
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A run's directory and its experiment."""
+    root = tmp_path_factory.mktemp("deployed")
+    return root / "run", make_run(root / "run", root / "datasets")
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,10 @@ def test_flags_of_other_modes_are_refused():
     Command(images=("x.png",), topk=3).check_mode("predict")
     Command().check_mode("eval")
     for command, message in (
-        (Command(images=("x.png",)), "--images x.png is for --mode predict, but --mode is eval; leave it out"),
+        (
+            Command(images=("x.png",)),
+            "--images x.png is for --mode predict or export, but --mode is eval; leave it out",
+        ),
         (Command(topk=3), "--topk 3 is for"),
         (Command(compare=("runs/a",)), "--compare runs/a is for --mode report, but"),
     ):

@@ -61,7 +61,9 @@ def same_padding_in_convolutions(monkeypatch):
 
 def same_padding_in_max_pool(monkeypatch):
     for module in (densenet, dual_path):
-        monkeypatch.setattr(module, "max_pool", lambda x, stride=2: nn.max_pool(x, (3, 3), (stride, stride), "SAME"))
+        monkeypatch.setattr(
+            module, "max_pool", lambda x, stride=2, **_: nn.max_pool(x, (3, 3), (stride, stride), "SAME")
+        )
 
 
 def newest_layer_first(monkeypatch):
@@ -82,7 +84,7 @@ def zeros_around_the_blur(monkeypatch):
 
 
 def blur_without_max(monkeypatch):
-    monkeypatch.setattr(densenet, "max_pool", lambda x, stride=2: x)
+    monkeypatch.setattr(densenet, "max_pool", lambda x, stride=2, **_: x)
 
 
 def dense_path_first(monkeypatch):

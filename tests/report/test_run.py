@@ -163,7 +163,7 @@ def test_training_does_not_fail_with_its_report(monkeypatch, caplog):
         raise RuntimeError("no room\nat all")
 
     monkeypatch.setattr(modes, "Experiment", lambda config: config)
-    monkeypatch.setattr(modes, "train", lambda experiment, workdir: {"step": 7})
+    monkeypatch.setattr(modes, "train", lambda *_: {"step": 7})
     monkeypatch.setattr(modes, "report_run", fail)
     assert modes.train_mode({}, "x", Command()) == {"step": 7}
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
