@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.choice import choose
 from densenet_jax.models.dense_block import (
     BlockOptions,
     BlockResult,
@@ -30,6 +32,7 @@ from densenet_jax.models.dense_block import (
     layer_key,
     plain_dense_block,
 )
+from densenet_jax.models.fused_reader import add_read_gradients, read_with_moments
 from densenet_jax.models.layers import (
     FeatureMap,
     Moments,
@@ -38,6 +41,7 @@ from densenet_jax.models.layers import (
     batch_moments,
     dropout,
     fold_running,
+    group_count,
     normalise,
 )
 from densenet_jax.models.readers import (
@@ -56,6 +60,7 @@ ARITHMETIC = {
     "tpu": Arithmetic("buffer", "dot"),
     "gpu": Arithmetic("arrays", "convolution"),
 }
+WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
 
 
 class Layer(NamedTuple):
@@ -136,22 +141,33 @@ def _front(maps: Any, width: int) -> Array:
     return jnp.concatenate(maps[:count], axis=-1)
 
 
-def _normalised(x: Array, facts: Facts, normalises: bool, shift: Array | None) -> tuple[Array, Moments]:
+def _normalised(
+    x: Array, facts: Facts, normalises: bool, shift: Array | None, moments: Moments | None = None
+) -> tuple[Array, Moments]:
     """x^ in x's dtype, and the moments; x itself with the moments that leave it alone where nothing normalises."""
     if not normalises or shift is None:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return x, Moments(jnp.zeros((1, x.shape[-1]), wide), jnp.ones((1, x.shape[-1]), wide))
-    moments = batch_moments(x, facts.options.norm.group_size, shift)
+    moments = moments or batch_moments(x, facts.options.norm.group_size, shift)
     return normalise(x, moments, facts.options.norm.epsilon).astype(x.dtype), moments
 
 
-def _hidden(maps: Any, layer: Layer, key: Array | None, facts: Facts) -> Array:
-    """What a layer's first convolution gives, dropped from if that is asked for."""
-    options = facts.options
+def _hidden(
+    maps: Any, layer: Layer, key: Array | None, facts: Facts, shift: Array | None
+) -> tuple[Array, Moments | None]:
+    """What a layer's first convolution gives, dropped from if that is asked for, and moments where they come free."""
+    options, kernels = facts.options, facts.arithmetic.kernels
+    if kernels != "xla":
+        shift = jnp.zeros(layer.first.kernel.shape[-1], jnp.float32) if shift is None else shift
+        groups = group_count(maps.shape[0], options.norm.group_size)
+        out, moments = read_with_moments(maps, layer.first, groups, shift, kernels)
+        if options.dropout_rate and options.dropout_every_convolution and key is not None:
+            return dropout(out, options.dropout_rate, layer_key(key, 0)), None
+        return out, moments
     out = read(_readable(maps, layer.first.scale.shape[0], facts.arithmetic), layer.first, facts.arithmetic)
     if layer.second is None:
-        return dropout(out, options.dropout_rate, key)
-    return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out
+        return dropout(out, options.dropout_rate, key), None
+    return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out, None
 
 
 def _forward(
@@ -165,11 +181,11 @@ def _forward(
     all_moments, hidden_maps, hidden_moments = [moments], [], []
     for index, layer in enumerate(layers):
         own_key = layer_key(key, index)
-        out = _hidden(maps, layer, own_key, facts)
+        out, moments_of_out = _hidden(maps, layer, own_key, facts, shifts.hidden[index])
         if layer.second is not None:
             hidden_maps.append(None if options.remat else out)
-            shift = shifts.hidden[index]
-            normalised, moments = _normalised(out, facts, facts.normalises_hidden[index], shift)
+            normalises, shift = facts.normalises_hidden[index], shifts.hidden[index]
+            normalised, moments = _normalised(out, facts, normalises, shift, moments_of_out)
             hidden_moments.append(moments)
             out = read(normalised, layer.second, arithmetic)
             out = dropout(out, options.dropout_rate, layer_key(own_key, 1))
@@ -234,11 +250,10 @@ def _second_backward(
 
 
 def _layer_backward(
-    facts: Facts, saved: Residuals, index: int, gradient: Array, moment_gradients: tuple[Moments, ...]
+    facts: Facts, saved: Residuals, index: int, total: Array, gradient: Array, moment_gradients: tuple[Moments, ...]
 ) -> tuple[ReaderGradients, Layer]:
-    """From a layer's raw output to the maps it read: their gradients and the layer's own."""
+    """From a layer's raw output to the maps it read: their gradients, added to total, and the layer's own."""
     layer, key, options = saved.layers[index], layer_key(saved.key, index), facts.options
-    front = _readable(saved.maps, layer.first.scale.shape[0], facts.arithmetic)
     second = None
     if layer.second is None:
         gradient = dropout(gradient, options.dropout_rate, key)
@@ -246,11 +261,19 @@ def _layer_backward(
         gradient = dropout(gradient, options.dropout_rate, layer_key(key, 1))
         hidden = saved.hidden[index]
         if hidden is None:
-            hidden = _hidden(saved.maps, layer, key, facts)
+            hidden = _hidden(saved.maps, layer, key, facts, None)[0]
         gradient, second = _second_backward(facts, saved, index, hidden, gradient, moment_gradients[index])
         if options.dropout_every_convolution:
             gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
-    found = read_gradients(front, layer.first, gradient, saved.moments.mean.shape[0], facts.arithmetic)
+    groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
+    if arithmetic.kernels != "xla":
+        found = add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic.kernels)
+    else:
+        start = layer.first.scale.shape[0]
+        front = _readable(saved.maps, start, arithmetic)
+        found = read_gradients(front, layer.first, gradient, groups, arithmetic)
+        added = (total[..., :start].astype(found.inputs.dtype) + found.inputs).astype(total.dtype)
+        found = found._replace(inputs=added)
     return found, Layer(_reader_gradients(found, layer.first), second)
 
 
@@ -279,10 +302,10 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
         reader = saved.layers[index].first
         start = reader.scale.shape[0]
         gradient = raw_gradient(start, width)
-        found, layer = _layer_backward(facts, saved, index, gradient, cotangents.hidden_moments)
+        found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
         layers.append(layer)
         scale = reader.scale.astype(found.scale.dtype)[None, :]
-        total = (total[..., :start].astype(found.inputs.dtype) + found.inputs).astype(dtype)
+        total = found.inputs
         sums = (sums[0][:, :start] + found.bias * scale, sums[1][:, :start] + found.scale * scale)
         width = start
     return raw_gradient(0, width), tuple(reversed(layers)), None, None
@@ -311,6 +334,7 @@ def normalize_once(
     options: BlockOptions,
     train: bool,
     platform: str = "",
+    kernels: str = "auto",
 ) -> BlockResult:
     """The block in its normalise-once form; in evaluation the plain one, whose norms are folded into scale and bias.
 
@@ -324,15 +348,18 @@ def normalize_once(
       options: of the block; with remat, hidden maps are recomputed as well and only x^ is kept.
       train: batch statistics instead of running ones.
       platform: a key of ARITHMETIC; "" is the platform JAX runs on.
+      kernels: what is wanted of `kernels.choice.choose`, or "interpret" for tests of the kernels.
+
+    Raises:
+      UserError: kernels are wanted that do not exist for the platform or the dtype.
     """
     frozen = {layer.norm1.frozen for layer in layers}
     if not train or len(frozen) > 1:
         return plain_dense_block(inputs, layers, key, options, train)
-    platform = platform or jax.default_backend()
     hidden_frozen = tuple(layer.norm2 is not None and layer.norm2.frozen for layer in layers)
     facts = Facts(
         options,
-        ARITHMETIC.get(platform, ARITHMETIC["gpu"]),
+        _arithmetic(inputs, layers, options, platform or jax.default_backend(), kernels),
         normalises=frozen == {False},
         normalises_hidden=tuple(not is_frozen for is_frozen in hidden_frozen),
     )
@@ -346,6 +373,20 @@ def normalize_once(
     kernel = layers[-1].kernel1 if layers[-1].kernel2 is None else layers[-1].kernel2
     outputs = _block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
     return _result(outputs, layers, facts)
+
+
+def _arithmetic(
+    inputs: Array, layers: Sequence[LayerArrays], options: BlockOptions, platform: str, wanted: str
+) -> Arithmetic:
+    own = ARITHMETIC.get(platform, ARITHMETIC["gpu"])
+    last = layers[-1]
+    if last.kernel2 is None:  # the kernels are for bottlenecks
+        return own
+    if wanted == "interpret":
+        return replace(WITH_KERNELS, kernels="interpret")
+    columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
+    shape = (inputs.size // inputs.shape[-1], columns, last.kernel1.shape[-1])
+    return WITH_KERNELS if choose(platform, options.dtype, shape, wanted) == "pallas" else own
 
 
 def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:

@@ -28,11 +28,14 @@ class Arithmetic:
         keeps one array a layer and concatenates them where they are read.
       pointwise: 1x1 convolutions as "dot" or as "convolution".
       library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
+      kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
+        `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
     """
 
     storage: Literal["buffer", "arrays"] = "buffer"
     pointwise: Literal["dot", "convolution"] = "dot"
     library: bool = False
+    kernels: Literal["xla", "pallas", "interpret"] = "xla"
 
 
 class Reader(NamedTuple):

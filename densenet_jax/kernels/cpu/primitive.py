@@ -1,22 +1,16 @@
-"""Operations that XLA's CPU backend leaves to the compiled library, and every other backend compiles as ever.
-
-The choice falls when a program is compiled, for the platform and the devices it is compiled for: the library for a
-program of one CPU device; the plain twin for any other platform, for programs over many devices (whose partitioner
-could not see into a call) and for exported programs.
-"""
+"""Operations that XLA's CPU backend leaves to the compiled library, and every other backend compiles as ever."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
+from densenet_jax.kernels import primitive
 from densenet_jax.kernels.cpu.library import target_names
 
 DTYPES = (jnp.float32, jnp.float64)
@@ -50,7 +44,7 @@ def _is_static(size: Any) -> bool:
 def define(
     name: str, twin: Callable[..., Any], lowering: Callable[..., Any], multiple_results: bool = False
 ) -> Primitive:
-    """A primitive with the shapes and results of its twin, a function of arrays and static keywords.
+    """A primitive that the library computes in a program of one CPU device, and its twin anywhere else.
 
     Args:
       name: of the primitive.
@@ -58,41 +52,8 @@ def define(
       lowering: a lowering rule that calls the library, or gives None where the twin is to be compiled.
       multiple_results: the twin gives a tuple.
     """
-    primitive = Primitive(f"densenet_{name}")
-    primitive.multiple_results = multiple_results
 
-    @functools.cache
-    def compiled(**params: Any) -> Callable[..., Any]:
-        return jax.jit(functools.partial(primitive.bind, **params))
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        return lowering(ctx, *operands, **params) if target_names() else None
 
-    primitive.def_impl(lambda *operands, **params: compiled(**params)(*operands))
-
-    @primitive.def_abstract_eval
-    def _(*operands: Any, **params: Any) -> Any:
-        found = jax.eval_shape(functools.partial(twin, **params), *operands)
-        return jax.tree.map(lambda shape: jax.core.ShapedArray(shape.shape, shape.dtype), found)
-
-    lower_twin = mlir.lower_fun(twin, multiple_results=multiple_results)
-
-    def lower_on_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if _for_one_device(ctx.module_context) and target_names():
-            found = lowering(ctx, *operands, **params)
-            if found is not None:
-                return found
-        return lower_twin(ctx, *operands, **params)
-
-    mlir.register_lowering(primitive, lower_twin)
-    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
-
-    def batch(operands: Any, dims: Any, **params: Any) -> Any:
-        found = jax.vmap(functools.partial(twin, **params), in_axes=dims)(*operands)
-        return found, jax.tree.map(lambda _: 0, found)
-
-    batching.primitive_batchers[primitive] = batch
-    return primitive
-
-
-def _for_one_device(context: Any) -> bool:
-    """Whether a program is compiled to run here on one device; unknown is no."""
-    exported = getattr(context.lowering_parameters, "for_export", True)
-    return not exported and getattr(context.axis_context, "num_devices", 0) == 1
+    return primitive.define(name, twin, lower, platform="cpu", multiple_results=multiple_results)

@@ -1,0 +1,152 @@
+"""Reading a normalised feature map on a GPU: relu(scale * x^ + bias) times a kernel, and the result's moments.
+
+XLA stores the rectified values before the product and reads the product again for its statistics. Here the prologue
+of the product rectifies, and its epilogue sums what the next batch norm wants to know.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.interpreters import mlir
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.gpu.tiles import (
+    LARGEST_OPERAND,
+    RowRanges,
+    Tile,
+    indices,
+    load_matrix,
+    load_vector,
+    power_of_two,
+    product,
+    rectify,
+    split_rows,
+    store_matrix,
+    wide,
+)
+from densenet_jax.kernels.primitive import define
+
+Sums = tuple[Float[Array, "r o"], Float[Array, "g o"], Float[Array, "g o"]]
+
+
+def plain_norm_relu_matmul(
+    x: Float[Array, "r w"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    kernel: Float[Array, "c o"],
+    shift: Float[Array, " o"],
+    *,
+    groups: int,
+) -> Sums:
+    """The twin of `norm_relu_matmul`."""
+    activation = rectify(x[:, : scale.shape[0]], scale, bias)
+    y = product(activation, kernel.astype(x.dtype), (1, 0)).astype(x.dtype)
+    centred = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
+    return y, jnp.sum(centred, axis=1), jnp.sum(jnp.square(centred), axis=1)
+
+
+def norm_relu_matmul(
+    x: Float[Array, "r w"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    kernel: Float[Array, "c o"],
+    shift: Float[Array, " o"],
+    *,
+    groups: int = 1,
+) -> Sums:
+    """The product relu(scale * x + bias) @ kernel = y of the first c columns of x, and sums of y over groups of rows.
+
+    On one GPU a kernel, which reads x where it lies; anywhere else its twin, `plain_norm_relu_matmul`.
+
+    Args:
+      x: rows of positions, w >= c columns of which the first c are read.
+      scale: of each channel.
+      bias: of each channel.
+      kernel: of the 1x1 convolution.
+      shift: near y's means, so that its sums of squares do not cancel.
+      groups: equal numbers of consecutive rows that are summed apart.
+
+    Returns:
+      y in x's dtype; the sums of y - shift and of its square over each group, in float32 or wider, of y as rounded.
+    """
+    return tuple(_primitive.bind(x, scale, bias, kernel, shift, groups=groups))
+
+
+def norm_relu_matmul_kernel(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    shift: Array,
+    *,
+    groups: int,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> Sums:
+    """The kernel of `norm_relu_matmul` itself; interpret runs it anywhere, slowly."""
+    rows, (channels, outputs) = x.shape[0], kernel.shape
+    if 0 in (rows, channels, outputs):
+        return plain_norm_relu_matmul(x, scale, bias, kernel, shift, groups=groups)
+    tile = tile or Tile(rows=128, channels=64, outputs=min(128, power_of_two(outputs)))
+    ranges = split_rows(rows, groups, tile.rows)
+    sums = jax.ShapeDtypeStruct((groups * ranges.ranges, outputs), wide(x.dtype))
+    y, first, second = pl.pallas_call(
+        functools.partial(_kernel, tile, ranges, channels, outputs),
+        (jax.ShapeDtypeStruct((rows, outputs), x.dtype), sums, sums),
+        # Programs of the same rows beside each other: what one read, the next finds in the cache.
+        grid=(pl.cdiv(outputs, tile.outputs), groups * ranges.ranges),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        interpret=interpret,
+        name="norm_relu_matmul",
+    )(x, scale, bias, kernel.astype(x.dtype), shift)
+    first, second = (part.reshape(groups, ranges.ranges, outputs).sum(axis=1) for part in (first, second))
+    return y, first, second
+
+
+def _kernel(
+    tile: Tile,
+    ranges: RowRanges,
+    channels: int,
+    outputs: int,
+    x_ref: Any,
+    scale_ref: Any,
+    bias_ref: Any,
+    kernel_ref: Any,
+    shift_ref: Any,
+    y_ref: Any,
+    sums_ref: Any,
+    squares_ref: Any,
+) -> None:
+    number = pl.program_id(1)
+    columns = indices(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
+    start, end = ranges.bounds(number)
+    rows = indices(start, tile.rows, end)
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        read = indices(step * tile.channels, tile.channels, channels)
+        activation = rectify(load_matrix(x_ref, rows, read), load_vector(scale_ref, read), load_vector(bias_ref, read))
+        return total + product(activation, load_matrix(kernel_ref, read, columns), (1, 0))
+
+    accumulator = jnp.zeros((tile.rows, tile.outputs), wide(x_ref.dtype))
+    y = lax.fori_loop(0, pl.cdiv(channels, tile.channels), add, accumulator).astype(y_ref.dtype)
+    store_matrix(y_ref, rows, columns, y)
+    centred = y.astype(sums_ref.dtype) - load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
+    centred = jnp.where(rows[1][:, None], centred, jnp.zeros_like(centred))
+    for ref, values in ((sums_ref, centred), (squares_ref, centred * centred)):
+        plgpu.store(ref.at[number, columns[0]], jnp.sum(values, axis=0), mask=columns[1])
+
+
+def _lower(ctx: Any, *operands: Any, groups: int) -> Any:
+    if max(aval.size for aval in (*ctx.avals_in, *ctx.avals_out)) > LARGEST_OPERAND:
+        return None
+    return mlir.lower_fun(norm_relu_matmul_kernel, multiple_results=True)(ctx, *operands, groups=groups)
+
+
+_primitive = define("norm_relu_matmul", plain_norm_relu_matmul, _lower, platform="cuda", multiple_results=True)

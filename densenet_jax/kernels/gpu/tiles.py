@@ -1,0 +1,100 @@
+"""What the kernels share: tiles, their edges, and the arithmetic on a tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LARGEST_OPERAND = 2**31 - 1  # elements: what a program's 32-bit offsets reach
+SMALLEST_SIDE = 16  # of an operand of a tile's product
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sides of what one program computes at a time, powers of two from SMALLEST_SIDE on."""
+
+    rows: int
+    channels: int
+    outputs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRanges:
+    """Rows in equal groups, each cut into as many ranges of whole tiles, the last of a group with an edge.
+
+    Attributes:
+      group_rows: rows of a group.
+      range_rows: rows of a range, a multiple of the tile's.
+      ranges: in each group.
+    """
+
+    group_rows: int
+    range_rows: int
+    ranges: int
+
+    def bounds(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row of a range, and the row after its group's last."""
+        group = number // self.ranges
+        return group * self.group_rows + number % self.ranges * self.range_rows, (group + 1) * self.group_rows
+
+
+def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None = None) -> RowRanges:
+    """Ranges of one tile each, or longer ones where that would be more than most_ranges in all."""
+    group_rows = rows // groups
+    tiles = pl.cdiv(group_rows, tile_rows)
+    wanted = tiles if most_ranges is None else min(tiles, max(1, most_ranges // groups))
+    tiles_a_range = pl.cdiv(tiles, wanted)
+    return RowRanges(group_rows, tiles_a_range * tile_rows, pl.cdiv(tiles, tiles_a_range))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that a tile's side can be and that holds size."""
+    return max(SMALLEST_SIDE, 1 << math.ceil(math.log2(max(size, 1))))
+
+
+def wide(dtype: Any) -> Any:
+    """What is summed and scaled in: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rectify(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """relu(scale * x + bias) of float[r, c] in float32 or wider, in x's dtype."""
+    out = x.astype(wide(x.dtype)) * scale.astype(wide(x.dtype))[None, :] + bias.astype(wide(x.dtype))[None, :]
+    return jnp.maximum(out, 0).astype(x.dtype)
+
+
+def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """The product of two matrices over one axis of each, in float32 or wider, without TF32's rounding of float32."""
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=wide(a.dtype))
+
+
+def indices(start: Any, size: int, end: Any) -> tuple[Any, jax.Array]:
+    """A slice of `size` from start, and which of it lies before end."""
+    start = lax.convert_element_type(start, jnp.int32)  # a loop's counter is wider where JAX_ENABLE_X64 is set
+    return pl.ds(start, size), start + lax.iota(jnp.int32, size) < end
+
+
+def load_vector(ref: Any, columns: tuple[Any, jax.Array]) -> jax.Array:
+    """Part of a vector, 0 outside it."""
+    return plgpu.load(ref.at[columns[0]], mask=columns[1], other=0)
+
+
+def load_matrix(ref: Any, rows: tuple[Any, jax.Array], columns: tuple[Any, jax.Array]) -> jax.Array:
+    """A tile of a matrix, 0 outside it."""
+    mask = rows[1][:, None] & columns[1][None, :]
+    return plgpu.load(ref.at[rows[0], columns[0]], mask=mask, other=0)
+
+
+def store_matrix(ref: Any, rows: tuple[Any, jax.Array], columns: tuple[Any, jax.Array], values: jax.Array) -> None:
+    """Writes what of a tile lies inside the matrix."""
+    mask = rows[1][:, None] & columns[1][None, :]
+    plgpu.store(ref.at[rows[0], columns[0]], values.astype(ref.dtype), mask=mask)

@@ -1,0 +1,129 @@
+"""The GPU's kernels give what their plain twins give: interpreted here, compiled for a GPU that is not there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densenet_jax.kernels.gpu.reader import norm_relu_matmul, norm_relu_matmul_kernel, plain_norm_relu_matmul
+from densenet_jax.kernels.gpu.reader_gradients import add_gradients, add_gradients_kernel, plain_add_gradients
+from densenet_jax.kernels.gpu.tiles import Tile, split_rows
+
+TILE = Tile(rows=16, channels=16, outputs=16)
+# rows, columns of the buffer, channels read, outputs, groups
+SHAPES = {
+    "edges everywhere": (37, 29, 19, 21, 1),
+    "whole tiles": (32, 32, 32, 16, 1),
+    "smaller than a tile": (5, 8, 3, 4, 1),
+    "groups with edges": (57, 24, 24, 9, 3),
+    "one row": (1, 40, 40, 48, 1),
+    "no rows": (0, 8, 8, 4, 1),
+}
+
+
+def operands(shape, dtype, seed=0):
+    """(x, scale, bias, kernel), shift, (total, gradient); scales of both signs, so that rectifiers close."""
+    rows, columns, channels, outputs, _ = shape
+    keys = iter(jax.random.split(jax.random.key(seed), 7))
+
+    def draw(*sizes, kind=dtype):
+        return jax.random.normal(next(keys), sizes).astype(kind)
+
+    wide = jnp.promote_types(dtype, jnp.float32)
+    read = (draw(rows, columns), draw(channels, kind=wide), draw(channels, kind=wide), draw(channels, outputs))
+    return read, draw(outputs, kind=wide), (draw(rows, columns), draw(rows, outputs))
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to each array's largest value."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all()
+        assert np.abs(a - b).max(initial=0) <= tolerance * np.abs(b).max(initial=0) + 1e-30
+
+
+# Rounding of sums in another order, and to bfloat16 of what is near the middle between two of its values.
+TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 2**-7}
+TYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_is_its_twin(shape, dtype):
+    groups = SHAPES[shape][-1]
+    read, shift, _ = operands(SHAPES[shape], dtype)
+    found = norm_relu_matmul_kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
+    assert_close(found, plain_norm_relu_matmul(*read, shift, groups=groups), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_its_derivative_is_its_twin(shape, dtype):
+    groups, outputs = SHAPES[shape][-1], 32 if SHAPES[shape][3] <= 32 else 64
+    read, _, (total, gradient) = operands(SHAPES[shape], dtype)
+    tile = Tile(rows=16, channels=16, outputs=outputs)
+    for most_ranges in (1, 2, 100):
+        found = add_gradients_kernel(
+            total, *read, gradient, groups=groups, tile=tile, most_ranges=most_ranges, interpret=True
+        )
+        assert_close(found, plain_add_gradients(total, *read, gradient, groups=groups), TOLERANCES[dtype])
+        np.testing.assert_array_equal(found[0][:, SHAPES[shape][2] :], total[:, SHAPES[shape][2] :])
+
+
+@pytest.mark.parametrize("outputs", [48, 128, 192])
+def test_own_tiles_are_right_for_the_widths_of_the_variants(outputs):
+    shape = (70, 100, 96, outputs, 1)
+    read, shift, (total, gradient) = operands(shape, jnp.float32)
+    found = norm_relu_matmul_kernel(*read, shift, groups=1, interpret=True)
+    assert_close(found, plain_norm_relu_matmul(*read, shift, groups=1), 2e-6)
+    found = add_gradients_kernel(total, *read, gradient, groups=1, interpret=True)
+    assert_close(found, plain_add_gradients(total, *read, gradient, groups=1), 2e-6)
+
+
+def test_the_derivative_is_autodiff_s():
+    with jax.enable_x64(True):
+        read, shift, (total, gradient) = operands((24, 10, 7, 5, 1), jnp.float64)
+        y, pullback = jax.vjp(lambda *read: plain_norm_relu_matmul(*read, shift, groups=1)[0], *read)
+        of_x, *expected = pullback(gradient)
+        found, of_scale, of_bias, of_kernel = add_gradients_kernel(
+            total, *read, gradient, groups=1, tile=TILE, interpret=True
+        )
+        assert y.dtype == jnp.float64
+        assert_close((found - total, of_scale[0], of_bias[0], of_kernel), (of_x, *expected), 1e-13)
+
+
+def test_values_of_zero_and_infinities_outside_what_is_read_do_no_harm():
+    read, shift, (total, gradient) = operands((20, 40, 17, 8, 1), jnp.float32)
+    x = read[0].at[:, 17:].set(jnp.inf).at[3].set(0)
+    found = norm_relu_matmul_kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
+    assert_close(found, plain_norm_relu_matmul(x, *read[1:], shift, groups=1), 2e-6)
+    found = add_gradients_kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
+    assert_close(found, plain_add_gradients(total, x, *read[1:], gradient, groups=1), 2e-6)
+
+
+def test_on_a_cpu_the_twin_is_compiled():
+    read, shift, (total, gradient) = operands((12, 8, 8, 4, 2), jnp.bfloat16)
+    assert_close(
+        jax.jit(functools.partial(norm_relu_matmul, groups=2))(*read, shift),
+        plain_norm_relu_matmul(*read, shift, groups=2),
+        0,
+    )
+    assert_close(
+        jax.jit(functools.partial(add_gradients, groups=2))(total, *read, gradient),
+        plain_add_gradients(total, *read, gradient, groups=2),
+        0,
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 100, 129])
+@pytest.mark.parametrize("most", [None, 1, 3, 7])
+def test_every_row_is_in_one_range(rows, most):
+    ranges = split_rows(3 * rows, 3, 16, most)
+    seen = []
+    for number in range(3 * ranges.ranges):
+        start, end = ranges.bounds(number)
+        seen += range(start, min(start + ranges.range_rows, end))
+    assert seen == list(range(3 * rows))

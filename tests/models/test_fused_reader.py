@@ -1,0 +1,80 @@
+"""Dense blocks by the GPU's kernels, interpreted, are the plain blocks: outputs, statistics and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.create import create_model
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
+from densenet_jax.models.layers import NormOptions
+from densenet_jax.models.normalize_once import normalize_once
+from densenet_jax.training.sharding import make_mesh, over_data, replicated
+
+INTERPRETED = functools.partial(normalize_once, platform="gpu", kernels="interpret")
+CASES = {
+    "as it is": {},
+    "groups, every convolution dropped from": {"norm": NormOptions(group_size=2), "dropout_rate": 0.3},
+    "groups, last convolutions dropped from": {
+        "norm": NormOptions(group_size=2),
+        "dropout_rate": 0.3,
+        "dropout_every_convolution": False,
+    },
+    "remat": {"remat": True},
+    "frozen": {"norm": NormOptions(frozen="norm")},
+    "second norms frozen": {"norm": NormOptions(frozen="norm2")},
+}
+
+
+def results(form, dtype, options, shardings=None, batch=4, layers=2):
+    """(outputs, statistics) and the gradients of parameters and inputs, of a linear loss."""
+    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), param_dtype=dtype, form=form)
+    x = jax.random.normal(jax.random.key(0), (batch, 3, 3, 8)).astype(dtype)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    variables = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape).astype(leaf.dtype), shapes)
+    variables["batch_stats"] = jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1, variables["batch_stats"])
+
+    def loss(params, x):
+        features, mutated = module.apply(
+            {**variables, "params": params}, x, True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)}
+        )
+        raw = features.raw(1e-5)
+        return jnp.sum(raw * jnp.sin(jnp.arange(raw.size)).reshape(raw.shape)), (raw, mutated)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, outputs), gradients = jax.jit(run, in_shardings=shardings)(variables["params"], x)
+    return outputs, gradients
+
+
+def largest_error(found, expected):
+    """Of any leaf, relative to that leaf's largest value."""
+
+    def error(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
+
+    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case == "second norms frozen" or case == "remat" else [])
+        for case in CASES
+    ],
+)
+def test_a_block_is_the_plain_block(case):
+    with jax.enable_x64(True):
+        found = results(INTERPRETED, jnp.float64, CASES[case])
+        assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
+
+
+def test_over_eight_devices_it_is_the_same():
+    mesh = make_mesh()
+    shardings = (replicated(mesh), over_data(mesh))
+    found = results(INTERPRETED, jnp.float32, {}, shardings, batch=8, layers=1)
+    assert largest_error(found, results(plain_dense_block, jnp.float32, {}, batch=8, layers=1)) < 1e-3
