@@ -23,6 +23,7 @@ from typing import Any
 from versus import report
 
 FORMS = ("densenet_jax", "plain")
+EVERY_FORM = (*FORMS, "kernels")
 COLUMNS = {
     "model": "model",
     "batch_size": "batch",
@@ -52,7 +53,8 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
 
     platform = "tpu" if find_chip(target).compiler == "tpu" else "gpu"  # JAX itself runs on this machine's CPU
     block_form = "plain" if form == "plain" else f"normalize_once_{platform}"
-    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), block_form=block_form)
+    kernels = "pallas" if form == "kernels" else "xla"
+    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), block_form=block_form, kernels=kernels)
     optimizer = optax.sgd(0.01, momentum=0.9)
 
     def step(variables: Any, momentum: Any, images: Any, labels: Any) -> Any:
@@ -115,7 +117,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--image_size_px", type=int, nargs="+", default=[224])
     parser.add_argument("--target", nargs="+", default=["v5e"], help="chips: v4, v5e, v5p, v6e, h100, h200")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument(
+        "--forms", nargs="+", choices=EVERY_FORM, default=list(FORMS), help="kernels: for GPUs, in bfloat16"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--output", help="write the rows to this JSON file")
     parser.add_argument("--measure", help=argparse.SUPPRESS)

@@ -196,6 +196,7 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
     """
     with only_run_in(workdir), full_disk_told(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
+        experiment.check_kernels()
         profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, experiment.data.eval_source.class_names)

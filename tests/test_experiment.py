@@ -63,3 +63,18 @@ def test_finetuning_starts_from_published_weights_at_a_tenth_of_the_rate():
     config = finetune.get_config("digits")
     assert config.model.pretrained == "timm/densenet121.ra_in1k"
     assert dict(config.optim.rate_multipliers)[""] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "message"),
+    [
+        ("cpu", {"model.dtype": "bfloat16"}, "these kernels are for GPUs and this is a CPU"),
+        ("gpu", {}, "config.model.dtype is float32"),
+        ("gpu", {"model.dtype": "bfloat16"}, "these kernels run on one GPU and this run is on 8"),
+    ],
+)
+def test_training_with_kernels_that_are_not_there_is_refused(monkeypatch, tmp_path, platform, changes, message):
+    monkeypatch.setattr(Experiment, "_platform", property(lambda self: platform))
+    made = experiment(digits, **{"data.dir": str(tmp_path), "model.kernels": "pallas"}, **changes)
+    with pytest.raises(UserError, match=message):
+        made.check_kernels()

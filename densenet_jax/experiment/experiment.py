@@ -16,6 +16,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of, normalize_with
 from densenet_jax.experiment.data import Data
 from densenet_jax.experiment.optimization import optimizer_of, schedule_of
+from densenet_jax.kernels.choice import check_wanted
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
@@ -105,6 +106,7 @@ class Experiment:
             layer_dropout=config.model.layer_dropout,
             remat=config.model.remat,
             block_form=self._block_form,
+            kernels=config.model.kernels,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,
@@ -116,10 +118,26 @@ class Experiment:
     def _block_form(self) -> str:
         """The form of dense blocks, for the chips that are planned for where it depends on the chip."""
         form = self.config.model.block_form
-        if not self.absent_devices or form != "normalize_once":
-            return form
-        platform = self.absent_devices[0].platform
-        return f"{form}_{platform if platform in ('cpu', 'tpu') else 'gpu'}"
+        return f"{form}_{self._platform}" if self.absent_devices and form == "normalize_once" else form
+
+    @property
+    def _platform(self) -> str:
+        """Of the chips: "cpu", "tpu" or "gpu"."""
+        platform = (self.absent_devices or jax.devices())[0].platform
+        return platform if platform in ("cpu", "tpu") else "gpu"
+
+    def check_kernels(self) -> None:
+        """Checks that training has the kernels that are asked for.
+
+        Raises:
+            UserError: it hasn't, on these chips or in this precision.
+        """
+        check_wanted(self.config.model.kernels, self._platform, self.policy.compute_dtype)
+        if self.config.model.kernels == "pallas" and self.mesh.size > 1:
+            raise UserError(
+                f"config.model.kernels is 'pallas', but these kernels run on one GPU and this run is on "
+                f"{self.mesh.size}; set it to 'auto'."
+            )
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -220,6 +238,7 @@ class Experiment:
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, traced for this mesh and ready to be compiled."""
         config = self.config
+        self.check_kernels()
         step = TrainStep(
             self.model,
             self.optimizer,

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.choice import WANTED
+from densenet_jax.models.dense_block import Form
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
 from densenet_jax.models.head import OUTPUTS, HeadOptions
 from densenet_jax.models.layers import DType, NormOptions
-from densenet_jax.models.normalize_once import FORMS
+from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
 from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
@@ -26,6 +28,7 @@ _CHOICES = {
     "blur": ("none", "stem", "all"),
     "init_fan": ("fan_in", "fan_out"),
     "block_form": tuple(FORMS),
+    "kernels": WANTED,
     "activation": tuple(ACTIVATIONS),
 }
 
@@ -48,6 +51,7 @@ def create_model(
     unbiased_running_variance: bool = True,
     frozen_norms: str = "",
     block_form: str = "normalize_once",
+    kernels: str = "auto",
     **architecture: Any,
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
@@ -78,6 +82,8 @@ def create_model(
       block_form: the arithmetic of dense blocks in training: "normalize_once", "plain" (the readable reference),
         or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all are the
         same function (DenseNet only).
+      kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" and,
+        until they have been timed, "auto" do without (DenseNet only).
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
@@ -92,7 +98,7 @@ def create_model(
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
-    form = FORMS[_chosen("block_form", block_form)]
+    form = _form(name, block_form, kernels)
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
@@ -110,6 +116,17 @@ def create_model(
     if layer_dropout:
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
     return DualPathNetwork(**facts, **common)
+
+
+def _form(name: str, block_form: str, kernels: str) -> Form:
+    form = FORMS[_chosen("block_form", block_form)]
+    if _chosen("kernels", kernels) != "pallas":
+        return form
+    if not isinstance(get_variant(name).architecture, DenseNetArchitecture):
+        raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
+    if block_form not in KERNEL_FORMS:
+        raise UserError(f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'")
+    return KERNEL_FORMS[block_form]
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:

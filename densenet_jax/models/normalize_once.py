@@ -404,3 +404,8 @@ FORMS: dict[str, Form] = {
     **{f"normalize_once_{name}": functools.partial(normalize_once, platform=name) for name in ARITHMETIC},
     "plain": plain_dense_block,
 }
+# The forms that GPUs have kernels for, with them.
+KERNEL_FORMS: dict[str, Form] = {
+    "normalize_once": functools.partial(normalize_once, kernels="pallas"),
+    "normalize_once_gpu": functools.partial(normalize_once, platform="gpu", kernels="pallas"),
+}

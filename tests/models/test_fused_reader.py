@@ -27,6 +27,7 @@ CASES = {
     "frozen": {"norm": NormOptions(frozen="norm")},
     "second norms frozen": {"norm": NormOptions(frozen="norm2")},
 }
+QUICK = ("as it is", "groups, every convolution dropped from")
 
 
 def results(form, dtype, options, shardings=None, batch=4, layers=2):
@@ -61,11 +62,7 @@ def largest_error(found, expected):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] if case == "second norms frozen" or case == "remat" else [])
-        for case in CASES
-    ],
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_a_block_is_the_plain_block(case):
     with jax.enable_x64(True):
@@ -73,8 +70,31 @@ def test_a_block_is_the_plain_block(case):
         assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
 
 
+@pytest.mark.slow
 def test_over_eight_devices_it_is_the_same():
     mesh = make_mesh()
     shardings = (replicated(mesh), over_data(mesh))
     found = results(INTERPRETED, jnp.float32, {}, shardings, batch=8, layers=1)
     assert largest_error(found, results(plain_dense_block, jnp.float32, {}, batch=8, layers=1)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("dpn68", {}, "dpn68 has no dense blocks"),
+        ("densenet121", {"block_form": "plain"}, "is for block_form='normalize_once', not 'plain'"),
+        ("densenet121", {"block_form": "normalize_once_tpu"}, "not 'normalize_once_tpu'"),
+    ],
+)
+def test_models_without_such_kernels_say_so(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name, kernels="pallas", **settings)
+
+
+def test_on_a_cpu_training_with_kernels_is_refused_and_evaluation_is_not():
+    model = create_model("densenet_bc_22_12", num_classes=3, kernels="pallas", dtype=jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    jax.eval_shape(model.apply, variables, images)
+    with pytest.raises(UserError, match="these kernels are for GPUs and this is a CPU"):
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)

@@ -1,0 +1,39 @@
+"""Who gets the GPU's kernels, and what is said to who can't have them."""
+
+import jax.numpy as jnp
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.kernels.choice import choose
+
+SHAPE = (100_352, 256, 128)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("wanted", ["auto", "xla"])
+def test_nobody_gets_them_unasked(platform, wanted):
+    assert choose(platform, jnp.bfloat16, SHAPE, wanted) == "xla"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_who_asks_gets_them_on_a_gpu(dtype):
+    assert choose("gpu", dtype, SHAPE, "pallas") == "pallas"
+
+
+@pytest.mark.parametrize("shape", [(100_352, 256, 513), (2**23, 256, 128), (2**24, 64, 128), (0, 256, 128)], ids=str)
+def test_shapes_that_do_not_fit_a_program_are_left_to_xla(shape):
+    assert choose("gpu", jnp.bfloat16, shape, "pallas") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "wanted", "message"),
+    [
+        ("cpu", jnp.bfloat16, "pallas", r"'pallas', but these kernels are for GPUs and this is a CPU"),
+        ("tpu", jnp.bfloat16, "pallas", r"this is a TPU; set it to 'auto'"),
+        ("gpu", jnp.float32, "pallas", r"config\.model\.dtype is float32; set config\.model\.dtype=bfloat16"),
+        ("gpu", jnp.bfloat16, "triton", r"kernels='triton': expected one of auto, xla, pallas"),
+    ],
+)
+def test_who_asks_for_what_there_is_not_is_told(platform, dtype, wanted, message):
+    with pytest.raises(UserError, match=message):
+        choose(platform, dtype, SHAPE, wanted)
