@@ -74,7 +74,8 @@ def parse() -> argparse.Namespace:
         "--implementations",
         nargs="+",
         choices=cases.SCRIPTS,
-        help="default: all; on a CPU without torch_compile, which takes minutes and wants a C++ compiler there",
+        help="default: all but kernels (training on a GPU in bfloat16); on a CPU without torch_compile, which takes "
+        "minutes and wants a C++ compiler there",
     )
     parser.add_argument("--turns", type=int, default=10, help="turns of each implementation")
     parser.add_argument("--turn_secs", type=float, default=1.0, help="least length of a turn")
@@ -82,7 +83,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     on_gpu = cases.has_gpu()
     arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    usual = [name for name in cases.SCRIPTS if on_gpu or name != "torch_compile"]
+    left_out = {"kernels"} if on_gpu else {"kernels", "torch_compile"}
+    usual = [name for name in cases.SCRIPTS if name not in left_out]
     arguments.implementations = arguments.implementations or usual
     arguments.models = cases.all_models(arguments.models)
     return arguments

@@ -65,7 +65,8 @@ def prepare(
 ) -> tuple[JaxCase, dict[str, Any]]:
     """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
     variant = get_variant(model)
-    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), **overrides)
+    kernels = "pallas" if form == "kernels" else "auto"
+    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), kernels=kernels, **overrides)
     if form == "plain" and hasattr(network, "block_form"):
         network = network.clone(block_form=plain_dense_block)
     random = np.random.default_rng(0)
