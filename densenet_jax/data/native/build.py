@@ -8,11 +8,8 @@ import hashlib
 import os
 import pathlib
 import platform
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
+
+from densenet_jax.compiling import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).with_name("crop_decode.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")
@@ -20,10 +17,7 @@ _FLAGS = ("-O3", "-shared", "-fPIC")
 
 def library_paths() -> list[pathlib.Path]:
     """Where the compiled helper may lie: beside this file, else in the user's cache, named by the source."""
-    key = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
-    name = f"crop_decode-{key}-{platform.machine()}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return [_SOURCE.with_name(name), cache / "densenet_jax" / name]
+    return library_places(_SOURCE, f"{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]}-{platform.machine()}")
 
 
 def build() -> pathlib.Path:
@@ -32,35 +26,10 @@ def build() -> pathlib.Path:
     Raises:
         RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if not compiler:
-        raise RuntimeError("No C compiler was found (CC names none and there is no cc).")
-    places = [path for path in library_paths() if _writable(path.parent)]
-    if not places:
-        raise RuntimeError("Neither the package nor the user's cache can be written.")
-    with tempfile.TemporaryDirectory(dir=places[0].parent) as folder:
-        compiled = pathlib.Path(folder) / places[0].name
-        extra = os.environ.get("CFLAGS", "").split()
-        command = [compiler, *_FLAGS, *extra, "-o", str(compiled), str(_SOURCE), "-ljpeg", "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            lines = result.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"{' '.join(command)} failed: {lines[0]}")
-        os.replace(compiled, places[0])
-    return places[0]
-
-
-def _writable(folder: pathlib.Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+    extra = os.environ.get("CFLAGS", "").split()
+    command = [find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg", "-lm"]
+    return compile_library(library_paths(), command)
 
 
 if __name__ == "__main__":
-    try:
-        print(f"Built {build()}")
-    except RuntimeError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2)
+    main(build)

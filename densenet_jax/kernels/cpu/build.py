@@ -11,14 +11,11 @@ import os
 import pathlib
 import platform
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
 
 import jax
 import jaxlib
+
+from densenet_jax.compiling import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).with_name("convolution.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
@@ -39,10 +36,7 @@ def library_paths() -> list[pathlib.Path]:
     The name holds what it was compiled from: the source, XLA's interface and the processor's instructions.
     """
     facts = _SOURCE.read_bytes() + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
-    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
-    name = f"convolution-{hashlib.sha256(facts).hexdigest()[:12]}{suffix}"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return [_SOURCE.with_name(name), cache / "densenet_jax" / name]
+    return library_places(_SOURCE, hashlib.sha256(facts).hexdigest()[:12])
 
 
 def build() -> pathlib.Path:
@@ -51,35 +45,10 @@ def build() -> pathlib.Path:
     Raises:
         RuntimeError: there is no compiler, it fails, or there is nowhere to write.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if not compiler:
-        raise RuntimeError("No C++ compiler was found (CXX names none and there is no c++).")
-    places = [path for path in library_paths() if _writable(path.parent)]
-    if not places:
-        raise RuntimeError("Neither the package nor the user's cache can be written.")
-    with tempfile.TemporaryDirectory(dir=places[0].parent) as folder:
-        compiled = pathlib.Path(folder) / places[0].name
-        extra = os.environ.get("CXXFLAGS", "").split()
-        command = [compiler, *_FLAGS, *extra, f"-I{jax.ffi.include_dir()}", "-o", str(compiled), str(_SOURCE)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            lines = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
-            raise RuntimeError(f"{' '.join(command)} failed: {lines[0]}")
-        os.replace(compiled, places[0])
-    return places[0]
-
-
-def _writable(folder: pathlib.Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+    extra = os.environ.get("CXXFLAGS", "").split()
+    command = [find_compiler("CXX", "c++", "C++"), *_FLAGS, *extra, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
+    return compile_library(library_paths(), command)
 
 
 if __name__ == "__main__":
-    try:
-        print(f"Built {build()}")
-    except RuntimeError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2)
+    main(build)
