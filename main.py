@@ -12,6 +12,7 @@ inputs were refused, 130 interrupted.
 import json
 import os
 import sys
+from typing import Any
 
 # Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -23,14 +24,17 @@ from ml_collections import config_flags
 from configs import default
 from densenet_jax import modes, processes
 from densenet_jax.cluster import Cluster, find_cluster
-from densenet_jax.command import Command
+from densenet_jax.command import Command, recipe_first
 from densenet_jax.config import checked, explain_flag_error, to_dict
 from densenet_jax.errors import UserError
 from densenet_jax.interruption import Interrupted
 
 FLAGS = flags.FLAGS
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
-CONFIG = config_flags.DEFINE_config_file("config", os.path.join(RECIPES, "digits.py"), "A recipe in configs/.")
+DIGITS = os.path.join(RECIPES, "digits.py")
+if __name__ == "__main__":
+    sys.argv = recipe_first(sys.argv, DIGITS)  # before the next line, which looks there
+CONFIG = config_flags.DEFINE_config_file("config", DIGITS, "A recipe in configs/.")
 flags.DEFINE_string("workdir", "", "The run's directory; by default ./runs/ and the recipe's name.")
 flags.DEFINE_enum("mode", "train", list(modes.MODES), "What to do.")
 flags.DEFINE_multi_string("compare", [], "Another run's directory for --mode report to put beside; may be repeated.")
@@ -101,26 +105,9 @@ def main(arguments: list[str]) -> int:
         parse(arguments)
         flag = FLAGS["config"]
         recipe, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
-        command = Command(
-            recipe,
-            overrides,
-            to_dict(default.get_config()),
-            compare=tuple(FLAGS.compare),
-            images=tuple(FLAGS.images),
-            output=FLAGS.output,
-            labels=FLAGS.labels,
-            topk=FLAGS.topk,
-            annotate=FLAGS.annotate,
-            features=FLAGS.features,
-            host=FLAGS.host,
-            port=FLAGS.port,
-            grpc_port=FLAGS.grpc_port,
-            topology=FLAGS.topology,
-            format=FLAGS.format,
-            precision=FLAGS.precision,
-            preprocess=FLAGS.preprocess,
-            batch_size=FLAGS.batch_size,
-        )
+        given: dict[str, Any] = {name: FLAGS[name].value for name in Command.flags()}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        command = Command(recipe, overrides, to_dict(default.get_config()), **given)
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]
         config = checked(CONFIG.value)

@@ -71,6 +71,11 @@ class Command:
     preprocess: bool = True
     batch_size: int = 0
 
+    @staticmethod
+    def flags() -> tuple[str, ...]:
+        """The flags that some modes have a use for, which are attributes here."""
+        return tuple(_MODES_OF)
+
     def check_mode(self, mode: str) -> None:
         """Checks that no flag was given that means nothing in this mode.
 
@@ -92,3 +97,19 @@ class Command:
         words += [] if mode == "train" else ["--mode", mode]
         words += [f"--config.{key}={value}" for key, value in changes.items()]
         return shlex.join(words)
+
+
+def recipe_first(arguments: list[str], default: str) -> list[str]:
+    """The same command line with --config in front, since settings given before the recipe would be refused.
+
+    Args:
+        arguments: the program's name and its flags.
+        default: the recipe where none is named.
+    """
+    program, *rest = arguments
+    for place, word in enumerate(rest):
+        if word in ("--config", "-config") and place + 1 < len(rest):
+            return [program, f"--config={rest[place + 1]}", *rest[:place], *rest[place + 2 :]]
+        if word.startswith(("--config=", "-config=")):
+            return [program, word, *rest[:place], *rest[place + 1 :]]
+    return [program, f"--config={default}", *rest]

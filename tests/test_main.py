@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import densenet_jax
+from densenet_jax.command import recipe_first
 from tests.running import last_line, run_main, start_main
 
 QUICK = (
@@ -256,3 +257,19 @@ def test_data_page_shows_the_images_and_the_speed(user, tmp_path):
     assert result["pipeline_images_per_sec"] > 0 < result["model_images_per_sec"]
     assert "1,437" in page
     assert page.count("<img") >= 33
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            "--config.seed=1 --config configs/digits.py --mode eval",
+            "--config=configs/digits.py --config.seed=1 --mode eval",
+        ),
+        ("--config.seed=1 --config=a.py", "--config=a.py --config.seed=1"),
+        ("--config.seed=1", "--config=default.py --config.seed=1"),
+        ("--mode eval --config", "--config=default.py --mode eval --config"),
+    ],
+)
+def test_settings_may_stand_before_the_recipe(given, expected):
+    assert recipe_first(["main.py", *given.split()], "default.py") == ["main.py", *expected.split()]
