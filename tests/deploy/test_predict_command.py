@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import signal
+import threading
 import time
 
 import numpy as np
@@ -170,10 +171,11 @@ def test_ten_times_the_images_take_no_more_memory(digits, user, tmp_path):
         arguments = ("--mode=predict", f"--workdir={digits[0]}", f"--images={tmp_path / name}")
         with start_main(*arguments, f"--output={tmp_path / name}.jsonl", **user) as process:
             peak = 0
-            while process.poll() is None:
+            reader = threading.Thread(target=process.communicate)  # a full pipe would stop the process
+            reader.start()
+            while reader.is_alive():
                 peak = max(peak, _peak_bytes(process.pid))
                 time.sleep(0.02)
-            process.communicate()
         assert process.returncode == 0
         peaks.append(peak)
     assert len(lines_of(tmp_path / "many.jsonl")) == 2000
