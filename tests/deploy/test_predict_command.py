@@ -111,7 +111,7 @@ def test_predict_answers_what_evaluation_counts(user, tmp_path):
         true = int(pathlib.Path(line["image"]).parent.name)
         right[true] += line["predictions"][0]["class_id"] == true
     assert sum(right) / len(lines) == counted["top1"]
-    assert [int(row["correct"]) for row in csv.DictReader(table.open())] == right
+    assert [int(row["correct"]) for row in csv.DictReader(table.read_text().splitlines())] == right
     losses = [
         -np.log(answer["probability"])
         for line in lines
