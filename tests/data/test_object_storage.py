@@ -29,7 +29,12 @@ def store(tmp_path):
         addresses = dict.fromkeys(("CLOUD_STORAGE_EMULATOR_ENDPOINT", "STORAGE_EMULATOR_HOST"), address)
         yield (
             str(tmp_path / "bucket"),
-            {**addresses, "FSSPEC_GS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
+            {
+                **addresses,
+                "FSSPEC_GS_TOKEN": "anon",
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+                "EPATH_USE_TF": "false",
+            },
         )
         server.kill()
 
