@@ -1,14 +1,10 @@
 """Runs that are watched from outside, to be hit at a chosen moment."""
 
-import json
-import pathlib
 import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-
-import numpy as np
 
 from tests.running import start_main
 
@@ -24,7 +20,6 @@ SHORT_RUN = (
 )
 TOTAL_STEPS = 90
 EVAL_STEPS = (23, 45, 68, 90)
-_OF_THE_CLOCK = ("images_per_sec", "data_wait_fraction", "host_memory_bytes")
 
 
 class Run:
@@ -78,40 +73,3 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.end()
-
-
-def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def reports_of(workdir: pathlib.Path, split: str) -> list[dict]:
-    """Reports without what the clock decides."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in _OF_THE_CLOCK} for line in lines if line["split"] == split]
-
-
-def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    """Everything in the state saved at `step`, the optimizer's included, by name."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        path = workdir / "checkpoints" / str(step) / "state"
-        tree = reader.metadata(path).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
-
-
-def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """The newest state and all reports are alike, bit for bit."""
-    assert checkpoint_steps(workdir)[-1] == checkpoint_steps(other)[-1]
-    step = checkpoint_steps(workdir)[-1]
-    ours, theirs = saved_arrays(workdir, step), saved_arrays(other, step)
-    assert ours.keys() == theirs.keys()
-    assert any("opt_state" in name for name in ours)
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    for split in ("train", "validation"):
-        assert reports_of(workdir, split) == reports_of(other, split)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from densenet_jax.data.order import Order
-from tests.dying import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run, assert_same_end, checkpoint_steps
+from tests.dying import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run
+from tests.ended_runs import assert_same_end, checkpoint_steps
 from tests.running import last_line, run_main
 
 pytestmark = pytest.mark.slow
@@ -92,7 +93,7 @@ def test_twenty_kills_at_random_moments_end_bit_for_bit_like_the_uninterrupted_r
     output, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", **own)
     assert last_line(output)["step"] == TOTAL_STEPS
     assert "damaged" not in errors  # a kill leaves no checkpoint that has its name and is not whole
-    assert_same_end(workdir, finished)
+    assert_same_end(workdir, finished, TOTAL_STEPS)
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
@@ -116,7 +117,7 @@ def test_file_size_limit_that_is_hit_in_a_save_leaves_the_last_checkpoint(finish
     with Run(*SHORT_RUN, f"--workdir={tmp_path}", **user) as run:
         assert run.end() == 0
         assert run.says(f"continuing after step {kept[-1]}")
-    assert_same_end(tmp_path, finished)
+    assert_same_end(tmp_path, finished, TOTAL_STEPS)
 
 
 @contextlib.contextmanager
@@ -144,7 +145,7 @@ def test_full_disk_leaves_the_last_checkpoint(finished, user, tmp_path):
         with Run(*SHORT_RUN, f"--workdir={disk}/run", **user) as run:
             assert run.end() == 0
             assert run.says(f"continuing after step {kept[-1]}")
-        assert_same_end(disk / "run", finished)
+        assert_same_end(disk / "run", finished, TOTAL_STEPS)
 
 
 def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(user, tmp_path):
@@ -246,4 +247,4 @@ def test_damaged_checkpoint_is_passed_over_by_training_and_refused_by_eval(finis
     _, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", **user)
     assert f"checkpoints/{newest} is damaged" in errors
     assert f"continuing after step {before}" in errors
-    assert_same_end(workdir, finished)
+    assert_same_end(workdir, finished, TOTAL_STEPS)

@@ -7,11 +7,11 @@ import pathlib
 import signal
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import densenet_jax
 from densenet_jax.command import recipe_first
+from tests.ended_runs import assert_same_end, reports_of
 from tests.running import last_line, run_main, start_main
 
 QUICK = (
@@ -33,39 +33,6 @@ def files_of(workdir: pathlib.Path) -> dict[str, tuple[int, int, bytes]]:
             status = path.stat()
             found[str(path)] = status.st_mtime_ns, status.st_ino, path.read_bytes()
     return found
-
-
-def reports_of(workdir: pathlib.Path, split: str) -> list[dict]:
-    """Reports without what the clock decides."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("images_per_sec", "data_wait_fraction", "host_memory_bytes")
-    return [{key: line[key] for key in line if key not in clocks} for line in lines if line["split"] == split]
-
-
-def saved_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Everything in the newest state, the optimizer's included, by name."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    assert step == TOTAL_STEPS
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        path = workdir / "checkpoints" / str(step) / "state"
-        tree = reader.metadata(path).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
-
-
-def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    ours, theirs = saved_arrays(workdir), saved_arrays(other)
-    assert ours.keys() == theirs.keys()
-    assert any("opt_state" in name for name in ours)
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    for split in ("train", "validation"):
-        assert reports_of(workdir, split) == reports_of(other, split)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +136,7 @@ def test_asked_to_stop_it_saves_first_and_can_be_continued(number, finished, use
     assert (tmp_path / "checkpoints" / str(stopped_after)).is_dir()
     output, errors = run_main(*QUICK, f"--workdir={tmp_path}", **user)
     assert f"continuing after step {stopped_after}" in errors
-    assert_same_end(tmp_path, finished)
+    assert_same_end(tmp_path, finished, TOTAL_STEPS)
 
 
 def test_weights_come_back_in_python(finished):

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import yaml
 from PIL import Image
 
+from tests.ended_runs import all_reports_of, checkpoint_steps, saved_arrays
 from tests.running import (
     ROOT,
     end_of,
@@ -44,27 +43,9 @@ QUICK = (
 LONG = (*QUICK, "--config.train.epochs=40", "--config.optim.warmup_epochs=2")
 
 
-def reports_of(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        path = workdir / "checkpoints" / str(step) / "state"
-        tree = reader.metadata(path).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
-
-
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, step: int = STEPS) -> None:
     """Same reports and state, up to the order in which devices add."""
-    ours, theirs = reports_of(workdir), reports_of(other)
+    ours, theirs = all_reports_of(workdir), all_reports_of(other)
     assert [(line["step"], line["split"]) for line in ours] == [(line["step"], line["split"]) for line in theirs]
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-5), mine["step"]
@@ -126,7 +107,7 @@ def test_two_processes_with_two_devices_equal_one_with_four(alone, together):
 def test_every_example_of_uneven_shards_counts_once(user, together):
     arguments = (*QUICK, f"--workdir={together}", "--mode=eval", "--config.eval.batch_size=52")
     output, _ = run_processes(2, *arguments, f"--config.eval.confusion_output={together}/confusion.csv", **user)
-    result, trained = last_line(output), reports_of(together)[-1]
+    result, trained = last_line(output), all_reports_of(together)[-1]
     assert (result["examples"], result["top1"]) == (360, trained["top1"])
     assert result["loss"] == pytest.approx(trained["loss"], rel=1e-6)
     rows = (together / "confusion.csv").read_text().splitlines()[1:]
@@ -137,7 +118,7 @@ def test_every_example_of_uneven_shards_counts_once(user, together):
 def died_after_step_3(workdir: pathlib.Path, copy: pathlib.Path) -> pathlib.Path:
     """A finished run as if it had died."""
     shutil.copytree(workdir, copy)
-    for step in saved_steps(copy):
+    for step in checkpoint_steps(copy):
         if step > 3:
             shutil.rmtree(copy / "checkpoints" / str(step))
     return copy
@@ -178,8 +159,8 @@ def test_sigterm_to_one_of_two_saves_the_same_step_on_both(user, tmp_path):
     ends = end_of(processes)
     assert [status for status, _, _ in ends] == [130, 130], ends
     assert [output for _, output, _ in ends] == ["", ""]
-    newest = saved_steps(tmp_path)[-1]
-    assert [line["step"] for line in reports_of(tmp_path)][-1] == newest
+    newest = checkpoint_steps(tmp_path)[-1]
+    assert [line["step"] for line in all_reports_of(tmp_path)][-1] == newest
     assert f"stopped and saved after step {newest}" in ends[0][2]
     assert "Traceback" not in ends[0][2] + ends[1][2]
 
@@ -205,7 +186,7 @@ def test_one_of_two_killed_ends_the_other_and_a_restart_continues(user, tmp_path
     ends = end_of(processes)
     assert [status for status, _, _ in ends] == [130, 130], ends
     assert "continuing after step " in ends[0][2]
-    assert [line["step"] for line in reports_of(tmp_path)] == list(range(1, saved_steps(tmp_path)[-1] + 1))
+    assert [line["step"] for line in all_reports_of(tmp_path)] == list(range(1, checkpoint_steps(tmp_path)[-1] + 1))
 
 
 @pytest.mark.slow

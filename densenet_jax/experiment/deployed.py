@@ -20,7 +20,7 @@ from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import get_variant
-from densenet_jax.training.checkpoint import Checkpoints, restore_variables
+from densenet_jax.training.checkpoint import find_checkpoint, restore_variables
 from densenet_jax.workdir import labels_path, read_settings, started_from
 
 logger = logging.getLogger(__name__)
@@ -144,13 +144,9 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
 
 
 def _restore(workdir: str, which: str) -> tuple[int, dict[str, Any]]:
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        step = checkpoints.resolve(which)
-    finally:
-        checkpoints.close()
+    directory, step = find_checkpoint(workdir, which)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return step, restore_variables(checkpoints.directory, step, here)
+    return step, restore_variables(directory, step, here)
 
 
 def _class_count(variables: Mapping[str, Any], where: str) -> int:

@@ -21,7 +21,7 @@ from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import Checkpoints, restore_variables
+from densenet_jax.training.checkpoint import check_same_shapes, find_checkpoint, restore_variables
 from densenet_jax.training.eval_step import EvalSums, make_eval_step
 from densenet_jax.training.precision import Policy, get_policy
 from densenet_jax.training.predict_step import make_predict_step
@@ -212,13 +212,9 @@ class Experiment:
         Raises:
             UserError: `workdir` has no such checkpoint, or it is of another model.
         """
-        checkpoints = Checkpoints(workdir, read_only=True)
-        try:
-            step = checkpoints.resolve(str(self.config.eval.checkpoint))
-        finally:
-            checkpoints.close()
-        variables = restore_variables(checkpoints.directory, step, sharding.replicated(self.mesh))
-        self.check_fits(variables, f"{checkpoints.directory}/{step}")
+        directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint))
+        variables = restore_variables(directory, step, sharding.replicated(self.mesh))
+        self.check_fits(variables, f"{directory}/{step}")
         return step, self._laid_out(variables)
 
     @property
@@ -290,17 +286,8 @@ class Experiment:
         Raises:
             UserError: they aren't; the message names the first difference.
         """
-        ours, theirs = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-            for leaves in map(jax.tree_util.tree_leaves_with_path, (self._variable_shapes(), variables))
-        )
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise UserError(
-                    f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes: "
-                    f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; "
-                    "give the run's own --config."
-                )
+        what = f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes"
+        check_same_shapes(what, variables, self._variable_shapes(), "give the run's own --config")
 
     def published_beside(self, figures: dict[str, float]) -> list[str]:
         """What others have published for the pretrained weights on this data set, a line a figure."""

@@ -185,7 +185,9 @@ class Checkpoints:
         whole = check_files(path)
         try:
             tree = _saved_tree(path)
-            _check_same_model(path, tree, like)
+            # Before anything is read: Orbax tells of it in a hundred tracebacks.
+            advice = "give the run's own --config or another --workdir"
+            check_same_shapes(f"{path} is of another model", tree["params"], like.params, advice)
             scale = jax.eval_shape(LossScale.create) if tree.get("loss_scale") else None
             as_saved = like.replace(loss_scale=with_sharding(scale, like.step.sharding))  # type: ignore[attr-defined]
             restored = self._manager.restore(
@@ -287,18 +289,40 @@ def _saved_tree(path: str) -> dict[str, Any]:
         return reader.metadata(os.path.join(path, "state")).item_metadata.tree
 
 
-def _check_same_model(path: str, tree: dict[str, Any], like: TrainState) -> None:
-    """Compares the shapes of the parameters before anything is read: Orbax tells of it in a hundred tracebacks."""
+def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
+    """Compares saved arrays with those of a model by name and shape.
+
+    Args:
+        what: was found to be of another model, for the message.
+        saved: a tree of arrays, or of what else has shapes.
+        wanted: the model's.
+        advice: what to do about a difference.
+
+    Raises:
+        UserError: they differ; the message names the first difference.
+    """
     theirs, ours = (
         {jax.tree_util.keystr(name, simple=True, separator="/"): tuple(leaf.shape) for name, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (tree["params"], like.params))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
     )
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"{path} is of another model: {name} is {theirs.get(name, 'absent')} there and "
-                f"{ours.get(name, 'absent')} here; give the run's own --config or another --workdir."
+                f"{what}: {name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; {advice}."
             )
+
+
+def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:
+    """The directory of a run's checkpoints and the step that `which` ("latest", "best" or a number) means there.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.directory, checkpoints.resolve(which)
+    finally:
+        checkpoints.close()
 
 
 def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True) -> dict[str, Any]:
@@ -312,13 +336,9 @@ def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        chosen = checkpoints.resolve("latest" if step is None else str(step))
-    finally:
-        checkpoints.close()
+    directory, chosen = find_checkpoint(workdir, "latest" if step is None else str(step))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return restore_variables(checkpoints.directory, chosen, here, averaged)
+    return restore_variables(directory, chosen, here, averaged)
 
 
 def restore_variables(
