@@ -11,6 +11,7 @@ import optax
 from worker import serve
 
 import densenet_jax
+from densenet_jax.memory import keep_freed_memory
 from densenet_jax.models.dense_block import plain_dense_block
 from densenet_jax.models.variants import get_variant
 
@@ -96,4 +97,5 @@ def prepare(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as main.py does
     serve(prepare, lambda error: "RESOURCE_EXHAUSTED" in str(error))

@@ -22,34 +22,48 @@ from densenet_jax.models.layers import (
     average_pool,
     blur_pool,
     dropout,
+    folded_norm,
     global_average_pool,
     max_pool,
 )
-from densenet_jax.models.normalize_once import normalize_once
+from densenet_jax.models.normalize_once import arithmetic_of, normalize_once
+from densenet_jax.models.pooled_norms import norm_relu_max_pool, read_pooled
+from densenet_jax.models.readers import Arithmetic, Reader
 
 STEMS = ("plain", "deep", "deep_tiered", "cifar")
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1 convolution to fewer maps, then pooling to half the size; parameters norm and conv."""
+    """Norm, ReLU, 1x1 convolution to fewer maps, then pooling to half the size; parameters norm and conv.
+
+    Without arithmetic in the papers' order; with it pooling comes before the convolution, which exchanges with it.
+    """
 
     features: int
     options: BlockOptions
     blur: bool
     init_fan: Fan
     param_dtype: DType
+    arithmetic: Arithmetic | None = None
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool) -> Float[Array, "b h w c"]:
         """Features float[b, h // 2, w // 2, features]."""
         width = x.values.shape[-1]
-        types = {"dtype": self.options.dtype, "param_dtype": self.param_dtype}
-        y = jax.nn.relu(BatchNorm(width, self.options.norm, name="norm", **types)(x, train))
-        y = Convolution(width, self.features, init_fan=self.init_fan, name="conv", **types)(y)
+        dtype = self.options.dtype
+        types = {"dtype": dtype, "param_dtype": self.param_dtype}
+        pool = blur_pool if self.blur else average_pool
+        norm = BatchNorm(width, self.options.norm, name="norm", **types)
+        convolution = Convolution(width, self.features, init_fan=self.init_fan, name="conv", **types)
         rate = self.options.dropout_rate
         if train and rate and self.options.dropout_every_convolution:
-            y = dropout(y, rate, self.make_rng("dropout"))
-        return blur_pool(y) if self.blur else average_pool(y)
+            return pool(dropout(convolution(jax.nn.relu(norm(x, train))), rate, self.make_rng("dropout")))
+        if self.arithmetic is None:
+            return pool(convolution(jax.nn.relu(norm(x, train))))
+        values, scale, bias = norm.reading(x, train)
+        if self.blur or scale is None or self.options.norm.folded:
+            return convolution(pool(jax.nn.relu(folded_norm(values, scale, bias, dtype))))
+        return read_pooled(values.astype(dtype), Reader(scale, bias, convolution.kernel), self.arithmetic)
 
 
 class DenseNet(nn.Module):
@@ -69,7 +83,7 @@ class DenseNet(nn.Module):
       remat: of a dense block, keep x^ only and recompute its 1x1 convolutions in the backward pass (the plain form
         keeps convolutions' outputs and recomputes concatenations and norms, 1707.06990).
       dtype: of activations; param_dtype: of parameters.
-      block_form: the arithmetic of dense blocks.
+      block_form: the arithmetic of dense blocks; with `plain_dense_block` stem and transitions are plain as well.
     """
 
     growth_rate: int = 32
@@ -120,7 +134,13 @@ class DenseNet(nn.Module):
                     pyramid[stride] = features.raw(self.norm_options.epsilon)
                 width = int(features.values.shape[-1] * self.compression)
                 x = Transition(
-                    width, options, self.blur == "all", self.init_fan, self.param_dtype, name=f"transition{index}"
+                    width,
+                    options,
+                    self.blur == "all",
+                    self.init_fan,
+                    self.param_dtype,
+                    arithmetic_of(self.block_form),
+                    name=f"transition{index}",
                 )(features, train)
                 stride *= 2
         x = jax.nn.relu(self._norm("norm5", features.values.shape[-1])(features, train))
@@ -149,10 +169,13 @@ class DenseNet(nn.Module):
         types = {"init_fan": self.init_fan, "dtype": self.dtype, "param_dtype": self.param_dtype}
         for index, width in enumerate(widths):
             stride = 2 if index == 0 and self.stem != "cifar" else 1
-            x = Convolution(x.shape[-1], width, kernel_size, stride, name=f"conv{index}", **types)(x)
+            convolution = Convolution(x.shape[-1], width, kernel_size, stride, name=f"conv{index}", **types)
             if self.stem == "cifar":
-                return x
-            x = jax.nn.relu(self._norm(f"norm{index}", width, after_convolution=True)(x, train))
+                return convolution(x)
+            norm = self._norm(f"norm{index}", width, after_convolution=True)
+            if index + 1 == len(widths) and self.blur == "none" and arithmetic_of(self.block_form):
+                return norm_relu_max_pool(convolution, norm, x, train)
+            x = jax.nn.relu(norm(convolution(x), train))
         border = self.norm_options.folded
         if self.blur == "none":
             return max_pool(x, repeat_border=border)

@@ -209,21 +209,27 @@ class BatchNorm(nn.Module):
 
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
         """Normalised values in dtype; a FeatureMap with moments is only scaled and shifted."""
+        return folded_norm(*self.reading(x, train), self.dtype)
+
+    def reading(self, x: FeatureMap | Array, train: bool) -> tuple[Array, Array | None, Array]:
+        """Values, scale and bias of which scale * values + bias is the norm, for code that goes on from there.
+
+        Values are float[b, h, w, c] in x's dtype or wider, scale and bias float[c]; scale None is 1. In training the
+        running statistics take in the moments.
+        """
         features = x if isinstance(x, FeatureMap) else FeatureMap(x)
         if self.options.folded:
             if train:
                 raise UserError("a model with folded batch norms can't be trained; use the one it was made from")
-            scale = None if self.after_convolution else self.scale
-            return folded_norm(features.raw(self.options.epsilon), scale, self.bias, self.dtype)
+            return features.raw(self.options.epsilon), None if self.after_convolution else self.scale, self.bias
         values, moments = features
-        if moments is None or self._frozen():
-            values = features.raw(self.options.epsilon)
-            out, moments = apply_norm(values, self.arrays(), self.options, train, self.dtype)
-        else:
-            out = scale_shift(values, self.scale, self.bias, self.dtype)
-        if train and moments is not None:
-            self.record(moments, values.size // values.shape[-1] // moments.mean.shape[0])
-        return out
+        if not train or self._frozen():
+            return features.raw(self.options.epsilon), *fold_running(self.arrays(), self.options.epsilon)
+        if moments is None:
+            moments = batch_moments(values, self.options.group_size, self.mean.value)
+            values = normalise(values, moments, self.options.epsilon)
+        self.record(moments, values.size // values.shape[-1] // moments.mean.shape[0])
+        return values, self.scale, self.bias
 
 
 def convolve(
@@ -263,10 +269,13 @@ class Convolution(nn.Module):
         shape = (self.kernel_size, self.kernel_size, self.in_features // self.groups, self.features)
         self.kernel = self.param("kernel", he_normal(self.init_fan), shape, self.param_dtype)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
-        """The convolution in dtype."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], signs: Float[Array, " o"] | None = None
+    ) -> Float[Array, "b h2 w2 o"]:
+        """The convolution in dtype, each output channel multiplied by its sign where signs are given."""
+        kernel = self.kernel if signs is None else self.kernel * signs.astype(self.kernel.dtype)[None, None, None, :]
         padding = self.kernel_size // 2
-        return convolve(x.astype(self.dtype), self.kernel, stride=self.stride, padding=padding, groups=self.groups)
+        return convolve(x.astype(self.dtype), kernel, stride=self.stride, padding=padding, groups=self.groups)
 
 
 def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool = False) -> Float[Array, "b h2 w2 c"]:

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.choice import choose
+from densenet_jax.models import fused_reader
 from densenet_jax.models.dense_block import (
     BlockOptions,
     BlockResult,
@@ -32,7 +33,6 @@ from densenet_jax.models.dense_block import (
     layer_key,
     plain_dense_block,
 )
-from densenet_jax.models.fused_reader import add_read_gradients, read_with_moments
 from densenet_jax.models.layers import (
     FeatureMap,
     Moments,
@@ -48,6 +48,8 @@ from densenet_jax.models.readers import (
     Arithmetic,
     Reader,
     ReaderGradients,
+    add_read_gradients,
+    adds_in_place,
     normalisation_gradient,
     read,
     read_gradients,
@@ -57,7 +59,7 @@ from densenet_jax.models.readers import (
 # What each platform's compiler makes the most of; measured in docs/performance.md.
 ARITHMETIC = {
     "cpu": Arithmetic("buffer", "dot", library=True),
-    "tpu": Arithmetic("buffer", "dot"),
+    "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel"),
     "gpu": Arithmetic("arrays", "convolution"),
 }
 WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
@@ -115,10 +117,10 @@ class Residuals(NamedTuple):
 
 
 def _begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
-    """The storage of a block's normalised maps, holding the first."""
+    """The storage of a block's normalised maps, holding the first; what lies behind is read by nobody."""
     if arithmetic.storage == "arrays":
         return (first,)
-    return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
+    return _put(lax.empty((*first.shape[:3], width), first.dtype), first, 0)
 
 
 def _put(maps: Any, new: Array, start: int) -> Any:
@@ -160,7 +162,7 @@ def _hidden(
     if kernels != "xla":
         shift = jnp.zeros(layer.first.kernel.shape[-1], jnp.float32) if shift is None else shift
         groups = group_count(maps.shape[0], options.norm.group_size)
-        out, moments = read_with_moments(maps, layer.first, groups, shift, kernels)
+        out, moments = fused_reader.read_with_moments(maps, layer.first, groups, shift, kernels)
         if options.dropout_rate and options.dropout_every_convolution and key is not None:
             return dropout(out, options.dropout_rate, layer_key(key, 0)), None
         return out, moments
@@ -267,7 +269,9 @@ def _layer_backward(
             gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
     groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
     if arithmetic.kernels != "xla":
-        found = add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic.kernels)
+        found = fused_reader.add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic.kernels)
+    elif adds_in_place(saved.maps, total, layer.first, groups, arithmetic):
+        found = add_read_gradients(total, saved.maps, layer.first, gradient)
     else:
         start = layer.first.scale.shape[0]
         front = _readable(saved.maps, start, arithmetic)
@@ -288,7 +292,7 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     layers: list[Layer] = []
 
     def raw_gradient(start: int, end: int) -> Array:
-        return _raw_gradient(
+        found = _raw_gradient(
             total[..., start:end],
             _front(saved.maps, end)[..., start:end],
             _columns(saved.moments, start, end),
@@ -297,6 +301,7 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
             facts.normalises,
             facts,
         )
+        return lax.optimization_barrier(found) if facts.arithmetic.stores_gradients else found
 
     for index in reversed(range(len(saved.layers))):
         reader = saved.layers[index].first
@@ -373,6 +378,14 @@ def normalize_once(
     kernel = layers[-1].kernel1 if layers[-1].kernel2 is None else layers[-1].kernel2
     outputs = _block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
     return _result(outputs, layers, facts)
+
+
+def arithmetic_of(form: Form) -> Arithmetic | None:
+    """How the rest of a network with that form of the dense block computes; None is the papers' way."""
+    if form is plain_dense_block:
+        return None
+    platform = getattr(form, "keywords", {}).get("platform") or jax.default_backend()
+    return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
 
 
 def _arithmetic(

@@ -28,6 +28,8 @@ class Arithmetic:
         keeps one array a layer and concatenates them where they are read.
       pointwise: 1x1 convolutions as "dot" or as "convolution".
       library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
+      stores_gradients: a layer's gradient, which two convolutions read, is computed before them instead of in each.
+      pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
     """
@@ -35,6 +37,8 @@ class Arithmetic:
     storage: Literal["buffer", "arrays"] = "buffer"
     pointwise: Literal["dot", "convolution"] = "dot"
     library: bool = False
+    stores_gradients: bool = False
+    pooling: Literal["first", "kernel"] = "first"
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
 
 
@@ -155,6 +159,22 @@ def read_gradients(
         bias=sum_by_group(rectified, groups),
         kernel=_contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic),
     )
+
+
+def adds_in_place(x: Array, total: Array, reader: Reader, groups: int, arithmetic: Arithmetic) -> bool:
+    """Whether `add_read_gradients` takes these operands."""
+    return arithmetic.library and groups == 1 and total.dtype == x.dtype and cpu.usable(*_operands(x, reader))
+
+
+def add_read_gradients(
+    total: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c2"],
+    reader: Reader,
+    gradient: Float[Array, "b h w o"],
+) -> ReaderGradients:
+    """`read_gradients` with its inputs those of all readers so far: total, with this one's part added in place."""
+    added, of_scale, of_bias, of_kernel = cpu.add_gradients(total, *_operands(x, reader), gradient)
+    return ReaderGradients(added, of_scale[None, :], of_bias[None, :], of_kernel)
 
 
 def normalisation_gradient(

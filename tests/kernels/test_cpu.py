@@ -127,6 +127,26 @@ def test_reader_and_its_gradients(case):
     assert_same(jax.jit(reader.gradients)(*operands, g), (of_x[..., :c], *others))
 
 
+@pytest.mark.parametrize("case", READERS)
+def test_a_reader_s_gradient_is_added_in_place(case):
+    b, h, w, width, c, o, k = case
+    operands = (
+        draw(b, h, w, width),
+        draw(c, seed=1),
+        draw(c, seed=2),
+        draw(k, k, c, o, seed=3),
+        draw(b, h, w, o, seed=4),
+    )
+    total = draw(b, h, w, width, seed=5)
+    of_x, *others = reader.gradients(*operands)
+    expected = (total.at[..., :c].add(of_x), *others)
+    assert uses_library(reader.add_gradients, total, *operands)
+    assert_same(jax.jit(reader.add_gradients)(total, *operands), expected, 1e-12)
+    assert_same(total, draw(b, h, w, width, seed=5), 0)  # which others may read
+    with primitive.plain_kernels():
+        assert_same(jax.jit(reader._plain_add_gradient)(total, *operands), expected[:3])
+
+
 @pytest.mark.parametrize("case", [(2, 9, 11, 5, 2), (3, 14, 14, 33, 1), (1, 4, 5, 64, 2)])
 def test_pooling_gradient(case):
     *shape, stride = case

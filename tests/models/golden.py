@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from densenet_jax.models import layers
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dense_block import BlockResult, LayerMoments
+from densenet_jax.models.dense_block import BlockResult, LayerMoments, plain_dense_block
 from densenet_jax.models.densenet import DenseNet
 from densenet_jax.models.layers import FeatureMap
 from densenet_jax.models.torch_weights import (
@@ -109,7 +109,15 @@ def _is_tap(module, method):
 
 
 def run_with_taps(model, variables, x):
-    """Logits and every stage's output, by the references' module names."""
+    """Logits and every stage's output of the papers' way, by the references' module names, and of ours the logits."""
+    if isinstance(model, DenseNet):
+        own = model
+        model = model.clone(block_form=plain_dense_block)
+        return {**_run_with_taps(model, variables, x), "own logits": own.apply(variables, x)}
+    return _run_with_taps(model, variables, x)
+
+
+def _run_with_taps(model, variables, x):
     logits, state = model.apply(variables, x, capture_intermediates=_is_tap, mutable=["intermediates"])
     found = {"logits": logits}
     for name, outputs in state["intermediates"].items():
@@ -133,14 +141,17 @@ def stage_errors(found, expected, side_px):
     assert "logits" in names
     errors = {}
     for name in names:
-        ours, theirs = torch_layout(found[name]), expected[prefix + name]
-        if name == "logits":
-            assert ours.shape == theirs.shape
-            error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-            errors[name] = error if np.isfinite(error) else np.inf
-        else:
-            errors[name] = float(relative_error(summarise(ours), theirs))
+        if name != "logits":
+            errors[name] = float(relative_error(summarise(torch_layout(found[name])), expected[prefix + name]))
+    for name in {"logits", "own logits"} & set(found):
+        errors[name] = _logits_error(np.asarray(found[name]), expected[f"{prefix}logits"])
     return errors
+
+
+def _logits_error(ours, theirs):
+    assert ours.shape == theirs.shape
+    error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return error if np.isfinite(error) else np.inf
 
 
 def gradient_leaves(gradients):

@@ -19,7 +19,7 @@ QUICK = "densenet121"
 
 
 def of_model(name: str, side_px: int) -> int:
-    model = create_model(name, num_classes=1000)
+    model = create_model(name, num_classes=1000, block_form="plain")  # the papers' order of pooling and convolution
     images = jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(images.shape), train=False))
     return count_multiply_adds(lambda v, x: model.apply(v, x, train=False), variables, images)

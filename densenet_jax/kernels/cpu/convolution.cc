@@ -361,11 +361,12 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& source, cons
   Output(pool, p.sizes, p.pixels, p.bands, source, p.packed.get(), y, [](int64_t, int64_t, int64_t, T*) {});
 }
 
-// The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx and, summed over all
-// pixels, those of scale and bias. s are the sizes of the transposed convolution.
-template <typename T>
+// The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx, of dx_step channels a
+// pixel and with kAdd added to what is there, and, summed over all pixels, those of scale and bias. s are the sizes of
+// the transposed convolution.
+template <bool kAdd, typename T>
 void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, const T* w, const Source<T>& read, T* dx,
-                  T* dscale, T* dbias) {
+                  int64_t dx_step, T* dscale, T* dbias) {
   const Prepared<T> p(pool, s, w, true);
   const int64_t channels = s.out_channels;
   auto sums = Allocate<T>(p.bands.count * 2 * channels);
@@ -375,14 +376,14 @@ void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, con
               T* of_bias = of_scale + channels;
               std::fill(of_scale, of_scale + 2 * channels, T{0});
               const T *x = read.x + at * read.step, *scale = read.scale, *bias = read.bias;
-              T* to = dx + at * channels;
-              for (int64_t i = 0; i < count; ++i, x += read.step, to += channels, gradient += channels) {
+              T* to = dx + at * dx_step;
+              for (int64_t i = 0; i < count; ++i, x += read.step, to += dx_step, gradient += channels) {
 #pragma GCC ivdep
                 for (int64_t c = 0; c < channels; ++c) {
                   const T open = scale[c] * x[c] + bias[c] > T{0} ? gradient[c] : T{0};
                   of_bias[c] += open;
                   of_scale[c] += open * x[c];
-                  to[c] = open * scale[c];
+                  to[c] = (kAdd ? to[c] : T{0}) + open * scale[c];
                 }
               }
             });
@@ -593,23 +594,40 @@ ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale
   });
 }
 
-// The gradients of ReadCall's x, scale and bias, given g, that of y; padding is the transposed convolution's.
+// The gradients of ReadCall's x, scale and bias, given g, that of y; padding is the transposed convolution's. With kAdd
+// dx has all of x's channels and holds what the gradient is added to.
+template <bool kAdd>
+ffi::Error ReadGradientOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                          ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::AnyBuffer dx, ffi::AnyBuffer dscale,
+                          ffi::AnyBuffer dbias, int64_t padding) {
+  const Shape k = w.dimensions(), to = dx.dimensions();
+  Sizes s;
+  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 || to.size() != 4 ||
+      !Fit(s, g.dimensions(), k[3], to, k[0], k[1], 1, padding) || g.dimensions()[3] != s.channels ||
+      k[2] > to[3] || (!kAdd && k[2] != to[3]) || static_cast<int64_t>(scale.element_count()) != k[2] ||
+      x.element_count() / x.dimensions()[3] != dx.element_count() / to[3] ||
+      dscale.element_count() != scale.element_count() || dbias.element_count() != scale.element_count())
+    return Invalid("shapes of a reader's gradient do not fit");
+  s.out_channels = k[2];
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    ReadGradient<kAdd, T>(pool, s, Plain<T>(g), w.typed_data<T>(), Read<T>(x, scale, bias), dx.typed_data<T>(), to[3],
+                          dscale.typed_data<T>(), dbias.typed_data<T>());
+  });
+}
+
 ffi::Error ReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
                             ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
                             ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> dbias, int64_t padding) {
-  const Shape k = w.dimensions();
-  Sizes s;
-  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
-      !Fit(s, g.dimensions(), k[3], dx->dimensions(), k[0], k[1], 1, padding) || g.dimensions()[3] != s.channels ||
-      k[2] != s.out_channels || static_cast<int64_t>(scale.element_count()) != s.out_channels ||
-      x.element_count() / x.dimensions()[3] != dx->element_count() / s.out_channels ||
-      dscale->element_count() != scale.element_count() || dbias->element_count() != scale.element_count())
-    return Invalid("shapes of a reader's gradient do not fit");
-  return ForType(x, [&](auto zero) {
-    using T = decltype(zero);
-    ReadGradient<T>(pool, s, Plain<T>(g), w.typed_data<T>(), Read<T>(x, scale, bias), dx->typed_data<T>(),
-                    dscale->typed_data<T>(), dbias->typed_data<T>());
-  });
+  return ReadGradientOf<false>(pool, x, scale, bias, w, g, *dx, *dscale, *dbias, padding);
+}
+
+// The same, added to the first channels of total, whose memory dx is.
+ffi::Error AddReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer total, ffi::AnyBuffer x, ffi::AnyBuffer scale,
+                               ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
+                               ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> dbias, int64_t padding) {
+  if (total.untyped_data() != dx->untyped_data()) return Invalid("a sum of gradients is not added to in place");
+  return ReadGradientOf<true>(pool, x, scale, bias, w, g, *dx, *dscale, *dbias, padding);
 }
 
 // The gradient of ReadCall's w.
@@ -665,6 +683,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetReadGradient, ReadGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
         .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetAddReadGradient, AddReadGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<int64_t>("padding"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetReadKernelGradient, ReadKernelGradientCall,

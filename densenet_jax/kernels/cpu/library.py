@@ -15,6 +15,7 @@ _CALLS = {
     "pool_gradient": "DensenetPoolGradient",
     "read": "DensenetRead",
     "read_gradient": "DensenetReadGradient",
+    "add_read_gradient": "DensenetAddReadGradient",
     "read_kernel_gradient": "DensenetReadKernelGradient",
 }
 
