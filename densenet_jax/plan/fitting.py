@@ -42,8 +42,8 @@ def largest_that_fits(attempt: Callable[[int], Attempt], first: Attempt) -> Foun
     """Narrows the limit down until what fits and what doesn't are at most `RESOLUTION`, or one unit, apart.
 
     Memory is nearly a straight line over the size, so a size is tried where the line through what was seen last meets
-    the limit, rounded down to a multiple of a power of two. Memory that is no such line ends it late, not never: from
-    the third on every attempt keeps twice the distance from what was tried, until only the middle is left.
+    the limit, rounded down to a multiple of a power of two. Memory that is no such line ends it late, not never: after
+    the third every attempt keeps four times the distance from what was tried, until only the middle is left.
 
     Args:
         attempt: dear to call; compiles for a number of units.
@@ -62,7 +62,7 @@ def largest_that_fits(attempt: Callable[[int], Attempt], first: Attempt) -> Foun
 
 def _next_units(tried: list[Attempt], low: int, high: int) -> int:
     """A size between `low`, which fits, and `high`, which does not."""
-    guess, times = _meets_limit(tried), 1 << max(0, len(tried) - 3)
+    guess, times = _meets_limit(tried), 4 ** max(0, len(tried) - 4)
     lowest, highest = low + times * _step(low) if low else 1, high - times * _step(high)
     middle = math.isqrt(max(low, 1) * high)  # of what may be orders of magnitude
     units = middle if guess is None or lowest >= highest else min(max(guess, lowest), highest)

@@ -46,7 +46,7 @@ def lines_of(figures: dict[str, Any], topology: Topology, costs: Costs | None, b
     needs = "more than there is" if memory is None else f"{size(memory)}, {memory / capacity:.0%} of it"
     lines = [
         f"{topology.name}: {_count(topology.chips, 'chip')} in {_count(topology.hosts, 'host')}",
-        f"batch         {batch} images, {batch / topology.chips:g} a chip",
+        f"batch         {batch} images, {batch / topology.chips:.10g} a chip",
         f"memory        {needs} ({size(capacity)} a chip){'' if figures['fits'] else ': DOES NOT FIT'}",
     ]
     if costs is None or bounds is None:

@@ -104,7 +104,9 @@ def test_the_answer_for_a_large_batch_says_how_exact_it_is(monkeypatch, capsys):
     failing = min(batch for batch in asked if batch > fitting)
     assert fitting <= 16 * 2**30 // 10**4 * 4 < failing <= 1.01 * fitting
     more = f"{failing}, {failing / fitting - 1:.1%} more, was seen not to fit"
-    assert f"seen to fit v5e:2x2 is {fitting}; {more}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"seen to fit v5e:2x2 is {fitting}; {more}" in said
+    assert "16777216 images, 4194304 a chip" in said
 
 
 def test_only_batches_that_the_settings_can_divide_are_tried(monkeypatch, capsys):
