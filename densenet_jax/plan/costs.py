@@ -91,5 +91,9 @@ def told_bytes(message: str) -> tuple[int | None, int | None]:
     found = found or re.search(rf"[Uu]sed {size} of(?: {size})?", message)
     if found is None:
         return None, None
-    needed, limit = (text and round(float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1)) for text in found.groups())
-    return needed, limit
+    return _bytes_of(found[1]), _bytes_of(found[2])
+
+
+def _bytes_of(text: str | None) -> int | None:
+    """The bytes of "19.5G"; None of None."""
+    return None if text is None else round(float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1))
