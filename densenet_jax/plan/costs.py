@@ -10,11 +10,16 @@ from densenet_jax.plan.hlo import Collective, Program
 
 
 class DoesNotFitError(Exception):
-    """The compiler found no way to run the program in a chip's memory; `needed_bytes` is what it would take."""
+    """The compiler found no way to run the program in a chip's memory.
 
-    def __init__(self, needed_bytes: int | None) -> None:
-        super().__init__(f"needs {needed_bytes} bytes")
-        self.needed_bytes = needed_bytes
+    Attributes:
+        needed_bytes: what it would take; None where the compiler does not tell.
+        limit_bytes: what there is by the compiler's account, which keeps a part of the memory; None as above.
+    """
+
+    def __init__(self, needed_bytes: int | None, limit_bytes: int | None = None) -> None:
+        super().__init__(f"needs {needed_bytes} bytes of {limit_bytes}")
+        self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(needed_bytes(str(error))) from error
+        raise DoesNotFitError(*told_bytes(str(error))) from error
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
     own = _own_analysis(compiled)
@@ -76,10 +81,19 @@ def _own_analysis(compiled: Any) -> dict[str, float]:
         return {}
 
 
-def needed_bytes(message: str) -> int | None:
-    """The size in a compiler's complaint, such as "... for HLO temporaries (19.5G) exceeds available HBM (15.75G)"."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|[Uu]sed ([\d.]+)([KMGT]) of", message)
+def told_bytes(message: str) -> tuple[int | None, int | None]:
+    """The needed and the available bytes in a compiler's complaint; None for what it does not tell.
+
+    It may be "... for HLO temporaries (19.5G) exceeds available HBM (15.75G)" or "Used 20.5G of 15.75G hbm".
+    """
+    size = r"([\d.]+[KMGT])"
+    found = re.search(rf"\({size}\) exceeds(?:[^(]*\({size}\))?", message)
+    found = found or re.search(rf"[Uu]sed {size} of(?: {size})?", message)
     if found is None:
-        return None
-    amount, unit = found[1] or found[3], found[2] or found[4]
-    return round(float(amount) * 1024 ** ("KMGT".index(unit) + 1))
+        return None, None
+    return _bytes_of(found[1]), _bytes_of(found[2])
+
+
+def _bytes_of(text: str | None) -> int | None:
+    """The bytes of "19.5G"; None of None."""
+    return None if text is None else round(float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1))

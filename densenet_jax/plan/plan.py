@@ -9,8 +9,8 @@ from densenet_jax.experiment import Experiment
 from densenet_jax.plan.bounds import Bounds, bounds_of
 from densenet_jax.plan.compilers import check_installed
 from densenet_jax.plan.costs import Costs, DoesNotFitError
-from densenet_jax.plan.fitting import largest_that_fits
-from densenet_jax.plan.table import lines_of
+from densenet_jax.plan.fitting import RESOLUTION, Attempt, Found, largest_that_fits
+from densenet_jax.plan.table import line_of_attempt, line_of_found, lines_of
 from densenet_jax.plan.topology import Topology, parse_topology
 from densenet_jax.plan.worker import costs_of_step
 from densenet_jax.progress import say, working
@@ -31,18 +31,15 @@ def plan(config: Any, topology_name: str) -> dict[str, Any]:
     without_chips = Experiment(config, absent_devices=())
     planned = Planned(config, topology, without_chips.timeline.total_steps)
     without_chips.num_classes  # noqa: B018 - a data set of which too little is known is told before the long work
-    try:
-        with working(f"compiling for {topology.name}"):
-            costs = planned.costs(config.train.global_batch_size)
-        needed: int | None = costs.memory_bytes
-    except DoesNotFitError as full:
-        costs, needed = None, full.needed_bytes
-    if costs is None or costs.memory_bytes > topology.chip.memory_bytes:
-        planned.say_what_fits(needed)
-    figures = planned.figures(costs, needed)
+    with working(f"compiling for {topology.name}"):
+        attempt, costs = planned.compile(planned.units)
+    found = None if attempt.fits else planned.look_for_what_fits(attempt)
+    figures = planned.figures(attempt, costs, found)
     bounds = None if costs is None else planned.bounds(costs)
     for line in lines_of(figures, topology, costs, bounds):
         say(line)
+    if found is not None:
+        say(line_of_found(planned.images(found.fitting), planned.images(found.failing), planned.unit, topology))
     return figures
 
 
@@ -54,17 +51,35 @@ class Planned:
     topology: Topology
     total_steps: int
 
-    def costs(self, global_batch_size: int) -> Costs:
-        """What a step with a batch of that size costs a chip."""
-        settings = to_dict(self.config)
-        settings["train"]["global_batch_size"] = global_batch_size
-        return costs_of_step(settings, self.topology)
+    @property
+    def unit(self) -> int:
+        """Images that a batch can grow or shrink by."""
+        return self.topology.chips * self.config.train.microbatches * self.config.augment.repeats
+
+    @property
+    def units(self) -> int:
+        """The size of the batch that is planned for."""
+        return -(-self.config.train.global_batch_size // self.unit)
+
+    def images(self, units: int) -> int:
+        """The batch of so many units; the planned one need not be a multiple."""
+        return min(units * self.unit, self.config.train.global_batch_size)
+
+    def compile(self, units: int) -> tuple[Attempt, Costs | None]:
+        """Compiles for a batch of so many units: whether it fits, and its costs, None where the compiler gave up."""
+        settings, capacity_bytes = to_dict(self.config), self.topology.chip.memory_bytes
+        settings["train"]["global_batch_size"] = self.images(units)
+        try:
+            costs = costs_of_step(settings, self.topology)
+        except DoesNotFitError as full:
+            return Attempt(units, False, full.needed_bytes, full.limit_bytes or capacity_bytes), None
+        return Attempt(units, costs.memory_bytes <= capacity_bytes, costs.memory_bytes, capacity_bytes), costs
 
     def bounds(self, costs: Costs) -> Bounds:
         """The bounds on the time of such a step."""
         return bounds_of(costs, self.topology.chip, self.topology.chips)
 
-    def figures(self, costs: Costs | None, needed_bytes: int | None) -> dict[str, Any]:
+    def figures(self, attempt: Attempt, costs: Costs | None, found: Found | None) -> dict[str, Any]:
         """The last line's figures; None where the compiler gave up or does not tell."""
         topology, batch = self.topology, self.config.train.global_batch_size
         figures: dict[str, Any] = {
@@ -72,9 +87,10 @@ class Planned:
             "chips": topology.chips,
             "hosts": topology.hosts,
             "global_batch_size": batch,
-            "memory_bytes_per_chip": needed_bytes,
+            "memory_bytes_per_chip": attempt.memory_bytes,
             "capacity_bytes_per_chip": topology.chip.memory_bytes,
-            "fits": costs is not None and costs.memory_bytes <= topology.chip.memory_bytes,
+            "fits": attempt.fits,
+            "largest_global_batch_that_fits": None if found is None else self.images(found.fitting),
         }
         if costs is None:
             names = "flops_per_image bytes_per_image collectives bound images_per_sec_bound hours_bound"
@@ -89,22 +105,15 @@ class Planned:
             "hours_bound": bounds.secs * self.total_steps / 3600,
         }
 
-    def say_what_fits(self, needed_bytes: int | None) -> None:
-        """Tells the largest batch that fits, compiling for smaller ones until it is known."""
-        batch, capacity = self.config.train.global_batch_size, self.topology.chip.memory_bytes
-        unit = self.topology.chips * self.config.train.microbatches * self.config.augment.repeats
-        say(f"a batch of {batch} does not fit; looking for the largest that does")
+    def look_for_what_fits(self, first: Attempt) -> Found:
+        """Compiles for smaller batches until the limit is known well enough, and tells each."""
 
-        def fits(units: int) -> bool:
-            with working(f"compiling for a batch of {units * unit}"):
-                try:
-                    return self.costs(units * unit).memory_bytes <= capacity
-                except DoesNotFitError:
-                    return False
+        def attempted(units: int) -> Attempt:
+            with working(f"compiling for a batch of {self.images(units)}"):
+                attempt, _ = self.compile(units)
+            say(line_of_attempt(attempt, self.images(units)))
+            return attempt
 
-        share = capacity / needed_bytes if needed_bytes else 0.5
-        largest = unit * largest_that_fits(fits, -(-batch // unit), int(share * batch / unit))
-        if largest:
-            say(f"the largest global batch that fits {self.topology.name} is {largest}; {batch} does not")
-        else:
-            say(f"not even a batch of {unit} fits {self.topology.name}")
+        say(line_of_attempt(first, self.images(first.units)))
+        say(f"looking for the largest batch that does fit, to within {RESOLUTION:.0%} and no finer than {self.unit}")
+        return largest_that_fits(attempted, first)

@@ -4,6 +4,7 @@ from typing import Any
 
 from densenet_jax.plan.bounds import Bounds
 from densenet_jax.plan.costs import Costs
+from densenet_jax.plan.fitting import Attempt
 from densenet_jax.plan.topology import Topology
 
 _SHOWN = 6  # collectives; the smaller ones are summed up
@@ -22,6 +23,22 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
+def line_of_attempt(attempt: Attempt, batch: int) -> str:
+    """What came of compiling for a batch."""
+    memory = attempt.memory_bytes
+    needs = "" if memory is None else f": {size(memory)} of the {size(attempt.limit_bytes)} that a chip has for it"
+    return f"a batch of {batch} {'fits' if attempt.fits else 'does not fit'}{needs}"
+
+
+def line_of_found(fitting: int, failing: int, unit: int, topology: Topology) -> str:
+    """What fits and what does not, as far as it was tried: two batches; a batch can grow by `unit` images."""
+    if not fitting:
+        return f"not even a batch of {failing}, the smallest there is, fits {topology.name}"
+    more = "the next larger" if failing <= fitting + unit else f"{failing / fitting - 1:.1%} more"
+    fits = f"the largest global batch that was seen to fit {topology.name} is {fitting}"
+    return f"{fits}; {failing}, {more}, was seen not to fit"
+
+
 def lines_of(figures: dict[str, Any], topology: Topology, costs: Costs | None, bounds: Bounds | None) -> list[str]:
     """The figures of a plan, and where they come from."""
     chip, batch = topology.chip, figures["global_batch_size"]
@@ -29,7 +46,7 @@ def lines_of(figures: dict[str, Any], topology: Topology, costs: Costs | None, b
     needs = "more than there is" if memory is None else f"{size(memory)}, {memory / capacity:.0%} of it"
     lines = [
         f"{topology.name}: {_count(topology.chips, 'chip')} in {_count(topology.hosts, 'host')}",
-        f"batch         {batch} images, {batch / topology.chips:g} a chip",
+        f"batch         {batch} images, {batch / topology.chips:.10g} a chip",
         f"memory        {needs} ({size(capacity)} a chip){'' if figures['fits'] else ': DOES NOT FIT'}",
     ]
     if costs is None or bounds is None:

@@ -51,7 +51,7 @@ def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
     if "mistake" in answer:
         raise UserError(answer["mistake"])
     if "does_not_fit" in answer:
-        raise DoesNotFitError(answer["does_not_fit"])
+        raise DoesNotFitError(**answer["does_not_fit"])
     costs = answer["costs"]
     return Costs(**{**costs, "collectives": tuple(Collective(**one) for one in costs["collectives"])})
 
@@ -66,7 +66,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except UserError as mistake:
         return {"mistake": str(mistake)}
     except DoesNotFitError as full:
-        return {"does_not_fit": full.needed_bytes}
+        return {"does_not_fit": {"needed_bytes": full.needed_bytes, "limit_bytes": full.limit_bytes}}
     return {"costs": dataclasses.asdict(costs)}
 
 

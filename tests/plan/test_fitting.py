@@ -1,29 +1,164 @@
+"""The search for the largest batch that fits, against compilers whose limit is known."""
+
+import itertools
+import random
+
 import pytest
 
-from densenet_jax.plan.fitting import largest_that_fits
+from densenet_jax.plan.fitting import RESOLUTION, Attempt, largest_that_fits
+
+CAPACITY = 16 * 2**30
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 50, 98, 99])
-@pytest.mark.parametrize("guess", [-3, 0, 1, 49, 50, 51, 99, 1000])
-def test_the_largest_is_found_whatever_the_guess(limit, guess):
-    probes = []
+class Compiler:
+    """Stands in for one: `memory_of` tells what a number of units takes; what is above the capacity does not fit.
 
-    def fits(number):
-        assert 0 < number < 100
-        probes.append(number)
-        return number <= limit
+    `tells_what_fails` and `tells` are whether the memory is told with a size that does not fit, and at all.
+    """
 
-    assert largest_that_fits(fits, 100, guess) == limit
-    assert len(probes) == len(set(probes)) <= 16
+    def __init__(self, memory_of, tells=True, tells_what_fails=True):
+        self.memory_of, self.tells, self.tells_what_fails = memory_of, tells, tells_what_fails
+        self.tried = []
+
+    def attempt(self, units):
+        memory = self.memory_of(units)
+        fits = memory <= CAPACITY
+        told = self.tells and (fits or self.tells_what_fails)
+        return Attempt(units, fits, round(memory) if told else None, CAPACITY)
+
+    def find(self, too_large):
+        def attempt(units):
+            assert 0 < units < too_large
+            assert units not in self.tried, "tried twice"
+            self.tried.append(units)
+            return self.attempt(units)
+
+        first = self.attempt(too_large)
+        assert not first.fits
+        return largest_that_fits(attempt, first)
+
+    def check(self, found, too_large):
+        """Both ends were seen, and they are as near to each other as is promised."""
+        assert found.fitting in {0, *self.tried}
+        assert found.failing in {too_large, *self.tried}
+        assert found.failing - found.fitting <= max(1, RESOLUTION * found.failing)
+        assert found.fitting == 0 or self.attempt(found.fitting).fits
+        assert not self.attempt(found.failing).fits
 
 
-def test_a_good_guess_needs_two_probes():
-    probes = []
-    assert largest_that_fits(lambda number: probes.append(number) or number <= 640, 10_000, 640) == 640
-    assert probes == [640, 641]
+def affine(limit, fixed=0.1):
+    """Memory that `limit` units just fill; the part `fixed` is there without any."""
+    return lambda units: CAPACITY * (fixed + (1 - fixed) * units / (limit + 0.5))
 
 
-def test_a_bad_guess_bisects():
-    probes = []
-    largest_that_fits(lambda number: probes.append(number) or number <= 640, 10_000, 9_000)
-    assert len(probes) <= 2 * 14
+@pytest.mark.parametrize("fixed", [0, 0.01, 0.3, 0.9])
+@pytest.mark.parametrize("limit", [1, 2, 3, 50, 99, 100, 101, 640, 12_345, 163_297, 2**20 - 1])
+@pytest.mark.parametrize("times", [1.001, 1.3, 13, 1e4])
+def test_memory_along_a_line_takes_three_attempts(limit, fixed, times):
+    too_large = max(limit + 1, int(limit * times))
+    compiler = Compiler(affine(limit, fixed))
+    compiler.check(compiler.find(too_large), too_large)
+    assert len(compiler.tried) <= 3
+
+
+@pytest.mark.parametrize("too_large", [101, 130, 2**21])
+def test_small_sizes_are_found_to_the_unit(too_large):
+    found = Compiler(affine(99)).find(too_large)
+    assert (found.fitting, found.failing) == (99, 100)
+
+
+def test_one_unit_too_many():
+    compiler = Compiler(affine(7))
+    found = compiler.find(8)
+    assert (found.fitting, found.failing) == (7, 8)
+    assert compiler.tried == [7]
+
+
+def test_a_large_size_is_round():
+    found = Compiler(affine(163_297)).find(2**21)
+    assert (found.fitting, found.failing) == (159 * 1024, 160 * 1024)
+
+
+@pytest.mark.parametrize("too_large", [1, 2, 1000, 2**21])
+def test_nothing_fits(too_large):
+    compiler = Compiler(lambda units: CAPACITY * 1.1 + units)
+    found = compiler.find(too_large)
+    assert (found.fitting, found.failing) == (0, 1)
+    assert len(compiler.tried) <= 6
+
+
+def test_a_line_that_promises_something_where_nothing_fits():
+    compiler = Compiler(lambda units: CAPACITY * (1.001 if units < 1000 else units / 500))
+    assert compiler.find(2**21).fitting == 0
+    assert len(compiler.tried) <= 12
+
+
+@pytest.mark.parametrize("pad", [2, 128, 20_000])
+@pytest.mark.parametrize("limit", [20_000, 163_297])
+def test_memory_in_steps(limit, pad):
+    compiler = Compiler(lambda units: affine(limit)(-(-units // pad) * pad))
+    compiler.check(compiler.find(2**21), 2**21)
+    assert len(compiler.tried) <= 16
+
+
+@pytest.mark.parametrize(("tells", "at_most"), [(True, 6), (False, 14)])
+@pytest.mark.parametrize("limit", [3, 99, 1448, 163_297, 2_000_000])
+def test_a_compiler_that_does_not_tell_what_it_would_need(limit, tells, at_most):
+    compiler = Compiler(affine(limit), tells=tells, tells_what_fails=False)
+    compiler.check(compiler.find(2**21), 2**21)
+    assert len(compiler.tried) <= at_most
+
+
+@pytest.mark.parametrize("plateau", [0.8, 0.99])
+def test_a_compiler_that_saves_memory_only_when_it_has_to(plateau):
+    def memory(units):
+        full = affine(100_000)(units)
+        return full if full < plateau * CAPACITY else max(plateau * CAPACITY, full / 2)
+
+    compiler = Compiler(memory)
+    compiler.check(compiler.find(2**21), 2**21)
+    assert len(compiler.tried) <= 10
+
+
+def test_two_accounts_that_differ_do_not_mislead():
+    """What is done counts 7% more than the complaint says, as libtpu's do."""
+
+    def attempt(units):
+        tried.append(units)
+        used = 111_000 * units
+        return Attempt(units, used <= CAPACITY, used, CAPACITY)
+
+    tried = []
+    found = largest_that_fits(attempt, Attempt(2**21, False, 103_562 * 2**21, round(15.75 * 2**30)))
+    assert found.fitting <= CAPACITY / 111_000 < found.failing
+    assert found.failing - found.fitting <= RESOLUTION * found.failing
+    assert len(tried) <= 4
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_the_compiler_says_it_ends(seed):
+    """A larger size may fit where a smaller one did not, and the memory told mean nothing."""
+    draw = random.Random(seed)
+    too_large = draw.randint(1, 2 ** draw.randint(1, 30))
+    seen = {too_large: False}
+
+    def attempt(units):
+        assert 0 < units < too_large
+        assert units not in seen
+        seen[units] = draw.random() < 0.5
+        assert len(seen) <= 40
+        told = draw.choice([None, draw.randint(-CAPACITY, 0), draw.randint(1, 3 * CAPACITY), 1])
+        return Attempt(units, seen[units], told, CAPACITY)
+
+    found = largest_that_fits(attempt, Attempt(too_large, False, draw.choice([None, 2 * CAPACITY]), CAPACITY))
+    assert found.fitting == 0 or seen[found.fitting]
+    assert not seen[found.failing]
+    assert found.failing - found.fitting <= max(1, RESOLUTION * found.failing)
+
+
+def test_adversaries_of_the_line_meet_a_bisection():
+    """Memory just under and just over the limit tells nothing; every side is tried."""
+    for limit, over in itertools.product((1, 70, 5_000, 163_297, 2_000_000), (1.0001, 1000)):
+        compiler = Compiler(lambda units, limit=limit, over=over: CAPACITY * (0.9999 if units <= limit else over))
+        compiler.check(compiler.find(2**21), 2**21)
+        assert len(compiler.tried) <= 20

@@ -10,21 +10,23 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.plan import plan as planning
-from densenet_jax.plan.costs import Costs, DoesNotFitError, needed_bytes
+from densenet_jax.plan.costs import Costs, DoesNotFitError, told_bytes
 from densenet_jax.plan.hlo import Collective
 from tests.extras import needs
 from tests.running import last_line, run_main
 
 KEYS = {
     "topology", "chips", "hosts", "global_batch_size", "memory_bytes_per_chip", "capacity_bytes_per_chip", "fits",
+    "largest_global_batch_that_fits",
     "flops_per_image", "bytes_per_image", "collectives", "bound", "images_per_sec_bound", "hours_bound",
 }  # fmt: skip
 
 
-def settings(batch=256, name="imagenet2012"):
+def settings(batch=256, name="imagenet2012", microbatches=1, repeats=1):
     config = default.get_config()
     with config.unlocked():
-        config.train.global_batch_size = batch
+        config.train.global_batch_size, config.train.microbatches = batch, microbatches
+        config.augment.repeats = repeats
         config.data.name = name
         config.data.dir = "/nowhere"
     return checked(config)
@@ -54,6 +56,7 @@ def test_a_plan_tells_every_figure_of_a_data_set_that_is_not_here(monkeypatch, c
     assert figures["fits"] is False  # 256 images of 100 MB on a chip of 17 GB
     figures = planning.plan(settings(256), "v5e:2x2")
     assert figures["fits"] is True
+    assert figures["largest_global_batch_that_fits"] is None
     assert (figures["chips"], figures["hosts"], figures["memory_bytes_per_chip"]) == (4, 1, 64 * 10**8)
     assert figures["flops_per_image"] == pytest.approx(2e9)
     assert figures["bytes_per_image"] == pytest.approx(5e8)
@@ -75,16 +78,42 @@ def test_a_batch_that_does_not_fit_says_the_largest_that_does(monkeypatch, capsy
     assert figures["fits"] is False
     assert figures["memory_bytes_per_chip"] == 2 * 10**9 + 1024 * 10**8
     largest = (16 * 2**30 - 2 * 10**9) // 10**8 * 4
+    assert figures["largest_global_batch_that_fits"] == largest
     said = capsys.readouterr().err
-    assert f"largest global batch that fits v5e:2x2 is {largest}; 4096 does not" in said
-    assert len(asked) <= 12
+    assert f"seen to fit v5e:2x2 is {largest}; {largest + 4}, the next larger, was seen not to fit" in said
+    assert "a batch of 4096 does not fit: 104 GB of the 17.2 GB that a chip has for it" in said
+    assert {largest, largest + 4} <= set(asked)
+    assert len(asked) <= 4
+    for batch in asked[1:]:
+        assert f"compiling for a batch of {batch}" in said
+        assert f"a batch of {batch} {'fits' if batch <= largest else 'does not fit'}: " in said
     assert (figures["flops_per_image"] is None) == (raises_above is not None)
 
 
 def test_a_model_that_no_batch_fits_is_told(monkeypatch, capsys):
     compiled(monkeypatch, 10**8, fixed=10**12, raises_above=10**11)
-    planning.plan(settings(64), "v5e:2x2")
-    assert "not even a batch of 4 fits v5e:2x2" in capsys.readouterr().err
+    figures = planning.plan(settings(64), "v5e:2x2")
+    assert "not even a batch of 4, the smallest there is, fits v5e:2x2" in capsys.readouterr().err
+    assert figures["largest_global_batch_that_fits"] == 0
+
+
+def test_the_answer_for_a_large_batch_says_how_exact_it_is(monkeypatch, capsys):
+    asked = compiled(monkeypatch, 10**4)
+    figures = planning.plan(settings(2**24), "v5e:2x2")
+    fitting = figures["largest_global_batch_that_fits"]
+    failing = min(batch for batch in asked if batch > fitting)
+    assert fitting <= 16 * 2**30 // 10**4 * 4 < failing <= 1.01 * fitting
+    more = f"{failing}, {failing / fitting - 1:.1%} more, was seen not to fit"
+    said = capsys.readouterr().err
+    assert f"seen to fit v5e:2x2 is {fitting}; {more}" in said
+    assert "16777216 images, 4194304 a chip" in said
+
+
+def test_only_batches_that_the_settings_can_divide_are_tried(monkeypatch, capsys):
+    asked = compiled(monkeypatch, 10**8)
+    planning.plan(settings(4096, microbatches=8, repeats=2), "v5e:2x2")
+    assert all(batch % (4 * 8 * 2) == 0 for batch in asked)
+    assert "is 640; 704, the next larger, was seen not to fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,14 +138,22 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(monkeypat
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5 * 2**30),
-        ("the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G).", 1.5 * 2**40),
-        ("RESOURCE_EXHAUSTED: used 512.0M of 1.0M", 2**29),
-        ("RESOURCE_EXHAUSTED: in other words", None),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+            (20.5 * 2**30, 15.75 * 2**30),
+        ),
+        (
+            "the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G).",
+            (1.5 * 2**40, 15.75 * 2**30),
+        ),
+        ("the total memory (1.5G) exceeds what there is", (1.5 * 2**30, None)),
+        ("RESOURCE_EXHAUSTED: used 512.0M of 1.0M", (2**29, 2**20)),
+        ("RESOURCE_EXHAUSTED: used 512.0M of it", (2**29, None)),
+        ("RESOURCE_EXHAUSTED: in other words", (None, None)),
     ],
 )
-def test_the_compiler_tells_what_it_would_need(message, expected):
-    assert needed_bytes(message) == expected
+def test_the_compiler_tells_what_it_would_need_and_what_there_is(message, expected):
+    assert told_bytes(message) == expected
 
 
 def test_the_flag_belongs_to_the_mode():
