@@ -12,7 +12,7 @@ from densenet_jax.data.native.build import library_paths
 from densenet_jax.data.resize import vertical_first
 
 _SIDE_MARGIN = 160  # pixels beside a part that decoding may write as well
-_FOUR_PIXELS = 16  # bytes; four lines are resized across at the same time
+_EIGHT_PIXELS = 32  # bytes; eight lines are resized across at the same time
 _BITS = 22  # behind the point of a weight, as in Pillow
 
 
@@ -24,9 +24,11 @@ class _Taps(ctypes.Structure):
         ("size", ctypes.c_int32), ("out", ctypes.c_int32),
     )  # fmt: skip
 
-    def __init__(self, first: np.ndarray, count: np.ndarray, weights: np.ndarray) -> None:
-        self._memory = tuple(np.ascontiguousarray(array, np.int32) for array in (first, count, weights))
-        super().__init__(*(array.ctypes.data for array in self._memory), weights.shape[1], len(weights))
+    def __init__(self, first: np.ndarray, count: np.ndarray) -> None:
+        """Makes room for the weights; `first` and `count` are int32[outputs]."""
+        size = int(count.max())
+        self._memory = (first, count, np.empty((len(first), size), np.int32))
+        super().__init__(*(array.ctypes.data for array in self._memory), size, len(first))
         self.start, self.end = int(first.min()), int((first + count).max())
 
 
@@ -44,7 +46,8 @@ def _library() -> ctypes.CDLL | None:
         library.decode_part.argtypes = (ctypes.c_char_p, ctypes.c_ulong, pointer, number, number, pointer)
         library.down.argtypes = (pointer, number, number, taps, pointer)
         library.across.argtypes = (pointer, number, number, taps, pointer, pointer)
-        library.down.restype = library.across.restype = None
+        library.weigh.argtypes = (taps, pointer, ctypes.c_double, number)
+        library.down.restype = library.across.restype = library.weigh.restype = None
         return library
     return None
 
@@ -105,7 +108,7 @@ def resize(
     if min(x.start, y.start) < 0 or x.end > width or y.end > height:
         raise ValueError(f"{width}x{height} pixels from {corner} on are less than resizing {box} looks at")
     full = np.empty((out_px, out_px, 4), np.uint8)
-    turned = np.empty((width + out_px) * _FOUR_PIXELS, np.uint8)
+    turned = np.empty((width + out_px) * _EIGHT_PIXELS, np.uint8)
     source, result, work = pixels.ctypes.data, full.ctypes.data, turned.ctypes.data
     if vertical_first(*whole, out_px):
         half = np.empty((out_px, width, 4), np.uint8)
@@ -121,24 +124,20 @@ def resize(
 @functools.lru_cache(maxsize=1024)  # crops have few sizes; 10 kB each
 def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: bool) -> _Taps:
     """Taps of `out_px` outputs that lie evenly between low and high among `size` inputs, of which we have those from
-    `have` on. In Pillow's arithmetic: its weights are these bits.
+    `have` on. In the order of Pillow's operations, so that the weights are its own to the last bit.
     """
+    library = _library()
+    assert library is not None, "call available() first"
     scale = (high - low) / out_px
     step = 1 / max(scale, 1.0)
     reach = (2 if cubic else 1) / step
     centre = low + (np.arange(out_px) + 0.5) * scale
     first = np.maximum((centre - reach + 0.5).astype(np.int32), 0)
     count = np.minimum((centre + reach + 0.5).astype(np.int32), size) - first
-    place = np.arange(count.max())
-    distance = np.abs((first[:, None] + place - centre[:, None] + 0.5) * step)
-    weights = np.where(place < count[:, None], _cubic(distance) if cubic else np.maximum(1 - distance, 0), 0)
-    weights = weights / weights.cumsum(1)[:, -1:] * (1 << _BITS)
-    return _Taps(first - have, count, np.trunc(weights + np.copysign(0.5, weights)))
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
+    taps = _Taps(first - have, count)
+    centre -= have
+    library.weigh(taps, centre.ctypes.data, step, cubic)
+    return taps
 
 
 def window(low: float, high: float, out_px: int, size: int, *, cubic: bool) -> tuple[int, int]:

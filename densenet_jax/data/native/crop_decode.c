@@ -1,5 +1,6 @@
 /* Decodes only the part of a JPEG file that a crop needs, by libjpeg-turbo's scanline calls, and resizes RGBX pixels in
    the arithmetic of Pillow 13. All memory belongs to the caller; nothing is kept between calls. */
+#include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -11,12 +12,12 @@
 #define FAST
 #endif
 enum { BITS = 22, HALF = 1 << (BITS - 1) }; /* fixed point, as in Pillow */
-enum { WIDE = 16 };                         /* bytes of one pixel in four lines; sums that registers hold */
+enum { LINES = 8, WIDE = 4 * LINES };       /* bytes of one pixel in eight lines; sums that registers hold */
 
 /* Output i of `out` sums `count` inputs from `first` on with the weights from i * size on; the same in crop.py. */
 typedef struct {
-  const int32_t *first, *count, *weights;
-  int32_t size, out;
+  const int32_t *first, *count;
+  int32_t *weights, size, out;
 } taps;
 
 typedef struct {
@@ -61,6 +62,23 @@ end:
   return margin;
 }
 
+static double filter(double x, int cubic) {
+  if ((x = fabs(x)) < 1) return cubic ? (1.5 * x - 2.5) * x * x + 1 : 1 - x;
+  return cubic && x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+}
+
+/* Writes the weights of sums around centre[i]; `step` is what a distance of one input counts in the filter. */
+void weigh(const taps *t, const double *centre, double step, int cubic) {
+  for (int i = 0; i < t->out; i++) {
+    double sum = 0;
+    for (int k = 0; k < t->count[i]; k++) sum += filter((t->first[i] + k - centre[i] + 0.5) * step, cubic);
+    for (int k = 0; k < t->count[i]; k++) {
+      double weight = filter((t->first[i] + k - centre[i] + 0.5) * step, cubic) / sum * (1 << BITS);
+      t->weights[(size_t)i * t->size + k] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
+    }
+  }
+}
+
 static inline uint8_t to_byte(int32_t sum) { return sum >> BITS < 0 ? 0 : sum >> BITS > 255 ? 255 : sum >> BITS; }
 
 /* `wide` bytes of the result: the sum of `count` lines. */
@@ -83,18 +101,18 @@ FAST void down(const uint8_t *in, int pitch, int width, const taps *t, uint8_t *
   }
 }
 
-/* The same for the RGBX pixels of lines: four lines, turned by a right angle, are work for `down`. `work` has room for
-   four times the pixels of a line of `in` and of the result. */
+/* The same for the RGBX pixels of lines: eight lines, turned by a right angle, are work for `down`. `work` has room for
+   eight times the pixels of a line of `in` and of the result. */
 FAST void across(const uint8_t *in, int pitch, int rows, const taps *t, uint8_t *result, uint8_t *work) {
   const int from = t->first[0], to = t->first[t->out - 1] + t->count[t->out - 1];
-  uint32_t *four = (uint32_t *)work, *turned = four + 4 * (size_t)to;
-  for (int left = rows; left > 0; left -= 4, in += 4 * (size_t)pitch) {
-    const uint32_t *lines[4]; /* of fewer than four the last again */
-    for (int l = 0; l < 4; l++) lines[l] = (const uint32_t *)(in + (size_t)(l < left ? l : left - 1) * pitch);
+  uint32_t *column = (uint32_t *)work, *turned = column + LINES * (size_t)to;
+  for (int left = rows; left > 0; left -= LINES, in += LINES * (size_t)pitch) {
+    const uint32_t *lines[LINES]; /* of fewer the last again */
+    for (int l = 0; l < LINES; l++) lines[l] = (const uint32_t *)(in + (size_t)(l < left ? l : left - 1) * pitch);
     for (int i = from; i < to; i++)
-      for (int l = 0; l < 4; l++) four[4 * i + l] = lines[l][i];
+      for (int l = 0; l < LINES; l++) column[LINES * i + l] = lines[l][i];
     down(work, WIDE, WIDE, t, (uint8_t *)turned);
-    for (int l = 0; l < 4 && l < left; l++, result += 4 * t->out)
-      for (int i = 0; i < t->out; i++) ((uint32_t *)result)[i] = turned[4 * i + l];
+    for (int l = 0; l < LINES && l < left; l++, result += 4 * t->out)
+      for (int i = 0; i < t->out; i++) ((uint32_t *)result)[i] = turned[LINES * i + l];
   }
 }
