@@ -5,7 +5,9 @@
 Photograph-like files (500x375 on average, quality 90) are cut from scikit-image's photographs. Every measurement is a
 process of its own, bound to its cores; the compared pipelines take turns. All do equal work: torchvision's crop boxes,
 exact DCT, the same files. tf.data is measured where an interpreter has TensorFlow: this one or --tensorflow_python.
-Images a second of processor time are told as well: they hold on a machine that has other work.
+Images a second of processor time are told as well: they hold on a machine that has other work. So is the time for which
+an image of this project's pipeline holds the interpreter's lock (microseconds of processor time, a run of its own): it
+bounds one process, however many cores it has.
 """
 
 import argparse
@@ -27,8 +29,11 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from multiprocessing import shared_memory
 
+import interpreter_time
+
 SIDE_PX = 224
 BATCH = 128
+WARM_UP_BATCHES = 3
 PHOTOGRAPHS = (
     "astronaut",
     "cat",
@@ -138,6 +143,9 @@ def tensorflow_batches(directory: str, antialias: bool, threads: int) -> Iterato
     yield from data.with_options(options)
 
 
+WORKER_SECONDS: list[float] = []  # of processor time, a batch each
+
+
 def pillow_batches(directory: str, antialias: bool, threads: int) -> Iterator[object]:
     """Worker processes that decode by Pillow into shared memory, as PyTorch's loader with torchvision does."""
     del antialias  # Pillow always does
@@ -155,7 +163,7 @@ def pillow_batches(directory: str, antialias: bool, threads: int) -> Iterator[ob
                 pending.append((slot, pool.submit(_fill_slot, slots[slot].name, shape, _take(files, boxes, order))))
             while True:
                 slot, future = pending.pop(0)
-                future.result()
+                WORKER_SECONDS.append(future.result())
                 yield np.ndarray(shape, np.uint8, slots[slot].buf)
                 pending.append((slot, pool.submit(_fill_slot, slots[slot].name, shape, _take(files, boxes, order))))
     finally:
@@ -172,16 +180,18 @@ def _attach(name: str) -> shared_memory.SharedMemory:
     return shared_memory.SharedMemory(name)
 
 
-def _fill_slot(name: str, shape: tuple[int, ...], work: list[tuple[str, tuple[int, int, int, int]]]) -> None:
+def _fill_slot(name: str, shape: tuple[int, ...], work: list[tuple[str, tuple[int, int, int, int]]]) -> float:
     import numpy as np
     from PIL import Image
 
+    began = time.process_time()
     batch = np.ndarray(shape, np.uint8, _attach(name).buf)
     for row, (file, (top, left, height, width)) in enumerate(work):
         with open(file, "rb") as stream:
             image = Image.open(io.BytesIO(stream.read())).convert("RGB")
         crop = image.crop((left, top, left + width, top + height))
         batch[row] = np.asarray(crop.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR))
+    return time.process_time() - began
 
 
 BATCHES: dict[str, Callable[[str, bool, int], Iterator[object]]] = {
@@ -191,25 +201,34 @@ BATCHES: dict[str, Callable[[str, bool, int], Iterator[object]]] = {
 }
 
 
-def measure(kind: str, directory: str, antialias: bool, cores: int, threads: int, seconds: float) -> dict[str, float]:
-    """Counts images for `seconds` after three batches of warm-up, on the first `cores` cores."""
+def measure(
+    kind: str, directory: str, antialias: bool, cores: int, threads: int, seconds: float, lock: bool = False
+) -> dict[str, float]:
+    """Counts images for `seconds` after a warm-up, on the first `cores` cores.
+
+    With `lock` only {"lock_us": microseconds for which an image holds the interpreter's lock}.
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     batches = BATCHES[kind](directory, antialias, threads or cores)
-    for _ in range(3):
+    if lock:
+        interpreter_time.watch()
+    for _ in range(WARM_UP_BATCHES):
         next(batches)
+    interpreter_time.held_secs()
     began, used, images = time.perf_counter(), _processor_seconds(), 0
     while time.perf_counter() - began < seconds:
         next(batches)
         images += BATCH
     spent, used_since = time.perf_counter() - began, _processor_seconds() - used
-    if kind == "pillow":  # its workers' time is known only when they have ended
-        used_since = spent * cores
+    if lock:
+        return {"lock_us": 1e6 * interpreter_time.held_secs() / images}
     return {"images_per_sec": images / spent, "images_per_cpu_sec": images / used_since}
 
 
 def _processor_seconds() -> float:
+    """Of this process and of the batches that its workers have finished."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime + usage.ru_stime + sum(WORKER_SECONDS)
 
 
 def run_child(interpreter: str, pipeline: str, arguments: argparse.Namespace, directory: str, **case: object) -> dict:
@@ -241,7 +260,7 @@ def cases(arguments: argparse.Namespace) -> list[tuple[str, str, dict]]:
                     rows.append((pipeline, interpreter, {"antialias": antialias, "cores": cores, "threads": 0}))
     for threads in arguments.threads:
         case = {"antialias": True, "cores": max(arguments.cores), "threads": threads}
-        rows.append(("densenet_jax", sys.executable, case))
+        rows += [(pipeline, sys.executable, case) for pipeline in ("densenet_jax", "densenet_jax_wheels")]
     return rows
 
 
@@ -267,13 +286,15 @@ def main() -> None:
         print(f"{len(sizes)} photographs, {statistics.mean(sizes) / 1000:.0f} kB on average", file=sys.stderr)
         table = cases(arguments)
         results: list[list[dict]] = [[] for _ in table]
-        for _ in range(arguments.rounds):
+        for turn in range(arguments.rounds):
             for found, (pipeline, interpreter, case) in zip(results, table, strict=True):
                 found.append(run_child(interpreter, pipeline, arguments, directory, **case))
+                if turn == 0 and PIPELINES[pipeline][0] == "jax":
+                    found[0] |= run_child(interpreter, pipeline, arguments, directory, **case, lock=True)
     rows = [_row(pipeline, case, found) for found, (pipeline, _, case) in zip(results, table, strict=True)]
     _show(rows)
     if arguments.output:
-        names = ("jax", "grain", "simplejpeg", "opencv-python-headless", "pillow", "tensorflow-cpu")
+        names = ("jax", "grain", "simplejpeg", "opencv-python-headless", "cykooz-resizer", "pillow", "tensorflow-cpu")
         versions = {name: _version(name, sys.executable) for name in names}
         if arguments.tensorflow_python:
             versions["tensorflow-cpu"] = _version("tensorflow-cpu", arguments.tensorflow_python)
@@ -289,6 +310,7 @@ def _row(pipeline: str, case: dict, found: list[dict]) -> dict:
         "pipeline": pipeline, **case, "images_per_sec": round(statistics.median(values), 1),
         "lowest": round(min(values), 1), "highest": round(max(values), 1),
         "images_per_cpu_sec": round(statistics.median(entry["images_per_cpu_sec"] for entry in found), 1),
+        "lock_us": round(found[0]["lock_us"], 1) if "lock_us" in found[0] else None,
     }  # fmt: skip
 
 
@@ -301,12 +323,13 @@ def _version(name: str, interpreter: str) -> str | None:
 def _show(rows: list[dict]) -> None:
     print(
         f"{'pipeline':22}{'cores':>6}{'threads':>8}{'antialias':>10}{'images/s':>10}{'range':>16}{'images/cpu-s':>14}"
+        f"{'lock us':>9}"
     )
     for row in rows:
         spread = f"{row['lowest']:.0f}-{row['highest']:.0f}"
         print(
             f"{row['pipeline']:22}{row['cores']:6}{row['threads'] or 'auto':>8}{row['antialias']!s:>10}"
-            f"{row['images_per_sec']:10.0f}{spread:>16}{row['images_per_cpu_sec']:14.0f}"
+            f"{row['images_per_sec']:10.0f}{spread:>16}{row['images_per_cpu_sec']:14.0f}{row['lock_us'] or '':>9}"
         )
 
 

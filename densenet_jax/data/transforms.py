@@ -7,17 +7,14 @@ import dataclasses
 import math
 from typing import ClassVar, Protocol
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from densenet_jax.data.decode import check_size, decode_image, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
+from densenet_jax.data.resize import PILLOW, resize, resize_closely
 from densenet_jax.errors import UserError
 
 _TRIES = 10  # of a random crop that fits, as in the references
-_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 class Transform(Protocol):
@@ -102,8 +99,8 @@ def _check(image_size_px: int, channels: int, interpolation: str) -> None:
         raise UserError(f"config.data.image_size_px is {image_size_px}; expected more than 0.")
     if channels not in (1, 3):
         raise UserError(f"config.data.channels is {channels}; expected 1 or 3.")
-    if interpolation not in _PILLOW:
-        raise UserError(f"config.data.interpolation is {interpolation!r}; expected {' or '.join(_PILLOW)}.")
+    if interpolation not in PILLOW:
+        raise UserError(f"config.data.interpolation is {interpolation!r}; expected {' or '.join(PILLOW)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,9 @@ class RandomResizedCrop(_Square):
             whole.shape[0], whole.shape[1], self.area_range, self.aspect_range, draws
         )
         crop = whole[top : top + height, left : left + width]
-        return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
+        if self.antialias:
+            return resize_closely(crop, self.image_size_px, self.interpolation)
+        return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,27 +280,3 @@ def _native_resize(
     if pixels is None:
         return None
     return native.resize(pixels, out_px, (x0, y0, x1, y1), cubic=cubic, whole=size, corner=(top, left))
-
-
-def resize(
-    pixels: np.ndarray,
-    height: int,
-    width: int,
-    interpolation: str,
-    antialias: bool,
-    box: tuple[float, float, float, float] | None = None,
-) -> np.ndarray:
-    """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
-
-    Returns:
-        uint8[height, width, channels]; with `antialias` the values of Pillow's resize.
-    """
-    if box is None and pixels.shape[:2] == (height, width):
-        return pixels
-    channels = pixels.shape[2]
-    if not antialias and box is None:
-        return cv2.resize(pixels, (width, height), interpolation=_OPENCV[interpolation]).reshape(
-            height, width, channels
-        )
-    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    return np.asarray(image.resize((width, height), _PILLOW[interpolation], box)).reshape(height, width, channels)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from densenet_jax.data import resize
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.native import build, crop
 from densenet_jax.data.order import Draws
@@ -49,11 +50,12 @@ def helper(tmp_path_factory):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Runs a function as if there were no helper."""
+    """Runs a function as if there were no helper, and Pillow alone to resize."""
 
     def run(function, *arguments):
         with monkeypatch.context() as patch:
             patch.setattr(crop, "available", lambda: False)
+            patch.setattr(resize, "_simd", None)
             return function(*arguments)
 
     return run
@@ -131,6 +133,7 @@ def test_tall_and_tiny_and_enlarged_crops(helper, without):
 
 
 def test_what_it_does_not_know_is_left_to_others(helper, without, monkeypatch):
+    monkeypatch.setattr(resize, "_simd", None)
     calls = used(helper, monkeypatch)
     chelsea = Image.fromarray(photographs.chelsea())
     cmyk = io.BytesIO()
@@ -227,8 +230,17 @@ def test_the_passes_come_in_pillows_order(helper, monkeypatch):
         box = (0.0, 0.0, float(width), float(height))
         np.testing.assert_array_equal(helper.resize(padded, 96, box, cubic=True), want)
     with monkeypatch.context() as patch:
-        patch.setattr(helper, "_vertical_first", lambda *_: True)
+        patch.setattr(helper, "vertical_first", lambda *_: True)
         assert (helper.resize(padded, 96, box, cubic=True) != want).any()
+
+
+def test_less_than_the_box_looks_at_is_refused(helper):
+    pixels = np.zeros((20, 30, 4), np.uint8)
+    box = (10.0, 10.0, 40.0, 30.0)
+    helper.resize(pixels, 8, (0.0, 0.0, 30.0, 20.0), cubic=False)
+    for corner in ((0, 0), (10, 0), (12, 12)):
+        with pytest.raises(ValueError, match="30x20 pixels"):
+            helper.resize(pixels, 8, box, cubic=False, whole=(100, 100), corner=corner)
 
 
 def test_the_box_of_a_crop_is_the_same_with_and_without(helper, without):

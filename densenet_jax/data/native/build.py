@@ -27,7 +27,7 @@ def build() -> pathlib.Path:
         RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.
     """
     extra = os.environ.get("CFLAGS", "").split()
-    command = [find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg", "-lm"]
+    command = [find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg"]
     return compile_library(library_paths(), command)
 
 

@@ -5,13 +5,31 @@ import functools
 import math
 import os
 
+import cv2
 import numpy as np
 
 from densenet_jax.data.native.build import library_paths
+from densenet_jax.data.resize import vertical_first
 
 _SIDE_MARGIN = 160  # pixels beside a part that decoding may write as well
-_TAP_BYTES = 4
-_LINES = 4  # that are resized across at the same time
+_EIGHT_PIXELS = 32  # bytes; eight lines are resized across at the same time
+_BITS = 22  # behind the point of a weight, as in Pillow
+
+
+class _Taps(ctypes.Structure):
+    """The inputs that every output sums, and their weights; `taps` in crop_decode.c."""
+
+    _fields_ = (
+        ("first", ctypes.c_void_p), ("count", ctypes.c_void_p), ("weights", ctypes.c_void_p),
+        ("size", ctypes.c_int32), ("out", ctypes.c_int32),
+    )  # fmt: skip
+
+    def __init__(self, first: np.ndarray, count: np.ndarray) -> None:
+        """Makes room for the weights; `first` and `count` are int32[outputs]."""
+        size = int(count.max())
+        self._memory = (first, count, np.empty((len(first), size), np.int32))
+        super().__init__(*(array.ctypes.data for array in self._memory), size, len(first))
+        self.start, self.end = int(first.min()), int((first + count).max())
 
 
 @functools.cache
@@ -19,12 +37,17 @@ def _library() -> ctypes.CDLL | None:
     """The compiled helper; None where it was not built, or DENSENET_JAX_NATIVE=0 forbids it."""
     if os.environ.get("DENSENET_JAX_NATIVE") == "0":
         return None
+    pointer, number, taps = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Taps)
     for path in library_paths():
         try:
             library = ctypes.CDLL(os.fspath(path))
         except OSError:
             continue
-        library.resize_rgbx.restype = None
+        library.decode_part.argtypes = (ctypes.c_char_p, ctypes.c_ulong, pointer, number, number, pointer)
+        library.down.argtypes = (pointer, number, number, taps, pointer)
+        library.across.argtypes = (pointer, number, number, taps, pointer, pointer)
+        library.weigh.argtypes = (taps, pointer, ctypes.c_double, number)
+        library.down.restype = library.across.restype = library.weigh.restype = None
         return library
     return None
 
@@ -46,9 +69,7 @@ def decode_part(data: bytes, left: int, top: int, width: int, height: int, *, rg
         return None
     lines = np.empty((height, width + _SIDE_MARGIN, 4 if rgbx else 3), np.uint8)
     part = (ctypes.c_int * 4)(left, top, width, height)
-    margin = library.decode_part(
-        data, ctypes.c_ulong(len(data)), part, int(rgbx), lines.strides[0], ctypes.c_void_p(lines.ctypes.data)
-    )
+    margin = library.decode_part(data, len(data), part, rgbx, lines.strides[0], lines.ctypes.data)
     return None if margin < 0 else lines[:, margin : margin + width]
 
 
@@ -74,27 +95,49 @@ def resize(
 
     Returns:
         uint8[out_px, out_px, 3].
+
+    Raises:
+        ValueError: `pixels` is less than the box needs.
     """
     library = _library()
     assert library is not None, "call available() first"
     height, width = pixels.shape[:2]
-    most = [int(4 * max((high - low) / out_px, 1)) + 1 for low, high in ((box[0], box[2]), (box[1], box[3]))]
-    taps = _TAP_BYTES * out_px * (4 + sum(most))
-    turned = 4 * _LINES * (width + out_px)
-    work = np.empty(taps + turned + 4 * out_px * (max(height, width) + out_px), np.uint8)
-    result = np.empty((out_px, out_px, 3), np.uint8)
     whole = whole or (height, width)
-    library.resize_rgbx(
-        ctypes.c_void_p(pixels.ctypes.data), pixels.strides[0], (ctypes.c_int * 2)(whole[1], whole[0]),
-        (ctypes.c_int * 4)(corner[1], corner[0], width, height), (ctypes.c_double * 4)(*box), out_px, int(cubic),
-        int(_vertical_first(*whole, out_px)), ctypes.c_void_p(result.ctypes.data), ctypes.c_void_p(work.ctypes.data),
-    )  # fmt: skip
-    return result
+    x = _taps(whole[1], corner[1], box[0], box[2], out_px, cubic)
+    y = _taps(whole[0], corner[0], box[1], box[3], out_px, cubic)
+    if min(x.start, y.start) < 0 or x.end > width or y.end > height:
+        raise ValueError(f"{width}x{height} pixels from {corner} on are less than resizing {box} looks at")
+    full = np.empty((out_px, out_px, 4), np.uint8)
+    turned = np.empty((width + out_px) * _EIGHT_PIXELS, np.uint8)
+    source, result, work = pixels.ctypes.data, full.ctypes.data, turned.ctypes.data
+    if vertical_first(*whole, out_px):
+        half = np.empty((out_px, width, 4), np.uint8)
+        library.down(source, pixels.strides[0], 4 * width, y, half.ctypes.data)
+        library.across(half.ctypes.data, half.strides[0], out_px, x, result, work)
+    else:
+        half = np.empty((height, out_px, 4), np.uint8)
+        library.across(source, pixels.strides[0], height, x, half.ctypes.data, work)
+        library.down(half.ctypes.data, half.strides[0], half.strides[0], y, result)
+    return cv2.cvtColor(full, cv2.COLOR_RGBA2RGB)
 
 
-def _vertical_first(height: int, width: int, out_px: int) -> bool:
-    """Pillow's rule for images of which much more is lost in height than in width: that pass comes first."""
-    return height > out_px and height - out_px > 2 * (width - out_px)
+@functools.lru_cache(maxsize=1024)  # crops have few sizes; 10 kB each
+def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: bool) -> _Taps:
+    """Taps of `out_px` outputs that lie evenly between low and high among `size` inputs, of which we have those from
+    `have` on. In the order of Pillow's operations, so that the weights are its own to the last bit.
+    """
+    library = _library()
+    assert library is not None, "call available() first"
+    scale = (high - low) / out_px
+    step = 1 / max(scale, 1.0)
+    reach = (2 if cubic else 1) / step
+    centre = low + (np.arange(out_px) + 0.5) * scale
+    first = np.maximum((centre - reach + 0.5).astype(np.int32), 0)
+    count = np.minimum((centre + reach + 0.5).astype(np.int32), size) - first
+    taps = _Taps(first - have, count)
+    centre -= have
+    library.weigh(taps, centre.ctypes.data, step, cubic)
+    return taps
 
 
 def window(low: float, high: float, out_px: int, size: int, *, cubic: bool) -> tuple[int, int]:
