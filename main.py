@@ -28,7 +28,7 @@ from densenet_jax.command import Command, recipe_first
 from densenet_jax.config import checked, explain_flag_error, to_dict
 from densenet_jax.errors import UserError
 from densenet_jax.interruption import Interrupted
-from densenet_jax.memory import keep_freed_memory
+from densenet_jax.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")

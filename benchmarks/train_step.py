@@ -4,21 +4,31 @@
 
 Every implementation is a process of its own; they take turns, and all do the same: forward, backward and an update of
 SGD with momentum on one batch that lies on the device (train), or logits of it (infer). PyTorch runs channels last, on
-a GPU under bfloat16 autocast. PyTorch may live elsewhere than JAX: --torch_python names its interpreter. A batch that
-does not fit is told as such. peak_bytes is the device allocator's, on a CPU the process's. Images a second of processor
-time are told as well: on a CPU they hold while the machine has other work.
+a GPU under bfloat16 autocast. PyTorch may live elsewhere than JAX: --torch_python names its interpreter. peak_bytes is
+the device allocator's, on a CPU the process's. Images a second of processor time are told as well: on a CPU they hold
+while the machine has other work.
+
+Every model is measured at every size, batch and mode that is given: growth with depth is --models densenet121
+densenet169 densenet201 densenet264, growth with resolution --image_size_px 160 224 320. A batch that does not fit is
+told as such, and that implementation is not given a larger one; on a GPU, --to_the_limit goes on doubling the last
+batch until none fits. Rows are written to --output as they come, so a run that is stopped keeps what it has measured
+and --resume goes on with it. --row_secs bounds what one row of a slow machine may take.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from versus import cases, report
-from versus.turns import Contestant, compete, say
+from versus.rows import Rows
+from versus.turns import OUT_OF_MEMORY, Contestant, compete, say
 
 COLUMNS = {
     "model": "model",
+    "image_size_px": "px",
     "batch_size": "batch",
     "dtype": "dtype",
     "mode": "mode",
@@ -32,11 +42,15 @@ COLUMNS = {
 }
 
 
+def row_of(contestant: Contestant) -> dict[str, Any]:
+    """What tells a row from every other."""
+    keys = ("model", "batch_size", "dtype", "mode", "image_size_px")
+    return {key: contestant.case[key] for key in keys} | {"implementation": contestant.name}
+
+
 def row(contestant: Contestant) -> dict[str, Any]:
     """One row of the table."""
-    case = contestant.case
-    found: dict[str, Any] = {key: case[key] for key in ("model", "batch_size", "dtype")}
-    found |= {"implementation": contestant.name, "mode": case["mode"], "image_size_px": case["image_size_px"]}
+    case, found = contestant.case, row_of(contestant)
     found |= {"images_per_sec": None, "peak_bytes": None, "compile_secs": None}
     if contestant.error:
         return found | {"error": contestant.error}
@@ -79,9 +93,22 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--turns", type=int, default=10, help="turns of each implementation")
     parser.add_argument("--turn_secs", type=float, default=1.0, help="least length of a turn")
-    cases.add_arguments(parser)
+    parser.add_argument(
+        "--row_secs",
+        type=float,
+        default=3600.0,
+        help="no round of turns begins later than this after the first, and an implementation that takes longer to be "
+        "ready is given up",
+    )
+    parser.add_argument(
+        "--to_the_limit", action="store_true", help="on a GPU: double the last batch until it fits nobody any more"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what the --output file has")
+    cases.add_arguments(parser, many_sizes=True)
     arguments = parser.parse_args()
     on_gpu = cases.has_gpu()
+    if arguments.to_the_limit and not on_gpu:
+        raise SystemExit("error: --to_the_limit is for a GPU: a CPU's memory ends by stopping other programs")
     arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     left_out = {"kernels"} if on_gpu else {"kernels", "torch_compile"}
     usual = [name for name in cases.SCRIPTS if name not in left_out]
@@ -90,27 +117,61 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def batch_sizes(arguments: argparse.Namespace) -> Iterator[int]:
+    """Rising batch sizes; without end where the memory's is looked for."""
+    rising = sorted(set(arguments.batch_sizes))
+    yield from rising
+    if arguments.to_the_limit:
+        yield from (rising[-1] * 2**power for power in itertools.count(1))
+
+
+def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px: int, mode: str) -> None:
+    """All batch sizes of one model in one mode; who has met its memory's end is out."""
+    sized = argparse.Namespace(**{**vars(arguments), "image_size_px": image_size_px})
+    fitting = list(arguments.implementations)
+    for batch_size in batch_sizes(arguments):
+        everyone = [cases.contestant(name, sized, model, batch_size, mode) for name in fitting]
+        found = [one for one in everyone if not known(rows, one)]
+        if found:
+            say(f"{model}, {found[0].case['image_size_px']} px, batch {batch_size}, {mode}")
+            for one in found:
+                one.limit_secs = arguments.row_secs
+            compete(found, arguments.turns, arguments.turn_secs, arguments.row_secs)
+            cases.check_platforms(found)
+            measured = [row(one) for one in found]
+            say(report.table([shown(one) for one in measured], COLUMNS))
+            rows.add(measured, cases.versions_of(found), cases.device()[1])
+        fitting = [one.name for one in everyone if not is_full(rows, one)]
+        if arguments.to_the_limit:  # whatever else is wrong with it is wrong with a larger batch as well
+            fitting = [one.name for one in everyone if one.name in fitting and not known(rows, one, failed=True)]
+        if not fitting:
+            say(f"no larger batch of {model} is tried")
+            return
+
+
+def known(rows: Rows, contestant: Contestant, *, failed: bool = False) -> bool:
+    """Whether there is a row of this case, or one without figures."""
+    same = row_of(contestant)
+    return any(same.items() <= one.items() and (not failed or "error" in one) for one in rows.rows)
+
+
+def is_full(rows: Rows, contestant: Contestant) -> bool:
+    """Whether this case did not fit into memory."""
+    return rows.has(**row_of(contestant), error=OUT_OF_MEMORY)
+
+
 def main() -> None:
     """Measures and prints."""
     arguments = parse()
-    rows: list[dict[str, Any]] = []
-    versions: dict[str, str] = {}
-    device = ""
-    for model in arguments.models:
-        for batch_size in arguments.batch_sizes:
-            for mode in arguments.modes:
-                say(f"{model}, batch {batch_size}, {mode}")
-                found = [
-                    cases.contestant(name, arguments, model, batch_size, mode) for name in arguments.implementations
-                ]
-                compete(found, arguments.turns, arguments.turn_secs)
-                cases.check_platforms(found)
-                rows += [row(one) for one in found]
-                versions |= cases.versions_of(found)
-                device = device or next((one.prepared["device"] for one in found if one.prepared), "")
-    print(report.table([shown(one) for one in rows], COLUMNS))
-    if arguments.output:
-        report.write(arguments.output, report.device_name(device), versions, rows)
+    rows = Rows(arguments.output, arguments.resume)
+    try:
+        for model in arguments.models:
+            for image_size_px in arguments.image_size_px:
+                for mode in arguments.modes:
+                    measure(arguments, rows, model, image_size_px, mode)
+    except KeyboardInterrupt:
+        say("stopped")
+    print(report.table([shown(one) for one in rows.rows], COLUMNS))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.batch_norm_group_size = 0  # examples that share batch statistics; 0: the whole global batch
     model.unbiased_running_variance = True  # torch's n/(n-1); False: the biased variance, as flax keeps it
     model.remat = False  # recompute dense layers in the backward pass: less memory, more time
-    model.block_form = "normalize_once"  # of dense blocks in training; "plain": the same, slower and larger
+    model.block_form = "normalize_once"  # of the blocks in training; "plain": the same, slower and larger
     model.kernels = "auto"  # "pallas": train with the kernels for GPUs, untimed so far; "auto" and "xla" do without
 
     data = config.data = ml_collections.ConfigDict()

@@ -43,9 +43,12 @@ class Trainer:
         say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
         self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
         restored = self._checkpoints.restore_newest(experiment.abstract_state)
+        compiling = time.perf_counter()
         with working("compiling"):
             self._train_step = experiment.compile_train_step()
             self._eval_step = experiment.compile_eval_step()
+        # What the first report tells besides.
+        self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
         self._state: TrainState
         self._begun: dict[str, float] | None
         self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
@@ -136,7 +139,8 @@ class Trainer:
         rate = float(self._experiment.schedule(self._step - 1 - skipped.get("skipped_steps", 0)))
         speed = window.speed()
         values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
-        values |= memory_used() | skipped
+        values |= memory_used() | skipped | self._at_start
+        self._at_start = {}
         self._writers.write(self._step, "train", values)
         mixed = " of mixed images" if self._experiment.mixes else ""
         bar.figures(

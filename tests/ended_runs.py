@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-_OF_THE_CLOCK = ("images_per_sec", "data_wait_fraction", "host_memory_bytes")
+_OF_THE_CLOCK = ("images_per_sec", "data_wait_fraction", "host_memory_bytes", "compile_secs")
 
 
 def checkpoint_steps(workdir: pathlib.Path) -> list[int]:

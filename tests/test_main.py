@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import signal
 
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def finished(user, tmp_path_factory) -> pathlib.Path:
     assert (result["mode"], result["step"], result["examples"]) == ("train", TOTAL_STEPS, 360)
     assert result["top1"] > 0.5
     assert len(output.splitlines()) == 1
+    assert re.search(r"^compiling: \d+\.\d s$", errors, re.MULTILINE)
     assert "images/s" in errors
     assert "left 0:" in errors
     assert "Traceback" not in errors
@@ -56,7 +58,7 @@ def test_work_directory_holds_what_is_promised(finished):
     train, validation = reports_of(finished, "train"), reports_of(finished, "validation")
     assert [report["step"] for report in train] == list(range(5, TOTAL_STEPS + 1, 5))
     assert [report["step"] for report in validation] == [23, 45]
-    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    first, second = (json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()[:2])
     expected = {
         "step",
         "epoch",
@@ -69,7 +71,9 @@ def test_work_directory_holds_what_is_promised(finished):
         "data_wait_fraction",
         "host_memory_bytes",  # memory_bytes besides where the device tells it; the CPU does not
     }
-    assert set(first) == expected
+    assert set(first) == expected | {"compile_secs"}
+    assert first["compile_secs"] > 0
+    assert set(second) == expected
     assert list(finished.glob("events.out.tfevents.*"))
 
 

@@ -1,53 +1,23 @@
-"""A process that keeps what it frees: on a CPU, unless the user has said otherwise."""
+"""Memory is told where it is known."""
 
 import os
-import subprocess
-import sys
+import pathlib
+import types
 
-import pytest
+import jax
 
-from densenet_jax import memory
-
-FAULTS = """
-import ctypes, resource, sys
-from densenet_jax.memory import keep_freed_memory
-print(keep_freed_memory())
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-size = 64 * 2**20
-
-def use():
-    block = libc.malloc(size)
-    ctypes.memset(block, 1, size)
-    libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-before = use()
-print(use() - before)
-"""
+from densenet_jax.memory import memory_used
 
 
-def run(**variables):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=environment | variables, capture_output=True, text=True, check=True
-    )
-    kept, faults = done.stdout.split()
-    return kept == "True", int(faults)
+def test_the_cpu_tells_the_process_only():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    used = memory_used()
+    assert set(used) == {"host_memory_bytes"}
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.9 * pages * os.sysconf("SC_PAGE_SIZE") < used["host_memory_bytes"] <= machine
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
-def test_a_freed_block_is_used_again_without_new_pages(monkeypatch):
-    kept, faults = run()
-    assert kept is (not any(map(memory.glob.glob, memory._ACCELERATORS)))
-    assert faults < 100 or not kept
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
-def test_malloc_s_own_variables_and_accelerators_leave_everything_as_it_is(monkeypatch):
-    kept, faults = run(MALLOC_MMAP_THRESHOLD_="1000000")
-    assert not kept
-    assert faults > 1000
-    monkeypatch.setattr(memory, "_ACCELERATORS", ("/dev/null",))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert memory.keep_freed_memory() is False
+def test_the_fullest_device_counts(monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak}) for peak in (5, 9, 7)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory_used()["memory_bytes"] == 9

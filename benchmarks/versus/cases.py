@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from typing import Any
 
 from versus.turns import Contestant, Worker
 
@@ -45,10 +46,11 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
     return Contestant(name, functools.partial(Worker, script, interpreter, **environment), case)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is compared."""
+def add_arguments(parser: argparse.ArgumentParser, *, many_sizes: bool = False) -> None:
+    """The flags that say what is compared; with many_sizes, --image_size_px is a list."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--image_size_px", type=int, default=0, help="default: what the variant is trained on")
+    many: dict[str, Any] = {"nargs": "+", "default": [0]} if many_sizes else {"default": 0}
+    parser.add_argument("--image_size_px", type=int, **many, help="default: what the variant is trained on")
     parser.add_argument("--channels", type=int, default=0, help="of the images; default: the variant's")
     parser.add_argument("--block_sizes", type=int, nargs="+", help="layers of each block, in place of the variant's")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and timm")
@@ -65,11 +67,17 @@ def all_models(names: list[str]) -> list[str]:
 
 
 @functools.cache
-def has_gpu() -> bool:
-    """Whether JAX has one, asked in a process of its own: this one would hold memory of the device."""
-    code = "import jax; print(jax.default_backend())"
+def device() -> tuple[str, str]:
+    """JAX's platform and the device's name, asked in a process of its own: this one would hold memory of the device."""
+    code = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return result.stdout.strip() == "gpu"
+    platform, name = result.stdout.strip().splitlines()[-2:]
+    return platform, name
+
+
+def has_gpu() -> bool:
+    """Whether JAX has one."""
+    return device()[0] == "gpu"
 
 
 def check_platforms(contestants: list[Contestant]) -> None:

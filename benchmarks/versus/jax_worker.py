@@ -11,8 +11,7 @@ import optax
 from worker import serve
 
 import densenet_jax
-from densenet_jax.memory import keep_freed_memory
-from densenet_jax.models.dense_block import plain_dense_block
+from densenet_jax.malloc import keep_freed_memory
 from densenet_jax.models.variants import get_variant
 
 
@@ -67,9 +66,9 @@ def prepare(
     """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
     variant = get_variant(model)
     kernels = "pallas" if form == "kernels" else "auto"
-    network = densenet_jax.create_model(model, dtype=jnp.dtype(dtype), kernels=kernels, **overrides)
-    if form == "plain" and hasattr(network, "block_form"):
-        network = network.clone(block_form=plain_dense_block)
+    block_form = "plain" if form == "plain" else "normalize_once"
+    options = {"dtype": jnp.dtype(dtype), "kernels": kernels, "block_form": block_form}
+    network = densenet_jax.create_model(model, **options, **overrides)
     random = np.random.default_rng(0)
     shape = (batch_size, image_size_px, image_size_px, channels)
     images = jnp.asarray(random.standard_normal(shape, np.float32))

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import time
@@ -37,13 +38,17 @@ class Worker:
             text=True,
         )
 
-    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer; {"error": ...} where it has died."""
+    def ask(self, request: str, limit_secs: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer; {"error": ...} where it has died, or was killed for taking longer than limit_secs."""
         try:
             assert self._process.stdin
             assert self._process.stdout
             self._process.stdin.write(json.dumps({"ask": request, **arguments}) + "\n")
             self._process.stdin.flush()
+            # Every answer was read to its end, so nothing waits in a buffer that select does not see.
+            if not select.select([self._process.stdout], [], [], limit_secs)[0]:
+                self._process.kill()
+                return {"error": f"no answer within {limit_secs:g} s"}
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -79,6 +84,7 @@ class Contestant:
       processor_secs: of all threads, a number a turn.
       peak_bytes: memory it needed, once ready.
       error: why there are no figures.
+      limit_secs: the longest that its worker may take for one answer; None: any time.
       interleaved: whether it took turns with the others; on a small device it may only fit alone.
     """
 
@@ -90,6 +96,7 @@ class Contestant:
     processor_secs: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
+    limit_secs: float | None = None
     interleaved: bool = True
     _worker: Worker | None = None
 
@@ -97,13 +104,13 @@ class Contestant:
         """Starts the worker and readies its case."""
         self.error = None
         self._worker = self.start()
-        return self._take(self._worker.ask("prepare", **self.case), self.prepared)
+        return self._take(self._worker.ask("prepare", limit_secs=self.limit_secs, **self.case), self.prepared)
 
     def turn(self, secs: float) -> bool:
         """One turn of about secs seconds."""
         assert self._worker
         answer: dict[str, Any] = {}
-        if not self._take(self._worker.ask("turn", secs=secs), answer):
+        if not self._take(self._worker.ask("turn", limit_secs=self.limit_secs, secs=secs), answer):
             return False
         self.secs.append(answer["secs"])
         self.processor_secs.append(answer["processor_secs"])
@@ -129,28 +136,34 @@ class Contestant:
         return not self.error
 
 
-def compete(contestants: list[Contestant], turns: int, turn_secs: float) -> None:
-    """Lets the contestants take turns; one that does not fit beside the others is measured alone afterwards."""
+def compete(contestants: list[Contestant], turns: int, turn_secs: float, budget_secs: float = float("inf")) -> None:
+    """Lets the contestants take turns; one that does not fit beside the others is measured alone afterwards.
+
+    No round of turns begins later than budget_secs after the first, which is always taken.
+    """
     try:
         for contestant in contestants:
             say(f"preparing {contestant.name}")
             contestant.prepare()
-        _take_turns([one for one in contestants if not one.error], turns, turn_secs)
+        _take_turns([one for one in contestants if not one.error], turns, turn_secs, budget_secs)
         for contestant in contestants:
             contestant.finish()
         for contestant in contestants:
             if contestant.error == OUT_OF_MEMORY and len(contestants) > 1:
                 contestant.interleaved, contestant.secs, contestant.processor_secs = False, [], []
                 if contestant.prepare():
-                    _take_turns([contestant], turns, turn_secs)
+                    _take_turns([contestant], turns, turn_secs, budget_secs)
                 contestant.finish()
     finally:
         for contestant in contestants:
             contestant.stop()
 
 
-def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float) -> None:
+def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float, budget_secs: float) -> None:
+    began = time.perf_counter()
     for number in range(turns):
+        if number and time.perf_counter() - began > budget_secs:
+            return
         # Each order once: whoever comes second after a heavy neighbour isn't always the same.
         for contestant in contestants if number % 2 == 0 else contestants[::-1]:
             if not contestant.error:

@@ -15,6 +15,7 @@ from densenet_jax.kernels.choice import WANTED
 from densenet_jax.models.dense_block import Form
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
+from densenet_jax.models.dual_path_once import STAGE_FORMS
 from densenet_jax.models.head import OUTPUTS, HeadOptions
 from densenet_jax.models.layers import DType, NormOptions
 from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
@@ -79,9 +80,9 @@ def create_model(
       unbiased_running_variance: torch's n-1 estimate in the running variance.
       frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
         statistics in training, too, and leave them as they are; for fine-tuning with a frozen body.
-      block_form: the arithmetic of dense blocks in training: "normalize_once", "plain" (the readable reference),
-        or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all are the
-        same function (DenseNet only).
+      block_form: the arithmetic of dense and dual-path blocks in training: "normalize_once", "plain" (the readable
+        reference), or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all
+        are the same function.
       kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" and,
         until they have been timed, "auto" do without (DenseNet only).
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
@@ -115,7 +116,7 @@ def create_model(
         return DenseNet(**facts, **common)
     if layer_dropout:
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
-    return DualPathNetwork(**facts, **common)
+    return DualPathNetwork(**facts, **common, block_form=STAGE_FORMS[block_form])
 
 
 def _form(name: str, block_form: str, kernels: str) -> Form:

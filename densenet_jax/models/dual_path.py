@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,15 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from densenet_jax.models.dual_path_once import normalize_once_stage, path_norms_agree
+from densenet_jax.models.dual_path_stage import BlockArrays, BlockMoments, NormReader, StageForm, StageOptions
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
     BatchNorm,
     Convolution,
     DType,
     Fan,
+    FeatureMap,
     NormOptions,
     global_average_pool,
     max_pool,
@@ -29,23 +33,27 @@ SAVED_BY_REMAT = "convolution"
 class NormActivation(nn.Module):
     """Norm, then activation; parameters bn."""
 
+    in_features: int
     norm_options: NormOptions
     dtype: DType
     param_dtype: DType
     activation: str = "relu"
     after_convolution: bool = False
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        """Normalised and activated values."""
+    def setup(self) -> None:
+        """Declares the norm."""
         types = (self.dtype, self.param_dtype)
-        norm = BatchNorm(x.shape[-1], self.norm_options, *types, self.after_convolution, name="bn")
-        return ACTIVATIONS[self.activation](norm(x, train))
+        self.bn = BatchNorm(self.in_features, self.norm_options, *types, self.after_convolution)
+
+    def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
+        """Normalised and activated values."""
+        return ACTIVATIONS[self.activation](self.bn(x, train))
 
 
 class NormActivationConvolution(nn.Module):
     """Norm, ReLU, convolution; parameters bn and conv."""
 
+    in_features: int
     features: int
     kernel_size: int
     stride: int
@@ -56,14 +64,21 @@ class NormActivationConvolution(nn.Module):
     param_dtype: DType
     after_convolution: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares norm and convolution."""
+        types = (self.dtype, self.param_dtype)
+        self.bn = BatchNorm(self.in_features, self.norm_options, *types, self.after_convolution)
+        shape = (self.in_features, self.features, self.kernel_size, self.stride, self.groups)
+        self.conv = Convolution(*shape, self.init_fan, *types)
+
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Features of the convolution."""
-        types = (self.dtype, self.param_dtype)
-        norm = BatchNorm(x.shape[-1], self.norm_options, *types, self.after_convolution, name="bn")
-        y = jax.nn.relu(norm(x, train))
-        shape = (x.shape[-1], self.features, self.kernel_size, self.stride, self.groups)
-        return checkpoint_name(Convolution(*shape, self.init_fan, *types, name="conv")(y), SAVED_BY_REMAT)
+        return checkpoint_name(self.conv(jax.nn.relu(self.bn(x, train))), SAVED_BY_REMAT)
+
+    def arrays(self, split: int = 0) -> NormReader:
+        """The norm with its kernel, in two where the first `split` outputs go another way than the others."""
+        kernel = self.conv.kernel
+        return NormReader(self.bn.arrays(), (kernel[..., :split], kernel[..., split:]) if split else (kernel,))
 
 
 def split_paths(x: Float[Array, "b h w c"], residual_width: int) -> tuple[Array, Array]:
@@ -89,6 +104,7 @@ class DualPathBlock(nn.Module):
     """
 
     kind: str
+    in_features: int
     width: int
     residual_width: int
     dense_increment: int
@@ -99,41 +115,79 @@ class DualPathBlock(nn.Module):
     dtype: DType
     param_dtype: DType
 
-    @nn.compact
+    @property
+    def stride(self) -> int:
+        """Of the block."""
+        return 2 if self.kind == "down" else 1
+
+    def setup(self) -> None:
+        """Declares the block's convolutions with their norms."""
+        widths = (self.residual_width, self.dense_increment)
+        if self.kind != "normal":
+            shortcut_width = self.residual_width + 2 * self.dense_increment
+            projection = self._convolution(self.in_features, shortcut_width, stride=self.stride)
+            setattr(self, f"c1x1_w_s{self.stride}", projection)
+        self.c1x1_a = self._convolution(self.in_features, self.width)
+        self.c3x3_b = self._convolution(self.width, self.width, 3, self.stride, self.groups, after_convolution=True)
+        self.c1x1_c: nn.Module
+        if not self.split_projection:
+            self.c1x1_c = self._convolution(self.width, sum(widths), after_convolution=True)
+            return
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.c1x1_c = NormActivation(self.width, self.norm_options, after_convolution=True, **types)
+        self.c1x1_c1, self.c1x1_c2 = (
+            Convolution(self.width, width, init_fan=self.init_fan, **types) for width in widths
+        )
+
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Both paths after the block, joined."""
-        stride = 2 if self.kind == "down" else 1
-        shortcut = x
-        if self.kind != "normal":
-            width = self.residual_width + 2 * self.dense_increment
-            shortcut = self._convolution(f"c1x1_w_s{stride}", width, stride=stride)(x, train)
+        shortcut = x if self.kind == "normal" else self._projection()(x, train)
         residual, dense = split_paths(shortcut, self.residual_width)
-        y = self._convolution("c1x1_a", self.width)(x, train)
-        y = self._convolution("c3x3_b", self.width, 3, stride, self.groups, after_convolution=True)(y, train)
+        y = self.c3x3_b(self.c1x1_a(x, train), train)
         new_residual, new_dense = self._project(y, train)
         return join_paths(residual + new_residual, dense, new_dense)
 
-    @nn.nowrap
+    def arrays(self) -> BlockArrays:
+        """All arrays of the block, its last kernels apart for each path."""
+        third = self.c1x1_c.arrays(self.residual_width) if not self.split_projection else None
+        if third is None:
+            third = NormReader(self.c1x1_c.bn.arrays(), (self.c1x1_c1.kernel, self.c1x1_c2.kernel))
+        projection = None if self.kind == "normal" else self._projection().arrays()
+        return BlockArrays(self.c1x1_a.arrays(), self.c3x3_b.arrays(), third, projection)
+
+    def record(self, moments: BlockMoments, positions_in: int, positions_out: int) -> None:
+        """Takes a training step's moments into the running statistics.
+
+        Args:
+          moments: of the block's norms.
+          positions_in: values a channel in the whole batch before the stride.
+          positions_out: the same after it.
+        """
+        norms = [(self.c1x1_a, moments.first), (self.c3x3_b, moments.second)]
+        norms += [] if self.kind == "normal" else [(self._projection(), moments.projection)]
+        for module, seen in norms:
+            if seen is not None:
+                module.bn.record(seen, positions_in // seen.mean.shape[0])
+        if moments.third is not None:
+            self.c1x1_c.bn.record(moments.third, positions_out // moments.third.mean.shape[0])
+
+    def _projection(self) -> NormActivationConvolution:
+        found: NormActivationConvolution = getattr(self, f"c1x1_w_s{self.stride}")
+        return found
+
     def _project(self, y: Float[Array, "b h w c"], train: bool) -> tuple[Array, Array]:
-        widths = (self.residual_width, self.dense_increment)
+        y = self.c1x1_c(y, train)
         if not self.split_projection:
-            y = self._convolution("c1x1_c", sum(widths), after_convolution=True)(y, train)
             return split_paths(y, self.residual_width)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = NormActivation(self.norm_options, after_convolution=True, name="c1x1_c", **types)(y, train)
         residual, dense = (
-            checkpoint_name(
-                Convolution(y.shape[-1], width, init_fan=self.init_fan, name=f"c1x1_c{index}", **types)(y),
-                SAVED_BY_REMAT,
-            )
-            for index, width in enumerate(widths, 1)
+            checkpoint_name(convolution(y), SAVED_BY_REMAT) for convolution in (self.c1x1_c1, self.c1x1_c2)
         )
         return residual, dense
 
     @nn.nowrap
     def _convolution(
         self,
-        name: str,
+        in_features: int,
         features: int,
         kernel_size: int = 1,
         stride: int = 1,
@@ -142,6 +196,7 @@ class DualPathBlock(nn.Module):
         after_convolution: bool = False,
     ) -> NormActivationConvolution:
         return NormActivationConvolution(
+            in_features,
             features,
             kernel_size,
             stride,
@@ -151,7 +206,6 @@ class DualPathBlock(nn.Module):
             self.dtype,
             self.param_dtype,
             after_convolution,
-            name=name,
         )
 
 
@@ -189,6 +243,7 @@ class DualPathNetwork(nn.Module):
         to its map (raw stage outputs; the last one normalised and activated).
       remat: recompute norms and concatenations in the backward pass instead of storing them.
       dtype: of activations; param_dtype: of parameters.
+      block_form: the arithmetic of a stage in training; None is each block for itself, the readable reference.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)
@@ -206,6 +261,7 @@ class DualPathNetwork(nn.Module):
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    block_form: StageForm | None = normalize_once_stage
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -219,12 +275,15 @@ class DualPathNetwork(nn.Module):
         kernel_size = 3 if self.small else 7
         stem = Stem(self.stem_width, kernel_size, self.activation, name="conv1_1", **common)
         x = max_pool(stem(images.astype(self.dtype), train), repeat_border=self.norm_options.folded)
+        features = FeatureMap(x)
         pyramid = {}
         for stage in range(len(self.block_sizes)):
-            x = self._stage(x, stage, common, train)
-            pyramid[4 * 2**stage] = x
+            features = self._stage(features, stage, common, train)
+            if self.output == "pyramid":
+                pyramid[4 * 2**stage] = features.raw(self.norm_options.epsilon)
         types = (self.dtype, self.param_dtype)
-        x = NormActivation(self.norm_options, *types, self.activation, name="conv5_bn_ac")(x, train)
+        width = features.values.shape[-1]
+        x = NormActivation(width, self.norm_options, *types, self.activation, name="conv5_bn_ac")(features, train)
         if self.output == "pyramid":
             return {**pyramid, max(pyramid): x}
         if self.output == "map":
@@ -234,21 +293,47 @@ class DualPathNetwork(nn.Module):
         return classify(x, self.head_options, train, self.make_rng)
 
     @nn.nowrap
-    def _stage(self, x: Float[Array, "b h w c"], stage: int, common: dict[str, Any], train: bool) -> Array:
-        block = DualPathBlock
+    def _stage(self, features: FeatureMap, stage: int, common: dict[str, Any], train: bool) -> FeatureMap:
+        blocks = self._blocks(features.values.shape[-1], stage, common)
+        if train and self.block_form is not None and not self.norm_options.folded:
+            arrays = [block.arrays() for block in blocks]
+            if path_norms_agree(arrays):
+                return self._by_form(self.block_form, features, blocks, arrays)
+        x = features.raw(self.norm_options.epsilon)
+        for block in blocks:
+            x = block(x, train)
+        return FeatureMap(x)
+
+    @nn.nowrap
+    def _by_form(
+        self, form: StageForm, features: FeatureMap, blocks: list[DualPathBlock], arrays: list[BlockArrays]
+    ) -> FeatureMap:
+        options = StageOptions(self.norm_options, self.dtype, self.groups, blocks[0].stride, self.remat)
+        result = form(features, arrays, options)
+        before, after = (math.prod(maps.shape[:3]) for maps in (features.values, result.features.values))
+        for index, (block, moments) in enumerate(zip(blocks, result.moments, strict=True)):
+            block.record(moments, after if index else before, after)
+        return result.features
+
+    @nn.nowrap
+    def _blocks(self, in_features: int, stage: int, common: dict[str, Any]) -> list[DualPathBlock]:
+        kind: type[DualPathBlock] = DualPathBlock
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(SAVED_BY_REMAT)
-            block = nn.remat(DualPathBlock, static_argnums=(2,), policy=policy)
-        for index in range(self.block_sizes[stage]):
-            kind = "normal" if index else ("down" if stage else "proj")
-            x = block(
-                kind=kind,
+            kind = nn.remat(DualPathBlock, static_argnums=(2,), policy=policy)
+        residual_width = 64 * 2**stage * (1 if self.small else 4)
+        increment = self.dense_increments[stage]
+        return [
+            kind(
+                kind="normal" if index else ("down" if stage else "proj"),
+                in_features=residual_width + (index + 2) * increment if index else in_features,
                 width=self.reduction_width * 2**stage,
-                residual_width=64 * 2**stage * (1 if self.small else 4),
-                dense_increment=self.dense_increments[stage],
+                residual_width=residual_width,
+                dense_increment=increment,
                 groups=self.groups,
                 split_projection=self.split_projection,
                 name=f"conv{stage + 2}_{index + 1}",
                 **common,
-            )(x, train)
-        return x
+            )
+            for index in range(self.block_sizes[stage])
+        ]

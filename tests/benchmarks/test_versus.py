@@ -28,11 +28,12 @@ def run(script, path, *arguments):
 
 @pytest.mark.slow
 def test_train_step(tmp_path):
-    arguments = ("--batch_sizes", "2", "4", "--implementations", "densenet_jax", "plain", "torch_eager")
+    sizes = ("--batch_sizes", "2", "4", "--image_size_px", "8", "12")
+    arguments = (*sizes, "--implementations", "densenet_jax", "plain", "torch_eager")
     table, rows = run("train_step", tmp_path / "rows.json", *arguments)
     columns = {"model", "batch_size", "dtype", "implementation", "mode", "images_per_sec", "peak_bytes", "compile_secs"}
-    cases = {(row["batch_size"], row["mode"], row["implementation"]) for row in rows}
-    assert len(cases) == len(rows) == 2 * 2 * 3
+    cases = {(row["image_size_px"], row["batch_size"], row["mode"], row["implementation"]) for row in rows}
+    assert len(cases) == len(rows) == 2 * 2 * 2 * 3
     for row in rows:
         assert columns <= set(row)
         assert row["implementation"] in table
@@ -57,6 +58,114 @@ def test_latency(tmp_path):
     ]
     assert all(0 < row["p50"] <= row["p99"] for row in rows)
     assert all(f"{row['p50']:.2f} / {row['p99']:.2f}" in table for row in rows)
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    """The benchmark as a module, that finds a GPU on which `FITS` tells how large a batch each implementation takes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import train_step
+    from versus import cases
+
+    monkeypatch.setattr(cases, "device", lambda: ("gpu", "a GPU"))
+    return train_step
+
+
+FITS = {"densenet_jax": 8, "plain": 3, "torch_eager": 4}
+
+
+def fake_compete(measured):
+    def compete(contestants, turns, turn_secs, budget_secs):
+        measured.append([(one.name, one.case["batch_size"]) for one in contestants])
+        for one in contestants:
+            if one.case["batch_size"] > FITS[one.name]:
+                one.error = "out of memory"
+                continue
+            one.prepared = {"compile_secs": 1.0, "platform": "gpu", "version": "1"}
+            one.secs, one.processor_secs, one.peak_bytes = [[1.0, 1.0]], [1.0], 7
+
+    return compete
+
+
+def arguments_for(train_step, monkeypatch, path, *arguments):
+    command = ["train_step.py", *TINY, "--output", str(path), "--batch_sizes", "2", "1", *arguments]
+    monkeypatch.setattr(sys, "argv", [*command, "--implementations", *FITS])
+    return train_step.parse()
+
+
+def test_batches_grow_until_nobody_fits_and_a_stopped_run_is_gone_on_with(train_step, monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(train_step, "compete", fake_compete(measured))
+    path = tmp_path / "rows.json"
+    arguments = arguments_for(train_step, monkeypatch, path, "--to_the_limit")
+    rows = train_step.Rows(arguments.output, arguments.resume)
+    train_step.measure(arguments, rows, "densenet_bc_22_12", 8, "train")
+    everyone = list(FITS)
+    ours, torch = "densenet_jax", "torch_eager"
+    growing = [*[[(name, size) for name in everyone] for size in (1, 2, 4)], [(ours, 8), (torch, 8)], [(ours, 16)]]
+    assert measured == growing
+    written = json.loads(path.read_text())["rows"]
+    assert [(row["implementation"], row["batch_size"]) for row in written if row["images_per_sec"] is None] == [
+        ("plain", 4),
+        ("torch_eager", 8),
+        ("densenet_jax", 16),
+    ]
+
+    # Nothing is measured twice, and who did not fit is not tried again.
+    kept = [row for row in written if row["batch_size"] < 8]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": kept}))
+    measured.clear()
+    train_step.measure(arguments, train_step.Rows(str(path), True), "densenet_bc_22_12", 8, "train")
+    assert measured == growing[3:]
+    measured.clear()
+    train_step.measure(arguments, train_step.Rows(str(path), True), "densenet_bc_22_12", 8, "infer")
+    assert measured == growing
+
+
+def test_without_a_gpu_there_is_no_search_for_the_limit(train_step, monkeypatch, tmp_path):
+    from versus import cases
+
+    monkeypatch.setattr(cases, "device", lambda: ("cpu", "cpu"))
+    with pytest.raises(SystemExit, match="error: --to_the_limit is for a GPU"):
+        arguments_for(train_step, monkeypatch, tmp_path / "rows.json", "--to_the_limit")
+
+
+def test_no_round_begins_after_the_budget_and_a_silent_worker_is_given_up(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from versus.turns import Contestant, Worker, compete
+
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    ask = json.loads(line)\n"
+        "    time.sleep(ask.get('sleeps', 0))\n"
+        "    answer = {'compile_secs': 1.0, 'secs': [0.1], 'processor_secs': 0.1, 'peak_bytes': 1}\n"
+        "    print(json.dumps(answer), flush=True)\n"
+    )
+    found = [
+        Contestant("quick", lambda: Worker(str(script), sys.executable), {}),
+        Contestant("silent", lambda: Worker(str(script), sys.executable), {"sleeps": 600}, limit_secs=0.5),
+    ]
+    compete(found, turns=5, turn_secs=0.0, budget_secs=0.0)
+    assert [len(one.secs) for one in found] == [1, 0]
+    assert [one.error for one in found] == [None, "no answer within 0.5 s"]
+
+
+def test_the_benchmarks_need_no_data_libraries():
+    """They run where JAX, flax, optax and orbax are and little else."""
+    absent = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "grain", "torch", "tensorboard")
+    code = (
+        f"import sys; sys.path[:0] = ['benchmarks', 'benchmarks/versus']\n"
+        f"for name in {absent}: sys.modules[name] = None\n"
+        "import train_step, jax_worker\n"
+        "sizes = {'block_sizes': (1,)}\n"
+        "jax_worker.prepare('densenet_bc_22_12', 'infer', 1, 8, 1, 'float32', 'plain', sizes)[0].step()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_workers_that_fail_are_told_and_the_others_measured(monkeypatch):

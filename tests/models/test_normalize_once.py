@@ -1,6 +1,5 @@
 """The normalise-once block is the plain block: outputs, statistics and every gradient."""
 
-import functools
 import re
 
 import jax
@@ -8,70 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock
 from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.models.variants import VARIANTS, DenseNetArchitecture
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
+from tests.models.comparing import drawn, largest_error, signed, training_case
 
 PLATFORMS = ["cpu", "tpu", "gpu"]
 SMALL = {"growth_rate": 4, "block_sizes": (2, 1)}
-
-
-def _drawn(shapes, seed, dtype):
-    """Random values for a tree of shapes; variances and everything else that must be positive is."""
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-    return jax.tree.map(lambda leaf: (jax.random.normal(next(keys), leaf.shape) ** 2 / 4 + 0.1).astype(dtype), shapes)
-
-
-def _train(model, variables, images):
-    """(logits, statistics) and the gradients of parameters and images, of a linear loss."""
-
-    @jax.jit
-    def run(params, images):
-        def loss(params, images):
-            logits, mutated = model.apply(
-                {"params": params, "batch_stats": variables["batch_stats"]},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.key(3)},
-            )
-            weights = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
-            return jnp.sum(logits * weights), (logits, mutated["batch_stats"])
-
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, images)
-
-    (_, outputs), gradients = run(variables["params"], images)
-    return outputs, gradients
-
-
-def _largest_error(found, expected):
-    """Of any leaf, relative to that leaf's largest value."""
-
-    def error(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
-
-    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
-
-
-def _case(name, dtype, side_px=6, batch=4, **options):
-    """A function from a form's name to what its training gives, and the variables it starts from."""
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
-    make = functools.partial(create_model, name, num_classes=3, dtype=dtype, param_dtype=param_dtype, **options)
-    images = jax.random.normal(jax.random.key(0), (batch, side_px, side_px, 3)).astype(dtype)
-    shapes = jax.eval_shape(make().init, jax.random.key(0), images)
-    variables = {"params": _drawn(shapes["params"], 1, param_dtype)}
-    variables["params"] = jax.tree.map(_signed, variables["params"])
-    variables["batch_stats"] = _drawn(shapes["batch_stats"], 2, param_dtype)
-    return lambda form: _train(make(block_form=form), variables, images)
-
-
-def _signed(leaf):
-    """Kernels of both signs; scales too, so that rectifiers close."""
-    signs = np.where(np.arange(leaf.size) % 3 == 1, -1, 1).reshape(leaf.shape)
-    return leaf * signs
 
 
 CASES = {
@@ -100,10 +43,10 @@ EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK_PLATFORMS else pytest
 def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
     name, options = CASES[case]
     with jax.enable_x64(True):
-        run = _case(name, jnp.float64, **SMALL, **options)
+        run = training_case(name, jnp.float64, **SMALL, **options)
         expected = run("plain")
         for platform in QUICK_PLATFORMS.get(case, PLATFORMS):
-            assert _largest_error(run(f"normalize_once_{platform}"), expected) < 1e-9, platform
+            assert largest_error(run(f"normalize_once_{platform}"), expected) < 1e-9, platform
 
 
 DENSENETS = [name for name, variant in VARIANTS.items() if isinstance(variant.architecture, DenseNetArchitecture)]
@@ -115,17 +58,17 @@ def test_every_variant_is_the_plain_form_s(name):
     """With its own stem, transitions and bottleneck; fewer and thinner layers, of which the full ones are more."""
     sizes = tuple(min(layers, 2) for layers in VARIANTS[name].architecture.block_sizes)
     with jax.enable_x64(True):
-        run = _case(name, jnp.float64, side_px=33, batch=2, growth_rate=4, stem_width=8, block_sizes=sizes)
+        run = training_case(name, jnp.float64, side_px=33, batch=2, growth_rate=4, stem_width=8, block_sizes=sizes)
         platform = PLATFORMS[DENSENETS.index(name) % len(PLATFORMS)]
-        assert _largest_error(run(f"normalize_once_{platform}"), run("plain")) < 1e-9
+        assert largest_error(run(f"normalize_once_{platform}"), run("plain")) < 1e-9
 
 
 def _block(form, dtype=jnp.float32, layers=2, **options):
     """A dense block and its variables for inputs of 8 channels."""
     module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), form=FORMS[form])
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 6, 6, 8), dtype), False))
-    variables = {"params": jax.tree.map(_signed, _drawn(shapes["params"], 1, jnp.float32))}
-    return module, variables | {"batch_stats": _drawn(shapes["batch_stats"], 2, jnp.float32)}
+    variables = {"params": jax.tree.map(signed, drawn(shapes["params"], 1, jnp.float32))}
+    return module, variables | {"batch_stats": drawn(shapes["batch_stats"], 2, jnp.float32)}
 
 
 def _block_gradients(module):
@@ -181,7 +124,7 @@ def test_devices_agree_on_the_statistics_of_each_map_once(form):
     # A mean and a variance a channel: the input's 8, three layers' 16 hidden and 4 new ones.
     assert channels == 2 * (8 + 3 * (16 + 4))
     found = compiled(variables, jax.device_put(x, over_data(mesh)))
-    assert _largest_error(found, jax.jit(run)(variables, x)) < 1e-4
+    assert largest_error(found, jax.jit(run)(variables, x)) < 1e-4
 
 
 def test_gradients_are_the_same_over_eight_devices():
@@ -190,7 +133,7 @@ def test_gradients_are_the_same_over_eight_devices():
     run = _block_gradients(module)
     arguments = (variables["params"], variables["batch_stats"], jax.random.normal(jax.random.key(0), (8, 6, 6, 8)))
     whole = (replicated(mesh), replicated(mesh), over_data(mesh))
-    assert _largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
+    assert largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
 
 
 def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less():

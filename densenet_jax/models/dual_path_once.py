@@ -1,0 +1,135 @@
+"""A stage of a Dual Path Network in training, each map normalised once; `dual_path_arithmetic` computes it.
+
+The function is that of the blocks in `dual_path`, called one after the other, up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from densenet_jax.models.dual_path_arithmetic import Block, Facts, Maps, gradient_sums, joined, stage
+from densenet_jax.models.dual_path_stage import (
+    BlockArrays,
+    BlockMoments,
+    NormReader,
+    StageForm,
+    StageOptions,
+    StageResult,
+)
+from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, batch_moments, fold_running, normalise
+from densenet_jax.models.normalize_once import ARITHMETIC
+from densenet_jax.models.readers import Reader, normalisation_gradient
+from densenet_jax.models.split_readers import MultiReader
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalise_map(options: NormOptions, x: Array, shift: Array) -> tuple[Array, Moments]:
+    """x^ in x's dtype and the moments of x; x^ is all that is kept."""
+    moments = batch_moments(x, options.group_size, shift)
+    return normalise(x, moments, options.epsilon).astype(x.dtype), moments
+
+
+def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
+    out = _normalise_map(options, x, shift)
+    return out, out
+
+
+def _normalise_map_backward(options: NormOptions, saved: tuple[Array, Moments], cotangents: Any) -> Any:
+    (normalised, moments), (gradient, of_moments) = saved, cotangents
+    sums = gradient_sums(gradient, normalised, moments.mean.shape[0])
+    raw = normalisation_gradient(gradient, normalised, moments, of_moments, sums, options.epsilon)
+    return raw.astype(normalised.dtype), None
+
+
+_normalise_map.defvjp(_normalise_map_forward, _normalise_map_backward)
+
+
+def path_norms_agree(blocks: Sequence[BlockArrays]) -> bool:
+    """Whether the norms that read the two paths are all frozen or none: else a map has two kinds of statistics."""
+    readers = [reader for block in blocks for reader in (block.first, block.projection) if reader is not None]
+    return len({reader.norm.frozen for reader in readers}) == 1
+
+
+def normalize_once_stage(
+    inputs: FeatureMap, blocks: Sequence[BlockArrays], options: StageOptions, platform: str = ""
+) -> StageResult:
+    """A stage in training, in its normalise-once form.
+
+    Args:
+      inputs: both paths of the stage before, or the stem's map.
+      blocks: their arrays, for which `path_norms_agree`; the first has a projection.
+      options: of the stage.
+      platform: a key of ARITHMETIC; "" is the platform JAX runs on.
+    """
+    normalises = not blocks[0].first.norm.frozen
+    facts = Facts(
+        options,
+        ARITHMETIC.get(platform or jax.default_backend(), ARITHMETIC["gpu"]),
+        normalises,
+        tuple(not block.second.norm.frozen for block in blocks),
+        tuple(not block.third.norm.frozen for block in blocks),
+    )
+    x, moments = inputs
+    if not normalises:
+        x = inputs.raw(options.norm.epsilon).astype(options.dtype)
+    elif moments is None:
+        x, moments = _normalise_map(options.norm, x.astype(options.dtype), blocks[0].first.norm.mean)
+    outputs = stage(facts, x, tuple(_readers(block, options.norm) for block in blocks), _shifts(blocks))
+    seen = jax.lax.stop_gradient(outputs.seen)
+    features = FeatureMap(outputs.values, outputs.moments if normalises else None)
+    return StageResult(features, tuple(_moments(facts, moments, seen, index) for index in range(len(blocks))))
+
+
+def _readers(block: BlockArrays, options: NormOptions) -> Block:
+    def multi(reader: NormReader) -> MultiReader:
+        norm = reader.norm
+        scale, bias = fold_running(norm, options.epsilon) if norm.frozen else (norm.scale, norm.bias)
+        return MultiReader(scale, bias, reader.kernels)
+
+    def single(reader: NormReader) -> Reader:
+        found = multi(reader)
+        return Reader(found.scale, found.bias, found.kernels[0])
+
+    projection = None if block.projection is None else single(block.projection)
+    return Block(multi(block.first), single(block.second), multi(block.third), projection)
+
+
+def _shifts(blocks: Sequence[BlockArrays]) -> Maps:
+    """Running means: of the paths after a block by the next one's; the last block's are read elsewhere."""
+    width, new = (kernel.shape[-1] for kernel in blocks[0].third.kernels)
+    after = [block.first.norm.mean for block in blocks[1:]]
+    projection = blocks[0].projection
+    first = new + (0 if projection is None else projection.kernels[0].shape[-1] - width)
+    dense = [mean[-(new if index else first) :] for index, mean in enumerate(after)]
+    last = jnp.zeros_like(blocks[0].first.norm.mean, shape=(new if after else first,))
+    return Maps(
+        tuple(block.second.norm.mean for block in blocks),
+        tuple(block.third.norm.mean for block in blocks),
+        (*(mean[:width] for mean in after), after[-1][:width] if after else jnp.zeros_like(last, shape=(width,))),
+        (*dense, last),
+    )
+
+
+def _moments(facts: Facts, inputs: Moments | None, seen: Maps, index: int) -> BlockMoments:
+    first = inputs
+    if index and facts.normalises:
+        first = joined([seen.residual[index - 1], *seen.dense[:index]])
+    return BlockMoments(
+        first if facts.normalises else None,
+        seen.second[index] if facts.normalises_second[index] else None,
+        seen.third[index] if facts.normalises_third[index] else None,
+        inputs if facts.normalises and not index else None,
+    )
+
+
+STAGE_FORMS: dict[str, StageForm | None] = {
+    "normalize_once": normalize_once_stage,
+    **{f"normalize_once_{name}": functools.partial(normalize_once_stage, platform=name) for name in ARITHMETIC},
+    "plain": None,  # each block for itself, as `dual_path` has it
+}

@@ -1,0 +1,64 @@
+"""Training of one network in several forms, and how far their results lie apart."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from densenet_jax.models.create import create_model
+
+
+def drawn(shapes, seed, dtype):
+    """Random values for a tree of shapes; variances and everything else that must be positive is."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda leaf: (jax.random.normal(next(keys), leaf.shape) ** 2 / 4 + 0.1).astype(dtype), shapes)
+
+
+def signed(leaf):
+    """Kernels of both signs; scales too, so that rectifiers close."""
+    signs = np.where(np.arange(leaf.size) % 3 == 1, -1, 1).reshape(leaf.shape)
+    return leaf * signs
+
+
+def train(model, variables, images):
+    """(logits, statistics) and the gradients of parameters and images, of a linear loss."""
+
+    @jax.jit
+    def run(params, images):
+        def loss(params, images):
+            logits, mutated = model.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(3)},
+            )
+            weights = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
+            return jnp.sum(logits * weights), (logits, mutated["batch_stats"])
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, images)
+
+    (_, outputs), gradients = run(variables["params"], images)
+    return outputs, gradients
+
+
+def largest_error(found, expected):
+    """Of any leaf, relative to that leaf's largest value."""
+
+    def error(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
+
+    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
+
+
+def training_case(name, dtype, side_px=6, batch=4, **options):
+    """A function from a form's name to what its training gives; all start from the same variables."""
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    make = functools.partial(create_model, name, num_classes=3, dtype=dtype, param_dtype=param_dtype, **options)
+    images = jax.random.normal(jax.random.key(0), (batch, side_px, side_px, 3)).astype(dtype)
+    shapes = jax.eval_shape(make().init, jax.random.key(0), images)
+    variables = {"params": jax.tree.map(signed, drawn(shapes["params"], 1, param_dtype))}
+    variables["batch_stats"] = drawn(shapes["batch_stats"], 2, param_dtype)
+    return lambda form: train(make(block_form=form), variables, images)
