@@ -104,7 +104,7 @@ def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> A
     if value is None and default:
         return default[0]
     if type(value) is not kind:
-        told = {list: "a list", str: "a string"}[kind]
+        told = "a list" if kind is list else "a string"
         raise RequestError(f"{where}{name} is {'missing' if value is None else f'not {told}'}; expected {told}")
     return value
 
@@ -125,7 +125,7 @@ def as_json(request: Request, version: str, outputs: dict[str, np.ndarray]) -> b
     """The body of the answer to `request` by the model's `version`."""
     told: list[dict[str, Any]] = []
     for name, values in outputs.items():
-        output = {"name": name, "shape": list(values.shape), "datatype": OUTPUTS[name]}
+        output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": OUTPUTS[name]}
         if OUTPUTS[name] == "BYTES":
             output["parameters"] = {"content_type": "str"}
         told.append(output | {"data": values.ravel().tolist() if values.dtype == object else values.ravel()})
