@@ -1,44 +1,79 @@
 """How long a small batch takes: this project's networks by JAX and onnxruntime beside PyTorch's, in turns.
 
-    python benchmarks/latency.py --models densenet121 densenet169 --output latency.json
+    python benchmarks/latency.py --torch_python PYTHON_WITH_TIMM --onnx_python PYTHON_WITH_THE_EXPORT_EXTRA
 
 Milliseconds from asking to having the logits, half of all calls (p50) and 99 of 100 (p99) being no slower; a call
-begins when the one before has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager and,
-where --onnx_dir holds MODEL.onnx for a model and --onnx_python has onnxruntime, onnxruntime, all in float32.
+begins when the one before has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager and
+onnxruntime, all in float32; what an interpreter lacks is left out. onnxruntime reads MODEL.onnx of --onnx_dir, or one
+that is written for it there, with batch norm folded.
+
+Without --models all variants are measured, two to three minutes each. A row is in the file as soon as it is measured,
+and --resume goes on with the file. A turn lasts --turn_secs and holds at least one call: rows of slow networks have
+few calls, which is told, and the p99 of fewer than a hundred calls is the slowest of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
+from versus import arguments as shared
 from versus import cases, report
+from versus.kept import KeptWorkers
+from versus.rows import Rows
 from versus.turns import Contestant, Worker, compete, say
 
 RUNTIMES = {"jax": "densenet_jax", "onnxruntime": None, "torch_eager": "torch_eager", "torch_compile": "torch_compile"}
+EXPORT_SECS = 600  # in which a file must be written
 
 
-def contestant(runtime: str, arguments: argparse.Namespace, model: str, batch_size: int) -> Contestant | None:
-    """One runtime on one model; None where there is no file for it."""
-    if runtime != "onnxruntime":
-        found = cases.contestant(RUNTIMES[runtime] or "", arguments, model, batch_size, "infer")
-        found.name = runtime
-        return found
+def contestant(
+    runtime: str, arguments: argparse.Namespace, model: str, batch_size: int, workers: KeptWorkers
+) -> Contestant:
+    """One runtime on one model."""
+    found = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
+    if runtime == "onnxruntime":
+        found.start = functools.partial(Worker, "onnx_worker.py", arguments.onnx_python)
+        case = {key: found.case[key] for key in ("batch_size", "image_size_px", "channels")}
+        found.case = case | {"path": str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))}
+    found.name = runtime
+    found.start = functools.partial(workers.start, runtime, found.start)
+    return found
+
+
+def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, channels: int) -> pathlib.Path:
+    """MODEL.onnx, written where it is not there; what can't be written is missed by the worker, which tells so."""
     path = pathlib.Path(arguments.onnx_dir) / f"{model}.onnx"
-    if not arguments.onnx_dir or not path.is_file():
-        return None
-    like = cases.contestant("densenet_jax", arguments, model, batch_size, "infer").case
-    case = {key: like[key] for key in ("batch_size", "image_size_px", "channels")} | {"path": str(path)}
-    return Contestant(runtime, functools.partial(Worker, "onnx_worker.py", arguments.onnx_python), case)
+    if path.exists() or path in arguments.onnx_given_up:
+        return path
+    say(f"writing {path.name}")
+    script = pathlib.Path(__file__).parent / "versus" / "onnx_export.py"
+    command = [arguments.onnx_python, str(script), model, str(path)]
+    command += ["--image_size_px", str(image_size_px), "--channels", str(channels)]
+    command += ["--block_sizes", *map(str, arguments.block_sizes)] if arguments.block_sizes else []
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent.parent)}
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=EXPORT_SECS, env=environment, check=True)
+    except subprocess.TimeoutExpired:
+        say(f"{path.name} was not written within {EXPORT_SECS} seconds")
+    except subprocess.CalledProcessError as error:
+        say(f"{path.name} can't be written: {error.stderr.strip().rpartition(chr(10))[2]}")
+    if not path.exists():
+        arguments.onnx_given_up.add(path)
+    return path
 
 
 def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict[str, Any]:
     """One row; times in milliseconds."""
     found: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
+    found |= {"image_size_px": contestant.case["image_size_px"]}
     found |= {"dtype": "float32" if contestant.name == "onnxruntime" else dtype, "p50": None, "p99": None}
     if contestant.error:
         return found | {"error": contestant.error}
@@ -46,67 +81,93 @@ def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict
     p50, p99 = (round(report.percentile(calls, share), 3) for share in (0.5, 0.99))
     low, _, high = report.quartiles([report.percentile(turn, 0.5) * 1000 for turn in contestant.secs])
     spread = [round(low, 3), round(high, 3)]
-    return found | {"p50": p50, "p99": p99, "p50_quartiles_over_turns": spread, "calls": len(calls)}
+    processor = 1000 * sum(contestant.processor_secs) / len(calls)
+    return found | {
+        "p50": p50,
+        "p99": p99,
+        "p50_quartiles_over_turns": spread,
+        "processor_milliseconds": round(processor, 3),
+        "calls": len(calls),
+        "turns": len(contestant.secs),
+    }
 
 
-def layout(rows: list[dict[str, Any]], runtimes: list[str]) -> str:
-    """A line for each model and batch, a column for each runtime: p50 / p99 in milliseconds."""
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for one in rows:
-        line = lines.setdefault((one["model"], one["batch_size"]), {})
-        line |= {"model": one["model"], "batch_size": one["batch_size"]}
-        line[one["runtime"]] = f"{one['p50']:.2f} / {one['p99']:.2f}" if one["p50"] is not None else one["error"]
-    columns = {"model": "model", "batch_size": "batch"} | {name: f"{name}, ms p50 / p99" for name in runtimes}
-    return report.table(list(lines.values()), columns)
+def layout(rows: list[dict[str, Any]]) -> str:
+    """The published layout, as Markdown: a line for each model, a column for each batch and runtime, p50 in ms."""
+    columns = list(dict.fromkeys((row["batch_size"], row["runtime"]) for row in rows))
+    columns.sort(key=lambda column: column[0])
+    lines = ["| p50, ms | " + " | ".join(f"batch {batch}, {runtime}" for batch, runtime in columns) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 1))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {(row["batch_size"], row["runtime"]): row for row in rows if row["model"] == model}
+        lines.append("| " + " | ".join([model, *(_cell(found.get(column)) for column in columns)]) + " |")
+    return "\n".join(lines)
 
 
-def importable(interpreter: str, module: str) -> bool:
-    """Whether an interpreter has a module."""
-    return subprocess.run([interpreter, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["p50"] is None:
+        return "-"
+    return f"{row['p50']:.2f}" if row["p50"] < 100 else f"{row['p50']:.0f}"
+
+
+def importable(interpreter: str, *modules: str) -> bool:
+    """Whether an interpreter has all modules."""
+    code = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {modules})))"
+    return subprocess.run([interpreter, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["all"], help="names of the variants table, or 'all'")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser = shared.comparison_parser(__doc__, models=["all"], batch_sizes=[1, 4, 8], turns=5, turn_secs=0.5)
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: those that belong to the device")
-    parser.add_argument(
-        "--onnx_dir", default="", help="where MODEL.onnx lie, as --mode export --format onnx writes them"
-    )
-    parser.add_argument("--onnx_python", default=sys.executable, help="an interpreter that has onnxruntime")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each runtime")
-    parser.add_argument("--turn_secs", type=float, default=2.0, help="least length of a turn")
-    cases.add_arguments(parser)
-    arguments = parser.parse_args()
-    on_gpu = cases.has_gpu()
-    arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    usual = ["jax", "torch_compile"] if on_gpu else ["jax", "onnxruntime", "torch_eager"]
+    parser.add_argument("--onnx_dir", default="", help="where MODEL.onnx lie or are written; default: a temporary one")
+    parser.add_argument("--onnx_python", default=sys.executable, help="an interpreter that has the export extra")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --output and measure the others")
+    arguments = shared.parse(parser)
+    usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual
-    if "onnxruntime" in arguments.runtimes and not importable(arguments.onnx_python, "onnxruntime"):
-        say(f"{arguments.onnx_python} has no onnxruntime: it is left out")
-        arguments.runtimes.remove("onnxruntime")
-    arguments.models = cases.all_models(arguments.models)
+    needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime")}
+    needs |= dict.fromkeys(("torch_eager", "torch_compile"), (arguments.torch_python, "torch", "timm", "torchvision"))
+    for name in [name for name in arguments.runtimes if name in needs and not importable(*needs[name])]:
+        say(f"{needs[name][0]} has no {' and '.join(needs[name][1:])}: {name} is left out")
+        arguments.runtimes.remove(name)
+    arguments.onnx_given_up = set()
     return arguments
+
+
+def cpu_library() -> str:
+    """The compiled library that JAX's rows were measured with, by the hash of what it was compiled from."""
+    code = (
+        "from densenet_jax.kernels.cpu.library import target_names as names; "
+        "print(next((name.rpartition('_')[2] for name in names().values()), 'none'))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return found.stdout.strip()
 
 
 def main() -> None:
     """Measures and prints."""
     arguments = parse()
-    rows: list[dict[str, Any]] = []
-    versions: dict[str, str] = {}
-    device = ""
-    for model in arguments.models:
-        for batch_size in arguments.batch_sizes:
-            say(f"{model}, batch {batch_size}")
-            found = [one for name in arguments.runtimes if (one := contestant(name, arguments, model, batch_size))]
-            compete(found, arguments.turns, arguments.turn_secs)
-            rows += [row(one, model, batch_size, arguments.dtype) for one in found]
-            versions |= cases.versions_of(found)
-            device = device or next((one.prepared["device"] for one in found if one.prepared), "")
-    print(layout(rows, arguments.runtimes))
-    if arguments.output:
-        report.write(arguments.output, report.device_name(device), versions, rows)
+    rows = Rows(arguments.output, arguments.resume)
+    versions = {} if arguments.on_gpu else {"densenet_jax_cpu_library": cpu_library()}
+    with contextlib.ExitStack() as stack:
+        arguments.onnx_dir = arguments.onnx_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        os.makedirs(arguments.onnx_dir, exist_ok=True)
+        for model in arguments.models:
+            with KeptWorkers() as workers:
+                for batch_size in arguments.batch_sizes:
+                    case = {"model": model, "batch_size": batch_size}
+                    wanted = [name for name in arguments.runtimes if not rows.has(**case, runtime=name)]
+                    if not wanted:
+                        continue
+                    say(f"{model}, batch {batch_size}")
+                    found = [contestant(name, arguments, model, batch_size, workers) for name in wanted]
+                    compete(found, arguments.turns, arguments.turn_secs)
+                    device = next((one.prepared["device"] for one in found if one.prepared), "")
+                    measured = [row(one, model, batch_size, arguments.dtype) for one in found]
+                    rows.add(measured, versions | cases.versions_of(found), device)
+    print(layout(rows.rows))
 
 
 if __name__ == "__main__":

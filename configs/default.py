@@ -124,6 +124,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     serve = config.serve = ml_collections.ConfigDict()
     serve.batch_sizes = (1, 4, 16, 64)  # images that a compiled program takes; (1,): each request by itself
-    serve.batch_wait_secs = 0.001  # how long a request waits for others while the device is idle
+    serve.batch_wait_secs = 0.0  # how long a request waits for others while the device is idle
 
     return config.lock()

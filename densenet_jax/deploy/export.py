@@ -40,7 +40,6 @@ class Format:
         precisions: of the numbers in it.
         needs: modules that must be importable.
         install: the command that installs them.
-        any_batch_size: whether the batch size can stay open; otherwise it is 1 unless another is asked for.
     """
 
     module: str
@@ -48,7 +47,6 @@ class Format:
     precisions: tuple[str, ...]
     needs: tuple[str, ...]
     install: str
-    any_batch_size: bool = True
 
     def writer(self, name: str) -> Any:
         """The module that writes and reads it.
@@ -69,7 +67,7 @@ FORMATS = {
     "stablehlo": Format(_HERE + "stablehlo", ".stablehlo", ("float32",), ("flatbuffers",), _EXTRA),
     "onnx": Format(_HERE + "onnx", ".onnx", ("float32", "int8"), ("onnx", "onnxruntime", "jax2onnx"), _WITH_ONNX),
     "savedmodel": Format(_HERE + "savedmodel", "_savedmodel", ("float32",), ("tensorflow",), _EXTRA),
-    "tflite": Format(_HERE + "tflite", ".tflite", PRECISIONS, ("tensorflow", "ai_edge_litert"), _EXTRA, False),
+    "tflite": Format(_HERE + "tflite", ".tflite", PRECISIONS, ("tensorflow", "ai_edge_litert"), _EXTRA),
 }
 
 
@@ -137,8 +135,7 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     path = os.path.abspath(options.output or options.default_output + form.suffix)
     with _placed(path) as temporary:
         model = load_model()
-        batch_size = options.batch_size or (0 if form.any_batch_size else 1)
-        graph = make_graph(model, preprocess=options.preprocess, batch_size=batch_size)
+        graph = make_graph(model, preprocess=options.preprocess, batch_size=options.batch_size)
         checked = samples.to_check(model.transform, _CHECKED[options.precision])
         if options.precision != "float32" and not checked.real:
             raise UserError(

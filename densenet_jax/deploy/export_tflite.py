@@ -8,13 +8,12 @@ import numpy as np
 
 from densenet_jax.deploy.export_graph import Graph
 from densenet_jax.deploy.export_savedmodel import tensorflow_function
+from densenet_jax.deploy.export_tflite_batch import open_batch
 from densenet_jax.errors import UserError
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes the flatbuffer to `path`; its batch size is fixed.
-
-    With an open one the converter fuses no bias into its convolution and has no int8 for some operations.
+    """Writes the flatbuffer to `path`. Where the batch size stays open it is converted for one image, and opened.
 
     Args:
         graph: what is written.
@@ -30,7 +29,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     whole = precision == "int8" and not graph.preprocessed  # bytes as quantised numbers: no operation is left in float
     dtype = np.float32 if whole else graph.input_dtype
     after = tf.nn.softmax if graph.output_name == "probabilities" else tf.identity
-    function: Any = tensorflow_function(graph, graph.logits, dtype, graph.batch_size, after)
+    function: Any = tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     if precision != "float32":
@@ -43,8 +42,9 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
         converter.representative_dataset = lambda: _batches(graph, representative)
         if whole:
             converter.inference_input_type = tf.uint8
+    content = converter.convert()
     with open(path, "wb") as file:
-        file.write(converter.convert())
+        file.write(content if graph.batch_size else open_batch(content))
     if whole:
         _check_bytes_as_they_are(path)
 
@@ -54,7 +54,7 @@ def _batches(graph: Graph, images: np.ndarray) -> Iterator[list[np.ndarray]]:
     # The range of the input is that of bytes, whatever the images hold: so a quantised input is the byte itself.
     images[0].flat[0], images[0].flat[-1] = 0, 255
     inputs = graph.prepared(images).astype(np.float32)
-    size = graph.batch_size
+    size = graph.batch_size or 1
     for start in range(0, len(inputs) - size + 1, size):
         yield [inputs[start : start + size]]
 
@@ -73,12 +73,14 @@ def _interpreter(path: str) -> Any:
 
 
 def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The file at `path`, run by LiteRT's interpreter, as a function of images, of which it takes one batch a call."""
+    """The file at `path`, run by LiteRT's interpreter, as a function of one batch of images."""
     interpreter = _interpreter(path)
-    interpreter.allocate_tensors()
     (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def call(images: np.ndarray) -> np.ndarray:
+        if given["shape_signature"][0] == -1:
+            interpreter.resize_tensor_input(given["index"], images.shape, strict=True)
+        interpreter.allocate_tensors()
         interpreter.set_tensor(given["index"], images)
         interpreter.invoke()
         return interpreter.get_tensor(result["index"])

@@ -80,8 +80,8 @@ def serve(
         predictor: what is served.
         listener: from `listen`.
         address: as given to `listen`.
-        batch_wait_secs: how long a request waits for others while the device is idle; with 0, or a predictor for
-            batches of one, each request is computed by itself.
+        batch_wait_secs: how long a request waits for others while the device is idle; while it is busy, requests
+            gather anyhow.
 
     Returns:
         How many requests and images were answered.
@@ -107,7 +107,7 @@ async def _serve(
     from mlserver import ModelSettings, Settings
     from mlserver.settings import ModelParameters
 
-    from densenet_jax.deploy.serve_runtime import Engine, ImageClassifier, metadata
+    from densenet_jax.deploy.serve_runtime import ImageClassifier, metadata
     from densenet_jax.deploy.serve_server import OneModelServer
 
     name = predictor.model.name
@@ -120,8 +120,7 @@ async def _serve(
         **metadata(predictor),
     )
     sizes = predictor.batch_sizes
-    batched = described.model_copy(update={"max_batch_size": sizes[-1], "max_batch_time": batch_wait_secs})
-    model = ImageClassifier(described, predictor, Engine(batched, predictor), MAX_IMAGES)
+    model = ImageClassifier(described, predictor, max_images=MAX_IMAGES, batch_wait_secs=batch_wait_secs)
     settings = Settings(
         debug=False,
         host=address.host,

@@ -9,21 +9,23 @@ import grpc
 import numpy as np
 from mlserver.errors import MLServerError
 from mlserver.grpc import dataplane_pb2 as pb
-from mlserver.grpc.converters import ModelInferResponseConverter, ModelMetadataResponseConverter
+from mlserver.grpc.converters import ModelMetadataResponseConverter
 from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from mlserver.grpc.interceptors import PromServerInterceptor
 from mlserver.grpc.server import GRPCServer
 from mlserver.grpc.servicers import InferenceServicer
-from mlserver.handlers import DataPlane
 from mlserver.settings import Settings
-from mlserver.types import InferenceRequest, Parameters, RequestInput, RequestOutput, TensorData
 
+from densenet_jax.deploy.serve_dataplane import CheckedDataPlane
+from densenet_jax.deploy.serve_requests import Request, Tensor, pack_strings
+from densenet_jax.deploy.serve_runtime import OUTPUTS
 from densenet_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 Method: TypeAlias = Callable[..., Awaitable[Any]]
 MAX_METADATA_BYTES = 16384
+CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
 STATUS = {400: grpc.StatusCode.INVALID_ARGUMENT, 404: grpc.StatusCode.NOT_FOUND}
 
 
@@ -70,41 +72,53 @@ class Servicer(InferenceServicer):
     ) -> pb.ModelInferResponse:
         """Answers a request for inference, in raw contents where it came in raw contents."""
         del context
-        result = await self._data_plane.infer(
-            payload=as_inference_request(request), name=request.model_name, version=request.model_version
-        )
-        result.parameters = None  # headers for HTTP
-        if not request.raw_input_contents:
-            return ModelInferResponseConverter.from_types(result)
-        return ModelInferResponseConverter.from_types(result, use_raw=True)
+        asked = as_request(request)
+        outputs = await self._data_plane.answer(asked)
+        return as_response(asked, self._data_plane.version, outputs, raw=bool(request.raw_input_contents))
 
 
-def as_inference_request(request: pb.ModelInferRequest) -> InferenceRequest:
-    """The message as MLServer's handlers take it. Raw contents stay bytes; MLServer would make a number of each byte.
+def as_request(message: pb.ModelInferRequest) -> Request:
+    """The message as the runtime takes it; raw contents stay bytes, where MLServer would make a number of each byte.
 
     Raises:
         MLServerError: inputs and raw contents don't belong together.
     """
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise MLServerError(f"{len(request.inputs)} inputs with {len(raw)} raw contents; expected one each")
-    contents = raw or [contents_of(tensor.contents) for tensor in request.inputs]
-    inputs = [
-        RequestInput.model_construct(
+    raw = list(message.raw_input_contents)
+    if raw and len(raw) != len(message.inputs):
+        raise MLServerError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
+    contents = raw or [contents_of(tensor.contents) for tensor in message.inputs]
+    tensors = [
+        Tensor(
             name=tensor.name,
             datatype=tensor.datatype,
             shape=list(tensor.shape),
-            parameters=Parameters(content_type=tensor.parameters["content_type"].string_param)
-            if "content_type" in tensor.parameters
-            else None,
-            data=TensorData.model_construct(root=data),
+            data=data,
+            is_base64="content_type" in tensor.parameters
+            and tensor.parameters["content_type"].string_param == "base64",
         )
-        for tensor, data in zip(request.inputs, contents, strict=True)
+        for tensor, data in zip(message.inputs, contents, strict=True)
     ]
-    outputs = [RequestOutput.model_construct(name=output.name) for output in request.outputs]
-    return InferenceRequest.model_construct(
-        id=request.id or None, parameters=None, inputs=inputs, outputs=outputs or None
-    )
+    outputs = [output.name for output in message.outputs]
+    return Request(message.model_name, message.model_version, message.id or None, tensors, outputs or None)
+
+
+def as_response(request: Request, version: str, outputs: dict[str, np.ndarray], raw: bool) -> pb.ModelInferResponse:
+    """The message for the outputs of `request`, in raw contents or in those of each datatype."""
+    response = pb.ModelInferResponse(model_name=request.model, model_version=version, id=request.request_id)
+    for name, values in outputs.items():
+        output = response.outputs.add(name=name, datatype=OUTPUTS[name], shape=values.shape)
+        strings = [text.encode() for text in values.flat] if OUTPUTS[name] == "BYTES" else None
+        if strings is not None:
+            output.parameters["content_type"].string_param = "str"
+        if raw:
+            response.raw_output_contents.append(
+                values.astype(values.dtype.newbyteorder("<")).tobytes() if strings is None else pack_strings(strings)
+            )
+        elif strings is not None:
+            output.contents.bytes_contents.extend(strings)
+        else:
+            getattr(output.contents, CONTENTS[OUTPUTS[name]]).extend(values.ravel().tolist())
+    return response
 
 
 def contents_of(contents: pb.InferTensorContents) -> list[Any] | bytes:
@@ -124,7 +138,7 @@ def contents_of(contents: pb.InferTensorContents) -> list[Any] | bytes:
 class BoundGRPCServer(GRPCServer):
     """MLServer's gRPC server with our servicer and limits, on an address that is its own."""
 
-    def __init__(self, settings: Settings, data_plane: DataPlane, *, max_requests: int):
+    def __init__(self, settings: Settings, data_plane: CheckedDataPlane, *, max_requests: int):
         """Serves at most `max_requests` at once."""
         super().__init__(settings, data_plane, None)
         self._max_requests = max_requests

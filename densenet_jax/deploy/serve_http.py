@@ -59,7 +59,8 @@ class Limited:
         length = headers.get(b"content-length", b"0")
         announced = int(length) if length.isdigit() and len(length) < 20 else 0
         try:
-            return await asyncio.wait_for(self._read(receive, announced), self._body_secs)
+            async with asyncio.timeout(self._body_secs):
+                return await self._read(receive, announced)
         except TimeoutError as error:
             raise Refused(408, f"the body did not arrive within {self._body_secs:.0f} seconds") from error
 
@@ -101,10 +102,10 @@ def replaying(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def answer(send: Send, status: int, why: str) -> None:
-    """Answers with an error, in the protocol's form."""
+async def answer(send: Send, status: int, why: str, *, close: bool = True) -> None:
+    """Answers with an error, in the protocol's form; `close` ends the connection, of which something may be unread."""
     body = json.dumps({"error": why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")]
+    headers += [(b"connection", b"close")] if close else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

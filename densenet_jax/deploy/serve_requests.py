@@ -17,7 +17,7 @@ import numpy as np
 from densenet_jax.errors import UserError
 
 PIXELS, ENCODED = "image", "image_bytes"
-# What may stand in a request's id, which comes back in a header of the answer.
+# Of a request's id, which comes back in the answer.
 MAX_ID_LENGTH = 128
 
 
@@ -42,6 +42,25 @@ class Tensor:
     shape: Sequence[int]
     data: Any
     is_base64: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request for inference, of either protocol.
+
+    Attributes:
+        model: the name it asks for.
+        version: of the model; "" is any.
+        request_id: comes back in the answer; None: there is none.
+        tensors: its inputs.
+        outputs: names of those it wants; None: all.
+    """
+
+    model: str
+    version: str
+    request_id: str | None
+    tensors: Sequence[Tensor]
+    outputs: Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +175,13 @@ def unpack_strings(raw: bytes, most: int) -> list[bytes]:
     return strings
 
 
+def pack_strings(strings: Sequence[bytes]) -> bytes:
+    """The reverse of `unpack_strings`."""
+    return b"".join(len(string).to_bytes(4, "little") + string for string in strings)
+
+
 def check_id(request_id: Any) -> None:
-    """Checks what comes back in a header of the answer.
+    """Checks what comes back in the answer.
 
     Raises:
         RequestError: it is too long, or has other characters than printable ASCII.

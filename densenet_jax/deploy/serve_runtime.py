@@ -1,166 +1,109 @@
-"""The model as MLServer's runtime: requests are checked and decoded one by one, then share batches.
+"""The model as MLServer's runtime: requests are checked and decoded one by one, and computed together.
 
-MLServer's adaptive batcher joins requests as they come, so that a bad one, or a client that goes away, would fail all
-that share its batch. Here it is given checked pixels only, by tasks that outlive their clients.
+MLServer's adaptive batcher joins requests as they come and waits for more, so that a bad one, or a client that goes
+away, fails all that share its batch, and one that is alone waits for nobody. Here checked pixels only are joined:
+those that have come while the device was busy.
 """
 
 import asyncio
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from mlserver import MLModel, ModelSettings
-from mlserver.batching.adaptive import AdaptiveBatcher
 from mlserver.errors import InferenceError
-from mlserver.types import (
-    Datatype,
-    InferenceRequest,
-    InferenceResponse,
-    MetadataTensor,
-    Parameters,
-    RequestInput,
-    ResponseOutput,
-    TensorData,
-)
+from mlserver.types import Datatype, MetadataTensor, Parameters
 from prometheus_client import Counter
 
 from densenet_jax.deploy.predictor import Predictor
 from densenet_jax.deploy.serve_batches import in_batches
-from densenet_jax.deploy.serve_requests import ENCODED, PIXELS, Reader, RequestError, Tensor, wanted_outputs
+from densenet_jax.deploy.serve_queue import WorkQueue
+from densenet_jax.deploy.serve_requests import ENCODED, PIXELS, Reader, Request, RequestError, Tensor, wanted_outputs
 
 PROBABILITIES = "probabilities"
 BEST = 5  # classes in the outputs that name the best
 DECODING_THREADS = 2
+DECODED_TOGETHER = 16  # requests: handing one to a thread costs as much as decoding a small picture
 BATCHES = Counter("served_batches", "Batches that were computed, each of one or more requests.")
 IMAGES = Counter("served_images", "Images that were computed.")
 
 
-class Engine(MLModel):
-    """Computes what the batcher has joined, one batch at a time."""
+class ImageClassifier(MLModel):
+    """The runtime: from a request of the protocol to its outputs."""
 
-    def __init__(self, settings: ModelSettings, predictor: Predictor):
+    def __init__(
+        self, settings: ModelSettings, predictor: Predictor, *, max_images: int, batch_wait_secs: float
+    ) -> None:
+        """Compiles nothing yet; `serve` says what the arguments mean."""
         super().__init__(settings)
         self._predictor = predictor
-        self._device = ThreadPoolExecutor(1, "device")
-
-    async def compile(self) -> None:
-        """Compiles all batch sizes, so that no request waits for it."""
-        await asyncio.get_running_loop().run_in_executor(self._device, self._predictor.compile)
-
-    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """Probabilities of the images of all requests of a batch."""
-        pixels = payload.inputs[0]
-        images = np.frombuffer(pixels.data.root, np.uint8).reshape(pixels.shape)
-        rows = await asyncio.get_running_loop().run_in_executor(self._device, self._compute, images)
-        BATCHES.inc()
-        IMAGES.inc(len(rows))
-        data = TensorData.model_construct(root=rows.reshape(-1))
-        output = ResponseOutput.model_construct(
-            name=PROBABILITIES, datatype="FP32", shape=list(rows.shape), parameters=None, data=data
-        )
-        return InferenceResponse.model_construct(model_name=self.name, parameters=None, outputs=[output])
-
-    def _compute(self, images: np.ndarray) -> np.ndarray:
-        return in_batches(images, self._predictor.batch_sizes, self._predictor.probabilities)
-
-
-class Batcher(AdaptiveBatcher):
-    """MLServer's batcher, which here waits for the batch under way: meanwhile more requests come for the next one."""
-
-    async def _batcher(self) -> None:
-        async for batch in self._batch_requests():
-            computing = asyncio.create_task(self._predict_fn(batch.merged_request))
-            await asyncio.wait([computing])
-            self._predict_callback(batch, computing)
-
-
-class ImageClassifier(MLModel):
-    """The runtime: from a request of the protocol to its answer."""
-
-    def __init__(self, settings: ModelSettings, predictor: Predictor, engine: Engine, max_images: int):
-        super().__init__(settings)
         self._best = functools.partial(predictor.best, topk=BEST)
         self._reader = Reader(predictor.image_shape, max_images, predictor.preprocess)
-        self._engine = engine
-        self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
-        batches = engine.settings.max_batch_size > 1 and engine.settings.max_batch_time > 0
-        self._compute = Batcher(engine).predict if batches else engine.predict
+        self._decode = WorkQueue(self._read_all, name="decode", most=DECODED_TOGETHER, workers=DECODING_THREADS)
+        self._compute = WorkQueue(
+            self._compute_all, name="device", most=predictor.batch_sizes[-1], size=len, wait_secs=batch_wait_secs
+        )
         self.requests_served = self.images_served = 0
         self.failure: Exception | None = None
 
     async def load(self) -> bool:
         """Compiles; MLServer reports ready only afterwards. It hides what went wrong, which stands in `failure`."""
         try:
-            await self._engine.compile()
+            await asyncio.get_running_loop().run_in_executor(None, self._predictor.compile)
         except Exception as error:
             self.failure = error
             raise
         return True
 
-    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """Answers one request.
+    async def answer(self, request: Request) -> dict[str, np.ndarray]:
+        """The outputs that a request asks for, by name: arrays of the datatypes of `OUTPUTS`.
 
         Raises:
-            InferenceError: the request is at fault; MLServer answers with status 400, gRPC's INVALID_ARGUMENT.
+            InferenceError: the request is at fault: status 400, gRPC's INVALID_ARGUMENT.
         """
         try:
-            names = wanted_outputs(payload.outputs and [output.name for output in payload.outputs], OUTPUTS)
-            tensors = [as_tensor(tensor) for tensor in payload.inputs]
-            images = await asyncio.get_running_loop().run_in_executor(self._decoding, self._reader.read, tensors)
+            names = wanted_outputs(request.outputs, OUTPUTS)
+            # Raw pixels take no time; everything else is kept away from the event loop.
+            is_raw = all(tensor.name == PIXELS and isinstance(tensor.data, bytes) for tensor in request.tensors)
+            images = self._reader.read(request.tensors) if is_raw else await self._decode(request.tensors)
         except RequestError as error:
             raise InferenceError(str(error)) from error
-        rows = await self._probabilities(images)
+        rows = await self._compute(images)
         self.requests_served += 1
         self.images_served += len(images)
-        return InferenceResponse.model_construct(
-            model_name=self.name, model_version=self.version, outputs=self._outputs(rows, names)
-        )
+        return self._outputs(rows, names)
 
-    async def _probabilities(self, images: np.ndarray) -> np.ndarray:
-        pixels = RequestInput.model_construct(
-            name=PIXELS,
-            datatype="UINT8",
-            shape=list(images.shape),
-            parameters=None,
-            data=TensorData.model_construct(root=images.tobytes()),
-        )
-        request = InferenceRequest.model_construct(inputs=[pixels], outputs=None, parameters=None)
-        # A client that goes away cancels its own request only: the batcher can't take one out of a batch.
-        answer = await asyncio.shield(self._compute(request))
-        return np.asarray(answer.outputs[0].data.root, np.float32).reshape(len(images), -1)
+    def _read_all(self, requests: Sequence[Sequence[Tensor]]) -> list[np.ndarray | Exception]:
+        found: list[np.ndarray | Exception] = []
+        for tensors in requests:
+            try:
+                found.append(self._reader.read(tensors))
+            except Exception as error:
+                found.append(error)
+        return found
 
-    def _outputs(self, rows: np.ndarray, names: Sequence[str]) -> list[ResponseOutput]:
+    def _compute_all(self, requests: Sequence[np.ndarray]) -> list[np.ndarray]:
+        images = requests[0] if len(requests) == 1 else np.concatenate(requests)
+        rows = in_batches(images, self._predictor.batch_sizes, self._predictor.probabilities)
+        BATCHES.inc()
+        IMAGES.inc(len(images))
+        return np.split(rows, np.cumsum([len(request) for request in requests[:-1]]))
+
+    def _outputs(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        if names == [PROBABILITIES]:
+            return {PROBABILITIES: rows}
         best = [self._best(row) for row in rows]
         values = {
             PROBABILITIES: rows,
-            "class_ids": np.asarray([[one.class_id for one in row] for row in best]),
+            "class_ids": np.asarray([[one.class_id for one in row] for row in best], np.int32),
             "labels": np.asarray([[one.label for one in row] for row in best], dtype=object),
-            "top_probabilities": np.asarray([[one.probability for one in row] for row in best]),
+            "top_probabilities": np.asarray([[one.probability for one in row] for row in best], np.float32),
         }
-        return [
-            ResponseOutput.model_construct(
-                name=name,
-                datatype=OUTPUTS[name],
-                shape=list(values[name].shape),
-                parameters=Parameters(content_type="str") if OUTPUTS[name] == "BYTES" else None,
-                data=TensorData.model_construct(root=values[name].reshape(-1).tolist()),
-            )
-            for name in names
-        ]
+        return {name: values[name] for name in names}
 
 
 # Outputs and their datatypes.
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
-
-
-def as_tensor(given: RequestInput) -> Tensor:
-    """An input as the reader takes it; gRPC's has bytes where JSON has base64."""
-    data = getattr(given.data, "root", given.data)
-    parameters = given.parameters
-    from_grpc = isinstance(data, bytes) or (isinstance(data, list) and bool(data) and isinstance(data[0], bytes))
-    is_base64 = not from_grpc or (parameters is not None and parameters.content_type == "base64")
-    return Tensor(given.name, str(given.datatype), given.shape, data, is_base64)
 
 
 def metadata(predictor: Predictor) -> dict[str, list[MetadataTensor]]:

@@ -6,25 +6,24 @@ import html
 import importlib.resources
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from mlserver import MLServer, ModelSettings, Settings
-from mlserver.errors import MLServerError
-from mlserver.handlers import DataPlane
 from mlserver.metrics.prometheus import PrometheusEndpoint
 from mlserver.model import MLModel
 from mlserver.registry import MultiModelRegistry
 from mlserver.rest.server import RESTServer
-from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse
 from starlette.exceptions import HTTPException
 
+from densenet_jax.deploy.serve_dataplane import CheckedDataPlane
 from densenet_jax.deploy.serve_grpc import BoundGRPCServer
 from densenet_jax.deploy.serve_http import Limited
-from densenet_jax.deploy.serve_requests import RequestError, check_id, shortened
+from densenet_jax.deploy.serve_requests import shortened
+from densenet_jax.deploy.serve_rest import Inference
+from densenet_jax.deploy.serve_runtime import ImageClassifier
 
 BODY_SECS = 30.0  # in which a request's body has to arrive
 MAX_REQUESTS = 256  # under way at once, of each protocol; more are told to come again
@@ -32,51 +31,13 @@ STOP_SECS = 5  # in which requests under way may end
 MODEL = "/v2/models/{model_name}"
 # All else of MLServer's routes would let anybody load and unload models, or brings pages that need another host.
 ROUTES = {"/v2", "/v2/health/live", "/v2/health/ready"} | {
-    f"{model}{what}" for model in (MODEL, MODEL + "/versions/{model_version}") for what in ("", "/ready", "/infer")
+    f"{model}{what}" for model in (MODEL, MODEL + "/versions/{model_version}") for what in ("", "/ready")
 }
 # The page may run what stands in it and speak to this server, and nothing else.
 PAGE_POLICY = (
     "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class CheckedDataPlane:
-    """MLServer's handlers, behind a check of names: MLServer keeps metrics of every name that anybody ever sent."""
-
-    def __init__(self, inner: DataPlane, registry: MultiModelRegistry):
-        self._inner = inner
-        self._registry = registry
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    async def _check(self, name: str, version: str | None) -> None:
-        try:
-            await self._registry.get_model(name, version)
-        except MLServerError as error:
-            which = f" of version {shortened(version)}" if version else ""
-            raise MLServerError(f"there is no model {shortened(name)}{which}", error.status_code) from error
-
-    async def model_ready(self, name: str, version: str | None = None) -> bool:
-        """Whether the model is compiled."""
-        await self._check(name, version)
-        return await self._inner.model_ready(name, version)
-
-    async def model_metadata(self, name: str, version: str | None = None) -> MetadataModelResponse:
-        """Inputs and outputs."""
-        await self._check(name, version)
-        return await self._inner.model_metadata(name, version)
-
-    async def infer(self, payload: InferenceRequest, name: str, version: str | None = None) -> InferenceResponse:
-        """The answer to one request."""
-        await self._check(name, version)
-        if payload.id is not None:
-            try:
-                check_id(payload.id)
-            except RequestError as error:
-                raise MLServerError(str(error)) from error
-        return await self._inner.infer(payload, name, version or None)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -90,10 +51,13 @@ class _Uvicorn(uvicorn.Server):
 class BoundRESTServer(RESTServer):
     """MLServer's REST server on a socket that is bound already, with our page and limits and fewer routes."""
 
-    def __init__(self, settings: Settings, data_plane: DataPlane, *, listener: socket.socket, max_body_bytes: int):
+    def __init__(
+        self, settings: Settings, data_plane: CheckedDataPlane, *, listener: socket.socket, max_body_bytes: int
+    ):
         super().__init__(settings, data_plane, None)
         self._listener = listener
         self._max_body_bytes = max_body_bytes
+        self._checked = data_plane
         keep_routes(self._app)
         add_error_handlers(self._app)
         self._app.add_route("/metrics", PrometheusEndpoint(settings).handle_metrics)
@@ -106,7 +70,8 @@ class BoundRESTServer(RESTServer):
 
     async def start(self) -> None:
         """Serves until it is stopped."""
-        limited = Limited(self._app, max_body_bytes=self._max_body_bytes, body_secs=BODY_SECS)
+        inference = Inference(self._app, self._checked)
+        limited = Limited(inference, max_body_bytes=self._max_body_bytes, body_secs=BODY_SECS)
         settings = uvicorn.Config(
             limited,
             access_log=False,
@@ -152,7 +117,7 @@ def add_error_handlers(app: FastAPI) -> None:
 class OneModelServer(MLServer):
     """MLServer that serves `model` and is told by its maker where to listen."""
 
-    def __init__(self, settings: Settings, model: MLModel, listener: socket.socket, max_body_bytes: int):
+    def __init__(self, settings: Settings, model: ImageClassifier, listener: socket.socket, max_body_bytes: int):
         """Takes the gRPC address, too.
 
         Raises:
@@ -182,6 +147,6 @@ class OneModelServer(MLServer):
     def _create_servers(self) -> None:
         self._metrics_server = None  # the metrics are served beside the model
         self._kafka_server = None
-        checked = CheckedDataPlane(self._data_plane, self._model_registry)
+        checked = CheckedDataPlane(self._data_plane, self._model_registry, self._model)
         self._rest_server = self._make_rest(self._settings, checked)
         self._grpc_server = BoundGRPCServer(self._settings, checked, max_requests=MAX_REQUESTS)

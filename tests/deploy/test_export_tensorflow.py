@@ -31,15 +31,17 @@ import sys
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 interpreter = Interpreter(model_path="model.tflite")
-interpreter.allocate_tensors()
 (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 assert given["dtype"] is np.uint8, given
-outputs = []
-for image in np.load("images.npy"):
-    interpreter.set_tensor(given["index"], image[None])
+assert (given["shape_signature"][0], result["shape_signature"][0]) == (-1, -1)
+images, outputs = np.load("images.npy"), []
+for batch in np.split(images, [1, 4]):  # of 1, of 3, of the rest
+    interpreter.resize_tensor_input(given["index"], batch.shape, strict=True)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], batch)
     interpreter.invoke()
-    outputs.append(interpreter.get_tensor(result["index"])[0])
-np.save("outputs.npy", outputs)
+    outputs.append(interpreter.get_tensor(result["index"]))
+np.save("outputs.npy", np.concatenate(outputs))
 np.save("dtypes.npy", [str(tensor["dtype"].__name__) for tensor in interpreter.get_tensor_details()])
 assert not {"jax", "densenet_jax", "tensorflow"} & set(sys.modules)
 """
@@ -82,3 +84,13 @@ def test_coarser_tflite_is_smaller_and_near(precision, most, tmp_path):
     dtypes = set(np.load(tmp_path / "dtypes.npy").tolist())
     if precision == "int8":  # the bytes come in as they are; only the probabilities are given back as floats
         assert np.load(tmp_path / "dtypes.npy").tolist().count("float32") == 1, dtypes
+
+
+@uses_tflite
+def test_a_tflite_file_of_a_fixed_batch_takes_that_batch_only(tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    _, figures = export_small(tmp_path / "model.tflite", format="tflite", batch_size=2)
+    assert figures["max_abs_difference"] < 1e-6
+    (given,) = Interpreter(str(tmp_path / "model.tflite")).get_input_details()
+    assert given["shape_signature"].tolist() == [2, 32, 32, 3]

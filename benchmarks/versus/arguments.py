@@ -1,0 +1,29 @@
+"""The flags that the comparisons have in common, and what their defaults mean on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from versus import cases
+
+
+def comparison_parser(
+    description: str, *, models: list[str], batch_sizes: list[int], turns: int, turn_secs: float
+) -> argparse.ArgumentParser:
+    """A parser with every shared flag; the arguments are the defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=models, help="names of the variants table, or 'all'")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=batch_sizes)
+    parser.add_argument("--turns", type=int, default=turns, help="turns of each implementation")
+    parser.add_argument("--turn_secs", type=float, default=turn_secs, help="least length of a turn")
+    cases.add_arguments(parser)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the models named, the dtype that belongs to the device, and `on_gpu`."""
+    arguments = parser.parse_args()
+    arguments.on_gpu = cases.has_gpu()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.on_gpu else "float32")
+    arguments.models = cases.all_models(arguments.models)
+    return arguments
