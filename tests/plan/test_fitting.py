@@ -130,6 +130,7 @@ def test_two_accounts_that_differ_do_not_mislead():
 
     tried = []
     found = largest_that_fits(attempt, Attempt(2**21, False, 103_562 * 2**21, round(15.75 * 2**30)))
+    assert tried[0] == 162_816  # by the complaint's own limit; by the capacity it would be 165,888
     assert found.fitting <= CAPACITY / 111_000 < found.failing
     assert found.failing - found.fitting <= RESOLUTION * found.failing
     assert len(tried) <= 4
