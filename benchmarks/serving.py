@@ -4,7 +4,8 @@
 
 Starts a server of each kind with a drawn model, puts so many clients to it that each send one image, wait for the
 answer and go on, and takes turns between the two servers, of which the other one is idle. Clients and servers share the
-machine; a server's processor time a request is told as well, since it holds on a machine that has other work.
+machine; the processor time of the server and of the clients for a request is told as well: the server's holds on a
+machine that has other work, and where both together fill the cores, the clients' is missing from the server.
 `compute` rows tell what the model alone does, called in batches of one and of the largest size: more than their ratio
 can't be gained by batches.
 """
@@ -156,14 +157,14 @@ def compute_rows(flags: list[str], rounds: int) -> list[dict]:
                 predictor.probabilities(images)
                 count += size
             rate, cpu = count / (time.perf_counter() - start), (time.process_time() - started_cpu) / count
-            found[kind].append(([], rate, cpu))
+            found[kind].append(([], rate, cpu, 0.0))
     return [row_of("compute", kind, 1, results) for kind, results in found.items()]
 
 
-def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float], float, float]]) -> dict:
-    """Medians over the rounds, each of (latencies, requests a second, processor seconds a request)."""
-    rates = [rate for _, rate, _ in found]
-    together = sorted(latency for latencies, _, _ in found for latency in latencies)
+def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float], float, float, float]]) -> dict:
+    """Medians over the rounds: latencies, requests a second, processor seconds a request of server and clients."""
+    rates = [rate for _, rate, _, _ in found]
+    together = sorted(latency for latencies, *_ in found for latency in latencies)
     cuts = statistics.quantiles(together, n=100) if together else None
     return {
         "protocol": protocol,
@@ -172,7 +173,8 @@ def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float]
         "requests_per_sec": round(statistics.median(rates), 1),
         "lowest": round(min(rates), 1),
         "highest": round(max(rates), 1),
-        "cpu_milliseconds": round(1e3 * statistics.median(secs for _, _, secs in found), 2),
+        "cpu_milliseconds": round(1e3 * statistics.median(secs for _, _, secs, _ in found), 2),
+        "clients_cpu_milliseconds": round(1e3 * statistics.median(secs for *_, secs in found), 2),
         "p50_milliseconds": cuts and round(cuts[49] * 1e3, 1),
         "p99_milliseconds": cuts and round(cuts[98] * 1e3, 1),
     }
@@ -201,10 +203,11 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for protocol, kind, count in cases:
                 coming = load(protocol, servers[kind], model, messages[protocol], count, arguments.secs)
-                before = cpu_secs(servers[kind][2])
+                before, clients_before = cpu_secs(servers[kind][2]), time.process_time()
                 latencies, secs = asyncio.run(coming)
                 used = (cpu_secs(servers[kind][2]) - before) / len(latencies)
-                found[protocol, kind, count].append((latencies, len(latencies) / secs, used))
+                clients_used = (time.process_time() - clients_before) / len(latencies)
+                found[protocol, kind, count].append((latencies, len(latencies) / secs, used, clients_used))
         rows += [row_of(*case, results) for case, results in found.items()]
     show(rows)
     if arguments.output:
@@ -223,17 +226,18 @@ def show(rows: list[dict]) -> None:
     """Prints the table, with the gain of shared batches in requests a second and in processor time."""
     print(
         f"{'protocol':10}{'batches':10}{'clients':>8}{'requests/s':>12}{'range':>14}{'p50 ms':>9}{'p99 ms':>9}"
-        f"{'cpu ms':>9}{'gain':>7}{'cpu':>6}"
+        f"{'cpu ms':>9}{'clients':>9}{'gain':>7}{'cpu':>6}"
     )
     single = {(row["protocol"], row["clients"]): row for row in rows if row["batches"] == "single"}
     for row in rows:
         other = single[row["protocol"], row["clients"]]
         gain = row["requests_per_sec"] / other["requests_per_sec"]
         cpu = other["cpu_milliseconds"] / row["cpu_milliseconds"]
+        clients = row["clients_cpu_milliseconds"]
         spread, p50, p99 = f"{row['lowest']:.0f}-{row['highest']:.0f}", row["p50_milliseconds"], row["p99_milliseconds"]
         print(
             f"{row['protocol']:10}{row['batches']:10}{row['clients']:8}{row['requests_per_sec']:12.0f}{spread:>14}"
-            f"{p50 or '':>9}{p99 or '':>9}{row['cpu_milliseconds']:9.2f}{gain:7.2f}{cpu:6.2f}"
+            f"{p50 or '':>9}{p99 or '':>9}{row['cpu_milliseconds']:9.2f}{clients:9.2f}{gain:7.2f}{cpu:6.2f}"
         )
 
 

@@ -270,7 +270,7 @@ def _layer_backward(
     groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
     if arithmetic.kernels != "xla":
         found = fused_reader.add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic.kernels)
-    elif adds_in_place(saved.maps, total, layer.first, groups, arithmetic):
+    elif arithmetic.library and adds_in_place(saved.maps, total, layer.first, groups):
         found = add_read_gradients(total, saved.maps, layer.first, gradient)
     else:
         start = layer.first.scale.shape[0]

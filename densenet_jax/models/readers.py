@@ -161,9 +161,9 @@ def read_gradients(
     )
 
 
-def adds_in_place(x: Array, total: Array, reader: Reader, groups: int, arithmetic: Arithmetic) -> bool:
-    """Whether `add_read_gradients` takes these operands."""
-    return arithmetic.library and groups == 1 and total.dtype == x.dtype and cpu.usable(*_operands(x, reader))
+def adds_in_place(x: Array, total: Array, reader: Reader, groups: int) -> bool:
+    """Whether the CPU's library takes these operands of `add_read_gradients`."""
+    return groups == 1 and total.dtype == x.dtype and cpu.usable(*_operands(x, reader))
 
 
 def add_read_gradients(

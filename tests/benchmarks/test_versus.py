@@ -51,13 +51,63 @@ def test_train_step(tmp_path):
 
 @pytest.mark.slow
 def test_latency(tmp_path):
-    table, rows = run("latency", tmp_path / "rows.json", "--batch_sizes", "1", "2", "--runtimes", "jax")
+    path, arguments = tmp_path / "rows.json", ("--runtimes", "jax", "--resume", "--batch_sizes")
+    _, first = run("latency", path, *arguments, "1")
+    table, rows = run("latency", path, *arguments, "1", "2")
+    assert rows[0] == first[0]  # kept, not measured again
     assert [(row["model"], row["batch_size"], row["runtime"]) for row in rows] == [
         ("densenet_bc_22_12", 1, "jax"),
         ("densenet_bc_22_12", 2, "jax"),
     ]
     assert all(0 < row["p50"] <= row["p99"] for row in rows)
-    assert all(f"{row['p50']:.2f} / {row['p99']:.2f}" in table for row in rows)
+    assert all(row["calls"] >= row["turns"] == 2 for row in rows)
+    assert table.splitlines()[0] == "| p50, ms | batch 1, jax | batch 2, jax |"
+    assert table.splitlines()[2].startswith(f"| densenet_bc_22_12 | {rows[0]['p50']:.2f} | ")
+
+
+def test_rows_are_on_disk_at_once_and_only_gone_on_with_by_the_same_versions(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from versus.rows import Rows
+
+    path = str(tmp_path / "rows.json")
+    Rows(path, resume=False).add([{"model": "a", "p50": 1.0}], {"jax": "1"}, "cpu")
+    resumed = Rows(path, resume=True)
+    assert resumed.has(model="a")
+    assert not resumed.has(model="b")
+    resumed.add([{"model": "b", "p50": 2.0}], {"torch": "2"}, "cpu")
+    assert [row["model"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["a", "b"]
+    with pytest.raises(SystemExit, match="jax was 1 and is 3"):
+        Rows(path, resume=True).add([{"model": "c"}], {"jax": "3"}, "cpu")
+
+
+def test_a_kept_worker_serves_the_next_case_unless_it_has_failed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from versus.kept import KeptWorkers
+
+    class Fake:
+        def __init__(self, **answer):
+            self.answer, self.stopped = answer, False
+
+        def ask(self, request, **arguments):
+            return self.answer
+
+        def stop(self):
+            self.stopped = True
+
+    good, bad, fresh = Fake(), Fake(error="out of memory"), Fake()
+    with KeptWorkers() as workers:
+        for _ in range(2):
+            held = workers.start("good", lambda: good)
+            held.ask("prepare")
+            held.stop()
+            assert not good.stopped
+        held = workers.start("bad", lambda: bad)
+        held.ask("prepare")
+        held.stop()
+        assert bad.stopped
+        workers.start("bad", lambda: fresh)
+    assert good.stopped
+    assert fresh.stopped
 
 
 @pytest.fixture
