@@ -120,9 +120,7 @@ def _begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
     """The storage of a block's normalised maps, holding the first."""
     if arithmetic.storage == "arrays":
         return (first,)
-    if arithmetic.kernels != "xla":  # which read whole tiles, past a reader's last channel
-        return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
-    return _put(lax.empty((*first.shape[:3], width), first.dtype), first, 0)
+    return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
 
 
 def _put(maps: Any, new: Array, start: int) -> Any:
