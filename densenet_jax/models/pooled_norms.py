@@ -38,6 +38,7 @@ from densenet_jax.models.readers import (
     Reader,
     contract,
     normalisation_gradient,
+    rectifier_gradients,
     rectify,
     sum_by_group,
 )
@@ -79,11 +80,8 @@ _rectified_average.defvjp(_average_forward, _average_backward)
 
 def _rectifier_gradients(x: Array, scale: Array, bias: Array, rectified: Array, gradient: Array) -> tuple:
     """From the gradient of relu(scale * x + bias) to those of x, scale and bias, in their dtypes."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    is_open = jnp.where(rectified > 0, gradient, jnp.zeros_like(gradient)).astype(wide)
-    of_x = (is_open * scale.astype(wide)[None, None, None, :]).astype(x.dtype)
-    of_scale, of_bias = (sum_by_group(v, 1)[0] for v in (is_open * x.astype(wide), is_open))
-    return of_x, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    of_x, of_scale, of_bias = rectifier_gradients(gradient, rectified, x, scale, 1)
+    return of_x.astype(x.dtype), of_scale[0].astype(scale.dtype), of_bias[0].astype(bias.dtype)
 
 
 def _strided(rectified: Array, quarters: Array) -> Array:

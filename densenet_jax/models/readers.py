@@ -149,16 +149,24 @@ def read_gradients(
         of_x, of_scale, of_bias, of_kernel = cpu.gradients(*operands, gradient)
         return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
     x = x[..., : reader.scale.shape[0]]
-    wide = _wide(x.dtype)
     activation = rectify(x, reader.scale, reader.bias)
     rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)
-    rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified)).astype(wide)
-    return ReaderGradients(
-        inputs=rectified * reader.scale.astype(wide)[None, None, None, :],
-        scale=sum_by_group(rectified * x.astype(wide), groups),
-        bias=sum_by_group(rectified, groups),
-        kernel=_contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic),
-    )
+    kernel = _contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic)
+    return ReaderGradients(*rectifier_gradients(rectified, activation, x, reader.scale, groups), kernel)
+
+
+def rectifier_gradients(
+    gradient: Float[Array, "b h w c"],
+    activation: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    groups: int,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "g c"], Float[Array, "g c"]]:
+    """From the gradient of the activation relu(scale * x + bias) to those of x, scale and bias, float32 or wider."""
+    wide = _wide(x.dtype)
+    opened = jnp.where(activation > 0, gradient, jnp.zeros_like(gradient)).astype(wide)
+    of_scale, of_bias = sum_by_group(opened * x.astype(wide), groups), sum_by_group(opened, groups)
+    return opened * scale.astype(wide)[None, None, None, :], of_scale, of_bias
 
 
 def adds_in_place(x: Array, total: Array, reader: Reader, groups: int) -> bool:

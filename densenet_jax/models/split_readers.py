@@ -21,8 +21,8 @@ from densenet_jax.models.readers import (
     contract,
     read,
     read_gradients,
+    rectifier_gradients,
     rectify,
-    sum_by_group,
 )
 
 
@@ -113,18 +113,8 @@ def _part_gradients(
     x = x[..., : reader.scale.shape[0]]
     activation = rectify(x, reader.scale, reader.bias)
     _, pullback = jax.vjp(lambda a: tuple(contract(a, kernel, arithmetic) for kernel in reader.kernels), activation)
-    inputs, scale, bias = _through_rectifier(pullback(tuple(gradients))[0], activation, x, reader.scale, groups)
+    inputs, scale, bias = rectifier_gradients(pullback(tuple(gradients))[0], activation, x, reader.scale, groups)
     return MultiGradients((inputs,), scale, bias, kernels)
-
-
-def _through_rectifier(
-    gradient: Array, activation: Array, x: Array, scale: Array, groups: int
-) -> tuple[Array, Array, Array]:
-    """From the gradient of relu(scale * x + bias) to those of x, scale and bias."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    opened = jnp.where(activation > 0, gradient, jnp.zeros_like(gradient)).astype(wide)
-    of_scale, of_bias = sum_by_group(opened * x.astype(wide), groups), sum_by_group(opened, groups)
-    return opened * scale.astype(wide)[None, None, None, :], of_scale, of_bias
 
 
 def read_grouped(
@@ -153,4 +143,4 @@ def read_grouped_gradients(
 
     _, pullback = jax.vjp(convolved, activation, reader.kernel)
     rectified, kernel = pullback(gradient)
-    return ReaderGradients(*_through_rectifier(rectified, activation, x, reader.scale, groups), kernel)
+    return ReaderGradients(*rectifier_gradients(rectified, activation, x, reader.scale, groups), kernel)
