@@ -22,7 +22,6 @@ from densenet_jax.models.layers import (
     average_pool,
     blur_pool,
     dropout,
-    folded_norm,
     global_average_pool,
     max_pool,
 )
@@ -60,9 +59,10 @@ class Transition(nn.Module):
             return pool(dropout(convolution(jax.nn.relu(norm(x, train))), rate, self.make_rng("dropout")))
         if self.arithmetic is None:
             return pool(convolution(jax.nn.relu(norm(x, train))))
+        if self.blur or self.options.norm.folded:
+            return convolution(pool(jax.nn.relu(norm(x, train))))
         values, scale, bias = norm.reading(x, train)
-        if self.blur or scale is None or self.options.norm.folded:
-            return convolution(pool(jax.nn.relu(folded_norm(values, scale, bias, dtype))))
+        assert scale is not None  # which is folded away behind a convolution only
         return read_pooled(values.astype(dtype), Reader(scale, bias, convolution.kernel), self.arithmetic)
 
 

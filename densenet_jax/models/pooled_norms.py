@@ -28,7 +28,6 @@ from densenet_jax.models.layers import (
     batch_moments,
     convolve,
     fold_running,
-    folded_norm,
     max_pool,
     normalise,
     scale_shift,
@@ -127,8 +126,7 @@ def norm_relu_max_pool(
       train: batch statistics instead of running ones.
     """
     if norm.options.folded:
-        _, scale, bias = norm.reading(jnp.zeros((1, 1, 1, norm.features), norm.dtype), train)
-        return jax.nn.relu(folded_norm(max_pool(convolution(x), repeat_border=True), scale, bias, norm.dtype))
+        return jax.nn.relu(norm(max_pool(convolution(x), repeat_border=True), train))  # its scale is the kernel's
     arrays = norm.arrays()
     signs = lax.stop_gradient(jnp.where(arrays.scale < 0, -1, 1).astype(arrays.scale.dtype))
     y = convolution(x, signs)

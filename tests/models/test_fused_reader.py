@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from densenet_jax.errors import UserError
@@ -13,6 +12,7 @@ from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dens
 from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.normalize_once import normalize_once
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
+from tests.models.comparing import largest_error
 
 INTERPRETED = functools.partial(normalize_once, platform="gpu", kernels="interpret")
 CASES = {
@@ -49,16 +49,6 @@ def results(form, dtype, options, shardings=None, batch=4, layers=2):
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, outputs), gradients = jax.jit(run, in_shardings=shardings)(variables["params"], x)
     return outputs, gradients
-
-
-def largest_error(found, expected):
-    """Of any leaf, relative to that leaf's largest value."""
-
-    def error(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
-
-    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
 
 
 @pytest.mark.parametrize(
