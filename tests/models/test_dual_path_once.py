@@ -30,7 +30,7 @@ CASES = {
     "frozen inside blocks": ("dpn68", {"frozen_norms": "conv2_1/c3x3_b|conv3_2/c1x1_c"}),
     "paths frozen here and there": ("dpn68", {"frozen_norms": "conv2_1/c1x1_a|conv3_2/c1x1_a"}),
 }
-QUICK_PLATFORMS = {"remat": ["tpu"], "frozen inside blocks": ["cpu"]}
+QUICK_PLATFORMS = {"remat": ["tpu"]}
 EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK_PLATFORMS else pytest.mark.slow) for case in CASES]
 
 
@@ -60,6 +60,7 @@ def test_every_variant_is_the_plain_form_s(name):
         assert largest_error(run(f"normalize_once_{platform}"), run("plain")) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_derivative_is_caught(monkeypatch):
     """The dense path's gradients of earlier blocks are forgotten: neither outputs nor statistics show it."""
     exact = dual_path_arithmetic._first_backward
@@ -137,6 +138,7 @@ def test_devices_agree_on_the_statistics_of_each_map_once():
     assert largest_error(found, jax.jit(run)(variables, images)) < 1e-4
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_over_eight_devices():
     mesh = make_mesh()
     module, variables = _network("normalize_once")
