@@ -52,7 +52,8 @@ DUAL_PATHS = [name for name, variant in VARIANTS.items() if isinstance(variant.a
 def test_every_variant_is_the_plain_form_s(name):
     """With its own stem, paths, increments and projections; fewer and thinner blocks.
 
-    With a narrower stem all of its rectifiers are open or closed throughout, and its bias' gradient is 0 but for rounding.
+    With a narrower stem all of its rectifiers are open or closed throughout; its bias' gradient is then 0 but for
+    rounding.
     """
     facts = VARIANTS[name].architecture
     sizes = tuple(min(blocks, 2) for blocks in facts.block_sizes[:2])
