@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.name = "densenet121"  # a name of densenet_jax.list_models()
     model.pretrained = ""  # start from these weights: a hub id, a .safetensors or a .pth file
     model.num_classes = 0  # 0: as many as the data set has
-    model.dtype = "float32"  # or bfloat16, float16: of activations and products; parameters and losses stay float32
+    model.dtype = "float32"  # or bfloat16, float16, float64: of activations and products; parameters stay float32
     model.classifier_dropout = 0.0  # rate before the classifier
     model.layer_dropout = 0.0  # rate after the convolutions of a dense layer (the paper's 0.2 without augmentation)
     model.batch_norm_momentum = 0.9  # kept share of the running statistics (0.9 here is 0.1 in torch)

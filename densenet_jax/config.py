@@ -48,7 +48,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
     "model.num_classes": ("0 or more", _NOT_NEGATIVE),
-    "model.dtype": ("float32, bfloat16 or float16", lambda value: value in ("float32", "bfloat16", "float16")),
+    "model.dtype": (
+        "float32, bfloat16, float16 or float64",
+        lambda value: value in ("float32", "bfloat16", "float16", "float64"),
+    ),
     "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
     "model.layer_dropout": ("a rate in [0, 1)", _RATE),
     "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),

@@ -69,6 +69,6 @@ def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_p
     corners = whole_below(uniforms(keys, 2), 2 * pad_px + 1)
 
     def crop(image: Shaped[Array, "h2 w2 c"], corner: Int[Array, " 2"]) -> Shaped[Array, "h w c"]:
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+        return jax.lax.dynamic_slice(image, (*corner, jnp.zeros_like(corner[0])), images.shape[1:])
 
     return jax.vmap(crop)(padded, corners)

@@ -20,7 +20,7 @@ class Policy:
     """What a precision means.
 
     Attributes:
-        name: "float32", "bfloat16" or "float16".
+        name: "float32", "bfloat16", "float16" or "float64".
         compute_dtype: of activations and matrix products.
         scales_loss: float16's gradients underflow without loss scaling; the others have float32's range.
     """
@@ -34,17 +34,25 @@ POLICIES = {
     "float32": Policy("float32", jnp.float32, False),
     "bfloat16": Policy("bfloat16", jnp.bfloat16, False),
     "float16": Policy("float16", jnp.float16, True),
+    "float64": Policy("float64", jnp.float64, False),
 }
 
 
 def get_policy(name: str) -> Policy:
     """The policy of that name.
 
+    float64 is for comparisons: with it a run on other devices, whose sums are in another order, stays the same run.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none; or it is float64, and JAX was started without.
     """
     if name not in POLICIES:
         raise UserError(f"config.model.dtype is {name!r}; expected one of {', '.join(POLICIES)}.")
+    if name == "float64" and jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
+        raise UserError(
+            "config.model.dtype is 'float64', which JAX rounds to float32 unless told otherwise; set "
+            "JAX_ENABLE_X64=1 in the environment."
+        )
     return POLICIES[name]
 
 

@@ -16,6 +16,13 @@ def test_policies():
         get_policy("fp16")
 
 
+def test_float64_is_refused_where_jax_would_round_it():
+    with pytest.raises(UserError, match="set JAX_ENABLE_X64=1"):
+        get_policy("float64")
+    with jax.enable_x64(True):
+        assert get_policy("float64").compute_dtype == jnp.float64
+
+
 def test_scaling_and_unscaling_round_nothing():
     scale = LossScale.create(2.0**12)
     gradients = {"k": jnp.asarray([1 / 3, -7e-5, 0.0])}
