@@ -122,7 +122,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: those that belong to the device")
     parser.add_argument("--onnx_dir", default="", help="where MODEL.onnx lie or are written; default: a temporary one")
     parser.add_argument("--onnx_python", default=sys.executable, help="an interpreter that has the export extra")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of --output and measure the others")
     arguments = shared.parse(parser)
     usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual

@@ -22,6 +22,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from versus import arguments as shared
 from versus import cases, report
 from versus.rows import Rows
 from versus.turns import OUT_OF_MEMORY, Contestant, compete, say
@@ -80,9 +81,9 @@ def shown(one: dict[str, Any]) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["densenet121"], help="names of the variants table, or 'all'")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16])
+    parser = shared.comparison_parser(
+        __doc__, models=["densenet121"], batch_sizes=[16], turns=10, turn_secs=1.0, many_sizes=True
+    )
     parser.add_argument("--modes", nargs="+", choices=("train", "infer"), default=["train", "infer"])
     parser.add_argument(
         "--implementations",
@@ -91,8 +92,6 @@ def parse() -> argparse.Namespace:
         help="default: all but kernels (training on a GPU in bfloat16); on a CPU without torch_compile, which takes "
         "minutes and wants a C++ compiler there",
     )
-    parser.add_argument("--turns", type=int, default=10, help="turns of each implementation")
-    parser.add_argument("--turn_secs", type=float, default=1.0, help="least length of a turn")
     parser.add_argument(
         "--row_secs",
         type=float,
@@ -103,17 +102,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--to_the_limit", action="store_true", help="on a GPU: double the last batch until it fits nobody any more"
     )
-    parser.add_argument("--resume", action="store_true", help="leave out what the --output file has")
-    cases.add_arguments(parser, many_sizes=True)
-    arguments = parser.parse_args()
-    on_gpu = cases.has_gpu()
-    if arguments.to_the_limit and not on_gpu:
+    arguments = shared.parse(parser)
+    if arguments.to_the_limit and not arguments.on_gpu:
         raise SystemExit("error: --to_the_limit is for a GPU: a CPU's memory ends by stopping other programs")
-    arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    left_out = {"kernels"} if on_gpu else {"kernels", "torch_compile"}
+    left_out = {"kernels"} if arguments.on_gpu else {"kernels", "torch_compile"}
     usual = [name for name in cases.SCRIPTS if name not in left_out]
     arguments.implementations = arguments.implementations or usual
-    arguments.models = cases.all_models(arguments.models)
     return arguments
 
 

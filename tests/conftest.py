@@ -23,6 +23,11 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of a user whose data sets and compiled programs last as long as the test session."""
-    home = tmp_path_factory.mktemp("user")
+    """Environment of a user whose data sets and compiled programs last as long as the test session.
+
+    All workers of the session are one user: what one of them has compiled, the others read.
+    """
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user"
+    home.mkdir(exist_ok=True)
     return {"TFDS_DATA_DIR": str(home / "datasets"), "XDG_CACHE_HOME": str(home / "cache")}

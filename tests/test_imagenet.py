@@ -22,14 +22,14 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
         f"--config=configs/{recipe}.py",
         f"--workdir={tmp_path}",
         f"--config.data.dir={imagenet}",
-        "--config.train.epochs=2",
+        "--config.train.epochs=1",
         "--config.train.global_batch_size=8",
         "--config.data.image_size_px=64",
         "--config.optim.warmup_epochs=0",
     )
     output, _ = run_main(*arguments, **user)
     result = last_line(output)
-    assert (result["mode"], result["step"], result["examples"]) == ("train", 10, 11)
+    assert (result["mode"], result["step"], result["examples"]) == ("train", 5, 11)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["name"] == "densenet121"
     evaluated = last_line(run_main("--mode=eval", *arguments, **user)[0])

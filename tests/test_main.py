@@ -125,9 +125,9 @@ def test_same_command_on_a_finished_run_trains_nothing(finished, user):
     assert sorted(os.listdir(finished / "checkpoints")) == steps
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_first_and_can_be_continued(number, finished, user, tmp_path):
-    process = start_main(*QUICK, f"--workdir={tmp_path}", **user)
+def stopped_by(number: signal.Signals, workdir: pathlib.Path, user: dict[str, str]) -> int:
+    """Starts a run, asks it to stop as soon as it trains, and returns the step that it saved."""
+    process = start_main(*QUICK, f"--workdir={workdir}", **user)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("training"):
@@ -136,10 +136,18 @@ def test_asked_to_stop_it_saves_first_and_can_be_continued(number, finished, use
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert output == ""
-    stopped_after = int(errors.split("stopped and saved after step ")[1].split(";")[0])
-    assert (tmp_path / "checkpoints" / str(stopped_after)).is_dir()
-    output, errors = run_main(*QUICK, f"--workdir={tmp_path}", **user)
-    assert f"continuing after step {stopped_after}" in errors
+    step = int(errors.split("stopped and saved after step ")[1].split(";")[0])
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    return step
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_saves_first_and_can_be_continued(finished, user, tmp_path):
+    first = stopped_by(signal.SIGTERM, tmp_path, user)
+    second = stopped_by(signal.SIGINT, tmp_path, user)
+    assert first < second < TOTAL_STEPS
+    _, errors = run_main(*QUICK, f"--workdir={tmp_path}", **user)
+    assert f"continuing after step {second}" in errors
     assert_same_end(tmp_path, finished, TOTAL_STEPS)
 
 
@@ -203,6 +211,7 @@ def test_checkpoint_of_another_model_is_refused(finished, user):
     assert "is of another model than densenet_bc_40_12" in errors
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(user, tmp_path):
     hot = ("--config.optim.learning_rate=1e30", "--config.optim.warmup_epochs=0", "--config.optim.schedule=constant")
     _, errors = run_main(*QUICK, *hot, f"--workdir={tmp_path}", expect=2, **user)
@@ -220,6 +229,7 @@ def test_parameter_table_counts_what_the_variants_table_says(user):
     assert "denseblock1/denselayer1/conv1/kernel" in errors
 
 
+@pytest.mark.slow
 def test_data_page_shows_the_images_and_the_speed(user, tmp_path):
     output, _ = run_main("--mode=data", "--config=configs/digits.py", f"--workdir={tmp_path}", **user)
     result = last_line(output)

@@ -8,15 +8,22 @@ from versus import cases
 
 
 def comparison_parser(
-    description: str, *, models: list[str], batch_sizes: list[int], turns: int, turn_secs: float
+    description: str,
+    *,
+    models: list[str],
+    batch_sizes: list[int],
+    turns: int,
+    turn_secs: float,
+    many_sizes: bool = False,
 ) -> argparse.ArgumentParser:
-    """A parser with every shared flag; the arguments are the defaults."""
+    """A parser with every shared flag; the arguments are the defaults; with many_sizes, --image_size_px is a list."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=models, help="names of the variants table, or 'all'")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=batch_sizes)
     parser.add_argument("--turns", type=int, default=turns, help="turns of each implementation")
     parser.add_argument("--turn_secs", type=float, default=turn_secs, help="least length of a turn")
-    cases.add_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --output and measure the others")
+    cases.add_arguments(parser, many_sizes=many_sizes)
     return parser
 
 

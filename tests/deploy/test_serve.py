@@ -256,12 +256,28 @@ def test_64_clients_for_30_seconds_get_the_predictors_answers(server, pixels, pi
 
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_stops_cleanly(served_run, user, number):
+def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
+    """Many times what one batch holds, so that most of it still queues when the signal comes."""
     with serving(served_run, "--config.serve.batch_sizes=(1,)", **user) as short:
-        assert post(short, request_of(pixels_input(np.zeros((3, 8, 8, 1), np.uint8)))).status_code == 200
-        status, output = short.stop(number)
-    assert status == 0, "".join(short.said)
-    assert last_line(output) == {"mode": "serve", "requests": 1, "images": 3}
+        client = grpc_client(short)
+        assert post(short, request_of(pixels_input(pixels[:3]))).status_code == 200
+        assert client.is_model_ready(MODEL)  # connected
+
+        def over_rest(_):
+            return outputs_of(post(short, request_of(pixels_input(pixels))))["probabilities"]
+
+        def over_grpc(_):
+            return client.infer(MODEL, [grpc_input("image", "UINT8", pixels)]).as_numpy("probabilities")
+
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(over_rest if index % 3 else over_grpc, index) for index in range(12)]
+            while computed(short)[1] < 3 + 8:
+                time.sleep(0.01)
+            status, output = short.stop(number)
+            assert status == 0, "".join(short.said)
+            for answer in answers:
+                np.testing.assert_allclose(answer.result(), expected, **TOLERANCE)
+    assert last_line(output) == {"mode": "serve", "requests": 13, "images": 3 + 12 * 64}
     assert output.count("\n") == 1
 
 

@@ -30,17 +30,19 @@ CASES = {
     "frozen inside blocks": ("dpn68", {"frozen_norms": "conv2_1/c3x3_b|conv3_2/c1x1_c"}),
     "paths frozen here and there": ("dpn68", {"frozen_norms": "conv2_1/c1x1_a|conv3_2/c1x1_a"}),
 }
-QUICK_PLATFORMS = {"remat": ["tpu"]}
-EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK_PLATFORMS else pytest.mark.slow) for case in CASES]
+THOROUGH = ("one kernel for both paths", "a kernel each")
 
 
-@pytest.mark.parametrize("case", EVERY_CASE)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
+    """Every platform's form on the two structures; each option on the one whose turn it is."""
     name, options = CASES[case]
+    turn = PLATFORMS[list(CASES).index(case) % len(PLATFORMS)]
     with jax.enable_x64(True):
         run = training_case(name, jnp.float64, side_px=21, **SMALL | options)
         expected = run("plain")
-        for platform in QUICK_PLATFORMS.get(case, PLATFORMS):
+        for platform in PLATFORMS if case in THOROUGH else [turn]:
             assert largest_error(run(f"normalize_once_{platform}"), expected) < 1e-9, platform
 
 
@@ -106,14 +108,16 @@ def _gradients(module, variables, images):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_form(platform):
     """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
+    once = (f"normalize_once_{platform}", jnp.bfloat16)
+    forms = [
+        (jax.jit(functools.partial(_gradients, module)), variables, dtype)
+        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), once)
+        for module, variables in [_network(form, dtype)]
+    ]
     ratios = []
     for seed in range(3):
         images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3)).astype(jnp.bfloat16)
-        results = []
-        once = (f"normalize_once_{platform}", jnp.bfloat16)
-        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), once):
-            module, variables = _network(form, dtype)
-            results.append(jax.jit(functools.partial(_gradients, module))(variables, images.astype(dtype)))
+        results = [run(variables, images.astype(dtype)) for run, variables, dtype in forms]
         exact, plain, found = (jax.tree.leaves(result[1]) for result in results)
         ratios += [_distance(b, e) / _distance(a, e) for a, b, e in zip(plain, found, exact, strict=True)]
     assert len(ratios) > 30
@@ -124,6 +128,7 @@ def _distance(found, exact):
     return np.linalg.norm(np.asarray(found, np.float64) - np.asarray(exact, np.float64))
 
 
+@pytest.mark.slow
 def test_devices_agree_on_the_statistics_of_each_map_once():
     """Forward: an all-reduced mean and variance for each channel of each map, though several norms read it."""
     mesh = make_mesh()

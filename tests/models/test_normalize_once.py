@@ -31,21 +31,20 @@ CASES = {
     "frozen readers after the block": ("densenet_bc_22_12", {"frozen_norms": "transition1|norm5"}),
     "frozen here and there": ("densenet_bc_22_12", {"frozen_norms": "layer1/norm2|layer2/norm1"}),
 }
-QUICK_PLATFORMS = {
-    "no bottleneck": ["tpu"],
-    "dropout": ["cpu"],
-    "frozen readers after the block": ["gpu"],
-}
-EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK_PLATFORMS else pytest.mark.slow) for case in CASES]
+QUICK = ("no bottleneck", "dropout", "frozen readers after the block")
+THOROUGH = ("bottleneck", "dropout, no bottleneck", "remat")
+EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
+    """Every platform's form on the structures; each other option on the one whose turn it is."""
     name, options = CASES[case]
+    turn = PLATFORMS[list(CASES).index(case) % len(PLATFORMS)]
     with jax.enable_x64(True):
         run = training_case(name, jnp.float64, **SMALL, **options)
         expected = run("plain")
-        for platform in QUICK_PLATFORMS.get(case, PLATFORMS):
+        for platform in PLATFORMS if case in THOROUGH else [turn]:
             assert largest_error(run(f"normalize_once_{platform}"), expected) < 1e-9, platform
 
 
@@ -86,14 +85,18 @@ def _block_gradients(module):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_form(platform):
     """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
+    once = (f"normalize_once_{platform}", jnp.bfloat16)
+    forms = [
+        (jax.jit(_block_gradients(module)), variables, dtype)
+        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), once)
+        for module, variables in [_block(form, dtype)]
+    ]
     ratios = []
     for seed in range(3):
         x = (3 * jax.random.normal(jax.random.key(seed), (8, 12, 12, 8)) + 1).astype(jnp.bfloat16)
-        results = []
-        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), (f"normalize_once_{platform}", x.dtype)):
-            module, variables = _block(form, dtype)
-            run = jax.jit(_block_gradients(module))
-            results.append(run(variables["params"], variables["batch_stats"], x.astype(dtype)))
+        results = [
+            run(variables["params"], variables["batch_stats"], x.astype(dtype)) for run, variables, dtype in forms
+        ]
         exact, plain, once = ([leaf for leaf in jax.tree.leaves(result) if leaf.ndim] for result in results)
         for a, b, e in zip(plain, once, exact, strict=True):
             if error := _distance(a, e):

@@ -47,8 +47,7 @@ def test_every_stage_equals_the_reference(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("side_px", [224, 161])
+@pytest.mark.parametrize(("side_px", "dtype"), [(224, np.float32), (161, np.float64)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_equals_the_reference_at_full_size(name, side_px, dtype):
     errors = _largest_error(name, side_px, 1, dtype)
