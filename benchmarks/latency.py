@@ -7,9 +7,10 @@ begins when the one before has ended. On a GPU: JAX and torch.compile in bfloat1
 onnxruntime, all in float32; what an interpreter lacks is left out. onnxruntime reads MODEL.onnx of --onnx_dir, or one
 that is written for it there, with batch norm folded.
 
-Without --models all variants are measured, two to three minutes each. A row is in the file as soon as it is measured,
-and --resume goes on with the file. A turn lasts --turn_secs and holds at least one call: rows of slow networks have
-few calls, which is told, and the p99 of fewer than a hundred calls is the slowest of them.
+Without --models all variants are measured, a quarter of a minute to two minutes each on two cores, and as much again to
+write an ONNX file. A row is in the file as soon as it is measured, and --resume goes on with the file. A turn lasts
+--turn_secs and holds at least one call: rows of slow networks have few calls, which is told, and the p99 of fewer than
+a hundred calls is the slowest of them.
 """
 
 from __future__ import annotations

@@ -242,8 +242,8 @@ def convolve(
 ) -> Float[Array, "b h2 w2 o"]:
     """2-D convolution padded by the same number of zeros on every side (XLA's SAME pads stride 2 unevenly)."""
     kernel = kernel.astype(x.dtype)
-    if cpu.usable(x, kernel, groups):
-        return cpu.convolve(x, kernel, stride=stride, padding=padding)
+    if cpu.usable(x, kernel):
+        return cpu.convolve(x, kernel, stride=stride, padding=padding, groups=groups)
     return cpu.plain_convolve(x, kernel, stride=stride, padding=padding, groups=groups)
 
 

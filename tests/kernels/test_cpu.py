@@ -90,6 +90,28 @@ def test_convolution_and_its_gradients(case):
     assert_same(jax.grad(ours, (0, 1))(x, kernel), found, 0)  # not jitted, and the same every time
 
 
+GROUPED = [(12, 12, 4, 1), (6, 12, 3, 2), (96, 96, 32, 1), (64, 64, 2, 1), (40, 40, 5, 2)]  # c, o, groups, stride
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_grouped_convolution_and_its_gradients(case):
+    """With groups that fill a vector together, that don't, and that are wider than one."""
+    c, o, groups, stride = case
+    x, kernel = draw(2, 7, 6, c), draw(3, 3, c // groups, o, seed=1)
+
+    def of(function):
+        return lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, stride=stride, padding=1, groups=groups)))
+
+    ours, twin = of(convolution.convolve), of(convolution.plain_convolve)
+    assert uses_library(ours, x, kernel)
+    assert_same(jax.jit(ours)(x, kernel), twin(x, kernel), 1e-9)
+    found = jax.jit(jax.grad(ours, (0, 1)))(x, kernel)
+    assert_same(found, jax.grad(twin, (0, 1))(x, kernel))
+    exported = jax.export.export(jax.jit(ours))(x, kernel).mlir_module()
+    assert "feature_group_count = " + str(groups) in exported
+    assert exported.count("stablehlo.convolution") == 1
+
+
 def test_second_derivatives_vmap_and_remat():
     x, kernel = draw(3, 2, 6, 6, 4), draw(3, 3, 4, 5, seed=1)
 
@@ -187,17 +209,16 @@ def test_the_library_is_for_programs_of_one_cpu_device():
 
 def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
     x, kernel = draw(2, 8, 8, 4), draw(3, 3, 4, 4, seed=1)
-    assert convolution.usable(x, kernel, 1)
-    assert not convolution.usable(x, draw(3, 3, 2, 4), 2)  # groups
-    assert not convolution.usable(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), 1)
-    assert not convolution.usable(x[:0], kernel, 1)
+    assert convolution.usable(x, kernel)
+    assert not convolution.usable(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert not convolution.usable(x[:0], kernel)
     with primitive.plain_kernels():
-        assert not convolution.usable(x, kernel, 1)
+        assert not convolution.usable(x, kernel)
         assert "densenet_" not in str(jax.make_jaxpr(convolve)(x, kernel))
     assert "densenet_" in str(jax.make_jaxpr(convolve)(x, kernel))
     library.target_names.cache_clear()
     monkeypatch.setenv("DENSENET_JAX_NATIVE", "0")
-    assert not convolution.usable(x, kernel, 1)
+    assert not convolution.usable(x, kernel)
     monkeypatch.undo()
     library.target_names.cache_clear()
 
