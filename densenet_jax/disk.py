@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 from densenet_jax.errors import UserError
@@ -27,6 +28,8 @@ def full_disk_told(directory: str) -> Iterator[None]:
         why = _why_full(error)
         if why is None:
             raise
+        # The save's other writes, which nobody begins any more, would complain below the message when they are freed.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         free = shutil.disk_usage(directory).free
         raise UserError(
             f"{directory} can't be written to: {why} ({free / 2**20:,.1f} MiB are free there). What was saved before "

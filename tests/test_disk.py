@@ -37,3 +37,14 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
     with pytest.raises(type(error)) as caught, full_disk_told(str(tmp_path)):
         raise error
     assert caught.value is error
+
+
+def test_writes_that_were_never_begun_say_nothing_below_the_message(recwarn, tmp_path):
+    async def write() -> None:
+        pass
+
+    with pytest.raises(UserError), full_disk_told(str(tmp_path)):
+        raise OSError(errno.ENOSPC, "whatever")
+    left = write()
+    del left
+    assert not recwarn.list
