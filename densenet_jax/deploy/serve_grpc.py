@@ -1,9 +1,6 @@
 """The protocol over gRPC: MLServer's servicer, with every mistake of a client answered by a status that says so."""
 
-import functools
-import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,53 +8,32 @@ from mlserver.errors import MLServerError
 from mlserver.grpc import dataplane_pb2 as pb
 from mlserver.grpc.converters import ModelMetadataResponseConverter
 from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from mlserver.grpc.interceptors import PromServerInterceptor
 from mlserver.grpc.server import GRPCServer
 from mlserver.grpc.servicers import InferenceServicer
 from mlserver.settings import Settings
 
 from densenet_jax.deploy.serve_dataplane import CheckedDataPlane
+from densenet_jax.deploy.serve_grpc_methods import answered
 from densenet_jax.deploy.serve_requests import Request, Tensor, pack_strings
 from densenet_jax.deploy.serve_runtime import OUTPUTS
 from densenet_jax.errors import UserError, first_line
 
-logger = logging.getLogger(__name__)
-
-Method: TypeAlias = Callable[..., Awaitable[Any]]
 MAX_METADATA_BYTES = 16384
 CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
-STATUS = {400: grpc.StatusCode.INVALID_ARGUMENT, 404: grpc.StatusCode.NOT_FOUND}
-
-
-def answered(method: Method) -> Method:
-    """Turns what `method` raises into a status; MLServer's way leaves some out and logs a traceback for each."""
-
-    @functools.wraps(method)
-    async def call(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            return await method(self, request, context)
-        except MLServerError as error:
-            await context.abort(STATUS.get(error.status_code, grpc.StatusCode.FAILED_PRECONDITION), str(error))
-        except Exception:
-            logger.exception("a gRPC request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "the server is at fault; its log says why")
-
-    return call
 
 
 async def left_out(self: Any, request: Any, context: grpc.aio.ServicerContext) -> None:
-    """Answers a method that this server does not offer."""
-    del self, request
-    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server serves one model, request by request")
+    """Stands for a method that this server does not offer."""
+    del self, request, context
+    raise MLServerError("this server serves one model, request by request", 501)
 
 
+@answered
 class Servicer(InferenceServicer):
     """Health, metadata and inference; loading and unloading of models and streams are left out."""
 
-    ModelReady = answered(InferenceServicer.ModelReady)
     RepositoryIndex = RepositoryModelLoad = RepositoryModelUnload = ModelStreamInfer = left_out
 
-    @answered
     async def ModelMetadata(  # noqa: N802 - the protocol's name
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
@@ -66,7 +42,6 @@ class Servicer(InferenceServicer):
         found = await self._data_plane.model_metadata(name=request.name, version=request.version)
         return ModelMetadataResponseConverter.from_types(found)
 
-    @answered
     async def ModelInfer(  # noqa: N802 - the protocol's name
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
@@ -152,7 +127,6 @@ class BoundGRPCServer(GRPCServer):
         """
         size = self._settings.grpc_max_message_length
         self._server = grpc.aio.server(
-            interceptors=[PromServerInterceptor(enable_handling_time_histogram=True)],
             maximum_concurrent_rpcs=self._max_requests,
             options=[
                 ("grpc.max_receive_message_length", size),

@@ -169,12 +169,17 @@ def test_mistakes_over_grpc_are_told(server, pixels):
         "UNIMPLEMENTED": [lambda: client.unload_model(MODEL), client.get_model_repository_index],
     }
     for status, calls in wrong.items():
+        counted = answers_over_grpc(server, status)
         for call in calls:
             with pytest.raises(InferenceServerException) as raised:
                 call()
             assert status in raised.value.status()
             assert len(raised.value.message()) < 400
+        if status != "RESOURCE_EXHAUSTED":  # grpcio refuses it before any method is called
+            assert answers_over_grpc(server, status) == counted + len(calls)
+    counted = answers_over_grpc(server, "OK")
     assert client.infer(MODEL, [good]).as_numpy("probabilities").shape == (1, 10)
+    assert answers_over_grpc(server, "OK") == counted + 1
 
 
 @needs_server
@@ -191,6 +196,12 @@ def test_bad_requests_and_lost_clients_leave_the_rest_of_a_batch_alone(server, p
 
     with ThreadPoolExecutor(32) as pool:
         assert all(pool.map(ask, range(400)))
+
+
+def answers_over_grpc(server, code: str) -> int:
+    """How many requests over gRPC the server says it has answered with this status."""
+    text = requests.get(f"{server.url}/metrics", timeout=9).text
+    return sum(int(float(count)) for count in re.findall(rf'^grpc_server_handled_total.*"{code}".* (.*)$', text, re.M))
 
 
 def computed(server) -> tuple[float, float]:
