@@ -53,27 +53,32 @@ class WorkQueue(Generic[Item, Result]):
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if len(self._running) < self._workers:
-            task = asyncio.create_task(self._run())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._running.add(asyncio.create_task(self._run()))
         return await future
 
     async def _run(self) -> None:
-        if self._wait_secs and sum(self._size(item) for item, _ in self._waiting) < self._most:
-            await asyncio.sleep(self._wait_secs)
+        try:
+            if self._wait_secs and sum(self._size(item) for item, _ in self._waiting) < self._most:
+                await asyncio.sleep(self._wait_secs)
+            while group := self._take():
+                await self._work_on(group)
+        finally:
+            # At once, and not when the loop comes to it: what is queued meanwhile would wait for a worker that has gone.
+            self._running.discard(asyncio.current_task())
+
+    async def _work_on(self, group: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
         loop = asyncio.get_running_loop()
-        while group := self._take():
-            try:
-                results = await loop.run_in_executor(self._threads, self._work, [item for item, _ in group])
-            except Exception as error:
-                results = [error] * len(group)
-            for (_, future), result in zip(group, results, strict=True):
-                if future.done():  # its caller is gone
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+        try:
+            results = await loop.run_in_executor(self._threads, self._work, [item for item, _ in group])
+        except Exception as error:
+            results = [error] * len(group)
+        for (_, future), result in zip(group, results, strict=True):
+            if future.done():  # its caller is gone
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         group: list[tuple[Item, asyncio.Future[Result]]] = []

@@ -61,6 +61,22 @@ def test_an_idle_worker_begins_at_once(monkeypatch):
     assert run(case()) == 3
 
 
+def test_who_asks_again_the_moment_the_answer_comes_is_answered():
+    """The worker that has just run out of work has not gone yet, as the event loop sees it."""
+
+    async def case():
+        queue = WorkQueue(lambda items: items, name="test", most=4)
+
+        async def caller(number):
+            return [await queue(10 * number + item) for item in range(10)]
+
+        alone = await caller(0)
+        together = await asyncio.gather(*map(caller, (1, 2, 3)))
+        return [alone, *together]
+
+    assert run(case()) == [list(range(10 * number, 10 * number + 10)) for number in range(4)]
+
+
 def test_what_queues_while_the_worker_is_busy_is_one_group():
     worker = Worker()
 
