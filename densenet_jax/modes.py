@@ -1,6 +1,7 @@
 """What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
 
 import functools
+import glob
 import logging
 import os
 import sys
@@ -35,16 +36,18 @@ from densenet_jax.train import train
 from densenet_jax.workdir import check_settings, started_from
 
 logger = logging.getLogger(__name__)
+NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # the latter under WSL
 Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
 def _set_up_logging() -> None:
     """Our warnings are said to the person at the terminal; of the libraries only errors are."""
-    for library in ("jax", "grain"):
+    for library in ("jax", "grain", "jax2onnx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_answers
+    logging.getLogger("jax._src.xla_bridge").addFilter(_tells_more_than_that_no_gpu_is_here)
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
     ours.handlers = [_Saying()]
@@ -54,6 +57,12 @@ def _without_late_answers(said: Any) -> None:
     """Drops what TensorStore prints when many writes fail at once and Orbax, told by the first, listens no more."""
     if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(said)
+
+
+def _tells_more_than_that_no_gpu_is_here(record: logging.LogRecord) -> bool:
+    """Drops JAX's traceback at every start where the CUDA plugin is there for `--mode plan` alone."""
+    is_plugins = record.getMessage().startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage()
+    return not is_plugins or any(map(glob.glob, NVIDIA_DEVICES))
 
 
 class _Saying(logging.Handler):

@@ -6,6 +6,7 @@ import pytest
 from densenet_jax.deploy.export_graph import make_graph, reference_outputs
 from tests.deploy.exporting import FAMILIES, export_small, images
 from tests.extras import needs
+from tests.running import last_line, run_main
 
 uses_onnx = needs("onnx", "onnxruntime", "jax2onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the converters, which are others'
@@ -57,3 +58,15 @@ def test_int8_is_a_quarter_of_the_size_and_answers_alike(tmp_path):
     expected = reference_outputs(model, make_graph(model), images())
     _, _, found = run(str(tmp_path / "int8.onnx"), images())
     assert 0 < np.abs(found - expected).max() < 0.05
+
+
+@uses_onnx
+def test_the_mode_exports_a_run_and_says_no_more_than_that(tmp_path, user):
+    """jax2onnx logs a traceback for each library that it could support and that is not there, JAX one for CUDA."""
+    arguments = "--config=configs/digits.py", f"--workdir={tmp_path}"
+    run_main(*arguments, "--config.train.epochs=0.1", "--config.optim.warmup_epochs=0.0", **user)
+    output, errors = run_main(*arguments, "--mode=export", "--format=onnx", **user)
+    assert last_line(output)["examples"] == 64
+    assert "checked with images of digits test" in errors
+    assert "Traceback" not in errors
+    assert "jax2onnx" not in errors
