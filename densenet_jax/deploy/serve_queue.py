@@ -63,7 +63,7 @@ class WorkQueue(Generic[Item, Result]):
             while group := self._take():
                 await self._work_on(group)
         finally:
-            # At once, and not when the loop comes to it: what is queued meanwhile would wait for a worker that has gone.
+            # At once, and not when the loop comes to it: what is queued meanwhile would wait for a worker that is gone.
             self._running.discard(asyncio.current_task())
 
     async def _work_on(self, group: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
