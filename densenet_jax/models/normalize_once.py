@@ -50,6 +50,7 @@ from densenet_jax.models.readers import (
     ReaderGradients,
     add_read_gradients,
     adds_in_place,
+    is_read_by_library,
     normalisation_gradient,
     read,
     read_gradients,
@@ -341,7 +342,7 @@ def normalize_once(
     platform: str = "",
     kernels: str = "auto",
 ) -> BlockResult:
-    """The block in its normalise-once form; in evaluation the plain one, whose norms are folded into scale and bias.
+    """The block in its normalise-once form; in evaluation the plain one, or all norms frozen where the library reads.
 
     A block in which some first norms are frozen and others are not takes the plain form: its maps have two kinds of
     statistics.
@@ -358,13 +359,16 @@ def normalize_once(
     Raises:
       UserError: kernels are wanted that do not exist for the platform or the dtype.
     """
-    frozen = {layer.norm1.frozen for layer in layers}
-    if not train or len(frozen) > 1:
+    platform = platform or jax.default_backend()
+    if not train and _is_evaluated_by_library(inputs, layers[0], options, platform):
+        layers, key = [_frozen(layer) for layer in layers], None
+    elif not train or len({layer.norm1.frozen for layer in layers}) > 1:
         return plain_dense_block(inputs, layers, key, options, train)
+    frozen = {layer.norm1.frozen for layer in layers}
     hidden_frozen = tuple(layer.norm2 is not None and layer.norm2.frozen for layer in layers)
     facts = Facts(
         options,
-        _arithmetic(inputs, layers, options, platform or jax.default_backend(), kernels),
+        _arithmetic(inputs, layers, options, platform, kernels) if train else ARITHMETIC[platform],
         normalises=frozen == {False},
         normalises_hidden=tuple(not is_frozen for is_frozen in hidden_frozen),
     )
@@ -386,6 +390,19 @@ def arithmetic_of(form: Form) -> Arithmetic | None:
         return None
     platform = getattr(form, "keywords", {}).get("platform") or jax.default_backend()
     return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
+
+
+def _is_evaluated_by_library(inputs: Array, first: LayerArrays, options: BlockOptions, platform: str) -> bool:
+    """Whether only convolutions' outputs go through memory in evaluation: then one buffer holds all maps."""
+    arithmetic = ARITHMETIC.get(platform)
+    reader = _reader(first.norm1, first.kernel1, options.norm)
+    return bool(arithmetic and arithmetic.library) and is_read_by_library(inputs.astype(options.dtype), reader)
+
+
+def _frozen(layer: LayerArrays) -> LayerArrays:
+    """The layer with the norms of evaluation."""
+    norm2 = None if layer.norm2 is None else replace(layer.norm2, frozen=True)
+    return layer._replace(norm1=replace(layer.norm1, frozen=True), norm2=norm2)
 
 
 def _arithmetic(

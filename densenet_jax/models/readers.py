@@ -111,11 +111,15 @@ def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[A
 
 def read(x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic) -> Float[Array, "b h w o"]:
     """The reader's output, of a normalised map; x may have more channels than the reader, which come after."""
-    operands = _operands(x, reader)
-    if arithmetic.library and cpu.usable(*operands):
-        return cpu.read(*operands)
+    if arithmetic.library and is_read_by_library(x, reader):
+        return cpu.read(*_operands(x, reader))
     x = x[..., : reader.scale.shape[0]]
     return contract(rectify(x, reader.scale, reader.bias), reader.kernel, arithmetic)
+
+
+def is_read_by_library(x: Array, reader: Reader) -> bool:
+    """Whether the CPU's library is there and knows these operands; shapes and dtypes are all that is looked at."""
+    return cpu.usable(*_operands(x, reader))
 
 
 def _operands(x: Array, reader: Reader) -> tuple[Array, Array, Array, Array]:

@@ -36,6 +36,7 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 #endif
 constexpr int kVectors = 2;
 constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
+constexpr int64_t kUnpackedPixels = 4096;   // of the output, up to which packing weights costs more than it saves
 
 template <typename T>
 struct Lanes {
@@ -99,8 +100,8 @@ std::unique_ptr<T[], void (*)(T*)> Allocate(int64_t count) {
 
 // y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels, N vectors.
 template <typename T, int M, int N>
-void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t rows,
-                int64_t run, int64_t lanes) {
+void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t w_step,
+                int64_t rows, int64_t run, int64_t lanes) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int kLanes = Lanes<T>::kCount;
   Vector sum[M][N];
@@ -110,7 +111,7 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
     for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * row_step;
-    for (int64_t j = 0; j < run; ++j, w += N * kLanes) {
+    for (int64_t j = 0; j < run; ++j, w += w_step) {
       Vector weights[N];
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
@@ -305,13 +306,36 @@ void Pack(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, T*
   });
 }
 
+// Weights as tiles read them: packed, or where they lie, if few tiles would read what packing reads and writes.
+template <typename T>
+class Weights {
+ public:
+  Weights(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed) : packed_(nullptr, [](T*) {}) {
+    constexpr int kLanes = Lanes<T>::kCount;
+    const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
+    if (!transposed && s.out_channels % kLanes == 0 && pixels <= kUnpackedPixels) {
+      weights_ = w, chunk_step_ = 1, step_ = s.out_channels;
+      return;
+    }
+    packed_ = Allocate<T>(window * DivideUp(s.out_channels, kLanes) * kLanes);
+    Pack(pool, s, w, transposed, packed_.get());
+    weights_ = packed_.get(), chunk_step_ = window, step_ = 0;
+  }
+  const T* Of(int64_t first) const { return weights_ + first * chunk_step_; }
+  int64_t Step(int vectors) const { return step_ ? step_ : vectors * Lanes<T>::kCount; }
+
+ private:
+  std::unique_ptr<T[], void (*)(T*)> packed_;
+  const T* weights_;
+  int64_t chunk_step_, step_;
+};
+
 // Computes bands of outputs and calls done(image, begin, end, first pixel, pixels, y) after each; where y is null, the
 // band lies in the thread's own memory and is gone afterwards.
 template <typename T, typename F>
 void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t pixels, const Bands& bands, const Source<T>& source,
-            const T* packed, T* y, F done) {
+            const Weights<T>& weights, T* y, F done) {
   constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
-  const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
   ParallelFor(pool, bands.count, [&](int64_t task) {
     const int64_t image = task / bands.per_image, begin = task % bands.per_image * bands.rows_each;
@@ -323,15 +347,14 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t pixels, const Bands& 
     for (int64_t first = 0; first < s.out_channels; first += kWidth) {
       const int64_t lanes = std::min<int64_t>(kWidth, s.out_channels - first);
       const int vectors = static_cast<int>(DivideUp(lanes, kLanes));
-      const T* weights = packed + first * taps * s.channels;
       for (int64_t row = 0; row < end - begin; ++row) {
         const int64_t columns = std::min(s.out_width, count - row * s.out_width);
         const T* from = rows + row * s.stride * row_step;
         T* to = out + row * s.out_width * s.out_channels + first;
         ForTiles(columns, [&](int64_t column, int tile) {
           OutputTileOf<T>(tile, vectors, kTiles)(to + column * s.out_channels, s.out_channels,
-                                                 from + column * pixel_step, pixel_step, row_step, weights,
-                                                 s.kernel_height, s.run(), lanes);
+                                                 from + column * pixel_step, pixel_step, row_step, weights.Of(first),
+                                                 weights.Step(vectors), s.kernel_height, s.run(), lanes);
         });
       }
     }
@@ -340,25 +363,23 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t pixels, const Bands& 
 }
 
 template <typename T>
-struct Prepared {  // a convolution cut into bands, its weights packed
+struct Prepared {  // a convolution cut into bands, and its weights
   Sizes sizes;
   int64_t pixels;
-  std::unique_ptr<T[], void (*)(T*)> packed;
+  Weights<T> weights;
   Bands bands;
 
   Prepared(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed)
       : sizes(s.pointwise() ? AsLines(s, sizeof(T)) : s),
         pixels(s.batch * s.out_height * s.out_width),
-        packed(Allocate<T>(s.kernel_height * s.run() * DivideUp(s.out_channels, Lanes<T>::kCount) * Lanes<T>::kCount)),
-        bands(sizes, sizeof(T), pool.num_threads()) {
-    Pack(pool, s, w, transposed, packed.get());
-  }
+        weights(pool, s, w, transposed),
+        bands(sizes, sizeof(T), pool.num_threads()) {}
 };
 
 template <typename T>
 void Output(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& source, const T* w, bool transposed, T* y) {
   const Prepared<T> p(pool, s, w, transposed);
-  Output(pool, p.sizes, p.pixels, p.bands, source, p.packed.get(), y, [](int64_t, int64_t, int64_t, T*) {});
+  Output(pool, p.sizes, p.pixels, p.bands, source, p.weights, y, [](int64_t, int64_t, int64_t, T*) {});
 }
 
 // The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx, of dx_step channels a
@@ -370,7 +391,7 @@ void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, con
   const Prepared<T> p(pool, s, w, true);
   const int64_t channels = s.out_channels;
   auto sums = Allocate<T>(p.bands.count * 2 * channels);
-  Output<T>(pool, p.sizes, p.pixels, p.bands, g, p.packed.get(), nullptr,
+  Output<T>(pool, p.sizes, p.pixels, p.bands, g, p.weights, nullptr,
             [&](int64_t band, int64_t at, int64_t count, T* gradient) {
               T* of_scale = sums.get() + band * 2 * channels;
               T* of_bias = of_scale + channels;
