@@ -219,7 +219,9 @@ struct Source {
 template <typename T>
 void ReadPixels(const Source<T>& source, const T* from, int64_t pixels, int64_t channels, T* to) {
   if (source.scale == nullptr) {
-    std::memcpy(to, from, pixels * channels * sizeof(T));
+    const bool whole = source.step == channels;
+    const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
+    for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, from + i * source.step, run * sizeof(T));
     return;
   }
   const T *scale = source.scale, *bias = source.bias;
@@ -238,7 +240,7 @@ const T* InputRows(const Sizes& s, const Source<T>& source, int64_t image, int64
   const T* x = source.x + image * s.height * s.width * source.step;
   if (s.padding == 0) {
     const T* from = x + first * s.width * source.step;
-    if (source.scale == nullptr) return from;
+    if (source.scale == nullptr && source.step == s.channels) return from;
     const int64_t most = std::min(count * s.width, pixels - (image * s.height + first) * s.width);
     T* to = ThreadScratch<T>(0, count * s.width * s.channels);
     ReadPixels(source, from, most, s.channels, to);
@@ -330,36 +332,34 @@ class Weights {
   int64_t chunk_step_, step_;
 };
 
-// Computes bands of outputs and calls done(image, begin, end, first pixel, pixels, y) after each; where y is null, the
-// band lies in the thread's own memory and is gone afterwards.
+// Computes a band of outputs, of y_step channels a pixel, and calls done(band, first pixel, pixels, y); where y is null,
+// it lies in the thread's own memory and is gone afterwards.
 template <typename T, typename F>
-void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t pixels, const Bands& bands, const Source<T>& source,
-            const Weights<T>& weights, T* y, F done) {
+void OutputBand(const Sizes& s, int64_t pixels, const Bands& bands, int64_t band, const Source<T>& source,
+                const Weights<T>& weights, T* y, int64_t y_step, F done) {
   constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
-  ParallelFor(pool, bands.count, [&](int64_t task) {
-    const int64_t image = task / bands.per_image, begin = task % bands.per_image * bands.rows_each;
-    const int64_t end = std::min(begin + bands.rows_each, s.out_height);
-    const int64_t at = (image * s.out_height + begin) * s.out_width;
-    const int64_t count = std::min((end - begin) * s.out_width, pixels - at);
-    const T* rows = InputRows(s, source, image, begin, end, pixels);
-    T* out = y == nullptr ? ThreadScratch<T>(2, count * s.out_channels) : y + at * s.out_channels;
-    for (int64_t first = 0; first < s.out_channels; first += kWidth) {
-      const int64_t lanes = std::min<int64_t>(kWidth, s.out_channels - first);
-      const int vectors = static_cast<int>(DivideUp(lanes, kLanes));
-      for (int64_t row = 0; row < end - begin; ++row) {
-        const int64_t columns = std::min(s.out_width, count - row * s.out_width);
-        const T* from = rows + row * s.stride * row_step;
-        T* to = out + row * s.out_width * s.out_channels + first;
-        ForTiles(columns, [&](int64_t column, int tile) {
-          OutputTileOf<T>(tile, vectors, kTiles)(to + column * s.out_channels, s.out_channels,
-                                                 from + column * pixel_step, pixel_step, row_step, weights.Of(first),
-                                                 weights.Step(vectors), s.kernel_height, s.run(), lanes);
-        });
-      }
+  const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
+  const int64_t end = std::min(begin + bands.rows_each, s.out_height);
+  const int64_t at = (image * s.out_height + begin) * s.out_width;
+  const int64_t count = std::min((end - begin) * s.out_width, pixels - at);
+  const T* rows = InputRows(s, source, image, begin, end, pixels);
+  T* out = y == nullptr ? ThreadScratch<T>(2, count * y_step) : y + at * y_step;
+  for (int64_t first = 0; first < s.out_channels; first += kWidth) {
+    const int64_t lanes = std::min<int64_t>(kWidth, s.out_channels - first);
+    const int vectors = static_cast<int>(DivideUp(lanes, kLanes));
+    for (int64_t row = 0; row < end - begin; ++row) {
+      const int64_t columns = std::min(s.out_width, count - row * s.out_width);
+      const T* from = rows + row * s.stride * row_step;
+      T* to = out + row * s.out_width * y_step + first;
+      ForTiles(columns, [&](int64_t column, int tile) {
+        OutputTileOf<T>(tile, vectors, kTiles)(to + column * y_step, y_step, from + column * pixel_step, pixel_step,
+                                               row_step, weights.Of(first), weights.Step(vectors), s.kernel_height,
+                                               s.run(), lanes);
+      });
     }
-    done(task, at, count, out);
-  });
+  }
+  done(band, at, count, out);
 }
 
 template <typename T>
@@ -369,17 +369,30 @@ struct Prepared {  // a convolution cut into bands, and its weights
   Weights<T> weights;
   Bands bands;
 
-  Prepared(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed)
+  Prepared(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, int64_t threads)
       : sizes(s.pointwise() ? AsLines(s, sizeof(T)) : s),
         pixels(s.batch * s.out_height * s.out_width),
         weights(pool, s, w, transposed),
-        bands(sizes, sizeof(T), pool.num_threads()) {}
+        bands(sizes, sizeof(T), threads) {}
 };
 
+// The outputs of `blocks` convolutions of s, each of channels, weights and outputs of its own that lie side by side.
 template <typename T>
-void Output(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& source, const T* w, bool transposed, T* y) {
-  const Prepared<T> p(pool, s, w, transposed);
-  Output(pool, p.sizes, p.pixels, p.bands, source, p.weights, y, [](int64_t, int64_t, int64_t, T*) {});
+void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, const T* w, bool transposed,
+            T* y) {
+  const int64_t block_weights = s.kernel_height * s.run() * s.out_channels;
+  std::vector<Prepared<T>> prepared;
+  for (int64_t i = 0; i < blocks; ++i)
+    prepared.emplace_back(pool, s, w + i * block_weights, transposed, DivideUp(pool.num_threads(), blocks));
+  const int64_t bands = prepared[0].bands.count;
+  ParallelFor(pool, blocks * bands, [&](int64_t task) {
+    const int64_t block = task / bands;
+    const Prepared<T>& p = prepared[block];
+    Source<T> from = source;
+    from.x += block * s.channels;
+    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, from, p.weights, y + block * s.out_channels,
+                  blocks * s.out_channels, [](int64_t, int64_t, int64_t, T*) {});
+  });
 }
 
 // The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx, of dx_step channels a
@@ -388,26 +401,28 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& source, cons
 template <bool kAdd, typename T>
 void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, const T* w, const Source<T>& read, T* dx,
                   int64_t dx_step, T* dscale, T* dbias) {
-  const Prepared<T> p(pool, s, w, true);
+  const Prepared<T> p(pool, s, w, true, pool.num_threads());
   const int64_t channels = s.out_channels;
   auto sums = Allocate<T>(p.bands.count * 2 * channels);
-  Output<T>(pool, p.sizes, p.pixels, p.bands, g, p.weights, nullptr,
-            [&](int64_t band, int64_t at, int64_t count, T* gradient) {
-              T* of_scale = sums.get() + band * 2 * channels;
-              T* of_bias = of_scale + channels;
-              std::fill(of_scale, of_scale + 2 * channels, T{0});
-              const T *x = read.x + at * read.step, *scale = read.scale, *bias = read.bias;
-              T* to = dx + at * dx_step;
-              for (int64_t i = 0; i < count; ++i, x += read.step, to += dx_step, gradient += channels) {
+  const auto into_sums = [&](int64_t band, int64_t at, int64_t count, T* gradient) {
+    T* of_scale = sums.get() + band * 2 * channels;
+    T* of_bias = of_scale + channels;
+    std::fill(of_scale, of_scale + 2 * channels, T{0});
+    const T *x = read.x + at * read.step, *scale = read.scale, *bias = read.bias;
+    T* to = dx + at * dx_step;
+    for (int64_t i = 0; i < count; ++i, x += read.step, to += dx_step, gradient += channels) {
 #pragma GCC ivdep
-                for (int64_t c = 0; c < channels; ++c) {
-                  const T open = scale[c] * x[c] + bias[c] > T{0} ? gradient[c] : T{0};
-                  of_bias[c] += open;
-                  of_scale[c] += open * x[c];
-                  to[c] = (kAdd ? to[c] : T{0}) + open * scale[c];
-                }
-              }
-            });
+      for (int64_t c = 0; c < channels; ++c) {
+        const T open = scale[c] * x[c] + bias[c] > T{0} ? gradient[c] : T{0};
+        of_bias[c] += open;
+        of_scale[c] += open * x[c];
+        to[c] = (kAdd ? to[c] : T{0}) + open * scale[c];
+      }
+    }
+  };
+  ParallelFor(pool, p.bands.count, [&](int64_t band) {
+    OutputBand<T>(p.sizes, p.pixels, p.bands, band, g, p.weights, nullptr, channels, into_sums);
+  });
   for (int64_t c = 0; c < channels; ++c) {
     T of_scale = 0, of_bias = 0;
     for (int64_t band = 0; band < p.bands.count; ++band) {
@@ -572,17 +587,24 @@ ffi::Error ForType(ffi::AnyBuffer buffer, F run) {
   return ffi::Error::Success();
 }
 
-// y = x convolved with w; transposed: x is a gradient of the output and y that of the input, stride 1.
+// y = x convolved with w; transposed: x is a gradient of the output and y that of the input, stride 1. Where w has five
+// dimensions, the first counts convolutions whose channels lie side by side in x and in y.
 ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
                       int64_t stride, int64_t padding, bool transposed) {
-  const Shape k = w.dimensions();
+  const char* wrong = "shapes of a convolution do not fit";
+  Shape k = w.dimensions();
+  const int64_t blocks = k.size() == 5 ? k[0] : 1;
+  if (k.size() == 5) k = Shape(k.begin() + 1, 4);
+  if (k.size() != 4 || blocks < 1) return Invalid(wrong);
+  const int64_t from = k[transposed ? 3 : 2], to = k[transposed ? 2 : 3];
   Sizes s;
-  if (k.size() != 4 || !Fit(s, x.dimensions(), k[transposed ? 3 : 2], y->dimensions(), k[0], k[1], stride, padding) ||
-      x.dimensions()[3] != s.channels || k[transposed ? 2 : 3] != s.out_channels)
-    return Invalid("shapes of a convolution do not fit");
+  if (!Fit(s, x.dimensions(), from, y->dimensions(), k[0], k[1], stride, padding) ||
+      x.dimensions()[3] != blocks * from || y->dimensions()[3] != blocks * to)
+    return Invalid(wrong);
+  s.out_channels = to;
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    Output<T>(pool, s, Plain<T>(x), w.typed_data<T>(), transposed, y->typed_data<T>());
+    Output<T>(pool, s, blocks, Plain<T>(x), w.typed_data<T>(), transposed, y->typed_data<T>());
   });
 }
 
@@ -611,7 +633,7 @@ ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale
     return Invalid("shapes of a reader do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    Output<T>(pool, s, Read<T>(x, scale, bias), w.typed_data<T>(), false, y->typed_data<T>());
+    Output<T>(pool, s, 1, Read<T>(x, scale, bias), w.typed_data<T>(), false, y->typed_data<T>());
   });
 }
 

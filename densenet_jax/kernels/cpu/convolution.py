@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jaxtyping import Array, Float
 
@@ -96,20 +95,39 @@ def _of_diagonal(blocks: Float[Array, "n kh kw i o"], together: int) -> Float[Ar
     return kernel.reshape(height, width, inputs // together, count * outputs)
 
 
-def _in_blocks(primitive: Primitive, operand: Array, kernel: Array, groups: int, **params: Any) -> Array:
-    """A primitive of a map and a kernel, of groups taken together one after another."""
-    blocks = _block_diagonal(kernel, groups, _taken_together(groups, kernel.shape[3] // groups))
-    parts = jnp.split(operand, len(blocks), axis=3)
-    found = [primitive.bind(part, block, groups=1, **params) for part, block in zip(parts, blocks, strict=True)]
-    return jnp.concatenate(found, axis=3)
+def _blocks(kernel: Array, groups: int) -> Float[Array, "n kh kw i o"]:
+    return _block_diagonal(kernel, groups, _taken_together(groups, kernel.shape[3] // groups))
 
 
-def _grouped_output(x: Array, kernel: Array, *, groups: int, **params: Any) -> Array:
-    return _in_blocks(_output_p, x, kernel, groups, **params)
+def _grouped_output(x: Array, kernel: Array, *, groups: int, stride: int, padding: int) -> Float[Array, "b h2 w2 o"]:
+    sizes = ((size + 2 * padding - kernel.shape[i]) // stride + 1 for i, size in enumerate(x.shape[1:3]))
+    shape = (x.shape[0], *sizes, kernel.shape[3])
+    return _call_output(x, _blocks(kernel, groups), shape, stride=stride, padding=padding, transposed=False)
 
 
-def _grouped_input_gradient(g: Array, kernel: Array, *, groups: int, **params: Any) -> Array:
-    return _in_blocks(_input_gradient_p, g, kernel, groups, **params)
+def _grouped_input_gradient(
+    g: Array, kernel: Array, *, groups: int, sizes: tuple[int, int], stride: int, padding: int
+) -> Float[Array, "b h w c"]:
+    blocks = _blocks(kernel, groups)
+    if _is_output(kernel.shape, stride, padding):
+        shape = (g.shape[0], *sizes, groups * kernel.shape[2])
+        padding = kernel.shape[0] - 1 - padding
+        return _call_output(g, blocks, shape, stride=1, padding=padding, transposed=True)
+    parts = zip(jnp.split(g, len(blocks), axis=3), blocks, strict=True)
+    gradient = functools.partial(plain_input_gradient, sizes=sizes, stride=stride, padding=padding)
+    return jnp.concatenate([gradient(part, block) for part, block in parts], axis=3)
+
+
+def _call_output(x: Array, blocks: Array, shape: tuple[int, ...], *, transposed: bool, **sizes: int) -> Array:
+    """The library's call for convolutions side by side."""
+    call = jax.ffi.ffi_call(target_names()["output"], jax.ShapeDtypeStruct(shape, x.dtype))
+    return call(x, blocks, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
+
+
+def _is_output(kernel_shape: tuple[int, ...], stride: int, padding: int) -> bool:
+    """Whether the input's gradient is itself a convolution that the library knows: by the kernel turned around."""
+    height, width = kernel_shape[:2]
+    return stride == 1 and height == width and padding < height
 
 
 def _grouped_kernel_gradient(x: Array, g: Array, *, groups: int, **params: Any) -> Array:
@@ -137,11 +155,11 @@ def _lower_output(ctx: Any, x: Any, kernel: Any, *, stride: int, padding: int) -
 
 
 def _lower_input_gradient(ctx: Any, g: Any, kernel: Any, *, sizes: tuple[int, int], stride: int, padding: int) -> Any:
-    height, width = ctx.avals_in[1].shape[:2]
-    if stride != 1 or height != width or padding >= height:
+    shape = ctx.avals_in[1].shape
+    if not _is_output(shape, stride, padding):
         return None
     rule = jax.ffi.ffi_lowering(target_names()["output"])
-    return rule(ctx, g, kernel, stride=np.int64(1), padding=np.int64(height - 1 - padding), transposed=True)
+    return rule(ctx, g, kernel, stride=np.int64(1), padding=np.int64(shape[0] - 1 - padding), transposed=True)
 
 
 def _lower_kernel_gradient(ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int) -> Any:
