@@ -23,6 +23,8 @@ CONVOLUTIONS = [
     (2, 6, 6, 24, 12, 3, 2, 1),
     (2, 5, 6, 40, 36, 1, 2, 0),
     (1, 1, 1, 3, 2, 3, 1, 1),
+    (2, 48, 47, 5, 32, 3, 1, 1),  # more pixels than read weights where they lie
+    (3, 40, 40, 7, 40, 1, 1, 0),
 ]
 # batch, height, width, channels of the map, channels read, output channels, kernel
 READERS = [
@@ -221,6 +223,30 @@ def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
     assert not convolution.usable(x, kernel)
     monkeypatch.undo()
     library.target_names.cache_clear()
+
+
+@pytest.mark.parametrize("bottleneck_width", [0, 4])
+def test_a_network_evaluated(bottleneck_width):
+    """From one buffer a block, without a concatenation; the answers and their gradient are the plain form's."""
+    facts = {"block_sizes": (2, 3), "num_classes": 3, "bottleneck_width": bottleneck_width, "dtype": jnp.float64}
+    model, twin = (
+        densenet_jax.create_model("densenet121", **facts, block_form=form) for form in ("normalize_once", "plain")
+    )
+    images = draw(2, 32, 32, 3)
+    leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0), images))
+    moved = [leaf + 0.5 * jnp.abs(draw(*leaf.shape, seed=i)) * (leaf.ndim == 1) for i, leaf in enumerate(leaves)]
+    variables = jax.tree.unflatten(tree, moved)  # norms that do something
+
+    def answers(which):
+        return lambda images: jnp.sin(which.apply(variables, images, train=False))
+
+    program = jax.jit(answers(model)).lower(images).compile().as_text()
+    assert program.count('custom_call_target="densenet_read') == 5 * (2 if bottleneck_width else 1)
+    assert "concatenate(" not in program
+    found, pullback = jax.vjp(jax.jit(answers(model)), images)
+    expected, other = jax.vjp(jax.jit(answers(twin)), images)
+    assert_same((found, pullback(found)), (expected, other(expected)), 1e-12)
+    assert jnp.abs(pullback(found)[0]).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -284,25 +284,45 @@ Sizes AsLines(Sizes s, int64_t element_bytes) {
   return s;
 }
 
-// w[taps][channels][out] to [chunk][taps][channels][vectors of out]; transposed: for the input gradient, taps reversed
-// and the two kinds of channels exchanged.
+// The weights [taps][inputs][outputs] of a convolution, of which it uses some. Of a convolution in groups they are those
+// of `together` groups from group `first` on, as if it had no groups: zero between one group and another. Transposed:
+// what the input's gradient takes, taps reversed and the two kinds of channels exchanged.
 template <typename T>
-void Pack(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, T* packed) {
+struct Kernel {
+  const T* w;
+  int64_t outputs, first, together;
+  bool transposed;
+};
+
+// A kernel's weights to [chunk][taps][channels][vectors of out].
+template <typename T>
+void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
   constexpr int kWidth = kVectors * Lanes<T>::kCount;
   const int64_t taps = s.kernel_height * s.kernel_width, chunks = DivideUp(s.out_channels, kWidth);
+  const int64_t group_channels = s.channels / kernel.together, group_outputs = s.out_channels / kernel.together;
   ParallelFor(pool, chunks, [&](int64_t chunk) {
     const int64_t first = chunk * kWidth, lanes = std::min<int64_t>(kWidth, s.out_channels - first);
     const int64_t width = DivideUp(lanes, Lanes<T>::kCount) * Lanes<T>::kCount;
     T* to = packed + first * taps * s.channels;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t c = 0; c < s.channels; ++c, to += width) {
-        if (transposed) {
-          const T* from = w + ((taps - 1 - tap) * s.out_channels + first) * s.channels + c;
-          for (int64_t o = 0; o < lanes; ++o) to[o] = from[o * s.channels];
-        } else {
-          std::memcpy(to, w + (tap * s.channels + c) * s.out_channels + first, lanes * sizeof(T));
+      for (int64_t group = 0; group < kernel.together; ++group) {
+        const int64_t of_group = group * group_outputs;
+        const int64_t begin = std::clamp<int64_t>(of_group - first, 0, lanes);
+        const int64_t end = std::clamp<int64_t>(of_group + group_outputs - first, 0, lanes);
+        const int64_t begin_in_group = first + begin - of_group, index = kernel.first + group;
+        for (int64_t c = 0; c < group_channels; ++c, to += width) {
+          std::fill(to, to + begin, T{0});
+          if (kernel.transposed) {
+            const T* from = kernel.w + ((taps - 1 - tap) * group_outputs + begin_in_group) * kernel.outputs +
+                            index * group_channels + c;
+            for (int64_t o = begin; o < end; ++o, from += kernel.outputs) to[o] = *from;
+          } else if (begin < end) {
+            std::memcpy(to + begin,
+                        kernel.w + (tap * group_channels + c) * kernel.outputs + index * group_outputs + begin_in_group,
+                        (end - begin) * sizeof(T));
+          }
+          std::fill(to + std::max(begin, end), to + width, T{0});
         }
-        std::fill(to + lanes, to + width, T{0});
       }
     }
   });
@@ -312,15 +332,16 @@ void Pack(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, T*
 template <typename T>
 class Weights {
  public:
-  Weights(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed) : packed_(nullptr, [](T*) {}) {
+  Weights(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel) : packed_(nullptr, [](T*) {}) {
     constexpr int kLanes = Lanes<T>::kCount;
     const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
-    if (!transposed && s.out_channels % kLanes == 0 && pixels <= kUnpackedPixels) {
-      weights_ = w, chunk_step_ = 1, step_ = s.out_channels;
+    const bool readable = !kernel.transposed && kernel.together == 1 && s.out_channels % kLanes == 0;
+    if (readable && pixels <= kUnpackedPixels) {
+      weights_ = kernel.w + kernel.first * s.out_channels, chunk_step_ = 1, step_ = kernel.outputs;
       return;
     }
     packed_ = Allocate<T>(window * DivideUp(s.out_channels, kLanes) * kLanes);
-    Pack(pool, s, w, transposed, packed_.get());
+    Pack(pool, s, kernel, packed_.get());
     weights_ = packed_.get(), chunk_step_ = window, step_ = 0;
   }
   const T* Of(int64_t first) const { return weights_ + first * chunk_step_; }
@@ -369,21 +390,19 @@ struct Prepared {  // a convolution cut into bands, and its weights
   Weights<T> weights;
   Bands bands;
 
-  Prepared(ffi::ThreadPool& pool, const Sizes& s, const T* w, bool transposed, int64_t threads)
+  Prepared(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, int64_t threads)
       : sizes(s.pointwise() ? AsLines(s, sizeof(T)) : s),
         pixels(s.batch * s.out_height * s.out_width),
-        weights(pool, s, w, transposed),
+        weights(pool, s, kernel),
         bands(sizes, sizeof(T), threads) {}
 };
 
-// The outputs of `blocks` convolutions of s, each of channels, weights and outputs of its own that lie side by side.
+// The outputs of `blocks` convolutions of s, whose channels lie side by side; the kernel is that of the first.
 template <typename T>
-void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, const T* w, bool transposed,
-            T* y) {
-  const int64_t block_weights = s.kernel_height * s.run() * s.out_channels;
+void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel, T* y) {
   std::vector<Prepared<T>> prepared;
-  for (int64_t i = 0; i < blocks; ++i)
-    prepared.emplace_back(pool, s, w + i * block_weights, transposed, DivideUp(pool.num_threads(), blocks));
+  for (int64_t i = 0; i < blocks; ++i, kernel.first += kernel.together)
+    prepared.emplace_back(pool, s, kernel, DivideUp(pool.num_threads(), blocks));
   const int64_t bands = prepared[0].bands.count;
   ParallelFor(pool, blocks * bands, [&](int64_t task) {
     const int64_t block = task / bands;
@@ -401,7 +420,7 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<
 template <bool kAdd, typename T>
 void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, const T* w, const Source<T>& read, T* dx,
                   int64_t dx_step, T* dscale, T* dbias) {
-  const Prepared<T> p(pool, s, w, true, pool.num_threads());
+  const Prepared<T> p(pool, s, Kernel<T>{w, s.channels, 0, 1, true}, pool.num_threads());
   const int64_t channels = s.out_channels;
   auto sums = Allocate<T>(p.bands.count * 2 * channels);
   const auto into_sums = [&](int64_t band, int64_t at, int64_t count, T* gradient) {
@@ -587,24 +606,22 @@ ffi::Error ForType(ffi::AnyBuffer buffer, F run) {
   return ffi::Error::Success();
 }
 
-// y = x convolved with w; transposed: x is a gradient of the output and y that of the input, stride 1. Where w has five
-// dimensions, the first counts convolutions whose channels lie side by side in x and in y.
+// y = x convolved with w, in groups of which so many are taken together; transposed: x is a gradient of the output and y
+// that of the input, stride 1.
 ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
-                      int64_t stride, int64_t padding, bool transposed) {
-  const char* wrong = "shapes of a convolution do not fit";
-  Shape k = w.dimensions();
-  const int64_t blocks = k.size() == 5 ? k[0] : 1;
-  if (k.size() == 5) k = Shape(k.begin() + 1, 4);
-  if (k.size() != 4 || blocks < 1) return Invalid(wrong);
-  const int64_t from = k[transposed ? 3 : 2], to = k[transposed ? 2 : 3];
+                      int64_t stride, int64_t padding, bool transposed, int64_t groups, int64_t together) {
+  const Shape k = w.dimensions(), to = y->dimensions();
   Sizes s;
-  if (!Fit(s, x.dimensions(), from, y->dimensions(), k[0], k[1], stride, padding) ||
-      x.dimensions()[3] != blocks * from || y->dimensions()[3] != blocks * to)
-    return Invalid(wrong);
-  s.out_channels = to;
+  if (k.size() != 4 || together < 1 || groups < together || groups % together || k[3] % groups ||
+      !Fit(s, x.dimensions(), transposed ? k[3] : groups * k[2], to, k[0], k[1], stride, padding) ||
+      x.dimensions()[3] != s.channels || s.out_channels != (transposed ? groups * k[2] : k[3]))
+    return Invalid("shapes of a convolution do not fit");
+  const int64_t blocks = groups / together;
+  s.channels /= blocks, s.out_channels /= blocks;
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    Output<T>(pool, s, blocks, Plain<T>(x), w.typed_data<T>(), transposed, y->typed_data<T>());
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, transposed};
+    Output<T>(pool, s, blocks, Plain<T>(x), kernel, y->typed_data<T>());
   });
 }
 
@@ -633,7 +650,8 @@ ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale
     return Invalid("shapes of a reader do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    Output<T>(pool, s, 1, Read<T>(x, scale, bias), w.typed_data<T>(), false, y->typed_data<T>());
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, 1, false};
+    Output<T>(pool, s, 1, Read<T>(x, scale, bias), kernel, y->typed_data<T>());
   });
 }
 
@@ -710,7 +728,8 @@ using Buffer = ffi::AnyBuffer;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetConvolution, OutputCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
-        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<bool>("transposed"));
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<bool>("transposed")
+        .Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetKernelGradient, KernelGradientCall,

@@ -8,7 +8,6 @@ to 40 times as fast as XLA's grouped convolution (docs/performance.md).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,55 +78,12 @@ def _taken_together(groups: int, features: int) -> int:
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
 
 
-def _block_diagonal(kernel: Array, groups: int, together: int) -> Float[Array, "n kh kw i o"]:
-    """Kernels of n = groups / together convolutions that have no groups."""
-    height, width, inputs, outputs = kernel.shape
-    parted = kernel.reshape(height, width, inputs, groups // together, together, outputs // groups)
-    blocks = jnp.einsum("hwingo,fg->nhwfigo", parted, jnp.eye(together, dtype=kernel.dtype))
-    return blocks.reshape(groups // together, height, width, together * inputs, -1)
-
-
 def _of_diagonal(blocks: Float[Array, "n kh kw i o"], together: int) -> Float[Array, "kh kw i2 o2"]:
-    """The transpose of `_block_diagonal`."""
+    """A kernel's gradient from those of convolutions without groups, each of so many groups taken together."""
     count, height, width, inputs, outputs = blocks.shape
     parted = blocks.reshape(count, height, width, together, inputs // together, together, outputs // together)
     kernel = jnp.einsum("nhwgigo->hwingo", parted)
     return kernel.reshape(height, width, inputs // together, count * outputs)
-
-
-def _blocks(kernel: Array, groups: int) -> Float[Array, "n kh kw i o"]:
-    return _block_diagonal(kernel, groups, _taken_together(groups, kernel.shape[3] // groups))
-
-
-def _grouped_output(x: Array, kernel: Array, *, groups: int, stride: int, padding: int) -> Float[Array, "b h2 w2 o"]:
-    sizes = ((size + 2 * padding - kernel.shape[i]) // stride + 1 for i, size in enumerate(x.shape[1:3]))
-    shape = (x.shape[0], *sizes, kernel.shape[3])
-    return _call_output(x, _blocks(kernel, groups), shape, stride=stride, padding=padding, transposed=False)
-
-
-def _grouped_input_gradient(
-    g: Array, kernel: Array, *, groups: int, sizes: tuple[int, int], stride: int, padding: int
-) -> Float[Array, "b h w c"]:
-    blocks = _blocks(kernel, groups)
-    if _is_output(kernel.shape, stride, padding):
-        shape = (g.shape[0], *sizes, groups * kernel.shape[2])
-        padding = kernel.shape[0] - 1 - padding
-        return _call_output(g, blocks, shape, stride=1, padding=padding, transposed=True)
-    parts = zip(jnp.split(g, len(blocks), axis=3), blocks, strict=True)
-    gradient = functools.partial(plain_input_gradient, sizes=sizes, stride=stride, padding=padding)
-    return jnp.concatenate([gradient(part, block) for part, block in parts], axis=3)
-
-
-def _call_output(x: Array, blocks: Array, shape: tuple[int, ...], *, transposed: bool, **sizes: int) -> Array:
-    """The library's call for convolutions side by side."""
-    call = jax.ffi.ffi_call(target_names()["output"], jax.ShapeDtypeStruct(shape, x.dtype))
-    return call(x, blocks, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
-
-
-def _is_output(kernel_shape: tuple[int, ...], stride: int, padding: int) -> bool:
-    """Whether the input's gradient is itself a convolution that the library knows: by the kernel turned around."""
-    height, width = kernel_shape[:2]
-    return stride == 1 and height == width and padding < height
 
 
 def _grouped_kernel_gradient(x: Array, g: Array, *, groups: int, **params: Any) -> Array:
@@ -137,43 +93,56 @@ def _grouped_kernel_gradient(x: Array, g: Array, *, groups: int, **params: Any) 
     return _of_diagonal(jnp.stack(found), together)
 
 
-def _with_groups(grouped: Callable[..., Array], lowering: Callable[..., Any]) -> Callable[..., Any]:
-    """The lowering rule of a convolution that may have groups."""
-    lower_grouped = mlir.lower_fun(grouped, multiple_results=False)
-
-    def lower(ctx: Any, *operands: Any, groups: int, **params: Any) -> Any:
-        if groups > 1:
-            return lower_grouped(ctx, *operands, groups=groups, **params)
-        return lowering(ctx, *operands, **params)
-
-    return lower
+def _dilated_input_gradient(
+    g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
+) -> Float[Array, "b h w c"]:
+    """As of a convolution at stride 1 whose other outputs have no gradient: more products, but by the library."""
+    filled = [stride * (size - 1) + 1 for size in g.shape[1:3]]
+    behind = [sizes[i] + 2 * padding - kernel.shape[i] + 1 - filled[i] for i in range(2)]
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
+    return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
-def _lower_output(ctx: Any, x: Any, kernel: Any, *, stride: int, padding: int) -> Any:
+def _call_output(ctx: Any, x: Any, kernel: Any, *, groups: int, features: int, transposed: bool, **sizes: int) -> Any:
+    """The library's call; a group gives so many features."""
     rule = jax.ffi.ffi_lowering(target_names()["output"])
-    return rule(ctx, x, kernel, stride=np.int64(stride), padding=np.int64(padding), transposed=False)
+    sizes |= {"groups": groups, "together": _taken_together(groups, features)}
+    return rule(ctx, x, kernel, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
 
 
-def _lower_input_gradient(ctx: Any, g: Any, kernel: Any, *, sizes: tuple[int, int], stride: int, padding: int) -> Any:
-    shape = ctx.avals_in[1].shape
-    if not _is_output(shape, stride, padding):
+def _lower_output(ctx: Any, x: Any, kernel: Any, *, stride: int, padding: int, groups: int) -> Any:
+    features = ctx.avals_in[1].shape[3] // groups
+    options = {"stride": stride, "padding": padding, "groups": groups, "features": features}
+    return _call_output(ctx, x, kernel, transposed=False, **options)
+
+
+def _lower_input_gradient(
+    ctx: Any, g: Any, kernel: Any, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
+) -> Any:
+    height, width, features, _ = ctx.avals_in[1].shape
+    if stride > 1 and groups > 1:
+        lower = mlir.lower_fun(_dilated_input_gradient, multiple_results=False)
+        return lower(ctx, g, kernel, sizes=sizes, stride=stride, padding=padding, groups=groups)
+    if stride != 1 or height != width or padding >= height:
         return None
-    rule = jax.ffi.ffi_lowering(target_names()["output"])
-    return rule(ctx, g, kernel, stride=np.int64(1), padding=np.int64(shape[0] - 1 - padding), transposed=True)
+    options = {"stride": 1, "padding": height - 1 - padding, "groups": groups, "features": features}
+    return _call_output(ctx, g, kernel, transposed=True, **options)
 
 
-def _lower_kernel_gradient(ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int) -> Any:
+def _lower_kernel_gradient(
+    ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
+) -> Any:
+    options = {"stride": stride, "padding": padding}
+    if groups > 1:
+        lower = mlir.lower_fun(_grouped_kernel_gradient, multiple_results=False)
+        return lower(ctx, x, g, groups=groups, sizes=sizes, **options)
     rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
-    return rule(ctx, x, g, stride=np.int64(stride), padding=np.int64(padding))
+    return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})
 
 
-_output_p = define("convolution", plain_convolve, _with_groups(_grouped_output, _lower_output))
-_input_gradient_p = define(
-    "convolution_input_gradient", plain_input_gradient, _with_groups(_grouped_input_gradient, _lower_input_gradient)
-)
-_kernel_gradient_p = define(
-    "convolution_kernel_gradient", plain_kernel_gradient, _with_groups(_grouped_kernel_gradient, _lower_kernel_gradient)
-)
+_output_p = define("convolution", plain_convolve, _lower_output)
+_input_gradient_p = define("convolution_input_gradient", plain_input_gradient, _lower_input_gradient)
+_kernel_gradient_p = define("convolution_kernel_gradient", plain_kernel_gradient, _lower_kernel_gradient)
 
 
 def _shape(operand: Any) -> tuple[int, ...]:
