@@ -36,7 +36,8 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 #endif
 constexpr int kVectors = 2;
 constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
-constexpr int64_t kUnpackedPixels = 4096;   // of the output, up to which packing weights costs more than it saves
+// Up to so many pixels of output packing weights costs more than it saves, if a row of them lies within a page's reach.
+constexpr int64_t kUnpackedPixels = 4096, kUnpackedBytes = 512;
 
 template <typename T>
 struct Lanes {
@@ -335,8 +336,8 @@ class Weights {
   Weights(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel) : packed_(nullptr, [](T*) {}) {
     constexpr int kLanes = Lanes<T>::kCount;
     const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
-    const bool readable = !kernel.transposed && kernel.together == 1 && s.out_channels % kLanes == 0;
-    if (readable && pixels <= kUnpackedPixels) {
+    const bool whole = !kernel.transposed && kernel.together == 1 && s.out_channels % kLanes == 0;
+    if (whole && pixels <= kUnpackedPixels && kernel.outputs * static_cast<int64_t>(sizeof(T)) <= kUnpackedBytes) {
       weights_ = kernel.w + kernel.first * s.out_channels, chunk_step_ = 1, step_ = kernel.outputs;
       return;
     }
