@@ -1,8 +1,8 @@
 """Convolution on a CPU: a bilinear primitive whose outputs and gradients the compiled library computes.
 
-The library has no groups. A group of a Dual Path Network has 3 to 32 channels, less than a vector or two, so as many
-groups as fill one are taken together: one convolution by a block-diagonal kernel. It multiplies by zeros, and is 2.5
-to 40 times as fast as XLA's grouped convolution (docs/performance.md).
+A group of a Dual Path Network has 3 to 32 channels, less than a vector or two, so as many groups as fill one are taken
+together: one convolution by a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's
+grouped convolution (docs/performance.md).
 """
 
 from __future__ import annotations
