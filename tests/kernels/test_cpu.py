@@ -225,7 +225,7 @@ def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
     library.target_names.cache_clear()
 
 
-@pytest.mark.parametrize("bottleneck_width", [0, 4])
+@pytest.mark.parametrize("bottleneck_width", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_network_evaluated(bottleneck_width):
     """From one buffer a block, without a concatenation; the answers and their gradient are the plain form's."""
     facts = {"block_sizes": (2, 3), "num_classes": 3, "bottleneck_width": bottleneck_width, "dtype": jnp.float64}
