@@ -27,6 +27,7 @@ from versus import cases, report
 from versus.rows import Rows
 from versus.turns import OUT_OF_MEMORY, Contestant, compete, say
 
+STEPS_A_WAIT = 10  # on a GPU, which works behind the program that feeds it, in training as in a training loop
 COLUMNS = {
     "model": "model",
     "image_size_px": "px",
@@ -89,8 +90,8 @@ def parse() -> argparse.Namespace:
         "--implementations",
         nargs="+",
         choices=cases.SCRIPTS,
-        help="default: all but kernels (training on a GPU in bfloat16); on a CPU without torch_compile, which takes "
-        "minutes and wants a C++ compiler there",
+        help="default: all but without_kernels (this project's form in XLA's own operations); on a CPU without "
+        "torch_compile as well, which takes minutes and wants a C++ compiler there",
     )
     parser.add_argument(
         "--row_secs",
@@ -102,10 +103,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--to_the_limit", action="store_true", help="on a GPU: double the last batch until it fits nobody any more"
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="let all compile at the same time; there are no compile times then (PyTorch takes minutes to compile)",
+    )
     arguments = shared.parse(parser)
     if arguments.to_the_limit and not arguments.on_gpu:
         raise SystemExit("error: --to_the_limit is for a GPU: a CPU's memory ends by stopping other programs")
-    left_out = {"kernels"} if arguments.on_gpu else {"kernels", "torch_compile"}
+    left_out = {"without_kernels"} if arguments.on_gpu else {"without_kernels", "torch_compile"}
     usual = [name for name in cases.SCRIPTS if name not in left_out]
     arguments.implementations = arguments.implementations or usual
     return arguments
@@ -130,9 +136,12 @@ def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px
             say(f"{model}, {found[0].case['image_size_px']} px, batch {batch_size}, {mode}")
             for one in found:
                 one.limit_secs = arguments.row_secs
-            compete(found, arguments.turns, arguments.turn_secs, arguments.row_secs)
+                one.steps_a_wait = STEPS_A_WAIT if arguments.on_gpu and mode == "train" else 1
+            compete(found, arguments.turns, arguments.turn_secs, arguments.row_secs, arguments.together)
             cases.check_platforms(found)
             measured = [row(one) for one in found]
+            if arguments.together:
+                measured = [one | {"compile_secs": None} for one in measured]
             say(report.table([shown(one) for one in measured], COLUMNS))
             rows.add(measured, cases.versions_of(found), cases.device()[1])
         fitting = [one.name for one in everyone if not is_full(rows, one)]

@@ -14,7 +14,7 @@ from versus.turns import Contestant, Worker
 SCRIPTS = {
     "densenet_jax": ("jax_worker.py", "default"),
     "plain": ("jax_worker.py", "plain"),
-    "kernels": ("jax_worker.py", "kernels"),
+    "without_kernels": ("jax_worker.py", "without_kernels"),
     "torch_eager": ("torch_worker.py", "eager"),
     "torch_compile": ("torch_worker.py", "compile"),
 }

@@ -33,6 +33,9 @@ class JaxCase:
         if not np.isfinite(np.asarray(self._result).ravel()[0]):
             raise FloatingPointError("the result is not finite")
 
+    def forget_peak(self) -> None:
+        """JAX has no way to: on a GPU, what choosing convolutions' algorithms took stays in."""
+
     def peak_bytes(self) -> int | None:
         """Of the device's allocator."""
         statistics = jax.local_devices()[0].memory_stats()
@@ -65,7 +68,7 @@ def prepare(
 ) -> tuple[JaxCase, dict[str, Any]]:
     """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
     variant = get_variant(model)
-    kernels = "pallas" if form == "kernels" else "auto"
+    kernels = "xla" if form == "without_kernels" else "auto"
     block_form = "plain" if form == "plain" else "normalize_once"
     options = {"dtype": jnp.dtype(dtype), "kernels": kernels, "block_form": block_form}
     network = densenet_jax.create_model(model, **options, **overrides)

@@ -25,6 +25,9 @@ class OnnxCase:
         if self._result is None or not np.isfinite(self._result).all():
             raise FloatingPointError("the result is not finite")
 
+    def forget_peak(self) -> None:
+        """There is no device."""
+
     def peak_bytes(self) -> int | None:
         """The process's own."""
         return None

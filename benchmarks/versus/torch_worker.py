@@ -28,6 +28,11 @@ class TorchCase:
         if not torch.isfinite(self._result.detach().reshape(-1)[0]):
             raise FloatingPointError("the result is not finite")
 
+    def forget_peak(self) -> None:
+        """Of the device's allocator."""
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
     def peak_bytes(self) -> int | None:
         """Of the device's allocator."""
         return torch.cuda.max_memory_allocated() if self._device == "cuda" else None

@@ -1,7 +1,8 @@
 """Workers in processes of their own that take turns, so that each meets the same machine.
 
 A worker reads one JSON object a line and answers with one. Requests: {"ask": "prepare", ...} readies one case and tells
-how long that took, {"ask": "turn", "secs": s} works for about that long, {"ask": "peak"} tells the memory it needed.
+how long that took, {"ask": "turn", "secs": s, "steps_a_wait": n} works for about that long and waits for the device
+after every n steps, {"ask": "peak"} tells the memory it needed.
 An answer may be {"error": "..."}.
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +88,7 @@ class Contestant:
       error: why there are no figures.
       limit_secs: the longest that its worker may take for one answer; None: any time.
       interleaved: whether it took turns with the others; on a small device it may only fit alone.
+      steps_a_wait: steps that are issued before the device is waited for: a training loop waits seldom.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Contestant:
     error: str | None = None
     limit_secs: float | None = None
     interleaved: bool = True
+    steps_a_wait: int = 1
     _worker: Worker | None = None
 
     def prepare(self) -> bool:
@@ -110,7 +114,8 @@ class Contestant:
         """One turn of about secs seconds."""
         assert self._worker
         answer: dict[str, Any] = {}
-        if not self._take(self._worker.ask("turn", limit_secs=self.limit_secs, secs=secs), answer):
+        turn = {"secs": secs, "steps_a_wait": self.steps_a_wait}
+        if not self._take(self._worker.ask("turn", limit_secs=self.limit_secs, **turn), answer):
             return False
         self.secs.append(answer["secs"])
         self.processor_secs.append(answer["processor_secs"])
@@ -136,15 +141,22 @@ class Contestant:
         return not self.error
 
 
-def compete(contestants: list[Contestant], turns: int, turn_secs: float, budget_secs: float = float("inf")) -> None:
+def compete(
+    contestants: list[Contestant],
+    turns: int,
+    turn_secs: float,
+    budget_secs: float = float("inf"),
+    together: bool = False,
+) -> None:
     """Lets the contestants take turns; one that does not fit beside the others is measured alone afterwards.
 
-    No round of turns begins later than budget_secs after the first, which is always taken.
+    No round of turns begins later than budget_secs after the first, which is always taken. They are prepared one after
+    the other, or together: sooner where there are many cores, but then nobody's compile time is its own.
     """
     try:
-        for contestant in contestants:
-            say(f"preparing {contestant.name}")
-            contestant.prepare()
+        say(f"preparing {', '.join(one.name for one in contestants)}")
+        with ThreadPoolExecutor(len(contestants) if together else 1) as pool:
+            list(pool.map(Contestant.prepare, contestants))
         _take_turns([one for one in contestants if not one.error], turns, turn_secs, budget_secs)
         for contestant in contestants:
             contestant.finish()

@@ -20,6 +20,9 @@ class Case(Protocol):
     def wait(self) -> None:
         """Returns when all issued steps are done; raises FloatingPointError where the result is not finite."""
 
+    def forget_peak(self) -> None:
+        """Lets the device's peak memory begin anew, where that can be had."""
+
     def peak_bytes(self) -> int | None:
         """The device's memory at its fullest; None means this process's own is what counts."""
 
@@ -58,24 +61,26 @@ def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str,
     case.step()
     case.wait()
     step_secs = time.perf_counter() - first
-    _forget_peak()
+    _forget_peak(case)
     # What the first step took beyond an ordinary one: tracing, compiling, choosing algorithms.
     return case, {"compile_secs": max(first - began - step_secs, 0.0), **facts}
 
 
-def _turn(case: Case, secs: float) -> dict[str, Any]:
+def _turn(case: Case, secs: float, steps_a_wait: int) -> dict[str, Any]:
     found: list[float] = []
     end, used = time.perf_counter() + secs, time.process_time()
     while not found or time.perf_counter() < end:
         began = time.perf_counter()
-        case.step()
+        for _ in range(steps_a_wait):
+            case.step()
         case.wait()
-        found.append(time.perf_counter() - began)
+        found += [(time.perf_counter() - began) / steps_a_wait] * steps_a_wait
     return {"secs": found, "processor_secs": time.process_time() - used}
 
 
-def _forget_peak() -> None:
-    """Lets the process's peak memory begin anew, so that what compiling took is not in it."""
+def _forget_peak(case: Case) -> None:
+    """Lets peak memory begin anew, so that what compiling took is not in it."""
+    case.forget_peak()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

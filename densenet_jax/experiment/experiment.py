@@ -107,6 +107,7 @@ class Experiment:
             remat=config.model.remat,
             block_form=self._block_form,
             kernels=config.model.kernels,
+            devices=self.absent_devices,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.gpu.reader_gradients import MOST_OUTPUTS
-from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND
+from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS
 
 Choice = Literal["xla", "pallas"]
 WANTED = ("auto", "xla", "pallas")
 _DTYPES = ("bfloat16", "float16")
+_MEASURED_CAPABILITY = "9.0"  # Hopper: H100 and H200 are what the kernels were measured on
+_MOST_MEASURED_OUTPUTS = 128
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
@@ -37,19 +40,33 @@ def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
         )
 
 
-def choose(platform: str, dtype: Any, shape: tuple[int, int, int], wanted: str = "auto") -> Choice:
+def choose(
+    platform: str,
+    dtype: Any,
+    shape: tuple[int, int, int],
+    wanted: str = "auto",
+    devices: Sequence[Any] | None = None,
+) -> Choice:
     """What computes a dense layer's 1x1 convolution with all around it, in training.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       dtype: of activations.
       shape: rows (positions of all examples), columns of the buffer that it reads, outputs.
-      wanted: "auto" is "xla" on every platform until the kernels have been timed on a GPU.
+      wanted: "auto" is "pallas" where the kernels were measured to be faster: on one Hopper GPU, up to 128 outputs. Not
+        on several, over which XLA's partitioner can't divide a kernel's call.
+      devices: that the program is for; None is JAX's own.
 
     Raises:
       UserError: "pallas" is wanted where there is none.
     """
     check_wanted(wanted, platform, dtype)
     rows, columns, outputs = shape
+    if wanted == "auto" and platform == "gpu" and outputs <= _MOST_MEASURED_OUTPUTS:
+        wanted = "pallas" if jnp.dtype(dtype).name in _DTYPES and _are_measured(devices or jax.devices()) else "xla"
     fits = outputs <= MOST_OUTPUTS and 0 < rows * max(columns, outputs) <= LARGEST_OPERAND
     return "pallas" if wanted == "pallas" and fits else "xla"
+
+
+def _are_measured(devices: Sequence[Any]) -> bool:
+    return len(devices) == 1 and getattr(devices[0], "compute_capability", None) == _MEASURED_CAPABILITY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import linen as nn
 
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.choice import WANTED
-from densenet_jax.models.dense_block import Form
+from densenet_jax.models.dense_block import Form, plain_dense_block
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
 from densenet_jax.models.dual_path_once import STAGE_FORMS
@@ -53,6 +54,7 @@ def create_model(
     frozen_norms: str = "",
     block_form: str = "normalize_once",
     kernels: str = "auto",
+    devices: tuple[Any, ...] | None = None,
     **architecture: Any,
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
@@ -83,8 +85,9 @@ def create_model(
       block_form: the arithmetic of dense and dual-path blocks in training: "normalize_once", "plain" (the readable
         reference), or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all
         are the same function.
-      kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" and,
-        until they have been timed, "auto" do without (DenseNet only).
+      kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" does
+        without; "auto" takes them where they were measured to be faster, in evaluation as well (DenseNet only).
+      devices: that the model is for, which "auto" goes by; None is JAX's own.
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
@@ -99,7 +102,7 @@ def create_model(
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
-    form = _form(name, block_form, kernels)
+    form = _form(name, block_form, kernels, devices)
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
@@ -119,15 +122,21 @@ def create_model(
     return DualPathNetwork(**facts, **common, block_form=STAGE_FORMS[block_form])
 
 
-def _form(name: str, block_form: str, kernels: str) -> Form:
-    form = FORMS[_chosen("block_form", block_form)]
-    if _chosen("kernels", kernels) != "pallas":
+def _form(name: str, block_form: str, kernels: str, devices: tuple[Any, ...] | None) -> Form:
+    form: Any = FORMS[_chosen("block_form", block_form)]
+    if _chosen("kernels", kernels) == "pallas":
+        if not isinstance(get_variant(name).architecture, DenseNetArchitecture):
+            raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
+        if block_form not in KERNEL_FORMS:
+            raise UserError(
+                f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'"
+            )
+        return KERNEL_FORMS[block_form]
+    if form is plain_dense_block:
         return form
-    if not isinstance(get_variant(name).architecture, DenseNetArchitecture):
-        raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
-    if block_form not in KERNEL_FORMS:
-        raise UserError(f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'")
-    return KERNEL_FORMS[block_form]
+    if kernels == "xla":
+        return functools.partial(form, kernels="xla")
+    return form if devices is None else functools.partial(form, devices=devices)
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:

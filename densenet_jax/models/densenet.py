@@ -167,14 +167,18 @@ class DenseNet(nn.Module):
             "cifar": (3, (last,)),
         }[self.stem]
         types = {"init_fan": self.init_fan, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        arithmetic = arithmetic_of(self.block_form)
         for index, width in enumerate(widths):
             stride = 2 if index == 0 and self.stem != "cifar" else 1
-            convolution = Convolution(x.shape[-1], width, kernel_size, stride, name=f"conv{index}", **types)
+            rearranged = stride == 2 and arithmetic is not None and arithmetic.stem == "rearranged"
+            convolution = Convolution(
+                x.shape[-1], width, kernel_size, stride, space_to_depth=rearranged, name=f"conv{index}", **types
+            )
             if self.stem == "cifar":
                 return convolution(x)
             norm = self._norm(f"norm{index}", width, after_convolution=True)
-            if index + 1 == len(widths) and self.blur == "none" and arithmetic_of(self.block_form):
-                return norm_relu_max_pool(convolution, norm, x, train)
+            if index + 1 == len(widths) and self.blur == "none" and arithmetic:
+                return norm_relu_max_pool(convolution, norm, x, train, arithmetic)
             x = jax.nn.relu(norm(convolution(x), train))
         border = self.norm_options.folded
         if self.blur == "none":

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu import convolution as cpu
 from densenet_jax.kernels.cpu import pooling
+from densenet_jax.models.space_to_depth import space_to_depth
 
 DType = Any
 Fan = Literal["fan_in", "fan_out"]
@@ -253,7 +254,11 @@ def he_normal(fan: Fan) -> nn.initializers.Initializer:
 
 
 class Convolution(nn.Module):
-    """Bias-free convolution, padded to keep the size at stride 1; parameter kernel float[k, k, in / groups, out]."""
+    """Bias-free convolution, padded to keep the size at stride 1; parameter kernel float[k, k, in / groups, out].
+
+    Attributes:
+      space_to_depth: at stride 2, compute it as `densenet_jax.models.space_to_depth` says: up to rounding the same.
+    """
 
     in_features: int
     features: int
@@ -263,6 +268,7 @@ class Convolution(nn.Module):
     init_fan: Fan = "fan_in"
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    space_to_depth: bool = False
 
     def setup(self) -> None:
         """Declares parameters and variables."""
@@ -275,6 +281,8 @@ class Convolution(nn.Module):
         """The convolution in dtype, each output channel multiplied by its sign where signs are given."""
         kernel = self.kernel if signs is None else self.kernel * signs.astype(self.kernel.dtype)[None, None, None, :]
         padding = self.kernel_size // 2
+        if self.space_to_depth:
+            return convolve(*space_to_depth(x.astype(self.dtype), kernel))
         return convolve(x.astype(self.dtype), kernel, stride=self.stride, padding=padding, groups=self.groups)
 
 

@@ -54,6 +54,9 @@ from densenet_jax.models.readers import (
     normalisation_gradient,
     read,
     read_gradients,
+    read_gradients_before_relu,
+    rectifier_gradients,
+    rectify,
     sum_by_group,
 )
 
@@ -61,7 +64,7 @@ from densenet_jax.models.readers import (
 ARITHMETIC = {
     "cpu": Arithmetic("buffer", "dot", library=True),
     "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel"),
-    "gpu": Arithmetic("arrays", "convolution"),
+    "gpu": Arithmetic("arrays", "convolution", stem="rearranged"),
 }
 WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
 
@@ -195,6 +198,8 @@ def _forward(
         normalised, moments = _normalised(out, facts, facts.normalises, shifts.outputs[index])
         all_moments.append(moments)
         maps = _put(maps, normalised, widths[index])
+    if arithmetic.kernels != "xla":  # or XLA reads from the buffer as it was before the last layers, and copies it
+        maps = lax.optimization_barrier(maps)
     joined = Moments(*(jnp.concatenate(parts, axis=-1) for parts in zip(*all_moments, strict=True)))
     values = _front(maps, joined.mean.shape[-1])
     outputs = Outputs(values, joined, tuple(hidden_moments))
@@ -239,17 +244,31 @@ def _second_backward(
     facts: Facts, saved: Residuals, index: int, hidden: Array, gradient: Array, moment_gradients: Moments
 ) -> tuple[Array, Reader]:
     """From a layer's raw output to what its second norm normalises."""
-    reader, moments = saved.layers[index].second, saved.hidden_moments[index]
+    reader, moments, options = saved.layers[index].second, saved.hidden_moments[index], facts.options
     assert reader is not None
     normalises = facts.normalises_hidden[index]
     normalised = hidden
     if normalises:
-        normalised = normalise(hidden, moments, facts.options.norm.epsilon).astype(hidden.dtype)
-    found = read_gradients(normalised, reader, gradient, moments.mean.shape[0], facts.arithmetic)
-    scale = reader.scale.astype(found.scale.dtype)[None, :]
-    sums = (found.bias * scale, found.scale * scale)
-    raw = _raw_gradient(found.inputs, normalised, moments, moment_gradients, sums, normalises, facts)
+        normalised = normalise(hidden, moments, options.norm.epsilon).astype(hidden.dtype)
+    groups = moments.mean.shape[0]
+    if facts.arithmetic.kernels == "xla":
+        found = read_gradients(normalised, reader, gradient, groups, facts.arithmetic)
+        of_normalised = found.inputs
+    else:
+        rectified, found = read_gradients_before_relu(normalised, reader, gradient, groups, facts.arithmetic)
+        # Masked once for the sums above and once here; XLA would store the masked gradient for both.
+        rectified = lax.optimization_barrier(rectified)
+        activation = rectify(normalised, reader.scale, reader.bias)
+        of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
+    sums = _sums(found, reader)
+    raw = _raw_gradient(of_normalised, normalised, moments, moment_gradients, sums, normalises, facts)
     return raw, _reader_gradients(found, reader)
+
+
+def _sums(found: ReaderGradients, reader: Reader) -> tuple[Array, Array]:
+    """Of the gradient of x^, and of it times x^, over the examples of each group."""
+    scale = reader.scale.astype(found.scale.dtype)[None, :]
+    return found.bias * scale, found.scale * scale
 
 
 def _layer_backward(
@@ -310,9 +329,9 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
         gradient = raw_gradient(start, width)
         found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
         layers.append(layer)
-        scale = reader.scale.astype(found.scale.dtype)[None, :]
         total = found.inputs
-        sums = (sums[0][:, :start] + found.bias * scale, sums[1][:, :start] + found.scale * scale)
+        own = _sums(found, reader)
+        sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
         width = start
     return raw_gradient(0, width), tuple(reversed(layers)), None, None
 
@@ -341,8 +360,9 @@ def normalize_once(
     train: bool,
     platform: str = "",
     kernels: str = "auto",
+    devices: tuple[Any, ...] | None = None,
 ) -> BlockResult:
-    """The block in its normalise-once form; in evaluation the plain one, or all norms frozen where the library reads.
+    """The block in its normalise-once form; in evaluation the plain one, or all norms frozen where one buffer is read.
 
     A block in which some first norms are frozen and others are not takes the plain form: its maps have two kinds of
     statistics.
@@ -355,12 +375,15 @@ def normalize_once(
       train: batch statistics instead of running ones.
       platform: a key of ARITHMETIC; "" is the platform JAX runs on.
       kernels: what is wanted of `kernels.choice.choose`, or "interpret" for tests of the kernels.
+      devices: that the program is for; None is JAX's own.
 
     Raises:
       UserError: kernels are wanted that do not exist for the platform or the dtype.
     """
     platform = platform or jax.default_backend()
-    if not train and _is_evaluated_by_library(inputs, layers[0], options, platform):
+    wanted = "auto" if kernels == "pallas" and not train else kernels  # only training is refused what there is not
+    arithmetic = _arithmetic(inputs, layers, options, platform, wanted, devices)
+    if not train and _is_evaluated_from_buffer(inputs, layers[0], options, arithmetic):
         layers, key = [_frozen(layer) for layer in layers], None
     elif not train or len({layer.norm1.frozen for layer in layers}) > 1:
         return plain_dense_block(inputs, layers, key, options, train)
@@ -368,7 +391,7 @@ def normalize_once(
     hidden_frozen = tuple(layer.norm2 is not None and layer.norm2.frozen for layer in layers)
     facts = Facts(
         options,
-        _arithmetic(inputs, layers, options, platform, kernels) if train else ARITHMETIC[platform],
+        arithmetic,
         normalises=frozen == {False},
         normalises_hidden=tuple(not is_frozen for is_frozen in hidden_frozen),
     )
@@ -392,11 +415,11 @@ def arithmetic_of(form: Form) -> Arithmetic | None:
     return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
 
 
-def _is_evaluated_by_library(inputs: Array, first: LayerArrays, options: BlockOptions, platform: str) -> bool:
-    """Whether only convolutions' outputs go through memory in evaluation: then one buffer holds all maps."""
-    arithmetic = ARITHMETIC.get(platform)
+def _is_evaluated_from_buffer(inputs: Array, first: LayerArrays, options: BlockOptions, arithmetic: Arithmetic) -> bool:
+    """Whether something reads the front of a buffer in evaluation, which then holds all maps, as they are."""
     reader = _reader(first.norm1, first.kernel1, options.norm)
-    return bool(arithmetic and arithmetic.library) and is_read_by_library(inputs.astype(options.dtype), reader)
+    by_library = arithmetic.library and is_read_by_library(inputs.astype(options.dtype), reader)
+    return by_library or arithmetic.kernels != "xla"
 
 
 def _frozen(layer: LayerArrays) -> LayerArrays:
@@ -406,7 +429,12 @@ def _frozen(layer: LayerArrays) -> LayerArrays:
 
 
 def _arithmetic(
-    inputs: Array, layers: Sequence[LayerArrays], options: BlockOptions, platform: str, wanted: str
+    inputs: Array,
+    layers: Sequence[LayerArrays],
+    options: BlockOptions,
+    platform: str,
+    wanted: str,
+    devices: tuple[Any, ...] | None,
 ) -> Arithmetic:
     own = ARITHMETIC.get(platform, ARITHMETIC["gpu"])
     last = layers[-1]
@@ -416,7 +444,7 @@ def _arithmetic(
         return replace(WITH_KERNELS, kernels="interpret")
     columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
     shape = (inputs.size // inputs.shape[-1], columns, last.kernel1.shape[-1])
-    return WITH_KERNELS if choose(platform, options.dtype, shape, wanted) == "pallas" else own
+    return WITH_KERNELS if choose(platform, options.dtype, shape, wanted, devices) == "pallas" else own
 
 
 def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.models.indexed_pool import max_pool_gradient, max_pool_with_index
 from densenet_jax.models.layers import (
     BatchNorm,
     Convolution,
@@ -115,7 +116,7 @@ _read_strided.defvjp(_strided_forward, _strided_backward)
 
 
 def norm_relu_max_pool(
-    convolution: Convolution, norm: BatchNorm, x: Float[Array, "b h w c"], train: bool
+    convolution: Convolution, norm: BatchNorm, x: Float[Array, "b h w c"], train: bool, arithmetic: Arithmetic
 ) -> Float[Array, "b h2 w2 o"]:
     """max_pool(relu(norm(convolution(x)))): the maximum taken first, then normed.
 
@@ -124,6 +125,7 @@ def norm_relu_max_pool(
       norm: likewise; in training its running statistics take in the moments.
       x: what is convolved.
       train: batch statistics instead of running ones.
+      arithmetic: how.
     """
     if norm.options.folded:
         return jax.nn.relu(norm(max_pool(convolution(x), repeat_border=True), train))  # its scale is the kernel's
@@ -134,32 +136,34 @@ def norm_relu_max_pool(
         scale, bias = fold_running(arrays, norm.options.epsilon)
         return jax.nn.relu(scale_shift(max_pool(y), scale * signs.astype(scale.dtype), bias, norm.dtype))
     means = signs.astype(arrays.mean.dtype)
-    out, moments = _max_pooled(norm.options, y, arrays.scale * signs, arrays.bias, arrays.mean * means)
+    by_index = arithmetic.stem == "rearranged"
+    out, moments = _max_pooled(norm.options, by_index, y, arrays.scale * signs, arrays.bias, arrays.mean * means)
     norm.record(moments._replace(mean=moments.mean * means[None, :]), y.size // y.shape[-1] // moments.mean.shape[0])
     return out.astype(norm.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _max_pooled(
     options: NormOptions,
+    by_index: bool,
     y: Float[Array, "b h w c"],
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
     shift: Float[Array, " c"],
 ) -> tuple[Float[Array, "b h2 w2 c"], Moments]:
     """max_pool(relu(batch norm of y)) in y's dtype, and y's moments; no scale is below 0."""
-    return _max_forward(options, y, scale, bias, shift)[0]
+    return _max_forward(options, by_index, y, scale, bias, shift)[0]
 
 
-def _max_forward(options: NormOptions, y: Array, scale: Array, bias: Array, shift: Array) -> tuple:
+def _max_forward(options: NormOptions, by_index: bool, y: Array, scale: Array, bias: Array, shift: Array) -> tuple:
     moments = batch_moments(y, options.group_size, shift)
-    pooled = max_pool(y)
+    pooled, index = max_pool_with_index(y) if by_index else (max_pool(y), None)
     out = jax.nn.relu(scale_shift(normalise(pooled, moments, options.epsilon), scale, bias, y.dtype))
-    return (out, moments), (y, pooled, moments, scale, bias)
+    return (out, moments), (y, pooled, index, moments, scale, bias)
 
 
-def _max_backward(options: NormOptions, saved: tuple, cotangents: tuple[Array, Moments]) -> tuple:
-    y, pooled, moments, scale, bias = saved
+def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents: tuple[Array, Moments]) -> tuple:
+    y, pooled, index, moments, scale, bias = saved
     gradient, of_moments = cotangents
     normalised = normalise(pooled, moments, options.epsilon)
     wide, groups = normalised.dtype, moments.mean.shape[0]
@@ -167,8 +171,11 @@ def _max_backward(options: NormOptions, saved: tuple, cotangents: tuple[Array, M
     gradient = jnp.where(is_open, gradient.astype(wide), jnp.zeros_like(normalised))
     of_scale, of_bias = sum_by_group(gradient * normalised, groups), sum_by_group(gradient, groups)
     factor = scale.astype(wide)[None, :]
-    _, pullback = jax.vjp(max_pool, y)
-    (spread,) = pullback((gradient * factor[:, None, None, :]).astype(y.dtype))
+    of_pooled = (gradient * factor[:, None, None, :]).astype(y.dtype)
+    if by_index:  # each is read by four places, for which it is not to be computed again
+        spread = max_pool_gradient(index, lax.optimization_barrier(of_pooled), *y.shape[1:3])
+    else:
+        (spread,) = jax.vjp(max_pool, y)[1](of_pooled)
     # Every pooled gradient went to one value of y, so that the sums over y are those over what was pooled.
     sums = (of_bias * factor, of_scale * factor)
     whole = normalise(y, moments, options.epsilon)

@@ -30,6 +30,7 @@ class Arithmetic:
       library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
       stores_gradients: a layer's gradient, which two convolutions read, is computed before them instead of in each.
       pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
+      stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
     """
@@ -39,6 +40,7 @@ class Arithmetic:
     library: bool = False
     stores_gradients: bool = False
     pooling: Literal["first", "kernel"] = "first"
+    stem: Literal["direct", "rearranged"] = "direct"
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
 
 
@@ -152,11 +154,23 @@ def read_gradients(
     if arithmetic.library and groups == 1 and cpu.usable(*operands):
         of_x, of_scale, of_bias, of_kernel = cpu.gradients(*operands, gradient)
         return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
+    return read_gradients_before_relu(x, reader, gradient, groups, arithmetic)[1]
+
+
+def read_gradients_before_relu(
+    x: Float[Array, "b h w c2"],
+    reader: Reader,
+    gradient: Float[Array, "b h w o"],
+    groups: int,
+    arithmetic: Arithmetic,
+) -> tuple[Float[Array, "b h w c"], ReaderGradients]:
+    """The gradient of relu(scale * x + bias), and `read_gradients`, all in XLA's operations."""
     x = x[..., : reader.scale.shape[0]]
     activation = rectify(x, reader.scale, reader.bias)
     rectified = _contract_inputs_gradient(gradient, reader.kernel, arithmetic)
     kernel = _contract_kernel_gradient(activation, gradient, reader.kernel.shape[0], arithmetic)
-    return ReaderGradients(*rectifier_gradients(rectified, activation, x, reader.scale, groups), kernel)
+    found = rectifier_gradients(rectified, activation, x, reader.scale, groups)
+    return rectified, ReaderGradients(*found, kernel)
 
 
 def rectifier_gradients(

@@ -76,7 +76,7 @@ def _traced_flops(settings: dict[str, Any], chips: int) -> float | None:
     They are counted with the batch in one part, since XLA counts a loop's body once.
     """
     whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
-    whole["model"] = {**settings["model"], "kernels": "auto"}  # the same operations, which this machine has
+    whole["model"] = {**settings["model"], "kernels": "xla"}  # the same operations, which this machine has
     experiment = Experiment(checked(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
     flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
     return None if flops is None else flops / chips

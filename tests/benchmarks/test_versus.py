@@ -125,7 +125,7 @@ FITS = {"densenet_jax": 8, "plain": 3, "torch_eager": 4}
 
 
 def fake_compete(measured):
-    def compete(contestants, turns, turn_secs, budget_secs):
+    def compete(contestants, turns, turn_secs, budget_secs, together):
         measured.append([(one.name, one.case["batch_size"]) for one in contestants])
         for one in contestants:
             if one.case["batch_size"] > FITS[one.name]:

@@ -1,5 +1,7 @@
 """Who gets the GPU's kernels, and what is said to who can't have them."""
 
+import types
+
 import jax.numpy as jnp
 import pytest
 
@@ -9,10 +11,30 @@ from densenet_jax.kernels.choice import choose
 SHAPE = (100_352, 256, 128)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-@pytest.mark.parametrize("wanted", ["auto", "xla"])
-def test_nobody_gets_them_unasked(platform, wanted):
-    assert choose(platform, jnp.bfloat16, SHAPE, wanted) == "xla"
+HOPPER = types.SimpleNamespace(compute_capability="9.0")
+AMPERE = types.SimpleNamespace(compute_capability="8.0")
+TPU = types.SimpleNamespace()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_one_chip_of_the_kind_they_were_measured_on_gets_them_unasked(dtype):
+    assert choose("gpu", dtype, SHAPE, devices=(HOPPER,)) == "pallas"
+    assert choose("gpu", dtype, SHAPE, "xla", devices=(HOPPER,)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "shape", "devices"),
+    [
+        ("gpu", "bfloat16", SHAPE, (HOPPER, HOPPER)),
+        ("gpu", "bfloat16", SHAPE, (AMPERE,)),
+        ("gpu", "float32", SHAPE, (HOPPER,)),
+        ("gpu", "bfloat16", (100_352, 256, 192), (HOPPER,)),
+        ("tpu", "bfloat16", SHAPE, (TPU,)),
+        ("gpu", "bfloat16", SHAPE, None),  # planned for: this process has a CPU
+    ],
+)
+def test_nobody_else_gets_them_unasked(platform, dtype, shape, devices):
+    assert choose(platform, dtype, shape, devices=devices) == "xla"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])

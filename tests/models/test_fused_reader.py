@@ -1,12 +1,15 @@
 """Dense blocks by the GPU's kernels, interpreted, are the plain blocks: outputs, statistics and every gradient."""
 
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
+from densenet_jax.models import normalize_once as normalize_once_module
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
 from densenet_jax.models.layers import NormOptions
@@ -60,6 +63,21 @@ def test_a_block_is_the_plain_block(case):
         assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
 
 
+def test_evaluation_by_the_kernels_is_the_plain_block_s():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8), jnp.float64)
+        found = []
+        for form in (INTERPRETED, plain_dense_block):
+            module = DenseBlock(2, 4, options=BlockOptions(dtype=jnp.float64), param_dtype=jnp.float64, form=form)
+            shapes = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), x, False))
+            keys = iter(jax.random.split(jax.random.key(1), 99))
+            variables = jax.tree.map(lambda leaf, keys=keys: jax.random.uniform(next(keys), leaf.shape) + 0.1, shapes)
+            features = module.apply(variables, x, False)
+            assert features.moments is None
+            found.append(features.values)
+        assert largest_error(*found) < 1e-12
+
+
 @pytest.mark.slow
 def test_over_eight_devices_it_is_the_same():
     mesh = make_mesh()
@@ -79,6 +97,17 @@ def test_over_eight_devices_it_is_the_same():
 def test_models_without_such_kernels_say_so(name, settings, message):
     with pytest.raises(UserError, match=message):
         create_model(name, kernels="pallas", **settings)
+
+
+def test_a_model_for_other_devices_takes_what_is_best_there(monkeypatch):
+    seen = []
+    monkeypatch.setattr(normalize_once_module, "choose", lambda *facts: seen.append(facts[3:]) or "xla")
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    devices = (types.SimpleNamespace(compute_capability="9.0"),)
+    for settings in ({}, {"kernels": "xla"}, {"devices": devices, "block_form": "normalize_once_gpu"}):
+        model = create_model("densenet_bc_22_12", num_classes=3, dtype=jnp.bfloat16, **settings)
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    assert [facts for facts, _ in itertools.groupby(seen)] == [("auto", None), ("xla", None), ("auto", devices)]
 
 
 def test_on_a_cpu_training_with_kernels_is_refused_and_evaluation_is_not():

@@ -24,14 +24,17 @@ from densenet_jax.kernels.gpu.tiles import (
     indices,
     load_matrix,
     load_vector,
-    power_of_two,
     product,
     rectify,
     split_rows,
     store_matrix,
+    tile_for,
     wide,
 )
 from densenet_jax.kernels.primitive import define
+
+# The fastest of six on an H200 (docs/performance.md).
+_TILES = ((400_000, (128, 64, 4, 3)), (None, (128, 32, 4, 3)))
 
 Sums = tuple[Float[Array, "r o"], Float[Array, "g o"], Float[Array, "g o"]]
 
@@ -94,20 +97,22 @@ def norm_relu_matmul_kernel(
     rows, (channels, outputs) = x.shape[0], kernel.shape
     if 0 in (rows, channels, outputs):
         return plain_norm_relu_matmul(x, scale, bias, kernel, shift, groups=groups)
-    tile = tile or Tile(rows=128, channels=64, outputs=min(128, power_of_two(outputs)))
+    tile = tile or tile_for(_TILES, rows, outputs, most_outputs=128)
     ranges = split_rows(rows, groups, tile.rows)
-    sums = jax.ShapeDtypeStruct((groups * ranges.ranges, outputs), wide(x.dtype))
-    y, first, second = pl.pallas_call(
+    y, sums = pl.pallas_call(
         functools.partial(_kernel, tile, ranges, channels, outputs),
-        (jax.ShapeDtypeStruct((rows, outputs), x.dtype), sums, sums),
+        (
+            jax.ShapeDtypeStruct((rows, outputs), x.dtype),
+            jax.ShapeDtypeStruct((groups * ranges.ranges, 2, outputs), wide(x.dtype)),
+        ),
         # Programs of the same rows beside each other: what one read, the next finds in the cache.
         grid=(pl.cdiv(outputs, tile.outputs), groups * ranges.ranges),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="norm_relu_matmul",
     )(x, scale, bias, kernel.astype(x.dtype), shift)
-    first, second = (part.reshape(groups, ranges.ranges, outputs).sum(axis=1) for part in (first, second))
-    return y, first, second
+    sums = sums.reshape(groups, ranges.ranges, 2, outputs).sum(axis=1)
+    return y, sums[:, 0], sums[:, 1]
 
 
 def _kernel(
@@ -122,7 +127,6 @@ def _kernel(
     shift_ref: Any,
     y_ref: Any,
     sums_ref: Any,
-    squares_ref: Any,
 ) -> None:
     number = pl.program_id(1)
     columns = indices(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
@@ -139,8 +143,8 @@ def _kernel(
     store_matrix(y_ref, rows, columns, y)
     centred = y.astype(sums_ref.dtype) - load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
     centred = jnp.where(rows[1][:, None], centred, jnp.zeros_like(centred))
-    for ref, values in ((sums_ref, centred), (squares_ref, centred * centred)):
-        plgpu.store(ref.at[number, columns[0]], jnp.sum(values, axis=0), mask=columns[1])
+    for index, values in enumerate((centred, centred * centred)):
+        plgpu.store(sums_ref.at[number, jnp.int32(index), columns[0]], jnp.sum(values, axis=0), mask=columns[1])
 
 
 def _lower(ctx: Any, *operands: Any, groups: int) -> Any:

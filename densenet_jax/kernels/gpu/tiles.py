@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,27 @@ from jax.experimental.pallas import triton as plgpu
 
 LARGEST_OPERAND = 2**31 - 1  # elements: what a program's 32-bit offsets reach
 SMALLEST_SIDE = 16  # of an operand of a tile's product
+MOST_OUTPUTS = 512  # of a tile: it holds them for SMALLEST_SIDE channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Sides of what one program computes at a time, powers of two from SMALLEST_SIDE on."""
+    """Sides of what one program computes at a time, powers of two from SMALLEST_SIDE on, and how it does.
+
+    Attributes:
+      rows, channels, outputs: the sides.
+      warps: of 32 threads that share the work.
+      stages: tiles in flight: the loads of the next ones run while one is multiplied.
+    """
 
     rows: int
     channels: int
     outputs: int
+    warps: int = 4
+    stages: int = 3
+
+
+Tiles = Sequence[tuple[int | None, tuple[int, int, int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +70,21 @@ def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None =
 def power_of_two(size: int) -> int:
     """The smallest one that a tile's side can be and that holds size."""
     return max(SMALLEST_SIDE, 1 << math.ceil(math.log2(max(size, 1))))
+
+
+def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = None) -> Tile:
+    """A tile that holds all outputs, or most_outputs of them: the first whose number of rows is not exceeded.
+
+    Args:
+      tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). With more outputs
+        it has fewer channels.
+      rows: of the operands.
+      outputs: likewise.
+      most_outputs: of a tile; None is all.
+    """
+    side = min(power_of_two(outputs), most_outputs or MOST_OUTPUTS)
+    tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)
+    return Tile(tile_rows, max(SMALLEST_SIDE, channels * 128 // max(side, 128)), side, warps, stages)
 
 
 def wide(dtype: Any) -> Any:
