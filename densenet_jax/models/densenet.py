@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
+from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
@@ -27,7 +28,7 @@ from densenet_jax.models.layers import (
 )
 from densenet_jax.models.normalize_once import arithmetic_of, normalize_once
 from densenet_jax.models.pooled_norms import norm_relu_max_pool, read_pooled
-from densenet_jax.models.readers import Arithmetic, Reader
+from densenet_jax.models.readers import Reader
 
 STEMS = ("plain", "deep", "deep_tiered", "cifar")
 

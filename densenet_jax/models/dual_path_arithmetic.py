@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
 from densenet_jax.models.layers import Moments, batch_moments, normalise
-from densenet_jax.models.readers import Arithmetic, Reader, normalisation_gradient, sum_by_group
+from densenet_jax.models.readers import Reader, normalisation_gradient, sum_by_group
 from densenet_jax.models.split_readers import (
     MultiGradients,
     MultiReader,

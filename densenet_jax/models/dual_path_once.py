@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from densenet_jax.models.arithmetic import ARITHMETIC, arithmetic_for
 from densenet_jax.models.dual_path_arithmetic import Block, Facts, Maps, gradient_sums, joined, stage
 from densenet_jax.models.dual_path_stage import (
     BlockArrays,
@@ -23,7 +24,6 @@ from densenet_jax.models.dual_path_stage import (
     StageResult,
 )
 from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, batch_moments, fold_running, normalise
-from densenet_jax.models.normalize_once import ARITHMETIC
 from densenet_jax.models.readers import Reader, normalisation_gradient
 from densenet_jax.models.split_readers import MultiReader
 
@@ -70,7 +70,7 @@ def normalize_once_stage(
     normalises = not blocks[0].first.norm.frozen
     facts = Facts(
         options,
-        ARITHMETIC.get(platform or jax.default_backend(), ARITHMETIC["gpu"]),
+        arithmetic_for(platform or jax.default_backend()),
         normalises,
         tuple(not block.second.norm.frozen for block in blocks),
         tuple(not block.third.norm.frozen for block in blocks),

@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.choice import choose
 from densenet_jax.models import fused_reader
+from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_for, arithmetic_with_kernels
 from densenet_jax.models.dense_block import (
     BlockOptions,
     BlockResult,
@@ -45,7 +45,6 @@ from densenet_jax.models.layers import (
     normalise,
 )
 from densenet_jax.models.readers import (
-    Arithmetic,
     Reader,
     ReaderGradients,
     add_read_gradients,
@@ -59,14 +58,6 @@ from densenet_jax.models.readers import (
     rectify,
     sum_by_group,
 )
-
-# What each platform's compiler makes the most of; measured in docs/performance.md.
-ARITHMETIC = {
-    "cpu": Arithmetic("buffer", "dot", library=True),
-    "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel"),
-    "gpu": Arithmetic("arrays", "convolution", stem="rearranged"),
-}
-WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
 
 
 class Layer(NamedTuple):
@@ -407,14 +398,6 @@ def normalize_once(
     return _result(outputs, layers, facts)
 
 
-def arithmetic_of(form: Form) -> Arithmetic | None:
-    """How the rest of a network with that form of the dense block computes; None is the papers' way."""
-    if form is plain_dense_block:
-        return None
-    platform = getattr(form, "keywords", {}).get("platform") or jax.default_backend()
-    return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
-
-
 def _is_evaluated_from_buffer(inputs: Array, first: LayerArrays, options: BlockOptions, arithmetic: Arithmetic) -> bool:
     """Whether something reads the front of a buffer in evaluation, which then holds all maps, as they are."""
     reader = _reader(first.norm1, first.kernel1, options.norm)
@@ -436,15 +419,12 @@ def _arithmetic(
     wanted: str,
     devices: tuple[Any, ...] | None,
 ) -> Arithmetic:
-    own = ARITHMETIC.get(platform, ARITHMETIC["gpu"])
     last = layers[-1]
     if last.kernel2 is None:  # the kernels are for bottlenecks
-        return own
-    if wanted == "interpret":
-        return replace(WITH_KERNELS, kernels="interpret")
+        return arithmetic_for(platform)
     columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
     shape = (inputs.size // inputs.shape[-1], columns, last.kernel1.shape[-1])
-    return WITH_KERNELS if choose(platform, options.dtype, shape, wanted, devices) == "pallas" else own
+    return arithmetic_with_kernels(platform, options.dtype, shape, wanted, devices)
 
 
 def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:
@@ -455,6 +435,13 @@ def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> Bl
         second = None if layer.norm2 is None else next(hidden)
         seen.append(LayerMoments(first, second if normalises else None))
     return BlockResult(FeatureMap(outputs.values, outputs.moments if facts.normalises else None), tuple(seen))
+
+
+def arithmetic_of(form: Form) -> Arithmetic | None:
+    """How the rest of a network with that form of the dense block computes; None is the papers' way."""
+    if form is plain_dense_block:
+        return None
+    return arithmetic_for(getattr(form, "keywords", {}).get("platform") or jax.default_backend())
 
 
 FORMS: dict[str, Form] = {

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.indexed_pool import max_pool_gradient, max_pool_with_index
 from densenet_jax.models.layers import (
     BatchNorm,
@@ -34,7 +35,6 @@ from densenet_jax.models.layers import (
     scale_shift,
 )
 from densenet_jax.models.readers import (
-    Arithmetic,
     Reader,
     contract,
     normalisation_gradient,

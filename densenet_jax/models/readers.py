@@ -7,8 +7,7 @@ either from passes over the gradient, or from the same product that gives the ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu import reader as cpu
+from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import Moments, convolve, per_example, scale_shift
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """The choices that change speed and memory, never the function.
-
-    Attributes:
-      storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
-        keeps one array a layer and concatenates them where they are read.
-      pointwise: 1x1 convolutions as "dot" or as "convolution".
-      library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
-      stores_gradients: a layer's gradient, which two convolutions read, is computed before them instead of in each.
-      pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
-      stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
-      kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
-        `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
-    """
-
-    storage: Literal["buffer", "arrays"] = "buffer"
-    pointwise: Literal["dot", "convolution"] = "dot"
-    library: bool = False
-    stores_gradients: bool = False
-    pooling: Literal["first", "kernel"] = "first"
-    stem: Literal["direct", "rearranged"] = "direct"
-    kernels: Literal["xla", "pallas", "interpret"] = "xla"
 
 
 class Reader(NamedTuple):

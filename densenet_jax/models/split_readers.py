@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import convolve
 from densenet_jax.models.readers import (
-    Arithmetic,
     Reader,
     ReaderGradients,
     contract,

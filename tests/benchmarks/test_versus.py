@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import types
 
 import pytest
 
@@ -200,6 +202,39 @@ def test_no_round_begins_after_the_budget_and_a_silent_worker_is_given_up(monkey
     compete(found, turns=5, turn_secs=0.0, budget_secs=0.0)
     assert [len(one.secs) for one in found] == [1, 0]
     assert [one.error for one in found] == [None, "no answer within 0.5 s"]
+
+
+def test_who_is_prepared_together_is_not_waited_for_one_by_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from versus.turns import Contestant, compete
+
+    everyone = threading.Barrier(2, timeout=30)
+
+    class Fake:
+        def ask(self, request, **arguments):
+            if request == "prepare":
+                everyone.wait()
+            return {"prepare": {"compile_secs": 1.0}, "peak": {"peak_bytes": 1}}.get(
+                request, {"secs": [0.5], "processor_secs": 0.5}
+            )
+
+        def stop(self):
+            pass
+
+    contestants = [Contestant(name, Fake, {}) for name in ("one", "other")]
+    compete(contestants, turns=1, turn_secs=0.0, together=True)
+    assert [len(one.secs) for one in contestants] == [1, 1]
+
+
+def test_a_turn_waits_for_the_device_after_so_many_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "versus"))
+    import worker
+
+    done = []
+    case = types.SimpleNamespace(step=lambda: done.append("step"), wait=lambda: done.append("wait"))
+    found = worker._turn(case, secs=0.0, steps_a_wait=3)
+    assert done == ["step", "step", "step", "wait"]
+    assert len(found["secs"]) == 3
 
 
 def test_the_benchmarks_need_no_data_libraries():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.models import normalize_once as normalize_once_module
+from densenet_jax.models import arithmetic
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
 from densenet_jax.models.layers import NormOptions
@@ -101,7 +101,7 @@ def test_models_without_such_kernels_say_so(name, settings, message):
 
 def test_a_model_for_other_devices_takes_what_is_best_there(monkeypatch):
     seen = []
-    monkeypatch.setattr(normalize_once_module, "choose", lambda *facts: seen.append(facts[3:]) or "xla")
+    monkeypatch.setattr(arithmetic, "choose", lambda *facts: seen.append(facts[3:]) or "xla")
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     devices = (types.SimpleNamespace(compute_capability="9.0"),)
     for settings in ({}, {"kernels": "xla"}, {"devices": devices, "block_form": "normalize_once_gpu"}):

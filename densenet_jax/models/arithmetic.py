@@ -1,0 +1,56 @@
+"""How a block is computed on each platform: choices that change speed and memory, never the function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from densenet_jax.kernels.choice import choose
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The choices.
+
+    Attributes:
+      storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
+        keeps one array a layer and concatenates them where they are read.
+      pointwise: 1x1 convolutions as "dot" or as "convolution".
+      library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.
+      stores_gradients: a layer's gradient, which two convolutions read, is computed before them instead of in each.
+      pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
+      stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
+      kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
+        `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
+    """
+
+    storage: Literal["buffer", "arrays"] = "buffer"
+    pointwise: Literal["dot", "convolution"] = "dot"
+    library: bool = False
+    stores_gradients: bool = False
+    pooling: Literal["first", "kernel"] = "first"
+    stem: Literal["direct", "rearranged"] = "direct"
+    kernels: Literal["xla", "pallas", "interpret"] = "xla"
+
+
+# What each platform's compiler makes the most of; measured in docs/performance.md.
+ARITHMETIC = {
+    "cpu": Arithmetic("buffer", "dot", library=True),
+    "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel"),
+    "gpu": Arithmetic("arrays", "convolution", stem="rearranged"),
+}
+WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
+
+
+def arithmetic_for(platform: str) -> Arithmetic:
+    """That of a platform, "cpu", "gpu" or "tpu", without the GPU's kernels; any other is taken for a GPU."""
+    return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
+
+
+def arithmetic_with_kernels(
+    platform: str, dtype: Any, shape: tuple[int, int, int], wanted: str, devices: tuple[Any, ...] | None
+) -> Arithmetic:
+    """That of a platform, or the one with kernels where `kernels.choice.choose` gives them or "interpret" is wanted."""
+    if wanted == "interpret":
+        return replace(WITH_KERNELS, kernels="interpret")
+    return WITH_KERNELS if choose(platform, dtype, shape, wanted, devices) == "pallas" else arithmetic_for(platform)
