@@ -107,7 +107,7 @@ class Experiment:
             remat=config.model.remat,
             block_form=self._block_form,
             kernels=config.model.kernels,
-            devices=self.absent_devices,
+            mesh=self.mesh,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,
@@ -134,11 +134,6 @@ class Experiment:
             UserError: it hasn't, on these chips or in this precision.
         """
         check_wanted(self.config.model.kernels, self._platform, self.policy.compute_dtype)
-        if self.config.model.kernels == "pallas" and self.mesh.size > 1:
-            raise UserError(
-                f"config.model.kernels is 'pallas', but these kernels run on one GPU and this run is on "
-                f"{self.mesh.size}; set it to 'auto'."
-            )
 
     @functools.cached_property
     def schedule(self) -> Schedule:

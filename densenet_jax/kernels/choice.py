@@ -52,10 +52,9 @@ def choose(
     Args:
       platform: "cpu", "gpu" or "tpu".
       dtype: of activations.
-      shape: rows (positions of all examples), columns of the buffer that it reads, outputs.
-      wanted: "auto" is "pallas" where the kernels were measured to be faster: on one Hopper GPU, up to 128 outputs. Not
-        on several, over which XLA's partitioner can't divide a kernel's call.
-      devices: that the program is for; None is JAX's own.
+      shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
+      wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
+      devices: that the program is for; None is JAX's own, if it has just one: how would it be divided over several?
 
     Raises:
       UserError: "pallas" is wanted where there is none.
@@ -63,10 +62,13 @@ def choose(
     check_wanted(wanted, platform, dtype)
     rows, columns, outputs = shape
     if wanted == "auto" and platform == "gpu" and outputs <= _MOST_MEASURED_OUTPUTS:
-        wanted = "pallas" if jnp.dtype(dtype).name in _DTYPES and _are_measured(devices or jax.devices()) else "xla"
+        wanted = "pallas" if jnp.dtype(dtype).name in _DTYPES and _are_measured(devices) else "xla"
     fits = outputs <= MOST_OUTPUTS and 0 < rows * max(columns, outputs) <= LARGEST_OPERAND
     return "pallas" if wanted == "pallas" and fits else "xla"
 
 
-def _are_measured(devices: Sequence[Any]) -> bool:
-    return len(devices) == 1 and getattr(devices[0], "compute_capability", None) == _MEASURED_CAPABILITY
+def _are_measured(devices: Sequence[Any] | None) -> bool:
+    if devices is None:
+        devices = jax.devices()[: jax.device_count() == 1]
+    capabilities = {getattr(device, "compute_capability", None) for device in devices}
+    return capabilities == {_MEASURED_CAPABILITY}

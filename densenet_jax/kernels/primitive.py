@@ -1,7 +1,8 @@
 """Operations with a plain twin, which one platform leaves to a kernel and every other compiles as ever.
 
 The choice falls when a program is compiled, for the platform and the devices it is compiled for: the kernel for a
-program of one device of its platform; the twin for any other platform, for programs over many devices (whose
+program of one device of its platform, or for what each of many does by itself (`jax.shard_map`); the twin for any
+other platform, for other programs over many devices (whose
 partitioner could not see into a call) and for exported programs.
 """
 
@@ -68,6 +69,10 @@ def define(
 
 
 def is_for_one_device(context: Any) -> bool:
-    """Whether a program is compiled to run on one device; unknown is no."""
+    """Whether a program is compiled to run on one device, or on each of many by itself; unknown is no."""
     exported = getattr(context.lowering_parameters, "for_export", True)
-    return not exported and getattr(context.axis_context, "num_devices", 0) == 1
+    where = context.axis_context
+    alone = getattr(where, "num_devices", 0) == 1
+    if hasattr(where, "manual_axes"):
+        alone = where.manual_axes == frozenset(where.mesh.axis_names)
+    return not exported and alone

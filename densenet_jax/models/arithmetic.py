@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from densenet_jax.kernels.choice import choose
 
 
@@ -22,6 +24,7 @@ class Arithmetic:
       stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
+      mesh: over which the batch is divided where kernels compute: each device takes its own part.
     """
 
     storage: Literal["buffer", "arrays"] = "buffer"
@@ -31,6 +34,7 @@ class Arithmetic:
     pooling: Literal["first", "kernel"] = "first"
     stem: Literal["direct", "rearranged"] = "direct"
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
+    mesh: Mesh | None = None
 
 
 # What each platform's compiler makes the most of; measured in docs/performance.md.
@@ -48,9 +52,25 @@ def arithmetic_for(platform: str) -> Arithmetic:
 
 
 def arithmetic_with_kernels(
-    platform: str, dtype: Any, shape: tuple[int, int, int], wanted: str, devices: tuple[Any, ...] | None
+    platform: str, dtype: Any, shape: tuple[int, int, int, int], groups: int, wanted: str, mesh: Mesh | None
 ) -> Arithmetic:
-    """That of a platform, or the one with kernels where `kernels.choice.choose` gives them or "interpret" is wanted."""
+    """That of a platform, or the one with kernels where `kernels.choice.choose` gives them or "interpret" is wanted.
+
+    Args:
+      platform: as for `arithmetic_for`.
+      dtype: of activations.
+      shape: examples, positions of each, columns of a block's buffer, outputs of its 1x1 convolutions.
+      groups: of examples that share statistics.
+      wanted: as for `choose`.
+      mesh: over which the examples are divided; None is JAX's one device.
+    """
+    examples, positions, columns, outputs = shape
+    parts = 1 if mesh is None else mesh.size
+    if examples % parts or (groups > 1 and groups % parts):
+        return arithmetic_for(platform)
     if wanted == "interpret":
-        return replace(WITH_KERNELS, kernels="interpret")
-    return WITH_KERNELS if choose(platform, dtype, shape, wanted, devices) == "pallas" else arithmetic_for(platform)
+        return replace(WITH_KERNELS, kernels="interpret", mesh=mesh)
+    rows, devices = examples // parts * positions, None if mesh is None else tuple(mesh.devices.flat)
+    if choose(platform, dtype, (rows, columns, outputs), wanted, devices) == "xla":
+        return arithmetic_for(platform)
+    return replace(WITH_KERNELS, mesh=mesh)

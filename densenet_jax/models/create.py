@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.choice import WANTED
@@ -54,7 +55,7 @@ def create_model(
     frozen_norms: str = "",
     block_form: str = "normalize_once",
     kernels: str = "auto",
-    devices: tuple[Any, ...] | None = None,
+    mesh: Mesh | None = None,
     **architecture: Any,
 ) -> nn.Module:
     """A flax linen module for one name of the variants table.
@@ -87,7 +88,8 @@ def create_model(
         are the same function.
       kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" does
         without; "auto" takes them where they were measured to be faster, in evaluation as well (DenseNet only).
-      devices: that the model is for, which "auto" goes by; None is JAX's own.
+      mesh: of the devices that the model is for, its one axis the batch's: "auto" goes by them, and by kernels each
+        computes its part of the batch. None: JAX's own device, and no kernels if there are several.
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
@@ -102,7 +104,7 @@ def create_model(
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
-    form = _form(name, block_form, kernels, devices)
+    form = _form(name, block_form, kernels, mesh)
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     common: dict[str, Any] = {
@@ -122,7 +124,7 @@ def create_model(
     return DualPathNetwork(**facts, **common, block_form=STAGE_FORMS[block_form])
 
 
-def _form(name: str, block_form: str, kernels: str, devices: tuple[Any, ...] | None) -> Form:
+def _form(name: str, block_form: str, kernels: str, mesh: Mesh | None) -> Form:
     form: Any = FORMS[_chosen("block_form", block_form)]
     if _chosen("kernels", kernels) == "pallas":
         if not isinstance(get_variant(name).architecture, DenseNetArchitecture):
@@ -131,12 +133,12 @@ def _form(name: str, block_form: str, kernels: str, devices: tuple[Any, ...] | N
             raise UserError(
                 f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'"
             )
-        return KERNEL_FORMS[block_form]
+        form = KERNEL_FORMS[block_form]
     if form is plain_dense_block:
         return form
     if kernels == "xla":
         return functools.partial(form, kernels="xla")
-    return form if devices is None else functools.partial(form, devices=devices)
+    return form if mesh is None else functools.partial(form, mesh=mesh)
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from densenet_jax.models import fused_reader
@@ -153,11 +154,11 @@ def _hidden(
     maps: Any, layer: Layer, key: Array | None, facts: Facts, shift: Array | None
 ) -> tuple[Array, Moments | None]:
     """What a layer's first convolution gives, dropped from if that is asked for, and moments where they come free."""
-    options, kernels = facts.options, facts.arithmetic.kernels
-    if kernels != "xla":
+    options = facts.options
+    if facts.arithmetic.kernels != "xla":
         shift = jnp.zeros(layer.first.kernel.shape[-1], jnp.float32) if shift is None else shift
         groups = group_count(maps.shape[0], options.norm.group_size)
-        out, moments = fused_reader.read_with_moments(maps, layer.first, groups, shift, kernels)
+        out, moments = fused_reader.read_with_moments(maps, layer.first, groups, shift, facts.arithmetic)
         if options.dropout_rate and options.dropout_every_convolution and key is not None:
             return dropout(out, options.dropout_rate, layer_key(key, 0)), None
         return out, moments
@@ -280,7 +281,7 @@ def _layer_backward(
             gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
     groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
     if arithmetic.kernels != "xla":
-        found = fused_reader.add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic.kernels)
+        found = fused_reader.add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic)
     elif arithmetic.library and adds_in_place(saved.maps, total, layer.first, groups):
         found = add_read_gradients(total, saved.maps, layer.first, gradient)
     else:
@@ -351,7 +352,7 @@ def normalize_once(
     train: bool,
     platform: str = "",
     kernels: str = "auto",
-    devices: tuple[Any, ...] | None = None,
+    mesh: Mesh | None = None,
 ) -> BlockResult:
     """The block in its normalise-once form; in evaluation the plain one, or all norms frozen where one buffer is read.
 
@@ -366,14 +367,16 @@ def normalize_once(
       train: batch statistics instead of running ones.
       platform: a key of ARITHMETIC; "" is the platform JAX runs on.
       kernels: what is wanted of `kernels.choice.choose`, or "interpret" for tests of the kernels.
-      devices: that the program is for; None is JAX's own.
+      mesh: over which the batch is divided; None is JAX's one device, or unknown.
 
     Raises:
       UserError: kernels are wanted that do not exist for the platform or the dtype.
     """
     platform = platform or jax.default_backend()
-    wanted = "auto" if kernels == "pallas" and not train else kernels  # only training is refused what there is not
-    arithmetic = _arithmetic(inputs, layers, options, platform, wanted, devices)
+    if not train:
+        options = replace(options, norm=replace(options.norm, group_size=0))  # which need not divide this batch
+        kernels = "auto" if kernels == "pallas" else kernels  # only training is refused what there is not
+    arithmetic = _arithmetic(inputs, layers, options, platform, kernels, mesh)
     if not train and _is_evaluated_from_buffer(inputs, layers[0], options, arithmetic):
         layers, key = [_frozen(layer) for layer in layers], None
     elif not train or len({layer.norm1.frozen for layer in layers}) > 1:
@@ -417,14 +420,16 @@ def _arithmetic(
     options: BlockOptions,
     platform: str,
     wanted: str,
-    devices: tuple[Any, ...] | None,
+    mesh: Mesh | None,
 ) -> Arithmetic:
     last = layers[-1]
     if last.kernel2 is None:  # the kernels are for bottlenecks
         return arithmetic_for(platform)
     columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
-    shape = (inputs.size // inputs.shape[-1], columns, last.kernel1.shape[-1])
-    return arithmetic_with_kernels(platform, options.dtype, shape, wanted, devices)
+    examples, height, width, _ = inputs.shape
+    groups = group_count(examples, options.norm.group_size)
+    shape = (examples, height * width, columns, last.kernel1.shape[-1])
+    return arithmetic_with_kernels(platform, options.dtype, shape, groups, wanted, mesh)
 
 
 def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:

@@ -17,20 +17,21 @@ TPU = types.SimpleNamespace()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
-def test_one_chip_of_the_kind_they_were_measured_on_gets_them_unasked(dtype):
+def test_chips_of_the_kind_they_were_measured_on_get_them_unasked(dtype):
     assert choose("gpu", dtype, SHAPE, devices=(HOPPER,)) == "pallas"
+    assert choose("gpu", dtype, SHAPE, devices=(HOPPER, HOPPER)) == "pallas"
     assert choose("gpu", dtype, SHAPE, "xla", devices=(HOPPER,)) == "xla"
 
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "shape", "devices"),
     [
-        ("gpu", "bfloat16", SHAPE, (HOPPER, HOPPER)),
         ("gpu", "bfloat16", SHAPE, (AMPERE,)),
+        ("gpu", "bfloat16", SHAPE, (HOPPER, AMPERE)),
         ("gpu", "float32", SHAPE, (HOPPER,)),
         ("gpu", "bfloat16", (100_352, 256, 192), (HOPPER,)),
         ("tpu", "bfloat16", SHAPE, (TPU,)),
-        ("gpu", "bfloat16", SHAPE, None),  # planned for: this process has a CPU
+        ("gpu", "bfloat16", SHAPE, None),  # a form for GPUs, and this process has CPUs
     ],
 )
 def test_nobody_else_gets_them_unasked(platform, dtype, shape, devices):

@@ -190,6 +190,20 @@ def block(form):
     lowered = jax.jit(step).lower(*sharding.with_sharding((variables, x), sharding.replicated(one)))
     return compile_costs(lowered).traffic_bytes
 
+def over_eight(form):
+    module = DenseBlock(2, 32, options=BlockOptions(dtype=jnp.bfloat16), form=form)
+    x = jax.ShapeDtypeStruct((32, 14, 14, 64), jnp.bfloat16, sharding=sharding.over_data(mesh))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), False))
+    variables = sharding.with_sharding(shapes, sharding.replicated(mesh))
+    def step(variables, x):
+        def loss(params):
+            features, new = module.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+            return jnp.square(features.values.astype(jnp.float32)).sum(), new
+        return jax.grad(loss, has_aux=True)(variables["params"])
+    text = jax.jit(step).lower(variables, x).compile().as_text()
+    return [len(re.findall(r'custom_call_target="__gpu.xla.gpu.triton"', text)), "all-gather" in text]
+
+found["each of eight chips"] = over_eight(functools.partial(FORMS["normalize_once_gpu"], mesh=mesh))
 found["traffic"] = [block(KERNEL_FORMS["normalize_once_gpu"]), block(FORMS["normalize_once_gpu"])]
 print(json.dumps(found))
 """
@@ -210,7 +224,9 @@ def test_for_a_gpu_that_is_not_there_they_compile_without_copies_and_move_fewer_
     found = json.loads(done.stdout.splitlines()[-1])
     with_kernels, without = found.pop("traffic")
     # An operand whose front alone is read is counted whole, so this is more than the kernels read.
-    assert with_kernels < 0.75 * without
+    assert with_kernels < 0.8 * without
     assert found.pop("eight chips") == [0, 0]
-    assert {name for name, counts in found.items() if "copies" not in name and counts != [1, 1]} == set()
+    # Two layers of three calls, without the gradient of the block's input, which nobody asks for.
+    assert found.pop("each of eight chips") == [2 * 3 - 1, False]
+    assert {name for name, counts in found.items() if "copies" not in name and counts != [1, 2]} == set()
     assert {name for name, counts in found.items() if "copies" in name and counts != [0, 0]} == set()

@@ -1,8 +1,6 @@
 """Dense blocks by the GPU's kernels, interpreted, are the plain blocks: outputs, statistics and every gradient."""
 
 import functools
-import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +77,24 @@ def test_evaluation_by_the_kernels_is_the_plain_block_s():
 
 
 @pytest.mark.slow
-def test_over_eight_devices_it_is_the_same():
+@pytest.mark.parametrize("group_size", [0, 2, 4], ids=["one group", "a group each", "groups over devices"])
+def test_over_eight_devices_it_is_the_same(group_size):
     mesh = make_mesh()
     shardings = (replicated(mesh), over_data(mesh))
-    found = results(INTERPRETED, jnp.float32, {}, shardings, batch=8, layers=1)
-    assert largest_error(found, results(plain_dense_block, jnp.float32, {}, batch=8, layers=1)) < 1e-3
+    options = {"norm": NormOptions(group_size=group_size)}
+    with jax.enable_x64(True):
+        found = results(functools.partial(INTERPRETED, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
+        expected = results(plain_dense_block, jnp.float64, options, batch=16, layers=1)
+    assert largest_error(found, expected) < 1e-9
+
+
+def test_what_does_not_divide_over_the_devices_is_left_to_xla():
+    mesh, shape = make_mesh(), (16, 9, 12, 16)
+    arithmetic_of_shape = functools.partial(arithmetic.arithmetic_with_kernels, "gpu", jnp.float32)
+    assert arithmetic_of_shape(shape, 1, "interpret", mesh).mesh is mesh
+    assert arithmetic_of_shape(shape, 8, "interpret", mesh).kernels == "interpret"
+    for case in [(shape, 4), ((12, 9, 12, 16), 1), ((4, 9, 12, 16), 1)]:
+        assert arithmetic_of_shape(*case, "interpret", mesh) == arithmetic.ARITHMETIC["gpu"]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +113,15 @@ def test_models_without_such_kernels_say_so(name, settings, message):
 def test_a_model_for_other_devices_takes_what_is_best_there(monkeypatch):
     seen = []
     monkeypatch.setattr(arithmetic, "choose", lambda *facts: seen.append(facts[3:]) or "xla")
-    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-    devices = (types.SimpleNamespace(compute_capability="9.0"),)
-    for settings in ({}, {"kernels": "xla"}, {"devices": devices, "block_form": "normalize_once_gpu"}):
+    images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32)
+    mesh = make_mesh()
+    for settings in ({}, {"kernels": "xla"}, {"mesh": mesh, "block_form": "normalize_once_gpu"}):
         model = create_model("densenet_bc_22_12", num_classes=3, dtype=jnp.bfloat16, **settings)
-        jax.eval_shape(model.init, jax.random.key(0), images)
-    assert [facts for facts, _ in itertools.groupby(seen)] == [("auto", None), ("xla", None), ("auto", devices)]
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        seen.clear()
+        jax.eval_shape(model.apply, variables, images)
+        wanted = (settings.get("kernels", "auto"), tuple(mesh.devices.flat) if "mesh" in settings else None)
+        assert set(seen) == {wanted}
 
 
 def test_on_a_cpu_training_with_kernels_is_refused_and_evaluation_is_not():

@@ -12,6 +12,7 @@ from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.plan import plan as planning
 from densenet_jax.plan.costs import Costs, DoesNotFitError, told_bytes
 from densenet_jax.plan.hlo import Collective
+from densenet_jax.training import sharding
 from tests.extras import needs
 from tests.running import last_line, run_main
 
@@ -209,8 +210,10 @@ def test_the_dense_block_takes_the_form_of_the_chip_that_is_planned_for(platform
     with config.unlocked():
         config.model.block_form = asked
     absent = (types.SimpleNamespace(platform=platform),)
-    form, chip_s_own = Experiment(checked(config), absent_devices=absent).model.block_form, FORMS[expected]
+    made = Experiment(checked(config), absent_devices=absent)
+    made.__dict__["mesh"] = mesh = sharding.make_mesh()
+    form, chip_s_own = made.model.block_form, FORMS[expected]
     if asked == "plain":
         assert form is chip_s_own
     else:
-        assert (form.func, form.keywords) == (chip_s_own.func, chip_s_own.keywords | {"devices": absent})
+        assert (form.func, form.keywords) == (chip_s_own.func, chip_s_own.keywords | {"mesh": mesh})

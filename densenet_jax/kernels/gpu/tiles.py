@@ -77,14 +77,15 @@ def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = N
 
     Args:
       tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). With more outputs
-        it has fewer channels.
+        it has fewer rows and channels, for what it needs of the chip's shared memory.
       rows: of the operands.
       outputs: likewise.
       most_outputs: of a tile; None is all.
     """
     side = min(power_of_two(outputs), most_outputs or MOST_OUTPUTS)
     tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)
-    return Tile(tile_rows, max(SMALLEST_SIDE, channels * 128 // max(side, 128)), side, warps, stages)
+    narrower = max(side // 128, 1)
+    return Tile(*(max(SMALLEST_SIDE, size // narrower) for size in (tile_rows, channels)), side, warps, stages)
 
 
 def wide(dtype: Any) -> Any:
