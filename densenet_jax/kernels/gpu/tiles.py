@@ -84,8 +84,8 @@ def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = N
     """
     side = min(power_of_two(outputs), most_outputs or MOST_OUTPUTS)
     tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)
-    narrower = max(side // 128, 1)
-    return Tile(*(max(SMALLEST_SIDE, size // narrower) for size in (tile_rows, channels)), side, warps, stages)
+    tile_rows, channels = (max(SMALLEST_SIDE, size // max(side // 128, 1)) for size in (tile_rows, channels))
+    return Tile(tile_rows, channels, side, warps, stages)
 
 
 def wide(dtype: Any) -> Any:
