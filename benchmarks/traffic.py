@@ -73,7 +73,7 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
             dtype=jnp.dtype(dtype),
             block_form=block_form,
             kernels="xla" if form == "without_kernels" else "auto",
-            devices=tuple(mesh.devices.flat),
+            mesh=mesh,
         )
         image = jnp.zeros((1, image_size_px, image_size_px, 3))
         variables = jax.eval_shape(lambda: network.init(jax.random.key(0), image))
