@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from densenet_jax.models.dual_path_once import normalize_once_stage, path_norms_agree
+from densenet_jax.models.arithmetic import Arithmetic
+from densenet_jax.models.dual_path_once import arithmetic_of_stage, normalize_once_stage, path_norms_agree
 from densenet_jax.models.dual_path_stage import BlockArrays, BlockMoments, NormReader, StageForm, StageOptions
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
@@ -25,6 +26,7 @@ from densenet_jax.models.layers import (
     global_average_pool,
     max_pool,
 )
+from densenet_jax.models.pooled_norms import norm_relu_max_pool
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 SAVED_BY_REMAT = "convolution"
@@ -210,8 +212,12 @@ class DualPathBlock(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolution at stride 2, norm, activation; parameters conv and bn."""
+    """Convolution at stride 2, norm, activation; parameters conv and bn.
 
+    Called, it gives features at half the size; `pooled` those at a quarter, behind the maximum that follows.
+    """
+
+    in_features: int
     features: int
     kernel_size: int
     activation: str
@@ -219,15 +225,25 @@ class Stem(nn.Module):
     init_fan: Fan
     dtype: DType
     param_dtype: DType
+    arithmetic: Arithmetic | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the convolution and the norm."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        shape = (self.in_features, self.features, self.kernel_size, 2)
+        rearranged = self.arithmetic is not None and self.arithmetic.stem == "rearranged"
+        self.conv = Convolution(*shape, init_fan=self.init_fan, space_to_depth=rearranged, **types)
+        self.bn = BatchNorm(self.features, self.norm_options, after_convolution=True, **types)
+
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Features at half the size."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        shape = (x.shape[-1], self.features, self.kernel_size, 2)
-        x = Convolution(*shape, init_fan=self.init_fan, name="conv", **types)(x)
-        x = BatchNorm(self.features, self.norm_options, after_convolution=True, name="bn", **types)(x, train)
-        return ACTIVATIONS[self.activation](x)
+        return ACTIVATIONS[self.activation](self.bn(self.conv(x), train))
+
+    def pooled(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h4 w4 c2"]:
+        """Their 3x3 maximum at stride 2; with arithmetic it is taken before norm and ReLU (which alone is monotone)."""
+        if self.arithmetic is not None and self.activation == "relu":
+            return norm_relu_max_pool(self.conv, self.bn, x, train, self.arithmetic)
+        return max_pool(self(x, train), repeat_border=self.norm_options.folded)
 
 
 class DualPathNetwork(nn.Module):
@@ -273,9 +289,10 @@ class DualPathNetwork(nn.Module):
             "param_dtype": self.param_dtype,
         }
         kernel_size = 3 if self.small else 7
-        stem = Stem(self.stem_width, kernel_size, self.activation, name="conv1_1", **common)
-        x = max_pool(stem(images.astype(self.dtype), train), repeat_border=self.norm_options.folded)
-        features = FeatureMap(x)
+        images = images.astype(self.dtype)
+        shape = (images.shape[-1], self.stem_width, kernel_size, self.activation)
+        stem = Stem(*shape, arithmetic=arithmetic_of_stage(self.block_form), name="conv1_1", **common)
+        features = FeatureMap(stem.pooled(images, train))
         pyramid = {}
         for stage in range(len(self.block_sizes)):
             features = self._stage(features, stage, common, train)

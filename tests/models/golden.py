@@ -110,11 +110,9 @@ def _is_tap(module, method):
 
 def run_with_taps(model, variables, x):
     """Logits and every stage's output of the papers' way, by the references' module names, and of ours the logits."""
-    if isinstance(model, DenseNet):
-        own = model
-        model = model.clone(block_form=plain_dense_block)
-        return {**_run_with_taps(model, variables, x), "own logits": own.apply(variables, x)}
-    return _run_with_taps(model, variables, x)
+    papers_way = plain_dense_block if isinstance(model, DenseNet) else None
+    found = _run_with_taps(model.clone(block_form=papers_way), variables, x)
+    return {**found, "own logits": model.apply(variables, x)}
 
 
 def _run_with_taps(model, variables, x):
