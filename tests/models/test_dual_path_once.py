@@ -173,6 +173,6 @@ def test_what_is_stored_is_each_sum_the_dense_path_and_two_hidden_maps_a_block()
 
     for blocks in (2, 5):
         dense = 4 * (blocks + 2)
-        # The input and the stem's maxima before their norm; of each block the residual sum, two hidden maps; the dense path.
+        # The input, the stem's maxima before the norm; of each block the residual sum, two hidden maps; the dense path.
         assert stored(blocks) == {8: 2 + 2 * blocks, 64: blocks, dense: 1}
         assert stored(blocks, remat=True) == {8: 2, 64: blocks, dense: 1}
