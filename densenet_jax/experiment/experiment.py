@@ -107,7 +107,7 @@ class Experiment:
             remat=config.model.remat,
             block_form=self._block_form,
             kernels=config.model.kernels,
-            mesh=self.mesh,
+            mesh=self._all_devices,
             batch_norm_momentum=config.model.batch_norm_momentum,
             batch_norm_epsilon=config.model.batch_norm_epsilon or None,
             batch_norm_group_size=config.model.batch_norm_group_size,
@@ -150,10 +150,15 @@ class Experiment:
         return optimizer_of(self.config, self.schedule)
 
     @functools.cached_property
-    def mesh(self) -> Mesh:
-        """All devices of all processes along one data axis."""
+    def _all_devices(self) -> Mesh:
+        """The mesh, whatever the batches are: a model is also made where nothing is trained."""
         absent = self.absent_devices
-        mesh = sharding.make_mesh(None if absent is None else list(absent))
+        return sharding.make_mesh(None if absent is None else list(absent))
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """All devices of all processes along one data axis, which divide the batches."""
+        mesh = self._all_devices
         sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
         sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
         check_repeats(self.config.train.global_batch_size, self.config.augment.repeats)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from densenet_jax.kernels.choice import choose
+from densenet_jax.models.layers import group_count
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,20 @@ ARITHMETIC = {
 WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
 
 
-def arithmetic_for(platform: str) -> Arithmetic:
-    """That of a platform, "cpu", "gpu" or "tpu", without the GPU's kernels; any other is taken for a GPU."""
-    return ARITHMETIC.get(platform, ARITHMETIC["gpu"])
+def arithmetic_for(platform: str = "") -> Arithmetic:
+    """That of "cpu", "gpu" or "tpu", without the GPU's kernels; "" is JAX's platform, any other is taken for a GPU."""
+    return ARITHMETIC.get(platform or jax.default_backend(), ARITHMETIC["gpu"])
+
+
+def arithmetic_of(form: Callable[..., Any] | None, papers_way: Callable[..., Any] | None) -> Arithmetic | None:
+    """How the rest of a network computes whose blocks have that form; None is the papers' way, that of `papers_way`."""
+    if form is papers_way:
+        return None
+    return arithmetic_for(getattr(form, "keywords", {}).get("platform", ""))
 
 
 def arithmetic_with_kernels(
-    platform: str, dtype: Any, shape: tuple[int, int, int, int], groups: int, wanted: str, mesh: Mesh | None
+    platform: str, dtype: Any, shape: tuple[int, int, int, int], group_size: int, wanted: str, mesh: Mesh | None
 ) -> Arithmetic:
     """That of a platform, or the one with kernels where `kernels.choice.choose` gives them or "interpret" is wanted.
 
@@ -60,17 +70,16 @@ def arithmetic_with_kernels(
       platform: as for `arithmetic_for`.
       dtype: of activations.
       shape: examples, positions of each, columns of a block's buffer, outputs of its 1x1 convolutions.
-      groups: of examples that share statistics.
+      group_size: examples that share statistics; 0 is all.
       wanted: as for `choose`.
       mesh: over which the examples are divided; None is JAX's one device.
     """
     examples, positions, columns, outputs = shape
     parts = 1 if mesh is None else mesh.size
+    rows, devices = examples // parts * positions, None if mesh is None else tuple(mesh.devices.flat)
+    if wanted != "interpret" and choose(platform, dtype, (rows, columns, outputs), wanted, devices) == "xla":
+        return arithmetic_for(platform)
+    groups = group_count(examples, group_size)
     if examples % parts or (groups > 1 and groups % parts):
         return arithmetic_for(platform)
-    if wanted == "interpret":
-        return replace(WITH_KERNELS, kernels="interpret", mesh=mesh)
-    rows, devices = examples // parts * positions, None if mesh is None else tuple(mesh.devices.flat)
-    if choose(platform, dtype, (rows, columns, outputs), wanted, devices) == "xla":
-        return arithmetic_for(platform)
-    return replace(WITH_KERNELS, mesh=mesh)
+    return replace(WITH_KERNELS, kernels="interpret" if wanted == "interpret" else "pallas", mesh=mesh)

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
-from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form
+from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form, plain_dense_block
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
     BatchNorm,
@@ -26,7 +26,7 @@ from densenet_jax.models.layers import (
     global_average_pool,
     max_pool,
 )
-from densenet_jax.models.normalize_once import arithmetic_of, normalize_once
+from densenet_jax.models.normalize_once import normalize_once
 from densenet_jax.models.pooled_norms import norm_relu_max_pool, read_pooled
 from densenet_jax.models.readers import Reader
 
@@ -140,7 +140,7 @@ class DenseNet(nn.Module):
                     self.blur == "all",
                     self.init_fan,
                     self.param_dtype,
-                    arithmetic_of(self.block_form),
+                    arithmetic_of(self.block_form, plain_dense_block),
                     name=f"transition{index}",
                 )(features, train)
                 stride *= 2
@@ -168,7 +168,7 @@ class DenseNet(nn.Module):
             "cifar": (3, (last,)),
         }[self.stem]
         types = {"init_fan": self.init_fan, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        arithmetic = arithmetic_of(self.block_form)
+        arithmetic = arithmetic_of(self.block_form, plain_dense_block)
         for index, width in enumerate(widths):
             stride = 2 if index == 0 and self.stem != "cifar" else 1
             rearranged = stride == 2 and arithmetic is not None and arithmetic.stem == "rearranged"

@@ -12,8 +12,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.dual_path_once import arithmetic_of_stage, normalize_once_stage, path_norms_agree
+from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of
+from densenet_jax.models.dual_path_once import normalize_once_stage, path_norms_agree
 from densenet_jax.models.dual_path_stage import BlockArrays, BlockMoments, NormReader, StageForm, StageOptions
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
@@ -291,7 +291,7 @@ class DualPathNetwork(nn.Module):
         kernel_size = 3 if self.small else 7
         images = images.astype(self.dtype)
         shape = (images.shape[-1], self.stem_width, kernel_size, self.activation)
-        stem = Stem(*shape, arithmetic=arithmetic_of_stage(self.block_form), name="conv1_1", **common)
+        stem = Stem(*shape, arithmetic=arithmetic_of(self.block_form, None), name="conv1_1", **common)
         features = FeatureMap(stem.pooled(images, train))
         pyramid = {}
         for stage in range(len(self.block_sizes)):

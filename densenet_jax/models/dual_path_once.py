@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_for
+from densenet_jax.models.arithmetic import ARITHMETIC, arithmetic_for
 from densenet_jax.models.dual_path_arithmetic import Block, Facts, Maps, gradient_sums, joined, stage
 from densenet_jax.models.dual_path_stage import (
     BlockArrays,
@@ -70,7 +70,7 @@ def normalize_once_stage(
     normalises = not blocks[0].first.norm.frozen
     facts = Facts(
         options,
-        arithmetic_for(platform or jax.default_backend()),
+        arithmetic_for(platform),
         normalises,
         tuple(not block.second.norm.frozen for block in blocks),
         tuple(not block.third.norm.frozen for block in blocks),
@@ -126,13 +126,6 @@ def _moments(facts: Facts, inputs: Moments | None, seen: Maps, index: int) -> Bl
         seen.third[index] if facts.normalises_third[index] else None,
         inputs if facts.normalises and not index else None,
     )
-
-
-def arithmetic_of_stage(form: StageForm | None) -> Arithmetic | None:
-    """How the rest of a network with that form of the stage computes; None is the papers' way."""
-    if form is None:
-        return None
-    return arithmetic_for(getattr(form, "keywords", {}).get("platform") or jax.default_backend())
 
 
 STAGE_FORMS: dict[str, StageForm | None] = {

@@ -427,9 +427,8 @@ def _arithmetic(
         return arithmetic_for(platform)
     columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
     examples, height, width, _ = inputs.shape
-    groups = group_count(examples, options.norm.group_size)
     shape = (examples, height * width, columns, last.kernel1.shape[-1])
-    return arithmetic_with_kernels(platform, options.dtype, shape, groups, wanted, mesh)
+    return arithmetic_with_kernels(platform, options.dtype, shape, options.norm.group_size, wanted, mesh)
 
 
 def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:
@@ -440,13 +439,6 @@ def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> Bl
         second = None if layer.norm2 is None else next(hidden)
         seen.append(LayerMoments(first, second if normalises else None))
     return BlockResult(FeatureMap(outputs.values, outputs.moments if facts.normalises else None), tuple(seen))
-
-
-def arithmetic_of(form: Form) -> Arithmetic | None:
-    """How the rest of a network with that form of the dense block computes; None is the papers' way."""
-    if form is plain_dense_block:
-        return None
-    return arithmetic_for(getattr(form, "keywords", {}).get("platform") or jax.default_backend())
 
 
 FORMS: dict[str, Form] = {

@@ -211,7 +211,7 @@ def test_the_dense_block_takes_the_form_of_the_chip_that_is_planned_for(platform
         config.model.block_form = asked
     absent = (types.SimpleNamespace(platform=platform),)
     made = Experiment(checked(config), absent_devices=absent)
-    made.__dict__["mesh"] = mesh = sharding.make_mesh()
+    made.__dict__["_all_devices"] = mesh = sharding.make_mesh()
     form, chip_s_own = made.model.block_form, FORMS[expected]
     if asked == "plain":
         assert form is chip_s_own
