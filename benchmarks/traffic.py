@@ -3,10 +3,11 @@
     python benchmarks/traffic.py --models densenet121 --batch_sizes 128 --target v5e --output traffic_v5e.json
 
 Each row compiles forward, backward and an update of SGD with momentum for one chip: this project's form of the dense
-block, and the plain one (concatenate, batch norm, ReLU, convolution, autodiff). Beside them stands the floor: what has
-to be moved by counting. `--target h200` needs requirements-plan-gpu.txt, the TPUs need requirements-plan.txt. Growth
-with depth: --models densenet121 densenet169 densenet201 densenet264; with resolution: --image_size_px 160 224 320.
-Compiling densenet121 for a TPU takes minutes.
+block, and the plain one (concatenate, batch norm, ReLU, convolution, autodiff). Told are all bytes that instructions
+read and write, and those of them that go between the chip and its main memory: a TPU's program keeps maps on the chip
+where they fit. Beside them stands the floor: what has to be moved by counting. `--target h200` needs
+requirements-plan-gpu.txt, the TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169
+densenet201 densenet264; with resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from versus import report
 
 FORMS = ("densenet_jax", "plain")
-EVERY_FORM = (*FORMS, "without_kernels")
+KERNELS = {"without_kernels": "xla", "with_kernels": "pallas"}
 COLUMNS = {
     "model": "model",
     "batch_size": "batch",
@@ -31,6 +32,7 @@ COLUMNS = {
     "target": "target",
     "form": "form",
     "megabytes_per_image": "MB/image",
+    "memory_megabytes_per_image": "of these in memory",
     "temp_mib": "temporaries MiB",
     "floor_megabytes": "floor MB/image",
     "times_floor": "times floor",
@@ -72,7 +74,7 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
             model,
             dtype=jnp.dtype(dtype),
             block_form=block_form,
-            kernels="xla" if form == "without_kernels" else "auto",
+            kernels=KERNELS.get(form, "auto"),
             mesh=mesh,
         )
         image = jnp.zeros((1, image_size_px, image_size_px, 3))
@@ -83,10 +85,19 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
         shapes = sharding.with_sharding((variables, momentum, images, labels), everywhere)
         costs = compile_costs(jax.jit(step, donate_argnums=(0, 1)).lower(*shapes))
     except DoesNotFitError as full:
-        return {"bytes_per_image": None, "temp_bytes": full.needed_bytes, "error": "does not fit"}
+        return nothing("does not fit") | {"temp_bytes": full.needed_bytes}
     except UserError as mistake:
         return {"mistake": str(mistake)}
-    return {"bytes_per_image": round(costs.traffic_bytes / batch_size), "temp_bytes": costs.temp_bytes}
+    return {
+        "bytes_per_image": round(costs.traffic_bytes / batch_size),
+        "memory_bytes_per_image": round(costs.memory_traffic_bytes / batch_size),
+        "temp_bytes": costs.temp_bytes,
+    }
+
+
+def nothing(error: str) -> dict[str, Any]:
+    """What a row has that failed."""
+    return {"bytes_per_image": None, "memory_bytes_per_image": None, "temp_bytes": None, "error": error}
 
 
 def run_child(case: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def run_child(case: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", json.dumps(case)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT | search, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"bytes_per_image": None, "temp_bytes": None, "error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+        return nothing((done.stderr.strip().splitlines() or ["?"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in found:
         raise SystemExit(f"error: {found['mistake']}")
@@ -107,9 +118,10 @@ def run_child(case: dict[str, Any]) -> dict[str, Any]:
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row as the table tells it."""
-    moved, floor = row["bytes_per_image"], row["floor_bytes_per_image"]
+    moved, in_memory, floor = row["bytes_per_image"], row["memory_bytes_per_image"], row["floor_bytes_per_image"]
     return row | {
         "megabytes_per_image": moved and moved / 1e6,
+        "memory_megabytes_per_image": in_memory and in_memory / 1e6,
         "temp_mib": row["temp_bytes"] and row["temp_bytes"] // 2**20,
         "floor_megabytes": floor and floor / 1e6,
         "times_floor": moved / floor if moved and floor else None,
@@ -126,9 +138,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--forms",
         nargs="+",
-        choices=EVERY_FORM,
+        choices=(*FORMS, *KERNELS),
         default=list(FORMS),
-        help="without_kernels: this project's form in XLA's own operations, where it has kernels on the target",
+        help="without_kernels, with_kernels: this project's form with config.model.kernels=xla and =pallas",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--output", help="write the rows to this JSON file")

@@ -75,7 +75,7 @@ def test_a_model_is_made_on_devices_that_do_not_divide_the_training_batch(tmp_pa
 @pytest.mark.parametrize(
     ("platform", "changes", "message"),
     [
-        ("cpu", {"model.dtype": "bfloat16"}, "these kernels are for GPUs and this is a CPU"),
+        ("cpu", {"model.dtype": "bfloat16"}, "these kernels are for GPUs and TPUs and this is a CPU"),
         ("gpu", {}, "config.model.dtype is float32"),
     ],
 )

@@ -1,21 +1,54 @@
-"""Which dense layers the GPU's kernels compute, and which XLA."""
+"""What of dense layers the kernels for GPUs and TPUs compute, and what XLA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS
+from densenet_jax.kernels.tpu import conv_gradients, reader_gradients
 
 Choice = Literal["xla", "pallas"]
 WANTED = ("auto", "xla", "pallas")
-_DTYPES = ("bfloat16", "float16")
+# The platforms that have kernels, and the dtypes of activations that these are for.
+KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 _MEASURED_CAPABILITY = "9.0"  # Hopper: H100 and H200 are what the kernels were measured on
 _MOST_MEASURED_OUTPUTS = 128
+_LARGE_TPUS = tuple("5678")  # generations that have the memory on the chip that the kernels ask for
+_ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e: what XLA keeps there costs no traffic that kernels could save
+
+
+class BlockShape(NamedTuple):
+    """A dense block.
+
+    Attributes:
+      examples, height, width, channels: of its input.
+      layers: how many.
+      hidden: channels behind a layer's first convolution, 0 without a bottleneck.
+      growth: channels that a layer adds.
+    """
+
+    examples: int
+    height: int
+    width: int
+    channels: int
+    layers: int
+    hidden: int
+    growth: int
+
+    @property
+    def rows(self) -> int:
+        """Positions of all examples."""
+        return self.examples * self.height * self.width
+
+    @property
+    def columns(self) -> int:
+        """Channels of all its maps."""
+        return self.channels + self.layers * self.growth
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
@@ -28,15 +61,16 @@ def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
         raise UserError(f"kernels={wanted!r}: expected one of {', '.join(WANTED)}")
     if wanted != "pallas":
         return
-    if platform != "gpu":
+    if platform not in KERNEL_DTYPES:
         raise UserError(
-            f"config.model.kernels is 'pallas', but these kernels are for GPUs and this is a {platform.upper()}; set "
-            "it to 'auto'."
+            f"config.model.kernels is 'pallas', but these kernels are for GPUs and TPUs and this is a "
+            f"{platform.upper()}; set it to 'auto'."
         )
-    if jnp.dtype(dtype).name not in _DTYPES:
+    if jnp.dtype(dtype).name not in KERNEL_DTYPES[platform]:
         raise UserError(
-            f"config.model.kernels is 'pallas', whose kernels are for bfloat16 and float16, but config.model.dtype is "
-            f"{jnp.dtype(dtype).name}; set config.model.dtype=bfloat16, or config.model.kernels=auto."
+            f"config.model.kernels is 'pallas', whose kernels are for {' and '.join(KERNEL_DTYPES[platform])} on a "
+            f"{platform.upper()}, but config.model.dtype is {jnp.dtype(dtype).name}; set config.model.dtype=bfloat16, "
+            "or config.model.kernels=auto."
         )
 
 
@@ -47,10 +81,10 @@ def choose(
     wanted: str = "auto",
     devices: Sequence[Any] | None = None,
 ) -> Choice:
-    """What computes a dense layer's 1x1 convolution with all around it, in training.
+    """What computes a dense layer's 1x1 convolution with all around it on a GPU.
 
     Args:
-      platform: "cpu", "gpu" or "tpu".
+      platform: "cpu" or "gpu".
       dtype: of activations.
       shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
       wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
@@ -62,13 +96,47 @@ def choose(
     check_wanted(wanted, platform, dtype)
     rows, columns, outputs = shape
     if wanted == "auto" and platform == "gpu" and outputs <= _MOST_MEASURED_OUTPUTS:
-        wanted = "pallas" if jnp.dtype(dtype).name in _DTYPES and _are_measured(devices) else "xla"
+        wanted = "pallas" if jnp.dtype(dtype).name in KERNEL_DTYPES[platform] and _are_measured(devices) else "xla"
     fits = outputs <= MOST_OUTPUTS and 0 < rows * max(columns, outputs) <= LARGEST_OPERAND
     return "pallas" if wanted == "pallas" and fits else "xla"
 
 
+def _known(devices: Sequence[Any] | None) -> Sequence[Any]:
+    return jax.devices()[: jax.device_count() == 1] if devices is None else devices
+
+
+def _have_memory(devices: Sequence[Any] | None) -> bool:
+    kinds = {str(getattr(device, "device_kind", "")).removeprefix("TPU").strip() for device in _known(devices)}
+    return bool(kinds) and all(kind.lstrip("v")[:1] in _LARGE_TPUS for kind in kinds)
+
+
 def _are_measured(devices: Sequence[Any] | None) -> bool:
-    if devices is None:
-        devices = jax.devices()[: jax.device_count() == 1]
-    capabilities = {getattr(device, "compute_capability", None) for device in devices}
+    capabilities = {getattr(device, "compute_capability", None) for device in _known(devices)}
     return capabilities == {_MEASURED_CAPABILITY}
+
+
+def choose_layer_gradients(
+    dtype: Any, block: BlockShape, wanted: str = "auto", devices: Sequence[Any] | None = None
+) -> Choice:
+    """What computes the backward pass of a dense layer on a TPU.
+
+    Args:
+      dtype: of activations.
+      block: as one device has it.
+      wanted: "pallas" takes the kernels, on TPUs from v5 on, for blocks whose maps and gradients do not stay on the
+        chip; "auto" does not take them: they were compiled for TPUs, never run on one.
+      devices: as for `choose`.
+
+    Raises:
+      UserError: "pallas" is wanted where there is none.
+    """
+    check_wanted(wanted, "tpu", dtype)
+    if wanted != "pallas" or not block.hidden or block.channels % block.growth or not _have_memory(devices):
+        return "xla"
+    maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
+    stays_on_chip = 2 * maps.size * maps.dtype.itemsize <= _ON_CHIP_BYTES
+    start = block.columns - block.growth
+    are_computed = conv_gradients.fits(maps, (3, 3, block.hidden, block.growth), start) and reader_gradients.fits(
+        maps, (start, block.hidden)
+    )
+    return "pallas" if are_computed and not stays_on_chip else "xla"

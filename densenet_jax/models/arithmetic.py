@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from densenet_jax.kernels.choice import choose
+from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients
+from densenet_jax.models.each_device import own_groups
 from densenet_jax.models.layers import group_count
 
 
@@ -25,9 +26,13 @@ class Arithmetic:
       stores_gradients: a layer's gradient, which two convolutions read, is computed before them instead of in each.
       pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
       stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
+      begins_unwritten: a block's buffer is not filled with zeros first.
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
-      mesh: over which the batch is divided where kernels compute: each device takes its own part.
+      layer_gradients: what computes the backward pass of a layer with a bottleneck: "xla" as the other fields say,
+        "pallas" the kernels of `densenet_jax.kernels.tpu`, or "interpret".
+      mesh: over which the batch is divided where kernels compute or memory is left unwritten: each device takes its
+        own part.
     """
 
     storage: Literal["buffer", "arrays"] = "buffer"
@@ -36,14 +41,16 @@ class Arithmetic:
     stores_gradients: bool = False
     pooling: Literal["first", "kernel"] = "first"
     stem: Literal["direct", "rearranged"] = "direct"
+    begins_unwritten: bool = False
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
+    layer_gradients: Literal["xla", "pallas", "interpret"] = "xla"
     mesh: Mesh | None = None
 
 
 # What each platform's compiler makes the most of; measured in docs/performance.md.
 ARITHMETIC = {
     "cpu": Arithmetic("buffer", "dot", library=True),
-    "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel"),
+    "tpu": Arithmetic("buffer", "dot", stores_gradients=True, pooling="kernel", begins_unwritten=True),
     "gpu": Arithmetic("arrays", "convolution", stem="rearranged"),
 }
 WITH_KERNELS = Arithmetic("buffer", "convolution", kernels="pallas")
@@ -62,24 +69,36 @@ def arithmetic_of(form: Callable[..., Any] | None, papers_way: Callable[..., Any
 
 
 def arithmetic_with_kernels(
-    platform: str, dtype: Any, shape: tuple[int, int, int, int], group_size: int, wanted: str, mesh: Mesh | None
+    platform: str, dtype: Any, shape: BlockShape, group_size: int, wanted: str, mesh: Mesh | None
 ) -> Arithmetic:
-    """That of a platform, or the one with kernels where `kernels.choice.choose` gives them or "interpret" is wanted.
+    """That of a platform, with kernels where `kernels.choice` gives them or "interpret" is wanted.
 
     Args:
       platform: as for `arithmetic_for`.
       dtype: of activations.
-      shape: examples, positions of each, columns of a block's buffer, outputs of its 1x1 convolutions.
+      shape: of the block, with all examples.
       group_size: examples that share statistics; 0 is all.
       wanted: as for `choose`.
       mesh: over which the examples are divided; None is JAX's one device.
     """
-    examples, positions, columns, outputs = shape
-    parts = 1 if mesh is None else mesh.size
-    rows, devices = examples // parts * positions, None if mesh is None else tuple(mesh.devices.flat)
-    if wanted != "interpret" and choose(platform, dtype, (rows, columns, outputs), wanted, devices) == "xla":
-        return arithmetic_for(platform)
-    groups = group_count(examples, group_size)
-    if examples % parts or (groups > 1 and groups % parts):
-        return arithmetic_for(platform)
+    parts, groups = 1 if mesh is None else mesh.size, group_count(shape.examples, group_size)
+    plain = arithmetic_for(platform)
+    if shape.examples % parts or (groups > 1 and groups % parts):
+        return replace(plain, begins_unwritten=False)
+    own = shape._replace(examples=shape.examples // parts)
+    devices = None if mesh is None else tuple(mesh.devices.flat)
+    if platform == "tpu":
+        # Memory that is not written is there on every device for all examples, if nobody says otherwise.
+        is_divided = mesh is not None or jax.device_count() == 1
+        plain = replace(plain, mesh=mesh, begins_unwritten=is_divided)
+        if own_groups(mesh, groups) > 1 or (
+            wanted != "interpret" and choose_layer_gradients(dtype, own, wanted, devices) == "xla"
+        ):
+            return plain
+        return replace(plain, layer_gradients="interpret" if wanted == "interpret" else "pallas")
+    if not shape.hidden or (
+        wanted != "interpret"
+        and choose(platform, dtype, (own.rows, shape.columns, shape.hidden), wanted, devices) == "xla"
+    ):
+        return plain
     return replace(WITH_KERNELS, kernels="interpret" if wanted == "interpret" else "pallas", mesh=mesh)

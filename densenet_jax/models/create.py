@@ -86,8 +86,9 @@ def create_model(
       block_form: the arithmetic of dense and dual-path blocks in training: "normalize_once", "plain" (the readable
         reference), or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all
         are the same function.
-      kernels: "pallas" trains dense blocks with the kernels for GPUs, the same function up to rounding; "xla" does
-        without; "auto" takes them where they were measured to be faster, in evaluation as well (DenseNet only).
+      kernels: "pallas" trains dense blocks with the kernels for GPUs, or for TPUs from v5 on, the same function up to
+        rounding; "xla" does without; "auto" takes them where they were measured to be faster, which is on Hopper GPUs,
+        in evaluation as well (DenseNet only).
       mesh: of the devices that the model is for, its one axis the batch's: "auto" goes by them, and by kernels each
         computes its part of the batch. None: JAX's own device, and no kernels if there are several.
       **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
@@ -136,9 +137,10 @@ def _form(name: str, block_form: str, kernels: str, mesh: Mesh | None) -> Form:
         form = KERNEL_FORMS[block_form]
     if form is plain_dense_block:
         return form
-    if kernels == "xla":
-        return functools.partial(form, kernels="xla")
-    return form if mesh is None else functools.partial(form, mesh=mesh)
+    chosen: dict[str, Any] = {"kernels": "xla"} if kernels == "xla" else {}
+    if mesh is not None:
+        chosen["mesh"] = mesh
+    return functools.partial(form, **chosen) if chosen else form
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -6,18 +6,14 @@ Over a mesh each device reads its own examples, and what is summed over the batc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.gpu.reader import norm_relu_matmul, norm_relu_matmul_kernel
 from densenet_jax.kernels.gpu.reader_gradients import add_gradients, add_gradients_kernel
 from densenet_jax.models.arithmetic import Arithmetic
+from densenet_jax.models.each_device import on_each_device
 from densenet_jax.models.layers import Moments
 from densenet_jax.models.readers import Reader, ReaderGradients
 
@@ -30,7 +26,7 @@ def read_with_moments(
     multiply = norm_relu_matmul
     if arithmetic.kernels == "interpret":
         multiply = functools.partial(norm_relu_matmul_kernel, interpret=True)
-    out, sums, squares = _on_each_device(
+    out, sums, squares = on_each_device(
         multiply, arithmetic.mesh, groups, by_example=(True, *[False] * 4), results=("example", "group", "group")
     )(maps.reshape(rows, -1), reader.scale, reader.bias, reader.kernel[0, 0], shift)
     mean, square = sums * (groups / rows), squares * (groups / rows)
@@ -52,7 +48,7 @@ def add_read_gradients(
     add = add_gradients
     if arithmetic.kernels == "interpret":
         add = functools.partial(add_gradients_kernel, interpret=True)
-    added, scale, bias, kernel = _on_each_device(
+    added, scale, bias, kernel = on_each_device(
         add,
         arithmetic.mesh,
         groups,
@@ -60,41 +56,3 @@ def add_read_gradients(
         results=("example", "group", "group", "whole"),
     )(*flat[:2], reader.scale, reader.bias, reader.kernel[0, 0], flat[2])
     return ReaderGradients(added.reshape(total.shape), scale, bias, kernel[None, None])
-
-
-def _on_each_device(
-    function: Callable[..., tuple[Array, ...]],
-    mesh: Mesh | None,
-    groups: int,
-    by_example: tuple[bool, ...],
-    results: tuple[str, ...],
-) -> Callable[..., Any]:
-    """A function of rows of examples, done by each device for its own.
-
-    Args:
-      function: of arrays and groups.
-      mesh: whose one axis divides the examples; None and a single device change nothing.
-      groups: of examples, in all.
-      by_example: which operands are divided; the others are whole on every device.
-      results: "example" is divided as well; "group" has a row for each group, "whole" is a sum over all examples.
-    """
-    if mesh is None or mesh.size == 1:
-        return functools.partial(function, groups=groups)
-    (axis,) = mesh.axis_names
-    divided, whole = PartitionSpec(axis), PartitionSpec()
-    own_groups = max(groups // mesh.size, 1)
-    is_divided = {"example": True, "group": groups > 1, "whole": False}
-
-    def own_part(*operands: Array) -> tuple[Array, ...]:
-        found = function(*operands, groups=own_groups)
-        return tuple(
-            part if is_divided[kind] else lax.psum(part, axis) for part, kind in zip(found, results, strict=True)
-        )
-
-    return jax.shard_map(
-        own_part,
-        mesh=mesh,
-        in_specs=tuple(divided if own else whole for own in by_example),
-        out_specs=tuple(divided if is_divided[kind] else whole for kind in results),
-        check_vma=False,
-    )

@@ -23,8 +23,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.choice import KERNEL_DTYPES, BlockShape
+from densenet_jax.kernels.tpu.tiles import laid_out
 from densenet_jax.models import fused_reader
-from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_for, arithmetic_with_kernels
+from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_with_kernels
 from densenet_jax.models.dense_block import (
     BlockOptions,
     BlockResult,
@@ -34,6 +36,8 @@ from densenet_jax.models.dense_block import (
     layer_key,
     plain_dense_block,
 )
+from densenet_jax.models.each_device import on_each_device
+from densenet_jax.models.fused_layer import Normalisation, layer_gradients
 from densenet_jax.models.layers import (
     FeatureMap,
     Moments,
@@ -58,6 +62,7 @@ from densenet_jax.models.readers import (
     rectifier_gradients,
     rectify,
     sum_by_group,
+    sums_of_normalised,
 )
 
 
@@ -116,6 +121,12 @@ def _begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
     """The storage of a block's normalised maps, holding the first."""
     if arithmetic.storage == "arrays":
         return (first,)
+    if arithmetic.begins_unwritten:
+
+        def begin(first: Array, groups: int) -> tuple[Array]:
+            return (lax.dynamic_update_slice_in_dim(lax.empty((*first.shape[:3], width), first.dtype), first, 0, 3),)
+
+        return on_each_device(begin, arithmetic.mesh, 1, (True,), ("example",))(first)[0]
     return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
 
 
@@ -163,6 +174,8 @@ def _hidden(
             return dropout(out, options.dropout_rate, layer_key(key, 0)), None
         return out, moments
     out = read(_readable(maps, layer.first.scale.shape[0], facts.arithmetic), layer.first, facts.arithmetic)
+    if facts.arithmetic.layer_gradients == "pallas":
+        out = laid_out(out)
     if layer.second is None:
         return dropout(out, options.dropout_rate, key), None
     return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out, None
@@ -252,15 +265,9 @@ def _second_backward(
         rectified = lax.optimization_barrier(rectified)
         activation = rectify(normalised, reader.scale, reader.bias)
         of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
-    sums = _sums(found, reader)
+    sums = sums_of_normalised(found, reader)
     raw = _raw_gradient(of_normalised, normalised, moments, moment_gradients, sums, normalises, facts)
     return raw, _reader_gradients(found, reader)
-
-
-def _sums(found: ReaderGradients, reader: Reader) -> tuple[Array, Array]:
-    """Of the gradient of x^, and of it times x^, over the examples of each group."""
-    scale = reader.scale.astype(found.scale.dtype)[None, :]
-    return found.bias * scale, found.scale * scale
 
 
 def _layer_backward(
@@ -293,6 +300,34 @@ def _layer_backward(
     return found, Layer(_reader_gradients(found, layer.first), second)
 
 
+def _fused_layer_backward(
+    facts: Facts, saved: Residuals, index: int, back: tuple[Array, tuple[Array, Array]], cotangents: Outputs
+) -> tuple[ReaderGradients, Layer]:
+    """`_layer_backward` by the kernels of `fused_layer`; back is the gradient of x^ so far and its two sums."""
+    (total, sums), layer = back, saved.layers[index]
+    assert layer.second is not None
+    start, epsilon = layer.first.scale.shape[0], facts.options.norm.epsilon
+    end = start + layer.second.kernel.shape[-1]
+    hidden = saved.hidden[index]
+    if hidden is None:
+        hidden = _hidden(saved.maps, layer, None, facts, None)[0]
+    made = Normalisation(
+        _columns(saved.moments, start, end),
+        _columns(cotangents.moments, start, end),
+        epsilon if facts.normalises else None,
+    )
+    norm = Normalisation(
+        saved.hidden_moments[index],
+        cotangents.hidden_moments[index],
+        epsilon if facts.normalises_hidden[index] else None,
+    )
+    count = total.size // total.shape[-1] // sums[0].shape[0]
+    of_raw = made.factors((sums[0][:, start:end], sums[1][:, start:end]), count)
+    readers = (layer.first, layer.second)
+    found, second = layer_gradients(total, saved.maps, hidden, readers, of_raw, norm, facts.arithmetic)
+    return found, Layer(_reader_gradients(found, layer.first), _reader_gradients(second, layer.second))
+
+
 def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
     groups = saved.moments.mean.shape[0]
     total, dtype = cotangents.values, cotangents.values.dtype
@@ -318,11 +353,14 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     for index in reversed(range(len(saved.layers))):
         reader = saved.layers[index].first
         start = reader.scale.shape[0]
-        gradient = raw_gradient(start, width)
-        found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
+        if facts.arithmetic.layer_gradients == "xla":
+            gradient = raw_gradient(start, width)
+            found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
+        else:
+            found, layer = _fused_layer_backward(facts, saved, index, (total, sums), cotangents)
         layers.append(layer)
         total = found.inputs
-        own = _sums(found, reader)
+        own = sums_of_normalised(found, reader)
         sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
         width = start
     return raw_gradient(0, width), tuple(reversed(layers)), None, None
@@ -423,11 +461,11 @@ def _arithmetic(
     mesh: Mesh | None,
 ) -> Arithmetic:
     last = layers[-1]
-    if last.kernel2 is None:  # the kernels are for bottlenecks
-        return arithmetic_for(platform)
-    columns = last.kernel1.shape[2] + last.kernel2.shape[-1]
-    examples, height, width, _ = inputs.shape
-    shape = (examples, height * width, columns, last.kernel1.shape[-1])
+    hidden = 0 if last.kernel2 is None else last.kernel1.shape[-1]
+    made = (last.kernel1 if last.kernel2 is None else last.kernel2).shape[-1]
+    examples, height, width, channels = inputs.shape
+    shape = BlockShape(examples, height, width, channels, len(layers), hidden, made)
+    wanted = "xla" if options.dropout_rate and platform == "tpu" else wanted  # whose kernels know no dropout
     return arithmetic_with_kernels(platform, options.dtype, shape, options.norm.group_size, wanted, mesh)
 
 
@@ -446,8 +484,11 @@ FORMS: dict[str, Form] = {
     **{f"normalize_once_{name}": functools.partial(normalize_once, platform=name) for name in ARITHMETIC},
     "plain": plain_dense_block,
 }
-# The forms that GPUs have kernels for, with them.
+# The forms that there are kernels for, with them.
 KERNEL_FORMS: dict[str, Form] = {
     "normalize_once": functools.partial(normalize_once, kernels="pallas"),
-    "normalize_once_gpu": functools.partial(normalize_once, platform="gpu", kernels="pallas"),
+    **{
+        f"normalize_once_{name}": functools.partial(normalize_once, platform=name, kernels="pallas")
+        for name in KERNEL_DTYPES
+    },
 }

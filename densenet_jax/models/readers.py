@@ -162,6 +162,12 @@ def rectifier_gradients(
     return opened * scale.astype(wide)[None, None, None, :], of_scale, of_bias
 
 
+def sums_of_normalised(found: ReaderGradients, reader: Reader) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
+    """Of the gradient of x^ that a reader gives, and of it times x^, over the examples of each group."""
+    scale = reader.scale.astype(found.scale.dtype)[None, :]
+    return found.bias * scale, found.scale * scale
+
+
 def adds_in_place(x: Array, total: Array, reader: Reader, groups: int) -> bool:
     """Whether the CPU's library takes these operands of `add_read_gradients`."""
     return groups == 1 and total.dtype == x.dtype and cpu.usable(*_operands(x, reader))
@@ -201,9 +207,35 @@ def normalisation_gradient(
       wider.
     """
     wide = _wide(gradient.dtype)
+    count = gradient.size // gradient.shape[-1] // moments.variance.shape[0]
+    terms = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, wide)
+    factor, of_mean, of_values = (per_example(term, gradient.shape[0]) for term in terms)
+    return (gradient.astype(wide) - of_mean - normalised.astype(wide) * of_values) * factor
+
+
+def normalisation_factors(
+    moments: Moments,
+    moment_gradients: Moments,
+    sums: tuple[Float[Array, "g c"], Float[Array, "g c"]],
+    count: int,
+    epsilon: float,
+) -> Float[Array, "g 3 c"]:
+    """What `normalisation_gradient` multiplies the gradient and x^ by, and what it adds, where each group has count."""
+    wide = _wide(moments.variance.dtype)
+    factor, of_mean, of_values = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, wide)
+    return jnp.stack((factor, -of_values * factor, -of_mean * factor), axis=1)
+
+
+def _normalisation_terms(
+    moments: Moments,
+    moment_gradients: Moments,
+    sums: tuple[Array, Array],
+    count: int,
+    epsilon: float,
+    wide: jnp.dtype,
+) -> tuple[Array, Array, Array]:
+    """1 / deviation, and the means over a group of the gradient and of the gradient times x^."""
     deviation = jnp.sqrt(moments.variance.astype(wide) + epsilon)
-    count = gradient.size // gradient.shape[-1] // deviation.shape[0]
     of_mean = (sums[0] - moment_gradients.mean * deviation) / count
     of_values = (sums[1] - 2 * moment_gradients.variance * deviation**2) / count
-    factor, of_mean, of_values = (per_example(v, gradient.shape[0]) for v in (1 / deviation, of_mean, of_values))
-    return (gradient.astype(wide) - of_mean - normalised.astype(wide) * of_values) * factor
+    return 1 / deviation, of_mean, of_values

@@ -13,7 +13,7 @@ class Bounds:
 
     Attributes:
         arithmetic: operations over the bfloat16 peak; None where the operations are not known.
-        memory: bytes that the compiler counts over the memory's bandwidth.
+        memory: bytes that go through it over its bandwidth.
         interconnect: bytes that a chip has to send over all its links' bandwidth; no latency, no slower network.
     """
 
@@ -39,7 +39,7 @@ def bounds_of(costs: Costs, chip: Chip, chips: int) -> Bounds:
     """The bounds of a program with these costs on `chips` chips."""
     return Bounds(
         arithmetic=None if costs.flops is None else costs.flops / chip.flops,
-        memory=costs.traffic_bytes / chip.memory_bytes_per_sec,
+        memory=costs.memory_traffic_bytes / chip.memory_bytes_per_sec,
         interconnect=sum(sent_bytes(one, chips) for one in costs.collectives) / chip.link_bytes_per_sec,
     )
 

@@ -30,7 +30,8 @@ class Costs:
         memory_bytes: at the fullest: arguments, results, temporaries and the program; donated memory counts once.
         temp_bytes: of temporaries alone.
         flops: operations; None where the compiler does not tell.
-        traffic_bytes: read from and written to memory.
+        traffic_bytes: that instructions read and write, in memory on the chip itself as well.
+        memory_traffic_bytes: of these, what goes between the chip and its main memory.
         collectives: transfers between chips.
     """
 
@@ -38,6 +39,7 @@ class Costs:
     temp_bytes: int
     flops: float | None
     traffic_bytes: float
+    memory_traffic_bytes: float
     collectives: tuple[Collective, ...]
 
 
@@ -45,7 +47,8 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     """Compiles a lowered program and counts.
 
     Bytes are the compiler's own count of what it accesses where it tells (TPU), else the operands and results of the
-    optimised program's instructions (GPU); the bodies of loops count as often as they run.
+    optimised program's instructions (GPU); the bodies of loops count as often as they run. Those of main memory are
+    counted in the program's text, where a TPU's tells what lies on the chip.
 
     Raises:
         DoesNotFitError: a chip's memory is too small for it.
@@ -69,6 +72,7 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
         temp_bytes=memory.temp_size_in_bytes,
         flops=own.get("flops") if repeats == 1 else None,
         traffic_bytes=own["bytes accessed"] * repeats if "bytes accessed" in own else program.traffic(),
+        memory_traffic_bytes=program.traffic(off_chip=True),
         collectives=tuple(program.collectives()),
     )
 

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "bf16": 16}
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ON_CHIP = "S(1)"  # in a layout: the memory on a TPU's own chip
+_TOLD_BYTES = re.compile(r'"bytes_accessed":"(\d+)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -21,6 +23,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_NAMES_MEMORY = ('custom_call_target="ConcatBitcast"', 'custom_call_target="AllocateBuffer"')
 # They name memory that others have written, or run what is counted by itself.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTROL = {"while", "call", "conditional"}
@@ -29,21 +32,40 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `size` is its result's in bytes, `sizes` those of the arrays in it."""
+    """One line of a computation.
+
+    Attributes:
+        name, opcode: its own.
+        sizes: bytes of the arrays in its result.
+        on_chip: which of these lie in memory on the chip itself.
+        operands, called: names.
+        trips: how often it runs what it calls.
+        is_root: its result is the computation's.
+        number: of a parameter.
+        told: bytes that a kernel says it moves, 0 where nothing is said.
+    """
 
     name: str
     opcode: str
     sizes: tuple[int, ...]
+    on_chip: tuple[bool, ...]
     operands: tuple[str, ...]
     called: tuple[str, ...]
     trips: int
     is_root: bool
-    number: int  # of a parameter
+    number: int
+    told: int
 
     @property
     def size(self) -> int:
         """Bytes of all arrays of the result."""
         return sum(self.sizes)
+
+    @property
+    def off_chip_share(self) -> float:
+        """Of the result's bytes: what lies in the chip's main memory."""
+        off = sum(size for size, on_chip in zip(self.sizes, self.on_chip, strict=True) if not on_chip)
+        return off / self.size if self.size else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +77,16 @@ class Collective:
     count: int
 
 
-def _array_sizes(text: str) -> tuple[int, ...]:
-    sizes = []
-    for kind, dimensions in _SHAPE.findall(text):
+def _arrays(text: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Bytes of each array in a result's type, and whether it lies on the chip."""
+    sizes, on_chip = [], []
+    for kind, dimensions, layout in _SHAPE.findall(text):
         digits = re.sub(r"^[a-z]+|e\d.*$", "", kind)
         bits = _BITS.get(kind, int(digits) if digits.isdigit() else 8)
         elements = math.prod(int(side) for side in dimensions.split(",")) if dimensions else 1
         sizes.append(math.ceil(elements * bits / 8))
-    return tuple(sizes)
+        on_chip.append(_ON_CHIP in layout)
+    return tuple(sizes), tuple(on_chip)
 
 
 def _arguments(rest: str) -> tuple[str, str]:
@@ -84,16 +108,21 @@ def _parse_line(line: str) -> Instruction | None:
     called = tuple(_CALLED.findall(attributes))
     if branches := _BRANCHES.search(attributes):
         called += tuple(part.strip().lstrip("%") for part in branches.group(1).split(","))
-    trips = _TRIPS.search(attributes)
+    trips, told = _TRIPS.search(attributes), _TOLD_BYTES.search(attributes)
+    if opcode == "custom-call" and any(target in attributes for target in _NAMES_MEMORY):
+        opcode = "bitcast"
+    sizes, on_chip = _arrays(shape)
     return Instruction(
         name,
         opcode,
-        _array_sizes(shape),
+        sizes,
+        on_chip,
         tuple(re.findall(r"%([\w.\-]+)", arguments)),
         called,
         int(trips.group(1)) if trips else 1,
         bool(root),
         int(arguments) if opcode == "parameter" else -1,
+        int(told.group(1)) if told and opcode == "custom-call" else 0,
     )
 
 
@@ -127,13 +156,17 @@ class Program:
         found = [Collective(op, size, count) for (op, size), count in counts.items()]
         return sorted(found, key=lambda one: (-one.bytes * one.count, one.op))
 
-    def traffic(self, *, once: bool = False) -> int:
+    def traffic(self, *, once: bool = False, off_chip: bool = False) -> int:
         """Bytes that instructions read and write: each its operands and results, slices as slices.
 
-        A loop's body counts as often as it is known to run; with `once` a single time, as XLA's own analysis does.
+        A loop's body counts as often as it is known to run; with `once` a single time, as XLA's own analysis does. With
+        `off_chip` what lies in memory on the chip itself is left out.
         """
-        return sum(
-            (1 if once else times) * self._moved(scope, instruction) for scope, instruction, times in self._executed()
+        return round(
+            sum(
+                (1 if once else times) * self._moved(scope, instruction, off_chip)
+                for scope, instruction, times in self._executed()
+            )
         )
 
     def _executed(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
@@ -149,20 +182,30 @@ class Program:
                 elif instruction.opcode == "async-start":
                     pending += [(called, times) for called in instruction.called]
 
-    def _moved(self, scope: dict[str, Instruction], instruction: Instruction) -> int:
+    def _moved(self, scope: dict[str, Instruction], instruction: Instruction, off_chip: bool) -> float:
         op = instruction.opcode
         if op in _FREE | _CONTROL or op.startswith("async-") or op.endswith("-done"):
             return 0
-        operands = [scope[name].size if name in scope else 0 for name in instruction.operands]
+        known = [scope.get(name) for name in instruction.operands]
+        operands = [0 if one is None else one.size for one in known]
+        shares = [one.off_chip_share if one is not None and off_chip else 1.0 for one in known]
+        own_share = instruction.off_chip_share if off_chip else 1.0
+        if op in ("copy-start", "slice-start"):  # its result holds the operand as well, and a flag
+            place = 0 if op == "copy-start" else len(operands)
+            copied = instruction.sizes[place]
+            return copied * (shares[0] + (not (off_chip and instruction.on_chip[place])))
         if op == "fusion" and instruction.called:
             read, written = self._fusion(instruction.called[0])
-            shares = (read.get(number, size) for number, size in enumerate(operands))
-            return sum(shares) + (instruction.size if written is None else written)
+            taken = sum(share * read.get(number, operands[number]) for number, share in enumerate(shares))
+            return taken + own_share * (instruction.size if written is None else written)
         if op in _SLICES:
-            return 2 * instruction.size
+            return instruction.size * (shares[0] + own_share)
         if op == "dynamic-update-slice":
-            return 2 * operands[1]
-        return sum(operands) + instruction.size
+            return operands[1] * (shares[1] + own_share)
+        moved = sum(share * size for share, size in zip(shares, operands, strict=True)) + own_share * instruction.size
+        if instruction.told:  # it may read parts of what it is given
+            return instruction.told * moved / (sum(operands) + instruction.size)
+        return moved
 
     @functools.cache  # noqa: B019 - a program lives as long as what is read from it
     def _fusion(self, name: str) -> tuple[dict[int, int], int | None]:

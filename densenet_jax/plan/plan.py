@@ -93,12 +93,13 @@ class Planned:
             "largest_global_batch_that_fits": None if found is None else self.images(found.fitting),
         }
         if costs is None:
-            names = "flops_per_image bytes_per_image collectives bound images_per_sec_bound hours_bound"
-            return figures | dict.fromkeys(names.split())
+            names = "flops_per_image bytes_per_image memory_bytes_per_image collectives"
+            return figures | dict.fromkeys([*names.split(), "bound", "images_per_sec_bound", "hours_bound"])
         bounds, per_image = self.bounds(costs), topology.chips / batch
         return figures | {
             "flops_per_image": None if costs.flops is None else costs.flops * per_image,
             "bytes_per_image": costs.traffic_bytes * per_image,
+            "memory_bytes_per_image": costs.memory_traffic_bytes * per_image,
             "collectives": [dataclasses.asdict(one) for one in costs.collectives],
             "bound": bounds.binding,
             "images_per_sec_bound": batch / bounds.secs,

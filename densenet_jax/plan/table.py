@@ -51,11 +51,11 @@ def lines_of(figures: dict[str, Any], topology: Topology, costs: Costs | None, b
     ]
     if costs is None or bounds is None:
         return lines
-    flops = figures["flops_per_image"]
+    flops, moved = figures["flops_per_image"], size(figures["bytes_per_image"])
     lines += [
         f"temporaries   {size(costs.temp_bytes)} a chip",
         f"arithmetic    {'not told' if flops is None else f'{flops / 1e9:.3g} GFLOP an image'}",
-        f"traffic       {size(figures['bytes_per_image'])} an image between a chip and its memory",
+        f"traffic       {moved} an image, {size(figures['memory_bytes_per_image'])} between a chip and its memory",
     ]
     shown, rest = costs.collectives[:_SHOWN], costs.collectives[_SHOWN:]
     lines += [f"collective    {one.op}: {one.count} of {size(one.bytes)}" for one in shown]

@@ -73,4 +73,5 @@ def test_the_columns(tmp_path):
         assert (row["model"], row["batch_size"], row["target"]) == ("densenet_bc_22_12", 8, "v5e")
         assert row["bytes_per_image"] > row["floor_bytes_per_image"] > 0
         assert row["temp_bytes"] >= 0  # so small a step may need none
+        assert row["memory_bytes_per_image"] > 8 * 8 * 3 * 2  # the image at least
     assert "MB/image" in done.stdout

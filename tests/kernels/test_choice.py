@@ -1,4 +1,4 @@
-"""Who gets the GPU's kernels, and what is said to who can't have them."""
+"""Who gets kernels, and what is said to who can't have them."""
 
 import types
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.choice import choose
+from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients
 
 SHAPE = (100_352, 256, 128)
 
@@ -51,8 +51,8 @@ def test_shapes_that_do_not_fit_a_program_are_left_to_xla(shape):
 @pytest.mark.parametrize(
     ("platform", "dtype", "wanted", "message"),
     [
-        ("cpu", jnp.bfloat16, "pallas", r"'pallas', but these kernels are for GPUs and this is a CPU"),
-        ("tpu", jnp.bfloat16, "pallas", r"this is a TPU; set it to 'auto'"),
+        ("cpu", jnp.bfloat16, "pallas", r"'pallas', but these kernels are for GPUs and TPUs and this is a CPU"),
+        ("tpu", jnp.float16, "pallas", r"are for bfloat16 on a TPU, but config\.model\.dtype is float16"),
         ("gpu", jnp.float32, "pallas", r"config\.model\.dtype is float32; set config\.model\.dtype=bfloat16"),
         ("gpu", jnp.bfloat16, "triton", r"kernels='triton': expected one of auto, xla, pallas"),
     ],
@@ -60,3 +60,39 @@ def test_shapes_that_do_not_fit_a_program_are_left_to_xla(shape):
 def test_who_asks_for_what_there_is_not_is_told(platform, dtype, wanted, message):
     with pytest.raises(UserError, match=message):
         choose(platform, dtype, SHAPE, wanted)
+
+
+FIRST_BLOCK = BlockShape(examples=128, height=56, width=56, channels=64, layers=6, hidden=128, growth=32)
+V4, V5E, V5P, V6E, V7 = (
+    types.SimpleNamespace(device_kind=f"TPU{kind}") for kind in (" v4", " v5 lite", " v5", " v6 lite", "7x")
+)
+
+
+@pytest.mark.parametrize("device", [V5E, V5P, V6E, V7], ids=lambda device: device.device_kind)
+def test_who_asks_gets_them_on_a_tpu(device):
+    assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK, "pallas", (device,)) == "pallas"
+    assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK._replace(examples=256), "pallas", [device] * 8) == "pallas"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices"), [("auto", (V5E,)), ("xla", (V5E,)), ("pallas", (V5E, V4)), ("pallas", None)]
+)
+def test_nobody_else_does_on_a_tpu(wanted, devices):
+    assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK, wanted, devices) == "xla"
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        {"examples": 64},  # half of a vector's lanes
+        {"height": 14, "width": 14},  # stays on the chip
+        {"width": 224},  # a row does not
+        {"growth": 24},
+        {"channels": 80},  # what a layer makes does not begin at a multiple of what it has
+        {"hidden": 0},
+        {"hidden": 56},
+    ],
+    ids=str,
+)
+def test_blocks_that_the_tpu_s_kernels_are_not_for_are_left_to_xla(unfit):
+    assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK._replace(**unfit), "pallas", (V5E,)) == "xla"

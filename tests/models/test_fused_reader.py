@@ -7,49 +7,18 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.choice import BlockShape
 from densenet_jax.models import arithmetic
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
 from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.normalize_once import normalize_once
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
+from tests.models.block_cases import CASES, results
 from tests.models.comparing import largest_error
 
 INTERPRETED = functools.partial(normalize_once, platform="gpu", kernels="interpret")
-CASES = {
-    "as it is": {},
-    "groups, every convolution dropped from": {"norm": NormOptions(group_size=2), "dropout_rate": 0.3},
-    "groups, last convolutions dropped from": {
-        "norm": NormOptions(group_size=2),
-        "dropout_rate": 0.3,
-        "dropout_every_convolution": False,
-    },
-    "remat": {"remat": True},
-    "frozen": {"norm": NormOptions(frozen="norm")},
-    "second norms frozen": {"norm": NormOptions(frozen="norm2")},
-}
 QUICK = ("as it is", "groups, every convolution dropped from")
-
-
-def results(form, dtype, options, shardings=None, batch=4, layers=2):
-    """(outputs, statistics) and the gradients of parameters and inputs, of a linear loss."""
-    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), param_dtype=dtype, form=form)
-    x = jax.random.normal(jax.random.key(0), (batch, 3, 3, 8)).astype(dtype)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    variables = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape).astype(leaf.dtype), shapes)
-    variables["batch_stats"] = jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1, variables["batch_stats"])
-
-    def loss(params, x):
-        features, mutated = module.apply(
-            {**variables, "params": params}, x, True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)}
-        )
-        raw = features.raw(1e-5)
-        return jnp.sum(raw * jnp.sin(jnp.arange(raw.size)).reshape(raw.shape)), (raw, mutated)
-
-    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, outputs), gradients = jax.jit(run, in_shardings=shardings)(variables["params"], x)
-    return outputs, gradients
 
 
 @pytest.mark.parametrize(
@@ -89,11 +58,11 @@ def test_over_eight_devices_it_is_the_same(group_size):
 
 
 def test_what_does_not_divide_over_the_devices_is_left_to_xla():
-    mesh, shape = make_mesh(), (16, 9, 12, 16)
+    mesh, shape = make_mesh(), BlockShape(16, 3, 3, 8, 1, 16, 4)
     arithmetic_of_shape = functools.partial(arithmetic.arithmetic_with_kernels, "gpu", jnp.float32)
     assert arithmetic_of_shape(shape, 0, "interpret", mesh).mesh is mesh
     assert arithmetic_of_shape(shape, 2, "interpret", mesh).kernels == "interpret"
-    for case in [(shape, 4), ((12, 9, 12, 16), 0), ((4, 9, 12, 16), 0)]:
+    for case in [(shape, 4), (shape._replace(examples=12), 0), (shape._replace(examples=4), 0)]:
         assert arithmetic_of_shape(*case, "interpret", mesh) == arithmetic.ARITHMETIC["gpu"]
 
 
@@ -102,7 +71,7 @@ def test_what_does_not_divide_over_the_devices_is_left_to_xla():
     [
         ("dpn68", {}, "dpn68 has no dense blocks"),
         ("densenet121", {"block_form": "plain"}, "is for block_form='normalize_once', not 'plain'"),
-        ("densenet121", {"block_form": "normalize_once_tpu"}, "not 'normalize_once_tpu'"),
+        ("densenet121", {"block_form": "normalize_once_cpu"}, "not 'normalize_once_cpu'"),
     ],
 )
 def test_models_without_such_kernels_say_so(name, settings, message):
@@ -129,5 +98,5 @@ def test_on_a_cpu_training_with_kernels_is_refused_and_evaluation_is_not():
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     jax.eval_shape(model.apply, variables, images)
-    with pytest.raises(UserError, match="these kernels are for GPUs and this is a CPU"):
+    with pytest.raises(UserError, match="these kernels are for GPUs and TPUs and this is a CPU"):
         jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)

@@ -9,7 +9,7 @@ CHIP = Chip("x1", "tpu", 1e12, 10**9, 1e9, 1e8, 4, 2, "nowhere")
 
 
 def costs(flops=0.0, traffic=0.0, *collectives):
-    return Costs(0, 0, flops, traffic, collectives)
+    return Costs(0, 0, flops, 3 * traffic, traffic, collectives)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,31 @@ def test_a_loop_moves_its_body_as_often_as_it_runs(once, runs):
     assert Program(LOOP).traffic(once=once) == runs * 2048 + gather
 
 
+COPIES = """HloModule copies
+
+ENTRY %main (a: bf16[8,64], b: f32[4]) -> bf16[8,64] {
+  %a = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[4]{0:T(128)S(1)} parameter(1)
+  %copying = (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[8,64]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %copied = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} copy-done(%copying)
+  %slicing = ((bf16[8,64]{1,0}), bf16[2,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:64]}
+  %sliced = bf16[2,64]{1,0:S(1)} slice-done(%slicing)
+  %room = bf16[2,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %kernel = bf16[8,64]{1,0} custom-call(%copied, %a, %sliced), custom_call_target="tpu_custom_call", TOLD
+  ROOT %sum = bf16[8,64]{1,0:S(1)} add(%kernel, %copied)
+}
+""".replace("TOLD", 'backend_config={"cost_estimate":{"flops":"1","bytes_accessed":"640"}}')
+
+
+def test_what_lies_on_the_chip_is_no_traffic_of_its_memory():
+    a, part = 8 * 64 * 2, 2 * 64 * 2
+    kernel, added = 640, 3 * a
+    assert Program(COPIES).traffic() == 2 * a + 2 * part + kernel + added
+    share = (a + a) / (a + a + part + a)  # of the kernel's operands and result: one operand and the result
+    assert Program(COPIES).traffic(off_chip=True) == round(a + part + kernel * share + a)
+    assert Program(PLAIN).traffic(off_chip=True) == Program(PLAIN).traffic() - 16 * 4 * 2
+
+
 def test_what_is_no_program_moves_nothing():
     assert Program("nothing of the kind").traffic() == 0
     assert Program("").collectives() == []

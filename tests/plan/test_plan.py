@@ -19,7 +19,8 @@ from tests.running import last_line, run_main
 KEYS = {
     "topology", "chips", "hosts", "global_batch_size", "memory_bytes_per_chip", "capacity_bytes_per_chip", "fits",
     "largest_global_batch_that_fits",
-    "flops_per_image", "bytes_per_image", "collectives", "bound", "images_per_sec_bound", "hours_bound",
+    "flops_per_image", "bytes_per_image", "memory_bytes_per_image", "collectives", "bound", "images_per_sec_bound",
+    "hours_bound",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
         memory = fixed + images * bytes_an_image
         if raises_above is not None and memory > raises_above:
             raise DoesNotFitError(memory)
-        return Costs(memory, memory, images * 2e9, images * 5e8, (Collective("all-reduce", 10**7, 2),))
+        return Costs(memory, memory, images * 2e9, images * 9e8, images * 5e8, (Collective("all-reduce", 10**7, 2),))
 
     monkeypatch.setattr(planning, "costs_of_step", costs_of_step)
     monkeypatch.setattr(planning, "check_installed", lambda compiler: None)
@@ -60,7 +61,8 @@ def test_a_plan_tells_every_figure_of_a_data_set_that_is_not_here(monkeypatch, c
     assert figures["largest_global_batch_that_fits"] is None
     assert (figures["chips"], figures["hosts"], figures["memory_bytes_per_chip"]) == (4, 1, 64 * 10**8)
     assert figures["flops_per_image"] == pytest.approx(2e9)
-    assert figures["bytes_per_image"] == pytest.approx(5e8)
+    assert figures["bytes_per_image"] == pytest.approx(9e8)
+    assert figures["memory_bytes_per_image"] == pytest.approx(5e8)
     assert figures["bound"] == "memory"
     assert figures["images_per_sec_bound"] == pytest.approx(4 * 0.819e12 / 5e8)
     images = 1_281_167 // 256 * 256 * 300

@@ -1,0 +1,305 @@
+"""The derivative of a dense layer's 3x3 convolution on a TPU: one kernel that reads the hidden map once.
+
+XLA has two convolutions here, which both read the hidden map and the gradient of what the layer made, and computes that
+gradient before them. This kernel makes it on its way in from the block's buffers, and takes from the nine positions
+around each position both products: with the kernel, and with what the kernel read there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.primitive import define
+from densenet_jax.kernels.tpu.tiles import (
+    LANES,
+    ON_CHIP_BYTES,
+    PARAMS,
+    SUBLANES,
+    column,
+    dot,
+    examples_first,
+    examples_last,
+    largest_divisor,
+    whole,
+    wide,
+)
+
+TAPS = 9
+_SIDE = 3
+
+Gradients = tuple[Float[Array, "b h w o"], Float[Array, "g o"], Float[Array, "g o"], Float[Array, "3 3 o k"]]
+
+
+def _by_example(values: Float[Array, "g c"], examples: int) -> Float[Array, "b 1 1 c"]:
+    return jnp.repeat(values, examples // values.shape[0], axis=0)[:, None, None, :]
+
+
+def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
+    return x.reshape(groups, -1, x.shape[-1]).sum(axis=1)
+
+
+def plain_conv_gradients(
+    total: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c2"],
+    of_raw: Float[Array, "g 3 k"],
+    hidden: Float[Array, "b h w o"],
+    mean: Float[Array, "g o"],
+    reciprocal: Float[Array, "g o"],
+    scale: Float[Array, " o"],
+    bias: Float[Array, " o"],
+    kernel: Float[Array, "3 3 o k"],
+    *,
+    start: int,
+) -> Gradients:
+    """The twin of `conv_gradients`."""
+    examples, kind, end = x.shape[0], wide(x.dtype), start + kernel.shape[-1]
+    of_total, of_x, constant = (_by_example(values, examples) for values in of_raw.astype(kind).swapaxes(0, 1))
+    made, front = total[..., start:end].astype(kind), x[..., start:end].astype(kind)
+    raw = (of_total * made + of_x * front + constant).astype(x.dtype)
+    normalised = (hidden.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
+        reciprocal.astype(kind), examples
+    )
+    normalised = normalised.astype(x.dtype)
+    scales, biases = (values.astype(kind)[None, None, None, :] for values in (scale, bias))
+    activation = jnp.maximum(scales * normalised.astype(kind) + biases, 0).astype(x.dtype)
+
+    def convolve(activation: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            activation.astype(kind), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    _, pullback = jax.vjp(convolve, activation, kernel.astype(x.dtype).astype(kind))
+    rectified, of_kernel = pullback(raw.astype(kind))
+    opened = jnp.where(activation > 0, rectified.astype(kind), jnp.zeros_like(rectified, kind))
+    groups = mean.shape[0]
+    of_scale = _by_group(opened * normalised.astype(kind), groups)
+    return opened.astype(x.dtype), of_scale, _by_group(opened, groups), of_kernel
+
+
+def conv_gradients(
+    total: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c2"],
+    of_raw: Float[Array, "g 3 k"],
+    hidden: Float[Array, "b h w o"],
+    mean: Float[Array, "g o"],
+    reciprocal: Float[Array, "g o"],
+    scale: Float[Array, " o"],
+    bias: Float[Array, " o"],
+    kernel: Float[Array, "3 3 o k"],
+    *,
+    start: int,
+) -> Gradients:
+    """The derivative of relu(scale * (hidden - mean) * reciprocal + bias), convolved by 3x3, as far as the rectifier.
+
+    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv_gradients`.
+
+    Args:
+      total: the gradient of a block's x^, of which columns start to start + k belong to what the layer made.
+      x: x^ itself.
+      of_raw: what gives the gradient of the convolution's output from those columns: factors of total's and of x's, and
+        a constant, for each group of examples.
+      hidden: the map that was normalised, rectified and convolved.
+      mean: of hidden, for each group.
+      reciprocal: of its deviation.
+      scale: of each channel.
+      bias: of each channel.
+      kernel: of the convolution.
+      start: the first of the columns.
+
+    Returns:
+      The gradient of the rectifier's input, in x's dtype; the gradients of scale and bias for each group and of the
+      kernel, in float32 or wider.
+    """
+    return tuple(_primitive.bind(total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel, start=start))
+
+
+def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: int) -> bool:
+    """Whether the kernel computes such operands: x as in `conv_gradients`, or its shape and dtype."""
+    examples, _, width, _ = x.shape
+    *sides, outputs, new = kernel_shape
+    aligned = start % new == 0 and new % SUBLANES == 0 and outputs % SUBLANES == 0
+    return (
+        tuple(sides) == (_SIDE, _SIDE)
+        and examples > 0
+        and examples % LANES == 0
+        and aligned
+        and _on_chip_bytes(1, width, outputs, new, x.dtype) <= ON_CHIP_BYTES
+    )
+
+
+def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) -> int:
+    """Of a program that has so many rows of the map at a time, the next ones on their way in and the last ones out."""
+    a_row = width * LANES * jnp.dtype(dtype).itemsize
+    maps = 2 * a_row * (2 * rows * outputs + 2 * (rows + 2) * new)
+    sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * LANES)
+    return maps + a_row * (rows + 2) * new * (width + 2) // width + sums
+
+
+def conv_gradients_kernel(
+    total: Array,
+    x: Array,
+    of_raw: Array,
+    hidden: Array,
+    mean: Array,
+    reciprocal: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    *,
+    start: int,
+    most_rows: int | None = None,
+    interpret: bool = False,
+) -> Gradients:
+    """The kernel of `conv_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    examples, height, width, _ = x.shape
+    outputs, new = kernel.shape[2:]
+    lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
+
+    def is_on_chip(rows: int) -> bool:
+        small = rows <= most_rows if most_rows else _on_chip_bytes(rows, width, outputs, new, dtype) <= ON_CHIP_BYTES
+        return rows == 1 or small
+
+    rows = largest_divisor(height, is_on_chip)
+    taps = kernel.astype(dtype).transpose(2, 0, 1, 3).reshape(outputs, TAPS * new)
+    columns = start // new
+
+    def own(channels: int, place: int = 0) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, width, channels, lanes), lambda n, i: (i, 0, place, n))
+
+    above = pl.BlockSpec((1, width, new, lanes), lambda n, i: (jnp.maximum(i * rows - 1, 0), 0, columns, n))
+    below = pl.BlockSpec((1, width, new, lanes), lambda n, i: (jnp.minimum((i + 1) * rows, height - 1), 0, columns, n))
+    made, read = examples_last(total), examples_last(x)
+    positions = height * width * examples
+    moved = (2 * outputs + 2 * new * (rows + 2) / rows) * positions * dtype.itemsize
+    opened, of_scale, of_bias, of_kernel = pl.pallas_call(
+        functools.partial(_kernel, rows, width, height // rows),
+        out_shape=(
+            jax.ShapeDtypeStruct((height, width, outputs, examples), dtype),
+            *[jax.ShapeDtypeStruct((outputs, lanes), kind)] * 2,
+            jax.ShapeDtypeStruct((outputs, TAPS * new), kind),
+        ),
+        grid=(examples // lanes, height // rows),
+        in_specs=[
+            own(outputs),
+            *[own(new, columns), above, below] * 2,
+            *[whole(new, 1)] * 3,
+            *[whole(outputs, 1)] * 4,
+            whole(outputs, TAPS * new),
+        ],
+        out_specs=(own(outputs), *[whole(outputs, lanes)] * 2, whole(outputs, TAPS * new)),
+        scratch_shapes=[pltpu.VMEM((rows + 2, width + 2, new, lanes), dtype)],
+        compiler_params=PARAMS,
+        cost_estimate=pl.CostEstimate(
+            flops=4 * positions * outputs * TAPS * new, transcendentals=0, bytes_accessed=round(moved)
+        ),
+        interpret=interpret,
+        name="dense_layer_conv_gradients",
+    )(
+        examples_last(hidden),
+        *[made] * 3,
+        *[read] * 3,
+        *(column(values, kind) for values in of_raw[0]),
+        *(column(values, kind) for values in (mean[0], reciprocal[0], scale, bias)),
+        taps,
+    )
+    return (
+        examples_first(opened),
+        of_scale.sum(axis=1)[None],
+        of_bias.sum(axis=1)[None],
+        of_kernel.reshape(outputs, _SIDE, _SIDE, new).transpose(1, 2, 0, 3),
+    )
+
+
+def _kernel(
+    rows: int,
+    width: int,
+    blocks: int,
+    hidden: Any,
+    made: Any,
+    made_above: Any,
+    made_below: Any,
+    read: Any,
+    read_above: Any,
+    read_below: Any,
+    of_total: Any,
+    of_x: Any,
+    constant: Any,
+    mean: Any,
+    reciprocal: Any,
+    scale: Any,
+    bias: Any,
+    taps: Any,
+    opened: Any,
+    of_scale: Any,
+    of_bias: Any,
+    of_kernel: Any,
+    around: Any,
+) -> None:
+    """Rows of the map; `around` holds the gradient of the convolution's output there, with a border of one position."""
+    block, dtype, kind = pl.program_id(1), opened.dtype, of_kernel.dtype
+
+    @pl.when((pl.program_id(0) == 0) & (block == 0))
+    def _() -> None:
+        for sums in (of_scale, of_bias, of_kernel):
+            sums[...] = jnp.zeros_like(sums)
+
+    factors = of_total[...], of_x[...], constant[...]
+
+    def raw(made: jax.Array, read: jax.Array) -> jax.Array:
+        return (factors[0] * made.astype(kind) + factors[1] * read.astype(kind) + factors[2]).astype(dtype)
+
+    border = jnp.zeros_like(around[:, 0])
+    around[:, 0], around[:, width + 1] = border, border
+
+    def place(row: int, made: Any, read: Any, is_inside: Any = True) -> None:
+        def one(position: Any, row: int) -> int:
+            values = raw(made[position], read[position])
+            around[row, position + 1] = jnp.where(is_inside, values, jnp.zeros_like(values))
+            return row
+
+        lax.fori_loop(0, width, one, row)
+
+    place(0, made_above.at[0], read_above.at[0], block > 0)
+    place(rows + 1, made_below.at[0], read_below.at[0], block < blocks - 1)
+    for row in range(rows):
+        place(row + 1, made.at[row], read.at[row])
+
+    kernel = taps[...]
+    norm = mean[...], reciprocal[...], scale[...], bias[...]
+
+    def step(position: Any, row: int) -> int:
+        normalised = ((hidden[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
+        activation = jnp.maximum(norm[2] * normalised + norm[3], 0).astype(dtype)
+        # A position is read by those around it, through the tap that looks back.
+        gradient = jnp.concatenate(
+            [around[row + 2 - y, position + 2 - x] for y in range(_SIDE) for x in range(_SIDE)], axis=0
+        )
+        rectified = dot(kernel, gradient, (1, 0))
+        rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
+        opened[row, position] = rectified.astype(dtype)
+        of_bias[...] += rectified
+        of_scale[...] += rectified * normalised
+        of_kernel[...] += dot(activation, gradient, (1, 1))
+        return row
+
+    for row in range(rows):
+        lax.fori_loop(0, width, step, row)
+
+
+def _lower(ctx: Any, *operands: Any, start: int) -> Any:
+    x, mean, kernel = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[8]
+    if mean.shape[0] != 1 or not fits(x, kernel.shape, start):
+        return None
+    return mlir.lower_fun(conv_gradients_kernel, multiple_results=True)(ctx, *operands, start=start)
+
+
+_primitive = define("conv_gradients", plain_conv_gradients, _lower, platform="tpu", multiple_results=True)

@@ -1,0 +1,245 @@
+"""The derivative of a dense layer's 1x1 convolution on a TPU: one kernel that reads every map once.
+
+XLA has two products here, which both read the hidden map, the gradient behind its norm and x^; the norm's own
+derivative is computed on the way into each. This kernel computes it once, takes both products, and adds the gradient of
+x^ into the buffer where those of all readers add up, in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.interpreters import mlir
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.primitive import define
+from densenet_jax.kernels.tpu.tiles import (
+    LANES,
+    ON_CHIP_BYTES,
+    PARAMS,
+    SUBLANES,
+    column,
+    dot,
+    examples_first,
+    examples_last,
+    largest_divisor,
+    whole,
+    wide,
+)
+
+Gradients = tuple[Float[Array, "b h w c2"], Float[Array, "g c"], Float[Array, "g c"], Float[Array, "c o"]]
+
+
+def plain_reader_gradients(
+    total: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c2"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    kernel: Float[Array, "c o"],
+    opened: Float[Array, "b h w o"],
+    hidden: Float[Array, "b h w o"],
+    of_raw: Float[Array, "g 3 o"],
+) -> Gradients:
+    """The twin of `reader_gradients`."""
+    (examples, *_), (channels, _), kind = x.shape, kernel.shape, wide(x.dtype)
+    groups = of_raw.shape[0]
+    factors = jnp.repeat(of_raw.astype(kind), examples // groups, axis=0).swapaxes(0, 1)[:, :, None, None, :]
+    gradient = factors[0] * opened.astype(kind) + factors[1] * hidden.astype(kind) + factors[2]
+    gradient = gradient.astype(x.dtype)
+    front = x[..., :channels].astype(kind)
+    scales, biases = (values.astype(kind)[None, None, None, :] for values in (scale, bias))
+    activation = jnp.maximum(scales * front + biases, 0).astype(x.dtype)
+    rectified = lax.dot_general(gradient, kernel.astype(x.dtype), (((3,), (1,)), ((), ())), preferred_element_type=kind)
+    rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
+    added = (total[..., :channels].astype(kind) + scales * rectified).astype(total.dtype)
+    by_group = (groups, -1, channels)
+    return (
+        lax.dynamic_update_slice_in_dim(total, added, 0, axis=3),
+        (rectified * front).reshape(by_group).sum(axis=1),
+        rectified.reshape(by_group).sum(axis=1),
+        lax.dot_general(activation, gradient, (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=kind),
+    )
+
+
+def reader_gradients(
+    total: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c2"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    kernel: Float[Array, "c o"],
+    opened: Float[Array, "b h w o"],
+    hidden: Float[Array, "b h w o"],
+    of_raw: Float[Array, "g 3 o"],
+) -> Gradients:
+    """The derivative of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
+
+    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_reader_gradients`.
+
+    Args:
+      total: the gradient of x so far.
+      x: what was read, in its first c columns.
+      scale: of each channel.
+      bias: of each channel.
+      kernel: of the 1x1 convolution.
+      opened: from `conv_gradients`.
+      hidden: what the convolution gave.
+      of_raw: what gives the gradient of the convolution's output: factors of opened and of hidden, and a constant, for
+        each group of examples.
+
+    Returns:
+      The new total, of which the columns from c on are unchanged; the gradients of scale and bias for each group and of
+      the kernel, in float32 or wider.
+    """
+    return tuple(_primitive.bind(total, x, scale, bias, kernel, opened, hidden, of_raw))
+
+
+def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool:
+    """Whether the kernel computes such operands: x as in `reader_gradients`, or its shape and dtype."""
+    channels, outputs = kernel_shape
+    examples, height, width, _ = x.shape
+    return (
+        examples * height * width > 0
+        and examples % LANES == 0
+        and channels % SUBLANES == 0
+        and outputs % SUBLANES == 0
+        and _on_chip_bytes(1, channels, outputs, x.dtype) <= ON_CHIP_BYTES
+    )
+
+
+def _on_chip_bytes(positions: int, channels: int, outputs: int, dtype: Any) -> int:
+    """Of a program that has so many positions at a time, the next ones on their way in and the last ones out."""
+    maps = 2 * positions * LANES * jnp.dtype(dtype).itemsize * (3 * channels + 2 * outputs)
+    sums, in_the_making = 2 * (outputs + 2 * LANES), 4 * LANES
+    return maps + jnp.dtype(wide(dtype)).itemsize * channels * (sums + in_the_making)
+
+
+def reader_gradients_kernel(
+    total: Array,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    opened: Array,
+    hidden: Array,
+    of_raw: Array,
+    *,
+    most_positions: int | None = None,
+    interpret: bool = False,
+) -> Gradients:
+    """The kernel of `reader_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    examples, height, width, _ = x.shape
+    channels, outputs = kernel.shape
+    lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
+
+    def is_on_chip(positions: int) -> bool:
+        if most_positions:
+            return positions <= most_positions
+        return positions == 1 or _on_chip_bytes(positions, channels, outputs, dtype) <= ON_CHIP_BYTES
+
+    side = largest_divisor(height * width, is_on_chip)
+
+    def flat(x: Array) -> Array:
+        return examples_last(x).reshape(height * width, -1, examples)
+
+    def own(channels: int) -> pl.BlockSpec:
+        return pl.BlockSpec((side, channels, lanes), lambda n, i: (i, 0, n))
+
+    positions = height * width * examples
+    moved = positions * dtype.itemsize * (3 * channels + 2 * outputs)
+    added, of_scale, of_bias, of_kernel = pl.pallas_call(
+        functools.partial(_kernel, side),
+        out_shape=(
+            jax.ShapeDtypeStruct((height * width, total.shape[-1], examples), total.dtype),
+            *[jax.ShapeDtypeStruct((channels, lanes), kind)] * 2,
+            jax.ShapeDtypeStruct((channels, outputs), kind),
+        ),
+        grid=(examples // lanes, height * width // side),
+        in_specs=[
+            *[own(channels)] * 2,
+            *[whole(channels, 1)] * 2,
+            whole(channels, outputs),
+            *[own(outputs)] * 2,
+            *[whole(outputs, 1)] * 3,
+        ],
+        out_specs=(own(channels), *[whole(channels, lanes)] * 2, whole(channels, outputs)),
+        input_output_aliases={0: 0},
+        compiler_params=PARAMS,
+        cost_estimate=pl.CostEstimate(
+            flops=4 * positions * channels * outputs, transcendentals=0, bytes_accessed=moved
+        ),
+        interpret=interpret,
+        name="dense_layer_reader_gradients",
+    )(
+        flat(total),
+        flat(x),
+        column(scale, kind),
+        column(bias, kind),
+        kernel.astype(dtype),
+        flat(opened),
+        flat(hidden),
+        *(column(values, kind) for values in of_raw[0]),
+    )
+    return (
+        examples_first(added.reshape(height, width, -1, examples)),
+        of_scale.sum(axis=1)[None],
+        of_bias.sum(axis=1)[None],
+        of_kernel,
+    )
+
+
+def _kernel(
+    side: int,
+    total: Any,
+    x: Any,
+    scale: Any,
+    bias: Any,
+    kernel: Any,
+    opened: Any,
+    hidden: Any,
+    of_opened: Any,
+    of_hidden: Any,
+    constant: Any,
+    added: Any,
+    of_scale: Any,
+    of_bias: Any,
+    of_kernel: Any,
+) -> None:
+    dtype, kind = x.dtype, of_kernel.dtype
+
+    @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
+    def _() -> None:
+        for sums in (of_scale, of_bias, of_kernel):
+            sums[...] = jnp.zeros_like(sums)
+
+    scales, biases, weights = scale[...], bias[...], kernel[...]
+    factors = of_opened[...], of_hidden[...], constant[...]
+
+    def step(position: Any, carry: Any) -> Any:
+        front = x[position].astype(kind)
+        activation = jnp.maximum(scales * front + biases, 0).astype(dtype)
+        gradient = factors[0] * opened[position].astype(kind) + factors[1] * hidden[position].astype(kind) + factors[2]
+        gradient = gradient.astype(dtype)
+        rectified = dot(weights, gradient, (1, 0))
+        rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
+        added[position] = (total[position].astype(kind) + scales * rectified).astype(added.dtype)
+        of_bias[...] += rectified
+        of_scale[...] += rectified * front
+        of_kernel[...] += dot(activation, gradient, (1, 1))
+        return carry
+
+    lax.fori_loop(0, side, step, 0)
+
+
+def _lower(ctx: Any, *operands: Any) -> Any:
+    x, kernel, of_raw = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[7]
+    if of_raw.shape[0] != 1 or not fits(x, kernel.shape):
+        return None
+    return mlir.lower_fun(reader_gradients_kernel, multiple_results=True)(ctx, *operands)
+
+
+_primitive = define("reader_gradients", plain_reader_gradients, _lower, platform="tpu", multiple_results=True)

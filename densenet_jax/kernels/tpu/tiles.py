@@ -1,0 +1,69 @@
+"""What the kernels share: maps with examples last, and how much of one fits on the chip.
+
+XLA lays out the large maps of a DenseNet with examples in a vector's lanes and channels in its sublanes, so that a
+position is a matrix [channels, examples], shifts in space are whole matrices and a front of channels is whole tiles.
+The kernels take maps as they lie: what is a transposition here, is none in the compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+LANES = 128  # examples that a program computes with at a time
+SUBLANES = 16  # channels of a tile in a 16-bit type
+VMEM_BYTES = 48 << 20  # that a program asks for; chips from v5e on have 64 MiB or 128, v4 has 16
+ON_CHIP_BYTES = 44 << 20  # of these, for operands, results and sums
+
+# Sums over programs stay on the chip from one to the next, so that these follow one another.
+PARAMS = pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+
+_EXAMPLES_LAST, _EXAMPLES_FIRST = (1, 2, 3, 0), (3, 0, 1, 2)
+
+
+def examples_last(x: Float[Array, "b h w c"]) -> Float[Array, "h w c b"]:
+    """The map as it lies."""
+    return lax.transpose(x, _EXAMPLES_LAST)
+
+
+def examples_first(x: Float[Array, "h w c b"]) -> Float[Array, "b h w c"]:
+    """The map as networks have it."""
+    return lax.transpose(x, _EXAMPLES_FIRST)
+
+
+def laid_out(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The same map, which the compiler is told to lay out with examples last and not to copy for the kernels."""
+    return with_layout_constraint(x, Layout(major_to_minor=_EXAMPLES_LAST))
+
+
+def wide(dtype: Any) -> Any:
+    """What sums and products are in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def column(values: Float[Array, " c"], dtype: Any) -> Float[Array, "c 1"]:
+    """A number for each channel, beside a position's examples."""
+    return values.astype(dtype)[:, None]
+
+
+def whole(*sides: int) -> pl.BlockSpec:
+    """An operand that every program has all of, or a sum over programs."""
+    return pl.BlockSpec(sides, lambda *_: (0,) * len(sides))
+
+
+def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor that fits; 0 if not even 1 does."""
+    return max((part for part in range(1, number + 1) if number % part == 0 and fits(part)), default=0)
+
+
+def dot(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
+    """The product of two matrices over one side of each, in float32 or wider."""
+    sides = (((contracting[0],), (contracting[1],)), ((), ()))
+    return lax.dot_general(a, b, sides, preferred_element_type=wide(a.dtype))

@@ -1,0 +1,54 @@
+"""What a kernel computes, done by each device for its own part of the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
+
+
+def own_groups(mesh: Mesh | None, groups: int) -> int:
+    """Groups of examples that share statistics, as each device sees them; 1 where one is spread over devices."""
+    return groups if mesh is None else max(groups // mesh.size, 1)
+
+
+def on_each_device(
+    function: Callable[..., tuple[Array, ...]],
+    mesh: Mesh | None,
+    groups: int,
+    by_example: tuple[bool, ...],
+    results: tuple[str, ...],
+) -> Callable[..., Any]:
+    """A function of arrays whose first axis are examples, or rows of them, done by each device for its own.
+
+    Args:
+      function: of arrays and groups.
+      mesh: whose one axis divides the examples; None and a single device change nothing.
+      groups: of examples, in all.
+      by_example: which operands are divided; the others are whole on every device.
+      results: "example" is divided as well; "group" has a row for each group, "whole" is a sum over all examples.
+    """
+    if mesh is None or mesh.size == 1:
+        return functools.partial(function, groups=groups)
+    (axis,) = mesh.axis_names
+    divided, whole = PartitionSpec(axis), PartitionSpec()
+    is_divided = {"example": True, "group": groups > 1, "whole": False}
+
+    def own_part(*operands: Array) -> tuple[Array, ...]:
+        found = function(*operands, groups=own_groups(mesh, groups))
+        return tuple(
+            part if is_divided[kind] else lax.psum(part, axis) for part, kind in zip(found, results, strict=True)
+        )
+
+    return jax.shard_map(
+        own_part,
+        mesh=mesh,
+        in_specs=tuple(divided if own else whole for own in by_example),
+        out_specs=tuple(divided if is_divided[kind] else whole for kind in results),
+        check_vma=False,
+    )

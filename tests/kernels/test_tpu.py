@@ -1,0 +1,237 @@
+"""The TPU's kernels give what their plain twins give: interpreted here, compiled for TPUs that are not there."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from densenet_jax.kernels.tpu import conv_gradients as conv
+from densenet_jax.kernels.tpu import reader_gradients as reader
+from densenet_jax.plan import compilers
+from tests.extras import needs
+from tests.running import ROOT
+
+# examples, height, width, columns of the buffers, columns read, hidden channels, channels made, rows at a time
+SHAPES = {
+    "a row at a time": (3, 4, 5, 20, 12, 6, 4, 1),
+    "all rows at a time": (2, 4, 3, 24, 16, 8, 8, 4),
+    "parts of two rows, examples in two parts": (256, 4, 2, 6, 4, 2, 2, 2),
+    "one position": (2, 1, 1, 6, 4, 3, 2, 1),
+}
+# Rounding of sums in another order, and to bfloat16 of what is near the middle between two of its values.
+TOLERANCES = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
+QUICK = [("a row at a time", jnp.float32), ("all rows at a time", jnp.bfloat16)]
+CASES = [
+    pytest.param(shape, dtype, marks=[] if (shape, dtype) in QUICK else pytest.mark.slow)
+    for shape in SHAPES
+    for dtype in TOLERANCES
+]
+
+
+def drawing(dtype):
+    """A function of sides that draws normal numbers, other ones each time; wide in float32 or wider."""
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+
+    def draw(*sides, kind=dtype):
+        return jax.random.normal(next(keys), sides).astype(kind)
+
+    def draw_wide(*sides):
+        return draw(*sides, kind=jnp.promote_types(dtype, jnp.float32))
+
+    return draw, draw_wide
+
+
+def conv_operands(shape, dtype, groups=1):
+    examples, height, width, columns, _, hidden, made, _ = shape
+    draw, wide = drawing(dtype)
+    maps = [draw(examples, height, width, columns) for _ in range(2)]
+    norm = (wide(groups, hidden), jnp.abs(wide(groups, hidden)) + 0.1, wide(hidden), wide(hidden))
+    return (
+        *maps,
+        wide(groups, 3, made),
+        draw(examples, height, width, hidden),
+        *norm,
+        wide(3, 3, hidden, made),
+    )
+
+
+def reader_operands(shape, dtype, groups=1):
+    examples, height, width, columns, channels, hidden, _, _ = shape
+    draw, wide = drawing(dtype)
+    maps = [draw(examples, height, width, columns) for _ in range(2)]
+    more = [draw(examples, height, width, hidden) for _ in range(2)]
+    return (*maps, wide(channels), wide(channels), wide(channels, hidden), *more, wide(groups, 3, hidden))
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to each array's largest value."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all()
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def at(values):
+    """A number for each channel, at every position of a map."""
+    return values[None, None, None, :]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_the_3x3_convolution_s_derivative_is_its_twin(shape, dtype):
+    *_, made, rows = SHAPES[shape]
+    operands, start = conv_operands(SHAPES[shape], dtype), 2 * made
+    found = conv.conv_gradients_kernel(*operands, start=start, most_rows=rows, interpret=True)
+    assert_close(found, conv.plain_conv_gradients(*operands, start=start), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_the_1x1_convolution_s_derivative_is_its_twin(shape, dtype):
+    *_, channels, _, _, rows = SHAPES[shape]
+    operands = reader_operands(SHAPES[shape], dtype)
+    found = reader.reader_gradients_kernel(*operands, most_positions=2 * rows, interpret=True)
+    assert_close(found, reader.plain_reader_gradients(*operands), TOLERANCES[dtype])
+    np.testing.assert_array_equal(found[0][..., channels:], operands[0][..., channels:])
+
+
+def test_the_3x3_convolution_s_derivative_is_autodiff_s():
+    with jax.enable_x64(True):
+        shape = SHAPES["a row at a time"]
+        total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel = conv_operands(shape, jnp.float64)
+        start, new = 8, shape[6]
+        parts = [at(values) for values in of_raw[0]]
+        raw = parts[0] * total[..., start : start + new] + parts[1] * x[..., start : start + new] + parts[2]
+        normalised = (hidden - at(mean[0])) * at(reciprocal[0])
+
+        def layer(before, scale, bias, kernel):
+            activation = jax.nn.relu(before + at(scale) * normalised + at(bias))
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            return lax.conv_general_dilated(activation, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+
+        _, pullback = jax.vjp(layer, jnp.zeros_like(hidden), scale, bias, kernel)
+        of_before, of_scale, of_bias, of_kernel = pullback(raw)
+        found = conv.conv_gradients_kernel(
+            total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel, start=start, interpret=True
+        )
+        assert_close(found, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
+
+
+def test_the_1x1_convolution_s_derivative_is_autodiff_s():
+    with jax.enable_x64(True):
+        total, x, scale, bias, kernel, opened, hidden, of_raw = reader_operands(SHAPES["a row at a time"], jnp.float64)
+        channels = scale.shape[0]
+        parts = [at(values) for values in of_raw[0]]
+        gradient = parts[0] * opened + parts[1] * hidden + parts[2]
+
+        def layer(x, scale, bias, kernel):
+            return jax.nn.relu(at(scale) * x[..., :channels] + at(bias)) @ kernel
+
+        _, pullback = jax.vjp(layer, x, scale, bias, kernel)
+        of_x, of_scale, of_bias, of_kernel = pullback(gradient)
+        added, *found = reader.reader_gradients_kernel(
+            total, x, scale, bias, kernel, opened, hidden, of_raw, interpret=True
+        )
+        assert_close((added - total, *found), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("twin", "operands", "divided"),
+    [
+        (functools.partial(conv.plain_conv_gradients, start=8), conv_operands, (0, 1, 2, 3, 4, 5)),
+        (reader.plain_reader_gradients, reader_operands, (0, 1, 5, 6, 7)),
+    ],
+    ids=["3x3", "1x1"],
+)
+def test_the_twins_take_groups_apart(twin, operands, divided):
+    operands = operands((4, *SHAPES["a row at a time"][1:]), jnp.float32, groups=2)
+
+    def half(number):
+        def own(place, value):
+            return value.reshape(2, -1, *value.shape[1:])[number] if place in divided else value
+
+        return twin(*(own(place, value) for place, value in enumerate(operands)))
+
+    first, second = half(0), half(1)
+    joined = [jnp.concatenate(parts) for parts in zip(first[:3], second[:3], strict=True)]
+    assert_close(twin(*operands), (*joined, first[3] + second[3]), 1e-5)
+
+
+def test_on_a_cpu_the_twins_are_compiled():
+    shape = SHAPES["a row at a time"]
+    for function, operands, static in [
+        (conv.conv_gradients, conv_operands(shape, jnp.float32), {"start": 8}),
+        (reader.reader_gradients, reader_operands(shape, jnp.float32), {}),
+    ]:
+        compiled = jax.jit(lambda *operands, f=function, s=static: f(*operands, **s)).lower(*operands).compile()
+        assert "custom-call" not in compiled.as_text()
+        twin = {conv.conv_gradients: conv.plain_conv_gradients}.get(function, reader.plain_reader_gradients)
+        assert_close(function(*operands, **static), twin(*operands, **static), 1e-5)
+
+
+COMPILE = """
+import functools, json, sys
+import jax, jax.numpy as jnp
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock
+from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
+from densenet_jax.plan.compilers import absent_devices
+from densenet_jax.plan.costs import compile_costs
+from densenet_jax.plan.hlo import Program
+from densenet_jax.plan.topology import parse_topology
+from densenet_jax.training import sharding
+
+def block(form, topology, examples, side, channels, layers, growth):
+    mesh = sharding.make_mesh(absent_devices(parse_topology(topology)))
+    form = functools.partial(form, mesh=mesh)
+    module = DenseBlock(layers, growth, options=BlockOptions(dtype=jnp.bfloat16), form=form)
+    x = jax.ShapeDtypeStruct((examples, side, side, channels), jnp.bfloat16, sharding=sharding.over_data(mesh))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), False))
+    variables = sharding.with_sharding(shapes, sharding.replicated(mesh))
+    def step(variables, x):
+        def loss(params, x):
+            features, new = module.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+            return jnp.square(features.values.astype(jnp.float32)).sum(), new
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+    compiled = jax.jit(step).lower(variables, x).compile()
+    text = compiled.as_text()
+    costs = compiled.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    return {"calls": text.count("tpu_custom_call"), "gathers": "all-gather" in text, "bytes": costs["bytes accessed"],
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes}
+
+print(json.dumps({
+    "kernels": block(KERNEL_FORMS["normalize_once_tpu"], "v5e:1x1", 128, 56, 64, 3, 32),
+    "xla": block(FORMS["normalize_once_tpu"], "v5e:1x1", 128, 56, 64, 3, 32),
+    "eight chips": block(KERNEL_FORMS["normalize_once_tpu"], "v5e:2x4", 8 * 256, 28, 128, 2, 32),
+    "v4": block(KERNEL_FORMS["normalize_once_tpu"], "v4:2x2x1", 4 * 256, 28, 128, 2, 32),
+    "v6e": block(KERNEL_FORMS["normalize_once_tpu"], "v6e:1x1", 256, 28, 192, 2, 48),
+}))
+"""
+
+
+@pytest.mark.slow
+@needs("libtpu")
+def test_for_tpus_that_are_not_there_they_compile_and_move_fewer_bytes():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=os.environ | compilers.ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["xla"]["calls"] == 0
+    assert found["kernels"]["bytes"] < 0.85 * found["xla"]["bytes"]
+    assert found["kernels"]["temporaries"] < 1.1 * found["xla"]["temporaries"]
+    assert [found[name]["calls"] for name in ("kernels", "eight chips", "v6e", "v4")] == [2 * 3, 2 * 2, 2 * 2, 0]
+    assert not any(one["gathers"] for one in found.values())

@@ -1,0 +1,84 @@
+"""Dense blocks whose backward pass the TPU's kernels take, interpreted, are the plain blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from densenet_jax.kernels.choice import BlockShape
+from densenet_jax.models import fused_layer
+from densenet_jax.models.arithmetic import arithmetic_with_kernels
+from densenet_jax.models.create import create_model
+from densenet_jax.models.dense_block import plain_dense_block
+from densenet_jax.models.layers import NormOptions
+from densenet_jax.models.normalize_once import normalize_once
+from densenet_jax.training.sharding import make_mesh, over_data, replicated
+from tests.models.block_cases import CASES, results
+from tests.models.comparing import largest_error
+
+INTERPRETED = functools.partial(normalize_once, platform="tpu", kernels="interpret")
+BY_KERNELS = ("as it is", "remat", "frozen", "second norms frozen")
+QUICK = ("as it is", "groups, every convolution dropped from")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
+def test_a_block_is_the_plain_block(case, monkeypatch):
+    layers = []
+    for name in ("conv_gradients_kernel", "reader_gradients_kernel"):
+        monkeypatch.setattr(fused_layer, name, _noting(getattr(fused_layer, name), layers))
+    with jax.enable_x64(True):
+        found = results(INTERPRETED, jnp.float64, CASES[case])
+        assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
+    assert len(layers) == (4 if case in BY_KERNELS else 0)  # dropout and several groups are left to XLA
+
+
+def _noting(kernel, calls):
+    def noted(*operands, **options):
+        calls.append(kernel)
+        return kernel(*operands, **options)
+
+    return noted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [0, 2], ids=["one group", "a group each"])
+def test_over_eight_devices_it_is_the_same(group_size):
+    mesh = make_mesh()
+    shardings = (replicated(mesh), over_data(mesh))
+    options = {"norm": NormOptions(group_size=group_size)}
+    with jax.enable_x64(True):
+        found = results(functools.partial(INTERPRETED, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
+        expected = results(plain_dense_block, jnp.float64, options, batch=16, layers=1)
+    assert largest_error(found, expected) < 1e-9
+
+
+def test_memory_is_left_unwritten_only_where_each_device_has_its_own():
+    mesh, shape = make_mesh(), BlockShape(16, 3, 3, 8, 1, 16, 4)
+    of_shape = functools.partial(arithmetic_with_kernels, "tpu", jnp.bfloat16)
+    assert of_shape(shape, 0, "auto", mesh).begins_unwritten
+    assert not of_shape(shape, 0, "auto", None).begins_unwritten  # this process has eight devices
+    assert not of_shape(shape._replace(examples=12), 0, "auto", mesh).begins_unwritten
+
+
+def test_several_groups_on_a_device_are_left_to_xla():
+    shape, mesh = BlockShape(16, 3, 3, 8, 1, 16, 4), make_mesh()
+    of_shape = functools.partial(arithmetic_with_kernels, "tpu", jnp.bfloat16, shape)
+    assert of_shape(2, "interpret", mesh).layer_gradients == "interpret"
+    assert of_shape(1, "interpret", mesh).layer_gradients == "xla"
+    assert of_shape(4, "interpret", mesh).layer_gradients == "xla"  # groups over devices
+
+
+def test_a_model_over_several_devices_trains_in_memory_that_begins_unwritten():
+    mesh = make_mesh()
+    images = jnp.sin(jnp.arange(16 * 8 * 8 * 3.0)).reshape(16, 8, 8, 3)
+    found = []
+    for settings in ({"block_form": "plain"}, {"block_form": "normalize_once_tpu", "mesh": mesh}):
+        model = create_model("densenet_bc_22_12", num_classes=3, **settings)
+        variables = model.init(jax.random.key(0), images[:1])
+        shardings = (replicated(mesh), over_data(mesh))
+        step = jax.jit(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), in_shardings=shardings)
+        found.append(step(variables, images))
+    assert largest_error(*found) < 1e-4
