@@ -14,18 +14,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.choice import KERNEL_DTYPES, BlockShape
-from densenet_jax.kernels.tpu.tiles import laid_out
-from densenet_jax.models import fused_reader
 from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_with_kernels
 from densenet_jax.models.dense_block import (
     BlockOptions,
@@ -33,340 +28,11 @@ from densenet_jax.models.dense_block import (
     Form,
     LayerArrays,
     LayerMoments,
-    layer_key,
     plain_dense_block,
 )
-from densenet_jax.models.each_device import on_each_device
-from densenet_jax.models.fused_layer import Normalisation, layer_gradients
-from densenet_jax.models.layers import (
-    FeatureMap,
-    Moments,
-    NormArrays,
-    NormOptions,
-    batch_moments,
-    dropout,
-    fold_running,
-    group_count,
-    normalise,
-)
-from densenet_jax.models.readers import (
-    Reader,
-    ReaderGradients,
-    add_read_gradients,
-    adds_in_place,
-    is_read_by_library,
-    normalisation_gradient,
-    read,
-    read_gradients,
-    read_gradients_before_relu,
-    rectifier_gradients,
-    rectify,
-    sum_by_group,
-    sums_of_normalised,
-)
-
-
-class Layer(NamedTuple):
-    """The differentiated arrays of one dense layer; second is None without a bottleneck."""
-
-    first: Reader
-    second: Reader | None
-
-
-class Shifts(NamedTuple):
-    """Near the means that moments are taken about (running means); they change no result but its rounding."""
-
-    inputs: Array
-    hidden: tuple[Array | None, ...]
-    outputs: tuple[Array, ...]
-
-
-class Facts(NamedTuple):
-    """What is static in a block's arithmetic.
-
-    Attributes:
-      options: of the block.
-      arithmetic: how it is computed.
-      normalises: maps are normalised by their own moments; False where all first norms are frozen, whose running
-        statistics are folded into scale and bias: then x^ is x itself.
-      normalises_hidden: the same of each layer's second norm.
-    """
-
-    options: BlockOptions
-    arithmetic: Arithmetic
-    normalises: bool
-    normalises_hidden: tuple[bool, ...]
-
-
-class Outputs(NamedTuple):
-    """The block's x^ float[b, h, w, c] with its moments, and the moments of each layer's hidden map."""
-
-    values: Array
-    moments: Moments
-    hidden_moments: tuple[Moments, ...]
-
-
-class Residuals(NamedTuple):
-    """What the backward pass needs; hidden maps are None under remat."""
-
-    maps: Any
-    moments: Moments
-    hidden: tuple[Array | None, ...]
-    hidden_moments: tuple[Moments, ...]
-    layers: tuple[Layer, ...]
-    key: Array | None
-
-
-def _begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
-    """The storage of a block's normalised maps, holding the first."""
-    if arithmetic.storage == "arrays":
-        return (first,)
-    if arithmetic.begins_unwritten:
-
-        def begin(first: Array, groups: int) -> tuple[Array]:
-            return (lax.dynamic_update_slice_in_dim(lax.empty((*first.shape[:3], width), first.dtype), first, 0, 3),)
-
-        return on_each_device(begin, arithmetic.mesh, 1, (True,), ("example",))(first)[0]
-    return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
-
-
-def _put(maps: Any, new: Array, start: int) -> Any:
-    if isinstance(maps, tuple):
-        return (*maps, new)
-    return lax.dynamic_update_slice_in_dim(maps, new, start, axis=3)
-
-
-def _readable(maps: Any, width: int, arithmetic: Arithmetic) -> Array:
-    """The first channels; where the library reads, which knows how many it wants, what lies behind them as well."""
-    return maps if arithmetic.library and not isinstance(maps, tuple) else _front(maps, width)
-
-
-def _front(maps: Any, width: int) -> Array:
-    """The first channels."""
-    if not isinstance(maps, tuple):
-        return maps[..., :width]
-    ends = np.cumsum([piece.shape[-1] for piece in maps])
-    count = int(np.searchsorted(ends, width)) + 1
-    return jnp.concatenate(maps[:count], axis=-1)
-
-
-def _normalised(
-    x: Array, facts: Facts, normalises: bool, shift: Array | None, moments: Moments | None = None
-) -> tuple[Array, Moments]:
-    """x^ in x's dtype, and the moments; x itself with the moments that leave it alone where nothing normalises."""
-    if not normalises or shift is None:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return x, Moments(jnp.zeros((1, x.shape[-1]), wide), jnp.ones((1, x.shape[-1]), wide))
-    moments = moments or batch_moments(x, facts.options.norm.group_size, shift)
-    return normalise(x, moments, facts.options.norm.epsilon).astype(x.dtype), moments
-
-
-def _hidden(
-    maps: Any, layer: Layer, key: Array | None, facts: Facts, shift: Array | None
-) -> tuple[Array, Moments | None]:
-    """What a layer's first convolution gives, dropped from if that is asked for, and moments where they come free."""
-    options = facts.options
-    if facts.arithmetic.kernels != "xla":
-        shift = jnp.zeros(layer.first.kernel.shape[-1], jnp.float32) if shift is None else shift
-        groups = group_count(maps.shape[0], options.norm.group_size)
-        out, moments = fused_reader.read_with_moments(maps, layer.first, groups, shift, facts.arithmetic)
-        if options.dropout_rate and options.dropout_every_convolution and key is not None:
-            return dropout(out, options.dropout_rate, layer_key(key, 0)), None
-        return out, moments
-    out = read(_readable(maps, layer.first.scale.shape[0], facts.arithmetic), layer.first, facts.arithmetic)
-    if facts.arithmetic.layer_gradients == "pallas":
-        out = laid_out(out)
-    if layer.second is None:
-        return dropout(out, options.dropout_rate, key), None
-    return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out, None
-
-
-def _forward(
-    facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None
-) -> tuple[Outputs, Residuals]:
-    options, arithmetic = facts.options, facts.arithmetic
-    first, moments = _normalised(inputs, facts, facts.normalises, shifts.inputs)
-    widths = [layer.first.scale.shape[0] for layer in layers]
-    last = layers[-1].second or layers[-1].first
-    maps = _begin(first, widths[-1] + last.kernel.shape[-1], arithmetic)
-    all_moments, hidden_maps, hidden_moments = [moments], [], []
-    for index, layer in enumerate(layers):
-        own_key = layer_key(key, index)
-        out, moments_of_out = _hidden(maps, layer, own_key, facts, shifts.hidden[index])
-        if layer.second is not None:
-            hidden_maps.append(None if options.remat else out)
-            normalises, shift = facts.normalises_hidden[index], shifts.hidden[index]
-            normalised, moments = _normalised(out, facts, normalises, shift, moments_of_out)
-            hidden_moments.append(moments)
-            out = read(normalised, layer.second, arithmetic)
-            out = dropout(out, options.dropout_rate, layer_key(own_key, 1))
-        normalised, moments = _normalised(out, facts, facts.normalises, shifts.outputs[index])
-        all_moments.append(moments)
-        maps = _put(maps, normalised, widths[index])
-    if arithmetic.kernels != "xla":  # or XLA reads from the buffer as it was before the last layers, and copies it
-        maps = lax.optimization_barrier(maps)
-    joined = Moments(*(jnp.concatenate(parts, axis=-1) for parts in zip(*all_moments, strict=True)))
-    values = _front(maps, joined.mean.shape[-1])
-    outputs = Outputs(values, joined, tuple(hidden_moments))
-    return outputs, Residuals(maps, joined, tuple(hidden_maps), tuple(hidden_moments), layers, key)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None) -> Outputs:
-    return _forward(facts, inputs, layers, shifts, key)[0]
-
-
-def _columns(moments: Moments, start: int, end: int) -> Moments:
-    return Moments(moments.mean[:, start:end], moments.variance[:, start:end])
-
-
-def _raw_gradient(
-    gradient: Array,
-    normalised: Array,
-    moments: Moments,
-    moment_gradients: Moments,
-    sums: tuple[Array, Array],
-    normalises: bool,
-    facts: Facts,
-) -> Array:
-    """The gradient of raw values, given that of x^, in x^'s dtype."""
-    if normalises:
-        epsilon = facts.options.norm.epsilon
-        gradient = normalisation_gradient(gradient, normalised, moments, moment_gradients, sums, epsilon)
-    return gradient.astype(normalised.dtype)
-
-
-def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
-    """The parameters' gradients in their own dtypes."""
-    return Reader(
-        found.scale.sum(axis=0).astype(reader.scale.dtype),
-        found.bias.sum(axis=0).astype(reader.bias.dtype),
-        found.kernel.astype(reader.kernel.dtype),
-    )
-
-
-def _second_backward(
-    facts: Facts, saved: Residuals, index: int, hidden: Array, gradient: Array, moment_gradients: Moments
-) -> tuple[Array, Reader]:
-    """From a layer's raw output to what its second norm normalises."""
-    reader, moments, options = saved.layers[index].second, saved.hidden_moments[index], facts.options
-    assert reader is not None
-    normalises = facts.normalises_hidden[index]
-    normalised = hidden
-    if normalises:
-        normalised = normalise(hidden, moments, options.norm.epsilon).astype(hidden.dtype)
-    groups = moments.mean.shape[0]
-    if facts.arithmetic.kernels == "xla":
-        found = read_gradients(normalised, reader, gradient, groups, facts.arithmetic)
-        of_normalised = found.inputs
-    else:
-        rectified, found = read_gradients_before_relu(normalised, reader, gradient, groups, facts.arithmetic)
-        # Masked once for the sums above and once here; XLA would store the masked gradient for both.
-        rectified = lax.optimization_barrier(rectified)
-        activation = rectify(normalised, reader.scale, reader.bias)
-        of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
-    sums = sums_of_normalised(found, reader)
-    raw = _raw_gradient(of_normalised, normalised, moments, moment_gradients, sums, normalises, facts)
-    return raw, _reader_gradients(found, reader)
-
-
-def _layer_backward(
-    facts: Facts, saved: Residuals, index: int, total: Array, gradient: Array, moment_gradients: tuple[Moments, ...]
-) -> tuple[ReaderGradients, Layer]:
-    """From a layer's raw output to the maps it read: their gradients, added to total, and the layer's own."""
-    layer, key, options = saved.layers[index], layer_key(saved.key, index), facts.options
-    second = None
-    if layer.second is None:
-        gradient = dropout(gradient, options.dropout_rate, key)
-    else:
-        gradient = dropout(gradient, options.dropout_rate, layer_key(key, 1))
-        hidden = saved.hidden[index]
-        if hidden is None:
-            hidden = _hidden(saved.maps, layer, key, facts, None)[0]
-        gradient, second = _second_backward(facts, saved, index, hidden, gradient, moment_gradients[index])
-        if options.dropout_every_convolution:
-            gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
-    groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
-    if arithmetic.kernels != "xla":
-        found = fused_reader.add_read_gradients(total, saved.maps, layer.first, gradient, groups, arithmetic)
-    elif arithmetic.library and adds_in_place(saved.maps, total, layer.first, groups):
-        found = add_read_gradients(total, saved.maps, layer.first, gradient)
-    else:
-        start = layer.first.scale.shape[0]
-        front = _readable(saved.maps, start, arithmetic)
-        found = read_gradients(front, layer.first, gradient, groups, arithmetic)
-        added = (total[..., :start].astype(found.inputs.dtype) + found.inputs).astype(total.dtype)
-        found = found._replace(inputs=added)
-    return found, Layer(_reader_gradients(found, layer.first), second)
-
-
-def _fused_layer_backward(
-    facts: Facts, saved: Residuals, index: int, back: tuple[Array, tuple[Array, Array]], cotangents: Outputs
-) -> tuple[ReaderGradients, Layer]:
-    """`_layer_backward` by the kernels of `fused_layer`; back is the gradient of x^ so far and its two sums."""
-    (total, sums), layer = back, saved.layers[index]
-    assert layer.second is not None
-    start, epsilon = layer.first.scale.shape[0], facts.options.norm.epsilon
-    end = start + layer.second.kernel.shape[-1]
-    hidden = saved.hidden[index]
-    if hidden is None:
-        hidden = _hidden(saved.maps, layer, None, facts, None)[0]
-    made = Normalisation(
-        _columns(saved.moments, start, end),
-        _columns(cotangents.moments, start, end),
-        epsilon if facts.normalises else None,
-    )
-    norm = Normalisation(
-        saved.hidden_moments[index],
-        cotangents.hidden_moments[index],
-        epsilon if facts.normalises_hidden[index] else None,
-    )
-    count = total.size // total.shape[-1] // sums[0].shape[0]
-    of_raw = made.factors((sums[0][:, start:end], sums[1][:, start:end]), count)
-    readers = (layer.first, layer.second)
-    found, second = layer_gradients(total, saved.maps, hidden, readers, of_raw, norm, facts.arithmetic)
-    return found, Layer(_reader_gradients(found, layer.first), _reader_gradients(second, layer.second))
-
-
-def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
-    groups = saved.moments.mean.shape[0]
-    total, dtype = cotangents.values, cotangents.values.dtype
-    width = total.shape[-1]
-    sums: tuple[Array, Array] = (
-        sum_by_group(total, groups),
-        sum_by_group(total.astype(jnp.promote_types(dtype, jnp.float32)) * _front(saved.maps, width), groups),
-    )
-    layers: list[Layer] = []
-
-    def raw_gradient(start: int, end: int) -> Array:
-        found = _raw_gradient(
-            total[..., start:end],
-            _front(saved.maps, end)[..., start:end],
-            _columns(saved.moments, start, end),
-            _columns(cotangents.moments, start, end),
-            (sums[0][:, start:end], sums[1][:, start:end]),
-            facts.normalises,
-            facts,
-        )
-        return lax.optimization_barrier(found) if facts.arithmetic.stores_gradients else found
-
-    for index in reversed(range(len(saved.layers))):
-        reader = saved.layers[index].first
-        start = reader.scale.shape[0]
-        if facts.arithmetic.layer_gradients == "xla":
-            gradient = raw_gradient(start, width)
-            found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
-        else:
-            found, layer = _fused_layer_backward(facts, saved, index, (total, sums), cotangents)
-        layers.append(layer)
-        total = found.inputs
-        own = sums_of_normalised(found, reader)
-        sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
-        width = start
-    return raw_gradient(0, width), tuple(reversed(layers)), None, None
-
-
-_block.defvjp(_forward, _backward)
+from densenet_jax.models.layers import FeatureMap, NormArrays, NormOptions, fold_running
+from densenet_jax.models.normalize_once_arithmetic import Facts, Layer, Outputs, Shifts, block, columns
+from densenet_jax.models.readers import Reader, is_read_by_library
 
 
 def _reader(norm: NormArrays, kernel: Array, options: NormOptions) -> Reader:
@@ -435,7 +101,7 @@ def normalize_once(
         for layer in layers
     )
     kernel = layers[-1].kernel1 if layers[-1].kernel2 is None else layers[-1].kernel2
-    outputs = _block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
+    outputs = block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
     return _result(outputs, layers, facts)
 
 
@@ -473,7 +139,7 @@ def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> Bl
     hidden = iter(outputs.hidden_moments)
     seen = []
     for layer, normalises in zip(layers, facts.normalises_hidden, strict=True):
-        first = _columns(outputs.moments, 0, layer.norm1.scale.shape[0]) if facts.normalises else None
+        first = columns(outputs.moments, 0, layer.norm1.scale.shape[0]) if facts.normalises else None
         second = None if layer.norm2 is None else next(hidden)
         seen.append(LayerMoments(first, second if normalises else None))
     return BlockResult(FeatureMap(outputs.values, outputs.moments if facts.normalises else None), tuple(seen))
