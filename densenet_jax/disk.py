@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from densenet_jax.errors import UserError
 
@@ -35,6 +37,15 @@ def full_disk_told(directory: str) -> Iterator[None]:
             f"{directory} can't be written to: {why} ({free / 2**20:,.1f} MiB are free there). What was saved before "
             "is whole; make room and give the same command again: it goes on from the newest checkpoint."
         ) from error
+
+
+def without_late_answers(said: Any) -> None:
+    """A `sys.unraisablehook` that drops what a failed save leaves behind.
+
+    TensorStore prints it when many writes fail at once and Orbax, told by the first, listens no more.
+    """
+    if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(said)
 
 
 def _why_full(error: BaseException | None) -> str | None:

@@ -1,7 +1,6 @@
 """What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
 
 import functools
-import glob
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from densenet_jax import processes
+from densenet_jax.chips_here import has_nvidia
 from densenet_jax.class_tables import ClassTables
 from densenet_jax.command import Command
 from densenet_jax.config import flatten, to_dict
@@ -20,6 +20,7 @@ from densenet_jax.deploy.export import ExportOptions, export
 from densenet_jax.deploy.predict import PredictOptions, predict
 from densenet_jax.deploy.predictor import Predictor
 from densenet_jax.deploy.serve import LIMITS, Address, check_installed, listen, serve
+from densenet_jax.disk import without_late_answers
 from densenet_jax.evaluate import evaluate, figures_of
 from densenet_jax.experiment import Experiment
 from densenet_jax.experiment.check_images import Samples
@@ -36,7 +37,6 @@ from densenet_jax.train import train
 from densenet_jax.workdir import check_settings, started_from
 
 logger = logging.getLogger(__name__)
-NVIDIA_DEVICES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # the latter under WSL
 Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
@@ -46,23 +46,17 @@ def _set_up_logging() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_answers
+    sys.unraisablehook = without_late_answers
     logging.getLogger("jax._src.xla_bridge").addFilter(_tells_more_than_that_no_gpu_is_here)
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
     ours.handlers = [_Saying()]
 
 
-def _without_late_answers(said: Any) -> None:
-    """Drops what TensorStore prints when many writes fail at once and Orbax, told by the first, listens no more."""
-    if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(said)
-
-
 def _tells_more_than_that_no_gpu_is_here(record: logging.LogRecord) -> bool:
     """Drops JAX's traceback at every start where the CUDA plugin is there for `--mode plan` alone."""
     is_plugins = record.getMessage().startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage()
-    return not is_plugins or any(map(glob.glob, NVIDIA_DEVICES))
+    return not is_plugins or has_nvidia()
 
 
 class _Saying(logging.Handler):
