@@ -92,17 +92,27 @@ def test_convolution_and_its_gradients(case):
     assert_same(jax.grad(ours, (0, 1))(x, kernel), found, 0)  # not jitted, and the same every time
 
 
-GROUPED = [(12, 12, 4, 1), (6, 12, 3, 2), (96, 96, 32, 1), (64, 64, 2, 1), (40, 40, 5, 2)]  # c, o, groups, stride
+# channels, outputs, groups, stride, kernel's side, padding
+GROUPED = [
+    (12, 12, 4, 1, 3, 1),
+    (6, 12, 3, 2, 3, 1),
+    (96, 96, 32, 1, 3, 1),
+    (64, 64, 2, 1, 3, 1),
+    (40, 40, 5, 2, 3, 1),
+    (96, 96, 8, 2, 3, 0),
+    (64, 32, 4, 2, 1, 0),
+    (64, 48, 4, 1, 1, 0),
+]
 
 
 @pytest.mark.parametrize("case", GROUPED)
 def test_grouped_convolution_and_its_gradients(case):
     """With groups that fill a vector together, that don't, and that are wider than one."""
-    c, o, groups, stride = case
-    x, kernel = draw(2, 7, 6, c), draw(3, 3, c // groups, o, seed=1)
+    c, o, groups, stride, side, padding = case
+    x, kernel = draw(2, 7, 6, c), draw(side, side, c // groups, o, seed=1)
 
     def of(function):
-        return lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, stride=stride, padding=1, groups=groups)))
+        return lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, stride=stride, padding=padding, groups=groups)))
 
     ours, twin = of(convolution.convolve), of(convolution.plain_convolve)
     assert uses_library(ours, x, kernel)

@@ -242,7 +242,8 @@ const T* InputRows(const Sizes& s, const Source<T>& source, int64_t image, int64
   if (s.padding == 0) {
     const T* from = x + first * s.width * source.step;
     if (source.scale == nullptr && source.step == s.channels) return from;
-    const int64_t most = std::min(count * s.width, pixels - (image * s.height + first) * s.width);
+    const int64_t left = s.pointwise() ? pixels - (image * s.height + first) * s.width : count * s.width;
+    const int64_t most = std::min(count * s.width, left);
     T* to = ThreadScratch<T>(0, count * s.width * s.channels);
     ReadPixels(source, from, most, s.channels, to);
     return to;
@@ -454,20 +455,23 @@ void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, con
   }
 }
 
-// The rows [begin, end) of a gradient with its channels filled up to whole vectors.
+// Some channels of pixels of a gradient, of `step` channels each, filled up to whole vectors side by side.
 template <typename T>
-const T* WholeVectors(const T* g, int64_t pixels, int64_t channels, int64_t width) {
-  if (channels == width) return g;
+const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
+  if (channels == width && step == width) return g;
   T* wide = ThreadScratch<T>(1, pixels * width);
   for (int64_t p = 0; p < pixels; ++p) {
-    std::memcpy(wide + p * width, g + p * channels, channels * sizeof(T));
+    std::memcpy(wide + p * width, g + p * step, channels * sizeof(T));
     std::fill(wide + p * width + channels, wide + (p + 1) * width, T{0});
   }
   return wide;
 }
 
+// The kernel's gradient of `blocks` convolutions of s, whose channels lie side by side, each of `together` groups: of a
+// block's products those of a group's own channels are taken.
 template <typename T>
-void KernelGradient(ffi::ThreadPool& pool, Sizes s, const Source<T>& source, const T* g, T* dw) {
+void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source, const T* g,
+                    T* dw) {
   constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
   const int64_t window = s.kernel_height * s.run(), width = DivideUp(s.out_channels, kLanes) * kLanes;
   const int64_t pixels = s.batch * s.out_height * s.out_width;
@@ -476,21 +480,26 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, const Source<T>& source, con
   const Bands bands(s, sizeof(T), 1);
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
   // A sum for each of as many slices as there are threads, whichever thread computes it: the result is the same always.
-  const int64_t slices = std::min<int64_t>(pool.num_threads(), bands.count);
-  auto sums = Allocate<T>(slices * window * width);
-  ParallelFor(pool, slices, [&](int64_t slice) {
-    T* sum = sums.get() + slice * window * width;
+  const int64_t slices = std::min<int64_t>(DivideUp(pool.num_threads(), blocks), bands.count);
+  auto sums = Allocate<T>(blocks * slices * window * width);
+  const int64_t g_step = blocks * s.out_channels;
+  ParallelFor(pool, blocks * slices, [&](int64_t task) {
+    const int64_t block = task / slices, slice = task % slices;
+    Source<T> from = source;
+    if (block > 0) from.x += block * s.channels;
+    T* sum = sums.get() + task * window * width;
     std::fill(sum, sum + window * width, T{0});
     for (int64_t band = bands.count * slice / slices; band < bands.count * (slice + 1) / slices; ++band) {
       const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
       const int64_t end = std::min(begin + bands.rows_each, s.out_height), at = (image * s.out_height + begin) * s.out_width;
-      const T* rows = InputRows(s, source, image, begin, end, pixels);
+      const T* rows = InputRows(s, from, image, begin, end, pixels);
       int64_t lines = end - begin, columns = s.out_width;
       if (pointwise) {
         columns = std::min(lines * columns, pixels - at);
         lines = 1;
       }
-      const T* gradients = WholeVectors(g + at * s.out_channels, lines * columns, s.out_channels, width);
+      const T* gradients = WholeVectors(g + at * g_step + block * s.out_channels, g_step, lines * columns,
+                                        s.out_channels, width);
       for (int64_t first = 0; first < width; first += kWidth) {
         const int vectors = static_cast<int>(std::min<int64_t>(kVectors, (width - first) / kLanes));
         for (int64_t r = 0; r < s.kernel_height; ++r) {
@@ -503,13 +512,22 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, const Source<T>& source, con
       }
     }
   });
-  for (int64_t k = 0; k < window; ++k) {
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-      T total = sums[k * width + o];
-      for (int64_t slice = 1; slice < slices; ++slice) total += sums[(slice * window + k) * width + o];
-      dw[k * s.out_channels + o] = total;
+  const int64_t inputs = s.channels / together, outputs = s.out_channels / together;
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  ParallelFor(pool, taps, [&](int64_t tap) {
+    for (int64_t i = 0; i < inputs; ++i) {
+      T* to = dw + (tap * inputs + i) * g_step;
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t o = 0; o < s.out_channels; ++o) {
+          const int64_t row = tap * s.channels + o / outputs * inputs + i;
+          T total = 0;
+          for (int64_t slice = 0; slice < slices; ++slice)
+            total += sums[((block * slices + slice) * window + row) * width + o];
+          *to++ = total;
+        }
+      }
     }
-  }
+  });
 }
 
 // Calls visit(tap, pixel of x) for the taps of a square window that lie inside the image.
@@ -628,15 +646,18 @@ ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, 
 
 // dw: the gradient of the kernel, from the input x and the output's gradient g.
 ffi::Error KernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dw,
-                              int64_t stride, int64_t padding) {
+                              int64_t stride, int64_t padding, int64_t groups, int64_t together) {
   const Shape k = dw->dimensions();
   Sizes s;
-  if (k.size() != 4 || !Fit(s, x.dimensions(), k[2], g.dimensions(), k[0], k[1], stride, padding) ||
+  if (k.size() != 4 || together < 1 || groups < together || groups % together || k[3] % groups ||
+      !Fit(s, x.dimensions(), groups * k[2], g.dimensions(), k[0], k[1], stride, padding) ||
       x.dimensions()[3] != s.channels || k[3] != s.out_channels)
     return Invalid("shapes of a convolution's gradient do not fit");
+  const int64_t blocks = groups / together;
+  s.channels /= blocks, s.out_channels /= blocks;
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, Plain<T>(x), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, blocks, together, Plain<T>(x), g.typed_data<T>(), dw->typed_data<T>());
   });
 }
 
@@ -703,7 +724,7 @@ ffi::Error ReadKernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::A
     return Invalid("shapes of a reader's kernel gradient do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, Read<T>(x, scale, bias), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, 1, 1, Read<T>(x, scale, bias), g.typed_data<T>(), dw->typed_data<T>());
   });
 }
 
@@ -735,7 +756,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetKernelGradient, KernelGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
-        .Attr<int64_t>("stride").Attr<int64_t>("padding"));
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetRead, ReadCall,

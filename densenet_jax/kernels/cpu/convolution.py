@@ -78,21 +78,6 @@ def _taken_together(groups: int, features: int) -> int:
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
 
 
-def _of_diagonal(blocks: Float[Array, "n kh kw i o"], together: int) -> Float[Array, "kh kw i2 o2"]:
-    """A kernel's gradient from those of convolutions without groups, each of so many groups taken together."""
-    count, height, width, inputs, outputs = blocks.shape
-    parted = blocks.reshape(count, height, width, together, inputs // together, together, outputs // together)
-    kernel = jnp.einsum("nhwgigo->hwingo", parted)
-    return kernel.reshape(height, width, inputs // together, count * outputs)
-
-
-def _grouped_kernel_gradient(x: Array, g: Array, *, groups: int, **params: Any) -> Array:
-    together = _taken_together(groups, g.shape[3] // groups)
-    parts = (jnp.split(array, groups // together, axis=3) for array in (x, g))
-    found = [_kernel_gradient_p.bind(*pair, groups=1, **params) for pair in zip(*parts, strict=True)]
-    return _of_diagonal(jnp.stack(found), together)
-
-
 def _dilated_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Float[Array, "b h w c"]:
@@ -132,10 +117,13 @@ def _lower_input_gradient(
 def _lower_kernel_gradient(
     ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Any:
-    options = {"stride": stride, "padding": padding}
-    if groups > 1:
-        lower = mlir.lower_fun(_grouped_kernel_gradient, multiple_results=False)
-        return lower(ctx, x, g, groups=groups, sizes=sizes, **options)
+    features = ctx.avals_in[1].shape[3] // groups
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "groups": groups,
+        "together": _taken_together(groups, features),
+    }
     rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
     return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})
 
