@@ -1,10 +1,6 @@
 """The GPU's kernels give what their plain twins give: interpreted here, compiled for a GPU that is not there."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +10,8 @@ import pytest
 from densenet_jax.kernels.gpu.reader import norm_relu_matmul, norm_relu_matmul_kernel, plain_norm_relu_matmul
 from densenet_jax.kernels.gpu.reader_gradients import add_gradients, add_gradients_kernel, plain_add_gradients
 from densenet_jax.kernels.gpu.tiles import Tile, split_rows
-from densenet_jax.plan import compilers
 from tests.extras import needs
-from tests.running import ROOT
+from tests.kernels.comparing import assert_close, compile_for_absent_chips
 
 TILE = Tile(rows=16, channels=16, outputs=16)
 # rows, columns of the buffer, channels read, outputs, groups
@@ -41,15 +36,6 @@ def operands(shape, dtype, seed=0):
     wide = jnp.promote_types(dtype, jnp.float32)
     read = (draw(rows, columns), draw(channels, kind=wide), draw(channels, kind=wide), draw(channels, outputs))
     return read, draw(outputs, kind=wide), (draw(rows, columns), draw(rows, outputs))
-
-
-def assert_close(found, expected, tolerance):
-    """Relative to each array's largest value."""
-    for a, b in zip(found, expected, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.isfinite(a).all()
-        assert np.abs(a - b).max(initial=0) <= tolerance * np.abs(b).max(initial=0) + 1e-30
 
 
 # Rounding of sums in another order, and to bfloat16 of what is near the middle between two of its values.
@@ -211,17 +197,7 @@ print(json.dumps(found))
 
 @needs("jax_plugins.xla_cuda12")
 def test_for_a_gpu_that_is_not_there_they_compile_without_copies_and_move_fewer_bytes():
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=os.environ | compilers.ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compile_for_absent_chips(COMPILE)
     with_kernels, without = found.pop("traffic")
     # An operand whose front alone is read is counted whole, so this is more than the kernels read.
     assert with_kernels < 0.8 * without

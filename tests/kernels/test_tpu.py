@@ -1,10 +1,6 @@
 """The TPU's kernels give what their plain twins give: interpreted here, compiled for TPUs that are not there."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +10,8 @@ from jax import lax
 
 from densenet_jax.kernels.tpu import conv_gradients as conv
 from densenet_jax.kernels.tpu import reader_gradients as reader
-from densenet_jax.plan import compilers
 from tests.extras import needs
-from tests.running import ROOT
+from tests.kernels.comparing import assert_close, compile_for_absent_chips
 
 # examples, height, width, columns of the buffers, columns read, hidden channels, channels made, rows at a time
 SHAPES = {
@@ -68,15 +63,6 @@ def reader_operands(shape, dtype, groups=1):
     maps = [draw(examples, height, width, columns) for _ in range(2)]
     more = [draw(examples, height, width, hidden) for _ in range(2)]
     return (*maps, wide(channels), wide(channels), wide(channels, hidden), *more, wide(groups, 3, hidden))
-
-
-def assert_close(found, expected, tolerance):
-    """Relative to each array's largest value."""
-    for a, b in zip(found, expected, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.isfinite(a).all()
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
 def at(values):
@@ -218,17 +204,7 @@ print(json.dumps({
 @pytest.mark.slow
 @needs("libtpu")
 def test_for_tpus_that_are_not_there_they_compile_and_move_fewer_bytes():
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=os.environ | compilers.ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compile_for_absent_chips(COMPILE)
     assert found["xla"]["calls"] == 0
     assert found["kernels"]["bytes"] < 0.85 * found["xla"]["bytes"]
     assert found["kernels"]["temporaries"] < 1.1 * found["xla"]["temporaries"]

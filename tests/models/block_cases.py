@@ -1,10 +1,14 @@
 """Dense blocks in training, with what can be set of them, for comparing forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock
+from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
 from densenet_jax.models.layers import NormOptions
+from densenet_jax.training.sharding import make_mesh, over_data, replicated
+from tests.models.comparing import largest_error
 
 CASES = {
     "as it is": {},
@@ -39,3 +43,12 @@ def results(form, dtype, options, shardings=None, batch=4, layers=2):
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, outputs), gradients = jax.jit(run, in_shardings=shardings)(variables["params"], x)
     return outputs, gradients
+
+
+def largest_error_over_eight_devices(form, group_size):
+    """Of a block in float64, over this process's devices in that form and on one in the plain one."""
+    mesh, options = make_mesh(), {"norm": NormOptions(group_size=group_size)}
+    shardings = (replicated(mesh), over_data(mesh))
+    with jax.enable_x64(True):
+        found = results(functools.partial(form, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
+        return largest_error(found, results(plain_dense_block, jnp.float64, options, batch=16, layers=1))

@@ -11,10 +11,9 @@ from densenet_jax.models import fused_layer
 from densenet_jax.models.arithmetic import arithmetic_with_kernels
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import plain_dense_block
-from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.normalize_once import normalize_once
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
-from tests.models.block_cases import CASES, results
+from tests.models.block_cases import CASES, largest_error_over_eight_devices, results
 from tests.models.comparing import largest_error
 
 INTERPRETED = functools.partial(normalize_once, platform="tpu", kernels="interpret")
@@ -46,13 +45,7 @@ def _noting(kernel, calls):
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 2], ids=["one group", "a group each"])
 def test_over_eight_devices_it_is_the_same(group_size):
-    mesh = make_mesh()
-    shardings = (replicated(mesh), over_data(mesh))
-    options = {"norm": NormOptions(group_size=group_size)}
-    with jax.enable_x64(True):
-        found = results(functools.partial(INTERPRETED, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
-        expected = results(plain_dense_block, jnp.float64, options, batch=16, layers=1)
-    assert largest_error(found, expected) < 1e-9
+    assert largest_error_over_eight_devices(INTERPRETED, group_size) < 1e-9
 
 
 def test_memory_is_left_unwritten_only_where_each_device_has_its_own():

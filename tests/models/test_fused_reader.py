@@ -11,10 +11,9 @@ from densenet_jax.kernels.choice import BlockShape
 from densenet_jax.models import arithmetic
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
-from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.normalize_once import normalize_once
-from densenet_jax.training.sharding import make_mesh, over_data, replicated
-from tests.models.block_cases import CASES, results
+from densenet_jax.training.sharding import make_mesh
+from tests.models.block_cases import CASES, largest_error_over_eight_devices, results
 from tests.models.comparing import largest_error
 
 INTERPRETED = functools.partial(normalize_once, platform="gpu", kernels="interpret")
@@ -48,13 +47,7 @@ def test_evaluation_by_the_kernels_is_the_plain_block_s():
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 2, 4], ids=["one group", "a group each", "groups over devices"])
 def test_over_eight_devices_it_is_the_same(group_size):
-    mesh = make_mesh()
-    shardings = (replicated(mesh), over_data(mesh))
-    options = {"norm": NormOptions(group_size=group_size)}
-    with jax.enable_x64(True):
-        found = results(functools.partial(INTERPRETED, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
-        expected = results(plain_dense_block, jnp.float64, options, batch=16, layers=1)
-    assert largest_error(found, expected) < 1e-9
+    assert largest_error_over_eight_devices(INTERPRETED, group_size) < 1e-9
 
 
 def test_what_does_not_divide_over_the_devices_is_left_to_xla():
