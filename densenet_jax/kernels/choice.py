@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS
 from densenet_jax.kernels.tpu import conv_gradients, reader_gradients
+from densenet_jax.kernels.tpu.tiles import LANES
 
 Choice = Literal["xla", "pallas"]
 WANTED = ("auto", "xla", "pallas")
@@ -105,11 +106,6 @@ def _known(devices: Sequence[Any] | None) -> Sequence[Any]:
     return jax.devices()[: jax.device_count() == 1] if devices is None else devices
 
 
-def _have_memory(devices: Sequence[Any] | None) -> bool:
-    kinds = {str(getattr(device, "device_kind", "")).removeprefix("TPU").strip() for device in _known(devices)}
-    return bool(kinds) and all(kind.lstrip("v")[:1] in _LARGE_TPUS for kind in kinds)
-
-
 def _are_measured(devices: Sequence[Any] | None) -> bool:
     capabilities = {getattr(device, "compute_capability", None) for device in _known(devices)}
     return capabilities == {_MEASURED_CAPABILITY}
@@ -128,10 +124,26 @@ def choose_layer_gradients(
       devices: as for `choose`.
 
     Raises:
-      UserError: "pallas" is wanted where there is none.
+      UserError: "pallas" is wanted where there is none, on older chips, or for a number of examples that is none of
+        whole vectors.
     """
     check_wanted(wanted, "tpu", dtype)
-    if wanted != "pallas" or not block.hidden or block.channels % block.growth or not _have_memory(devices):
+    kinds = {str(getattr(device, "device_kind", "")) for device in _known(devices)}
+    if wanted != "pallas" or not kinds:
+        return "xla"
+    for kind in kinds:
+        if kind.removeprefix("TPU").lstrip(" v")[:1] not in _LARGE_TPUS:
+            raise UserError(
+                f"config.model.kernels is 'pallas', but these kernels need the memory that TPUs have on the chip from "
+                f"v5 on, and this is a {kind}; set it to 'auto'."
+            )
+    if block.examples % LANES:
+        raise UserError(
+            f"config.model.kernels is 'pallas', whose kernels take a multiple of {LANES} images on each TPU, but there "
+            f"are {block.examples}: change config.train.global_batch_size or config.train.microbatches, or set it to "
+            "'auto'."
+        )
+    if not block.hidden or block.channels % block.growth:
         return "xla"
     maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
     stays_on_chip = 2 * maps.size * maps.dtype.itemsize <= _ON_CHIP_BYTES

@@ -74,9 +74,7 @@ def test_who_asks_gets_them_on_a_tpu(device):
     assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK._replace(examples=256), "pallas", [device] * 8) == "pallas"
 
 
-@pytest.mark.parametrize(
-    ("wanted", "devices"), [("auto", (V5E,)), ("xla", (V5E,)), ("pallas", (V5E, V4)), ("pallas", None)]
-)
+@pytest.mark.parametrize(("wanted", "devices"), [("auto", (V5E,)), ("xla", (V5E,)), ("pallas", None)])
 def test_nobody_else_does_on_a_tpu(wanted, devices):
     assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK, wanted, devices) == "xla"
 
@@ -84,7 +82,6 @@ def test_nobody_else_does_on_a_tpu(wanted, devices):
 @pytest.mark.parametrize(
     "unfit",
     [
-        {"examples": 64},  # half of a vector's lanes
         {"height": 14, "width": 14},  # stays on the chip
         {"width": 224},  # a row does not
         {"growth": 24},
@@ -96,3 +93,16 @@ def test_nobody_else_does_on_a_tpu(wanted, devices):
 )
 def test_blocks_that_the_tpu_s_kernels_are_not_for_are_left_to_xla(unfit):
     assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK._replace(**unfit), "pallas", (V5E,)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("block", "devices", "message"),
+    [
+        (FIRST_BLOCK, (V5E, V4), r"from v5 on, and this is a TPU v4; set it to 'auto'"),
+        (FIRST_BLOCK._replace(examples=64), (V5E,), r"a multiple of 128 images on each TPU, but there are 64: change"),
+    ],
+    ids=["an older chip", "half of a vector"],
+)
+def test_who_asks_for_what_there_is_not_on_a_tpu_is_told(block, devices, message):
+    with pytest.raises(UserError, match=message):
+        choose_layer_gradients(jnp.bfloat16, block, "pallas", devices)
