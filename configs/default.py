@@ -27,9 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.unbiased_running_variance = True  # torch's n/(n-1); False: the biased variance, as flax keeps it
     model.remat = False  # recompute dense layers in the backward pass: less memory, more time
     model.block_form = "normalize_once"  # of the blocks in training; "plain": the same, slower and larger
-    model.kernels = (
-        "auto"  # the kernels for GPUs on H100 and H200; "pallas": on any GPU, and on TPUs from v5 on; "xla": never
-    )
+    model.kernels = "auto"  # "pallas": our kernels, on any GPU and on TPUs from v5 on; "xla": none; "auto": on Hopper
 
     data = config.data = ml_collections.ConfigDict()
     data.name = "imagenet2012"  # a tfds name, "digits", or "folder" for class folders under data.dir
