@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+from densenet_jax.plan.compilers import ENVIRONMENT
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -78,3 +80,18 @@ def run_processes(count: int, *arguments: str, devices: int = 2, expect: int = 0
 def last_line(output: str) -> dict[str, Any]:
     """The JSON object that ends a mode's standard output."""
     return json.loads(output.splitlines()[-1])
+
+
+def run_for_absent_chips(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program to its end in an environment for compiling for chips that are not here."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done

@@ -143,7 +143,7 @@ def choose_layer_gradients(
             f"are {block.examples}: change config.train.global_batch_size or config.train.microbatches, or set it to "
             "'auto'."
         )
-    if not block.hidden or block.channels % block.growth:
+    if not block.hidden:
         return "xla"
     maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
     stays_on_chip = 2 * maps.size * maps.dtype.itemsize <= _ON_CHIP_BYTES

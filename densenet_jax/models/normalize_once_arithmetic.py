@@ -191,6 +191,14 @@ def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
     )
 
 
+def _kept_hidden(facts: Facts, saved: Residuals, index: int) -> Array:
+    """What a layer's first convolution gave, computed again under remat."""
+    kept = saved.hidden[index]
+    if kept is None:
+        return _hidden(saved.maps, saved.layers[index], layer_key(saved.key, index), facts, None)[0]
+    return kept
+
+
 def _second_backward(
     facts: Facts, saved: Residuals, index: int, hidden: Array, gradient: Array, moment_gradients: Moments
 ) -> tuple[Array, Reader]:
@@ -226,9 +234,7 @@ def _layer_backward(
         gradient = dropout(gradient, options.dropout_rate, key)
     else:
         gradient = dropout(gradient, options.dropout_rate, layer_key(key, 1))
-        hidden = saved.hidden[index]
-        if hidden is None:
-            hidden = _hidden(saved.maps, layer, key, facts, None)[0]
+        hidden = _kept_hidden(facts, saved, index)
         gradient, second = _second_backward(facts, saved, index, hidden, gradient, moment_gradients[index])
         if options.dropout_every_convolution:
             gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
@@ -254,9 +260,6 @@ def _fused_layer_backward(
     assert layer.second is not None
     start, epsilon = layer.first.scale.shape[0], facts.options.norm.epsilon
     end = start + layer.second.kernel.shape[-1]
-    hidden = saved.hidden[index]
-    if hidden is None:
-        hidden = _hidden(saved.maps, layer, None, facts, None)[0]
     made = Normalisation(
         columns(saved.moments, start, end),
         columns(cotangents.moments, start, end),
@@ -270,7 +273,9 @@ def _fused_layer_backward(
     count = total.size // total.shape[-1] // sums[0].shape[0]
     of_raw = made.factors((sums[0][:, start:end], sums[1][:, start:end]), count)
     readers = (layer.first, layer.second)
-    found, second = layer_gradients(total, saved.maps, hidden, readers, of_raw, norm, facts.arithmetic)
+    found, second = layer_gradients(
+        total, saved.maps, _kept_hidden(facts, saved, index), readers, of_raw, norm, facts.arithmetic
+    )
     return found, Layer(_reader_gradients(found, layer.first), _reader_gradients(second, layer.second))
 
 

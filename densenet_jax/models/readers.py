@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu import reader as cpu
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import Moments, convolve, per_example, scale_shift
 
@@ -40,10 +41,6 @@ class ReaderGradients(NamedTuple):
     scale: Array
     bias: Array
     kernel: Array
-
-
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _is_dot(kernel: Array, arithmetic: Arithmetic) -> bool:
@@ -76,9 +73,9 @@ def _contract_kernel_gradient(
     shape = (size, size, x.shape[3], gradient.shape[3])
     if size == 1 and arithmetic.pointwise == "dot":
         dimensions = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        return lax.dot_general(x, gradient, dimensions, preferred_element_type=_wide(x.dtype)).reshape(shape)
+        return lax.dot_general(x, gradient, dimensions, preferred_element_type=wide(x.dtype)).reshape(shape)
     _, pullback = jax.vjp(lambda kernel: contract(x, kernel, arithmetic), jnp.zeros(shape, x.dtype))
-    return pullback(gradient)[0].astype(_wide(x.dtype))
+    return pullback(gradient)[0].astype(wide(x.dtype))
 
 
 def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]) -> Float[Array, "b h w c"]:
@@ -105,7 +102,7 @@ def _operands(x: Array, reader: Reader) -> tuple[Array, Array, Array, Array]:
 
 def sum_by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
     """Sums over positions and the examples of each group, in float32 or wider."""
-    grouped = x.astype(_wide(x.dtype)).reshape(groups, -1, *x.shape[1:])
+    grouped = x.astype(wide(x.dtype)).reshape(groups, -1, *x.shape[1:])
     return jnp.sum(grouped, axis=(1, 2, 3))
 
 
@@ -156,10 +153,10 @@ def rectifier_gradients(
     groups: int,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "g c"], Float[Array, "g c"]]:
     """From the gradient of the activation relu(scale * x + bias) to those of x, scale and bias, float32 or wider."""
-    wide = _wide(x.dtype)
-    opened = jnp.where(activation > 0, gradient, jnp.zeros_like(gradient)).astype(wide)
-    of_scale, of_bias = sum_by_group(opened * x.astype(wide), groups), sum_by_group(opened, groups)
-    return opened * scale.astype(wide)[None, None, None, :], of_scale, of_bias
+    kind = wide(x.dtype)
+    opened = jnp.where(activation > 0, gradient, jnp.zeros_like(gradient)).astype(kind)
+    of_scale, of_bias = sum_by_group(opened * x.astype(kind), groups), sum_by_group(opened, groups)
+    return opened * scale.astype(kind)[None, None, None, :], of_scale, of_bias
 
 
 def sums_of_normalised(found: ReaderGradients, reader: Reader) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
@@ -206,11 +203,11 @@ def normalisation_gradient(
       rstd * (gradient - mean(gradient) - x^ * mean(gradient * x^)), and what comes through the moments, in float32 or
       wider.
     """
-    wide = _wide(gradient.dtype)
+    kind = wide(gradient.dtype)
     count = gradient.size // gradient.shape[-1] // moments.variance.shape[0]
-    terms = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, wide)
+    terms = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, kind)
     factor, of_mean, of_values = (per_example(term, gradient.shape[0]) for term in terms)
-    return (gradient.astype(wide) - of_mean - normalised.astype(wide) * of_values) * factor
+    return (gradient.astype(kind) - of_mean - normalised.astype(kind) * of_values) * factor
 
 
 def normalisation_factors(
@@ -221,8 +218,8 @@ def normalisation_factors(
     epsilon: float,
 ) -> Float[Array, "g 3 c"]:
     """What `normalisation_gradient` multiplies the gradient and x^ by, and what it adds, where each group has count."""
-    wide = _wide(moments.variance.dtype)
-    factor, of_mean, of_values = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, wide)
+    kind = wide(moments.variance.dtype)
+    factor, of_mean, of_values = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, kind)
     return jnp.stack((factor, -of_values * factor, -of_mean * factor), axis=1)
 
 
@@ -232,10 +229,10 @@ def _normalisation_terms(
     sums: tuple[Array, Array],
     count: int,
     epsilon: float,
-    wide: jnp.dtype,
+    kind: jnp.dtype,
 ) -> tuple[Array, Array, Array]:
     """1 / deviation, and the means over a group of the gradient and of the gradient times x^."""
-    deviation = jnp.sqrt(moments.variance.astype(wide) + epsilon)
+    deviation = jnp.sqrt(moments.variance.astype(kind) + epsilon)
     of_mean = (sums[0] - moment_gradients.mean * deviation) / count
     of_values = (sums[1] - 2 * moment_gradients.variance * deviation**2) / count
     return 1 / deviation, of_mean, of_values

@@ -1,17 +1,13 @@
 """The compilers' own counts of a product whose costs are known, for chips that are not there."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from densenet_jax.errors import UserError
 from densenet_jax.plan import compilers
 from tests.extras import needs
-from tests.running import ROOT
+from tests.running import ROOT, last_line, run_for_absent_chips
 
 PRODUCT = """
 import dataclasses, json, sys
@@ -32,13 +28,7 @@ print(json.dumps({**dataclasses.asdict(costs), "devices": mesh.size, "default": 
 
 
 def costs_on(topology: str) -> dict:
-    environment = os.environ | compilers.ENVIRONMENT
-    command = [sys.executable, "-c", PRODUCT, topology]
-    output = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert output.returncode == 0, output.stderr[-2000:]
-    return json.loads(output.stdout.splitlines()[-1])
+    return last_line(run_for_absent_chips(PRODUCT, topology).stdout)
 
 
 def check(costs: dict, chips: int) -> None:

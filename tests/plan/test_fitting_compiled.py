@@ -1,12 +1,7 @@
 """The search for the largest batch that fits with a real compiler, whose complaints are read as they come."""
 
-import os
-import subprocess
-import sys
-
-from densenet_jax.plan.compilers import ENVIRONMENT
 from tests.extras import needs
-from tests.running import ROOT, last_line
+from tests.running import last_line, run_for_absent_chips
 
 PLAN = """
 import json
@@ -37,16 +32,7 @@ print(json.dumps(planning.plan(checked(config), "v5e:1x1")))
 
 @needs("libtpu")
 def test_a_batch_that_a_tpu_cannot_hold_is_told_with_the_largest_that_it_can():
-    run = subprocess.run(
-        [sys.executable, "-c", PLAN],
-        env=os.environ | ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run = run_for_absent_chips(PLAN)
     figures = last_line(run.stdout)
     assert figures["fits"] is False
     largest = figures["largest_global_batch_that_fits"]

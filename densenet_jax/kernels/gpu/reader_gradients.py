@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.gpu.tiles import (
     LARGEST_OPERAND,
     MOST_OUTPUTS,
@@ -36,7 +37,6 @@ from densenet_jax.kernels.gpu.tiles import (
     split_rows,
     store_matrix,
     tile_for,
-    wide,
 )
 from densenet_jax.kernels.primitive import define
 

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from densenet_jax.kernels.dtypes import wide
+
 LARGEST_OPERAND = 2**31 - 1  # elements: what a program's 32-bit offsets reach
 SMALLEST_SIDE = 16  # of an operand of a tile's product
 MOST_OUTPUTS = 512  # of a tile: it holds them for SMALLEST_SIDE channels
@@ -86,11 +88,6 @@ def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = N
     tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)
     tile_rows, channels = (max(SMALLEST_SIDE, size // max(side // 128, 1)) for size in (tile_rows, channels))
     return Tile(tile_rows, channels, side, warps, stages)
-
-
-def wide(dtype: Any) -> Any:
-    """What is summed and scaled in: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rectify(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.primitive import define
 from densenet_jax.kernels.tpu.tiles import (
     LANES,
@@ -28,9 +29,8 @@ from densenet_jax.kernels.tpu.tiles import (
     dot,
     examples_first,
     examples_last,
-    largest_divisor,
+    part_of,
     whole,
-    wide,
 )
 
 TAPS = 9
@@ -163,12 +163,7 @@ def conv_gradients_kernel(
     examples, height, width, _ = x.shape
     outputs, new = kernel.shape[2:]
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
-
-    def is_on_chip(rows: int) -> bool:
-        small = rows <= most_rows if most_rows else _on_chip_bytes(rows, width, outputs, new, dtype) <= ON_CHIP_BYTES
-        return rows == 1 or small
-
-    rows = largest_divisor(height, is_on_chip)
+    rows = part_of(height, most_rows, lambda rows: _on_chip_bytes(rows, width, outputs, new, dtype))
     taps = kernel.astype(dtype).transpose(2, 0, 1, 3).reshape(outputs, TAPS * new)
     columns = start // new
 

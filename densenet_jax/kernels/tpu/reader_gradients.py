@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.primitive import define
 from densenet_jax.kernels.tpu.tiles import (
     LANES,
@@ -27,9 +28,8 @@ from densenet_jax.kernels.tpu.tiles import (
     dot,
     examples_first,
     examples_last,
-    largest_divisor,
+    part_of,
     whole,
-    wide,
 )
 
 Gradients = tuple[Float[Array, "b h w c2"], Float[Array, "g c"], Float[Array, "g c"], Float[Array, "c o"]]
@@ -135,13 +135,7 @@ def reader_gradients_kernel(
     examples, height, width, _ = x.shape
     channels, outputs = kernel.shape
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
-
-    def is_on_chip(positions: int) -> bool:
-        if most_positions:
-            return positions <= most_positions
-        return positions == 1 or _on_chip_bytes(positions, channels, outputs, dtype) <= ON_CHIP_BYTES
-
-    side = largest_divisor(height * width, is_on_chip)
+    side = part_of(height * width, most_positions, lambda side: _on_chip_bytes(side, channels, outputs, dtype))
 
     def flat(x: Array) -> Array:
         return examples_last(x).reshape(height * width, -1, examples)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
+
+from densenet_jax.kernels.dtypes import wide
 
 LANES = 128  # examples that a program computes with at a time
 SUBLANES = 16  # channels of a tile in a 16-bit type
@@ -43,11 +44,6 @@ def laid_out(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return with_layout_constraint(x, Layout(major_to_minor=_EXAMPLES_LAST))
 
 
-def wide(dtype: Any) -> Any:
-    """What sums and products are in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def column(values: Float[Array, " c"], dtype: Any) -> Float[Array, "c 1"]:
     """A number for each channel, beside a position's examples."""
     return values.astype(dtype)[:, None]
@@ -58,9 +54,13 @@ def whole(*sides: int) -> pl.BlockSpec:
     return pl.BlockSpec(sides, lambda *_: (0,) * len(sides))
 
 
-def largest_divisor(number: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor that fits; 0 if not even 1 does."""
-    return max((part for part in range(1, number + 1) if number % part == 0 and fits(part)), default=0)
+def part_of(number: int, most: int | None, on_chip_bytes: Callable[[int], int]) -> int:
+    """The largest divisor up to most or, without it, of which the bytes are there on the chip; at least 1."""
+
+    def fits(part: int) -> bool:
+        return part <= most if most else on_chip_bytes(part) <= ON_CHIP_BYTES
+
+    return max(part for part in range(1, number + 1) if part == 1 or (number % part == 0 and fits(part)))
 
 
 def dot(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
