@@ -21,7 +21,8 @@ from jaxtyping import Array
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
 from densenet_jax.models.layers import Moments, batch_moments, normalise
-from densenet_jax.models.readers import Reader, normalisation_gradient, sum_by_group
+from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.readers import Reader, sum_by_group
 from densenet_jax.models.split_readers import (
     MultiGradients,
     MultiReader,
@@ -221,12 +222,9 @@ def _raw_gradient(
     of_moments: Moments | None = None,
 ) -> Array:
     """The gradient of raw values, given that of x^, in x^'s dtype."""
-    if normalises:
-        nothing = Moments(jnp.zeros((), sums[0].dtype), jnp.zeros((), sums[0].dtype))
-        of_moments = of_moments or nothing
-        epsilon = options.norm.epsilon
-        gradient = normalisation_gradient(gradient, normalised, moments, of_moments, sums, epsilon)
-    return gradient.astype(normalised.dtype)
+    nothing = Moments(jnp.zeros((), sums[0].dtype), jnp.zeros((), sums[0].dtype))
+    norm = Normalisation(moments, of_moments or nothing, options.norm.epsilon if normalises else None)
+    return norm.gradient(gradient, normalised, sums).astype(normalised.dtype)
 
 
 def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array], stride: int) -> tuple[Array, Array]:

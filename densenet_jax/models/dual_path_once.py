@@ -24,7 +24,8 @@ from densenet_jax.models.dual_path_stage import (
     StageResult,
 )
 from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, batch_moments, fold_running, normalise
-from densenet_jax.models.readers import Reader, normalisation_gradient
+from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.readers import Reader
 from densenet_jax.models.split_readers import MultiReader
 
 
@@ -43,7 +44,7 @@ def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
 def _normalise_map_backward(options: NormOptions, saved: tuple[Array, Moments], cotangents: Any) -> Any:
     (normalised, moments), (gradient, of_moments) = saved, cotangents
     sums = gradient_sums(gradient, normalised, moments.mean.shape[0])
-    raw = normalisation_gradient(gradient, normalised, moments, of_moments, sums, options.epsilon)
+    raw = Normalisation(moments, of_moments, options.epsilon).gradient(gradient, normalised, sums)
     return raw.astype(normalised.dtype), None
 
 

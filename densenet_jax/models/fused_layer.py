@@ -6,7 +6,6 @@ Over a mesh each device takes its own examples, and what is summed over the batc
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,35 +14,8 @@ from densenet_jax.kernels.tpu.conv_gradients import conv_gradients, conv_gradien
 from densenet_jax.kernels.tpu.reader_gradients import reader_gradients, reader_gradients_kernel
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.each_device import on_each_device
-from densenet_jax.models.layers import Moments
-from densenet_jax.models.readers import Reader, ReaderGradients, normalisation_factors, sums_of_normalised
-
-
-class Normalisation(NamedTuple):
-    """How maps became x^: their moments, the gradients of these, and the norm's epsilon; None: x^ is the map itself."""
-
-    moments: Moments
-    moment_gradients: Moments
-    epsilon: float | None
-
-    def factors(self, sums: tuple[Array, Array], count: int) -> Float[Array, "g 3 c"]:
-        """Of the gradient of x^ and of x^, and a constant, that make the gradient of the maps.
-
-        Args:
-          sums: of the gradient of x^ and of it times x^, for each group.
-          count: of a group's examples and positions.
-        """
-        if self.epsilon is None:
-            one = jnp.ones_like(sums[0])
-            return jnp.stack((one, 0 * one, 0 * one), axis=1)
-        return normalisation_factors(self.moments, self.moment_gradients, sums, count, self.epsilon)
-
-    def mean_and_reciprocal(self) -> tuple[Array, Array]:
-        """What makes x^ of the map: its mean, and 1 / deviation."""
-        mean, variance = self.moments
-        if self.epsilon is None:
-            return jnp.zeros_like(mean), jnp.ones_like(mean)
-        return mean, 1 / jnp.sqrt(variance + self.epsilon)
+from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.readers import Reader, ReaderGradients, sums_of_normalised
 
 
 def layer_gradients(

@@ -17,14 +17,14 @@ from densenet_jax.kernels.tpu.tiles import laid_out
 from densenet_jax.models import block_maps, fused_reader
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dense_block import BlockOptions, layer_key
-from densenet_jax.models.fused_layer import Normalisation, layer_gradients
+from densenet_jax.models.fused_layer import layer_gradients
 from densenet_jax.models.layers import Moments, batch_moments, dropout, group_count, normalise
+from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import (
     Reader,
     ReaderGradients,
     add_read_gradients,
     adds_in_place,
-    normalisation_gradient,
     read,
     read_gradients,
     read_gradients_before_relu,
@@ -166,20 +166,16 @@ def columns(moments: Moments, start: int, end: int) -> Moments:
     return Moments(moments.mean[:, start:end], moments.variance[:, start:end])
 
 
-def _raw_gradient(
-    gradient: Array,
-    normalised: Array,
-    moments: Moments,
-    moment_gradients: Moments,
-    sums: tuple[Array, Array],
-    normalises: bool,
-    facts: Facts,
-) -> Array:
-    """The gradient of raw values, given that of x^, in x^'s dtype."""
-    if normalises:
-        epsilon = facts.options.norm.epsilon
-        gradient = normalisation_gradient(gradient, normalised, moments, moment_gradients, sums, epsilon)
-    return gradient.astype(normalised.dtype)
+def _norm_of_maps(facts: Facts, saved: Residuals, cotangents: Outputs, start: int, end: int) -> Normalisation:
+    """How some of the block's maps became x^."""
+    epsilon = facts.options.norm.epsilon if facts.normalises else None
+    return Normalisation(columns(saved.moments, start, end), columns(cotangents.moments, start, end), epsilon)
+
+
+def _norm_of_hidden(facts: Facts, saved: Residuals, cotangents: Outputs, index: int) -> Normalisation:
+    """The same of what a layer's first convolution gave."""
+    epsilon = facts.options.norm.epsilon if facts.normalises_hidden[index] else None
+    return Normalisation(saved.hidden_moments[index], cotangents.hidden_moments[index], epsilon)
 
 
 def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
@@ -200,16 +196,12 @@ def _kept_hidden(facts: Facts, saved: Residuals, index: int) -> Array:
 
 
 def _second_backward(
-    facts: Facts, saved: Residuals, index: int, hidden: Array, gradient: Array, moment_gradients: Moments
+    facts: Facts, reader: Reader, norm: Normalisation, hidden: Array, gradient: Array
 ) -> tuple[Array, Reader]:
     """From a layer's raw output to what its second norm normalises."""
-    reader, moments, options = saved.layers[index].second, saved.hidden_moments[index], facts.options
-    assert reader is not None
-    normalises = facts.normalises_hidden[index]
-    normalised = hidden
-    if normalises:
-        normalised = normalise(hidden, moments, options.norm.epsilon).astype(hidden.dtype)
-    groups = moments.mean.shape[0]
+    normalised, groups = hidden, norm.moments.mean.shape[0]
+    if norm.epsilon is not None:
+        normalised = normalise(hidden, norm.moments, norm.epsilon).astype(hidden.dtype)
     if facts.arithmetic.kernels == "xla":
         found = read_gradients(normalised, reader, gradient, groups, facts.arithmetic)
         of_normalised = found.inputs
@@ -219,13 +211,12 @@ def _second_backward(
         rectified = lax.optimization_barrier(rectified)
         activation = rectify(normalised, reader.scale, reader.bias)
         of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
-    sums = sums_of_normalised(found, reader)
-    raw = _raw_gradient(of_normalised, normalised, moments, moment_gradients, sums, normalises, facts)
-    return raw, _reader_gradients(found, reader)
+    raw = norm.gradient(of_normalised, normalised, sums_of_normalised(found, reader))
+    return raw.astype(normalised.dtype), _reader_gradients(found, reader)
 
 
 def _layer_backward(
-    facts: Facts, saved: Residuals, index: int, total: Array, gradient: Array, moment_gradients: tuple[Moments, ...]
+    facts: Facts, saved: Residuals, index: int, total: Array, gradient: Array, cotangents: Outputs
 ) -> tuple[ReaderGradients, Layer]:
     """From a layer's raw output to the maps it read: their gradients, added to total, and the layer's own."""
     layer, key, options = saved.layers[index], layer_key(saved.key, index), facts.options
@@ -234,8 +225,8 @@ def _layer_backward(
         gradient = dropout(gradient, options.dropout_rate, key)
     else:
         gradient = dropout(gradient, options.dropout_rate, layer_key(key, 1))
-        hidden = _kept_hidden(facts, saved, index)
-        gradient, second = _second_backward(facts, saved, index, hidden, gradient, moment_gradients[index])
+        hidden, norm = _kept_hidden(facts, saved, index), _norm_of_hidden(facts, saved, cotangents, index)
+        gradient, second = _second_backward(facts, layer.second, norm, hidden, gradient)
         if options.dropout_every_convolution:
             gradient = dropout(gradient, options.dropout_rate, layer_key(key, 0))
     groups, arithmetic = saved.moments.mean.shape[0], facts.arithmetic
@@ -258,24 +249,14 @@ def _fused_layer_backward(
     """`_layer_backward` by the kernels of `fused_layer`; back is the gradient of x^ so far and its two sums."""
     (total, sums), layer = back, saved.layers[index]
     assert layer.second is not None
-    start, epsilon = layer.first.scale.shape[0], facts.options.norm.epsilon
+    start = layer.first.scale.shape[0]
     end = start + layer.second.kernel.shape[-1]
-    made = Normalisation(
-        columns(saved.moments, start, end),
-        columns(cotangents.moments, start, end),
-        epsilon if facts.normalises else None,
-    )
-    norm = Normalisation(
-        saved.hidden_moments[index],
-        cotangents.hidden_moments[index],
-        epsilon if facts.normalises_hidden[index] else None,
-    )
     count = total.size // total.shape[-1] // sums[0].shape[0]
+    made = _norm_of_maps(facts, saved, cotangents, start, end)
     of_raw = made.factors((sums[0][:, start:end], sums[1][:, start:end]), count)
+    hidden, norm = _kept_hidden(facts, saved, index), _norm_of_hidden(facts, saved, cotangents, index)
     readers = (layer.first, layer.second)
-    found, second = layer_gradients(
-        total, saved.maps, _kept_hidden(facts, saved, index), readers, of_raw, norm, facts.arithmetic
-    )
+    found, second = layer_gradients(total, saved.maps, hidden, readers, of_raw, norm, facts.arithmetic)
     return found, Layer(_reader_gradients(found, layer.first), _reader_gradients(second, layer.second))
 
 
@@ -290,15 +271,11 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     layers: list[Layer] = []
 
     def raw_gradient(start: int, end: int) -> Array:
-        found = _raw_gradient(
-            total[..., start:end],
-            block_maps.front(saved.maps, end)[..., start:end],
-            columns(saved.moments, start, end),
-            columns(cotangents.moments, start, end),
-            (sums[0][:, start:end], sums[1][:, start:end]),
-            facts.normalises,
-            facts,
+        normalised = block_maps.front(saved.maps, end)[..., start:end]
+        found = _norm_of_maps(facts, saved, cotangents, start, end).gradient(
+            total[..., start:end], normalised, (sums[0][:, start:end], sums[1][:, start:end])
         )
+        found = found.astype(normalised.dtype)
         return lax.optimization_barrier(found) if facts.arithmetic.stores_gradients else found
 
     for index in reversed(range(len(saved.layers))):
@@ -306,7 +283,7 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
         start = reader.scale.shape[0]
         if facts.arithmetic.layer_gradients == "xla":
             gradient = raw_gradient(start, width)
-            found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents.hidden_moments)
+            found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents)
         else:
             found, layer = _fused_layer_backward(facts, saved, index, (total, sums), cotangents)
         layers.append(layer)

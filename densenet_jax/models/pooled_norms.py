@@ -34,10 +34,10 @@ from densenet_jax.models.layers import (
     normalise,
     scale_shift,
 )
+from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import (
     Reader,
     contract,
-    normalisation_gradient,
     rectifier_gradients,
     rectify,
     sum_by_group,
@@ -179,7 +179,7 @@ def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents
     # Every pooled gradient went to one value of y, so that the sums over y are those over what was pooled.
     sums = (of_bias * factor, of_scale * factor)
     whole = normalise(y, moments, options.epsilon)
-    of_y = normalisation_gradient(spread, whole, moments, of_moments, sums, options.epsilon)
+    of_y = Normalisation(moments, of_moments, options.epsilon).gradient(spread, whole, sums)
     return of_y.astype(y.dtype), of_scale.sum(axis=0).astype(scale.dtype), of_bias.sum(axis=0).astype(bias.dtype), None
 
 

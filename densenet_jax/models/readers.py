@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from densenet_jax.kernels.cpu import reader as cpu
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import Moments, convolve, per_example, scale_shift
+from densenet_jax.models.layers import convolve, scale_shift
 
 
 class Reader(NamedTuple):
@@ -179,60 +179,3 @@ def add_read_gradients(
     """`read_gradients` with its inputs those of all readers so far: total, with this one's part added in place."""
     added, of_scale, of_bias, of_kernel = cpu.add_gradients(total, *_operands(x, reader), gradient)
     return ReaderGradients(added, of_scale[None, :], of_bias[None, :], of_kernel)
-
-
-def normalisation_gradient(
-    gradient: Float[Array, "b h w c"],
-    normalised: Float[Array, "b h w c"],
-    moments: Moments,
-    moment_gradients: Moments,
-    sums: tuple[Float[Array, "g c"], Float[Array, "g c"]],
-    epsilon: float,
-) -> Float[Array, "b h w c"]:
-    """The gradient of raw values x, given that of x^ = (x - mean) / sqrt(variance + epsilon).
-
-    Args:
-      gradient: of x^.
-      normalised: x^.
-      moments: of x.
-      moment_gradients: of the moments themselves, where something else reads them.
-      sums: of the gradient and of the gradient times x^ over each group of examples.
-      epsilon: the norm's.
-
-    Returns:
-      rstd * (gradient - mean(gradient) - x^ * mean(gradient * x^)), and what comes through the moments, in float32 or
-      wider.
-    """
-    kind = wide(gradient.dtype)
-    count = gradient.size // gradient.shape[-1] // moments.variance.shape[0]
-    terms = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, kind)
-    factor, of_mean, of_values = (per_example(term, gradient.shape[0]) for term in terms)
-    return (gradient.astype(kind) - of_mean - normalised.astype(kind) * of_values) * factor
-
-
-def normalisation_factors(
-    moments: Moments,
-    moment_gradients: Moments,
-    sums: tuple[Float[Array, "g c"], Float[Array, "g c"]],
-    count: int,
-    epsilon: float,
-) -> Float[Array, "g 3 c"]:
-    """What `normalisation_gradient` multiplies the gradient and x^ by, and what it adds, where each group has count."""
-    kind = wide(moments.variance.dtype)
-    factor, of_mean, of_values = _normalisation_terms(moments, moment_gradients, sums, count, epsilon, kind)
-    return jnp.stack((factor, -of_values * factor, -of_mean * factor), axis=1)
-
-
-def _normalisation_terms(
-    moments: Moments,
-    moment_gradients: Moments,
-    sums: tuple[Array, Array],
-    count: int,
-    epsilon: float,
-    kind: jnp.dtype,
-) -> tuple[Array, Array, Array]:
-    """1 / deviation, and the means over a group of the gradient and of the gradient times x^."""
-    deviation = jnp.sqrt(moments.variance.astype(kind) + epsilon)
-    of_mean = (sums[0] - moment_gradients.mean * deviation) / count
-    of_values = (sums[1] - 2 * moment_gradients.variance * deviation**2) / count
-    return 1 / deviation, of_mean, of_values
