@@ -61,7 +61,7 @@ def layer_gradients(
         lambda *operands, groups: read(*operands),
         arithmetic.mesh,
         groups,
-        (True, True, False, False, False, True, True, is_divided),
+        (True, True, False, False, False, True, is_divided),
         results,
-    )(total, maps, first.scale, first.bias, first.kernel[0, 0], opened, hidden, jnp.stack(factors, axis=1))
+    )(total, maps, first.scale, first.bias, first.kernel[0, 0], opened, jnp.stack(factors, axis=1))
     return ReaderGradients(total, of_scale, of_bias, of_kernel[None, None]), found

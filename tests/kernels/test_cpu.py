@@ -25,6 +25,8 @@ CONVOLUTIONS = [
     (1, 1, 1, 3, 2, 3, 1, 1),
     (2, 48, 47, 5, 32, 3, 1, 1),  # more pixels than read weights where they lie
     (3, 40, 40, 7, 40, 1, 1, 0),
+    (3, 7, 7, 83, 150, 1, 1, 0),  # threads share the columns of a kernel's gradient, not its sums
+    (2, 6, 6, 5, 70, 3, 1, 1),
 ]
 # batch, height, width, channels of the map, channels read, output channels, kernel
 READERS = [

@@ -36,6 +36,7 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 #endif
 constexpr int kVectors = 2;
 constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
+constexpr int64_t kPixelsWorthASum = 2048;  // adding up two sums of a kernel's gradient is little beside so many
 // Up to so many pixels of output packing weights costs more than it saves, if a row of them lies within a page's reach.
 constexpr int64_t kUnpackedPixels = 4096, kUnpackedBytes = 512;
 
@@ -99,6 +100,22 @@ std::unique_ptr<T[], void (*)(T*)> Allocate(int64_t count) {
   return {static_cast<T*>(memory), [](T* p) { free(p); }};
 }
 
+// Writes the first lanes of each row.
+template <typename T, int M, int N>
+inline void StoreTile(const typename Lanes<T>::Vector (&sum)[M][N], T* to, int64_t step, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    if (lanes == N * kLanes) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(to + m * step + n * kLanes) = sum[m][n];
+    } else {
+      std::memcpy(to + m * step, sum[m], lanes * sizeof(T));
+    }
+  }
+}
+
 // y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels, N vectors.
 template <typename T, int M, int N>
 void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t w_step,
@@ -124,32 +141,26 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
       }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    if (lanes == N * kLanes) {
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(y + m * y_step + n * kLanes) = sum[m][n];
-    } else {
-      std::memcpy(y + m * y_step, sum[m], lanes * sizeof(T));
-    }
-  }
+  StoreTile<T, M, N>(sum, y, y_step, lanes);
 }
 
-// dw[m, :] += sum over pixels of x[pixel][m] * g[pixel][:], for M window values, N vectors of output channels.
+// dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values, N vectors of output channels; with
+// `before`, that [M][N vectors] is added.
 template <typename T, int M, int N>
-void KernelTile(T* dw, int64_t dw_step, const T* x, int64_t pixel_step, int64_t row_step, const T* g, int64_t g_step,
-                int64_t g_row_step, int64_t rows, int64_t columns) {
+void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pixel_step, int64_t row_step, const T* g,
+                int64_t g_row_step, int64_t rows, int64_t columns, int64_t lanes) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int kLanes = Lanes<T>::kCount;
   Vector sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[m][n] = *reinterpret_cast<Vector*>(dw + m * dw_step + n * kLanes);
+    for (int n = 0; n < N; ++n)
+      sum[m][n] = before == nullptr ? Vector{} : *reinterpret_cast<const Vector*>(before + (m * N + n) * kLanes);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * row_step;
     const T* gradient = g + r * g_row_step;
-    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += g_step) {
+    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += N * kLanes) {
       Vector gradients[N];
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) gradients[n] = *reinterpret_cast<const Vector*>(gradient + n * kLanes);
@@ -161,10 +172,7 @@ void KernelTile(T* dw, int64_t dw_step, const T* x, int64_t pixel_step, int64_t 
       }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(dw + m * dw_step + n * kLanes) = sum[m][n];
+  StoreTile<T, M, N>(sum, dw, dw_step, lanes);
 }
 
 template <typename T>
@@ -455,41 +463,55 @@ void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, con
   }
 }
 
-// Some channels of pixels of a gradient, of `step` channels each, filled up to whole vectors side by side.
+// Some channels of pixels of a gradient, of `step` channels each, side by side and filled up to whole vectors.
 template <typename T>
 const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
-  if (channels == width && step == width) return g;
-  T* wide = ThreadScratch<T>(1, pixels * width);
+  T* to = ThreadScratch<T>(1, pixels * width);
   for (int64_t p = 0; p < pixels; ++p) {
-    std::memcpy(wide + p * width, g + p * step, channels * sizeof(T));
-    std::fill(wide + p * width + channels, wide + (p + 1) * width, T{0});
+    std::memcpy(to + p * width, g + p * step, channels * sizeof(T));
+    std::fill(to + p * width + channels, to + (p + 1) * width, T{0});
   }
-  return wide;
+  return to;
 }
+
+// How a kernel's gradient is shared out: each task has some of its columns, by chunks, and sums over some of the bands.
+struct Shares {
+  int64_t parts, slices;
+
+  Shares(int64_t threads, int64_t chunks, int64_t pixels, int64_t bands) {
+    slices = std::clamp<int64_t>(pixels / kPixelsWorthASum, 1, threads);
+    parts = std::max<int64_t>(1, std::min(DivideUp(threads, slices), chunks));
+    slices = std::min(DivideUp(threads, parts), bands);
+  }
+};
 
 // The kernel's gradient of `blocks` convolutions of s, whose channels lie side by side, each of `together` groups: of a
 // block's products those of a group's own channels are taken.
 template <typename T>
-void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source, const T* g,
-                    T* dw) {
+void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source,
+                    const T* g, T* dw) {
   constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
-  const int64_t window = s.kernel_height * s.run(), width = DivideUp(s.out_channels, kLanes) * kLanes;
-  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
+  const int64_t chunks = DivideUp(s.out_channels, kWidth);
   const bool pointwise = s.pointwise();
   if (pointwise) s = AsLines(s, sizeof(T));
   const Bands bands(s, sizeof(T), 1);
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
-  // A sum for each of as many slices as there are threads, whichever thread computes it: the result is the same always.
-  const int64_t slices = std::min<int64_t>(DivideUp(pool.num_threads(), blocks), bands.count);
-  auto sums = Allocate<T>(blocks * slices * window * width);
-  const int64_t g_step = blocks * s.out_channels;
-  ParallelFor(pool, blocks * slices, [&](int64_t task) {
-    const int64_t block = task / slices, slice = task % slices;
+  // A sum for each slice, whichever thread computes it: the result is the same always.
+  const Shares shares(DivideUp(pool.num_threads(), blocks), chunks, pixels, bands.count);
+  const int64_t slices = shares.slices, g_step = blocks * s.out_channels;
+  const bool whole = blocks == 1 && together == 1 && slices == 1;  // the last band's sums are the result
+  auto sums = Allocate<T>(blocks * slices * chunks * window * kWidth);
+  const auto sums_of = [&](int64_t block, int64_t slice, int64_t chunk) {
+    return sums.get() + ((block * slices + slice) * chunks + chunk) * window * kWidth;
+  };
+  ParallelFor(pool, blocks * slices * shares.parts, [&](int64_t task) {
+    const int64_t part = task % shares.parts, slice = task / shares.parts % slices;
+    const int64_t block = task / shares.parts / slices;
     Source<T> from = source;
     if (block > 0) from.x += block * s.channels;
-    T* sum = sums.get() + task * window * width;
-    std::fill(sum, sum + window * width, T{0});
-    for (int64_t band = bands.count * slice / slices; band < bands.count * (slice + 1) / slices; ++band) {
+    const int64_t first_band = bands.count * slice / slices, end_band = bands.count * (slice + 1) / slices;
+    for (int64_t band = first_band; band < end_band; ++band) {
       const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
       const int64_t end = std::min(begin + bands.rows_each, s.out_height), at = (image * s.out_height + begin) * s.out_width;
       const T* rows = InputRows(s, from, image, begin, end, pixels);
@@ -498,33 +520,39 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
         columns = std::min(lines * columns, pixels - at);
         lines = 1;
       }
-      const T* gradients = WholeVectors(g + at * g_step + block * s.out_channels, g_step, lines * columns,
-                                        s.out_channels, width);
-      for (int64_t first = 0; first < width; first += kWidth) {
-        const int vectors = static_cast<int>(std::min<int64_t>(kVectors, (width - first) / kLanes));
+      const bool is_result = whole && band == end_band - 1;
+      for (int64_t chunk = chunks * part / shares.parts; chunk < chunks * (part + 1) / shares.parts; ++chunk) {
+        const int64_t first = chunk * kWidth, lanes = std::min<int64_t>(kWidth, s.out_channels - first);
+        const int64_t width = DivideUp(lanes, kLanes) * kLanes;
+        const T* gradients =
+            WholeVectors(g + at * g_step + block * s.out_channels + first, g_step, lines * columns, lanes, width);
+        T* own = sums_of(block, slice, chunk);
         for (int64_t r = 0; r < s.kernel_height; ++r) {
           ForTiles(s.run(), [&](int64_t value, int count) {
-            KernelTileOf<T>(count, vectors, kTiles)(sum + (r * s.run() + value) * width + first, width,
-                                                    rows + r * row_step + value, pixel_step, s.stride * row_step,
-                                                    gradients + first, width, columns * width, lines, columns);
+            const int64_t at_value = r * s.run() + value;
+            T* sum = own + at_value * width;
+            KernelTileOf<T>(count, static_cast<int>(width / kLanes), kTiles)(
+                is_result ? dw + at_value * g_step + first : sum, is_result ? g_step : width,
+                band == first_band ? nullptr : sum, rows + r * row_step + value, pixel_step, s.stride * row_step,
+                gradients, columns * width, lines, columns, is_result ? lanes : width);
           });
         }
       }
     }
   });
+  if (whole) return;
   const int64_t inputs = s.channels / together, outputs = s.out_channels / together;
-  const int64_t taps = s.kernel_height * s.kernel_width;
-  ParallelFor(pool, taps, [&](int64_t tap) {
-    for (int64_t i = 0; i < inputs; ++i) {
-      T* to = dw + (tap * inputs + i) * g_step;
-      for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t o = 0; o < s.out_channels; ++o) {
-          const int64_t row = tap * s.channels + o / outputs * inputs + i;
-          T total = 0;
-          for (int64_t slice = 0; slice < slices; ++slice)
-            total += sums[((block * slices + slice) * window + row) * width + o];
-          *to++ = total;
-        }
+  ParallelFor(pool, s.kernel_height * s.kernel_width * inputs, [&](int64_t value) {
+    const int64_t tap = value / inputs, input = value % inputs;
+    T* to = dw + value * g_step;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        const int64_t row = tap * s.channels + o / outputs * inputs + input, chunk = o / kWidth;
+        const int64_t width = DivideUp(std::min<int64_t>(kWidth, s.out_channels - chunk * kWidth), kLanes) * kLanes;
+        T total = 0;
+        for (int64_t slice = 0; slice < slices; ++slice)
+          total += sums_of(block, slice, chunk)[row * width + o % kWidth];
+        *to++ = total;
       }
     }
   });
