@@ -20,7 +20,7 @@ KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 _MEASURED_CAPABILITY = "9.0"  # Hopper: H100 and H200 are what the kernels were measured on
 _MOST_MEASURED_OUTPUTS = 128
 _LARGE_TPUS = tuple("5678")  # generations that have the memory on the chip that the kernels ask for
-_ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e: what XLA keeps there costs no traffic that kernels could save
+_ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e: what XLA keeps there goes through no memory
 
 
 class BlockShape(NamedTuple):
@@ -50,6 +50,10 @@ class BlockShape(NamedTuple):
     def columns(self) -> int:
         """Channels of all its maps."""
         return self.channels + self.layers * self.growth
+
+    def is_on_chip(self, dtype: Any, channels: int) -> bool:
+        """Whether a TPU's memory on the chip holds so many channels of that dtype at all positions of all examples."""
+        return self.rows * channels * jnp.dtype(dtype).itemsize <= _ON_CHIP_BYTES
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
@@ -146,9 +150,23 @@ def choose_layer_gradients(
     if not block.hidden:
         return "xla"
     maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
-    stays_on_chip = 2 * maps.size * maps.dtype.itemsize <= _ON_CHIP_BYTES
+    stays_on_chip = block.is_on_chip(dtype, 2 * block.columns)
     start = block.columns - block.growth
     are_computed = conv_gradients.fits(maps, (3, 3, block.hidden, block.growth), start) and reader_gradients.fits(
         maps, (start, block.hidden)
     )
     return "pallas" if are_computed and not stays_on_chip else "xla"
+
+
+def recomputes_hidden(dtype: Any, block: BlockShape) -> bool:
+    """Whether a TPU computes hidden maps again in the backward pass rather than keeping them in memory.
+
+    It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its hidden
+    map would write and read: in the first block of the ImageNet networks, which holds half of all hidden maps.
+
+    Args:
+      dtype: of activations.
+      block: as one device has it.
+    """
+    mean_read = (block.channels + block.columns) / 2
+    return not block.is_on_chip(dtype, block.layers * block.hidden) and mean_read <= 2 * block.hidden

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients
+from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients, recomputes_hidden
 from densenet_jax.models.each_device import own_groups
 from densenet_jax.models.layers import group_count
 
@@ -27,6 +27,7 @@ class Arithmetic:
       pooling: a transition's average comes "first", before its convolution, or is in its "kernel".
       stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
       begins_unwritten: a block's buffer is not filled with zeros first.
+      recomputes_hidden: what a layer's first convolution gave is computed again in the backward pass, unasked.
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
       layer_gradients: what computes the backward pass of a layer with a bottleneck: "xla" as the other fields say,
@@ -42,6 +43,7 @@ class Arithmetic:
     pooling: Literal["first", "kernel"] = "first"
     stem: Literal["direct", "rearranged"] = "direct"
     begins_unwritten: bool = False
+    recomputes_hidden: bool = False
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
     layer_gradients: Literal["xla", "pallas", "interpret"] = "xla"
     mesh: Mesh | None = None
@@ -90,7 +92,8 @@ def arithmetic_with_kernels(
     if platform == "tpu":
         # Memory that is not written is there on every device for all examples, if nobody says otherwise.
         is_divided = mesh is not None or jax.device_count() == 1
-        plain = replace(plain, mesh=mesh, begins_unwritten=is_divided)
+        again = recomputes_hidden(dtype, own)
+        plain = replace(plain, mesh=mesh, begins_unwritten=is_divided, recomputes_hidden=again)
         if own_groups(mesh, groups) > 1 or (
             wanted != "interpret" and choose_layer_gradients(dtype, own, wanted, devices) == "xla"
         ):

@@ -76,7 +76,7 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs; hidden maps are None under remat."""
+    """What the backward pass needs; hidden maps that are recomputed are None."""
 
     maps: Any
     moments: Moments
@@ -121,6 +121,7 @@ def _forward(
     facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None
 ) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
+    keeps_hidden = not (options.remat or arithmetic.recomputes_hidden)
     first, moments = _normalised(inputs, facts, facts.normalises, shifts.inputs)
     widths = [layer.first.scale.shape[0] for layer in layers]
     last = layers[-1].second or layers[-1].first
@@ -130,7 +131,7 @@ def _forward(
         own_key = layer_key(key, index)
         out, moments_of_out = _hidden(maps, layer, own_key, facts, shifts.hidden[index])
         if layer.second is not None:
-            hidden_maps.append(None if options.remat else out)
+            hidden_maps.append(out if keeps_hidden else None)
             normalises, shift = facts.normalises_hidden[index], shifts.hidden[index]
             normalised, moments = _normalised(out, facts, normalises, shift, moments_of_out)
             hidden_moments.append(moments)
@@ -188,7 +189,7 @@ def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
 
 
 def _kept_hidden(facts: Facts, saved: Residuals, index: int) -> Array:
-    """What a layer's first convolution gave, computed again under remat."""
+    """What a layer's first convolution gave, computed again if it was not kept."""
     kept = saved.hidden[index]
     if kept is None:
         return _hidden(saved.maps, saved.layers[index], layer_key(saved.key, index), facts, None)[0]

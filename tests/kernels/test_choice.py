@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients
+from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients, recomputes_hidden
 
 SHAPE = (100_352, 256, 128)
 
@@ -106,3 +106,17 @@ def test_blocks_that_the_tpu_s_kernels_are_not_for_are_left_to_xla(unfit):
 def test_who_asks_for_what_there_is_not_on_a_tpu_is_told(block, devices, message):
     with pytest.raises(UserError, match=message):
         choose_layer_gradients(jnp.bfloat16, block, "pallas", devices)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (BlockShape(128, 56, 56, 64, 6, 128, 32), True),  # densenet121's first
+        (BlockShape(128, 56, 56, 96, 6, 192, 48), True),  # densenet161's
+        (BlockShape(16, 56, 56, 64, 6, 128, 32), False),  # stays on the chip
+        (BlockShape(128, 28, 28, 128, 12, 128, 32), False),  # reads more than it keeps
+        (BlockShape(4096, 32, 32, 16, 12, 0, 12), False),  # has no hidden maps
+    ],
+)
+def test_hidden_maps_are_recomputed_on_a_tpu_where_keeping_them_moves_more(block, expected):
+    assert recomputes_hidden("bfloat16", block) is expected

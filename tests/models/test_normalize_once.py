@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densenet_jax.kernels import choice
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock
 from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.models.variants import VARIANTS, DenseNetArchitecture
@@ -139,7 +140,7 @@ def test_gradients_are_the_same_over_eight_devices():
     assert largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
 
 
-def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less():
+def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less(monkeypatch):
     def stored(layers, form="normalize_once", **options):
         module, variables = _block(form, layers=layers, **options)
 
@@ -156,3 +157,6 @@ def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less():
         assert stored(layers) == 8 + 4 * layers + 16 * layers
         assert stored(layers, remat=True) == 8 + 4 * layers
         assert stored(layers) <= stored(layers, "plain", remat=True) + 4
+        assert stored(layers, "normalize_once_tpu") == stored(layers)
+    monkeypatch.setattr(choice, "_ON_CHIP_BYTES", 0)  # hidden maps that a TPU would have to keep in memory
+    assert stored(5, "normalize_once_tpu") == stored(5, remat=True)
