@@ -1,4 +1,4 @@
-"""What of dense layers the kernels for GPUs and TPUs compute, and what XLA."""
+"""What of dense layers the kernels for GPUs and TPUs compute, what XLA, and what is computed again."""
 
 from __future__ import annotations
 
