@@ -8,6 +8,7 @@ read and write, and those of them that go between the chip and its main memory: 
 where they fit. Beside them stands the floor: what has to be moved by counting. `--target h200` needs
 requirements-plan-gpu.txt, the TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169
 densenet201 densenet264; with resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes.
+Rows are written to --output as they come; --resume goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from importlib import metadata
 from typing import Any
 
 from versus import report
+from versus.cases import all_models
+from versus.rows import Rows
+from versus.turns import say
 
 FORMS = ("densenet_jax", "plain")
 KERNELS = {"without_kernels": "xla", "with_kernels": "pallas"}
@@ -131,7 +135,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["densenet121"], help="names of the variants table")
+    parser.add_argument("--models", nargs="+", default=["densenet121"], help="names of the variants table, or 'all'")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--image_size_px", type=int, nargs="+", default=[224])
     parser.add_argument("--target", nargs="+", default=["v5e"], help="chips: v4, v5e, v5p, v6e, h100, h200")
@@ -144,6 +148,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--output", help="write the rows to this JSON file")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --output and compile the others")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -161,8 +166,9 @@ def main() -> None:
     from densenet_jax.plan.compilers import check_installed
     from densenet_jax.plan.topology import find_chip
 
+    models = all_models(arguments.models)
     try:
-        for model in arguments.models:
+        for model in models:
             get_variant(model)
         for target in arguments.target:
             check_installed(find_chip(target).compiler)
@@ -171,21 +177,23 @@ def main() -> None:
     cases = [
         {"model": model, "batch_size": batch_size, "image_size_px": px, "dtype": arguments.dtype, "target": target}
         for target in arguments.target
-        for model in arguments.models
+        for model in models
         for px in arguments.image_size_px
         for batch_size in arguments.batch_sizes
     ]
-    rows: list[dict[str, Any]] = []
+    rows = Rows(arguments.output, arguments.resume)
+    device = f"compiled for {', '.join(arguments.target)} without one"
     element = 2 if arguments.dtype == "bfloat16" else 4
     for case in cases:
         floor = floor_elements(case["model"], case["image_size_px"])
         for form in arguments.forms:
-            print(f"{case['model']}, batch {case['batch_size']}, {case['target']}, {form}", file=sys.stderr, flush=True)
+            if rows.has(**case, form=form):
+                continue
+            say(f"{case['model']}, {case['image_size_px']} px, batch {case['batch_size']}, {case['target']}, {form}")
             found = run_child({**case, "form": form})
-            rows.append({**case, "form": form, **found, "floor_bytes_per_image": floor and floor * element})
-    print(report.table([shown(row) for row in rows], COLUMNS))
-    if arguments.output:
-        report.write(arguments.output, f"compiled for {', '.join(arguments.target)} without one", versions(), rows)
+            row = {**case, "form": form, **found, "floor_bytes_per_image": floor and floor * element}
+            rows.add([row], versions(), device)
+    print(report.table([shown(row) for row in rows.rows], COLUMNS))
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ class BlockShape(NamedTuple):
       layers: how many.
       hidden: channels behind a layer's first convolution, 0 without a bottleneck.
       growth: channels that a layer adds.
+      drops: whether some of what its convolutions give is dropped.
     """
 
     examples: int
@@ -40,6 +41,7 @@ class BlockShape(NamedTuple):
     layers: int
     hidden: int
     growth: int
+    drops: bool = False
 
     @property
     def rows(self) -> int:

@@ -94,8 +94,10 @@ def arithmetic_with_kernels(
         is_divided = mesh is not None or jax.device_count() == 1
         again = recomputes_hidden(dtype, own)
         plain = replace(plain, mesh=mesh, begins_unwritten=is_divided, recomputes_hidden=again)
-        if own_groups(mesh, groups) > 1 or (
-            wanted != "interpret" and choose_layer_gradients(dtype, own, wanted, devices) == "xla"
+        if (
+            own.drops  # which those kernels know nothing of, nor of groups within a device
+            or own_groups(mesh, groups) > 1
+            or (wanted != "interpret" and choose_layer_gradients(dtype, own, wanted, devices) == "xla")
         ):
             return plain
         return replace(plain, layer_gradients="interpret" if wanted == "interpret" else "pallas")

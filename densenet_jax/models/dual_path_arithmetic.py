@@ -20,9 +20,9 @@ from jaxtyping import Array
 
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
-from densenet_jax.models.layers import Moments, batch_moments, normalise
-from densenet_jax.models.normalisation import Normalisation
-from densenet_jax.models.readers import Reader, sum_by_group
+from densenet_jax.models.layers import Moments
+from densenet_jax.models.normalisation import Normalisation, normalised_once
+from densenet_jax.models.readers import Reader, sums_by_reader, sums_of_gradient
 from densenet_jax.models.split_readers import (
     MultiGradients,
     MultiReader,
@@ -97,19 +97,6 @@ class Residuals(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-def _normalised(x: Array, normalises: bool, shift: Array, options: StageOptions) -> tuple[Array, Moments]:
-    """x^ in x's dtype, and the moments; x itself with the moments that leave it alone where nothing normalises."""
-    if not normalises:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return x, Moments(jnp.zeros((1, x.shape[-1]), wide), jnp.ones((1, x.shape[-1]), wide))
-    moments = batch_moments(x, options.norm.group_size, shift)
-    return _again(x, moments, normalises, options), moments
-
-
-def _again(x: Array, moments: Moments, normalises: bool, options: StageOptions) -> Array:
-    return normalise(x, moments, options.norm.epsilon).astype(x.dtype) if normalises else x
-
-
 def _put(dense: Any, new: Array, start: int, width: int, arithmetic: Arithmetic) -> Any:
     """The dense path with a block's channels, in one buffer of width or as one array a block."""
     if arithmetic.storage == "arrays":
@@ -164,10 +151,10 @@ def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Map
         parts = _parts(facts, inputs, residuals[-1] if index else None, dense, ends[index - 1])
         (out,) = read_parts(parts, block.first, arithmetic)
         second.append(None if options.remat else out)
-        out, of_second = _normalised(out, facts.normalises_second[index], shifts.second[index], options)
+        out, of_second = normalised_once(out, options.norm, facts.normalises_second[index], shifts.second[index])
         out = read_grouped(out, block.second, stride, options.groups)
         third.append(None if options.remat else out)
-        out, of_third = _normalised(out, facts.normalises_third[index], shifts.third[index], options)
+        out, of_third = normalised_once(out, options.norm, facts.normalises_third[index], shifts.third[index])
         new, new_dense = read_parts((out,), block.third, arithmetic)
         if block.projection is not None:
             shortcut, width = read_grouped(inputs, block.projection, stride, 1), new.shape[-1]
@@ -175,9 +162,9 @@ def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Map
             new_dense = jnp.concatenate([shortcut[..., width:], new_dense], axis=-1)
         assert total is not None
         total = total + new
-        x, of_residual = _normalised(total, facts.normalises, shifts.residual[index], options)
+        x, of_residual = normalised_once(total, options.norm, facts.normalises, shifts.residual[index])
         residuals.append(x)
-        x, of_dense = _normalised(new_dense, facts.normalises, shifts.dense[index], options)
+        x, of_dense = normalised_once(new_dense, options.norm, facts.normalises, shifts.dense[index])
         dense = _put(dense, x, ends[index] - x.shape[-1], ends[-1], arithmetic)
         seen.append((of_second, of_third, of_residual, of_dense))
     moments = Maps(*zip(*seen, strict=True))
@@ -200,43 +187,23 @@ class _Open(NamedTuple):
     dense_sums: Sums
 
 
-def gradient_sums(gradient: Array, normalised: Array, groups: int) -> Sums:
-    """Of a gradient of x^ and of it times x^, over each group of examples."""
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
-    return sum_by_group(gradient, groups), sum_by_group(gradient.astype(wide) * normalised, groups)
+def _norm(facts: Facts, moments: Moments, normalises: bool, of_moments: Moments | None = None) -> Normalisation:
+    """How a map became x^."""
+    return Normalisation(moments, facts.options.norm.epsilon if normalises else None, of_moments)
 
 
-def _reader_sums(scale: Array, of_scale: Array, of_bias: Array) -> Sums:
-    """The same, from the gradients of a reader's scale and bias."""
-    scale = scale.astype(of_scale.dtype)[None, :]
-    return of_bias * scale, of_scale * scale
-
-
-def _raw_gradient(
-    gradient: Array,
-    normalised: Array,
-    moments: Moments,
-    sums: Sums,
-    normalises: bool,
-    options: StageOptions,
-    of_moments: Moments | None = None,
-) -> Array:
-    """The gradient of raw values, given that of x^, in x^'s dtype."""
-    nothing = Moments(jnp.zeros((), sums[0].dtype), jnp.zeros((), sums[0].dtype))
-    norm = Normalisation(moments, of_moments or nothing, options.norm.epsilon if normalises else None)
-    return norm.gradient(gradient, normalised, sums).astype(normalised.dtype)
-
-
-def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array], stride: int) -> tuple[Array, Array]:
-    """x^ of what the second and the third convolution of a block read."""
+def _hidden(
+    facts: Facts, saved: Residuals, index: int, parts: Sequence[Array], norms: tuple[Normalisation, Normalisation]
+) -> tuple[Array, Array]:
+    """x^ of what the second and the third convolution of a block read; norms are theirs."""
     options, block = facts.options, saved.blocks[index]
     second, third = saved.second[index], saved.third[index]
     if second is None:
         (second,) = read_parts(parts, block.first, facts.arithmetic)
-    second = _again(second, saved.seen.second[index], facts.normalises_second[index], options)
+    second = norms[0].apply(second)
     if third is None:
-        third = read_grouped(second, block.second, stride, options.groups)
-    return second, _again(third, saved.seen.third[index], facts.normalises_third[index], options)
+        third = read_grouped(second, block.second, 1 if index else options.stride, options.groups)
+    return second, norms[1].apply(third)
 
 
 def _summed(found: MultiGradients) -> MultiReader:
@@ -249,16 +216,15 @@ def _body_backward(
 ) -> tuple[Array, Reader, MultiReader]:
     """From what a block adds to the two paths to the output of its first convolution."""
     options, block = facts.options, saved.blocks[index]
-    stride = 1 if index else options.stride
-    second, third = _hidden(facts, saved, index, parts, stride)
-    moments = saved.seen.third[index]
-    found = read_parts_gradients((third,), block.third, gradients, moments.mean.shape[0], facts.arithmetic)
-    sums = _reader_sums(block.third.scale, found.scale, found.bias)
-    raw = _raw_gradient(found.inputs[0], third, moments, sums, facts.normalises_third[index], options)
-    moments = saved.seen.second[index]
-    grouped = read_grouped_gradients(second, block.second, raw, moments.mean.shape[0], stride, options.groups)
-    sums = _reader_sums(block.second.scale, grouped.scale, grouped.bias)
-    raw = _raw_gradient(grouped.inputs, second, moments, sums, facts.normalises_second[index], options)
+    of_second = _norm(facts, saved.seen.second[index], facts.normalises_second[index])
+    of_third = _norm(facts, saved.seen.third[index], facts.normalises_third[index])
+    second, third = _hidden(facts, saved, index, parts, (of_second, of_third))
+    groups = of_third.moments.mean.shape[0]
+    found = read_parts_gradients((third,), block.third, gradients, groups, facts.arithmetic)
+    raw = of_third.gradient(found.inputs[0], third, sums_by_reader(block.third.scale, found.scale, found.bias))
+    groups, stride = of_second.moments.mean.shape[0], 1 if index else options.stride
+    grouped = read_grouped_gradients(second, block.second, raw, groups, stride, options.groups)
+    raw = of_second.gradient(grouped.inputs, second, sums_by_reader(block.second.scale, grouped.scale, grouped.bias))
     own = Reader(grouped.scale.sum(axis=0), grouped.bias.sum(axis=0), grouped.kernel)
     return raw, own, _summed(found)
 
@@ -267,16 +233,16 @@ def _first_backward(
     facts: Facts, saved: Residuals, index: int, end: int, gradient: Array, back: _Open
 ) -> tuple[_Open, MultiReader]:
     """From the output of a later block's first convolution to the two paths before the block."""
-    reader, options = saved.blocks[index].first, facts.options
+    reader = saved.blocks[index].first
     normalised, moments = saved.residual[index - 1], saved.seen.residual[index - 1]
     width = normalised.shape[-1]
     parts = _parts(facts, saved.inputs, normalised, saved.dense, end)
     found = read_parts_gradients(parts, reader, (gradient,), moments.mean.shape[0], facts.arithmetic)
     joined_inputs = found.inputs[0]
     of_residual, of_dense = found.inputs if len(parts) > 1 else (joined_inputs[..., :width], joined_inputs[..., width:])
-    sums = _reader_sums(reader.scale, found.scale, found.bias)
+    sums = sums_by_reader(reader.scale, found.scale, found.bias)
     own = (sums[0][:, :width], sums[1][:, :width])
-    raw = _raw_gradient(of_residual, normalised, moments, own, facts.normalises, options)
+    raw = _norm(facts, moments, facts.normalises).gradient(of_residual, normalised, own)
     dense = (back.dense[..., :end].astype(of_dense.dtype) + of_dense).astype(back.dense.dtype)
     added = (back.dense_sums[0][:, :end] + sums[0][:, width:], back.dense_sums[1][:, :end] + sums[1][:, width:])
     return _Open(back.residual + raw, dense, added), _summed(found)
@@ -300,9 +266,9 @@ def _open(facts: Facts, saved: Residuals, cotangents: Outputs) -> _Open:
     groups = moments.mean.shape[0]
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
     of_moments = Moments(*(kind[:, :width] for kind in cotangents.moments))
-    sums = gradient_sums(residual, saved.residual[-1], groups)
-    raw = _raw_gradient(residual, saved.residual[-1], moments, sums, facts.normalises, facts.options, of_moments)
-    return _Open(raw, dense, gradient_sums(dense, _columns(saved.dense, 0, dense.shape[-1]), groups))
+    sums = sums_of_gradient(residual, saved.residual[-1], groups)
+    raw = _norm(facts, moments, facts.normalises, of_moments).gradient(residual, saved.residual[-1], sums)
+    return _Open(raw, dense, sums_of_gradient(dense, _columns(saved.dense, 0, dense.shape[-1]), groups))
 
 
 def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
@@ -312,14 +278,11 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     inputs = None
     for index in reversed(range(len(saved.blocks))):
         start, end = ends[index - 1] if index else 0, ends[index]
-        new = _raw_gradient(
+        of_moments = Moments(*(kind[:, width + start : width + end] for kind in cotangents.moments))
+        new = _norm(facts, saved.seen.dense[index], facts.normalises, of_moments).gradient(
             back.dense[..., start:end],
             _columns(saved.dense, start, end),
-            saved.seen.dense[index],
             (back.dense_sums[0][:, start:end], back.dense_sums[1][:, start:end]),
-            facts.normalises,
-            facts.options,
-            Moments(*(kind[:, width + start : width + end] for kind in cotangents.moments)),
         )
         own = new.shape[-1] - saved.blocks[index].third.kernels[1].shape[-1]  # before it stand the shortcut's
         parts = _parts(facts, saved.inputs, saved.residual[index - 1] if index else None, saved.dense, start)

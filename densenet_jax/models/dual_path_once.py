@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from densenet_jax.models.arithmetic import ARITHMETIC, arithmetic_for
-from densenet_jax.models.dual_path_arithmetic import Block, Facts, Maps, gradient_sums, joined, stage
+from densenet_jax.models.dual_path_arithmetic import Block, Facts, Maps, joined, stage
 from densenet_jax.models.dual_path_stage import (
     BlockArrays,
     BlockMoments,
@@ -23,17 +23,16 @@ from densenet_jax.models.dual_path_stage import (
     StageOptions,
     StageResult,
 )
-from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, batch_moments, fold_running, normalise
-from densenet_jax.models.normalisation import Normalisation
-from densenet_jax.models.readers import Reader
+from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, fold_running
+from densenet_jax.models.normalisation import Normalisation, normalised_once
+from densenet_jax.models.readers import Reader, sums_of_gradient
 from densenet_jax.models.split_readers import MultiReader
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalise_map(options: NormOptions, x: Array, shift: Array) -> tuple[Array, Moments]:
     """x^ in x's dtype and the moments of x; x^ is all that is kept."""
-    moments = batch_moments(x, options.group_size, shift)
-    return normalise(x, moments, options.epsilon).astype(x.dtype), moments
+    return normalised_once(x, options, True, shift)
 
 
 def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
@@ -43,9 +42,8 @@ def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
 
 def _normalise_map_backward(options: NormOptions, saved: tuple[Array, Moments], cotangents: Any) -> Any:
     (normalised, moments), (gradient, of_moments) = saved, cotangents
-    sums = gradient_sums(gradient, normalised, moments.mean.shape[0])
-    raw = Normalisation(moments, of_moments, options.epsilon).gradient(gradient, normalised, sums)
-    return raw.astype(normalised.dtype), None
+    sums = sums_of_gradient(gradient, normalised, moments.mean.shape[0])
+    return Normalisation(moments, options.epsilon, of_moments).gradient(gradient, normalised, sums), None
 
 
 _normalise_map.defvjp(_normalise_map_forward, _normalise_map_backward)

@@ -15,7 +15,7 @@ from densenet_jax.kernels.tpu.reader_gradients import reader_gradients, reader_g
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.each_device import on_each_device
 from densenet_jax.models.normalisation import Normalisation
-from densenet_jax.models.readers import Reader, ReaderGradients, sums_of_normalised
+from densenet_jax.models.readers import Reader, ReaderGradients, sums_by_reader
 
 
 def layer_gradients(
@@ -54,7 +54,8 @@ def layer_gradients(
     )(total, maps, of_raw, hidden, mean, reciprocal, *second)
     found = ReaderGradients(opened, *of_second)
     count = hidden.size // hidden.shape[-1] // groups
-    of_normalised, of_x, constant = norm.factors(sums_of_normalised(found, second), count).swapaxes(0, 1)
+    sums = sums_by_reader(second.scale, found.scale, found.bias)
+    of_normalised, of_x, constant = norm.factors(sums, count).swapaxes(0, 1)
     of_hidden = of_x * reciprocal
     factors = (of_normalised * second.scale.astype(mean.dtype)[None, :], of_hidden, constant - of_hidden * mean)
     total, of_scale, of_bias, of_kernel = on_each_device(

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.layers import DType, dropout, global_average_pool
 
 OUTPUTS = ("logits", "pooled", "map", "pyramid")
@@ -47,9 +48,9 @@ class Classifier(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=wide)
-        return logits + jnp.expand_dims(bias.astype(wide), tuple(range(logits.ndim - 1)))
+        kind = wide(self.dtype)
+        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=kind)
+        return logits + jnp.expand_dims(bias.astype(kind), tuple(range(logits.ndim - 1)))
 
 
 def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w2 c"]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu import convolution as cpu
 from densenet_jax.kernels.cpu import pooling
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.space_to_depth import space_to_depth
 
 DType = Any
@@ -105,9 +106,9 @@ def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Arra
     The sums are of x - shift: with the running mean as shift they do not cancel, however far the mean is from zero.
     """
     groups = group_count(x.shape[0], group_size)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    shift = lax.stop_gradient(shift).astype(wide)
-    centred = (x.astype(wide) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
+    kind = wide(x.dtype)
+    shift = lax.stop_gradient(shift).astype(kind)
+    centred = (x.astype(kind) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
     mean = jnp.mean(centred, axis=(1, 2, 3))
     variance = jnp.maximum(jnp.mean(jnp.square(centred), axis=(1, 2, 3)) - jnp.square(mean), 0)
     return Moments(mean + shift[None, :], variance)
@@ -115,25 +116,25 @@ def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Arra
 
 def normalise(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
     """(x - mean) / sqrt(variance + epsilon), in float32 or wider."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    mean, variance = (per_example(m.astype(wide), x.shape[0]) for m in moments)
-    return (x.astype(wide) - mean) * lax.rsqrt(variance + epsilon)
+    kind = wide(x.dtype)
+    mean, variance = (per_example(m.astype(kind), x.shape[0]) for m in moments)
+    return (x.astype(kind) - mean) * lax.rsqrt(variance + epsilon)
 
 
 def scale_shift(
     x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], dtype: DType
 ) -> Float[Array, "b h w c"]:
     """Scale * x + bias in float32 or wider, given back in dtype."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    scale, bias = (v.astype(wide)[None, None, None, :] for v in (scale, bias))
-    return (x.astype(wide) * scale + bias).astype(dtype)
+    kind = wide(x.dtype)
+    scale, bias = (v.astype(kind)[None, None, None, :] for v in (scale, bias))
+    return (x.astype(kind) * scale + bias).astype(dtype)
 
 
 def fold_running(norm: NormArrays, epsilon: float) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """The scale and bias that do to raw values what norming by the running statistics does, float32 or wider."""
-    wide = jnp.promote_types(norm.variance.dtype, jnp.float32)
-    factor = norm.scale.astype(wide) * lax.rsqrt(norm.variance.astype(wide) + epsilon)
-    return factor, norm.bias.astype(wide) - norm.mean.astype(wide) * factor
+    kind = wide(norm.variance.dtype)
+    factor = norm.scale.astype(kind) * lax.rsqrt(norm.variance.astype(kind) + epsilon)
+    return factor, norm.bias.astype(kind) - norm.mean.astype(kind) * factor
 
 
 def norm_by_running(
@@ -148,8 +149,8 @@ def folded_norm(
 ) -> Float[Array, "b h w c"]:
     """A batch norm in evaluation with its statistics folded in; scale None: the convolution before it has taken it."""
     if scale is None:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return (x.astype(wide) + bias.astype(wide)[None, None, None, :]).astype(dtype)
+        kind = wide(x.dtype)
+        return (x.astype(kind) + bias.astype(kind)[None, None, None, :]).astype(dtype)
     return scale_shift(x, scale, bias, dtype)
 
 
@@ -184,9 +185,9 @@ class BatchNorm(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         if self.options.folded:
             return
-        wide = jnp.promote_types(self.param_dtype, jnp.float32)
-        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
-        self.var = self.variable("batch_stats", "var", jnp.ones, shape, wide)
+        kind = wide(self.param_dtype)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, kind)
 
     def arrays(self) -> NormArrays:
         """Parameters and running statistics, for code that does the arithmetic itself."""
@@ -320,7 +321,7 @@ def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 def global_average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
     """Mean over all positions, summed in float32 or wider, given back in x's dtype."""
-    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+    return jnp.mean(x, axis=(1, 2), dtype=wide(x.dtype)).astype(x.dtype)
 
 
 def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:

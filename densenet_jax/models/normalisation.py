@@ -1,4 +1,4 @@
-"""The derivative of normalising a map once, from the gradient of x^ to that of the map."""
+"""Normalising a map once, and the derivative of that: from the gradient of x^ to that of the map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.dtypes import wide
-from densenet_jax.models.layers import Moments, per_example
+from densenet_jax.models.layers import Moments, NormOptions, batch_moments, normalise, per_example
+
+
+def normalised_once(
+    x: Float[Array, "b h w c"], options: NormOptions, normalises: bool, shift: Array, moments: Moments | None = None
+) -> tuple[Float[Array, "b h w c"], Moments]:
+    """x^ in x's dtype, and the moments of x.
+
+    Args:
+      x: the map.
+      options: of its norms.
+      normalises: False where these are frozen: then x^ is x itself, and the moments are those that leave it alone.
+      shift: float[c] near the mean, that moments are taken about.
+      moments: of x, where they are known.
+    """
+    if not normalises:
+        kind = wide(x.dtype)
+        return x, Moments(jnp.zeros((1, x.shape[-1]), kind), jnp.ones((1, x.shape[-1]), kind))
+    moments = moments or batch_moments(x, options.group_size, shift)
+    return Normalisation(moments, options.epsilon).apply(x), moments
 
 
 class Normalisation(NamedTuple):
@@ -16,13 +35,17 @@ class Normalisation(NamedTuple):
 
     Attributes:
       moments: of the maps.
-      of_moments: the gradients of these, where something else reads them.
       epsilon: the norm's; None: x^ is the map itself.
+      of_moments: the gradients of the moments, where something else reads them.
     """
 
     moments: Moments
-    of_moments: Moments
     epsilon: float | None
+    of_moments: Moments | None = None
+
+    def apply(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """x^ of the map, in the map's dtype."""
+        return x if self.epsilon is None else normalise(x, self.moments, self.epsilon).astype(x.dtype)
 
     def gradient(
         self, gradient: Float[Array, "b h w c"], normalised: Float[Array, "b h w c"], sums: tuple[Array, Array]
@@ -35,15 +58,16 @@ class Normalisation(NamedTuple):
           sums: float[g, c], of the gradient and of the gradient times x^, over each group of examples.
 
         Returns:
-          It in float32 or wider; where x^ is the map itself, what was given.
+          It in the dtype of x^, computed in float32 or wider; where x^ is the map itself, what was given.
         """
         if self.epsilon is None:
-            return gradient
+            return gradient.astype(normalised.dtype)
         kind = wide(gradient.dtype)
         count = gradient.size // gradient.shape[-1] // self.moments.variance.shape[0]
         terms = self._terms(sums, count, self.epsilon, kind)
         factor, of_mean, of_values = (per_example(term, gradient.shape[0]) for term in terms)
-        return (gradient.astype(kind) - of_mean - normalised.astype(kind) * of_values) * factor
+        found = (gradient.astype(kind) - of_mean - normalised.astype(kind) * of_values) * factor
+        return found.astype(normalised.dtype)
 
     def factors(self, sums: tuple[Array, Array], count: int) -> Float[Array, "g 3 c"]:
         """Of the gradient of x^ and of x^, and a constant: what makes `gradient` of them.
@@ -71,6 +95,8 @@ class Normalisation(NamedTuple):
     ) -> tuple[Array, Array, Array]:
         """1 / deviation, and the means over a group of the gradient and of the gradient times x^."""
         deviation = jnp.sqrt(self.moments.variance.astype(kind) + epsilon)
-        of_mean = (sums[0] - self.of_moments.mean * deviation) / count
-        of_values = (sums[1] - 2 * self.of_moments.variance * deviation**2) / count
-        return 1 / deviation, of_mean, of_values
+        of_mean, of_values = sums
+        if self.of_moments is not None:
+            of_mean = of_mean - self.of_moments.mean * deviation
+            of_values = of_values - 2 * self.of_moments.variance * deviation**2
+        return 1 / deviation, of_mean / count, of_values / count

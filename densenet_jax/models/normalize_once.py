@@ -130,8 +130,8 @@ def _arithmetic(
     hidden = 0 if last.kernel2 is None else last.kernel1.shape[-1]
     made = (last.kernel1 if last.kernel2 is None else last.kernel2).shape[-1]
     examples, height, width, channels = inputs.shape
-    shape = BlockShape(examples, height, width, channels, len(layers), hidden, made)
-    wanted = "xla" if options.dropout_rate and platform == "tpu" else wanted  # whose kernels know no dropout
+    drops = options.dropout_rate > 0
+    shape = BlockShape(examples, height, width, channels, len(layers), hidden, made, drops)
     return arithmetic_with_kernels(platform, options.dtype, shape, options.norm.group_size, wanted, mesh)
 
 

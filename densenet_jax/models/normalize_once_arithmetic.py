@@ -18,8 +18,8 @@ from densenet_jax.models import block_maps, fused_reader
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dense_block import BlockOptions, layer_key
 from densenet_jax.models.fused_layer import layer_gradients
-from densenet_jax.models.layers import Moments, batch_moments, dropout, group_count, normalise
-from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.layers import Moments, dropout, group_count
+from densenet_jax.models.normalisation import Normalisation, normalised_once
 from densenet_jax.models.readers import (
     Reader,
     ReaderGradients,
@@ -30,8 +30,8 @@ from densenet_jax.models.readers import (
     read_gradients_before_relu,
     rectifier_gradients,
     rectify,
-    sum_by_group,
-    sums_of_normalised,
+    sums_by_reader,
+    sums_of_gradient,
 )
 
 
@@ -86,17 +86,6 @@ class Residuals(NamedTuple):
     key: Array | None
 
 
-def _normalised(
-    x: Array, facts: Facts, normalises: bool, shift: Array | None, moments: Moments | None = None
-) -> tuple[Array, Moments]:
-    """x^ in x's dtype, and the moments; x itself with the moments that leave it alone where nothing normalises."""
-    if not normalises or shift is None:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return x, Moments(jnp.zeros((1, x.shape[-1]), wide), jnp.ones((1, x.shape[-1]), wide))
-    moments = moments or batch_moments(x, facts.options.norm.group_size, shift)
-    return normalise(x, moments, facts.options.norm.epsilon).astype(x.dtype), moments
-
-
 def _hidden(
     maps: Any, layer: Layer, key: Array | None, facts: Facts, shift: Array | None
 ) -> tuple[Array, Moments | None]:
@@ -122,7 +111,7 @@ def _forward(
 ) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
     keeps_hidden = not (options.remat or arithmetic.recomputes_hidden)
-    first, moments = _normalised(inputs, facts, facts.normalises, shifts.inputs)
+    first, moments = normalised_once(inputs, options.norm, facts.normalises, shifts.inputs)
     widths = [layer.first.scale.shape[0] for layer in layers]
     last = layers[-1].second or layers[-1].first
     maps = block_maps.begin(first, widths[-1] + last.kernel.shape[-1], arithmetic)
@@ -133,11 +122,12 @@ def _forward(
         if layer.second is not None:
             hidden_maps.append(out if keeps_hidden else None)
             normalises, shift = facts.normalises_hidden[index], shifts.hidden[index]
-            normalised, moments = _normalised(out, facts, normalises, shift, moments_of_out)
+            assert shift is not None
+            normalised, moments = normalised_once(out, options.norm, normalises, shift, moments_of_out)
             hidden_moments.append(moments)
             out = read(normalised, layer.second, arithmetic)
             out = dropout(out, options.dropout_rate, layer_key(own_key, 1))
-        normalised, moments = _normalised(out, facts, facts.normalises, shifts.outputs[index])
+        normalised, moments = normalised_once(out, options.norm, facts.normalises, shifts.outputs[index])
         all_moments.append(moments)
         maps = block_maps.put(maps, normalised, widths[index])
     if arithmetic.kernels != "xla":  # or XLA reads from the buffer as it was before the last layers, and copies it
@@ -170,13 +160,13 @@ def columns(moments: Moments, start: int, end: int) -> Moments:
 def _norm_of_maps(facts: Facts, saved: Residuals, cotangents: Outputs, start: int, end: int) -> Normalisation:
     """How some of the block's maps became x^."""
     epsilon = facts.options.norm.epsilon if facts.normalises else None
-    return Normalisation(columns(saved.moments, start, end), columns(cotangents.moments, start, end), epsilon)
+    return Normalisation(columns(saved.moments, start, end), epsilon, columns(cotangents.moments, start, end))
 
 
 def _norm_of_hidden(facts: Facts, saved: Residuals, cotangents: Outputs, index: int) -> Normalisation:
     """The same of what a layer's first convolution gave."""
     epsilon = facts.options.norm.epsilon if facts.normalises_hidden[index] else None
-    return Normalisation(saved.hidden_moments[index], cotangents.hidden_moments[index], epsilon)
+    return Normalisation(saved.hidden_moments[index], epsilon, cotangents.hidden_moments[index])
 
 
 def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
@@ -200,9 +190,7 @@ def _second_backward(
     facts: Facts, reader: Reader, norm: Normalisation, hidden: Array, gradient: Array
 ) -> tuple[Array, Reader]:
     """From a layer's raw output to what its second norm normalises."""
-    normalised, groups = hidden, norm.moments.mean.shape[0]
-    if norm.epsilon is not None:
-        normalised = normalise(hidden, norm.moments, norm.epsilon).astype(hidden.dtype)
+    normalised, groups = norm.apply(hidden), norm.moments.mean.shape[0]
     if facts.arithmetic.kernels == "xla":
         found = read_gradients(normalised, reader, gradient, groups, facts.arithmetic)
         of_normalised = found.inputs
@@ -212,8 +200,8 @@ def _second_backward(
         rectified = lax.optimization_barrier(rectified)
         activation = rectify(normalised, reader.scale, reader.bias)
         of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
-    raw = norm.gradient(of_normalised, normalised, sums_of_normalised(found, reader))
-    return raw.astype(normalised.dtype), _reader_gradients(found, reader)
+    raw = norm.gradient(of_normalised, normalised, sums_by_reader(reader.scale, found.scale, found.bias))
+    return raw, _reader_gradients(found, reader)
 
 
 def _layer_backward(
@@ -263,12 +251,8 @@ def _fused_layer_backward(
 
 def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
     groups = saved.moments.mean.shape[0]
-    total, dtype = cotangents.values, cotangents.values.dtype
-    width = total.shape[-1]
-    sums: tuple[Array, Array] = (
-        sum_by_group(total, groups),
-        sum_by_group(total.astype(jnp.promote_types(dtype, jnp.float32)) * block_maps.front(saved.maps, width), groups),
-    )
+    total, width = cotangents.values, cotangents.values.shape[-1]
+    sums = sums_of_gradient(total, block_maps.front(saved.maps, width), groups)
     layers: list[Layer] = []
 
     def raw_gradient(start: int, end: int) -> Array:
@@ -276,7 +260,6 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
         found = _norm_of_maps(facts, saved, cotangents, start, end).gradient(
             total[..., start:end], normalised, (sums[0][:, start:end], sums[1][:, start:end])
         )
-        found = found.astype(normalised.dtype)
         return lax.optimization_barrier(found) if facts.arithmetic.stores_gradients else found
 
     for index in reversed(range(len(saved.layers))):
@@ -289,7 +272,7 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
             found, layer = _fused_layer_backward(facts, saved, index, (total, sums), cotangents)
         layers.append(layer)
         total = found.inputs
-        own = sums_of_normalised(found, reader)
+        own = sums_by_reader(reader.scale, found.scale, found.bias)
         sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
         width = start
     return raw_gradient(0, width), tuple(reversed(layers)), None, None

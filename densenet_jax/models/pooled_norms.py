@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.indexed_pool import max_pool_gradient, max_pool_with_index
 from densenet_jax.models.layers import (
@@ -56,7 +57,7 @@ def read_pooled(x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmet
 
 @jax.custom_vjp
 def _rectified_average(x: Array, scale: Array, bias: Array) -> Float[Array, "b h2 w2 c"]:
-    rectified = rectify(x, scale, bias).astype(jnp.promote_types(x.dtype, jnp.float32))
+    rectified = rectify(x, scale, bias).astype(wide(x.dtype))
     height, width = (size // 2 * 2 for size in x.shape[1:3])
     corners = [rectified[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
     return (sum(corners[1:], corners[0]) * 0.25).astype(x.dtype)
@@ -107,7 +108,7 @@ def _strided_backward(saved: tuple[Array, Reader], gradient: Array) -> tuple[Arr
     rectified = rectify(x, scale, bias)
     _, pullback = jax.vjp(_strided, rectified, _quarters(kernel).astype(x.dtype))
     of_rectified, of_quarters = pullback(gradient)
-    of_kernel = of_quarters.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(axis=(0, 1), keepdims=True) * 0.25
+    of_kernel = of_quarters.astype(wide(x.dtype)).sum(axis=(0, 1), keepdims=True) * 0.25
     of_x, of_scale, of_bias = _rectifier_gradients(x, scale, bias, rectified, of_rectified)
     return of_x, Reader(of_scale, of_bias, of_kernel.astype(kernel.dtype))
 
@@ -166,11 +167,11 @@ def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents
     y, pooled, index, moments, scale, bias = saved
     gradient, of_moments = cotangents
     normalised = normalise(pooled, moments, options.epsilon)
-    wide, groups = normalised.dtype, moments.mean.shape[0]
+    kind, groups = normalised.dtype, moments.mean.shape[0]
     is_open = scale_shift(normalised, scale, bias, y.dtype) > 0
-    gradient = jnp.where(is_open, gradient.astype(wide), jnp.zeros_like(normalised))
+    gradient = jnp.where(is_open, gradient.astype(kind), jnp.zeros_like(normalised))
     of_scale, of_bias = sum_by_group(gradient * normalised, groups), sum_by_group(gradient, groups)
-    factor = scale.astype(wide)[None, :]
+    factor = scale.astype(kind)[None, :]
     of_pooled = (gradient * factor[:, None, None, :]).astype(y.dtype)
     if by_index:  # each is read by four places, for which it is not to be computed again
         spread = max_pool_gradient(index, lax.optimization_barrier(of_pooled), *y.shape[1:3])
@@ -179,7 +180,7 @@ def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents
     # Every pooled gradient went to one value of y, so that the sums over y are those over what was pooled.
     sums = (of_bias * factor, of_scale * factor)
     whole = normalise(y, moments, options.epsilon)
-    of_y = Normalisation(moments, of_moments, options.epsilon).gradient(spread, whole, sums)
+    of_y = Normalisation(moments, options.epsilon, of_moments).gradient(spread, whole, sums)
     return of_y.astype(y.dtype), of_scale.sum(axis=0).astype(scale.dtype), of_bias.sum(axis=0).astype(bias.dtype), None
 
 

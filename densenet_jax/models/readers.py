@@ -2,7 +2,7 @@
 
 The derivative recomputes the rectified values instead of storing them. What a batch norm's own derivative needs over
 the whole batch, the sums of the gradient and of the gradient times x^, are the gradients of bias and scale: they come
-either from passes over the gradient, or from the same product that gives the kernel's gradient (`Arithmetic.sums`).
+from passes over the gradient, or from the kernels that compute it.
 """
 
 from __future__ import annotations
@@ -159,10 +159,19 @@ def rectifier_gradients(
     return opened * scale.astype(kind)[None, None, None, :], of_scale, of_bias
 
 
-def sums_of_normalised(found: ReaderGradients, reader: Reader) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
-    """Of the gradient of x^ that a reader gives, and of it times x^, over the examples of each group."""
-    scale = reader.scale.astype(found.scale.dtype)[None, :]
-    return found.bias * scale, found.scale * scale
+def sums_of_gradient(
+    gradient: Float[Array, "b h w c"], normalised: Float[Array, "b h w c"], groups: int
+) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
+    """Of a gradient of x^, and of it times x^, over the examples of each group."""
+    return sum_by_group(gradient, groups), sum_by_group(gradient.astype(wide(gradient.dtype)) * normalised, groups)
+
+
+def sums_by_reader(
+    scale: Float[Array, " c"], of_scale: Float[Array, "g c"], of_bias: Float[Array, "g c"]
+) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
+    """The same of the gradient that a reader gives, by the gradients of its scale and bias."""
+    scale = scale.astype(of_scale.dtype)[None, :]
+    return of_bias * scale, of_scale * scale
 
 
 def adds_in_place(x: Array, total: Array, reader: Reader, groups: int) -> bool:

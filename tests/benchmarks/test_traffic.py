@@ -75,3 +75,11 @@ def test_the_columns(tmp_path):
         assert row["temp_bytes"] >= 0  # so small a step may need none
         assert row["memory_bytes_per_image"] > 8 * 8 * 3 * 2  # the image at least
     assert "MB/image" in done.stdout
+    without = [row for row in content["rows"] if row["form"] != "plain"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**content, "rows": without}, file)
+    again = run(*tiny, "--output", path, "--resume")
+    assert again.stderr == "densenet_bc_22_12, 8 px, batch 8, v5e, plain\n"
+    with open(path, encoding="utf-8") as file:
+        assert json.load(file)["rows"] == content["rows"]
+    assert again.stdout == done.stdout
