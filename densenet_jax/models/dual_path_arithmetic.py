@@ -20,10 +20,11 @@ from jaxtyping import Array
 
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
-from densenet_jax.models.layers import Moments
-from densenet_jax.models.normalisation import Normalisation, normalised_once
+from densenet_jax.models.layers import Moments, group_count
+from densenet_jax.models.normalisation import Normalisation, norm_of
 from densenet_jax.models.readers import Reader, sums_by_reader, sums_of_gradient
 from densenet_jax.models.split_readers import (
+    Into,
     MultiGradients,
     MultiReader,
     read_grouped,
@@ -140,6 +141,7 @@ def joined(moments: Sequence[Moments]) -> Moments:
 def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Maps) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
     ends = _dense_ends(blocks)
+    batch_groups = group_count(inputs.shape[0], options.norm.group_size)
     second: list[Array | None] = []
     third: list[Array | None] = []
     residuals: list[Array] = []
@@ -148,25 +150,33 @@ def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Map
     total: Array | None = None
     for index, block in enumerate(blocks):
         stride = 1 if index else options.stride
+        of_second = shifts.second[index] if facts.normalises_second[index] else None
+        of_third = shifts.third[index] if facts.normalises_third[index] else None
+        of_paths = [kind[index] if facts.normalises else None for kind in (shifts.residual, shifts.dense)]
         parts = _parts(facts, inputs, residuals[-1] if index else None, dense, ends[index - 1])
-        (out,) = read_parts(parts, block.first, arithmetic)
+        ((out, known),) = read_parts(parts, block.first, (Into(shift=of_second),), batch_groups, arithmetic)
         second.append(None if options.remat else out)
-        out, of_second = normalised_once(out, options.norm, facts.normalises_second[index], shifts.second[index])
-        out = read_grouped(out, block.second, stride, options.groups)
+        norm = norm_of(out, options.norm, of_second, known)
+        moments_of_block = [norm.moments]
+        out, known = read_grouped(out, block.second, stride, options.groups, of_third, batch_groups, arithmetic, norm)
         third.append(None if options.remat else out)
-        out, of_third = normalised_once(out, options.norm, facts.normalises_third[index], shifts.third[index])
-        new, new_dense = read_parts((out,), block.third, arithmetic)
+        norm = norm_of(out, options.norm, of_third, known)
+        moments_of_block.append(norm.moments)
+        shortcut = None
         if block.projection is not None:
-            shortcut, width = read_grouped(inputs, block.projection, stride, 1), new.shape[-1]
-            total = shortcut[..., :width]
-            new_dense = jnp.concatenate([shortcut[..., width:], new_dense], axis=-1)
+            shortcut, _ = read_grouped(inputs, block.projection, stride, 1, None, batch_groups, arithmetic)
+            total = shortcut[..., : block.third.kernels[0].shape[-1]]
         assert total is not None
-        total = total + new
-        x, of_residual = normalised_once(total, options.norm, facts.normalises, shifts.residual[index])
-        residuals.append(x)
-        x, of_dense = normalised_once(new_dense, options.norm, facts.normalises, shifts.dense[index])
-        dense = _put(dense, x, ends[index] - x.shape[-1], ends[-1], arithmetic)
-        seen.append((of_second, of_third, of_residual, of_dense))
+        into = (Into(total, of_paths[0]), Into(shift=None if shortcut is not None else of_paths[1]))
+        (total, of_total), (new, of_new) = read_parts((out,), block.third, into, batch_groups, arithmetic, norm)
+        if shortcut is not None:
+            new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
+        norm = norm_of(total, options.norm, of_paths[0], of_total)
+        residuals.append(norm.apply(total))
+        moments_of_block.append(norm.moments)
+        norm = norm_of(new, options.norm, of_paths[1], of_new)
+        dense = _put(dense, norm.apply(new), ends[index] - new.shape[-1], ends[-1], arithmetic)
+        seen.append((*moments_of_block, norm.moments))
     moments = Maps(*zip(*seen, strict=True))
     values = jnp.concatenate([residuals[-1], _columns(dense, 0, ends[-1])], axis=-1)
     outputs = Outputs(values, joined([moments.residual[-1], *moments.dense]), moments)
@@ -192,18 +202,20 @@ def _norm(facts: Facts, moments: Moments, normalises: bool, of_moments: Moments 
     return Normalisation(moments, facts.options.norm.epsilon if normalises else None, of_moments)
 
 
-def _hidden(
-    facts: Facts, saved: Residuals, index: int, parts: Sequence[Array], norms: tuple[Normalisation, Normalisation]
-) -> tuple[Array, Array]:
-    """x^ of what the second and the third convolution of a block read; norms are theirs."""
-    options, block = facts.options, saved.blocks[index]
+def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
+    """What the second and the third convolution of a block read, before their norms."""
+    options, block, arithmetic = facts.options, saved.blocks[index], facts.arithmetic
     second, third = saved.second[index], saved.third[index]
     if second is None:
-        (second,) = read_parts(parts, block.first, facts.arithmetic)
-    second = norms[0].apply(second)
+        ((second, _),) = read_parts(parts, block.first, (Into(),), 1, arithmetic)
     if third is None:
-        third = read_grouped(second, block.second, 1 if index else options.stride, options.groups)
-    return second, norms[1].apply(third)
+        norm, stride = _norm_of_second(facts, saved, index), 1 if index else options.stride
+        third, _ = read_grouped(second, block.second, stride, options.groups, None, 1, arithmetic, norm)
+    return second, third
+
+
+def _norm_of_second(facts: Facts, saved: Residuals, index: int) -> Normalisation:
+    return _norm(facts, saved.seen.second[index], facts.normalises_second[index])
 
 
 def _summed(found: MultiGradients) -> MultiReader:
@@ -216,15 +228,19 @@ def _body_backward(
 ) -> tuple[Array, Reader, MultiReader]:
     """From what a block adds to the two paths to the output of its first convolution."""
     options, block = facts.options, saved.blocks[index]
-    of_second = _norm(facts, saved.seen.second[index], facts.normalises_second[index])
+    of_second = _norm_of_second(facts, saved, index)
     of_third = _norm(facts, saved.seen.third[index], facts.normalises_third[index])
-    second, third = _hidden(facts, saved, index, parts, (of_second, of_third))
+    second, third = _hidden(facts, saved, index, parts)
     groups = of_third.moments.mean.shape[0]
-    found = read_parts_gradients((third,), block.third, gradients, groups, facts.arithmetic)
-    raw = of_third.gradient(found.inputs[0], third, sums_by_reader(block.third.scale, found.scale, found.bias))
+    found = read_parts_gradients((third,), block.third, gradients, groups, facts.arithmetic, of_third)
+    sums = sums_by_reader(block.third.scale, found.scale, found.bias)
+    raw = of_third.gradient(found.inputs[0], of_third.apply(third), sums)
     groups, stride = of_second.moments.mean.shape[0], 1 if index else options.stride
-    grouped = read_grouped_gradients(second, block.second, raw, groups, stride, options.groups)
-    raw = of_second.gradient(grouped.inputs, second, sums_by_reader(block.second.scale, grouped.scale, grouped.bias))
+    grouped = read_grouped_gradients(
+        second, block.second, raw, stride, options.groups, groups, facts.arithmetic, of_second
+    )
+    sums = sums_by_reader(block.second.scale, grouped.scale, grouped.bias)
+    raw = of_second.gradient(grouped.inputs, of_second.apply(second), sums)
     own = Reader(grouped.scale.sum(axis=0), grouped.bias.sum(axis=0), grouped.kernel)
     return raw, own, _summed(found)
 
@@ -237,13 +253,18 @@ def _first_backward(
     normalised, moments = saved.residual[index - 1], saved.seen.residual[index - 1]
     width = normalised.shape[-1]
     parts = _parts(facts, saved.inputs, normalised, saved.dense, end)
-    found = read_parts_gradients(parts, reader, (gradient,), moments.mean.shape[0], facts.arithmetic)
-    joined_inputs = found.inputs[0]
-    of_residual, of_dense = found.inputs if len(parts) > 1 else (joined_inputs[..., :width], joined_inputs[..., width:])
+    totals = (None, back.dense if facts.arithmetic.library else None)
+    groups = moments.mean.shape[0]
+    found = read_parts_gradients(parts, reader, (gradient,), groups, facts.arithmetic, totals=totals)
     sums = sums_by_reader(reader.scale, found.scale, found.bias)
     own = (sums[0][:, :width], sums[1][:, :width])
+    of_residual = found.inputs[0][..., :width]
     raw = _norm(facts, moments, facts.normalises).gradient(of_residual, normalised, own)
-    dense = (back.dense[..., :end].astype(of_dense.dtype) + of_dense).astype(back.dense.dtype)
+    if len(parts) > 1 and facts.arithmetic.library:
+        dense = found.inputs[1]
+    else:
+        of_dense = found.inputs[1] if len(parts) > 1 else found.inputs[0][..., width:]
+        dense = (back.dense[..., :end].astype(of_dense.dtype) + of_dense).astype(back.dense.dtype)
     added = (back.dense_sums[0][:, :end] + sums[0][:, width:], back.dense_sums[1][:, :end] + sums[1][:, width:])
     return _Open(back.residual + raw, dense, added), _summed(found)
 
@@ -255,7 +276,7 @@ def _entry_backward(
     block, inputs = saved.blocks[0], saved.inputs
     assert block.projection is not None
     found = read_parts_gradients((inputs,), block.first, (gradient,), 1, facts.arithmetic)
-    other = read_grouped_gradients(inputs, block.projection, shortcut, 1, facts.options.stride, 1)
+    other = read_grouped_gradients(inputs, block.projection, shortcut, facts.options.stride, 1, 1, facts.arithmetic)
     projection = Reader(other.scale.sum(axis=0), other.bias.sum(axis=0), other.kernel)
     return (found.inputs[0] + other.inputs).astype(inputs.dtype), _summed(found), projection
 

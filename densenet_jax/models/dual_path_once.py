@@ -24,7 +24,7 @@ from densenet_jax.models.dual_path_stage import (
     StageResult,
 )
 from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, fold_running
-from densenet_jax.models.normalisation import Normalisation, normalised_once
+from densenet_jax.models.normalisation import Normalisation, norm_of
 from densenet_jax.models.readers import Reader, sums_of_gradient
 from densenet_jax.models.split_readers import MultiReader
 
@@ -32,7 +32,8 @@ from densenet_jax.models.split_readers import MultiReader
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalise_map(options: NormOptions, x: Array, shift: Array) -> tuple[Array, Moments]:
     """x^ in x's dtype and the moments of x; x^ is all that is kept."""
-    return normalised_once(x, options, True, shift)
+    norm = norm_of(x, options, shift)
+    return norm.apply(x), norm.moments
 
 
 def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:

@@ -11,25 +11,6 @@ from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.layers import Moments, NormOptions, batch_moments, normalise, per_example
 
 
-def normalised_once(
-    x: Float[Array, "b h w c"], options: NormOptions, normalises: bool, shift: Array, moments: Moments | None = None
-) -> tuple[Float[Array, "b h w c"], Moments]:
-    """x^ in x's dtype, and the moments of x.
-
-    Args:
-      x: the map.
-      options: of its norms.
-      normalises: False where these are frozen: then x^ is x itself, and the moments are those that leave it alone.
-      shift: float[c] near the mean, that moments are taken about.
-      moments: of x, where they are known.
-    """
-    if not normalises:
-        kind = wide(x.dtype)
-        return x, Moments(jnp.zeros((1, x.shape[-1]), kind), jnp.ones((1, x.shape[-1]), kind))
-    moments = moments or batch_moments(x, options.group_size, shift)
-    return Normalisation(moments, options.epsilon).apply(x), moments
-
-
 class Normalisation(NamedTuple):
     """How maps became x^.
 
@@ -100,3 +81,21 @@ class Normalisation(NamedTuple):
             of_mean = of_mean - self.of_moments.mean * deviation
             of_values = of_values - 2 * self.of_moments.variance * deviation**2
         return 1 / deviation, of_mean / count, of_values / count
+
+
+def norm_of(
+    x: Float[Array, "b h w c"], options: NormOptions, shift: Array | None, moments: Moments | None = None
+) -> Normalisation:
+    """How a map becomes x^.
+
+    Args:
+      x: the map.
+      options: of its norms.
+      shift: float[c] near the mean, that moments are taken about; None: the norms are frozen, x^ is the map itself, and
+        the moments are those that leave it alone.
+      moments: of x, where they are known.
+    """
+    if shift is None:
+        kind = wide(x.dtype)
+        return Normalisation(Moments(jnp.zeros((1, x.shape[-1]), kind), jnp.ones((1, x.shape[-1]), kind)), None)
+    return Normalisation(moments or batch_moments(x, options.group_size, shift), options.epsilon)

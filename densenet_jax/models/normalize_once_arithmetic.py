@@ -19,15 +19,15 @@ from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dense_block import BlockOptions, layer_key
 from densenet_jax.models.fused_layer import layer_gradients
 from densenet_jax.models.layers import Moments, dropout, group_count
-from densenet_jax.models.normalisation import Normalisation, normalised_once
+from densenet_jax.models.normalisation import Normalisation, norm_of
 from densenet_jax.models.readers import (
     Reader,
     ReaderGradients,
     add_read_gradients,
     adds_in_place,
-    read,
     read_gradients,
     read_gradients_before_relu,
+    read_with_moments,
     rectifier_gradients,
     rectify,
     sums_by_reader,
@@ -86,24 +86,34 @@ class Residuals(NamedTuple):
     key: Array | None
 
 
+def _dropped(
+    out: Array, moments: Moments | None, options: BlockOptions, key: Array | None
+) -> tuple[Array, Moments | None]:
+    """The map with some of it dropped, of which nothing is known then."""
+    if key is None or not options.dropout_rate:
+        return out, moments
+    return dropout(out, options.dropout_rate, key), None
+
+
 def _hidden(
     maps: Any, layer: Layer, key: Array | None, facts: Facts, shift: Array | None
 ) -> tuple[Array, Moments | None]:
-    """What a layer's first convolution gives, dropped from if that is asked for, and moments where they come free."""
-    options = facts.options
-    if facts.arithmetic.kernels != "xla":
+    """What a layer's first convolution gives, and its moments about shift where they come with it."""
+    options, arithmetic = facts.options, facts.arithmetic
+    found: tuple[Array, Moments | None]
+    if arithmetic.kernels != "xla":
         shift = jnp.zeros(layer.first.kernel.shape[-1], jnp.float32) if shift is None else shift
         groups = group_count(maps.shape[0], options.norm.group_size)
-        out, moments = fused_reader.read_with_moments(maps, layer.first, groups, shift, facts.arithmetic)
-        if options.dropout_rate and options.dropout_every_convolution and key is not None:
-            return dropout(out, options.dropout_rate, layer_key(key, 0)), None
-        return out, moments
-    out = read(block_maps.readable(maps, layer.first.scale.shape[0], facts.arithmetic), layer.first, facts.arithmetic)
-    if facts.arithmetic.layer_gradients == "pallas":
-        out = laid_out(out)
+        found = fused_reader.read_with_moments(maps, layer.first, groups, shift, arithmetic)
+    else:
+        front = block_maps.readable(maps, layer.first.scale.shape[0], arithmetic)
+        groups = group_count(front.shape[0], options.norm.group_size)
+        found = read_with_moments(front, layer.first, shift, groups, arithmetic)
+        if arithmetic.layer_gradients == "pallas":
+            found = laid_out(found[0]), found[1]
     if layer.second is None:
-        return dropout(out, options.dropout_rate, key), None
-    return dropout(out, options.dropout_rate, layer_key(key, 0)) if options.dropout_every_convolution else out, None
+        return _dropped(*found, options, key)
+    return _dropped(*found, options, layer_key(key, 0) if options.dropout_every_convolution else None)
 
 
 def _forward(
@@ -111,25 +121,28 @@ def _forward(
 ) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
     keeps_hidden = not (options.remat or arithmetic.recomputes_hidden)
-    first, moments = normalised_once(inputs, options.norm, facts.normalises, shifts.inputs)
+    groups = group_count(inputs.shape[0], options.norm.group_size)
+    first = norm_of(inputs, options.norm, shifts.inputs if facts.normalises else None)
     widths = [layer.first.scale.shape[0] for layer in layers]
     last = layers[-1].second or layers[-1].first
-    maps = block_maps.begin(first, widths[-1] + last.kernel.shape[-1], arithmetic)
-    all_moments, hidden_maps, hidden_moments = [moments], [], []
+    maps = block_maps.begin(first.apply(inputs), widths[-1] + last.kernel.shape[-1], arithmetic)
+    all_moments, hidden_maps, hidden_moments = [first.moments], [], []
     for index, layer in enumerate(layers):
         own_key = layer_key(key, index)
-        out, moments_of_out = _hidden(maps, layer, own_key, facts, shifts.hidden[index])
-        if layer.second is not None:
+        shift = shifts.outputs[index] if facts.normalises else None
+        if layer.second is None:
+            out, moments = _hidden(maps, layer, own_key, facts, shift)
+        else:
+            hidden_shift = shifts.hidden[index] if facts.normalises_hidden[index] else None
+            out, moments = _hidden(maps, layer, own_key, facts, hidden_shift)
             hidden_maps.append(out if keeps_hidden else None)
-            normalises, shift = facts.normalises_hidden[index], shifts.hidden[index]
-            assert shift is not None
-            normalised, moments = normalised_once(out, options.norm, normalises, shift, moments_of_out)
-            hidden_moments.append(moments)
-            out = read(normalised, layer.second, arithmetic)
-            out = dropout(out, options.dropout_rate, layer_key(own_key, 1))
-        normalised, moments = normalised_once(out, options.norm, facts.normalises, shifts.outputs[index])
-        all_moments.append(moments)
-        maps = block_maps.put(maps, normalised, widths[index])
+            norm = norm_of(out, options.norm, hidden_shift, moments)
+            hidden_moments.append(norm.moments)
+            out, moments = read_with_moments(out, layer.second, shift, groups, arithmetic, norm)
+            out, moments = _dropped(out, moments, options, layer_key(own_key, 1))
+        norm = norm_of(out, options.norm, shift, moments)
+        all_moments.append(norm.moments)
+        maps = block_maps.put(maps, norm.apply(out), widths[index])
     if arithmetic.kernels != "xla":  # or XLA reads from the buffer as it was before the last layers, and copies it
         maps = lax.optimization_barrier(maps)
     joined = Moments(*(jnp.concatenate(parts, axis=-1) for parts in zip(*all_moments, strict=True)))
@@ -192,7 +205,7 @@ def _second_backward(
     """From a layer's raw output to what its second norm normalises."""
     normalised, groups = norm.apply(hidden), norm.moments.mean.shape[0]
     if facts.arithmetic.kernels == "xla":
-        found = read_gradients(normalised, reader, gradient, groups, facts.arithmetic)
+        found = read_gradients(hidden, reader, gradient, groups, facts.arithmetic, norm)
         of_normalised = found.inputs
     else:
         rectified, found = read_gradients_before_relu(normalised, reader, gradient, groups, facts.arithmetic)

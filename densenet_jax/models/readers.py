@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.cpu import convolution
 from densenet_jax.kernels.cpu import reader as cpu
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import convolve, scale_shift
+from densenet_jax.models.layers import Moments, convolve, scale_shift
+from densenet_jax.models.normalisation import Normalisation
 
 
 class Reader(NamedTuple):
@@ -43,15 +45,18 @@ class ReaderGradients(NamedTuple):
     kernel: Array
 
 
-def _is_dot(kernel: Array, arithmetic: Arithmetic) -> bool:
-    return arithmetic.pointwise == "dot" and kernel.shape[:2] == (1, 1)
+def _is_dot(x: Array, kernel: Array, arithmetic: Arithmetic) -> bool:
+    """Whether a convolution is a product of matrices; the CPU's library, where it is there, is no slower than XLA's."""
+    if arithmetic.pointwise != "dot" or kernel.shape[:2] != (1, 1):
+        return False
+    return not (arithmetic.library and convolution.usable(x, kernel.astype(x.dtype)))
 
 
 def contract(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], arithmetic: Arithmetic
 ) -> Float[Array, "b h w o"]:
     """The convolution that keeps the map's size."""
-    if _is_dot(kernel, arithmetic):
+    if _is_dot(x, kernel, arithmetic):
         return lax.dot_general(x, kernel[0, 0].astype(x.dtype), (((3,), (0,)), ((), ())))
     return convolve(x, kernel, padding=kernel.shape[0] // 2)
 
@@ -59,7 +64,7 @@ def contract(
 def _contract_inputs_gradient(
     gradient: Float[Array, "b h w o"], kernel: Float[Array, "k k c o"], arithmetic: Arithmetic
 ) -> Float[Array, "b h w c"]:
-    if _is_dot(kernel, arithmetic):
+    if _is_dot(gradient, kernel, arithmetic):
         return lax.dot_general(gradient, kernel[0, 0].astype(gradient.dtype), (((3,), (1,)), ((), ())))
     inputs = jnp.zeros((*gradient.shape[:3], kernel.shape[2]), gradient.dtype)
     _, pullback = jax.vjp(lambda x: contract(x, kernel, arithmetic), inputs)
@@ -70,11 +75,12 @@ def _contract_kernel_gradient(
     x: Float[Array, "b h w c"], gradient: Float[Array, "b h w o"], size: int, arithmetic: Arithmetic
 ) -> Float[Array, "k k c o"]:
     """In float32 or wider where the product allows it, else in the activations' dtype."""
-    shape = (size, size, x.shape[3], gradient.shape[3])
-    if size == 1 and arithmetic.pointwise == "dot":
+    kernel = jnp.zeros((size, size, x.shape[3], gradient.shape[3]), x.dtype)
+    if _is_dot(x, kernel, arithmetic):
         dimensions = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        return lax.dot_general(x, gradient, dimensions, preferred_element_type=wide(x.dtype)).reshape(shape)
-    _, pullback = jax.vjp(lambda kernel: contract(x, kernel, arithmetic), jnp.zeros(shape, x.dtype))
+        found = lax.dot_general(x, gradient, dimensions, preferred_element_type=wide(x.dtype))
+        return found.reshape(kernel.shape)
+    _, pullback = jax.vjp(lambda kernel: contract(x, kernel, arithmetic), kernel)
     return pullback(gradient)[0].astype(wide(x.dtype))
 
 
@@ -83,21 +89,84 @@ def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[A
     return jax.nn.relu(scale_shift(x, scale, bias, x.dtype))
 
 
-def read(x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic) -> Float[Array, "b h w o"]:
-    """The reader's output, of a normalised map; x may have more channels than the reader, which come after."""
+def read(
+    x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic, norm: Normalisation | None = None
+) -> Float[Array, "b h w o"]:
+    """What a reader gives of a map, which norm normalises before; without one it is x^ already.
+
+    The map may have more channels than the reader, which come after.
+    """
+    x, norm = of_one_norm(x, norm)
     if arithmetic.library and is_read_by_library(x, reader):
-        return cpu.read(*_operands(x, reader))
+        return cpu.read(x, reading_of(x, reader, norm))
     x = x[..., : reader.scale.shape[0]]
-    return contract(rectify(x, reader.scale, reader.bias), reader.kernel, arithmetic)
+    return contract(rectify(normalised(x, norm), reader.scale, reader.bias), reader.kernel, arithmetic)
+
+
+def read_with_moments(
+    x: Float[Array, "b h w c"],
+    reader: Reader,
+    shift: Float[Array, " o"] | None,
+    groups: int,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
+    total: Float[Array, "b h w o"] | None = None,
+) -> tuple[Float[Array, "b h w o"], Moments | None]:
+    """`read`, added to total, and the moments of the sum where they come with it: by the CPU's library.
+
+    Args:
+      x: what is read.
+      reader: with what.
+      shift: that moments are taken about; None: none are wanted.
+      groups: of examples whose moments are wanted.
+      arithmetic: how.
+      norm: as for `read`.
+      total: what is added to, in place where nothing else reads it; None is nothing.
+    """
+    by_library = arithmetic.library and is_read_by_library(x, reader)
+    if not by_library or (total is None and (shift is None or groups > 1)):
+        out = read(x, reader, arithmetic, norm)
+        return out if total is None else total + out, None
+    x, norm = of_one_norm(x, norm)
+    reading, about = reading_of(x, reader, norm), jnp.zeros(reader.kernel.shape[-1]) if shift is None else shift
+    if total is None:
+        out, first, second = cpu.read_with_moments(x, reading, about.astype(x.dtype))
+    else:
+        out, first, second = cpu.add_read_with_moments(total, x, reading, about.astype(x.dtype))
+    return out, None if shift is None or groups > 1 else moments_of_sums(first, second, shift, out)
+
+
+def of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisation | None]:
+    """The map, normalised where its examples have several norms, and the one norm that is left to apply."""
+    if norm is None or norm.moments.mean.shape[0] == 1:
+        return x, norm
+    return norm.apply(x), None
+
+
+def moments_of_sums(total: Array, square: Array, shift: Array, out: Float[Array, "b h w c"]) -> Moments:
+    """Of a map, from the sums over all positions of it less shift and of the square of that."""
+    count = out.size // out.shape[-1]
+    mean = total / count
+    variance = jnp.maximum(square / count - jnp.square(mean), 0)
+    return Moments((mean + shift.astype(mean.dtype))[None, :], variance[None, :])
+
+
+def normalised(x: Float[Array, "b h w c"], norm: Normalisation | None) -> Float[Array, "b h w c"]:
+    """x^ of a map, or the map."""
+    return x if norm is None else norm.apply(x)
 
 
 def is_read_by_library(x: Array, reader: Reader) -> bool:
     """Whether the CPU's library is there and knows these operands; shapes and dtypes are all that is looked at."""
-    return cpu.usable(*_operands(x, reader))
+    return cpu.usable(x, reading_of(x, reader))
 
 
-def _operands(x: Array, reader: Reader) -> tuple[Array, Array, Array, Array]:
-    return x, reader.scale.astype(x.dtype), reader.bias.astype(x.dtype), reader.kernel.astype(x.dtype)
+def reading_of(x: Array, reader: Reader, norm: Normalisation | None = None) -> cpu.Reading:
+    """A reader's arrays as the library takes them, with those of the norm before it, all of whose examples are one."""
+    mean = reciprocal = jnp.zeros((0,), x.dtype)
+    if norm is not None and norm.epsilon is not None:
+        mean, reciprocal = (array[0].astype(x.dtype) for array in norm.mean_and_reciprocal())
+    return cpu.Reading(mean, reciprocal, *(array.astype(x.dtype) for array in reader))
 
 
 def sum_by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
@@ -112,6 +181,7 @@ def read_gradients(
     gradient: Float[Array, "b h w o"],
     groups: int,
     arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
 ) -> ReaderGradients:
     """The derivative of `read`.
 
@@ -121,12 +191,16 @@ def read_gradients(
       gradient: of the output.
       groups: of examples that scale and bias gradients are wanted for.
       arithmetic: how.
+      norm: as for `read`.
     """
-    operands = _operands(x, reader)
-    if arithmetic.library and groups == 1 and cpu.usable(*operands):
-        of_x, of_scale, of_bias, of_kernel = cpu.gradients(*operands, gradient)
-        return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
-    return read_gradients_before_relu(x, reader, gradient, groups, arithmetic)[1]
+    if arithmetic.library and groups == 1 and is_read_by_library(x, reader):
+        return of_one_group(*cpu.gradients(x, reading_of(x, reader, norm), gradient))
+    return read_gradients_before_relu(normalised(x, norm), reader, gradient, groups, arithmetic)[1]
+
+
+def of_one_group(of_x: Array, of_scale: Array, of_bias: Array, of_kernel: Array) -> ReaderGradients:
+    """Gradients that the library gives of one group of examples."""
+    return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
 
 
 def read_gradients_before_relu(
@@ -176,15 +250,15 @@ def sums_by_reader(
 
 def adds_in_place(x: Array, total: Array, reader: Reader, groups: int) -> bool:
     """Whether the CPU's library takes these operands of `add_read_gradients`."""
-    return groups == 1 and total.dtype == x.dtype and cpu.usable(*_operands(x, reader))
+    return groups == 1 and total.dtype == x.dtype and is_read_by_library(x, reader)
 
 
 def add_read_gradients(
     total: Float[Array, "b h w c2"],
-    x: Float[Array, "b h w c2"],
+    x: Float[Array, "b h w c3"],
     reader: Reader,
     gradient: Float[Array, "b h w o"],
+    norm: Normalisation | None = None,
 ) -> ReaderGradients:
     """`read_gradients` with its inputs those of all readers so far: total, with this one's part added in place."""
-    added, of_scale, of_bias, of_kernel = cpu.add_gradients(total, *_operands(x, reader), gradient)
-    return ReaderGradients(added, of_scale[None, :], of_bias[None, :], of_kernel)
+    return of_one_group(*cpu.add_gradients(total, x, reading_of(x, reader, norm), gradient))

@@ -11,16 +11,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.cpu import reader as cpu
+from densenet_jax.kernels.cpu.convolution import dilated
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import convolve
+from densenet_jax.models.layers import Moments, convolve
+from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import (
     Reader,
     ReaderGradients,
+    add_read_gradients,
+    adds_in_place,
     contract,
-    read,
+    is_read_by_library,
+    moments_of_sums,
+    normalised,
+    of_one_group,
+    of_one_norm,
     read_gradients,
+    read_with_moments,
+    reading_of,
     rectifier_gradients,
     rectify,
 )
@@ -59,18 +71,47 @@ def _pieces(parts: Sequence[Array], reader: MultiReader) -> Iterator[tuple[Array
         start = end
 
 
+class Into(NamedTuple):
+    """Where a reader's output goes.
+
+    Attributes:
+      total: what it is added to; None is nothing.
+      shift: that moments of the sum are taken about; None: none are wanted.
+    """
+
+    total: Array | None = None
+    shift: Array | None = None
+
+
 def read_parts(
-    parts: Sequence[Float[Array, "b h w _"]], reader: MultiReader, arithmetic: Arithmetic
-) -> tuple[Float[Array, "b h w _"], ...]:
-    """One output a kernel, of a normalised map whose channels are those of its parts, one after the other."""
-    products = [
-        [read(part, Reader(own.scale, own.bias, kernel), arithmetic) for kernel in own.kernels]
-        for part, own in _pieces(parts, reader)
-    ]
-    outputs = products[0]
-    for more in products[1:]:
-        outputs = [a + b for a, b in zip(outputs, more, strict=True)]
-    return tuple(outputs)
+    parts: Sequence[Float[Array, "b h w _"]],
+    reader: MultiReader,
+    into: Sequence[Into],
+    groups: int,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
+) -> tuple[tuple[Float[Array, "b h w _"], Moments | None], ...]:
+    """One output a kernel, of a map whose channels are those of its parts, and its moments where they come with it.
+
+    Args:
+      parts: of the map, one after the other.
+      reader: with what.
+      into: where each output goes.
+      groups: of examples whose moments are wanted.
+      arithmetic: how.
+      norm: what makes x^ of the map, which has one part then; None: it is that already.
+    """
+    pieces = list(_pieces(parts, reader))
+    found = []
+    for number, (total, shift) in enumerate(into):
+        moments = None
+        for part, own in pieces:
+            one = Reader(own.scale, own.bias, own.kernels[number])
+            about = shift if part is parts[-1] else None
+            total, moments = read_with_moments(part, one, about, groups, arithmetic, norm, total)
+        assert total is not None
+        found.append((total, moments))
+    return tuple(found)
 
 
 def read_parts_gradients(
@@ -79,6 +120,8 @@ def read_parts_gradients(
     gradients: Sequence[Float[Array, "b h w _"]],
     groups: int,
     arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
+    totals: Sequence[Array | None] = (None, None),
 ) -> MultiGradients:
     """The derivative of `read_parts`.
 
@@ -88,8 +131,14 @@ def read_parts_gradients(
       gradients: of each output.
       groups: of examples that scale and bias gradients are wanted for.
       arithmetic: how.
+      norm: as for `read_parts`.
+      totals: what the gradients of each part's channels are added to, in place where nothing else reads it; it may have
+        more channels, which come after.
     """
-    found = [_part_gradients(part, own, gradients, groups, arithmetic) for part, own in _pieces(parts, reader)]
+    found = [
+        _part_gradients(part, own, gradients, groups, arithmetic, norm, total)
+        for (part, own), total in zip(_pieces(parts, reader), totals, strict=False)
+    ]
     return MultiGradients(
         tuple(one.inputs[0] for one in found),
         jnp.concatenate([one.scale for one in found], axis=-1),
@@ -99,42 +148,110 @@ def read_parts_gradients(
 
 
 def _part_gradients(
-    x: Array, reader: MultiReader, gradients: Sequence[Array], groups: int, arithmetic: Arithmetic
+    x: Array,
+    reader: MultiReader,
+    gradients: Sequence[Array],
+    groups: int,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None,
+    total: Array | None,
 ) -> MultiGradients:
-    found = [
-        read_gradients(x, Reader(reader.scale, reader.bias, kernel), gradient, groups, arithmetic)
-        for kernel, gradient in zip(reader.kernels, gradients, strict=True)
-    ]
-    kernels = tuple(one.kernel for one in found)
-    if arithmetic.library or len(found) == 1:
-        inputs, scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[:3] for one in found), strict=True))
-        return MultiGradients((inputs,), scale, bias, kernels)
-    # Of the kernels' input gradients the sum is masked and summed over once; what stands unused above is not compiled.
-    x = x[..., : reader.scale.shape[0]]
+    readers = [Reader(reader.scale, reader.bias, kernel) for kernel in reader.kernels]
+    if arithmetic.library or len(readers) == 1:
+        found = []
+        for one, gradient in zip(readers, gradients, strict=True):
+            if total is not None and arithmetic.library and adds_in_place(x, total, one, groups):
+                found.append(add_read_gradients(total, x, one, gradient, norm))
+            else:
+                own = read_gradients(x, one, gradient, groups, arithmetic, norm)
+                found.append(own if total is None else own._replace(inputs=_added(total, own.inputs)))
+            total = found[-1].inputs
+        scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in found), strict=True))
+        return MultiGradients((found[-1].inputs,), scale, bias, tuple(one.kernel for one in found))
+    # Of the kernels' input gradients the sum is masked and summed over once.
+    x = normalised(x, norm)[..., : reader.scale.shape[0]]
     activation = rectify(x, reader.scale, reader.bias)
-    _, pullback = jax.vjp(lambda a: tuple(contract(a, kernel, arithmetic) for kernel in reader.kernels), activation)
+
+    def products(activation: Array, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(contract(activation, kernel, arithmetic) for kernel in kernels)
+
+    kernels = tuple(
+        read_gradients(x, one, gradient, groups, arithmetic).kernel
+        for one, gradient in zip(readers, gradients, strict=True)
+    )
+    _, pullback = jax.vjp(lambda a: products(a, reader.kernels), activation)
     inputs, scale, bias = rectifier_gradients(pullback(tuple(gradients))[0], activation, x, reader.scale, groups)
-    return MultiGradients((inputs,), scale, bias, kernels)
+    return MultiGradients((inputs if total is None else _added(total, inputs),), scale, bias, kernels)
+
+
+def _added(total: Array, gradient: Array) -> Array:
+    """A gradient of the first channels added to the total."""
+    width = gradient.shape[-1]
+    added = (total[..., :width].astype(gradient.dtype) + gradient).astype(total.dtype)
+    return added if width == total.shape[-1] else lax.dynamic_update_slice_in_dim(total, added, 0, axis=3)
 
 
 def read_grouped(
-    x: Float[Array, "b h w c"], reader: Reader, stride: int, channel_groups: int
-) -> Float[Array, "b h2 w2 o"]:
-    """relu(scale * x + bias) by a convolution in groups of channels; kernel float[k, k, c / channel_groups, o]."""
+    x: Float[Array, "b h w c"],
+    reader: Reader,
+    stride: int,
+    channel_groups: int,
+    shift: Float[Array, " o"] | None,
+    groups: int,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
+) -> tuple[Float[Array, "b h2 w2 o"], Moments | None]:
+    """relu(scale * x^ + bias) by a convolution in groups of channels; kernel float[k, k, c / channel_groups, o].
+
+    Args:
+      x: what is read.
+      reader: with what.
+      stride: of the convolution.
+      channel_groups: of the convolution.
+      shift: that moments are taken about; None: none are wanted.
+      groups: of examples whose moments are wanted.
+      arithmetic: how.
+      norm: what makes x^ of the map; None: it is that already.
+    """
+    x, norm = of_one_norm(x, norm)
+    if arithmetic.library and is_read_by_library(x, reader):
+        x, stride = _picked(x, reader, stride)
+        reading, options = reading_of(x, reader, norm), {"stride": stride, "groups": channel_groups}
+        if shift is None or groups > 1:
+            return cpu.read(x, reading, **options), None
+        out, total, square = cpu.read_with_moments(x, reading, shift.astype(x.dtype), **options)
+        return out, moments_of_sums(total, square, shift, out)
+    activation = rectify(normalised(x, norm), reader.scale, reader.bias)
     padding = reader.kernel.shape[0] // 2
-    activation = rectify(x, reader.scale, reader.bias)
-    return convolve(activation, reader.kernel, stride=stride, padding=padding, groups=channel_groups)
+    return convolve(activation, reader.kernel, stride=stride, padding=padding, groups=channel_groups), None
+
+
+def _picked(x: Array, reader: Reader, stride: int) -> tuple[Array, int]:
+    """What a strided convolution reads of a map, and the stride that is left: a 1x1 kernel reads few of its pixels."""
+    if reader.kernel.shape[0] > 1 or stride == 1:
+        return x, stride
+    return x[:, ::stride, ::stride], 1
 
 
 def read_grouped_gradients(
     x: Float[Array, "b h w c"],
     reader: Reader,
     gradient: Float[Array, "b h2 w2 o"],
-    groups: int,
     stride: int,
     channel_groups: int,
+    groups: int,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
 ) -> ReaderGradients:
     """The derivative of `read_grouped`; groups are those of examples that scale and bias gradients are wanted for."""
+    if arithmetic.library and groups == 1 and is_read_by_library(x, reader):
+        few, left = _picked(x, reader, stride)
+        reading = reading_of(few, reader, norm)
+        of_few, *others = cpu.gradients(few, reading, gradient, stride=left, groups=channel_groups)
+        if left < stride:
+            of_few = dilated(of_few, reader.kernel, sizes=(x.shape[1], x.shape[2]), stride=stride, padding=0)
+        return of_one_group(of_few, *others)
+    x = normalised(x, norm)
     padding = reader.kernel.shape[0] // 2
     activation = rectify(x, reader.scale, reader.bias)
 

@@ -1,5 +1,6 @@
 """The CPU's compiled kernels give what their plain twins give. Skipped where there is no compiler."""
 
+import functools
 import os
 
 import jax
@@ -149,38 +150,100 @@ def test_second_derivatives_vmap_and_remat():
     assert_same(ours, twin, 1e-9)
 
 
+# a map's channels, outputs, groups, stride, kernel's side
+GROUPED_READERS = [(12, 12, 4, 1, 3), (6, 12, 3, 2, 3), (96, 96, 32, 1, 3), (64, 64, 2, 2, 3), (64, 48, 4, 1, 1)]
+
+
+def drawn_reading(c, o, k, normalises, groups=1):
+    norms = (draw(c, seed=5), jnp.abs(draw(c, seed=6)) + 0.5) if normalises else (jnp.zeros((0,)),) * 2
+    return reader.Reading(*norms, draw(c, seed=1), draw(c, seed=2), draw(k, k, c // groups, o, seed=3))
+
+
+def differentiated(x, reading, g, **options):
+    """The gradients of the map's x^, and of scale, bias and kernel, by the twin."""
+    c = reading.scale.size
+    normalised = reader._normalised(x, reading.mean, reading.reciprocal, c)
+    plain = reading._replace(mean=jnp.zeros((0,)), reciprocal=jnp.zeros((0,)))
+
+    def read(normalised, *others):
+        return reader.plain_read(normalised, *plain[:2], *others, **options)
+
+    return jax.vjp(read, normalised, *plain[2:])[1](g)
+
+
+@pytest.mark.parametrize("normalises", [False, True])
 @pytest.mark.parametrize("case", READERS)
-def test_reader_and_its_gradients(case):
+def test_reader_and_its_gradients(case, normalises):
     b, h, w, width, c, o, k = case
-    operands = draw(b, h, w, width), draw(c, seed=1), draw(c, seed=2), draw(k, k, c, o, seed=3)
-    assert reader.usable(*operands)
-    assert uses_library(reader.read, *operands)
-    expected, pullback = jax.vjp(reader.plain_read, *operands)
-    assert_same(jax.jit(reader.read)(*operands), expected)
+    x, reading = draw(b, h, w, width), drawn_reading(c, o, k, normalises)
+    assert reader.usable(x, reading)
+    assert uses_library(reader.read, x, reading)
+    expected = reader.plain_read(x, *reading)
+    assert_same(jax.jit(reader.read)(x, reading), expected)
     g = draw(*expected.shape, seed=4)
-    of_x, *others = pullback(g)
-    assert not of_x[..., c:].any()
-    assert_same(jax.jit(reader.gradients)(*operands, g), (of_x[..., :c], *others))
+    assert uses_library(reader.gradients, x, reading, g)
+    assert_same(jax.jit(reader.gradients)(x, reading, g), differentiated(x, reading, g))
 
 
+@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("case", GROUPED_READERS)
+def test_reader_in_groups_and_its_gradients(case, normalises):
+    c, o, groups, stride, k = case
+    x, reading, options = draw(2, 7, 6, c), drawn_reading(c, o, k, normalises, groups), {"groups": groups}
+    read = functools.partial(reader.read, **options, stride=stride)
+    gradients = functools.partial(reader.gradients, **options, stride=stride)
+    expected = reader.plain_read(x, *reading, **options, stride=stride)
+    assert uses_library(read, x, reading)
+    assert_same(jax.jit(read)(x, reading), expected)
+    g = draw(*expected.shape, seed=4)
+    assert uses_library(gradients, x, reading, g)
+    assert_same(jax.jit(gradients)(x, reading, g), differentiated(x, reading, g, **options, stride=stride))
+
+
+@pytest.mark.parametrize("case", [(*one, 1, 1) for one in READERS] + [(2, 7, 6, c, c, *r) for c, *r in GROUPED_READERS])
+def test_a_reader_s_moments_come_with_its_output(case):
+    b, h, w, width, c, o, *others = case
+    k, groups, stride = (others[0], 1, 1) if len(case) == 9 else (others[2], others[0], others[1])
+    x, reading, shift = draw(b, h, w, width), drawn_reading(c, o, k, True, groups), draw(o, seed=7)
+    options = {"groups": groups, "stride": stride}
+    read = functools.partial(reader.read_with_moments, **options)
+    y = reader.plain_read(x, *reading, **options)
+    assert uses_library(read, x, reading, shift)
+
+    def with_sums(y):
+        centred = y - shift[None, None, None, :]
+        return y, centred.sum(axis=(0, 1, 2)), jnp.square(centred).sum(axis=(0, 1, 2))
+
+    assert_same(jax.jit(read)(x, reading, shift), with_sums(y), 1e-8)
+    with primitive.plain_kernels():
+        assert_same(
+            jax.jit(functools.partial(reader._plain_read_moments, **options))(x, *reading, shift), with_sums(y), 1e-8
+        )
+    if groups > 1:
+        return
+    total = draw(*y.shape, seed=8)
+    expected = with_sums(total + y)
+    assert uses_library(reader.add_read_with_moments, total, x, reading, shift)
+    assert_same(jax.jit(reader.add_read_with_moments)(total, x, reading, shift), expected, 1e-8)
+    assert_same(total, draw(*y.shape, seed=8), 0)  # which others may read
+    twin = functools.partial(reader._plain_add_read_moments, groups=1, stride=1)
+    assert_same(jax.jit(twin)(total, x, *reading, shift), expected, 1e-8)
+
+
+@pytest.mark.parametrize("normalises", [False, True])
 @pytest.mark.parametrize("case", READERS)
-def test_a_reader_s_gradient_is_added_in_place(case):
+def test_a_reader_s_gradient_is_added_in_place(case, normalises):
     b, h, w, width, c, o, k = case
-    operands = (
-        draw(b, h, w, width),
-        draw(c, seed=1),
-        draw(c, seed=2),
-        draw(k, k, c, o, seed=3),
-        draw(b, h, w, o, seed=4),
-    )
-    total = draw(b, h, w, width, seed=5)
+    operands = draw(b, h, w, width), drawn_reading(c, o, k, normalises), draw(b, h, w, o, seed=4)
+    total = draw(b, h, w, width, seed=9)
     of_x, *others = reader.gradients(*operands)
     expected = (total.at[..., :c].add(of_x), *others)
     assert uses_library(reader.add_gradients, total, *operands)
     assert_same(jax.jit(reader.add_gradients)(total, *operands), expected, 1e-12)
-    assert_same(total, draw(b, h, w, width, seed=5), 0)  # which others may read
-    with primitive.plain_kernels():
-        assert_same(jax.jit(reader._plain_add_gradient)(total, *operands), expected[:3])
+    assert_same(total, draw(b, h, w, width, seed=9), 0)  # which others may read
+    x, reading, g = operands
+    twin = functools.partial(reader._plain_add_gradient, groups=1)
+    assert_same(jax.jit(twin)(total, x, *reading, g), expected[:3])
 
 
 @pytest.mark.parametrize("case", [(2, 9, 11, 5, 2), (3, 14, 14, 33, 1), (1, 4, 5, 64, 2)])

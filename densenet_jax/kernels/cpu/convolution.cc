@@ -216,29 +216,46 @@ struct Sizes {
   bool pointwise() const { return kernel_height == 1 && kernel_width == 1 && padding == 0 && stride == 1; }
 };
 
-// How a map is read: relu(scale * x + bias) of its first `channels` channels of `step`; without scale, x itself.
+// How a map is read: relu(scale * x^ + bias) of its first channels, `step` a pixel; without scale, x itself. x^ is x or,
+// with a mean, (x - mean) * reciprocal.
 template <typename T>
 struct Source {
-  const T* x;
-  const T* scale;
-  const T* bias;
+  const T *x, *mean, *reciprocal, *scale, *bias;
   int64_t step;
+
+  Source From(int64_t channel) const {
+    const auto at = [&](const T* p) { return p == nullptr ? p : p + channel; };
+    return {x + channel, at(mean), at(reciprocal), at(scale), at(bias), step};
+  }
+  Source AtPixel(int64_t pixel) const { return {x + pixel * step, mean, reciprocal, scale, bias, step}; }
 };
 
+template <bool kNormalise, typename T>
+inline T Normalised(const Source<T>& source, int64_t c) {
+  return kNormalise ? (source.x[c] - source.mean[c]) * source.reciprocal[c] : source.x[c];
+}
+
+template <bool kNormalise, typename T>
+void RectifyPixels(Source<T> source, int64_t pixels, int64_t channels, T* to) {
+  for (int64_t p = 0; p < pixels; ++p, source.x += source.step, to += channels) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      const T value = source.scale[c] * Normalised<kNormalise>(source, c) + source.bias[c];
+      to[c] = value > T{0} ? value : T{0};
+    }
+  }
+}
+
 template <typename T>
-void ReadPixels(const Source<T>& source, const T* from, int64_t pixels, int64_t channels, T* to) {
+void ReadPixels(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
   if (source.scale == nullptr) {
     const bool whole = source.step == channels;
     const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
-    for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, from + i * source.step, run * sizeof(T));
-    return;
-  }
-  const T *scale = source.scale, *bias = source.bias;
-  for (int64_t p = 0; p < pixels; ++p, from += source.step, to += channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T value = scale[c] * from[c] + bias[c];
-      to[c] = value > T{0} ? value : T{0};
-    }
+    for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, source.x + i * source.step, run * sizeof(T));
+  } else if (source.mean == nullptr) {
+    RectifyPixels<false>(source, pixels, channels, to);
+  } else {
+    RectifyPixels<true>(source, pixels, channels, to);
   }
 }
 
@@ -246,14 +263,14 @@ void ReadPixels(const Source<T>& source, const T* from, int64_t pixels, int64_t 
 template <typename T>
 const T* InputRows(const Sizes& s, const Source<T>& source, int64_t image, int64_t begin, int64_t end, int64_t pixels) {
   const int64_t first = begin * s.stride - s.padding, count = (end - begin - 1) * s.stride + s.kernel_height;
-  const T* x = source.x + image * s.height * s.width * source.step;
+  const int64_t pixel = (image * s.height + first) * s.width;
   if (s.padding == 0) {
-    const T* from = x + first * s.width * source.step;
-    if (source.scale == nullptr && source.step == s.channels) return from;
-    const int64_t left = s.pointwise() ? pixels - (image * s.height + first) * s.width : count * s.width;
+    const Source<T> from = source.AtPixel(pixel);
+    if (source.scale == nullptr && source.step == s.channels) return from.x;
+    const int64_t left = s.pointwise() ? pixels - pixel : count * s.width;
     const int64_t most = std::min(count * s.width, left);
     T* to = ThreadScratch<T>(0, count * s.width * s.channels);
-    ReadPixels(source, from, most, s.channels, to);
+    ReadPixels(from, most, s.channels, to);
     return to;
   }
   const int64_t line = s.padded_width() * s.channels, border = s.padding * s.channels;
@@ -265,7 +282,7 @@ const T* InputRows(const Sizes& s, const Source<T>& source, int64_t image, int64
       continue;
     }
     std::fill(to, to + border, T{0});
-    ReadPixels(source, x + (first + r) * s.width * source.step, s.width, s.channels, to + border);
+    ReadPixels(source.AtPixel(pixel + r * s.width), s.width, s.channels, to + border);
     std::fill(to + line - border, to + line, T{0});
   }
   return rows;
@@ -278,7 +295,7 @@ struct Bands {
   Bands(const Sizes& s, int64_t element_bytes, int64_t threads) {
     const int64_t line = s.padded_width() * std::max(s.channels, s.out_channels) * element_bytes;
     rows_each = std::clamp<int64_t>((kBandBytes / line - s.kernel_height) / s.stride + 1, 1, s.out_height);
-    while (rows_each > 1 && DivideUp(s.out_height, rows_each) * s.batch < 4 * threads) rows_each = (rows_each + 1) / 2;
+    while (rows_each > 1 && DivideUp(s.out_height, rows_each) * s.batch < 8 * threads) rows_each = (rows_each + 1) / 2;
     per_image = DivideUp(s.out_height, rows_each);
     count = per_image * s.batch;
   }
@@ -407,60 +424,126 @@ struct Prepared {  // a convolution cut into bands, and its weights
         bands(sizes, sizeof(T), threads) {}
 };
 
-// The outputs of `blocks` convolutions of s, whose channels lie side by side; the kernel is that of the first.
+// `blocks` convolutions of s, whose channels lie side by side, each with its weights; the kernel is that of the first.
 template <typename T>
-void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel, T* y) {
+std::vector<Prepared<T>> PrepareBlocks(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, Kernel<T> kernel) {
   std::vector<Prepared<T>> prepared;
   for (int64_t i = 0; i < blocks; ++i, kernel.first += kernel.together)
     prepared.emplace_back(pool, s, kernel, DivideUp(pool.num_threads(), blocks));
+  return prepared;
+}
+
+template <typename T>
+void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel, T* y) {
+  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
   const int64_t bands = prepared[0].bands.count;
   ParallelFor(pool, blocks * bands, [&](int64_t task) {
     const int64_t block = task / bands;
     const Prepared<T>& p = prepared[block];
-    Source<T> from = source;
-    from.x += block * s.channels;
-    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, from, p.weights, y + block * s.out_channels,
-                  blocks * s.out_channels, [](int64_t, int64_t, int64_t, T*) {});
+    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, source.From(block * s.channels), p.weights,
+                  y + block * s.out_channels, blocks * s.out_channels, [](int64_t, int64_t, int64_t, T*) {});
   });
 }
 
-// The gradient of relu(scale * x + bias) convolved with w, given that of the output (source g): dx, of dx_step channels a
-// pixel and with kAdd added to what is there, and, summed over all pixels, those of scale and bias. s are the sizes of
-// the transposed convolution.
-template <bool kAdd, typename T>
-void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, const Source<T>& g, const T* w, const Source<T>& read, T* dx,
-                  int64_t dx_step, T* dscale, T* dbias) {
-  const Prepared<T> p(pool, s, Kernel<T>{w, s.channels, 0, 1, true}, pool.num_threads());
-  const int64_t channels = s.out_channels;
-  auto sums = Allocate<T>(p.bands.count * 2 * channels);
-  const auto into_sums = [&](int64_t band, int64_t at, int64_t count, T* gradient) {
-    T* of_scale = sums.get() + band * 2 * channels;
-    T* of_bias = of_scale + channels;
-    std::fill(of_scale, of_scale + 2 * channels, T{0});
-    const T *x = read.x + at * read.step, *scale = read.scale, *bias = read.bias;
-    T* to = dx + at * dx_step;
-    for (int64_t i = 0; i < count; ++i, x += read.step, to += dx_step, gradient += channels) {
-#pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) {
-        const T open = scale[c] * x[c] + bias[c] > T{0} ? gradient[c] : T{0};
-        of_bias[c] += open;
-        of_scale[c] += open * x[c];
-        to[c] = (kAdd ? to[c] : T{0}) + open * scale[c];
+// Two sums over all pixels for each channel, of `channels` each in `blocks` blocks, added up from those of bands in the
+// bands' order, whichever threads made them.
+template <typename T>
+class TwoSums {
+ public:
+  TwoSums(int64_t blocks, int64_t bands, int64_t channels)
+      : blocks_(blocks), bands_(bands), channels_(channels), sums_(Allocate<T>(blocks * bands * 2 * channels)) {}
+
+  T* Of(int64_t block, int64_t band) {  // zeros at first: the first sums, behind them the second
+    T* sums = sums_.get() + (block * bands_ + band) * 2 * channels_;
+    std::fill(sums, sums + 2 * channels_, T{0});
+    return sums;
+  }
+
+  void AddUp(T* first, T* second) const {
+    for (int64_t block = 0; block < blocks_; ++block, first += channels_, second += channels_) {
+      std::fill(first, first + channels_, T{0});
+      std::fill(second, second + channels_, T{0});
+      for (int64_t band = 0; band < bands_; ++band) {
+        const T* sums = sums_.get() + (block * bands_ + band) * 2 * channels_;
+        for (int64_t c = 0; c < channels_; ++c) first[c] += sums[c], second[c] += sums[channels_ + c];
       }
     }
-  };
-  ParallelFor(pool, p.bands.count, [&](int64_t band) {
-    OutputBand<T>(p.sizes, p.pixels, p.bands, band, g, p.weights, nullptr, channels, into_sums);
-  });
-  for (int64_t c = 0; c < channels; ++c) {
-    T of_scale = 0, of_bias = 0;
-    for (int64_t band = 0; band < p.bands.count; ++band) {
-      of_scale += sums[band * 2 * channels + c];
-      of_bias += sums[(band * 2 + 1) * channels + c];
-    }
-    dscale[c] = of_scale;
-    dbias[c] = of_bias;
   }
+
+ private:
+  const int64_t blocks_, bands_, channels_;
+  std::unique_ptr<T[], void (*)(T*)> sums_;
+};
+
+// Output, with kAdd added to what y holds, and the sums over all pixels of y - shift and of its square.
+template <bool kAdd, typename T>
+void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
+                       const T* shift, T* y, T* sum, T* square) {
+  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
+  const int64_t bands = prepared[0].bands.count, channels = s.out_channels, y_step = blocks * channels;
+  TwoSums<T> sums(blocks, bands, channels);
+  ParallelFor(pool, blocks * bands, [&](int64_t task) {
+    const int64_t block = task / bands;
+    const Prepared<T>& p = prepared[block];
+    const T* about = shift + block * channels;
+    T* own = y + block * channels;
+    const auto take_in = [&](int64_t band, int64_t at, int64_t count, T* out) {
+      T *sum = sums.Of(block, band), *square = sum + channels, *to = own + at * y_step;
+      for (int64_t i = 0; i < count; ++i, out += kAdd ? channels : y_step, to += y_step) {
+#pragma GCC ivdep
+        for (int64_t c = 0; c < channels; ++c) {
+          const T value = kAdd ? to[c] + out[c] : out[c], centred = value - about[c];
+          if (kAdd) to[c] = value;
+          sum[c] += centred;
+          square[c] += centred * centred;
+        }
+      }
+    };
+    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, source.From(block * s.channels), p.weights,
+                  kAdd ? nullptr : own, kAdd ? channels : y_step, take_in);
+  });
+  sums.AddUp(sum, square);
+}
+
+// The gradient of the x^ of relu(scale * x^ + bias), from that of the rectified values: added to what `to` holds with
+// kAdd; and, summed, those of scale and of bias.
+template <bool kAdd, bool kNormalise, typename T>
+void UnrectifyPixels(Source<T> read, int64_t pixels, int64_t channels, const T* gradient, T* to, int64_t to_step,
+                     T* of_scale, T* of_bias) {
+  for (int64_t i = 0; i < pixels; ++i, read.x += read.step, to += to_step, gradient += channels) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      const T x = Normalised<kNormalise>(read, c);
+      const T open = read.scale[c] * x + read.bias[c] > T{0} ? gradient[c] : T{0};
+      of_bias[c] += open;
+      of_scale[c] += open * x;
+      to[c] = (kAdd ? to[c] : T{0}) + open * read.scale[c];
+    }
+  }
+}
+
+// The gradient of relu(scale * x^ + bias) convolved with w, given that of the output (source g): that of x^, of dx_step
+// channels a pixel and with kAdd added to what is there, and, summed over all pixels, those of scale and bias. s are the
+// sizes of each block's transposed convolution.
+template <bool kAdd, typename T>
+void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& g, Kernel<T> kernel,
+                  const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias) {
+  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
+  const int64_t bands = prepared[0].bands.count, channels = s.out_channels;
+  TwoSums<T> sums(blocks, bands, channels);
+  ParallelFor(pool, blocks * bands, [&](int64_t task) {
+    const int64_t block = task / bands;
+    const Prepared<T>& p = prepared[block];
+    const Source<T> own = read.From(block * channels);
+    const auto unrectify = [&](int64_t band, int64_t at, int64_t count, T* gradient) {
+      const auto run = own.mean == nullptr ? UnrectifyPixels<kAdd, false, T> : UnrectifyPixels<kAdd, true, T>;
+      T *of_scale = sums.Of(block, band), *to = dx + at * dx_step + block * channels;
+      run(own.AtPixel(at), count, channels, gradient, to, dx_step, of_scale, of_scale + channels);
+    };
+    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, g.From(block * s.channels), p.weights, nullptr, channels,
+                  unrectify);
+  });
+  sums.AddUp(dscale, dbias);
 }
 
 // Some channels of pixels of a gradient, of `step` channels each, side by side and filled up to whole vectors.
@@ -508,8 +591,7 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   ParallelFor(pool, blocks * slices * shares.parts, [&](int64_t task) {
     const int64_t part = task % shares.parts, slice = task / shares.parts % slices;
     const int64_t block = task / shares.parts / slices;
-    Source<T> from = source;
-    if (block > 0) from.x += block * s.channels;
+    const Source<T> from = source.From(block * s.channels);
     const int64_t first_band = bands.count * slice / slices, end_band = bands.count * (slice + 1) / slices;
     for (int64_t band = first_band; band < end_band; ++band) {
       const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
@@ -625,19 +707,35 @@ bool Fit(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, in
          s.out_width == (s.width + 2 * padding - kernel_width) / stride + 1;
 }
 
-bool FitReader(Shape x, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
-  return x.size() == 4 && scale.dimensions().size() == 1 && bias.element_count() == scale.element_count() &&
-         static_cast<int64_t>(scale.element_count()) <= x[3];
+// Of a reader's scale and bias, and of the mean and reciprocal deviation of what it reads, which are empty where that is
+// normalised already.
+bool FitReader(Shape x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
+  const auto channels = scale.element_count();
+  return x.size() == 4 && scale.dimensions().size() == 1 && bias.element_count() == channels &&
+         (mean.element_count() == channels || mean.element_count() == 0) &&
+         reciprocal.element_count() == mean.element_count() && static_cast<int64_t>(channels) <= x[3];
+}
+
+// Cuts sizes of a convolution in groups into those of each block of so many groups; 0 where it can't be cut so.
+int64_t CutIntoBlocks(Sizes& s, Shape kernel, int64_t groups, int64_t together) {
+  if (together < 1 || groups < together || groups % together || kernel[3] % groups) return 0;
+  const int64_t blocks = groups / together;
+  s.channels /= blocks, s.out_channels /= blocks;
+  return blocks;
 }
 
 template <typename T>
 Source<T> Plain(ffi::AnyBuffer x) {
-  return {x.typed_data<T>(), nullptr, nullptr, x.dimensions()[3]};
+  return {x.typed_data<T>(), nullptr, nullptr, nullptr, nullptr, x.dimensions()[3]};
 }
 
 template <typename T>
-Source<T> Read(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
-  return {x.typed_data<T>(), scale.typed_data<T>(), bias.typed_data<T>(), x.dimensions()[3]};
+Source<T> Read(ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale,
+               ffi::AnyBuffer bias) {
+  const bool normalises = mean.element_count() > 0;
+  return {x.typed_data<T>(), normalises ? mean.typed_data<T>() : nullptr,
+          normalises ? reciprocal.typed_data<T>() : nullptr, scale.typed_data<T>(), bias.typed_data<T>(),
+          x.dimensions()[3]};
 }
 
 // Calls run with a zero of the buffer's type.
@@ -659,12 +757,12 @@ ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, 
                       int64_t stride, int64_t padding, bool transposed, int64_t groups, int64_t together) {
   const Shape k = w.dimensions(), to = y->dimensions();
   Sizes s;
-  if (k.size() != 4 || together < 1 || groups < together || groups % together || k[3] % groups ||
+  if (k.size() != 4 ||
       !Fit(s, x.dimensions(), transposed ? k[3] : groups * k[2], to, k[0], k[1], stride, padding) ||
       x.dimensions()[3] != s.channels || s.out_channels != (transposed ? groups * k[2] : k[3]))
     return Invalid("shapes of a convolution do not fit");
-  const int64_t blocks = groups / together;
-  s.channels /= blocks, s.out_channels /= blocks;
+  const int64_t blocks = CutIntoBlocks(s, k, groups, together);
+  if (blocks == 0) return Invalid("groups of a convolution do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, transposed};
@@ -677,82 +775,144 @@ ffi::Error KernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
                               int64_t stride, int64_t padding, int64_t groups, int64_t together) {
   const Shape k = dw->dimensions();
   Sizes s;
-  if (k.size() != 4 || together < 1 || groups < together || groups % together || k[3] % groups ||
-      !Fit(s, x.dimensions(), groups * k[2], g.dimensions(), k[0], k[1], stride, padding) ||
+  if (k.size() != 4 || !Fit(s, x.dimensions(), groups * k[2], g.dimensions(), k[0], k[1], stride, padding) ||
       x.dimensions()[3] != s.channels || k[3] != s.out_channels)
     return Invalid("shapes of a convolution's gradient do not fit");
-  const int64_t blocks = groups / together;
-  s.channels /= blocks, s.out_channels /= blocks;
+  const int64_t blocks = CutIntoBlocks(s, k, groups, together);
+  if (blocks == 0) return Invalid("groups of a convolution's gradient do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
     KernelGradient<T>(pool, s, blocks, together, Plain<T>(x), g.typed_data<T>(), dw->typed_data<T>());
   });
 }
 
-// y = relu(scale * x + bias) convolved with w, of the first channels of x, as many as scale has; stride 1.
-ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w,
-                    ffi::Result<ffi::AnyBuffer> y, int64_t padding) {
+// The sizes of a reader of the first channels of x, as many as scale has; 0 blocks where the shapes do not fit.
+int64_t FitRead(Sizes& s, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale,
+                ffi::AnyBuffer bias, Shape kernel, Shape y, int64_t stride, int64_t padding, int64_t groups,
+                int64_t together) {
+  if (!FitReader(x.dimensions(), mean, reciprocal, scale, bias) || kernel.size() != 4 ||
+      !Fit(s, x.dimensions(), groups * kernel[2], y, kernel[0], kernel[1], stride, padding) ||
+      kernel[3] != s.out_channels || static_cast<int64_t>(scale.element_count()) != s.channels)
+    return 0;
+  return CutIntoBlocks(s, kernel, groups, together);
+}
+
+// y = relu(scale * x^ + bias) convolved with w, of the first channels of x, as many as scale has.
+ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
+                    ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
+                    int64_t stride, int64_t padding, int64_t groups, int64_t together) {
   const Shape k = w.dimensions();
   Sizes s;
-  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
-      !Fit(s, x.dimensions(), k[2], y->dimensions(), k[0], k[1], 1, padding) || k[3] != s.out_channels ||
-      static_cast<int64_t>(scale.element_count()) != s.channels)
-    return Invalid("shapes of a reader do not fit");
+  const int64_t blocks =
+      FitRead(s, x, mean, reciprocal, scale, bias, k, y->dimensions(), stride, padding, groups, together);
+  if (blocks == 0) return Invalid("shapes of a reader do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, 1, false};
-    Output<T>(pool, s, 1, Read<T>(x, scale, bias), kernel, y->typed_data<T>());
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
+    Output<T>(pool, s, blocks, Read<T>(x, mean, reciprocal, scale, bias), kernel, y->typed_data<T>());
   });
 }
 
-// The gradients of ReadCall's x, scale and bias, given g, that of y; padding is the transposed convolution's. With kAdd
-// dx has all of x's channels and holds what the gradient is added to.
+// The same with the sums of y - shift and of its square; with kAdd y holds what is added to it.
 template <bool kAdd>
-ffi::Error ReadGradientOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
-                          ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::AnyBuffer dx, ffi::AnyBuffer dscale,
-                          ffi::AnyBuffer dbias, int64_t padding) {
+ffi::Error ReadMomentsOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
+                         ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer shift,
+                         ffi::AnyBuffer y, ffi::AnyBuffer sum, ffi::AnyBuffer square, int64_t stride, int64_t padding,
+                         int64_t groups, int64_t together) {
+  const Shape k = w.dimensions();
+  Sizes s;
+  const int64_t blocks =
+      FitRead(s, x, mean, reciprocal, scale, bias, k, y.dimensions(), stride, padding, groups, together);
+  const auto outputs = static_cast<size_t>(blocks * s.out_channels);
+  if (blocks == 0 || shift.element_count() != outputs || sum.element_count() != outputs ||
+      square.element_count() != outputs)
+    return Invalid("shapes of a reader with moments do not fit");
+  return ForType(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
+    OutputWithMoments<kAdd, T>(pool, s, blocks, Read<T>(x, mean, reciprocal, scale, bias), kernel,
+                               shift.typed_data<T>(), y.typed_data<T>(), sum.typed_data<T>(), square.typed_data<T>());
+  });
+}
+
+ffi::Error ReadMomentsCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
+                           ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer shift,
+                           ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> sum,
+                           ffi::Result<ffi::AnyBuffer> square, int64_t stride, int64_t padding, int64_t groups,
+                           int64_t together) {
+  return ReadMomentsOf<false>(pool, x, mean, reciprocal, scale, bias, w, shift, *y, *sum, *square, stride, padding,
+                              groups, together);
+}
+
+// The same, added to total, whose memory y is.
+ffi::Error AddReadMomentsCall(ffi::ThreadPool pool, ffi::AnyBuffer total, ffi::AnyBuffer x, ffi::AnyBuffer mean,
+                              ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w,
+                              ffi::AnyBuffer shift, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> sum,
+                              ffi::Result<ffi::AnyBuffer> square, int64_t stride, int64_t padding, int64_t groups,
+                              int64_t together) {
+  if (total.untyped_data() != y->untyped_data()) return Invalid("a sum of outputs is not added to in place");
+  return ReadMomentsOf<true>(pool, x, mean, reciprocal, scale, bias, w, shift, *y, *sum, *square, stride, padding,
+                             groups, together);
+}
+
+// The gradients of the x^, scale and bias of a reader at stride 1, given g, that of its output; padding is the
+// transposed convolution's. With kAdd dx has all of x's channels and holds what the gradient is added to.
+template <bool kAdd>
+ffi::Error ReadGradientOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
+                          ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer g,
+                          ffi::AnyBuffer dx, ffi::AnyBuffer dscale, ffi::AnyBuffer dbias, int64_t padding,
+                          int64_t groups, int64_t together) {
   const Shape k = w.dimensions(), to = dx.dimensions();
   Sizes s;
-  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 || to.size() != 4 ||
+  if (!FitReader(x.dimensions(), mean, reciprocal, scale, bias) || k.size() != 4 || to.size() != 4 ||
       !Fit(s, g.dimensions(), k[3], to, k[0], k[1], 1, padding) || g.dimensions()[3] != s.channels ||
-      k[2] > to[3] || (!kAdd && k[2] != to[3]) || static_cast<int64_t>(scale.element_count()) != k[2] ||
+      groups * k[2] > to[3] || (!kAdd && groups * k[2] != to[3]) ||
+      static_cast<int64_t>(scale.element_count()) != groups * k[2] ||
       x.element_count() / x.dimensions()[3] != dx.element_count() / to[3] ||
       dscale.element_count() != scale.element_count() || dbias.element_count() != scale.element_count())
     return Invalid("shapes of a reader's gradient do not fit");
-  s.out_channels = k[2];
+  s.out_channels = groups * k[2];
+  const int64_t blocks = CutIntoBlocks(s, k, groups, together);
+  if (blocks == 0) return Invalid("groups of a reader's gradient do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    ReadGradient<kAdd, T>(pool, s, Plain<T>(g), w.typed_data<T>(), Read<T>(x, scale, bias), dx.typed_data<T>(), to[3],
-                          dscale.typed_data<T>(), dbias.typed_data<T>());
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, true};
+    ReadGradient<kAdd, T>(pool, s, blocks, Plain<T>(g), kernel, Read<T>(x, mean, reciprocal, scale, bias),
+                          dx.typed_data<T>(), to[3], dscale.typed_data<T>(), dbias.typed_data<T>());
   });
 }
 
-ffi::Error ReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
-                            ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
-                            ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> dbias, int64_t padding) {
-  return ReadGradientOf<false>(pool, x, scale, bias, w, g, *dx, *dscale, *dbias, padding);
+ffi::Error ReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
+                            ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer g,
+                            ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
+                            ffi::Result<ffi::AnyBuffer> dbias, int64_t padding, int64_t groups, int64_t together) {
+  return ReadGradientOf<false>(pool, x, mean, reciprocal, scale, bias, w, g, *dx, *dscale, *dbias, padding, groups,
+                               together);
 }
 
 // The same, added to the first channels of total, whose memory dx is.
-ffi::Error AddReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer total, ffi::AnyBuffer x, ffi::AnyBuffer scale,
-                               ffi::AnyBuffer bias, ffi::AnyBuffer w, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx,
-                               ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> dbias, int64_t padding) {
+ffi::Error AddReadGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer total, ffi::AnyBuffer x, ffi::AnyBuffer mean,
+                               ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer w,
+                               ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
+                               ffi::Result<ffi::AnyBuffer> dbias, int64_t padding, int64_t groups, int64_t together) {
   if (total.untyped_data() != dx->untyped_data()) return Invalid("a sum of gradients is not added to in place");
-  return ReadGradientOf<true>(pool, x, scale, bias, w, g, *dx, *dscale, *dbias, padding);
+  return ReadGradientOf<true>(pool, x, mean, reciprocal, scale, bias, w, g, *dx, *dscale, *dbias, padding, groups,
+                              together);
 }
 
 // The gradient of ReadCall's w.
-ffi::Error ReadKernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
-                                  ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dw, int64_t padding) {
-  const Shape k = dw->dimensions();
+ffi::Error ReadKernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer mean,
+                                  ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                                  ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dw, int64_t stride, int64_t padding,
+                                  int64_t groups, int64_t together) {
   Sizes s;
-  if (!FitReader(x.dimensions(), scale, bias) || k.size() != 4 ||
-      !Fit(s, x.dimensions(), k[2], g.dimensions(), k[0], k[1], 1, padding) || k[3] != s.out_channels ||
-      static_cast<int64_t>(scale.element_count()) != s.channels)
-    return Invalid("shapes of a reader's kernel gradient do not fit");
+  const int64_t blocks = FitRead(s, x, mean, reciprocal, scale, bias, dw->dimensions(), g.dimensions(), stride,
+                                 padding, groups, together);
+  if (blocks == 0) return Invalid("shapes of a reader's kernel gradient do not fit");
   return ForType(x, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, 1, 1, Read<T>(x, scale, bias), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, blocks, together, Read<T>(x, mean, reciprocal, scale, bias), g.typed_data<T>(),
+                      dw->typed_data<T>());
   });
 }
 
@@ -788,23 +948,49 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetRead, ReadCall,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
-        .Attr<int64_t>("padding"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetReadMoments, ReadMomentsCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetAddReadMoments, AddReadMomentsCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetReadGradient, ReadGradientCall,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<int64_t>("padding"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetAddReadGradient, AddReadGradientCall,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-        .Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attr<int64_t>("padding"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetReadKernelGradient, ReadKernelGradientCall,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
-        .Attr<int64_t>("padding"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetPoolGradient, PoolGradientCall,

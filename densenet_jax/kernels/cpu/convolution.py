@@ -73,25 +73,32 @@ def plain_kernel_gradient(
 LANES = 16  # float32 numbers of the widest vector
 
 
-def _taken_together(groups: int, features: int) -> int:
+def taken_together(groups: int, features: int) -> int:
     """How many groups, each with so many output channels, one product takes."""
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
+
+
+def dilated(
+    g: Float[Array, "b h2 w2 o"], kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int
+) -> Float[Array, "b h3 w3 o"]:
+    """An output's gradient as of a convolution at stride 1 whose other outputs have none; sizes are the input's."""
+    filled = [stride * (size - 1) + 1 for size in g.shape[1:3]]
+    behind = [sizes[i] + 2 * padding - kernel.shape[i] + 1 - filled[i] for i in range(2)]
+    return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
 
 
 def _dilated_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Float[Array, "b h w c"]:
-    """As of a convolution at stride 1 whose other outputs have no gradient: more products, but by the library."""
-    filled = [stride * (size - 1) + 1 for size in g.shape[1:3]]
-    behind = [sizes[i] + 2 * padding - kernel.shape[i] + 1 - filled[i] for i in range(2)]
-    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
+    """More products, but by the library."""
+    g = dilated(g, kernel, sizes=sizes, stride=stride, padding=padding)
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
 def _call_output(ctx: Any, x: Any, kernel: Any, *, groups: int, features: int, transposed: bool, **sizes: int) -> Any:
     """The library's call; a group gives so many features."""
     rule = jax.ffi.ffi_lowering(target_names()["output"])
-    sizes |= {"groups": groups, "together": _taken_together(groups, features)}
+    sizes |= {"groups": groups, "together": taken_together(groups, features)}
     return rule(ctx, x, kernel, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
 
 
@@ -122,7 +129,7 @@ def _lower_kernel_gradient(
         "stride": stride,
         "padding": padding,
         "groups": groups,
-        "together": _taken_together(groups, features),
+        "together": taken_together(groups, features),
     }
     rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
     return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})

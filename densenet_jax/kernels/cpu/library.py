@@ -14,6 +14,8 @@ _CALLS = {
     "kernel_gradient": "DensenetKernelGradient",
     "pool_gradient": "DensenetPoolGradient",
     "read": "DensenetRead",
+    "read_moments": "DensenetReadMoments",
+    "add_read_moments": "DensenetAddReadMoments",
     "read_gradient": "DensenetReadGradient",
     "add_read_gradient": "DensenetAddReadGradient",
     "read_kernel_gradient": "DensenetReadKernelGradient",

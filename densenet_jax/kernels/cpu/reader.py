@@ -1,12 +1,13 @@
-"""Reading a map on a CPU: relu(scale * x + bias), convolved, and its gradients, in one pass over x each.
+"""Reading a map on a CPU: relu(scale * x^ + bias), convolved, and its gradients, in one pass over the map each.
 
-The compiled library rectifies the few rows it has at hand on their way into the convolution, and masks, scales and sums
-a gradient's rows while they are in cache: nothing but results goes through memory.
+The compiled library normalises and rectifies the few rows it has at hand on their way into the convolution, sums what
+comes out of it for the next batch norm, and masks, scales and sums a gradient's rows while they are in cache: nothing
+but results goes through memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,93 +15,181 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu.convolution import plain_convolve, plain_input_gradient, plain_kernel_gradient
+from densenet_jax.kernels.cpu.convolution import (
+    dilated,
+    plain_convolve,
+    plain_input_gradient,
+    plain_kernel_gradient,
+    taken_together,
+)
 from densenet_jax.kernels.cpu.library import target_names
 from densenet_jax.kernels.cpu.primitive import are_known, available, define
 
 
-def usable(x: Array, scale: Array, bias: Array, kernel: Array) -> bool:
-    """Whether `read` and `gradients` take these operands and have something to gain in this process."""
+class Reading(NamedTuple):
+    """What the first c channels of a map are read with.
+
+    Attributes:
+      mean, reciprocal: float[c], x^ of a map x is (x - mean) * reciprocal; both empty where the map is x^ itself.
+      scale, bias: float[c].
+      kernel: float[k, k, c / groups, o], of odd size; the map's size is kept, or divided by the stride.
+    """
+
+    mean: Array
+    reciprocal: Array
+    scale: Array
+    bias: Array
+    kernel: Array
+
+
+def usable(x: Array, reading: Reading) -> bool:
+    """Whether the functions below take these operands and have something to gain in this process."""
+    kernel = reading.kernel
     square = kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
-    return square and available() and are_known(x, scale, bias, kernel)
+    given = reading if reading.mean.size else reading[2:]
+    return square and available() and are_known(x, *given)
 
 
 def read(
-    x: Float[Array, "b h w c2"], scale: Float[Array, " c"], bias: Float[Array, " c"], kernel: Float[Array, "k k c o"]
-) -> Float[Array, "b h w o"]:
-    """relu(scale * x + bias) of the first c channels of x, convolved by a kernel of odd size, the map's size kept."""
-    return _read_p.bind(x, scale, bias, kernel)
+    x: Float[Array, "b h w c2"], reading: Reading, *, stride: int = 1, groups: int = 1
+) -> Float[Array, "b h2 w2 o"]:
+    """relu(scale * x^ + bias) of the first c channels, convolved."""
+    return _read_p.bind(x, *reading, stride=stride, groups=groups)
+
+
+def read_with_moments(
+    x: Float[Array, "b h w c2"], reading: Reading, shift: Float[Array, " o"], *, stride: int = 1, groups: int = 1
+) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
+    """`read`, and the sums over all positions of what it gives less shift, and of the square of that."""
+    return _read_moments_p.bind(x, *reading, shift, stride=stride, groups=groups)
+
+
+def add_read_with_moments(
+    total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], reading: Reading, shift: Float[Array, " o"]
+) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
+    """The same with the outputs added to total, in place if nothing else reads it; the sums are of the totals."""
+    return _add_read_moments_p.bind(total, x, *reading, shift, stride=1, groups=1)
 
 
 def gradients(
-    x: Float[Array, "b h w c2"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    kernel: Float[Array, "k k c o"],
-    g: Float[Array, "b h w o"],
-) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
-    """The gradients of the first c channels of x, of scale, bias and kernel, given g, that of `read`'s output."""
-    of_x, of_scale, of_bias = _gradient_p.bind(x, scale, bias, kernel, g)
-    return of_x, of_scale, of_bias, _kernel_gradient_p.bind(x, scale, bias, g, size=kernel.shape[0])
+    x: Float[Array, "b h w c2"], reading: Reading, g: Float[Array, "b h2 w2 o"], *, stride: int = 1, groups: int = 1
+) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k i o"]]:
+    """The gradients of the first c channels of x^, of scale, bias and kernel, given g, that of `read`'s output."""
+    whole, (_, height, width, _) = g, x.shape
+    if stride > 1:
+        padding = reading.kernel.shape[0] // 2
+        whole = dilated(g, reading.kernel, sizes=(height, width), stride=stride, padding=padding)
+    of_x, of_scale, of_bias = _gradient_p.bind(x, *reading, whole, groups=groups)
+    return of_x, of_scale, of_bias, _kernel_gradient(x, reading, g, stride, groups)
 
 
 def add_gradients(
-    total: Float[Array, "b h w c2"],
-    x: Float[Array, "b h w c2"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    kernel: Float[Array, "k k c o"],
-    g: Float[Array, "b h w o"],
-) -> tuple[Float[Array, "b h w c2"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
-    """`gradients`, of which that of x is added to the first c channels of total, in place if nothing else reads it."""
-    total, of_scale, of_bias = _add_gradient_p.bind(total, x, scale, bias, kernel, g)
-    return total, of_scale, of_bias, _kernel_gradient_p.bind(x, scale, bias, g, size=kernel.shape[0])
+    total: Float[Array, "b h w c3"], x: Float[Array, "b h w c2"], reading: Reading, g: Float[Array, "b h w o"]
+) -> tuple[Float[Array, "b h w c3"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
+    """`gradients`, of which that of x^ is added to the first c channels of total, in place if nothing else reads it."""
+    total, of_scale, of_bias = _add_gradient_p.bind(total, x, *reading, g, groups=1)
+    return total, of_scale, of_bias, _kernel_gradient(x, reading, g, 1, 1)
 
 
-def _affine(x: Array, scale: Array, bias: Array) -> Array:
-    return x[..., : scale.shape[0]] * scale[None, None, None, :] + bias[None, None, None, :]
+def _kernel_gradient(x: Array, reading: Reading, g: Array, stride: int, groups: int) -> Array:
+    size = reading.kernel.shape[0]
+    return _kernel_gradient_p.bind(x, *reading[:4], g, size=size, stride=stride, groups=groups)
 
 
-def plain_read(x: Array, scale: Array, bias: Array, kernel: Array) -> Array:
+def _row(vector: Array) -> Float[Array, "1 1 1 c"]:
+    return vector[None, None, None, :]
+
+
+def _normalised(x: Array, mean: Array, reciprocal: Array, channels: int) -> Array:
+    x = x[..., :channels]
+    return (x - _row(mean)) * _row(reciprocal) if mean.size else x
+
+
+def _affine(x: Array, mean: Array, reciprocal: Array, scale: Array, bias: Array) -> Array:
+    return _normalised(x, mean, reciprocal, scale.size) * _row(scale) + _row(bias)
+
+
+def plain_read(x: Array, *reading: Array, stride: int = 1, groups: int = 1) -> Array:
     """The twin of `read`."""
-    return plain_convolve(jax.nn.relu(_affine(x, scale, bias)), kernel, padding=kernel.shape[0] // 2)
+    *normalised, kernel = reading
+    rectified = jax.nn.relu(_affine(x, *normalised))
+    return plain_convolve(rectified, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
 
 
-def _plain_gradient(x: Array, scale: Array, bias: Array, kernel: Array, g: Array) -> tuple[Array, Array, Array]:
+def _with_moments(y: Array, shift: Array) -> tuple[Array, Array, Array]:
+    centred = y - _row(shift)
+    return y, jnp.sum(centred, axis=(0, 1, 2)), jnp.sum(jnp.square(centred), axis=(0, 1, 2))
+
+
+def _plain_read_moments(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
+    *reading, shift = operands
+    return _with_moments(plain_read(x, *reading, **options), shift)
+
+
+def _plain_add_read_moments(total: Array, x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
+    *reading, shift = operands
+    return _with_moments(total + plain_read(x, *reading, **options), shift)
+
+
+def _plain_gradient(
+    x: Array, mean: Array, reciprocal: Array, scale: Array, bias: Array, kernel: Array, g: Array, *, groups: int
+) -> tuple[Array, Array, Array]:
+    padding = kernel.shape[0] // 2
     sizes = (x.shape[1], x.shape[2])
-    of_rectified = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=kernel.shape[0] // 2)
-    of_affine = jnp.where(_affine(x, scale, bias) > 0, of_rectified, 0)
-    of_scale = jnp.sum(of_affine * x[..., : scale.shape[0]], axis=(0, 1, 2))
-    return of_affine * scale[None, None, None, :], of_scale, jnp.sum(of_affine, axis=(0, 1, 2))
+    of_rectified = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
+    of_affine = jnp.where(_affine(x, mean, reciprocal, scale, bias) > 0, of_rectified, 0)
+    of_scale = jnp.sum(of_affine * _normalised(x, mean, reciprocal, scale.size), axis=(0, 1, 2))
+    return of_affine * _row(scale), of_scale, jnp.sum(of_affine, axis=(0, 1, 2))
 
 
-def _plain_add_gradient(total: Array, x: Array, *others: Array) -> tuple[Array, Array, Array]:
-    of_x, of_scale, of_bias = _plain_gradient(x, *others)
+def _plain_add_gradient(total: Array, x: Array, *others: Array, groups: int) -> tuple[Array, Array, Array]:
+    of_x, of_scale, of_bias = _plain_gradient(x, *others, groups=groups)
     added = total[..., : of_x.shape[-1]] + of_x
     return lax.dynamic_update_slice_in_dim(total, added, 0, axis=3), of_scale, of_bias
 
 
-def _plain_kernel_gradient(x: Array, scale: Array, bias: Array, g: Array, *, size: int) -> Array:
-    rectified = jax.nn.relu(_affine(x, scale, bias))
-    return plain_kernel_gradient(rectified, g, sizes=(size, size), stride=1, padding=size // 2)
+def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, groups: int) -> Array:
+    *normalised, g = operands
+    rectified = jax.nn.relu(_affine(x, *normalised))
+    return plain_kernel_gradient(rectified, g, sizes=(size, size), stride=stride, padding=size // 2, groups=groups)
 
 
-def _lower(call: str, kernel: int = 3, **options: Any) -> Any:
-    """A rule that calls the library; the kernel is the operand of that number, where no size is given."""
+def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **options: Any) -> Any:
+    """A rule that calls the library.
 
-    def lowering(ctx: Any, *operands: Any, size: int = 0) -> Any:
-        size = size or ctx.avals_in[kernel].shape[0]
-        return jax.ffi.ffi_lowering(target_names()[call], **options)(ctx, *operands, padding=np.int64(size // 2))
+    Args:
+      call: of the library.
+      kernel: which operand it is; None: it is the result, whose size is given, and the last operand its output's
+        gradient.
+      transposed: whether the call takes it for a gradient, and so has no stride.
+      options: of the call's rule.
+    """
+
+    def lowering(ctx: Any, *operands: Any, groups: int, size: int = 0, **strided: int) -> Any:
+        shapes = [operand.shape for operand in ctx.avals_in]
+        if kernel is None:
+            features = shapes[-1][3] // groups
+        else:
+            size, features = shapes[kernel][0], shapes[kernel][2] if transposed else shapes[kernel][3] // groups
+        together = taken_together(groups, features)
+        sizes = {"padding": size // 2, "groups": groups, "together": together, **strided}
+        rule = jax.ffi.ffi_lowering(target_names()[call], **options)
+        return rule(ctx, *operands, **{name: np.int64(value) for name, value in sizes.items()})
 
     return lowering
 
 
+_in_place: dict[str, Any] = {"operand_output_aliases": {0: 0}}
 _read_p = define("read", plain_read, _lower("read"))
-_gradient_p = define("read_gradient", _plain_gradient, _lower("read_gradient"), multiple_results=True)
+_read_moments_p = define("read_moments", _plain_read_moments, _lower("read_moments"), multiple_results=True)
+_add_read_moments_p = define(
+    "add_read_moments", _plain_add_read_moments, _lower("add_read_moments", 6, **_in_place), multiple_results=True
+)
+_gradient_p = define("read_gradient", _plain_gradient, _lower("read_gradient", transposed=True), multiple_results=True)
 _add_gradient_p = define(
     "add_read_gradient",
     _plain_add_gradient,
-    _lower("add_read_gradient", kernel=4, operand_output_aliases={0: 0}),
+    _lower("add_read_gradient", 6, transposed=True, **_in_place),
     multiple_results=True,
 )
-_kernel_gradient_p = define("read_kernel_gradient", _plain_kernel_gradient, _lower("read_kernel_gradient"))
+_kernel_gradient_p = define("read_kernel_gradient", _plain_kernel_gradient, _lower("read_kernel_gradient", None))
