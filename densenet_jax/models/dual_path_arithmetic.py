@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
-from densenet_jax.models.layers import Moments, group_count
+from densenet_jax.models.layers import Moments
 from densenet_jax.models.normalisation import Normalisation, norm_of
 from densenet_jax.models.readers import Reader, sums_by_reader, sums_of_gradient
 from densenet_jax.models.split_readers import (
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """Something for each map that a block makes: float[c] near the means of all (a shift), or their moments.
+    """Something for each map that a block makes: float[c] near its mean (a shift; None: frozen norms), or its moments.
 
     Attributes:
       second, third: what those convolutions read, before their norms.
@@ -138,49 +138,59 @@ def joined(moments: Sequence[Moments]) -> Moments:
     return Moments(*(jnp.concatenate(kind, axis=-1) for kind in zip(*moments, strict=True)))
 
 
+class _Body(NamedTuple):
+    """What the first two convolutions of a block give, and how the next ones' norms make x^ of that."""
+
+    second: Array
+    third: Array
+    of_second: Normalisation
+    of_third: Normalisation
+
+
+def _body_forward(
+    facts: Facts, parts: tuple[Array, ...], block: Block, stride: int, shifts: tuple[Array | None, Array | None]
+) -> _Body:
+    options, arithmetic = facts.options, facts.arithmetic
+    ((second, moments),) = read_parts(parts, block.first, (Into(shift=shifts[0]),), options.norm, arithmetic)
+    of_second = norm_of(second, options.norm, shifts[0], moments)
+    grouped = (stride, options.groups)
+    third, moments = read_grouped(second, block.second, *grouped, shifts[1], options.norm, arithmetic, of_second)
+    return _Body(second, third, of_second, norm_of(third, options.norm, shifts[1], moments))
+
+
 def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Maps) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
     ends = _dense_ends(blocks)
-    batch_groups = group_count(inputs.shape[0], options.norm.group_size)
-    second: list[Array | None] = []
-    third: list[Array | None] = []
+    bodies: list[_Body] = []
     residuals: list[Array] = []
     seen: list[tuple[Moments, ...]] = []
     dense: Any = None
     total: Array | None = None
     for index, block in enumerate(blocks):
+        of_second, of_third, of_residual, of_dense = (kind[index] for kind in shifts)
         stride = 1 if index else options.stride
-        of_second = shifts.second[index] if facts.normalises_second[index] else None
-        of_third = shifts.third[index] if facts.normalises_third[index] else None
-        of_paths = [kind[index] if facts.normalises else None for kind in (shifts.residual, shifts.dense)]
         parts = _parts(facts, inputs, residuals[-1] if index else None, dense, ends[index - 1])
-        ((out, known),) = read_parts(parts, block.first, (Into(shift=of_second),), batch_groups, arithmetic)
-        second.append(None if options.remat else out)
-        norm = norm_of(out, options.norm, of_second, known)
-        moments_of_block = [norm.moments]
-        out, known = read_grouped(out, block.second, stride, options.groups, of_third, batch_groups, arithmetic, norm)
-        third.append(None if options.remat else out)
-        norm = norm_of(out, options.norm, of_third, known)
-        moments_of_block.append(norm.moments)
+        body = _body_forward(facts, parts, block, stride, (of_second, of_third))
+        bodies.append(body)
         shortcut = None
         if block.projection is not None:
-            shortcut, _ = read_grouped(inputs, block.projection, stride, 1, None, batch_groups, arithmetic)
+            shortcut, _ = read_grouped(inputs, block.projection, stride, 1, None, options.norm, arithmetic)
             total = shortcut[..., : block.third.kernels[0].shape[-1]]
-        assert total is not None
-        into = (Into(total, of_paths[0]), Into(shift=None if shortcut is not None else of_paths[1]))
-        (total, of_total), (new, of_new) = read_parts((out,), block.third, into, batch_groups, arithmetic, norm)
+        into = (Into(total, of_residual), Into(shift=of_dense if shortcut is None else None))
+        found = read_parts((body.third,), block.third, into, options.norm, arithmetic, body.of_third)
+        (total, of_total), (new, of_new) = found
         if shortcut is not None:
             new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
-        norm = norm_of(total, options.norm, of_paths[0], of_total)
-        residuals.append(norm.apply(total))
-        moments_of_block.append(norm.moments)
-        norm = norm_of(new, options.norm, of_paths[1], of_new)
-        dense = _put(dense, norm.apply(new), ends[index] - new.shape[-1], ends[-1], arithmetic)
-        seen.append((*moments_of_block, norm.moments))
+        norms = norm_of(total, options.norm, of_residual, of_total), norm_of(new, options.norm, of_dense, of_new)
+        residuals.append(norms[0].apply(total))
+        dense = _put(dense, norms[1].apply(new), ends[index] - new.shape[-1], ends[-1], arithmetic)
+        seen.append(tuple(norm.moments for norm in (body.of_second, body.of_third, *norms)))
     moments = Maps(*zip(*seen, strict=True))
     values = jnp.concatenate([residuals[-1], _columns(dense, 0, ends[-1])], axis=-1)
     outputs = Outputs(values, joined([moments.residual[-1], *moments.dense]), moments)
-    return outputs, Residuals(inputs, tuple(residuals), dense, tuple(second), tuple(third), moments, blocks)
+    second = tuple(None if options.remat else body.second for body in bodies)
+    third = tuple(None if options.remat else body.third for body in bodies)
+    return outputs, Residuals(inputs, tuple(residuals), dense, second, third, moments, blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,10 +217,10 @@ def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) 
     options, block, arithmetic = facts.options, saved.blocks[index], facts.arithmetic
     second, third = saved.second[index], saved.third[index]
     if second is None:
-        ((second, _),) = read_parts(parts, block.first, (Into(),), 1, arithmetic)
+        ((second, _),) = read_parts(parts, block.first, (Into(),), options.norm, arithmetic)
     if third is None:
         norm, stride = _norm_of_second(facts, saved, index), 1 if index else options.stride
-        third, _ = read_grouped(second, block.second, stride, options.groups, None, 1, arithmetic, norm)
+        third, _ = read_grouped(second, block.second, stride, options.groups, None, options.norm, arithmetic, norm)
     return second, third
 
 

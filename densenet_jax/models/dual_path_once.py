@@ -101,19 +101,24 @@ def _readers(block: BlockArrays, options: NormOptions) -> Block:
 
 
 def _shifts(blocks: Sequence[BlockArrays]) -> Maps:
-    """Running means: of the paths after a block by the next one's; the last block's are read elsewhere."""
+    """Running means: of the paths after a block by the next one's; the last block's are read elsewhere.
+
+    None of maps whose norms are frozen.
+    """
+    second, third = (
+        tuple(None if norm.frozen else norm.mean for norm in norms)
+        for norms in ([block.second.norm for block in blocks], [block.third.norm for block in blocks])
+    )
+    if blocks[0].first.norm.frozen:
+        return Maps(second, third, (None,) * len(blocks), (None,) * len(blocks))
     width, new = (kernel.shape[-1] for kernel in blocks[0].third.kernels)
     after = [block.first.norm.mean for block in blocks[1:]]
     projection = blocks[0].projection
     first = new + (0 if projection is None else projection.kernels[0].shape[-1] - width)
     dense = [mean[-(new if index else first) :] for index, mean in enumerate(after)]
     last = jnp.zeros_like(blocks[0].first.norm.mean, shape=(new if after else first,))
-    return Maps(
-        tuple(block.second.norm.mean for block in blocks),
-        tuple(block.third.norm.mean for block in blocks),
-        (*(mean[:width] for mean in after), after[-1][:width] if after else jnp.zeros_like(last, shape=(width,))),
-        (*dense, last),
-    )
+    residual = (*(mean[:width] for mean in after), after[-1][:width] if after else jnp.zeros_like(last, shape=(width,)))
+    return Maps(second, third, residual, (*dense, last))
 
 
 def _moments(facts: Facts, inputs: Moments | None, seen: Maps, index: int) -> BlockMoments:

@@ -43,8 +43,10 @@ def _reader(norm: NormArrays, kernel: Array, options: NormOptions) -> Reader:
 
 def _shifts(layers: Sequence[LayerArrays], new: int) -> Shifts:
     """Running means: of a map by its first reader; the last map, a convolution's output, has none here."""
+    hidden = tuple(None if layer.norm2 is None or layer.norm2.frozen else layer.norm2.mean for layer in layers)
+    if layers[0].norm1.frozen:
+        return Shifts(None, hidden, (None,) * len(layers))
     means = [layer.norm1.mean for layer in layers]
-    hidden = tuple(None if layer.norm2 is None else layer.norm2.mean for layer in layers)
     return Shifts(means[0], hidden, (*(mean[-new:] for mean in means[1:]), jnp.zeros_like(means[0], shape=(new,))))
 
 
@@ -77,8 +79,9 @@ def normalize_once(
       UserError: kernels are wanted that do not exist for the platform or the dtype.
     """
     platform = platform or jax.default_backend()
-    if not train:
+    if not train or all(norm.frozen for layer in layers for norm in (layer.norm1, layer.norm2) if norm is not None):
         options = replace(options, norm=replace(options.norm, group_size=0))  # which need not divide this batch
+    if not train:
         kernels = "auto" if kernels == "pallas" else kernels  # only training is refused what there is not
     arithmetic = _arithmetic(inputs, layers, options, platform, kernels, mesh)
     if not train and _is_evaluated_from_buffer(inputs, layers[0], options, arithmetic):

@@ -43,11 +43,14 @@ class Layer(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """Near the means that moments are taken about (running means); they change no result but its rounding."""
+    """Near the means that moments are taken about (running means); they change no result but its rounding.
 
-    inputs: Array
+    None of maps whose norms are frozen, and of hidden ones that there are none of.
+    """
+
+    inputs: Array | None
     hidden: tuple[Array | None, ...]
-    outputs: tuple[Array, ...]
+    outputs: tuple[Array | None, ...]
 
 
 class Facts(NamedTuple):
@@ -107,8 +110,7 @@ def _hidden(
         found = fused_reader.read_with_moments(maps, layer.first, groups, shift, arithmetic)
     else:
         front = block_maps.readable(maps, layer.first.scale.shape[0], arithmetic)
-        groups = group_count(front.shape[0], options.norm.group_size)
-        found = read_with_moments(front, layer.first, shift, groups, arithmetic)
+        found = read_with_moments(front, layer.first, shift, options.norm, arithmetic)
         if arithmetic.layer_gradients == "pallas":
             found = laid_out(found[0]), found[1]
     if layer.second is None:
@@ -121,24 +123,21 @@ def _forward(
 ) -> tuple[Outputs, Residuals]:
     options, arithmetic = facts.options, facts.arithmetic
     keeps_hidden = not (options.remat or arithmetic.recomputes_hidden)
-    groups = group_count(inputs.shape[0], options.norm.group_size)
-    first = norm_of(inputs, options.norm, shifts.inputs if facts.normalises else None)
+    first = norm_of(inputs, options.norm, shifts.inputs)
     widths = [layer.first.scale.shape[0] for layer in layers]
     last = layers[-1].second or layers[-1].first
     maps = block_maps.begin(first.apply(inputs), widths[-1] + last.kernel.shape[-1], arithmetic)
     all_moments, hidden_maps, hidden_moments = [first.moments], [], []
     for index, layer in enumerate(layers):
-        own_key = layer_key(key, index)
-        shift = shifts.outputs[index] if facts.normalises else None
+        own_key, shift, hidden_shift = layer_key(key, index), shifts.outputs[index], shifts.hidden[index]
         if layer.second is None:
             out, moments = _hidden(maps, layer, own_key, facts, shift)
         else:
-            hidden_shift = shifts.hidden[index] if facts.normalises_hidden[index] else None
             out, moments = _hidden(maps, layer, own_key, facts, hidden_shift)
             hidden_maps.append(out if keeps_hidden else None)
             norm = norm_of(out, options.norm, hidden_shift, moments)
             hidden_moments.append(norm.moments)
-            out, moments = read_with_moments(out, layer.second, shift, groups, arithmetic, norm)
+            out, moments = read_with_moments(out, layer.second, shift, options.norm, arithmetic, norm)
             out, moments = _dropped(out, moments, options, layer_key(own_key, 1))
         norm = norm_of(out, options.norm, shift, moments)
         all_moments.append(norm.moments)

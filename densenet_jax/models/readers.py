@@ -18,7 +18,7 @@ from densenet_jax.kernels.cpu import convolution
 from densenet_jax.kernels.cpu import reader as cpu
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import Moments, convolve, scale_shift
+from densenet_jax.models.layers import Moments, NormOptions, convolve, group_count, scale_shift
 from densenet_jax.models.normalisation import Normalisation
 
 
@@ -107,7 +107,7 @@ def read_with_moments(
     x: Float[Array, "b h w c"],
     reader: Reader,
     shift: Float[Array, " o"] | None,
-    groups: int,
+    options: NormOptions,
     arithmetic: Arithmetic,
     norm: Normalisation | None = None,
     total: Float[Array, "b h w o"] | None = None,
@@ -118,13 +118,13 @@ def read_with_moments(
       x: what is read.
       reader: with what.
       shift: that moments are taken about; None: none are wanted.
-      groups: of examples whose moments are wanted.
+      options: of the norm whose moments these are.
       arithmetic: how.
       norm: as for `read`.
       total: what is added to, in place where nothing else reads it; None is nothing.
     """
     by_library = arithmetic.library and is_read_by_library(x, reader)
-    if not by_library or (total is None and (shift is None or groups > 1)):
+    if not by_library or (total is None and not sums_moments(x, shift, options)):
         out = read(x, reader, arithmetic, norm)
         return out if total is None else total + out, None
     x, norm = of_one_norm(x, norm)
@@ -133,7 +133,12 @@ def read_with_moments(
         out, first, second = cpu.read_with_moments(x, reading, about.astype(x.dtype))
     else:
         out, first, second = cpu.add_read_with_moments(total, x, reading, about.astype(x.dtype))
-    return out, None if shift is None or groups > 1 else moments_of_sums(first, second, shift, out)
+    return out, moments_of_sums(first, second, shift, out) if sums_moments(x, shift, options) else None
+
+
+def sums_moments(x: Array, shift: Array | None, options: NormOptions) -> bool:
+    """Whether moments about shift are wanted, and of all examples."""
+    return shift is not None and group_count(x.shape[0], options.group_size) == 1
 
 
 def of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisation | None]:
@@ -143,8 +148,9 @@ def of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisat
     return norm.apply(x), None
 
 
-def moments_of_sums(total: Array, square: Array, shift: Array, out: Float[Array, "b h w c"]) -> Moments:
+def moments_of_sums(total: Array, square: Array, shift: Array | None, out: Float[Array, "b h w c"]) -> Moments:
     """Of a map, from the sums over all positions of it less shift and of the square of that."""
+    assert shift is not None
     count = out.size // out.shape[-1]
     mean = total / count
     variance = jnp.maximum(square / count - jnp.square(mean), 0)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from densenet_jax.kernels.cpu import reader as cpu
 from densenet_jax.kernels.cpu.convolution import dilated
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import Moments, convolve
+from densenet_jax.models.layers import Moments, NormOptions, convolve
 from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import (
     Reader,
@@ -35,6 +35,7 @@ from densenet_jax.models.readers import (
     reading_of,
     rectifier_gradients,
     rectify,
+    sums_moments,
 )
 
 
@@ -87,7 +88,7 @@ def read_parts(
     parts: Sequence[Float[Array, "b h w _"]],
     reader: MultiReader,
     into: Sequence[Into],
-    groups: int,
+    options: NormOptions,
     arithmetic: Arithmetic,
     norm: Normalisation | None = None,
 ) -> tuple[tuple[Float[Array, "b h w _"], Moments | None], ...]:
@@ -97,7 +98,7 @@ def read_parts(
       parts: of the map, one after the other.
       reader: with what.
       into: where each output goes.
-      groups: of examples whose moments are wanted.
+      options: of the norms whose moments are wanted.
       arithmetic: how.
       norm: what makes x^ of the map, which has one part then; None: it is that already.
     """
@@ -108,7 +109,7 @@ def read_parts(
         for part, own in pieces:
             one = Reader(own.scale, own.bias, own.kernels[number])
             about = shift if part is parts[-1] else None
-            total, moments = read_with_moments(part, one, about, groups, arithmetic, norm, total)
+            total, moments = read_with_moments(part, one, about, options, arithmetic, norm, total)
         assert total is not None
         found.append((total, moments))
     return tuple(found)
@@ -197,7 +198,7 @@ def read_grouped(
     stride: int,
     channel_groups: int,
     shift: Float[Array, " o"] | None,
-    groups: int,
+    options: NormOptions,
     arithmetic: Arithmetic,
     norm: Normalisation | None = None,
 ) -> tuple[Float[Array, "b h2 w2 o"], Moments | None]:
@@ -209,17 +210,17 @@ def read_grouped(
       stride: of the convolution.
       channel_groups: of the convolution.
       shift: that moments are taken about; None: none are wanted.
-      groups: of examples whose moments are wanted.
+      options: of the norm whose moments these are.
       arithmetic: how.
       norm: what makes x^ of the map; None: it is that already.
     """
     x, norm = of_one_norm(x, norm)
     if arithmetic.library and is_read_by_library(x, reader):
         x, stride = _picked(x, reader, stride)
-        reading, options = reading_of(x, reader, norm), {"stride": stride, "groups": channel_groups}
-        if shift is None or groups > 1:
-            return cpu.read(x, reading, **options), None
-        out, total, square = cpu.read_with_moments(x, reading, shift.astype(x.dtype), **options)
+        reading, how = reading_of(x, reader, norm), {"stride": stride, "groups": channel_groups}
+        if shift is None or not sums_moments(x, shift, options):
+            return cpu.read(x, reading, **how), None
+        out, total, square = cpu.read_with_moments(x, reading, shift.astype(x.dtype), **how)
         return out, moments_of_sums(total, square, shift, out)
     activation = rectify(normalised(x, norm), reader.scale, reader.bias)
     padding = reader.kernel.shape[0] // 2

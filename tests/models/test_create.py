@@ -190,6 +190,15 @@ def test_groups_of_the_batch_are_independent():
     assert np.abs(whole[:2] - alone).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["densenet121", "dpn68"])
+def test_frozen_norms_have_no_groups_that_could_not_divide_the_batch(name):
+    variables, images = _variables(name), _images(4)
+    model = _model(name, batch_norm_group_size=3, frozen_norms="params/")
+    trained, state = _apply(model, variables, images, True)
+    np.testing.assert_allclose(trained, _apply(model, variables, images), rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
+
+
 def test_momentum_and_epsilon_reach_every_norm():
     variables, images = _variables(), _images()
     _, state = _apply(_model(batch_norm_momentum=1.0), variables, images, True)
