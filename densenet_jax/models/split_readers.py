@@ -172,15 +172,11 @@ def _part_gradients(
     # Of the kernels' input gradients the sum is masked and summed over once.
     x = normalised(x, norm)[..., : reader.scale.shape[0]]
     activation = rectify(x, reader.scale, reader.bias)
-
-    def products(activation: Array, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(contract(activation, kernel, arithmetic) for kernel in kernels)
-
     kernels = tuple(
         read_gradients(x, one, gradient, groups, arithmetic).kernel
         for one, gradient in zip(readers, gradients, strict=True)
     )
-    _, pullback = jax.vjp(lambda a: products(a, reader.kernels), activation)
+    _, pullback = jax.vjp(lambda a: tuple(contract(a, kernel, arithmetic) for kernel in reader.kernels), activation)
     inputs, scale, bias = rectifier_gradients(pullback(tuple(gradients))[0], activation, x, reader.scale, groups)
     return MultiGradients((inputs if total is None else _added(total, inputs),), scale, bias, kernels)
 
