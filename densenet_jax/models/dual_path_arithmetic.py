@@ -22,13 +22,19 @@ from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
 from densenet_jax.models.layers import Moments
 from densenet_jax.models.normalisation import Normalisation, norm_of
-from densenet_jax.models.readers import Reader, sums_by_reader, sums_of_gradient
+from densenet_jax.models.readers import (
+    Reader,
+    Window,
+    read,
+    read_gradients,
+    read_with_moments,
+    sums_by_reader,
+    sums_of_gradient,
+)
 from densenet_jax.models.split_readers import (
     Into,
     MultiGradients,
     MultiReader,
-    read_grouped,
-    read_grouped_gradients,
     read_parts,
     read_parts_gradients,
 )
@@ -61,21 +67,10 @@ class Maps(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is static in a stage's arithmetic.
-
-    Attributes:
-      options: of the stage.
-      arithmetic: how it is computed.
-      normalises: the two paths are normalised by their own moments; False where their norms are frozen, whose running
-        statistics are folded into scale and bias: then x^ is x itself.
-      normalises_second, normalises_third: the same of each block's other norms.
-    """
+    """What is static in a stage's arithmetic: the stage's options, and how it is computed."""
 
     options: StageOptions
     arithmetic: Arithmetic
-    normalises: bool
-    normalises_second: tuple[bool, ...]
-    normalises_third: tuple[bool, ...]
 
 
 class Outputs(NamedTuple):
@@ -87,7 +82,10 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs; second and third, outputs of convolutions, are None under remat."""
+    """What the backward pass needs; second and third, outputs of convolutions, are None under remat.
+
+    Where a shift is None, norms are frozen, whose running statistics are folded into scale and bias: x^ is the map.
+    """
 
     inputs: Array
     residual: tuple[Array, ...]
@@ -96,6 +94,7 @@ class Residuals(NamedTuple):
     third: tuple[Array | None, ...]
     seen: Maps
     blocks: tuple[Block, ...]
+    shifts: Maps
 
 
 def _put(dense: Any, new: Array, start: int, width: int, arithmetic: Arithmetic) -> Any:
@@ -138,6 +137,11 @@ def joined(moments: Sequence[Moments]) -> Moments:
     return Moments(*(jnp.concatenate(kind, axis=-1) for kind in zip(*moments, strict=True)))
 
 
+def _window(facts: Facts, index: int) -> Window:
+    """Of a block's second convolution; the first block's has the stage's stride."""
+    return Window(1 if index else facts.options.stride, facts.options.groups)
+
+
 class _Body(NamedTuple):
     """What the first two convolutions of a block give, and how the next ones' norms make x^ of that."""
 
@@ -148,13 +152,14 @@ class _Body(NamedTuple):
 
 
 def _body_forward(
-    facts: Facts, parts: tuple[Array, ...], block: Block, stride: int, shifts: tuple[Array | None, Array | None]
+    facts: Facts, parts: tuple[Array, ...], block: Block, window: Window, shifts: tuple[Array | None, Array | None]
 ) -> _Body:
     options, arithmetic = facts.options, facts.arithmetic
     ((second, moments),) = read_parts(parts, block.first, (Into(shift=shifts[0]),), options.norm, arithmetic)
     of_second = norm_of(second, options.norm, shifts[0], moments)
-    grouped = (stride, options.groups)
-    third, moments = read_grouped(second, block.second, *grouped, shifts[1], options.norm, arithmetic, of_second)
+    third, moments = read_with_moments(
+        second, block.second, shifts[1], options.norm, arithmetic, of_second, window=window
+    )
     return _Body(second, third, of_second, norm_of(third, options.norm, shifts[1], moments))
 
 
@@ -168,13 +173,12 @@ def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Map
     total: Array | None = None
     for index, block in enumerate(blocks):
         of_second, of_third, of_residual, of_dense = (kind[index] for kind in shifts)
-        stride = 1 if index else options.stride
         parts = _parts(facts, inputs, residuals[-1] if index else None, dense, ends[index - 1])
-        body = _body_forward(facts, parts, block, stride, (of_second, of_third))
+        body = _body_forward(facts, parts, block, _window(facts, index), (of_second, of_third))
         bodies.append(body)
         shortcut = None
         if block.projection is not None:
-            shortcut, _ = read_grouped(inputs, block.projection, stride, 1, None, options.norm, arithmetic)
+            shortcut = read(inputs, block.projection, arithmetic, window=Window(options.stride))
             total = shortcut[..., : block.third.kernels[0].shape[-1]]
         into = (Into(total, of_residual), Into(shift=of_dense if shortcut is None else None))
         found = read_parts((body.third,), block.third, into, options.norm, arithmetic, body.of_third)
@@ -190,7 +194,7 @@ def _forward(facts: Facts, inputs: Array, blocks: tuple[Block, ...], shifts: Map
     outputs = Outputs(values, joined([moments.residual[-1], *moments.dense]), moments)
     second = tuple(None if options.remat else body.second for body in bodies)
     third = tuple(None if options.remat else body.third for body in bodies)
-    return outputs, Residuals(inputs, tuple(residuals), dense, second, third, moments, blocks)
+    return outputs, Residuals(inputs, tuple(residuals), dense, second, third, moments, blocks, shifts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,9 +211,9 @@ class _Open(NamedTuple):
     dense_sums: Sums
 
 
-def _norm(facts: Facts, moments: Moments, normalises: bool, of_moments: Moments | None = None) -> Normalisation:
+def _norm(facts: Facts, moments: Moments, shift: Array | None, of_moments: Moments | None = None) -> Normalisation:
     """How a map became x^."""
-    return Normalisation(moments, facts.options.norm.epsilon if normalises else None, of_moments)
+    return Normalisation(moments, None if shift is None else facts.options.norm.epsilon, of_moments)
 
 
 def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
@@ -219,13 +223,13 @@ def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) 
     if second is None:
         ((second, _),) = read_parts(parts, block.first, (Into(),), options.norm, arithmetic)
     if third is None:
-        norm, stride = _norm_of_second(facts, saved, index), 1 if index else options.stride
-        third, _ = read_grouped(second, block.second, stride, options.groups, None, options.norm, arithmetic, norm)
+        norm = _norm_of_second(facts, saved, index)
+        third = read(second, block.second, arithmetic, norm, _window(facts, index))
     return second, third
 
 
 def _norm_of_second(facts: Facts, saved: Residuals, index: int) -> Normalisation:
-    return _norm(facts, saved.seen.second[index], facts.normalises_second[index])
+    return _norm(facts, saved.seen.second[index], saved.shifts.second[index])
 
 
 def _summed(found: MultiGradients) -> MultiReader:
@@ -237,18 +241,16 @@ def _body_backward(
     facts: Facts, saved: Residuals, index: int, parts: Sequence[Array], gradients: tuple[Array, Array]
 ) -> tuple[Array, Reader, MultiReader]:
     """From what a block adds to the two paths to the output of its first convolution."""
-    options, block = facts.options, saved.blocks[index]
+    block, arithmetic = saved.blocks[index], facts.arithmetic
     of_second = _norm_of_second(facts, saved, index)
-    of_third = _norm(facts, saved.seen.third[index], facts.normalises_third[index])
+    of_third = _norm(facts, saved.seen.third[index], saved.shifts.third[index])
     second, third = _hidden(facts, saved, index, parts)
     groups = of_third.moments.mean.shape[0]
-    found = read_parts_gradients((third,), block.third, gradients, groups, facts.arithmetic, of_third)
+    found = read_parts_gradients((third,), block.third, gradients, groups, arithmetic, of_third)
     sums = sums_by_reader(block.third.scale, found.scale, found.bias)
     raw = of_third.gradient(found.inputs[0], of_third.apply(third), sums)
-    groups, stride = of_second.moments.mean.shape[0], 1 if index else options.stride
-    grouped = read_grouped_gradients(
-        second, block.second, raw, stride, options.groups, groups, facts.arithmetic, of_second
-    )
+    groups, window = of_second.moments.mean.shape[0], _window(facts, index)
+    grouped = read_gradients(second, block.second, raw, groups, arithmetic, of_second, window)
     sums = sums_by_reader(block.second.scale, grouped.scale, grouped.bias)
     raw = of_second.gradient(grouped.inputs, of_second.apply(second), sums)
     own = Reader(grouped.scale.sum(axis=0), grouped.bias.sum(axis=0), grouped.kernel)
@@ -263,14 +265,14 @@ def _first_backward(
     normalised, moments = saved.residual[index - 1], saved.seen.residual[index - 1]
     width = normalised.shape[-1]
     parts = _parts(facts, saved.inputs, normalised, saved.dense, end)
-    totals = (None, back.dense if facts.arithmetic.library else None)
+    total = back.dense if facts.arithmetic.library and len(parts) > 1 else None
     groups = moments.mean.shape[0]
-    found = read_parts_gradients(parts, reader, (gradient,), groups, facts.arithmetic, totals=totals)
+    found = read_parts_gradients(parts, reader, (gradient,), groups, facts.arithmetic, totals=(None, total))
     sums = sums_by_reader(reader.scale, found.scale, found.bias)
     own = (sums[0][:, :width], sums[1][:, :width])
     of_residual = found.inputs[0][..., :width]
-    raw = _norm(facts, moments, facts.normalises).gradient(of_residual, normalised, own)
-    if len(parts) > 1 and facts.arithmetic.library:
+    raw = _norm(facts, moments, saved.shifts.residual[index - 1]).gradient(of_residual, normalised, own)
+    if total is not None:
         dense = found.inputs[1]
     else:
         of_dense = found.inputs[1] if len(parts) > 1 else found.inputs[0][..., width:]
@@ -286,7 +288,8 @@ def _entry_backward(
     block, inputs = saved.blocks[0], saved.inputs
     assert block.projection is not None
     found = read_parts_gradients((inputs,), block.first, (gradient,), 1, facts.arithmetic)
-    other = read_grouped_gradients(inputs, block.projection, shortcut, facts.options.stride, 1, 1, facts.arithmetic)
+    window = Window(facts.options.stride)
+    other = read_gradients(inputs, block.projection, shortcut, 1, facts.arithmetic, window=window)
     projection = Reader(other.scale.sum(axis=0), other.bias.sum(axis=0), other.kernel)
     return (found.inputs[0] + other.inputs).astype(inputs.dtype), _summed(found), projection
 
@@ -298,7 +301,8 @@ def _open(facts: Facts, saved: Residuals, cotangents: Outputs) -> _Open:
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
     of_moments = Moments(*(kind[:, :width] for kind in cotangents.moments))
     sums = sums_of_gradient(residual, saved.residual[-1], groups)
-    raw = _norm(facts, moments, facts.normalises, of_moments).gradient(residual, saved.residual[-1], sums)
+    norm = _norm(facts, moments, saved.shifts.residual[-1], of_moments)
+    raw = norm.gradient(residual, saved.residual[-1], sums)
     return _Open(raw, dense, sums_of_gradient(dense, _columns(saved.dense, 0, dense.shape[-1]), groups))
 
 
@@ -310,7 +314,7 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     for index in reversed(range(len(saved.blocks))):
         start, end = ends[index - 1] if index else 0, ends[index]
         of_moments = Moments(*(kind[:, width + start : width + end] for kind in cotangents.moments))
-        new = _norm(facts, saved.seen.dense[index], facts.normalises, of_moments).gradient(
+        new = _norm(facts, saved.seen.dense[index], saved.shifts.dense[index], of_moments).gradient(
             back.dense[..., start:end],
             _columns(saved.dense, start, end),
             (back.dense_sums[0][:, start:end], back.dense_sums[1][:, start:end]),

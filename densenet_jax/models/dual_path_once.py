@@ -67,23 +67,16 @@ def normalize_once_stage(
       options: of the stage.
       platform: a key of ARITHMETIC; "" is the platform JAX runs on.
     """
-    normalises = not blocks[0].first.norm.frozen
-    facts = Facts(
-        options,
-        arithmetic_for(platform),
-        normalises,
-        tuple(not block.second.norm.frozen for block in blocks),
-        tuple(not block.third.norm.frozen for block in blocks),
-    )
+    facts, are_frozen = Facts(options, arithmetic_for(platform)), blocks[0].first.norm.frozen
     x, moments = inputs
-    if not normalises:
+    if are_frozen:
         x = inputs.raw(options.norm.epsilon).astype(options.dtype)
     elif moments is None:
         x, moments = _normalise_map(options.norm, x.astype(options.dtype), blocks[0].first.norm.mean)
     outputs = stage(facts, x, tuple(_readers(block, options.norm) for block in blocks), _shifts(blocks))
     seen = jax.lax.stop_gradient(outputs.seen)
-    features = FeatureMap(outputs.values, outputs.moments if normalises else None)
-    return StageResult(features, tuple(_moments(facts, moments, seen, index) for index in range(len(blocks))))
+    features = FeatureMap(outputs.values, None if are_frozen else outputs.moments)
+    return StageResult(features, tuple(_moments(blocks, moments, seen, index) for index in range(len(blocks))))
 
 
 def _readers(block: BlockArrays, options: NormOptions) -> Block:
@@ -121,16 +114,13 @@ def _shifts(blocks: Sequence[BlockArrays]) -> Maps:
     return Maps(second, third, residual, (*dense, last))
 
 
-def _moments(facts: Facts, inputs: Moments | None, seen: Maps, index: int) -> BlockMoments:
-    first = inputs
-    if index and facts.normalises:
-        first = joined([seen.residual[index - 1], *seen.dense[:index]])
-    return BlockMoments(
-        first if facts.normalises else None,
-        seen.second[index] if facts.normalises_second[index] else None,
-        seen.third[index] if facts.normalises_third[index] else None,
-        inputs if facts.normalises and not index else None,
-    )
+def _moments(blocks: Sequence[BlockArrays], inputs: Moments | None, seen: Maps, index: int) -> BlockMoments:
+    """Those that a block's norms take in, None of what is frozen; inputs are those of what the first block reads."""
+    block = blocks[index]
+    first = joined([seen.residual[index - 1], *seen.dense[:index]]) if index else inputs
+    found = (first, seen.second[index], seen.third[index], None if index else inputs)
+    norms = (block.first.norm, block.second.norm, block.third.norm, block.first.norm)
+    return BlockMoments(*(None if norm.frozen else own for norm, own in zip(norms, found, strict=True)))
 
 
 STAGE_FORMS: dict[str, StageForm | None] = {

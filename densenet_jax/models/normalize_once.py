@@ -88,14 +88,6 @@ def normalize_once(
         layers, key = [_frozen(layer) for layer in layers], None
     elif not train or len({layer.norm1.frozen for layer in layers}) > 1:
         return plain_dense_block(inputs, layers, key, options, train)
-    frozen = {layer.norm1.frozen for layer in layers}
-    hidden_frozen = tuple(layer.norm2 is not None and layer.norm2.frozen for layer in layers)
-    facts = Facts(
-        options,
-        arithmetic,
-        normalises=frozen == {False},
-        normalises_hidden=tuple(not is_frozen for is_frozen in hidden_frozen),
-    )
     readers = tuple(
         Layer(
             _reader(layer.norm1, layer.kernel1, options.norm),
@@ -104,8 +96,9 @@ def normalize_once(
         for layer in layers
     )
     kernel = layers[-1].kernel1 if layers[-1].kernel2 is None else layers[-1].kernel2
-    outputs = block(facts, inputs.astype(options.dtype), readers, _shifts(layers, kernel.shape[-1]), key)
-    return _result(outputs, layers, facts)
+    shifts = _shifts(layers, kernel.shape[-1])
+    outputs = block(Facts(options, arithmetic), inputs.astype(options.dtype), readers, shifts, key)
+    return _result(outputs, layers)
 
 
 def _is_evaluated_from_buffer(inputs: Array, first: LayerArrays, options: BlockOptions, arithmetic: Arithmetic) -> bool:
@@ -138,14 +131,14 @@ def _arithmetic(
     return arithmetic_with_kernels(platform, options.dtype, shape, options.norm.group_size, wanted, mesh)
 
 
-def _result(outputs: Outputs, layers: Sequence[LayerArrays], facts: Facts) -> BlockResult:
-    hidden = iter(outputs.hidden_moments)
+def _result(outputs: Outputs, layers: Sequence[LayerArrays]) -> BlockResult:
+    hidden, are_frozen = iter(outputs.hidden_moments), layers[0].norm1.frozen
     seen = []
-    for layer, normalises in zip(layers, facts.normalises_hidden, strict=True):
-        first = columns(outputs.moments, 0, layer.norm1.scale.shape[0]) if facts.normalises else None
+    for layer in layers:
+        first = None if are_frozen else columns(outputs.moments, 0, layer.norm1.scale.shape[0])
         second = None if layer.norm2 is None else next(hidden)
-        seen.append(LayerMoments(first, second if normalises else None))
-    return BlockResult(FeatureMap(outputs.values, outputs.moments if facts.normalises else None), tuple(seen))
+        seen.append(LayerMoments(first, None if layer.norm2 is None or layer.norm2.frozen else second))
+    return BlockResult(FeatureMap(outputs.values, None if are_frozen else outputs.moments), tuple(seen))
 
 
 FORMS: dict[str, Form] = {

@@ -54,20 +54,10 @@ class Shifts(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is static in a block's arithmetic.
-
-    Attributes:
-      options: of the block.
-      arithmetic: how it is computed.
-      normalises: maps are normalised by their own moments; False where all first norms are frozen, whose running
-        statistics are folded into scale and bias: then x^ is x itself.
-      normalises_hidden: the same of each layer's second norm.
-    """
+    """What is static in a block's arithmetic: the block's options, and how it is computed."""
 
     options: BlockOptions
     arithmetic: Arithmetic
-    normalises: bool
-    normalises_hidden: tuple[bool, ...]
 
 
 class Outputs(NamedTuple):
@@ -79,13 +69,17 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs; hidden maps that are recomputed are None."""
+    """What the backward pass needs; hidden maps that are recomputed are None.
+
+    Where a shift is None, norms are frozen, whose running statistics are folded into scale and bias: x^ is the map.
+    """
 
     maps: Any
     moments: Moments
     hidden: tuple[Array | None, ...]
     hidden_moments: tuple[Moments, ...]
     layers: tuple[Layer, ...]
+    shifts: Shifts
     key: Array | None
 
 
@@ -147,7 +141,7 @@ def _forward(
     joined = Moments(*(jnp.concatenate(parts, axis=-1) for parts in zip(*all_moments, strict=True)))
     values = block_maps.front(maps, joined.mean.shape[-1])
     outputs = Outputs(values, joined, tuple(hidden_moments))
-    return outputs, Residuals(maps, joined, tuple(hidden_maps), tuple(hidden_moments), layers, key)
+    return outputs, Residuals(maps, joined, tuple(hidden_maps), tuple(hidden_moments), layers, shifts, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,13 +165,13 @@ def columns(moments: Moments, start: int, end: int) -> Moments:
 
 def _norm_of_maps(facts: Facts, saved: Residuals, cotangents: Outputs, start: int, end: int) -> Normalisation:
     """How some of the block's maps became x^."""
-    epsilon = facts.options.norm.epsilon if facts.normalises else None
+    epsilon = None if saved.shifts.inputs is None else facts.options.norm.epsilon
     return Normalisation(columns(saved.moments, start, end), epsilon, columns(cotangents.moments, start, end))
 
 
 def _norm_of_hidden(facts: Facts, saved: Residuals, cotangents: Outputs, index: int) -> Normalisation:
     """The same of what a layer's first convolution gave."""
-    epsilon = facts.options.norm.epsilon if facts.normalises_hidden[index] else None
+    epsilon = None if saved.shifts.hidden[index] is None else facts.options.norm.epsilon
     return Normalisation(saved.hidden_moments[index], epsilon, cotangents.hidden_moments[index])
 
 

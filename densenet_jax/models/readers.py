@@ -7,6 +7,7 @@ from passes over the gradient, or from the kernels that compute it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu import convolution
 from densenet_jax.kernels.cpu import reader as cpu
+from densenet_jax.kernels.cpu.convolution import dilated
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import Moments, NormOptions, convolve, group_count, scale_shift
@@ -23,11 +25,26 @@ from densenet_jax.models.normalisation import Normalisation
 
 
 class Reader(NamedTuple):
-    """What a reader of c channels reads with: scale and bias float[c], kernel float[k, k, c, o]."""
+    """What a reader of c channels reads with: scale and bias float[c], kernel float[k, k, c / channel_groups, o]."""
 
     scale: Array
     bias: Array
     kernel: Array
+
+
+class Window(NamedTuple):
+    """How a reader's kernel goes over a map.
+
+    Attributes:
+      stride: pixels from one place to the next.
+      channel_groups: of the convolution; the kernel is float[k, k, c / channel_groups, o].
+    """
+
+    stride: int = 1
+    channel_groups: int = 1
+
+
+EVERYWHERE = Window()
 
 
 class ReaderGradients(NamedTuple):
@@ -36,7 +53,7 @@ class ReaderGradients(NamedTuple):
     Attributes:
       inputs: float[b, h, w, c], of x^, in float32 or wider.
       scale, bias: float[g, c], a row for each group of examples; the parameter's gradient is the sum over rows.
-      kernel: float[k, k, c, o], float32 or wider.
+      kernel: like the reader's, float32 or wider.
     """
 
     inputs: Array
@@ -90,17 +107,37 @@ def rectify(x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[A
 
 
 def read(
-    x: Float[Array, "b h w c"], reader: Reader, arithmetic: Arithmetic, norm: Normalisation | None = None
-) -> Float[Array, "b h w o"]:
+    x: Float[Array, "b h w c"],
+    reader: Reader,
+    arithmetic: Arithmetic,
+    norm: Normalisation | None = None,
+    window: Window = EVERYWHERE,
+) -> Float[Array, "b h2 w2 o"]:
     """What a reader gives of a map, which norm normalises before; without one it is x^ already.
 
     The map may have more channels than the reader, which come after.
     """
-    x, norm = of_one_norm(x, norm)
+    x, norm = _of_one_norm(x, norm)
     if arithmetic.library and is_read_by_library(x, reader):
-        return cpu.read(x, reading_of(x, reader, norm))
+        x, window = _picked(x, reader, window)
+        return cpu.read(x, _reading(x, reader, norm), stride=window.stride, groups=window.channel_groups)
     x = x[..., : reader.scale.shape[0]]
-    return contract(rectify(normalised(x, norm), reader.scale, reader.bias), reader.kernel, arithmetic)
+    activation = rectify(normalised(x, norm), reader.scale, reader.bias)
+    if window == EVERYWHERE:
+        return contract(activation, reader.kernel, arithmetic)
+    return _convolve(activation, reader.kernel, window)
+
+
+def _convolve(activation: Array, kernel: Array, window: Window) -> Array:
+    padding = kernel.shape[0] // 2
+    return convolve(activation, kernel, stride=window.stride, padding=padding, groups=window.channel_groups)
+
+
+def _picked(x: Array, reader: Reader, window: Window) -> tuple[Array, Window]:
+    """What a strided convolution reads of a map, and the window that is left: a 1x1 kernel reads few of its pixels."""
+    if reader.kernel.shape[0] > 1 or window.stride == 1:
+        return x, window
+    return x[:, :: window.stride, :: window.stride], window._replace(stride=1)
 
 
 def read_with_moments(
@@ -110,8 +147,9 @@ def read_with_moments(
     options: NormOptions,
     arithmetic: Arithmetic,
     norm: Normalisation | None = None,
-    total: Float[Array, "b h w o"] | None = None,
-) -> tuple[Float[Array, "b h w o"], Moments | None]:
+    total: Float[Array, "b h2 w2 o"] | None = None,
+    window: Window = EVERYWHERE,
+) -> tuple[Float[Array, "b h2 w2 o"], Moments | None]:
     """`read`, added to total, and the moments of the sum where they come with it: by the CPU's library.
 
     Args:
@@ -122,33 +160,34 @@ def read_with_moments(
       arithmetic: how.
       norm: as for `read`.
       total: what is added to, in place where nothing else reads it; None is nothing.
+      window: as for `read`; with a total, its default.
     """
+    assert total is None or window == EVERYWHERE
     by_library = arithmetic.library and is_read_by_library(x, reader)
-    if not by_library or (total is None and not sums_moments(x, shift, options)):
-        out = read(x, reader, arithmetic, norm)
+    sums_moments = shift is not None and group_count(x.shape[0], options.group_size) == 1
+    if not by_library or (total is None and not sums_moments):
+        out = read(x, reader, arithmetic, norm, window)
         return out if total is None else total + out, None
-    x, norm = of_one_norm(x, norm)
-    reading, about = reading_of(x, reader, norm), jnp.zeros(reader.kernel.shape[-1]) if shift is None else shift
+    x, norm = _of_one_norm(x, norm)
+    x, window = _picked(x, reader, window)
+    about = jnp.zeros(reader.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
+    reading = _reading(x, reader, norm)
     if total is None:
-        out, first, second = cpu.read_with_moments(x, reading, about.astype(x.dtype))
+        strided = {"stride": window.stride, "groups": window.channel_groups}
+        out, first, second = cpu.read_with_moments(x, reading, about, **strided)
     else:
-        out, first, second = cpu.add_read_with_moments(total, x, reading, about.astype(x.dtype))
-    return out, moments_of_sums(first, second, shift, out) if sums_moments(x, shift, options) else None
+        out, first, second = cpu.add_read_with_moments(total, x, reading, about)
+    return out, _moments_of_sums(first, second, shift, out) if sums_moments else None
 
 
-def sums_moments(x: Array, shift: Array | None, options: NormOptions) -> bool:
-    """Whether moments about shift are wanted, and of all examples."""
-    return shift is not None and group_count(x.shape[0], options.group_size) == 1
-
-
-def of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisation | None]:
+def _of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisation | None]:
     """The map, normalised where its examples have several norms, and the one norm that is left to apply."""
     if norm is None or norm.moments.mean.shape[0] == 1:
         return x, norm
     return norm.apply(x), None
 
 
-def moments_of_sums(total: Array, square: Array, shift: Array | None, out: Float[Array, "b h w c"]) -> Moments:
+def _moments_of_sums(total: Array, square: Array, shift: Array | None, out: Float[Array, "b h w c"]) -> Moments:
     """Of a map, from the sums over all positions of it less shift and of the square of that."""
     assert shift is not None
     count = out.size // out.shape[-1]
@@ -164,10 +203,10 @@ def normalised(x: Float[Array, "b h w c"], norm: Normalisation | None) -> Float[
 
 def is_read_by_library(x: Array, reader: Reader) -> bool:
     """Whether the CPU's library is there and knows these operands; shapes and dtypes are all that is looked at."""
-    return cpu.usable(x, reading_of(x, reader))
+    return cpu.usable(x, reader.kernel)
 
 
-def reading_of(x: Array, reader: Reader, norm: Normalisation | None = None) -> cpu.Reading:
+def _reading(x: Array, reader: Reader, norm: Normalisation | None = None) -> cpu.Reading:
     """A reader's arrays as the library takes them, with those of the norm before it, all of whose examples are one."""
     mean = reciprocal = jnp.zeros((0,), x.dtype)
     if norm is not None and norm.epsilon is not None:
@@ -184,10 +223,11 @@ def sum_by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]
 def read_gradients(
     x: Float[Array, "b h w c"],
     reader: Reader,
-    gradient: Float[Array, "b h w o"],
+    gradient: Float[Array, "b h2 w2 o"],
     groups: int,
     arithmetic: Arithmetic,
     norm: Normalisation | None = None,
+    window: Window = EVERYWHERE,
 ) -> ReaderGradients:
     """The derivative of `read`.
 
@@ -198,13 +238,26 @@ def read_gradients(
       groups: of examples that scale and bias gradients are wanted for.
       arithmetic: how.
       norm: as for `read`.
+      window: likewise.
     """
     if arithmetic.library and groups == 1 and is_read_by_library(x, reader):
-        return of_one_group(*cpu.gradients(x, reading_of(x, reader, norm), gradient))
-    return read_gradients_before_relu(normalised(x, norm), reader, gradient, groups, arithmetic)[1]
+        few, left = _picked(x, reader, window)
+        strided = {"stride": left.stride, "groups": left.channel_groups}
+        of_few, *others = cpu.gradients(few, _reading(few, reader, norm), gradient, **strided)
+        if left != window:
+            sizes = (x.shape[1], x.shape[2])
+            of_few = dilated(of_few, reader.kernel, sizes=sizes, stride=window.stride, padding=0)
+        return _of_one_group(of_few, *others)
+    x = normalised(x, norm)
+    if window == EVERYWHERE:
+        return read_gradients_before_relu(x, reader, gradient, groups, arithmetic)[1]
+    activation = rectify(x, reader.scale, reader.bias)
+    _, pullback = jax.vjp(functools.partial(_convolve, window=window), activation, reader.kernel)
+    rectified, kernel = pullback(gradient)
+    return ReaderGradients(*rectifier_gradients(rectified, activation, x, reader.scale, groups), kernel)
 
 
-def of_one_group(of_x: Array, of_scale: Array, of_bias: Array, of_kernel: Array) -> ReaderGradients:
+def _of_one_group(of_x: Array, of_scale: Array, of_bias: Array, of_kernel: Array) -> ReaderGradients:
     """Gradients that the library gives of one group of examples."""
     return ReaderGradients(of_x, of_scale[None, :], of_bias[None, :], of_kernel)
 
@@ -267,4 +320,4 @@ def add_read_gradients(
     norm: Normalisation | None = None,
 ) -> ReaderGradients:
     """`read_gradients` with its inputs those of all readers so far: total, with this one's part added in place."""
-    return of_one_group(*cpu.add_gradients(total, x, reading_of(x, reader, norm), gradient))
+    return _of_one_group(*cpu.add_gradients(total, x, _reading(x, reader, norm), gradient))

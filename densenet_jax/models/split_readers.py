@@ -1,4 +1,4 @@
-"""Reading a normalised map that lies in parts, by several 1x1 kernels behind one scale and bias, and by a grouped one.
+"""Reading a normalised map that lies in parts, by several 1x1 kernels behind one scale and bias.
 
 A product over joined channels is the sum of the products over the parts, so nothing has to be joined; and outputs that
 go different ways come from kernels of their own, so nothing has to be taken apart.
@@ -14,28 +14,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu import reader as cpu
-from densenet_jax.kernels.cpu.convolution import dilated
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.layers import Moments, NormOptions, convolve
+from densenet_jax.models.layers import Moments, NormOptions
 from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import (
     Reader,
-    ReaderGradients,
     add_read_gradients,
     adds_in_place,
     contract,
-    is_read_by_library,
-    moments_of_sums,
     normalised,
-    of_one_group,
-    of_one_norm,
     read_gradients,
     read_with_moments,
-    reading_of,
     rectifier_gradients,
     rectify,
-    sums_moments,
 )
 
 
@@ -134,7 +125,7 @@ def read_parts_gradients(
       arithmetic: how.
       norm: as for `read_parts`.
       totals: what the gradients of each part's channels are added to, in place where nothing else reads it; it may have
-        more channels, which come after.
+        more channels, which come after. For one kernel, or where the library computes.
     """
     found = [
         _part_gradients(part, own, gradients, groups, arithmetic, norm, total)
@@ -158,6 +149,7 @@ def _part_gradients(
     total: Array | None,
 ) -> MultiGradients:
     readers = [Reader(reader.scale, reader.bias, kernel) for kernel in reader.kernels]
+    assert total is None or arithmetic.library or len(readers) == 1
     if arithmetic.library or len(readers) == 1:
         found = []
         for one, gradient in zip(readers, gradients, strict=True):
@@ -178,7 +170,7 @@ def _part_gradients(
     )
     _, pullback = jax.vjp(lambda a: tuple(contract(a, kernel, arithmetic) for kernel in reader.kernels), activation)
     inputs, scale, bias = rectifier_gradients(pullback(tuple(gradients))[0], activation, x, reader.scale, groups)
-    return MultiGradients((inputs if total is None else _added(total, inputs),), scale, bias, kernels)
+    return MultiGradients((inputs,), scale, bias, kernels)
 
 
 def _added(total: Array, gradient: Array) -> Array:
@@ -186,75 +178,3 @@ def _added(total: Array, gradient: Array) -> Array:
     width = gradient.shape[-1]
     added = (total[..., :width].astype(gradient.dtype) + gradient).astype(total.dtype)
     return added if width == total.shape[-1] else lax.dynamic_update_slice_in_dim(total, added, 0, axis=3)
-
-
-def read_grouped(
-    x: Float[Array, "b h w c"],
-    reader: Reader,
-    stride: int,
-    channel_groups: int,
-    shift: Float[Array, " o"] | None,
-    options: NormOptions,
-    arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
-) -> tuple[Float[Array, "b h2 w2 o"], Moments | None]:
-    """relu(scale * x^ + bias) by a convolution in groups of channels; kernel float[k, k, c / channel_groups, o].
-
-    Args:
-      x: what is read.
-      reader: with what.
-      stride: of the convolution.
-      channel_groups: of the convolution.
-      shift: that moments are taken about; None: none are wanted.
-      options: of the norm whose moments these are.
-      arithmetic: how.
-      norm: what makes x^ of the map; None: it is that already.
-    """
-    x, norm = of_one_norm(x, norm)
-    if arithmetic.library and is_read_by_library(x, reader):
-        x, stride = _picked(x, reader, stride)
-        reading, how = reading_of(x, reader, norm), {"stride": stride, "groups": channel_groups}
-        if shift is None or not sums_moments(x, shift, options):
-            return cpu.read(x, reading, **how), None
-        out, total, square = cpu.read_with_moments(x, reading, shift.astype(x.dtype), **how)
-        return out, moments_of_sums(total, square, shift, out)
-    activation = rectify(normalised(x, norm), reader.scale, reader.bias)
-    padding = reader.kernel.shape[0] // 2
-    return convolve(activation, reader.kernel, stride=stride, padding=padding, groups=channel_groups), None
-
-
-def _picked(x: Array, reader: Reader, stride: int) -> tuple[Array, int]:
-    """What a strided convolution reads of a map, and the stride that is left: a 1x1 kernel reads few of its pixels."""
-    if reader.kernel.shape[0] > 1 or stride == 1:
-        return x, stride
-    return x[:, ::stride, ::stride], 1
-
-
-def read_grouped_gradients(
-    x: Float[Array, "b h w c"],
-    reader: Reader,
-    gradient: Float[Array, "b h2 w2 o"],
-    stride: int,
-    channel_groups: int,
-    groups: int,
-    arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
-) -> ReaderGradients:
-    """The derivative of `read_grouped`; groups are those of examples that scale and bias gradients are wanted for."""
-    if arithmetic.library and groups == 1 and is_read_by_library(x, reader):
-        few, left = _picked(x, reader, stride)
-        reading = reading_of(few, reader, norm)
-        of_few, *others = cpu.gradients(few, reading, gradient, stride=left, groups=channel_groups)
-        if left < stride:
-            of_few = dilated(of_few, reader.kernel, sizes=(x.shape[1], x.shape[2]), stride=stride, padding=0)
-        return of_one_group(of_few, *others)
-    x = normalised(x, norm)
-    padding = reader.kernel.shape[0] // 2
-    activation = rectify(x, reader.scale, reader.bias)
-
-    def convolved(activation: Array, kernel: Array) -> Array:
-        return convolve(activation, kernel, stride=stride, padding=padding, groups=channel_groups)
-
-    _, pullback = jax.vjp(convolved, activation, reader.kernel)
-    rectified, kernel = pullback(gradient)
-    return ReaderGradients(*rectifier_gradients(rectified, activation, x, reader.scale, groups), kernel)

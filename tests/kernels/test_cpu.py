@@ -176,7 +176,7 @@ def differentiated(x, reading, g, **options):
 def test_reader_and_its_gradients(case, normalises):
     b, h, w, width, c, o, k = case
     x, reading = draw(b, h, w, width), drawn_reading(c, o, k, normalises)
-    assert reader.usable(x, reading)
+    assert reader.usable(x, reading.kernel)
     assert uses_library(reader.read, x, reading)
     expected = reader.plain_read(x, *reading)
     assert_same(jax.jit(reader.read)(x, reading), expected)

@@ -48,6 +48,21 @@ struct Lanes {
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The channels of an output that tiles compute at a time, from a multiple of kMost on: `lanes`, in whole vectors.
+template <typename T>
+struct Chunk {
+  static constexpr int64_t kMost = kVectors * Lanes<T>::kCount;
+  int64_t first, lanes;
+  int vectors;
+
+  Chunk(int64_t channels, int64_t index)
+      : first(index * kMost),
+        lanes(std::min(kMost, channels - first)),
+        vectors(static_cast<int>(DivideUp(lanes, Lanes<T>::kCount))) {}
+  int64_t width() const { return vectors * Lanes<T>::kCount; }
+  static int64_t Count(int64_t channels) { return DivideUp(channels, kMost); }
+};
+
 // Runs task(0) ... task(count - 1) on the pool and the calling thread, which never waits for a task nobody has begun.
 void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
   struct Shared {
@@ -324,28 +339,27 @@ struct Kernel {
 // A kernel's weights to [chunk][taps][channels][vectors of out].
 template <typename T>
 void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
-  constexpr int kWidth = kVectors * Lanes<T>::kCount;
-  const int64_t taps = s.kernel_height * s.kernel_width, chunks = DivideUp(s.out_channels, kWidth);
+  const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t group_channels = s.channels / kernel.together, group_outputs = s.out_channels / kernel.together;
-  ParallelFor(pool, chunks, [&](int64_t chunk) {
-    const int64_t first = chunk * kWidth, lanes = std::min<int64_t>(kWidth, s.out_channels - first);
-    const int64_t width = DivideUp(lanes, Lanes<T>::kCount) * Lanes<T>::kCount;
+  ParallelFor(pool, Chunk<T>::Count(s.out_channels), [&](int64_t index) {
+    const Chunk<T> chunk(s.out_channels, index);
+    const int64_t first = chunk.first, lanes = chunk.lanes, width = chunk.width();
     T* to = packed + first * taps * s.channels;
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t group = 0; group < kernel.together; ++group) {
         const int64_t of_group = group * group_outputs;
         const int64_t begin = std::clamp<int64_t>(of_group - first, 0, lanes);
         const int64_t end = std::clamp<int64_t>(of_group + group_outputs - first, 0, lanes);
-        const int64_t begin_in_group = first + begin - of_group, index = kernel.first + group;
+        const int64_t begin_in_group = first + begin - of_group, of_all = kernel.first + group;
         for (int64_t c = 0; c < group_channels; ++c, to += width) {
           std::fill(to, to + begin, T{0});
           if (kernel.transposed) {
             const T* from = kernel.w + ((taps - 1 - tap) * group_outputs + begin_in_group) * kernel.outputs +
-                            index * group_channels + c;
+                            of_all * group_channels + c;
             for (int64_t o = begin; o < end; ++o, from += kernel.outputs) to[o] = *from;
           } else if (begin < end) {
             std::memcpy(to + begin,
-                        kernel.w + (tap * group_channels + c) * kernel.outputs + index * group_outputs + begin_in_group,
+                        kernel.w + (tap * group_channels + c) * kernel.outputs + of_all * group_outputs + begin_in_group,
                         (end - begin) * sizeof(T));
           }
           std::fill(to + std::max(begin, end), to + width, T{0});
@@ -371,44 +385,14 @@ class Weights {
     Pack(pool, s, kernel, packed_.get());
     weights_ = packed_.get(), chunk_step_ = window, step_ = 0;
   }
-  const T* Of(int64_t first) const { return weights_ + first * chunk_step_; }
-  int64_t Step(int vectors) const { return step_ ? step_ : vectors * Lanes<T>::kCount; }
+  const T* Of(const Chunk<T>& chunk) const { return weights_ + chunk.first * chunk_step_; }
+  int64_t Step(const Chunk<T>& chunk) const { return step_ ? step_ : chunk.width(); }
 
  private:
   std::unique_ptr<T[], void (*)(T*)> packed_;
   const T* weights_;
   int64_t chunk_step_, step_;
 };
-
-// Computes a band of outputs, of y_step channels a pixel, and calls done(band, first pixel, pixels, y); where y is null,
-// it lies in the thread's own memory and is gone afterwards.
-template <typename T, typename F>
-void OutputBand(const Sizes& s, int64_t pixels, const Bands& bands, int64_t band, const Source<T>& source,
-                const Weights<T>& weights, T* y, int64_t y_step, F done) {
-  constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
-  const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
-  const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
-  const int64_t end = std::min(begin + bands.rows_each, s.out_height);
-  const int64_t at = (image * s.out_height + begin) * s.out_width;
-  const int64_t count = std::min((end - begin) * s.out_width, pixels - at);
-  const T* rows = InputRows(s, source, image, begin, end, pixels);
-  T* out = y == nullptr ? ThreadScratch<T>(2, count * y_step) : y + at * y_step;
-  for (int64_t first = 0; first < s.out_channels; first += kWidth) {
-    const int64_t lanes = std::min<int64_t>(kWidth, s.out_channels - first);
-    const int vectors = static_cast<int>(DivideUp(lanes, kLanes));
-    for (int64_t row = 0; row < end - begin; ++row) {
-      const int64_t columns = std::min(s.out_width, count - row * s.out_width);
-      const T* from = rows + row * s.stride * row_step;
-      T* to = out + row * s.out_width * y_step + first;
-      ForTiles(columns, [&](int64_t column, int tile) {
-        OutputTileOf<T>(tile, vectors, kTiles)(to + column * y_step, y_step, from + column * pixel_step, pixel_step,
-                                               row_step, weights.Of(first), weights.Step(vectors), s.kernel_height,
-                                               s.run(), lanes);
-      });
-    }
-  }
-  done(band, at, count, out);
-}
 
 template <typename T>
 struct Prepared {  // a convolution cut into bands, and its weights
@@ -424,24 +408,72 @@ struct Prepared {  // a convolution cut into bands, and its weights
         bands(sizes, sizeof(T), threads) {}
 };
 
-// `blocks` convolutions of s, whose channels lie side by side, each with its weights; the kernel is that of the first.
-template <typename T>
-std::vector<Prepared<T>> PrepareBlocks(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, Kernel<T> kernel) {
-  std::vector<Prepared<T>> prepared;
-  for (int64_t i = 0; i < blocks; ++i, kernel.first += kernel.together)
-    prepared.emplace_back(pool, s, kernel, DivideUp(pool.num_threads(), blocks));
-  return prepared;
+// Computes a band of outputs, of y_step channels a pixel, and calls done(first pixel, pixels, their y); where y is null,
+// that lies in the thread's own memory and is gone afterwards.
+template <typename T, typename F>
+void OutputBand(const Prepared<T>& prepared, int64_t band, const Source<T>& source, T* y, int64_t y_step, F done) {
+  const auto& [s, all_pixels, weights, bands] = prepared;
+  const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
+  const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
+  const int64_t end = std::min(begin + bands.rows_each, s.out_height);
+  const int64_t at = (image * s.out_height + begin) * s.out_width;
+  const int64_t count = std::min((end - begin) * s.out_width, all_pixels - at);
+  const T* rows = InputRows(s, source, image, begin, end, all_pixels);
+  T* out = y == nullptr ? ThreadScratch<T>(2, count * y_step) : y + at * y_step;
+  for (int64_t index = 0; index < Chunk<T>::Count(s.out_channels); ++index) {
+    const Chunk<T> chunk(s.out_channels, index);
+    for (int64_t row = 0; row < end - begin; ++row) {
+      const int64_t columns = std::min(s.out_width, count - row * s.out_width);
+      const T* from = rows + row * s.stride * row_step;
+      T* to = out + row * s.out_width * y_step + chunk.first;
+      ForTiles(columns, [&](int64_t column, int tile) {
+        OutputTileOf<T>(tile, chunk.vectors, kTiles)(to + column * y_step, y_step, from + column * pixel_step,
+                                                     pixel_step, row_step, weights.Of(chunk), weights.Step(chunk),
+                                                     s.kernel_height, s.run(), chunk.lanes);
+      });
+    }
+  }
+  done(at, count, out);
 }
 
+// Convolutions of s side by side: `blocks` of them, each of its own channels and with its weights, all cut alike.
+template <typename T>
+class Blocks {
+ public:
+  // The kernel is that of the first block.
+  Blocks(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, Kernel<T> kernel) : pool_(pool) {
+    for (int64_t i = 0; i < blocks; ++i, kernel.first += kernel.together)
+      prepared_.emplace_back(pool, s, kernel, DivideUp(pool.num_threads(), blocks));
+  }
+
+  int64_t count() const { return static_cast<int64_t>(prepared_.size()); }
+  int64_t bands() const { return prepared_[0].bands.count; }
+
+  // Runs run(block, band), on all threads; it is to call Band.
+  template <typename F>
+  void ForBands(F run) const {
+    ParallelFor(pool_, count() * bands(), [&](int64_t task) { run(task / bands(), task % bands()); });
+  }
+
+  // OutputBand of a block, the source that of the first one; done(at, count, y).
+  template <typename F>
+  void Band(int64_t block, int64_t band, const Source<T>& source, T* y, int64_t y_step, F done) const {
+    const Prepared<T>& p = prepared_[block];
+    OutputBand<T>(p, band, source.From(block * p.sizes.channels), y, y_step, done);
+  }
+
+ private:
+  ffi::ThreadPool& pool_;
+  std::vector<Prepared<T>> prepared_;
+};
+
+// y = what is read of the source, convolved.
 template <typename T>
 void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel, T* y) {
-  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
-  const int64_t bands = prepared[0].bands.count;
-  ParallelFor(pool, blocks * bands, [&](int64_t task) {
-    const int64_t block = task / bands;
-    const Prepared<T>& p = prepared[block];
-    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, source.From(block * s.channels), p.weights,
-                  y + block * s.out_channels, blocks * s.out_channels, [](int64_t, int64_t, int64_t, T*) {});
+  const Blocks<T> all(pool, s, blocks, kernel);
+  all.ForBands([&](int64_t block, int64_t band) {
+    T* own = y + block * s.out_channels;
+    all.Band(block, band, source, own, blocks * s.out_channels, [](int64_t, int64_t, T*) {});
   });
 }
 
@@ -479,15 +511,13 @@ class TwoSums {
 template <bool kAdd, typename T>
 void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
                        const T* shift, T* y, T* sum, T* square) {
-  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
-  const int64_t bands = prepared[0].bands.count, channels = s.out_channels, y_step = blocks * channels;
-  TwoSums<T> sums(blocks, bands, channels);
-  ParallelFor(pool, blocks * bands, [&](int64_t task) {
-    const int64_t block = task / bands;
-    const Prepared<T>& p = prepared[block];
+  const Blocks<T> all(pool, s, blocks, kernel);
+  const int64_t channels = s.out_channels, y_step = blocks * channels;
+  TwoSums<T> sums(blocks, all.bands(), channels);
+  all.ForBands([&](int64_t block, int64_t band) {
     const T* about = shift + block * channels;
     T* own = y + block * channels;
-    const auto take_in = [&](int64_t band, int64_t at, int64_t count, T* out) {
+    const auto take_in = [&](int64_t at, int64_t count, T* out) {
       T *sum = sums.Of(block, band), *square = sum + channels, *to = own + at * y_step;
       for (int64_t i = 0; i < count; ++i, out += kAdd ? channels : y_step, to += y_step) {
 #pragma GCC ivdep
@@ -499,8 +529,7 @@ void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, co
         }
       }
     };
-    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, source.From(block * s.channels), p.weights,
-                  kAdd ? nullptr : own, kAdd ? channels : y_step, take_in);
+    all.Band(block, band, source, kAdd ? nullptr : own, kAdd ? channels : y_step, take_in);
   });
   sums.AddUp(sum, square);
 }
@@ -528,20 +557,17 @@ void UnrectifyPixels(Source<T> read, int64_t pixels, int64_t channels, const T* 
 template <bool kAdd, typename T>
 void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& g, Kernel<T> kernel,
                   const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias) {
-  const auto prepared = PrepareBlocks(pool, s, blocks, kernel);
-  const int64_t bands = prepared[0].bands.count, channels = s.out_channels;
-  TwoSums<T> sums(blocks, bands, channels);
-  ParallelFor(pool, blocks * bands, [&](int64_t task) {
-    const int64_t block = task / bands;
-    const Prepared<T>& p = prepared[block];
+  const Blocks<T> all(pool, s, blocks, kernel);
+  const int64_t channels = s.out_channels;
+  TwoSums<T> sums(blocks, all.bands(), channels);
+  all.ForBands([&](int64_t block, int64_t band) {
     const Source<T> own = read.From(block * channels);
-    const auto unrectify = [&](int64_t band, int64_t at, int64_t count, T* gradient) {
+    const auto unrectify = [&](int64_t at, int64_t count, T* gradient) {
       const auto run = own.mean == nullptr ? UnrectifyPixels<kAdd, false, T> : UnrectifyPixels<kAdd, true, T>;
       T *of_scale = sums.Of(block, band), *to = dx + at * dx_step + block * channels;
       run(own.AtPixel(at), count, channels, gradient, to, dx_step, of_scale, of_scale + channels);
     };
-    OutputBand<T>(p.sizes, p.pixels, p.bands, task % bands, g.From(block * s.channels), p.weights, nullptr, channels,
-                  unrectify);
+    all.Band(block, band, g, nullptr, channels, unrectify);
   });
   sums.AddUp(dscale, dbias);
 }
@@ -573,9 +599,8 @@ struct Shares {
 template <typename T>
 void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source,
                     const T* g, T* dw) {
-  constexpr int kLanes = Lanes<T>::kCount, kWidth = kVectors * kLanes;
   const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
-  const int64_t chunks = DivideUp(s.out_channels, kWidth);
+  const int64_t chunks = Chunk<T>::Count(s.out_channels);
   const bool pointwise = s.pointwise();
   if (pointwise) s = AsLines(s, sizeof(T));
   const Bands bands(s, sizeof(T), 1);
@@ -584,9 +609,9 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   const Shares shares(DivideUp(pool.num_threads(), blocks), chunks, pixels, bands.count);
   const int64_t slices = shares.slices, g_step = blocks * s.out_channels;
   const bool whole = blocks == 1 && together == 1 && slices == 1;  // the last band's sums are the result
-  auto sums = Allocate<T>(blocks * slices * chunks * window * kWidth);
+  auto sums = Allocate<T>(blocks * slices * chunks * window * Chunk<T>::kMost);
   const auto sums_of = [&](int64_t block, int64_t slice, int64_t chunk) {
-    return sums.get() + ((block * slices + slice) * chunks + chunk) * window * kWidth;
+    return sums.get() + ((block * slices + slice) * chunks + chunk) * window * Chunk<T>::kMost;
   };
   ParallelFor(pool, blocks * slices * shares.parts, [&](int64_t task) {
     const int64_t part = task % shares.parts, slice = task / shares.parts % slices;
@@ -603,20 +628,20 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
         lines = 1;
       }
       const bool is_result = whole && band == end_band - 1;
-      for (int64_t chunk = chunks * part / shares.parts; chunk < chunks * (part + 1) / shares.parts; ++chunk) {
-        const int64_t first = chunk * kWidth, lanes = std::min<int64_t>(kWidth, s.out_channels - first);
-        const int64_t width = DivideUp(lanes, kLanes) * kLanes;
-        const T* gradients =
-            WholeVectors(g + at * g_step + block * s.out_channels + first, g_step, lines * columns, lanes, width);
-        T* own = sums_of(block, slice, chunk);
+      for (int64_t index = chunks * part / shares.parts; index < chunks * (part + 1) / shares.parts; ++index) {
+        const Chunk<T> chunk(s.out_channels, index);
+        const int64_t width = chunk.width();
+        const T* gradients = WholeVectors(g + at * g_step + block * s.out_channels + chunk.first, g_step,
+                                          lines * columns, chunk.lanes, width);
+        T* own = sums_of(block, slice, index);
         for (int64_t r = 0; r < s.kernel_height; ++r) {
           ForTiles(s.run(), [&](int64_t value, int count) {
             const int64_t at_value = r * s.run() + value;
             T* sum = own + at_value * width;
-            KernelTileOf<T>(count, static_cast<int>(width / kLanes), kTiles)(
-                is_result ? dw + at_value * g_step + first : sum, is_result ? g_step : width,
+            KernelTileOf<T>(count, chunk.vectors, kTiles)(
+                is_result ? dw + at_value * g_step + chunk.first : sum, is_result ? g_step : width,
                 band == first_band ? nullptr : sum, rows + r * row_step + value, pixel_step, s.stride * row_step,
-                gradients, columns * width, lines, columns, is_result ? lanes : width);
+                gradients, columns * width, lines, columns, is_result ? chunk.lanes : width);
           });
         }
       }
@@ -629,11 +654,11 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
     T* to = dw + value * g_step;
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t o = 0; o < s.out_channels; ++o) {
-        const int64_t row = tap * s.channels + o / outputs * inputs + input, chunk = o / kWidth;
-        const int64_t width = DivideUp(std::min<int64_t>(kWidth, s.out_channels - chunk * kWidth), kLanes) * kLanes;
+        const int64_t row = tap * s.channels + o / outputs * inputs + input, index = o / Chunk<T>::kMost;
+        const Chunk<T> chunk(s.out_channels, index);
         T total = 0;
         for (int64_t slice = 0; slice < slices; ++slice)
-          total += sums_of(block, slice, chunk)[row * width + o % kWidth];
+          total += sums_of(block, slice, index)[row * chunk.width() + o - chunk.first];
         *to++ = total;
       }
     }

@@ -33,12 +33,13 @@ def plain_kernels() -> Iterator[None]:
 
 def are_known(*arrays: Any) -> bool:
     """Whether arrays are of one known dtype and have static sizes above 0."""
-    sizes = (size for array in arrays for size in array.shape)
-    return arrays[0].dtype in DTYPES and {a.dtype for a in arrays} == {arrays[0].dtype} and all(map(_is_static, sizes))
+    dtype = arrays[0].dtype
+    return dtype in DTYPES and {a.dtype for a in arrays} == {dtype} and have_static_sizes(*arrays)
 
 
-def _is_static(size: Any) -> bool:
-    return isinstance(size, int) and size > 0
+def have_static_sizes(*arrays: Any) -> bool:
+    """Whether all sides of arrays are known and above 0."""
+    return all(isinstance(side, int) and side > 0 for array in arrays for side in array.shape)
 
 
 def define(

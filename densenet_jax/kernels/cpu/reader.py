@@ -23,7 +23,7 @@ from densenet_jax.kernels.cpu.convolution import (
     taken_together,
 )
 from densenet_jax.kernels.cpu.library import target_names
-from densenet_jax.kernels.cpu.primitive import are_known, available, define
+from densenet_jax.kernels.cpu.primitive import are_known, available, define, have_static_sizes
 
 
 class Reading(NamedTuple):
@@ -42,12 +42,10 @@ class Reading(NamedTuple):
     kernel: Array
 
 
-def usable(x: Array, reading: Reading) -> bool:
-    """Whether the functions below take these operands and have something to gain in this process."""
-    kernel = reading.kernel
+def usable(x: Array, kernel: Array) -> bool:
+    """Whether the functions below, given a `Reading` with that kernel in x's dtype, have something to gain here."""
     square = kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
-    given = reading if reading.mean.size else reading[2:]
-    return square and available() and are_known(x, *given)
+    return square and available() and are_known(x) and have_static_sizes(kernel)
 
 
 def read(
