@@ -28,6 +28,8 @@ class Arithmetic:
       stem: its strided convolution and maximum are "direct", or "rearranged": `space_to_depth`, `indexed_pool`.
       begins_unwritten: a block's buffer is not filled with zeros first.
       recomputes_hidden: what a layer's first convolution gave is computed again in the backward pass, unasked.
+      finishes_layers: all gradients of a layer are computed before those of the next one; otherwise some may wait, and
+        what they are computed from is kept for so long.
       kernels: what computes the 1x1 readers of a buffer: "xla" as the other fields say, "pallas" the kernels of
         `densenet_jax.kernels.gpu`, "interpret" those step by step on any platform, for tests.
       layer_gradients: what computes the backward pass of a layer with a bottleneck: "xla" as the other fields say,
@@ -44,6 +46,7 @@ class Arithmetic:
     stem: Literal["direct", "rearranged"] = "direct"
     begins_unwritten: bool = False
     recomputes_hidden: bool = False
+    finishes_layers: bool = False
     kernels: Literal["xla", "pallas", "interpret"] = "xla"
     layer_gradients: Literal["xla", "pallas", "interpret"] = "xla"
     mesh: Mesh | None = None
@@ -92,8 +95,14 @@ def arithmetic_with_kernels(
     if platform == "tpu":
         # Memory that is not written is there on every device for all examples, if nobody says otherwise.
         is_divided = mesh is not None or jax.device_count() == 1
-        again = recomputes_hidden(dtype, own)
-        plain = replace(plain, mesh=mesh, begins_unwritten=is_divided, recomputes_hidden=again)
+        plain = replace(
+            plain,
+            mesh=mesh,
+            begins_unwritten=is_divided,
+            recomputes_hidden=recomputes_hidden(dtype, own),
+            # Without kernels the compiler then needs more memory, not less (docs/performance.md).
+            finishes_layers=wanted in ("pallas", "interpret"),
+        )
         if (
             own.drops  # which those kernels know nothing of, nor of groups within a device
             or own_groups(mesh, groups) > 1

@@ -276,8 +276,10 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
             found, layer = _layer_backward(facts, saved, index, total, gradient, cotangents)
         else:
             found, layer = _fused_layer_backward(facts, saved, index, (total, sums), cotangents)
-        layers.append(layer)
         total = found.inputs
+        if facts.arithmetic.finishes_layers:
+            total, layer = lax.optimization_barrier((total, layer))
+        layers.append(layer)
         own = sums_by_reader(reader.scale, found.scale, found.bias)
         sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
         width = start

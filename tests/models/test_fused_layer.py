@@ -56,6 +56,13 @@ def test_memory_is_left_unwritten_only_where_each_device_has_its_own():
     assert not of_shape(shape._replace(examples=12), 0, "auto", mesh).begins_unwritten
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [("auto", False), ("xla", False), ("pallas", True)])
+def test_layers_are_finished_one_by_one_in_every_block_of_a_network_with_kernels(wanted, expected):
+    third = BlockShape(128, 14, 14, 256, 24, 128, 32)  # of densenet121, which kernels don't take
+    found = arithmetic_with_kernels("tpu", jnp.bfloat16, third, 0, wanted, None)
+    assert (found.layer_gradients, found.finishes_layers) == ("xla", expected)
+
+
 def test_several_groups_on_a_device_are_left_to_xla():
     shape, mesh = BlockShape(16, 3, 3, 8, 1, 16, 4), make_mesh()
     of_shape = functools.partial(arithmetic_with_kernels, "tpu", jnp.bfloat16, shape)
