@@ -264,6 +264,9 @@ def test_float32_to_rounding():
     found = convolution.convolve(*narrow, stride=1, padding=1)
     assert found.dtype == jnp.float32
     assert float(jnp.max(jnp.abs(found - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
+    exact = convolution.plain_input_gradient(exact, kernel, sizes=(14, 14), stride=1, padding=1)
+    pullback = jax.vjp(lambda x: convolution.convolve(x, narrow[1], stride=1, padding=1), narrow[0])[1]
+    assert float(jnp.max(jnp.abs(pullback(found)[0] - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
 
 
 def test_the_library_is_for_programs_of_one_cpu_device():
