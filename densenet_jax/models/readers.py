@@ -119,8 +119,8 @@ def read(
     """
     x, norm = _of_one_norm(x, norm)
     if arithmetic.library and is_read_by_library(x, reader):
-        x, window = _picked(x, reader, window)
-        return cpu.read(x, _reading(x, reader, norm), stride=window.stride, groups=window.channel_groups)
+        few, reading, strided = _operands(x, reader, norm, window)
+        return cpu.read(few, reading, **strided)
     x = x[..., : reader.scale.shape[0]]
     activation = rectify(normalised(x, norm), reader.scale, reader.bias)
     if window == EVERYWHERE:
@@ -133,11 +133,14 @@ def _convolve(activation: Array, kernel: Array, window: Window) -> Array:
     return convolve(activation, kernel, stride=window.stride, padding=padding, groups=window.channel_groups)
 
 
-def _picked(x: Array, reader: Reader, window: Window) -> tuple[Array, Window]:
-    """What a strided convolution reads of a map, and the window that is left: a 1x1 kernel reads few of its pixels."""
-    if reader.kernel.shape[0] > 1 or window.stride == 1:
-        return x, window
-    return x[:, :: window.stride, :: window.stride], window._replace(stride=1)
+def _operands(
+    x: Array, reader: Reader, norm: Normalisation | None, window: Window
+) -> tuple[Array, cpu.Reading, dict[str, int]]:
+    """What the library reads of a map, with what, and how: at a stride a 1x1 kernel reads few of the pixels."""
+    stride = window.stride
+    if stride > 1 and reader.kernel.shape[0] == 1:
+        x, stride = x[:, ::stride, ::stride], 1
+    return x, _reading(x, reader, norm), {"stride": stride, "groups": window.channel_groups}
 
 
 def read_with_moments(
@@ -169,14 +172,12 @@ def read_with_moments(
         out = read(x, reader, arithmetic, norm, window)
         return out if total is None else total + out, None
     x, norm = _of_one_norm(x, norm)
-    x, window = _picked(x, reader, window)
+    few, reading, strided = _operands(x, reader, norm, window)
     about = jnp.zeros(reader.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
-    reading = _reading(x, reader, norm)
     if total is None:
-        strided = {"stride": window.stride, "groups": window.channel_groups}
-        out, first, second = cpu.read_with_moments(x, reading, about, **strided)
+        out, first, second = cpu.read_with_moments(few, reading, about, **strided)
     else:
-        out, first, second = cpu.add_read_with_moments(total, x, reading, about)
+        out, first, second = cpu.add_read_with_moments(total, few, reading, about)
     return out, _moments_of_sums(first, second, shift, out) if sums_moments else None
 
 
@@ -241,10 +242,9 @@ def read_gradients(
       window: likewise.
     """
     if arithmetic.library and groups == 1 and is_read_by_library(x, reader):
-        few, left = _picked(x, reader, window)
-        strided = {"stride": left.stride, "groups": left.channel_groups}
-        of_few, *others = cpu.gradients(few, _reading(few, reader, norm), gradient, **strided)
-        if left != window:
+        few, reading, strided = _operands(x, reader, norm, window)
+        of_few, *others = cpu.gradients(few, reading, gradient, **strided)
+        if strided["stride"] != window.stride:
             sizes = (x.shape[1], x.shape[2])
             of_few = dilated(of_few, reader.kernel, sizes=sizes, stride=window.stride, padding=0)
         return _of_one_group(of_few, *others)
