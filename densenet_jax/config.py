@@ -9,7 +9,9 @@ from typing import Any
 import ml_collections
 
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.choice import KERNELS_WANTED
 from densenet_jax.profiling import is_profile
+from densenet_jax.training.precision import POLICIES
 
 # A run may be continued with other values of these: they change where or how fast it computes, not what.
 MAY_CHANGE_ON_RESUME = (
@@ -43,15 +45,16 @@ def _is_regular_expression(value: str) -> bool:
     return True
 
 
+def _one_of(*names: str) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 # key -> (what is expected, check)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
     "model.num_classes": ("0 or more", _NOT_NEGATIVE),
-    "model.dtype": (
-        "float32, bfloat16, float16 or float64",
-        lambda value: value in ("float32", "bfloat16", "float16", "float64"),
-    ),
+    "model.dtype": (_one_of(*POLICIES), lambda value: value in POLICIES),
     "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
     "model.layer_dropout": ("a rate in [0, 1)", _RATE),
     "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
@@ -60,7 +63,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "normalize_once, plain, or normalize_once_cpu, _tpu or _gpu",
         lambda value: value == "plain" or re.fullmatch("normalize_once(_cpu|_tpu|_gpu)?", value) is not None,
     ),
-    "model.kernels": ("auto, xla or pallas", lambda value: value in ("auto", "xla", "pallas")),
+    "model.kernels": (_one_of(*KERNELS_WANTED), lambda value: value in KERNELS_WANTED),
     "data.image_size_px": ("more than 0", _POSITIVE),
     "data.channels": ("1 or 3", lambda value: value in (1, 3)),
     "data.crop": ("random_resized_crop or none", lambda value: value in ("random_resized_crop", "none")),

@@ -14,7 +14,7 @@ from densenet_jax.kernels.tpu import conv_gradients, reader_gradients
 from densenet_jax.kernels.tpu.tiles import LANES
 
 Choice = Literal["xla", "pallas"]
-WANTED = ("auto", "xla", "pallas")
+KERNELS_WANTED = ("auto", "xla", "pallas")
 # The platforms that have kernels, and the dtypes of activations that these are for.
 KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 _MEASURED_CAPABILITY = "9.0"  # Hopper: H100 and H200 are what the kernels were measured on
@@ -64,8 +64,8 @@ def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
     Raises:
       UserError: they don't, for that platform ("cpu", "gpu", "tpu") or that dtype of activations.
     """
-    if wanted not in WANTED:
-        raise UserError(f"kernels={wanted!r}: expected one of {', '.join(WANTED)}")
+    if wanted not in KERNELS_WANTED:
+        raise UserError(f"kernels={wanted!r}: expected one of {', '.join(KERNELS_WANTED)}")
     if wanted != "pallas":
         return
     if platform not in KERNEL_DTYPES:

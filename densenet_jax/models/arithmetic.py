@@ -66,6 +66,11 @@ def arithmetic_for(platform: str = "") -> Arithmetic:
     return ARITHMETIC.get(platform or jax.default_backend(), ARITHMETIC["gpu"])
 
 
+def rearranges_stem(arithmetic: Arithmetic | None) -> bool:
+    """Whether a stem's strided convolution is computed as `space_to_depth` says; None is the papers' way."""
+    return arithmetic is not None and arithmetic.stem == "rearranged"
+
+
 def arithmetic_of(form: Callable[..., Any] | None, papers_way: Callable[..., Any] | None) -> Arithmetic | None:
     """How the rest of a network computes whose blocks have that form; None is the papers' way, that of `papers_way`."""
     if form is papers_way:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.errors import UserError
-from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of
+from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of, rearranges_stem
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, Form, plain_dense_block
 from densenet_jax.models.head import HeadOptions, classify
 from densenet_jax.models.layers import (
@@ -171,7 +171,7 @@ class DenseNet(nn.Module):
         arithmetic = arithmetic_of(self.block_form, plain_dense_block)
         for index, width in enumerate(widths):
             stride = 2 if index == 0 and self.stem != "cifar" else 1
-            rearranged = stride == 2 and arithmetic is not None and arithmetic.stem == "rearranged"
+            rearranged = stride == 2 and rearranges_stem(arithmetic)
             convolution = Convolution(
                 x.shape[-1], width, kernel_size, stride, space_to_depth=rearranged, name=f"conv{index}", **types
             )

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of
+from densenet_jax.models.arithmetic import Arithmetic, arithmetic_of, rearranges_stem
 from densenet_jax.models.dual_path_once import normalize_once_stage, path_norms_agree
 from densenet_jax.models.dual_path_stage import BlockArrays, BlockMoments, NormReader, StageForm, StageOptions
 from densenet_jax.models.head import HeadOptions, classify
@@ -231,7 +231,7 @@ class Stem(nn.Module):
         """Declares the convolution and the norm."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shape = (self.in_features, self.features, self.kernel_size, 2)
-        rearranged = self.arithmetic is not None and self.arithmetic.stem == "rearranged"
+        rearranged = rearranges_stem(self.arithmetic)
         self.conv = Convolution(*shape, init_fan=self.init_fan, space_to_depth=rearranged, **types)
         self.bn = BatchNorm(self.features, self.norm_options, after_convolution=True, **types)
 

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.dtypes import wide
-from densenet_jax.models.arithmetic import Arithmetic
+from densenet_jax.models.arithmetic import Arithmetic, rearranges_stem
 from densenet_jax.models.indexed_pool import max_pool_gradient, max_pool_with_index
 from densenet_jax.models.layers import (
     BatchNorm,
@@ -137,7 +137,7 @@ def norm_relu_max_pool(
         scale, bias = fold_running(arrays, norm.options.epsilon)
         return jax.nn.relu(scale_shift(max_pool(y), scale * signs.astype(scale.dtype), bias, norm.dtype))
     means = signs.astype(arrays.mean.dtype)
-    by_index = arithmetic.stem == "rearranged"
+    by_index = rearranges_stem(arithmetic)
     out, moments = _max_pooled(norm.options, by_index, y, arrays.scale * signs, arrays.bias, arrays.mean * means)
     norm.record(moments._replace(mean=moments.mean * means[None, :]), y.size // y.shape[-1] // moments.mean.shape[0])
     return out.astype(norm.dtype)
