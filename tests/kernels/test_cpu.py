@@ -42,7 +42,7 @@ READERS = [
 def compiled(tmp_path_factory):
     """The library, compiled for this test from the sources as they are."""
     patch = pytest.MonkeyPatch()
-    path = tmp_path_factory.mktemp("native") / f"convolution-test{os.getpid()}.so"
+    path = tmp_path_factory.mktemp("native") / f"densenet_cpu-test{os.getpid()}.so"
     patch.setattr(build, "library_paths", lambda: [path])
     patch.delenv("DENSENET_JAX_NATIVE", raising=False)
     library.target_names.cache_clear()

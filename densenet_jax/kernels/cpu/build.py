@@ -17,8 +17,8 @@ import jaxlib
 
 from densenet_jax.compiling import compile_library, find_compiler, library_places, main
 
-_SOURCE = pathlib.Path(__file__).with_name("convolution.cc")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
+_SOURCE = pathlib.Path(__file__).parent / "native" / "densenet_cpu.cc"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 
 def _processor() -> str:
@@ -33,9 +33,11 @@ def _processor() -> str:
 def library_paths() -> list[pathlib.Path]:
     """Where the compiled library may lie: beside this file, else in the user's cache.
 
-    The name holds what it was compiled from: the source, XLA's interface and the processor's instructions.
+    The name holds what it was compiled from: the sources, XLA's interface and the processor's instructions.
     """
-    facts = _SOURCE.read_bytes() + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
+    files = sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".cc", ".h"))
+    sources = b"".join(path.read_bytes() for path in files)
+    facts = sources + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
     return library_places(_SOURCE, hashlib.sha256(facts).hexdigest()[:12])
 
 

@@ -1,0 +1,114 @@
+// Gradients of kernels.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_KERNEL_GRADIENT_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_KERNEL_GRADIENT_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "input_rows.h"
+#include "sizes.h"
+#include "threads.h"
+#include "tiles.h"
+
+namespace densenet_jax {
+
+constexpr int64_t kPixelsWorthASum = 2048;  // adding up two sums of a kernel's gradient is little beside so many
+
+// Some channels of pixels of a gradient, of `step` channels each, side by side and filled up to whole vectors.
+template <typename T>
+const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
+  T* to = ThreadScratch<T>(1, pixels * width);
+  for (int64_t p = 0; p < pixels; ++p) {
+    std::memcpy(to + p * width, g + p * step, channels * sizeof(T));
+    std::fill(to + p * width + channels, to + (p + 1) * width, T{0});
+  }
+  return to;
+}
+
+// How a kernel's gradient is shared out: each task has some of its columns, by chunks, and sums over some of the bands.
+struct Shares {
+  int64_t parts, slices;
+
+  Shares(int64_t threads, int64_t chunks, int64_t pixels, int64_t bands) {
+    slices = std::clamp<int64_t>(pixels / kPixelsWorthASum, 1, threads);
+    parts = std::max<int64_t>(1, std::min(DivideUp(threads, slices), chunks));
+    slices = std::min(DivideUp(threads, parts), bands);
+  }
+};
+
+// The kernel's gradient of `blocks` convolutions of s, whose channels lie side by side, each of `together` groups: of a
+// block's products those of a group's own channels are taken.
+template <typename T>
+void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source,
+                    const T* g, T* dw) {
+  const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
+  const int64_t chunks = Chunk<T>::Count(s.out_channels);
+  const bool pointwise = s.pointwise();
+  if (pointwise) s = AsLines(s, sizeof(T));
+  const Bands bands(s, sizeof(T), 1);
+  const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
+  // A sum for each slice, whichever thread computes it: the result is the same always.
+  const Shares shares(DivideUp(pool.num_threads(), blocks), chunks, pixels, bands.count);
+  const int64_t slices = shares.slices, g_step = blocks * s.out_channels;
+  const bool whole = blocks == 1 && together == 1 && slices == 1;  // the last band's sums are the result
+  auto sums = Allocate<T>(blocks * slices * chunks * window * Chunk<T>::kMost);
+  const auto sums_of = [&](int64_t block, int64_t slice, int64_t chunk) {
+    return sums.get() + ((block * slices + slice) * chunks + chunk) * window * Chunk<T>::kMost;
+  };
+  ParallelFor(pool, blocks * slices * shares.parts, [&](int64_t task) {
+    const int64_t part = task % shares.parts, slice = task / shares.parts % slices;
+    const int64_t block = task / shares.parts / slices;
+    const Source<T> from = source.From(block * s.channels);
+    const int64_t first_band = bands.count * slice / slices, end_band = bands.count * (slice + 1) / slices;
+    for (int64_t band = first_band; band < end_band; ++band) {
+      const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
+      const int64_t end = std::min(begin + bands.rows_each, s.out_height), at = (image * s.out_height + begin) * s.out_width;
+      const T* rows = InputRows(s, from, image, begin, end, pixels);
+      int64_t lines = end - begin, columns = s.out_width;
+      if (pointwise) {
+        columns = std::min(lines * columns, pixels - at);
+        lines = 1;
+      }
+      const bool is_result = whole && band == end_band - 1;
+      for (int64_t index = chunks * part / shares.parts; index < chunks * (part + 1) / shares.parts; ++index) {
+        const Chunk<T> chunk(s.out_channels, index);
+        const int64_t width = chunk.width();
+        const T* gradients = WholeVectors(g + at * g_step + block * s.out_channels + chunk.first, g_step,
+                                          lines * columns, chunk.lanes, width);
+        T* own = sums_of(block, slice, index);
+        for (int64_t r = 0; r < s.kernel_height; ++r) {
+          ForTiles(s.run(), [&](int64_t value, int count) {
+            const int64_t at_value = r * s.run() + value;
+            T* sum = own + at_value * width;
+            KernelTileOf<T>(count, chunk.vectors, kTiles)(
+                is_result ? dw + at_value * g_step + chunk.first : sum, is_result ? g_step : width,
+                band == first_band ? nullptr : sum, rows + r * row_step + value, pixel_step, s.stride * row_step,
+                gradients, columns * width, lines, columns, is_result ? chunk.lanes : width);
+          });
+        }
+      }
+    }
+  });
+  if (whole) return;
+  const int64_t inputs = s.channels / together, outputs = s.out_channels / together;
+  ParallelFor(pool, s.kernel_height * s.kernel_width * inputs, [&](int64_t value) {
+    const int64_t tap = value / inputs, input = value % inputs;
+    T* to = dw + value * g_step;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        const int64_t row = tap * s.channels + o / outputs * inputs + input, index = o / Chunk<T>::kMost;
+        const Chunk<T> chunk(s.out_channels, index);
+        T total = 0;
+        for (int64_t slice = 0; slice < slices; ++slice)
+          total += sums_of(block, slice, index)[row * chunk.width() + o - chunk.first];
+        *to++ = total;
+      }
+    }
+  });
+}
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_KERNEL_GRADIENT_H_

@@ -1,0 +1,51 @@
+// The sizes of a convolution, and how it is cut into tasks.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_SIZES_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_SIZES_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tiles.h"
+
+namespace densenet_jax {
+
+constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
+
+struct Sizes {
+  int64_t batch, height, width, channels;       // of the input
+  int64_t out_height, out_width, out_channels;  // of the output
+  int64_t kernel_height, kernel_width, stride, padding;
+
+  int64_t run() const { return kernel_width * channels; }
+  int64_t padded_width() const { return width + 2 * padding; }
+  // Without a window, pixels are one long row; cut into lines of some length, the last one shorter.
+  bool pointwise() const { return kernel_height == 1 && kernel_width == 1 && padding == 0 && stride == 1; }
+};
+
+// How the output is cut into tasks: bands of rows (or, pointwise, of pixels) that keep their inputs in cache.
+struct Bands {
+  int64_t rows_each, per_image, count;
+
+  Bands(const Sizes& s, int64_t element_bytes, int64_t threads) {
+    const int64_t line = s.padded_width() * std::max(s.channels, s.out_channels) * element_bytes;
+    rows_each = std::clamp<int64_t>((kBandBytes / line - s.kernel_height) / s.stride + 1, 1, s.out_height);
+    while (rows_each > 1 && DivideUp(s.out_height, rows_each) * s.batch < 8 * threads) rows_each = (rows_each + 1) / 2;
+    per_image = DivideUp(s.out_height, rows_each);
+    count = per_image * s.batch;
+  }
+};
+
+// A pointwise convolution as one of lines: every line some pixels of one "image"; the last line may be shorter.
+inline Sizes AsLines(Sizes s, int64_t element_bytes) {
+  const int64_t most = kBandBytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
+  const int64_t line = std::clamp<int64_t>(most, 1, 8) * kTileRows;
+  s.out_height = s.height = DivideUp(s.batch * s.height * s.width, line);
+  s.out_width = s.width = line;
+  s.batch = 1;
+  return s;
+}
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_SIZES_H_

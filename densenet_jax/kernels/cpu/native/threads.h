@@ -1,0 +1,77 @@
+// The pool's threads, and memory of their own.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_THREADS_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_THREADS_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace densenet_jax {
+
+namespace ffi = xla::ffi;
+
+// Runs task(0) ... task(count - 1) on the pool and the calling thread, which never waits for a task nobody has begun.
+inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t count, done = 0;
+    const std::function<void(int64_t)>* task;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    void Work() {
+      int64_t mine = 0;
+      for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) (*task)(i);
+      if (mine == 0) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      if ((done += mine) == count) all_done.notify_all();
+    }
+  };
+  auto shared = std::make_shared<Shared>();
+  shared->count = count;
+  shared->task = &task;
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Work(); });
+  shared->Work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == count; });
+}
+
+template <typename T>
+class Scratch {  // a thread's own memory, aligned to cache lines and kept between calls
+ public:
+  T* Get(int slot, int64_t count) {
+    std::vector<char>& memory = memory_[slot];
+    if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<char> memory_[3];
+};
+
+template <typename T>
+T* ThreadScratch(int slot, int64_t count) {
+  static thread_local Scratch<T> scratch;
+  return scratch.Get(slot, count);
+}
+
+template <typename T>
+std::unique_ptr<T[], void (*)(T*)> Allocate(int64_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, std::max<int64_t>(count, 1) * sizeof(T))) throw std::bad_alloc();
+  return {static_cast<T*>(memory), [](T* p) { free(p); }};
+}
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_THREADS_H_

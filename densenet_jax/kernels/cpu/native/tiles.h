@@ -1,0 +1,154 @@
+// What stays in registers: tiles of an output and of a kernel's gradient, and the vectors they are made of.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_TILES_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_TILES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace densenet_jax {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 14;  // 28 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileRows = 6;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kTileRows = 14;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6;
+#endif
+constexpr int kVectors = 2;
+
+template <typename T>
+struct Lanes {
+  static constexpr int kCount = kVectorBytes / sizeof(T);
+  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+
+inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The channels of an output that tiles compute at a time, from a multiple of kMost on: `lanes`, in whole vectors.
+template <typename T>
+struct Chunk {
+  static constexpr int64_t kMost = kVectors * Lanes<T>::kCount;
+  int64_t first, lanes;
+  int vectors;
+
+  Chunk(int64_t channels, int64_t index)
+      : first(index * kMost),
+        lanes(std::min(kMost, channels - first)),
+        vectors(static_cast<int>(DivideUp(lanes, Lanes<T>::kCount))) {}
+  int64_t width() const { return vectors * Lanes<T>::kCount; }
+  static int64_t Count(int64_t channels) { return DivideUp(channels, kMost); }
+};
+
+// Writes the first lanes of each row.
+template <typename T, int M, int N>
+inline void StoreTile(const typename Lanes<T>::Vector (&sum)[M][N], T* to, int64_t step, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    if (lanes == N * kLanes) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(to + m * step + n * kLanes) = sum[m][n];
+    } else {
+      std::memcpy(to + m * step, sum[m], lanes * sizeof(T));
+    }
+  }
+}
+
+// y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels, N vectors.
+template <typename T, int M, int N>
+void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t w_step,
+                int64_t rows, int64_t run, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * row_step;
+    for (int64_t j = 0; j < run; ++j, w += w_step) {
+      Vector weights[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = from[m * pixel_step + j] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
+      }
+    }
+  }
+  StoreTile<T, M, N>(sum, y, y_step, lanes);
+}
+
+// dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values, N vectors of output channels; with
+// `before`, that [M][N vectors] is added.
+template <typename T, int M, int N>
+void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pixel_step, int64_t row_step, const T* g,
+                int64_t g_row_step, int64_t rows, int64_t columns, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n)
+      sum[m][n] = before == nullptr ? Vector{} : *reinterpret_cast<const Vector*>(before + (m * N + n) * kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * row_step;
+    const T* gradient = g + r * g_row_step;
+    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += N * kLanes) {
+      Vector gradients[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) gradients[n] = *reinterpret_cast<const Vector*>(gradient + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = from[m] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * gradients[n];
+      }
+    }
+  }
+  StoreTile<T, M, N>(sum, dw, dw_step, lanes);
+}
+
+template <typename T>
+using OutputTileFn = decltype(&OutputTile<T, 1, 1>);
+template <typename T>
+using KernelTileFn = decltype(&KernelTile<T, 1, 1>);
+
+template <typename T, int... M>
+OutputTileFn<T> OutputTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr OutputTileFn<T> table[2][sizeof...(M)] = {{OutputTile<T, M + 1, 1>...}, {OutputTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+template <typename T, int... M>
+KernelTileFn<T> KernelTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr KernelTileFn<T> table[2][sizeof...(M)] = {{KernelTile<T, M + 1, 1>...}, {KernelTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+constexpr auto kTiles = std::make_integer_sequence<int, kTileRows>{};
+
+// Calls tile(begin, size) for `count` cut into the fewest tiles, all of nearly the same size.
+template <typename F>
+void ForTiles(int64_t count, F tile) {
+  const int64_t tiles = DivideUp(count, kTileRows);
+  for (int64_t i = 0, begin = 0; i < tiles; ++i) {
+    const int64_t end = count * (i + 1) / tiles;
+    tile(begin, static_cast<int>(end - begin));
+    begin = end;
+  }
+}
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_TILES_H_
