@@ -18,7 +18,10 @@ import jaxlib
 from densenet_jax.compiling import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).parent / "native" / "densenet_cpu.cc"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
+    *("-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
+)
 
 
 def _processor() -> str:
