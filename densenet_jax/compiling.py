@@ -14,7 +14,7 @@ def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
     """Where the library compiled from `source` may lie: beside it, else in the user's cache.
 
     Args:
-        source: the one source file.
+        source: its source, or the file of several that the compiler is given.
         key: stands in the file's name; changes with everything that the library depends on.
     """
     name = f"{source.stem}-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"

@@ -45,16 +45,19 @@ def _is_regular_expression(value: str) -> bool:
     return True
 
 
-def _one_of(*names: str) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+_Rule = tuple[str, Callable[[Any], bool]]  # what is expected, check
 
 
-# key -> (what is expected, check)
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+def _one_of(*values: str | int) -> _Rule:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}", lambda value: value in values
+
+
+_RULES: dict[str, _Rule] = {
     "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
     "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
     "model.num_classes": ("0 or more", _NOT_NEGATIVE),
-    "model.dtype": (_one_of(*POLICIES), lambda value: value in POLICIES),
+    "model.dtype": _one_of(*POLICIES),
     "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
     "model.layer_dropout": ("a rate in [0, 1)", _RATE),
     "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
@@ -63,21 +66,21 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "normalize_once, plain, or normalize_once_cpu, _tpu or _gpu",
         lambda value: value == "plain" or re.fullmatch("normalize_once(_cpu|_tpu|_gpu)?", value) is not None,
     ),
-    "model.kernels": (_one_of(*KERNELS_WANTED), lambda value: value in KERNELS_WANTED),
+    "model.kernels": _one_of(*KERNELS_WANTED),
     "data.image_size_px": ("more than 0", _POSITIVE),
-    "data.channels": ("1 or 3", lambda value: value in (1, 3)),
-    "data.crop": ("random_resized_crop or none", lambda value: value in ("random_resized_crop", "none")),
+    "data.channels": _one_of(1, 3),
+    "data.crop": _one_of("random_resized_crop", "none"),
     "data.crop_area": (
         "two shares 0 < low <= high <= 1",
         lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
     ),
     "data.crop_aspect": ("two ratios 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1]),
-    "data.interpolation": ("bilinear or bicubic", lambda value: value in ("bilinear", "bicubic")),
+    "data.interpolation": _one_of("bilinear", "bicubic"),
     "augment.repeats": ("more than 0", _POSITIVE),
     "augment.pad_px": ("0 or more", _NOT_NEGATIVE),
     "augment.color_jitter": ("three strengths", lambda value: len(value) == 3 and min(value) >= 0),
     "augment.erase": ("a share in [0, 1]", _SHARE),
-    "augment.erase_mode": ("zero, color or pixel", lambda value: value in ("zero", "color", "pixel")),
+    "augment.erase_mode": _one_of("zero", "color", "pixel"),
     "augment.rand_layers": ("0 or more", _NOT_NEGATIVE),
     "augment.rand_magnitude": ("a strength from 0 to 10", lambda value: 0 <= value <= 10),
     "augment.mixup_alpha": ("0 or more", _NOT_NEGATIVE),
@@ -85,9 +88,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "augment.mix_probability": ("a share in [0, 1]", _SHARE),
     "augment.cutmix_share": ("a share in [0, 1]", _SHARE),
     "data.holdout": ("a share below 1 or a number of images", lambda value: 0 <= value < 1 or value == int(value)),
-    "data.on_damaged": ("error or skip", lambda value: value in ("error", "skip")),
+    "data.on_damaged": _one_of("error", "skip"),
     "model.batch_norm_epsilon": ("0 or more", _NOT_NEGATIVE),
-    "train.sharding": ("replicated or fsdp", lambda value: value in ("replicated", "fsdp")),
+    "train.sharding": _one_of("replicated", "fsdp"),
     "train.microbatches": ("more than 0", _POSITIVE),
     "train.average_decay": ("a share in [0, 1)", _RATE),
     "optim.base_batch_size": ("0 or more", _NOT_NEGATIVE),
@@ -112,7 +115,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval.image_size_px": ("0 or more", _NOT_NEGATIVE),
     "eval.crop_fraction": ("a share in [0, 1]", _SHARE),
     "eval.interpolation": ("bilinear, bicubic or empty", lambda value: value in ("", "bilinear", "bicubic")),
-    "eval.crops": ("1 or 10", lambda value: value in (1, 10)),
+    "eval.crops": _one_of(1, 10),
     "eval.class_map": ("present or empty", lambda value: value in ("", "present")),
     "eval.checkpoint": ("latest, best or a step", lambda value: value in ("latest", "best") or str(value).isdigit()),
     "checkpoint.every_steps": ("more than 0", _POSITIVE),

@@ -18,10 +18,8 @@ import jaxlib
 from densenet_jax.compiling import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).parent / "native" / "densenet_cpu.cc"
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
-    *("-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
-)
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fvisibility=hidden")
+_LIBRARY_FLAGS = ("-shared", "-fPIC", "-pthread")
 
 
 def _processor() -> str:
@@ -34,7 +32,7 @@ def _processor() -> str:
 
 
 def library_paths() -> list[pathlib.Path]:
-    """Where the compiled library may lie: beside this file, else in the user's cache.
+    """Where the compiled library may lie: beside its source, else in the user's cache.
 
     The name holds what it was compiled from: the sources, XLA's interface and the processor's instructions.
     """
@@ -51,7 +49,8 @@ def build() -> pathlib.Path:
         RuntimeError: there is no compiler, it fails, or there is nowhere to write.
     """
     extra = os.environ.get("CXXFLAGS", "").split()
-    command = [find_compiler("CXX", "c++", "C++"), *_FLAGS, *extra, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
+    compiler, include = find_compiler("CXX", "c++", "C++"), f"-I{jax.ffi.include_dir()}"
+    command = [compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, str(_SOURCE)]
     return compile_library(library_paths(), command)
 
 
