@@ -22,13 +22,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import default
-from densenet_jax import modes, processes
-from densenet_jax.cluster import Cluster, find_cluster
-from densenet_jax.command import Command, recipe_first
+from densenet_jax import modes
 from densenet_jax.config import checked, explain_flag_error, to_dict
+from densenet_jax.distributed import processes
+from densenet_jax.distributed.cluster import Cluster, find_cluster
+from densenet_jax.distributed.preemption import Interrupted
 from densenet_jax.errors import UserError
-from densenet_jax.interruption import Interrupted
-from densenet_jax.malloc import keep_freed_memory
+from densenet_jax.flags import Command, recipe_first
+from densenet_jax.system.host import keep_freed_memory
 
 FLAGS = flags.FLAGS
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")

@@ -143,7 +143,7 @@ def compute_rows(flags: list[str], rounds: int) -> list[dict]:
     """Images a second of the model alone, in batches of one and of the largest size."""
     import numpy as np
 
-    from densenet_jax.deploy.predictor import Predictor
+    from densenet_jax.predict.predictor import Predictor
 
     sizes = {kind: max(sizes) for kind, sizes in KINDS.items()}
     predictor = Predictor.from_workdir(flags[-1], batch_sizes=tuple(sizes.values()))

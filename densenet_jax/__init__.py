@@ -17,7 +17,7 @@ from densenet_jax.training.checkpoint import load_checkpoint
 from densenet_jax.version import __version__
 
 if typing.TYPE_CHECKING:
-    from densenet_jax.deploy.predictor import Predictor
+    from densenet_jax.predict.predictor import Predictor
 
 __all__ = [
     "Predictor",
@@ -30,7 +30,7 @@ __all__ = [
     "save_torch_state_dict",
 ]
 
-_ON_FIRST_USE = {"Predictor": "densenet_jax.deploy.predictor"}  # they load data libraries, which the import may not
+_ON_FIRST_USE = {"Predictor": "densenet_jax.predict.predictor"}  # they load data libraries, which the import may not
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -9,8 +9,8 @@ from typing import Any
 import ml_collections
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.choice import KERNELS_WANTED
-from densenet_jax.profiling import is_profile
+from densenet_jax.kernels.select import KERNELS_WANTED
+from densenet_jax.system.profiler import is_profile
 from densenet_jax.training.precision import POLICIES
 
 # A run may be continued with other values of these: they change where or how fast it computes, not what.

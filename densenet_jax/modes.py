@@ -11,29 +11,29 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from densenet_jax import processes
-from densenet_jax.chips_here import has_nvidia
-from densenet_jax.class_tables import ClassTables
-from densenet_jax.command import Command
 from densenet_jax.config import flatten, to_dict
-from densenet_jax.deploy.export import ExportOptions, export
-from densenet_jax.deploy.predict import PredictOptions, predict
-from densenet_jax.deploy.predictor import Predictor
-from densenet_jax.deploy.serve import LIMITS, Address, check_installed, listen, serve
-from densenet_jax.disk import without_late_answers
-from densenet_jax.evaluate import evaluate, figures_of
+from densenet_jax.distributed import processes
 from densenet_jax.experiment import Experiment
-from densenet_jax.experiment.check_images import Samples
-from densenet_jax.experiment.deployed import deployed_from_settings, settings_of_run
-from densenet_jax.parameter_table import parameter_table
+from densenet_jax.export.export import ExportOptions, export
+from densenet_jax.export.samples import Samples
+from densenet_jax.flags import Command
 from densenet_jax.plan.plan import plan
-from densenet_jax.prepare import prepare_and_verify
-from densenet_jax.progress import say, working
+from densenet_jax.predict.batch import PredictOptions, predict
+from densenet_jax.predict.model import deployed_from_settings, settings_of_run
+from densenet_jax.predict.predictor import Predictor
 from densenet_jax.report.compare import report_comparison
 from densenet_jax.report.data import report_data
+from densenet_jax.report.parameters import parameter_table
+from densenet_jax.report.per_class import ClassTables
 from densenet_jax.report.run import report_run
-from densenet_jax.schedule_plot import plot_schedule
-from densenet_jax.train import train
+from densenet_jax.report.schedule import plot_schedule
+from densenet_jax.run.evaluate import evaluate, figures_of
+from densenet_jax.run.prepare import prepare_and_verify
+from densenet_jax.run.train import train
+from densenet_jax.serve.serve import LIMITS, Address, check_installed, listen, serve
+from densenet_jax.system.console import say, working
+from densenet_jax.system.disk import without_late_answers
+from densenet_jax.system.host import has_nvidia
 from densenet_jax.workdir import check_settings, started_from
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from densenet_jax import processes
 from densenet_jax.config import differences, to_dict
-from densenet_jax.disk import full_disk_told
+from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
+from densenet_jax.system.disk import full_disk_told
 
 
 @contextlib.contextmanager

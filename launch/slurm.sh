@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM job with GPUs, one process a GPU; srun's variables tell the processes of each other.
-# Not run by this project's tests, which only give its variables to densenet_jax/cluster.py.
+# Not run by this project's tests, which only give its variables to densenet_jax/distributed/cluster.py.
 #
 #   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 launch/slurm.sh ARGUMENTS OF main.py
 #   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 1 launch/slurm.sh ...      # one process a node: also right

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401 - the hook below looks it up by name
 
 # Before anything of ours is imported: from here on the shapes in signatures are checked at every call.
-install_import_hook(["densenet_jax.models", "densenet_jax.training"], "tests.typecheck.checked")
+install_import_hook(["densenet_jax.models", "densenet_jax.training", "densenet_jax.augment"], "tests.typecheck.checked")
 
 import jax  # noqa: E402
 
@@ -18,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What takes time here is the compiler, not the programs: a fifth of the time without its expensive passes.
 jax.config.update("jax_disable_most_optimizations", True)
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -31,3 +32,55 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user"
     home.mkdir(exist_ok=True)
     return {"TFDS_DATA_DIR": str(home / "datasets"), "XDG_CACHE_HOME": str(home / "cache")}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A run's directory and its experiment."""
+    from tests.deployed_run import make_run
+
+    root = tmp_path_factory.mktemp("deployed")
+    return root / "run", make_run(root / "run", root / "datasets")
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory):
+    from tests.deployed_run import make_run
+
+    root = tmp_path_factory.mktemp("serve")
+    make_run(root / "run", root / "datasets")
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def server(served_run, user):
+    from tests.serve.serving import serving
+
+    with serving(served_run, **user) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served(served_run):
+    from densenet_jax.predict.predictor import Predictor
+
+    return Predictor.from_workdir(served_run)
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def pictures(pixels):
+    from PIL import Image
+
+    from tests.predict.files import encoded
+
+    return [encoded(Image.fromarray(image[:, :, 0])) for image in pixels]
+
+
+@pytest.fixture(scope="session")
+def expected(served, pixels):
+    return served.probabilities(pixels)

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from densenet_jax.data.order import Order
+from densenet_jax.data.sampler import Order
 from tests.dying import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run
 from tests.ended_runs import assert_same_end, checkpoint_steps
 from tests.running import last_line, run_main

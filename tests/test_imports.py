@@ -10,6 +10,20 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "densenet_jax"
 HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "grain", "clu", "ml_collections", "tensorboard")
 OURS = "densenet_jax"
+# The rooms from the ground up: each imports only from floors below its own.
+FLOORS = (
+    ("errors", "version", "rng"),
+    ("system",),
+    ("kernels", "data", "training"),
+    ("models", "augment", "config", "flags"),
+    ("distributed",),
+    ("experiment", "workdir"),
+    ("predict", "run"),
+    ("plan", "report"),
+    ("export", "serve"),
+    ("modes",),
+    ("__main__",),
+)
 
 
 def modules() -> dict[str, pathlib.Path]:
@@ -39,9 +53,9 @@ def test_importing_brings_in_no_other_framework(module):
 
 
 def test_models_training_and_kernels_know_neither_data_nor_settings():
-    forbidden = tuple(f"{OURS}.{name}" for name in ("data", "config", "experiment", "train", "evaluate", "modes"))
+    forbidden = tuple(f"{OURS}.{name}" for name in ("data", "config", "experiment", "run", "modes"))
     for name, path in modules().items():
-        if name.startswith((f"{OURS}.models", f"{OURS}.training", f"{OURS}.kernels")):
+        if name.startswith(tuple(f"{OURS}.{room}" for room in ("models", "training", "kernels", "augment"))):
             wrong = [other for other in imports_at_load(path) if other.startswith((*forbidden, *HEAVY))]
             wrong = [other for other in wrong if not other.startswith(f"{OURS}.training")]
             assert wrong == [], f"{name} imports {wrong}"
@@ -53,28 +67,30 @@ def test_models_know_nothing_of_training():
             assert [other for other in imports_at_load(path) if other.startswith(f"{OURS}.training")] == [], name
 
 
-def test_data_knows_nothing_of_ours_but_the_error_and_the_compiler():
+def room(module: str) -> str:
+    """The folder or the loose module at the top of the package that a module belongs to."""
+    return [*module.split("."), "__init__"][1]
+
+
+def test_no_import_runs_up():
+    floors = {name: number for number, names in enumerate(FLOORS) for name in names}
     for name, path in modules().items():
-        if name.startswith(f"{OURS}.data"):
-            ours = {other for other in imports_at_load(path) if other.startswith(f"{OURS}.")}
-            wrong = {
-                other for other in ours if not other.startswith((f"{OURS}.data", f"{OURS}.errors", f"{OURS}.compiling"))
-            }
-            assert wrong == set(), name
+        if room(name) == "__init__":
+            continue
+        above = {
+            other
+            for other in imports_at_load(path)
+            if other.startswith(f"{OURS}.") and room(other) != room(name) and floors[room(other)] >= floors[room(name)]
+        }
+        assert above == set(), f"{name} imports {above}"
 
 
 def test_only_the_experiment_modes_and_loop_read_the_settings():
     readers = {
         name for name, path in modules().items() if ".config." in path.read_text() or "config.seed" in path.read_text()
     }
-    allowed = (
-        f"{OURS}.experiment",
-        f"{OURS}.train",
-        f"{OURS}.modes",
-        f"{OURS}.config",
-        f"{OURS}.workdir",
-        f"{OURS}.plan.plan",
-    )
+    allowed = tuple(f"{OURS}.{name}" for name in ("experiment", "run", "modes", "config", "workdir", "plan.plan"))
+    allowed += (f"{OURS}.predict.model", f"{OURS}.export.samples")
     assert {name for name in readers if not name.startswith(allowed)} - texts_only() == set()
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import densenet_jax
-from densenet_jax.command import recipe_first
+from densenet_jax.flags import recipe_first
 from tests.ended_runs import assert_same_end, reports_of
 from tests.running import last_line, run_main, start_main
 

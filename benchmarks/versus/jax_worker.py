@@ -11,8 +11,8 @@ import optax
 from worker import serve
 
 import densenet_jax
-from densenet_jax.malloc import keep_freed_memory
 from densenet_jax.models.variants import get_variant
+from densenet_jax.system.host import keep_freed_memory
 
 
 class JaxCase:

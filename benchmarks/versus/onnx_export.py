@@ -15,9 +15,9 @@ from jax_worker import draw_variables
 
 import densenet_jax
 from densenet_jax.data.transforms import eval_transform
-from densenet_jax.deploy import export_onnx
-from densenet_jax.deploy.export_graph import make_graph
-from densenet_jax.experiment.deployed import Deployed
+from densenet_jax.export import onnx as export_onnx
+from densenet_jax.export.graph import make_graph
+from densenet_jax.predict.model import Deployed
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from densenet_jax.data.locking import locked
+from densenet_jax.data.filelock import locked
 from densenet_jax.errors import UserError
 
 TEST_EXAMPLES = 360

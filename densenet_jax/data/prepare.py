@@ -14,7 +14,7 @@ from densenet_jax.data import convert, sources
 from densenet_jax.data.batches import available_cores
 from densenet_jax.data.convert import Progress
 from densenet_jax.data.decode import DamagedImage, decode_image
-from densenet_jax.data.locking import locked
+from densenet_jax.data.filelock import locked
 from densenet_jax.data.records import Source
 from densenet_jax.errors import UserError
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from densenet_jax.training import augment
-from densenet_jax.training.color import color_jitter
-from densenet_jax.training.erasing import random_erase
-from densenet_jax.training.mixing import mix
-from densenet_jax.training.randaugment import rand_augment
-from densenet_jax.training.rng import Purpose, example_keys, step_key
+from densenet_jax.augment import basic as augment
+from densenet_jax.augment.color import color_jitter
+from densenet_jax.augment.erasing import random_erase
+from densenet_jax.augment.mixup import mix
+from densenet_jax.augment.randaugment import rand_augment
+from densenet_jax.rng import Purpose, example_keys, step_key
 from densenet_jax.training.steps import Augment
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]

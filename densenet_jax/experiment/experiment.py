@@ -16,7 +16,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of, normalize_with
 from densenet_jax.experiment.data import Data
 from densenet_jax.experiment.optimization import optimizer_of, schedule_of
-from densenet_jax.kernels.choice import check_wanted
+from densenet_jax.kernels.select import check_wanted
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from densenet_jax.kernels.choice import BlockShape, choose, choose_layer_gradients, recomputes_hidden
-from densenet_jax.models.each_device import own_groups
+from densenet_jax.kernels.select import BlockShape, choose, choose_layer_gradients, recomputes_hidden
+from densenet_jax.kernels.shard import own_groups
 from densenet_jax.models.layers import group_count
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.each_device import on_each_device
 
 
 def begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:

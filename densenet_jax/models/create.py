@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.choice import KERNELS_WANTED
+from densenet_jax.kernels.select import KERNELS_WANTED
 from densenet_jax.models.dense_block import Form, plain_dense_block
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork

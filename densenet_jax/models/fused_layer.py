@@ -10,10 +10,10 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.kernels.tpu.conv_gradients import conv_gradients, conv_gradients_kernel
 from densenet_jax.kernels.tpu.reader_gradients import reader_gradients, reader_gradients_kernel
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.each_device import on_each_device
 from densenet_jax.models.normalisation import Normalisation
 from densenet_jax.models.readers import Reader, ReaderGradients, sums_by_reader
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from densenet_jax.kernels.gpu.reader import norm_relu_matmul, norm_relu_matmul_kernel
 from densenet_jax.kernels.gpu.reader_gradients import add_gradients, add_gradients_kernel
+from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.each_device import on_each_device
 from densenet_jax.models.layers import Moments
 from densenet_jax.models.readers import Reader, ReaderGradients
 

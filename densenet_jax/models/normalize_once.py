@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.choice import KERNEL_DTYPES, BlockShape
+from densenet_jax.kernels.select import KERNEL_DTYPES, BlockShape
 from densenet_jax.models.arithmetic import ARITHMETIC, Arithmetic, arithmetic_with_kernels
 from densenet_jax.models.dense_block import (
     BlockOptions,

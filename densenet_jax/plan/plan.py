@@ -13,7 +13,7 @@ from densenet_jax.plan.fitting import RESOLUTION, Attempt, Found, largest_that_f
 from densenet_jax.plan.table import line_of_attempt, line_of_found, lines_of
 from densenet_jax.plan.topology import Topology, parse_topology
 from densenet_jax.plan.worker import costs_of_step
-from densenet_jax.progress import say, working
+from densenet_jax.system.console import say, working
 from densenet_jax.training.sharding import check_divides
 
 

@@ -4,13 +4,13 @@ import os
 from collections.abc import Sequence
 
 from densenet_jax.errors import UserError
-from densenet_jax.progress import say
 from densenet_jax.report import page
 from densenet_jax.report.curves import compare_charts, final_figures
 from densenet_jax.report.settings import different_settings
 from densenet_jax.report.write import write_page
+from densenet_jax.run.metric_writers import read_metrics
+from densenet_jax.system.console import say
 from densenet_jax.workdir import read_settings
-from densenet_jax.writers import read_metrics
 
 
 def report_comparison(compared: Sequence[str], into: str) -> str:

@@ -47,7 +47,7 @@ def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
     """The charts of one run; a chart without a value is left out.
 
     Args:
-        records: as `densenet_jax.writers.read_metrics` gives them.
+        records: as `densenet_jax.run.metric_writers.read_metrics` gives them.
         mixed: training figures are of mixed images.
     """
     training = "training, mixed images" if mixed else "training"

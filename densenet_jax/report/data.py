@@ -8,10 +8,10 @@ import numpy as np
 
 from densenet_jax.data.summary import SplitSummary, class_balance_chart, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
-from densenet_jax.progress import say, working
 from densenet_jax.report import page
 from densenet_jax.report.plots import picture
 from densenet_jax.report.write import write_page
+from densenet_jax.system.console import say, working
 from densenet_jax.training.sharding import to_devices
 
 _TIMED_STEPS = 4

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from densenet_jax.progress import Bar
+from densenet_jax.system.console import Bar
 from densenet_jax.training.sharding import to_devices
 
 

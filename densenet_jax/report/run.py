@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 
-from densenet_jax.command import Command
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samples
-from densenet_jax.progress import say, working
+from densenet_jax.flags import Command
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE, Record, curve, final_figures, run_charts
 from densenet_jax.report.gather import Answers, gather_answers
@@ -18,8 +17,9 @@ from densenet_jax.report.machine import hardware, versions
 from densenet_jax.report.plots import DARK, LIGHT, confusion_chart, picture, readme_curves
 from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.write import write_page
+from densenet_jax.run.metric_writers import read_metrics
+from densenet_jax.system.console import say, working
 from densenet_jax.workdir import read_settings
-from densenet_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
 _MOST_DRAWN = 30  # classes up to which the whole confusion matrix is drawn

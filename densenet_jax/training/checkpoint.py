@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from densenet_jax.disk import full_disk_told
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.system.disk import full_disk_told
 from densenet_jax.training.integrity import (
     METRICS_ITEM,
     DamagedCheckpointError,

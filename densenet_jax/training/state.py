@@ -10,8 +10,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
+from densenet_jax.rng import Purpose, step_key
 from densenet_jax.training.precision import LossScale
-from densenet_jax.training.rng import Purpose, step_key
 from densenet_jax.training.sharding import Layout, shardings_of, with_sharding
 
 

@@ -13,13 +13,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from densenet_jax.rng import Purpose, step_key
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
-from densenet_jax.training.faults import not_finite
 from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.nonfinite import not_finite
 from densenet_jax.training.precision import LossScale, all_finite, select
-from densenet_jax.training.rng import Purpose, step_key
 from densenet_jax.training.sharding import gathered
 from densenet_jax.training.state import TrainState
 

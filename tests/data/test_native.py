@@ -14,7 +14,7 @@ from skimage import data as photographs
 from densenet_jax.data import resize
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.native import build, crop
-from densenet_jax.data.order import Draws
+from densenet_jax.data.sampler import Draws
 from densenet_jax.data.transforms import eval_transform, random_crop_box, train_transform
 
 KINDS = {
@@ -166,7 +166,7 @@ from PIL import Image
 from skimage import data as photographs
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.native import crop
-from densenet_jax.data.order import Draws
+from densenet_jax.data.sampler import Draws
 from densenet_jax.data.transforms import eval_transform, train_transform
 import pathlib
 crop.library_paths = lambda: [pathlib.Path(sys.argv[1])]

@@ -10,7 +10,7 @@ from skimage import data as photographs
 
 from densenet_jax.data import resize, transforms
 from densenet_jax.data.native import crop as native
-from densenet_jax.data.order import Draws
+from densenet_jax.data.sampler import Draws
 from densenet_jax.data.transforms import centre_box, eval_transform, random_crop_box, train_transform
 from densenet_jax.errors import UserError
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from densenet_jax.kernels.choice import BlockShape
+from densenet_jax.kernels.select import BlockShape
 from densenet_jax.models import fused_layer
 from densenet_jax.models.arithmetic import arithmetic_with_kernels
 from densenet_jax.models.create import create_model

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.choice import BlockShape
+from densenet_jax.kernels.select import BlockShape
 from densenet_jax.models import arithmetic
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.kernels import choice
+from densenet_jax.kernels import select as choice
 from densenet_jax.models.dense_block import BlockOptions, DenseBlock
 from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.models.variants import VARIANTS, DenseNetArchitecture

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from densenet_jax import modes
-from densenet_jax.command import Command
 from densenet_jax.experiment import AugmentedSamples
 from densenet_jax.experiment.samples import _title
+from densenet_jax.flags import Command
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.run import Look, run_page, write_readme_curves
 from tests.report.reading import Page, records

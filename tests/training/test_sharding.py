@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from densenet_jax.augment.basic import normalize
 from densenet_jax.models.create import create_model
 from densenet_jax.training import sharding
-from densenet_jax.training.augment import normalize
 from densenet_jax.training.checkpoint import Checkpoints
 from densenet_jax.training.state import StateRecipe
 from densenet_jax.training.steps import TrainStep

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densenet_jax.augment.basic import normalize, random_flip
 from densenet_jax.models.create import create_model
+from densenet_jax.rng import Purpose, example_keys, step_key
 from densenet_jax.training import sharding
-from densenet_jax.training.augment import normalize, random_flip
 from densenet_jax.training.optimizer import make_optimizer
-from densenet_jax.training.rng import Purpose, example_keys, step_key
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import StateRecipe
 from densenet_jax.training.steps import TrainStep

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from densenet_jax.augment.basic import normalize
 from densenet_jax.models.create import create_model
 from densenet_jax.models.torch_weights import from_torch, to_torch
-from densenet_jax.training.augment import normalize
 from densenet_jax.training.eval_step import make_eval_step
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import make_schedule

@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 
-from densenet_jax.compiling import compile_library, find_compiler, library_places, main
+from densenet_jax.system.native_build import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).with_name("crop_decode.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")

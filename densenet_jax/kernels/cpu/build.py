@@ -15,7 +15,7 @@ import re
 import jax
 import jaxlib
 
-from densenet_jax.compiling import compile_library, find_compiler, library_places, main
+from densenet_jax.system.native_build import compile_library, find_compiler, library_places, main
 
 _SOURCE = pathlib.Path(__file__).parent / "native" / "densenet_cpu.cc"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fvisibility=hidden")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
-from densenet_jax.kernels import primitive
+from densenet_jax.kernels import dispatch as primitive
 from densenet_jax.kernels.cpu.library import target_names
 
 DTYPES = (jnp.float32, jnp.float64)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dispatch import define
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.gpu.tiles import (
     LARGEST_OPERAND,
@@ -31,7 +32,6 @@ from densenet_jax.kernels.gpu.tiles import (
     store_matrix,
     tile_for,
 )
-from densenet_jax.kernels.primitive import define
 
 # The fastest of six on an H200 (docs/performance.md).
 _TILES = ((400_000, (128, 64, 4, 3)), (None, (128, 32, 4, 3)))

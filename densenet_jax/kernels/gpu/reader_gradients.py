@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dispatch import define
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.gpu.tiles import (
     LARGEST_OPERAND,
@@ -38,7 +39,6 @@ from densenet_jax.kernels.gpu.tiles import (
     store_matrix,
     tile_for,
 )
-from densenet_jax.kernels.primitive import define
 
 _PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
 # (rows, channels, warps, stages) of tiles with 128 outputs, for up to so many rows: the fastest of seven and eleven on

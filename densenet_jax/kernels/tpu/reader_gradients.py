@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.dispatch import define
 from densenet_jax.kernels.dtypes import wide
-from densenet_jax.kernels.primitive import define
 from densenet_jax.kernels.tpu.tiles import (
     LANES,
     ON_CHIP_BYTES,

@@ -1,0 +1,1 @@
+"""Augmentations on the accelerator, inside the training step."""

@@ -1,0 +1,69 @@
+"""Random brightness, contrast and saturation on the accelerator."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from densenet_jax.augment.basic import to_float, uniforms
+
+BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
+
+
+def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+    """Grey of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); one channel is its own grey."""
+    if images.shape[-1] == 1:
+        return images
+    red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def adjust_color(
+    images: Float[Array, "b h w c"], operations: Int[Array, " b"], factors: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """One colour operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
+
+    The reference is black (BRIGHTNESS), the mean of the image's grey (CONTRAST) or the grey image (SATURATION), as in
+    torchvision's adjust_brightness, adjust_contrast and adjust_saturation.
+
+    Args:
+        images: in [0, 1], of one or three channels.
+        operations: BRIGHTNESS, CONTRAST or SATURATION for each image.
+        factors: 1 changes nothing.
+    """
+    operation, factor = (per_image[:, None, None, None] for per_image in (operations, factors))
+    grey = luma(images)
+    mean = jnp.mean(grey, axis=(1, 2, 3), keepdims=True)
+    reference = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, mean, grey))
+    return jnp.clip(factor * images + (1.0 - factor) * reference, 0.0, 1.0)
+
+
+def color_jitter(
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    keys: Key[Array, " b"],
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+) -> Float[Array, "b h w c"]:
+    """Changes brightness, contrast and saturation of each image in a random order (torchvision's ColorJitter).
+
+    Args:
+        images: bytes, or floats in [0, 1], of one or three channels; one channel has no saturation.
+        keys: one an example.
+        brightness: strength v; the factor is uniform in [max(0, 1 - v), 1 + v].
+        contrast: likewise.
+        saturation: likewise.
+
+    Returns:
+        Floats in [0, 1].
+    """
+    strengths = jnp.asarray((brightness, contrast, saturation), jnp.float32)[None, :]
+    numbers = uniforms(keys, 6)
+    orders = jnp.argsort(numbers[:, :3], axis=1)
+    low, high = jnp.maximum(0.0, 1.0 - strengths), 1.0 + strengths
+    factors = low + (high - low) * numbers[:, 3:]
+    images = to_float(images)
+    for place in range(3):
+        operations = orders[:, place]
+        chosen = jnp.take_along_axis(factors, operations[:, None], axis=1)[:, 0]
+        images = adjust_color(images, operations, chosen.astype(images.dtype))
+    return images

@@ -1,0 +1,53 @@
+"""Being asked to stop: the step under way is finished and saved first."""
+
+import signal
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from densenet_jax.system.console import say
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop and has saved its state."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and Ctrl-C until the step under way is done; a second Ctrl-C stops at once.
+
+    Of several processes any one may be asked. JAX's own handler of SIGTERM then makes all of them agree on the next
+    step that none has passed; a Ctrl-C is handed on to it.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._together = jax.distributed.is_initialized()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def due(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked once after every step, by all processes."""
+        if not self._together:
+            return self.received is not None
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return False
+        say(f"one of the {jax.process_count()} processes was asked to stop: saving after step {step}")
+        return True
+
+    def _remember(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            say(f"{self.received.name} received: saving after this step")

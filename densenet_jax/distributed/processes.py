@@ -1,0 +1,250 @@
+"""Several processes as one run: they begin together, and where one of them ends early all of them do.
+
+JAX's distributed service ends a process with abort() when another one is lost, whatever that process is doing; here
+the last word on standard error is a line for a person, and the exit status is one that means something.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax import config as jax_settings
+from jax._src import distributed  # its client holds what the processes tell each other
+
+from densenet_jax.distributed.abort import LastWord
+from densenet_jax.distributed.cluster import Cluster
+from densenet_jax.distributed.preemption import Interrupted
+from densenet_jax.errors import UserError, first_line
+
+_JOIN_SECS = 30  # until those who have not come are given up; JAX adds up to ten
+_SILENCE_SECS = 30  # until a process that gives no sign of life is taken for dead
+_LONG_SECS = 3600  # for what may take long: one process compiles, or at the end the first one writes the report
+_POLL_SECS = 1.0
+_NUMBERS = itertools.count()  # a barrier's name counts once
+_ENDED = "densenet_jax/ended"
+_LOST = re.compile(r"gloo|nccl|socket closed|connection (?:closed|reset|refused)|coordination service", re.IGNORECASE)
+_AGAIN = "start all of them again: training goes on from the newest checkpoint."
+
+
+def several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes; asks no device, and holds when they have parted, too."""
+    return distributed.global_state.process_id == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here; `what` names the place.
+
+    Not an exchange between devices, which gives up (gloo after 30 seconds) where one process compiles for longer.
+    """
+    if several():
+        _client().wait_at_barrier(f"densenet_jax/{what}/{next(_NUMBERS)}", 1000 * _LONG_SECS)
+
+
+def check_same(what: str, text: str) -> None:
+    """Checks that every process comes with the same `text`.
+
+    Raises:
+        UserError: this process's differs from the first one's.
+    """
+    if not several():
+        return
+    key = f"densenet_jax/same/{what}"
+    if jax.process_index() == 0:
+        _client().key_value_set(key, text)
+    first = _client().blocking_key_value_get(key, 1000 * _JOIN_SECS)
+    if first != text:
+        pairs = zip(first.splitlines(), text.splitlines(), strict=False)
+        one, other = next(((a, b) for a, b in pairs if a != b), ("", ""))
+        raise UserError(
+            f"process 0 and process {jax.process_index()} on {socket.gethostname()} have other {what} "
+            f"({one} there, {other} here); start the same command and code everywhere."
+        )
+    wait_for_all(f"the same {what}")
+
+
+def try_for(secs: float, what: Callable[[], object]) -> None:
+    """Does what needs all processes, in vain where the others are somewhere else: gives up after `secs`."""
+    if not several():
+        what()
+        return
+
+    def trying() -> None:
+        with contextlib.suppress(Exception):  # what has failed before is what counts
+            what()
+
+    thread = threading.Thread(target=trying, daemon=True)
+    thread.start()
+    thread.join(secs)
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[None]:
+    """Inside, `jax.devices()` are those of all processes of `cluster`; with None nothing happens.
+
+    A `UserError` inside ends the other processes too, with its message; `leave` is then to end this one. Every other
+    fault ends all of them from here. Those who are asked to stop (`Interrupted`) are so together.
+
+    Args:
+        cluster: of `find_cluster`.
+        stops_together: SIGTERM to one of them is left to JAX, which tells all; see `interruption.StopRequest`.
+
+    Raises:
+        UserError: not all of them have come in time.
+    """
+    if cluster is None:
+        yield
+        return
+    last_word = LastWord()
+    last_word.begin()
+    with _only_the_result_on_stdout():
+        _connect(cluster, last_word, stops_together)
+        last_word.change(f"a process of this run has died or can't be reached (see above); {_AGAIN}", 1)
+        watch = _Watch()
+        watch.start()
+        try:
+            yield
+        except Interrupted:
+            _part(watch, last_word)
+            raise
+        except UserError as error:
+            watch.stop()
+            _tell(2, str(error))
+            raise
+        except KeyboardInterrupt:
+            watch.stop()
+            _tell(130, "interrupted")
+            _end("interrupted", 130, prefix="")
+        except BaseException as error:
+            _end_of_fault(error, watch)
+        _part(watch, last_word)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process; where it has failed and others exist, without waiting for them."""
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _connect(cluster: Cluster, last_word: LastWord, stops_together: bool) -> None:
+    jax_settings.update("jax_enable_preemption_service", stops_together)
+    who = f"process {cluster.index}" if cluster.index is not None else "this process"
+    last_word.change(
+        f"the {cluster.count} processes of this run did not come together at {cluster.address} within "
+        f"{_JOIN_SECS} s ({who} on {socket.gethostname()} was there); see that all of them are started with the same "
+        "--coordinator and --num_processes, each with its own --process_id, and that the port is open.",
+        2,
+    )
+    explicit: dict[str, Any] = {}
+    if cluster.coordinator is not None:
+        explicit = {
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.count,
+            "process_id": cluster.index,
+            "local_device_ids": cluster.local_devices,
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        with last_word.alone():
+            jax.distributed.initialize(
+                **explicit,
+                initialization_timeout=_JOIN_SECS,
+                heartbeat_timeout_seconds=_SILENCE_SECS,
+                shutdown_timeout_seconds=_LONG_SECS,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"process {cluster.index} can't join the others at {cluster.address}: {first_line(error)}; see that the "
+            "host is this run's first one and that its port is free."
+        ) from error
+
+
+@contextlib.contextmanager
+def _only_the_result_on_stdout() -> Iterator[None]:
+    """Inside, standard output goes to standard error: gloo prints there of its connections."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _part(watch: "_Watch", last_word: LastWord) -> None:
+    """Waits for the others; from here on each is alone."""
+    watch.stop()
+    jax.distributed.shutdown()
+    last_word.end()
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _tell(status: int, why: str) -> None:
+    """Lets the other processes know that this one ends, and gives them the time to hear it."""
+    about = {"process": jax.process_index(), "host": socket.gethostname(), "status": status, "why": why}
+    with contextlib.suppress(Exception):  # nobody may be left to hear it
+        _client().key_value_set(_ENDED, json.dumps(about))
+        if jax.process_index() == 0:  # what is told is kept here and goes with this process
+            time.sleep(2.5 * _POLL_SECS)
+
+
+def _end(message: str, status: int, prefix: str = "error: ") -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(2, f"{prefix}{' '.join(message.split())}\n".encode())
+    os._exit(status)
+
+
+def _end_of_fault(error: BaseException, watch: "_Watch") -> NoReturn:
+    if _LOST.search(str(error)):
+        time.sleep(2.5 * _POLL_SECS)  # the one that is lost may have told why: then the watch ends this process
+        watch.stop()
+        _end(f"a process of this run has died or can't be reached ({first_line(error)}); {_AGAIN}", 1)
+    watch.stop()
+    traceback.print_exception(error)
+    why = f"{type(error).__name__}: {first_line(error)}"
+    _tell(1, why)
+    _end(f"process {jax.process_index()} on {socket.gethostname()} has failed ({why}), a fault of ours", 1)
+
+
+class _Watch(threading.Thread):
+    """Ends this process when another one has told that it ends."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="other processes")
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(_POLL_SECS):
+            try:
+                about = json.loads(_client().key_value_try_get(_ENDED))
+            except Exception:  # nobody has, or the service itself is lost, of which JAX tells
+                continue
+            if not self._over.is_set():
+                where = f"process {about['process']} on {about['host']}"
+                _end(f"{where} has ended: {about['why']}", about["status"])
+
+    def stop(self) -> None:
+        self._over.set()

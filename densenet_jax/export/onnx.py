@@ -1,0 +1,82 @@
+"""ONNX through jax2onnx, for onnxruntime, TensorRT, OpenVINO and C++."""
+
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from densenet_jax.export.graph import Graph
+
+OPSET = 21  # of 2024: what the runtimes of today read
+
+
+def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
+    """Writes the model to `path`: input "images", output by the graph's name, facts in its metadata.
+
+    Args:
+        graph: what is written.
+        path: the file.
+        precision: "float32", or "int8": weights and activations of convolutions and products, a scale a channel.
+        representative: int8: images uint8 [n, h, w, c] to take the activations' ranges from.
+    """
+    import onnx
+    from jax2onnx import to_onnx
+
+    with jax.default_device(jax.local_devices()[0]):
+        model = to_onnx(
+            graph.function,
+            inputs=[jax.ShapeDtypeStruct((graph.batch_size or "b", *graph.image_shape), graph.input_dtype)],
+            model_name=graph.info["model"],
+            opset=OPSET,
+            input_names=["images"],
+            output_names=[graph.output_name],
+        )
+    onnx.helper.set_model_props(model, graph.info)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    if precision == "int8":
+        assert representative is not None
+        _quantise(path, graph.prepared(representative))
+
+
+def _quantise(path: str, images: np.ndarray) -> None:
+    """Replaces the file at `path` by the same model in int8."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        """The images one by one."""
+
+        def __init__(self) -> None:
+            self._inputs = ({"images": image[None]} for image in images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self._inputs, None)
+
+    coarse = f"{path}.int8"
+    try:
+        quant_pre_process(path, coarse)
+        quantization.quantize_static(
+            coarse,
+            path,
+            Reader(),
+            per_channel=True,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"QDQDisableWeightAdjustForInt32Bias": True},
+        )
+    finally:
+        if os.path.exists(coarse):
+            os.remove(coarse)
+
+
+def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The file at `path`, run by onnxruntime on the CPU, as a function of images."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]

@@ -1,0 +1,111 @@
+"""Images to check a file with: of the data set where it is prepared, else given ones, else generated ones."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.records import Source
+from densenet_jax.data.sources import is_prepared
+from densenet_jax.data.transforms import ResizedCentreCrop
+from densenet_jax.errors import UserError
+from densenet_jax.experiment.experiment import Experiment
+from densenet_jax.predict.files import check_places, find_images
+from densenet_jax.predict.images import read_file
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckImages:
+    """Preprocessed images.
+
+    Attributes:
+        images: uint8 [n, h, w, c].
+        labels: int32 [n], the right classes; None where they are not known.
+        source: what they are, for people.
+        real: whether they are photographs, scans and the like, not generated.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    source: str
+    real: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Where images come from."""
+
+    config: Any  # checked settings
+    places: tuple[str, ...] = ()  # files, folders and patterns that are taken instead of the data set
+
+    def to_check(self, transform: ResizedCentreCrop, most: int) -> CheckImages:
+        """At most `most` images: the given ones, else evenly spread over the evaluated split, else generated ones.
+
+        Raises:
+            UserError: a given image can't be read, or the data set can't.
+        """
+        config = self.config
+        if self.places:
+            return CheckImages(self._given(transform, most), None, "the given images", True)
+        if not self._prepared():
+            source = f"generated images, since {config.data.name} is not prepared"
+            return CheckImages(generated_images(most, transform.shape), None, source, False)
+        records = Experiment(config).data.eval_source
+        images, labels = _spread(records, transform, most)
+        known = None if records.label_sets else labels
+        return CheckImages(images, known, f"images of {config.data.name} {config.data.eval_split}", True)
+
+    def representative(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
+        """At most `most` training images uint8 [n, h, w, c], seen as in evaluation: for the ranges of int8.
+
+        They are the given ones where the data set is not prepared.
+
+        Raises:
+            UserError: there are no images, or they can't be read.
+        """
+        if self.places and not self._prepared():
+            return self._given(transform, most)
+        return _spread(Experiment(self.config).data.train_source, transform, most)[0]
+
+    def _given(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
+        check_places(self.places)
+        paths = (found.path for found in itertools.islice(find_images(self.places), most))
+        return np.stack([transform(read_file(path), name=path) for path in paths])
+
+    def _prepared(self) -> bool:
+        data = self.config.data
+        if data.name == "digits":
+            return True  # they are prepared on first use
+        return data.name == "folder" or is_prepared(data.name, data.dir)
+
+
+def generated_images(count: int, shape: Sequence[int]) -> np.ndarray:
+    """Smooth colour patterns with noise on them, always the same ones: uint8 [count, *shape]."""
+    rng = np.random.default_rng(7)
+    height, width, channels = shape
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    images = np.empty((count, height, width, channels), np.uint8)
+    for image in images:
+        waves = rng.uniform(-6, 6, (channels, 3))
+        for channel, (down, across, phase) in enumerate(waves):
+            pattern = 127 + 90 * np.sin(down * y * 3 + across * x * 3 + phase) + rng.normal(0, 15, (height, width))
+            image[:, :, channel] = np.clip(pattern, 0, 255)
+    return images
+
+
+def _spread(source: Source, transform: ResizedCentreCrop, most: int) -> tuple[np.ndarray, np.ndarray]:
+    indices = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int))
+    images, labels = [], []
+    for index in indices:
+        try:
+            record = source[int(index)]
+            images.append(transform(record.image, name=record.name))
+        except DamagedImage:
+            continue
+        labels.append(record.label)
+    if not images:
+        raise UserError("none of the data set's images can be read; run --mode prepare to see what is wrong.")
+    return np.stack(images), np.asarray(labels, np.int32)

@@ -1,0 +1,56 @@
+"""TensorFlow SavedModel through jax2tf: a directory that `tf.saved_model.load` opens without JAX."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from densenet_jax.export.graph import Graph
+
+
+def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
+    """Writes a SavedModel whose default signature takes "images" and gives the graph's output by its name."""
+    del precision, representative
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.call = tensorflow_function(graph, graph.function, graph.input_dtype, graph.batch_size)
+    tf.saved_model.save(module, path, signatures={"serving_default": module.call.get_concrete_function()})
+
+
+def tensorflow_function(
+    graph: Graph, function: Callable, dtype: type, batch_size: int, after: Callable = lambda outputs: outputs
+) -> Callable:
+    """A tf.function of images [b, h, w, c] that gives {output name: float32 [b, k]}.
+
+    Args:
+        graph: names and shapes.
+        function: what is converted.
+        dtype: of the images.
+        batch_size: 0 leaves it open.
+        after: TensorFlow's operations on the output.
+    """
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    shape = (batch_size or None, *graph.image_shape)
+    polymorphic = None if batch_size else [f"b, {', '.join(map(str, graph.image_shape))}"]
+    converted = jax2tf.convert(function, polymorphic_shapes=polymorphic, with_gradient=False)
+
+    def call(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {graph.output_name: after(converted(images))}
+
+    signature = [tf.TensorSpec(shape, dtype, name="images")]
+    return tf.function(call, input_signature=signature, autograph=False)
+
+
+def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The SavedModel at `path` as a function of images."""
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(path)
+
+    def call(images: np.ndarray) -> np.ndarray:
+        (outputs,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
+        return outputs.numpy()
+
+    return call

@@ -1,0 +1,1 @@
+"""Predictions for images that users bring."""

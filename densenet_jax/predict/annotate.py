@@ -1,0 +1,61 @@
+"""Images with their predictions written below them."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from densenet_jax.errors import UserError
+from densenet_jax.predict.files import digest
+from densenet_jax.predict.images import ImageLimits, load_image
+from densenet_jax.predict.predictor import ClassProbability
+
+_LEAST_PX, _MOST_PX = 320, 1280  # of the width that is written
+_QUALITY = 90
+_LETTER_PX = 16
+_LONGEST_NAME = 240  # bytes; file systems take 255
+
+
+def annotated_path(directory: str, path: str, root: str) -> str:
+    """Where the annotated copy of `path` goes: where it lies below `root`, and never outside of `directory`."""
+    inside = pathlib.PurePath(os.path.relpath(os.path.abspath(path), root))
+    parts = ["__" if part == ".." else part for part in inside.parts]
+    name = parts.pop()
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME // 8]}-{digest(name).hex()}"
+    return os.path.join(directory, *parts, name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+
+
+def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits) -> None:
+    """Writes the image at `path` with `answers` below it, a line each with a bar, as a JPEG to `target`.
+
+    Raises:
+        ImageError: the image can't be read any more.
+        UserError: nothing can be written there.
+    """
+    picture = with_answers(load_image(path, limits=limits), answers)
+    try:
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        picture.save(target, "JPEG", quality=_QUALITY)
+    except OSError as error:
+        raise UserError(f"{target} can't be written ({error.strerror or error}); change --annotate.") from error
+
+
+def with_answers(pixels: np.ndarray, answers: Sequence[ClassProbability]) -> Image.Image:
+    """uint8[h, w, 3] as a picture of a legible width with the answers below it."""
+    image = Image.fromarray(pixels)
+    width = min(max(image.width, _LEAST_PX), _MOST_PX)
+    height = min(max(1, round(image.height * width / image.width)), 4 * _MOST_PX)
+    smooth = width < image.width or image.width > _LEAST_PX // 4
+    image = image.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+    line_px = round(1.5 * _LETTER_PX)
+    picture = Image.new("RGB", (width, height + line_px * len(answers)), "white")
+    picture.paste(image)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_LETTER_PX)
+    for row, answer in enumerate(answers):
+        top = height + row * line_px
+        draw.rectangle((0, top + 2, round(answer.probability * (width - 1)), top + line_px - 2), fill="#cfe2f3")
+        draw.text((6, top + 3), f"{answer.probability:.2f}  {answer.label}", fill="black", font=font)
+    return picture

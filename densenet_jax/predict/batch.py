@@ -1,0 +1,244 @@
+"""Images to a file of answers: read by threads, computed in batches, in the memory of a few batches."""
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from densenet_jax.data.batches import available_cores
+from densenet_jax.distributed.preemption import Interrupted, StopRequest
+from densenet_jax.errors import UserError
+from densenet_jax.predict.annotate import annotate, annotated_path
+from densenet_jax.predict.features import FeatureArchive
+from densenet_jax.predict.files import Found, check_places, common_folder, find_images
+from densenet_jax.predict.images import ImageError, shown
+from densenet_jax.predict.model import Deployed
+from densenet_jax.predict.output import PredictionFile
+from densenet_jax.predict.predictor import FEATURES, ClassProbability, Predictor
+from densenet_jax.system.console import Bar, say, working
+
+logger = logging.getLogger(__name__)
+_SIZES = (1, 8, 64)  # a run compiles only the one that suits the number of its images
+_READ_AHEAD = 2  # batches that wait in memory
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """What `--mode predict` is asked for.
+
+    Attributes:
+        images: files, folders and patterns.
+        output: the file of predictions.
+        topk: classes an image.
+        annotate: where annotated images go; "": nowhere.
+        features: "pooled" or "pyramid": goes into an archive beside the predictions; "": none.
+        largest_batch: images computed at a time; 0: 64.
+    """
+
+    images: tuple[str, ...]
+    output: str
+    topk: int = 5
+    annotate: str = ""
+    features: str = ""
+    largest_batch: int = 0
+
+    def check(self) -> None:
+        """Checks what can be checked without looking at a file.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if self.topk < 1:
+            raise UserError(f"--topk is {self.topk}; expected 1 or more.")
+        if self.features and self.features not in FEATURES:
+            raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
+
+    @property
+    def archive(self) -> str:
+        """The archive of features."""
+        return f"{os.path.splitext(self.output)[0]}.npz"
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """One image on its way; `pixels` is None where it is refused."""
+
+    path: str
+    pixels: np.ndarray | None = None
+    why: str = ""
+
+
+def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, Any]:
+    """Predicts what the output does not have yet.
+
+    Args:
+        load: gives the model; called once it is known that there are images.
+        options: what to predict, and where the answers go.
+
+    Returns:
+        {"images": answered, "refused": with an error line, "path": the output}, of the whole file; with features also
+        {"features": the archive}.
+
+    Raises:
+        UserError: there are no images, or a file can't be written.
+        Interrupted: SIGTERM or Ctrl-C; the same command goes on.
+    """
+    options.check()
+    check_places(options.images)
+    model = load()
+    request = {
+        "model": f"{model.name}, {model.source}",
+        "labels": list(model.class_names),
+        **{key: value for key, value in dataclasses.asdict(options).items() if key not in ("output", "largest_batch")},
+    }
+    if jax.process_count() > 1:
+        raise UserError("--mode predict runs in one process; start it without --num_processes.")
+    with PredictionFile(options.output, request) as output, StopRequest() as stop:
+        if output.resumed:
+            say(f"{options.output} has {output.answered + output.refused:,} images already")
+        todo = sum(1 for found in find_images(options.images) if found.path not in output)
+        unfinished_archive = options.features and not os.path.exists(options.archive)
+        if todo or unfinished_archive:
+            _Run(model, options, output, stop, todo).run()
+        output.finish()
+        figures = {"images": output.answered, "refused": output.refused, "path": options.output}
+        return {**figures, "features": options.archive} if options.features else figures
+
+
+class _Run:
+    """The images that an output lacks, from their files to their lines."""
+
+    def __init__(
+        self, model: Deployed, options: PredictOptions, output: PredictionFile, stop: StopRequest, todo: int
+    ) -> None:
+        largest = options.largest_batch or _SIZES[-1]
+        size = next((size for size in _SIZES if todo <= size <= largest), largest)
+        self._predictor = Predictor(model, batch_sizes=(size,))
+        self._size = self._predictor.batch_sizes[-1]
+        self._options, self._output, self._stop, self._todo = options, output, stop, todo
+        self._root = common_folder(options.images)
+        self._archive: FeatureArchive | None = None
+
+    def run(self) -> None:
+        """Predicts all."""
+        predictor, options = self._predictor, self._options
+        say(f"predicting {self._todo:,} images with {predictor.model.name}, {predictor.model.source}")
+        if options.features:
+            shapes = predictor.output_shapes(options.features)
+            del shapes["probability"]
+            self._archive = FeatureArchive(options.archive, shapes, self._output.answered)
+        if self._todo:
+            with working("compiling"):
+                predictor.compile(options.features)
+        bar = Bar("predicting", self._todo)
+        try:
+            with ThreadPoolExecutor(available_cores()) as pool:
+                self._predict_all(pool, bar)
+        finally:
+            bar.close()
+            if self._archive is not None:
+                self._archive.close()
+        if self._archive is not None:
+            self._archive.finish(self._output.answered_names, self._output.answered)
+
+    def _predict_all(self, pool: ThreadPoolExecutor, bar: Bar) -> None:
+        wanted = (found for found in find_images(self._options.images) if found.path not in self._output)
+        prepared = read_ahead(pool, self._prepare, wanted, _READ_AHEAD * self._size)
+        waiting: tuple[list[_Prepared], Any] | None = None
+        done = 0
+        for batch in _batches(prepared, self._size):
+            pixels = [item.pixels for item in batch if item.pixels is not None]
+            # The next batch is computed while the answers of the last one are written.
+            computing = self._predictor.dispatch(np.stack(pixels), self._options.features) if pixels else {}
+            if waiting is not None:
+                self._write(pool, *waiting)
+                bar.advance(len(waiting[0]))
+            waiting = batch, computing
+            done += len(batch)
+            if self._stop.received is not None:
+                break
+        if waiting is not None:
+            self._write(pool, *waiting)
+            bar.advance(len(waiting[0]))
+        if done < self._todo and self._stop.received is not None:
+            raise Interrupted(f"stopped after {done:,} of {self._todo:,} images; the same command goes on")
+
+    def _prepare(self, found: Found) -> _Prepared:
+        try:
+            if found.why:
+                raise ImageError(shown(found.path), found.why)
+            return _Prepared(found.path, self._predictor.preprocess(found.path))
+        except ImageError as error:
+            return _Prepared(found.path, why=error.why)
+
+    def _write(self, pool: ThreadPoolExecutor, batch: list[_Prepared], computing: dict[str, jax.Array]) -> None:
+        outputs = {name: np.asarray(array) for name, array in computing.items()}
+        answered = [item for item in batch if item.pixels is not None]
+        answers = {
+            item.path: self._predictor.best(outputs["probability"][row], self._options.topk)
+            for row, item in enumerate(answered)
+        }
+        if self._archive is not None and answered:
+            self._archive.write({name: array[: len(answered)] for name, array in outputs.items()})
+        if self._options.annotate:
+            list(pool.map(self._annotate, answers, answers.values()))
+        self._output.write(_line(item, answers.get(item.path, [])) for item in batch)
+        for item in batch:
+            say(f"{shown(item.path)}  {_short(answers[item.path]) if item.path in answers else f'error: {item.why}'}")
+
+    def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
+        target = annotated_path(self._options.annotate, path, self._root)
+        try:
+            annotate(path, target, answers, self._predictor.limits)
+        except ImageError as error:
+            logger.warning("%s can't be annotated: %s", error.name, error.why)
+
+
+def _line(item: _Prepared, answers: list[ClassProbability]) -> dict[str, Any]:
+    if item.pixels is None:
+        return {"image": item.path, "error": item.why}
+    return {"image": item.path, "predictions": [answer._asdict() for answer in answers]}
+
+
+def _short(answers: list[ClassProbability]) -> str:
+    best = answers[0]
+    return f"{{{best.class_id}: {best.label!r}}} {best.probability:.2f}"
+
+
+def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:
+    """Lists with `size` images that can be read, or fewer at the end; of many that can't, no endless list is made."""
+    batch: list[_Prepared] = []
+    readable = 0
+    for item in items:
+        batch.append(item)
+        readable += item.pixels is not None
+        if readable == size or len(batch) == 4 * size:
+            yield batch
+            batch, readable = [], 0
+    if batch:
+        yield batch
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """`function` of every item, in their order, computed by the pool's threads for at most `ahead` items in advance."""
+    items = iter(items)
+    waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,187 @@
+"""A trained model as it is used outside of its run: the module, its weights and how it sees an image."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+
+from densenet_jax.config import checked
+from densenet_jax.data.sources import is_prepared
+from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
+from densenet_jax.errors import UserError, first_line
+from densenet_jax.experiment.experiment import Experiment
+from densenet_jax.models.create import create_model
+from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.variants import get_variant
+from densenet_jax.predict.labels import check_count, imagenet_labels, read_labels, readable
+from densenet_jax.training.checkpoint import find_checkpoint, restore_variables
+from densenet_jax.workdir import labels_path, read_settings, started_from
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """Everything that is needed to answer about images, without settings and without a data set.
+
+    Attributes:
+        name: the variant's.
+        source: what the weights are, for people: "step 1200 of runs/digits" or a hub id.
+        module: the flax module; `module.clone(output="pooled")` and its like give features.
+        variables: {"params", "batch_stats"}, on this process's first device.
+        transform: an encoded image (or pixels: `of_pixels`) to uint8[transform.shape], as evaluation does it, but
+            turned as its EXIF data say.
+        mean: of each channel, of inputs in [0, 1].
+        std: likewise.
+        dtype: of activations.
+        class_names: one a class.
+        allowed_classes: the only ones that are answered with; None: all.
+    """
+
+    name: str
+    source: str
+    module: nn.Module
+    variables: dict[str, Any]
+    transform: ResizedCentreCrop
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any
+    class_names: tuple[str, ...]
+    allowed_classes: tuple[int, ...] | None = None
+
+
+def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
+    """The settings that the run in `workdir` was started with, checked and frozen.
+
+    Args:
+        workdir: the run's directory.
+        overrides: "section.key" to another value.
+        defaults: nested; values of the settings that did not exist yet when the run was started.
+
+    Raises:
+        UserError: there is no run, its settings can't be read, or a value is out of range.
+    """
+    try:
+        settings = ml_collections.ConfigDict(dict(defaults))
+        with settings.ignore_type():  # JSON knows no tuples
+            settings.update(read_settings(workdir))
+            settings.update_from_flattened_dict(dict(overrides))
+        return checked(settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        path = os.path.join(workdir, "config.json")
+        raise UserError(f"{path} does not hold the settings of a run ({first_line(error)}); mend it.") from error
+
+
+def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deployed:
+    """The model that `--mode eval` would evaluate: a checkpoint of `workdir`, or `config.model.pretrained`.
+
+    Args:
+        config: checked settings.
+        workdir: the run's directory.
+        labels: a file with a class name a line; "": the run's own names.
+
+    Raises:
+        UserError: there is no such model, or its parts don't fit together.
+    """
+    if config.model.pretrained and not started_from(workdir, config.model.pretrained):
+        source, workdir = config.model.pretrained, ""
+        variables = load_pretrained(config.model.name, source, channels=config.data.channels)
+    else:
+        step, variables = _restore(workdir, str(config.eval.checkpoint))
+        source = f"step {step} of {workdir}"
+    experiment = Experiment(config, head_classes=_class_count(variables, source))
+    experiment.check_fits(variables, source)
+    mean, std = experiment.data.mean_std()
+    return Deployed(
+        name=config.model.name,
+        source=source,
+        module=experiment.model,
+        variables=variables,
+        transform=experiment.data.eval_transform(apply_exif_orientation=True),
+        mean=tuple(mean),
+        std=tuple(std),
+        dtype=experiment.policy.compute_dtype,
+        class_names=_class_names(experiment, workdir, labels),
+        allowed_classes=experiment.data.allowed_classes,
+    )
+
+
+def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: Any = jnp.float32) -> Deployed:
+    """A published or local checkpoint as its publisher evaluates it.
+
+    Args:
+        name: of the variant.
+        source: as `load_pretrained` takes it.
+        labels: a file with a class name a line; "": ImageNet's where there are 1,000 classes, else numbers.
+        dtype: of activations.
+
+    Raises:
+        UserError: there is no such variant or checkpoint, or its parts don't fit together.
+    """
+    variant = get_variant(name)
+    variables = load_pretrained(name, source)
+    count = _class_count(variables, source)
+    seen = variant.preprocessing_of(str(source))
+    transform = eval_transform(
+        image_size_px=seen.test_px,
+        resize_px=round(seen.test_px / seen.crop_fraction),
+        channels=variant.channels,
+        interpolation=seen.interpolation,
+        apply_exif_orientation=True,
+    )
+    module = create_model(name, num_classes=count, dtype=dtype)
+    names = imagenet_labels() if count == 1000 else _numbers(count)
+    if labels:
+        names = read_labels(labels)
+        check_count(names, count, labels)
+    return Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, dtype, names)
+
+
+def _restore(workdir: str, which: str) -> tuple[int, dict[str, Any]]:
+    directory, step = find_checkpoint(workdir, which)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return step, restore_variables(directory, step, here)
+
+
+def _class_count(variables: Mapping[str, Any], where: str) -> int:
+    try:
+        return int(variables["params"]["classifier"]["bias"].shape[0])
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{where} has no classifier; expected a checkpoint of a classification model.") from error
+
+
+def _class_names(experiment: Experiment, workdir: str, labels: str) -> tuple[str, ...]:
+    """From `labels`, else what the run wrote down, else its data set's, else ImageNet's, else numbers."""
+    count, data = experiment.num_classes, experiment.config.data
+    if labels:
+        names, where = read_labels(labels), labels
+    elif workdir and os.path.exists(where := labels_path(workdir)):
+        names = readable(read_labels(where))
+    elif count == 1000 and (not workdir or data.name.startswith("imagenet")):
+        return imagenet_labels()
+    elif workdir and (data.name == "folder" or is_prepared(data.name, data.dir)):
+        names, where = _names_of_data(experiment), f"data set {data.name}"
+    else:
+        names, where = (), ""
+    if not names:
+        return _numbers(count)
+    check_count(names, count, where)
+    return names
+
+
+def _names_of_data(experiment: Experiment) -> tuple[str, ...]:
+    try:
+        return readable(tuple(experiment.data.eval_source.class_names))
+    except UserError:
+        return ()
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    logger.warning("the classes' names are not known; labels give them, a file with one a line. Numbers until then.")
+    return tuple(str(number) for number in range(count))

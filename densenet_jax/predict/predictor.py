@@ -1,0 +1,270 @@
+"""The model as a function of images.
+
+predictor = densenet_jax.Predictor.from_workdir("runs/digits")
+for answers in predictor(["three.png", "eight.png"]):
+    print(answers[0].label, answers[0].probability)
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from densenet_jax.augment.basic import normalize
+from densenet_jax.data.batches import available_cores
+from densenet_jax.data.decode import DamagedImage
+from densenet_jax.errors import UserError
+from densenet_jax.predict.images import (
+    DEFAULT_LIMITS,
+    ImageError,
+    ImageLimits,
+    ImageSource,
+    check_array,
+    encoded,
+    name_of,
+    with_channels,
+)
+from densenet_jax.predict.model import (
+    Deployed,
+    deployed_from_pretrained,
+    deployed_from_settings,
+    settings_of_run,
+)
+from densenet_jax.training import sharding
+from densenet_jax.training.predict_step import make_predict_step
+
+BATCH_SIZES = (1, 4, 16, 64)
+FEATURES = ("pooled", "pyramid")
+
+
+class ClassProbability(NamedTuple):
+    """One class of an answer: its number, its name and how probable it is, in [0, 1]."""
+
+    class_id: int
+    label: str
+    probability: float
+
+
+class Predictor:
+    """Answers about images from files, bytes or arrays, with the preprocessing of the model's own evaluation.
+
+    Safe to call from many threads.
+
+    Attributes:
+        model: the module, its weights and its preprocessing, for whoever goes on from there.
+        limits: what an image may cost before it is refused.
+        batch_sizes: the sizes that are compiled, smallest first; others are padded to the next one.
+    """
+
+    def __init__(
+        self, model: Deployed, *, batch_sizes: Sequence[int] = BATCH_SIZES, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> None:
+        """Puts the weights on all devices of this process; compiles nothing yet (see `compile`).
+
+        Args:
+            model: what predicts.
+            batch_sizes: sizes to compile; rounded up to multiples of the number of devices.
+            limits: what an image may cost.
+
+        Raises:
+            UserError: a batch size is below 1.
+        """
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
+        self.model, self.limits = model, limits
+        mesh = sharding.make_mesh(jax.local_devices())
+        self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
+        self._over_data = sharding.over_data(mesh)
+        self._variables = jax.device_put(model.variables, sharding.replicated(mesh))
+        self._step = jax.jit(self._answer, static_argnames="features", out_shardings=sharding.replicated(mesh))
+
+    @classmethod
+    def from_workdir(
+        cls, workdir: str | os.PathLike[str], checkpoint: str = "latest", labels: str = "", **options: Any
+    ) -> "Predictor":
+        """The model of a run.
+
+        Args:
+            workdir: the run's directory.
+            checkpoint: "latest", "best" or a step.
+            labels: a file with a class name a line; "" takes the run's own names.
+            **options: as the constructor takes them.
+
+        Raises:
+            UserError: there is no such checkpoint, or its settings can't be read.
+        """
+        path = os.fspath(workdir)
+        config = settings_of_run(path, {"eval.checkpoint": str(checkpoint)})
+        return cls(deployed_from_settings(config, path, labels), **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str, source: str, labels: str = "", **options: Any) -> "Predictor":
+        """A published or local checkpoint with its own preprocessing.
+
+        Args:
+            name: of the variant, such as "densenet121".
+            source: a hub id, a .safetensors or a .pth file, as `densenet_jax.load_pretrained` takes it.
+            labels: a file with a class name a line; "" takes ImageNet's where there are 1,000 classes.
+            **options: as the constructor takes them.
+
+        Raises:
+            UserError: there is no such variant or checkpoint.
+        """
+        return cls(deployed_from_pretrained(name, source, labels), **options)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each class."""
+        return self.model.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of a preprocessed image: (height, width, channels), with `config.eval.crops=10` (5, h, w, c)."""
+        return self.model.transform.shape
+
+    def __call__(self, images: Iterable[ImageSource], topk: int = 5) -> list[list[ClassProbability]]:
+        """The `topk` most probable classes of each image, best first.
+
+        Args:
+            images: paths, encoded bytes, or uint8 arrays [h, w], [h, w, 1] or [h, w, 3].
+            topk: how many; fewer where the model has fewer classes.
+
+        Raises:
+            ImageError: an image is refused; the message names it.
+        """
+        return [self.best(row, topk) for row in self.probabilities(self._preprocess_all(images))]
+
+    def features(self, images: Iterable[ImageSource], kind: str = "pooled") -> np.ndarray | dict[int, np.ndarray]:
+        """What the network sees in the images, for retrieval and the like.
+
+        Args:
+            images: as for a call.
+            kind: "pooled": the vector that the classifier is given; "pyramid": the last map of every stage.
+
+        Returns:
+            float32[n, c], or {stride: float32[n, h, w, c]}.
+
+        Raises:
+            ImageError: an image is refused.
+            UserError: no such kind, or the model looks at ten crops.
+        """
+        outputs = self._in_chunks(self._preprocess_all(images), kind)
+        if kind == "pooled":
+            return outputs["pooled"]
+        return {int(name.removeprefix("stride_")): maps for name, maps in outputs.items() if name != "probability"}
+
+    def preprocess(self, image: ImageSource, name: str = "") -> np.ndarray:
+        """An image as the model is given it, but for the normalisation: uint8[image_shape].
+
+        Args:
+            image: a path, encoded bytes, or a uint8 array [h, w], [h, w, 1] or [h, w, 3].
+            name: what messages call it; "" is its path.
+
+        Raises:
+            ImageError: it is refused.
+        """
+        name, transform = name or name_of(image), self.model.transform
+        try:
+            if isinstance(image, np.ndarray):
+                check_array(image, name, self.limits)
+                return transform.of_pixels(with_channels(image, transform.channels))
+            return transform(encoded(image, name, self.limits), name=name)
+        except DamagedImage as error:
+            raise ImageError(name, error.why) from error
+        except MemoryError as error:
+            raise ImageError(name, "there is not enough memory to decode it") from error
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Of preprocessed images uint8[b, *image_shape], each class's probability: float32[b, classes].
+
+        Any b is fine; it is cut and padded to `batch_sizes`.
+
+        Raises:
+            UserError: the array has another shape or dtype.
+        """
+        return self._in_chunks(images)["probability"]
+
+    def compile(self, features: str = "") -> None:
+        """Compiles (or takes from the cache) every batch size, so that no later call has to wait for it."""
+        for size in self.batch_sizes:
+            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), np.uint8), features))
+
+    def dispatch(self, images: np.ndarray, features: str = "") -> dict[str, jax.Array]:
+        """Starts to compute one batch and returns at once; for whoever reads and computes at the same time.
+
+        Args:
+            images: uint8[b, *image_shape], 1 <= b <= the largest of `batch_sizes`.
+            features: "", or what to compute besides, "pooled" or "pyramid".
+
+        Returns:
+            "probability" float32[p, classes], and "pooled" float32[p, c] or "stride_4" and so on float32[p, h, w, c];
+            p is the padded size, and only the first b rows mean something.
+
+        Raises:
+            UserError: the array has another shape or dtype, or there are no such features.
+        """
+        self._check_batch(images, features)
+        size = next((size for size in self.batch_sizes if size >= len(images)), None)
+        if size is None or not len(images):
+            raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
+        if size > len(images):
+            padding = np.zeros((size - len(images), *self.image_shape), np.uint8)
+            images = np.concatenate([images, padding])
+        return self._step(self._variables, jax.device_put(images, self._over_data), features=features)
+
+    def output_shapes(self, features: str = "") -> dict[str, tuple[int, ...]]:
+        """Shapes of what `dispatch` gives, without the batch; compiles nothing."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
+        answer = functools.partial(self._answer, features=features)
+        return {name: leaf.shape[1:] for name, leaf in jax.eval_shape(answer, self._variables, images).items()}
+
+    def best(self, probabilities: np.ndarray, topk: int = 5) -> list[ClassProbability]:
+        """The `topk` highest of float32[classes], best first; of equals the lower class number."""
+        order = np.argsort(-probabilities, kind="stable")[:topk]
+        if self.model.allowed_classes is not None:
+            order = order[: len(self.model.allowed_classes)]
+        return [ClassProbability(int(i), self.class_names[i], float(probabilities[i])) for i in order]
+
+    def _preprocess_all(self, images: Iterable[ImageSource]) -> np.ndarray:
+        with ThreadPoolExecutor(available_cores()) as pool:
+            done = list(pool.map(self.preprocess, images))
+        return np.stack(done) if done else np.zeros((0, *self.image_shape), np.uint8)
+
+    def _in_chunks(self, images: np.ndarray, features: str = "") -> dict[str, np.ndarray]:
+        self._check_batch(images, features)
+        most = self.batch_sizes[-1]
+        parts = []
+        for start in range(0, len(images), most):
+            chunk = images[start : start + most]
+            outputs = jax.device_get(self.dispatch(chunk, features))
+            parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
+        if not parts:
+            return {name: np.zeros((0, *shape), np.float32) for name, shape in self.output_shapes(features).items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _check_batch(self, images: np.ndarray, features: str) -> None:
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"images are {images.dtype}{list(images.shape)}; expected uint8{['b', *self.image_shape]}, "
+                "as preprocess gives them."
+            )
+        if features and features not in FEATURES:
+            raise UserError(f"features is {features!r}; expected {' or '.join(FEATURES)}.")
+        if features and len(self.image_shape) != 3:
+            raise UserError("features are of one crop, but config.eval.crops is 10; set it to 1.")
+
+    def _answer(self, variables: dict[str, Any], images: jax.Array, features: str = "") -> dict[str, jax.Array]:
+        model = self.model
+        seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
+        outputs = make_predict_step(model.module, seen, classes=model.allowed_classes)(variables, {"image": images})
+        if features:
+            # The compiler finds that this repeats the body of the classification and computes it once.
+            found: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
+            maps = {f"stride_{stride}": part for stride, part in found.items()} if features == "pyramid" else None
+            outputs |= maps or {"pooled": found}
+        return {name: array.astype(jnp.float32) for name, array in outputs.items()}

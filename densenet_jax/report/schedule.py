@@ -1,0 +1,95 @@
+"""Any recipe's learning rate as a picture and a few lines, without training."""
+
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from densenet_jax.errors import UserError
+from densenet_jax.system.console import say
+from densenet_jax.training.schedules import Schedule
+from densenet_jax.training.timeline import Timeline
+
+
+def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: str) -> dict[str, str | int | float]:
+    """Draws the learning rate over all steps to WORKDIR/schedule.png and says where it changes its course.
+
+    Returns:
+        {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}; the last is the last step's rate.
+
+    Raises:
+        UserError: the picture can't be written.
+    """
+    rates = all_rates(schedule, timeline.total_steps)
+    per_epoch = timeline.steps_per_epoch
+    say(f"{timeline.total_steps} steps, {per_epoch:.1f} an epoch, of {timeline.global_batch_size} images")
+    for step in turning_points(rates):
+        say(f"step {step:>9}  epoch {timeline.epochs_done(step):>7.2f}  learning rate {rates[step]:.6g}")
+    path = os.path.join(workdir, "schedule.png")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        _draw(path, rates, per_epoch, title)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error}); choose another --workdir.") from error
+    return {
+        "path": path,
+        "total_steps": timeline.total_steps,
+        "peak_learning_rate": float(rates.max()),
+        "end_learning_rate": float(rates[-1]),
+    }
+
+
+def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
+    """float64[total_steps]: the rate of every step, exact where training rounds it to float32."""
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
+
+
+def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
+    """Steps at which the rate starts, jumps, turns from rising to falling or back, begins to move or rest, and ends.
+
+    Args:
+        rates: of every step.
+        most: of a schedule with more jumps (a staircase) only the first are given, and the end.
+    """
+    slopes = np.diff(rates)
+    size = np.abs(slopes)
+    # A jump is a change that is far larger than the one before it and the one after it.
+    around = np.maximum(np.append(0.0, size[:-1]), np.append(size[1:], 0.0))
+    jumps = np.flatnonzero((size > 1e-3 * np.maximum(rates[:-1], rates[1:])) & (size > 10 * around)) + 1
+    smooth = np.where(np.isin(np.arange(1, len(rates)), jumps), 0.0, slopes)
+    course = np.sign(np.where(np.abs(smooth) > 1e-12 * rates.max(initial=0.0), smooth, 0.0))
+    turns = np.flatnonzero(course[1:] * course[:-1] < 0) + 1
+    ends = np.flatnonzero((course[:-1] > 0) & (course[1:] == 0)) + 1  # a warmup that ends on a level stretch
+    inner = sorted({int(step) for step in (*jumps, *turns, *ends)} - {0, len(rates) - 1})
+    return sorted({0, *inner[:most], len(rates) - 1})
+
+
+def _draw(path: str, rates: np.ndarray, steps_per_epoch: float, title: str) -> None:
+    # Loaded here: no other mode needs it before its end.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.0), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = np.unique(np.append(np.arange(0, len(rates), max(1, len(rates) // 20_000)), len(rates) - 1))
+    axes.plot(shown, rates[shown], linewidth=1.5)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.set_xlim(0, max(1, len(rates) - 1))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    to_epochs, to_steps = _times(1 / steps_per_epoch), _times(steps_per_epoch)
+    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
+    epochs.set_xlabel("epoch")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _times(factor: float) -> Callable[[ArrayLike], np.ndarray]:
+    return lambda values: np.asarray(values) * factor

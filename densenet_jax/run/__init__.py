@@ -1,0 +1,1 @@
+"""Training, evaluating and preparing: the loops and what they write."""

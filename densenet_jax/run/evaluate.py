@@ -1,0 +1,63 @@
+"""Exact figures over a whole split: every example counts once, whatever the batch size."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from densenet_jax.system.console import Bar
+from densenet_jax.training.eval_step import EvalSums
+from densenet_jax.training.sharding import to_devices
+
+
+def evaluate(
+    eval_step: Callable[[dict[str, Any], dict[str, jax.Array]], EvalSums],
+    variables: dict[str, Any],
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    *,
+    examples: int,
+    batch_count: int,
+) -> EvalSums:
+    """Adds up all `batches`.
+
+    Args:
+        eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
+        variables: {"params", "batch_stats"}.
+        batches: this process's shares of padded and masked global batches.
+        mesh: where they go.
+        examples: how many examples the split has; the count is checked against it.
+        batch_count: how many batches there are, for the bar.
+
+    Returns:
+        The counts over the whole split, on the host.
+
+    Raises:
+        RuntimeError: another number of examples was seen than the split has.
+    """
+    bar = Bar("evaluating", batch_count)
+    total: EvalSums | None = None
+    try:
+        for batch in batches:
+            part = eval_step(variables, to_devices(batch, mesh))
+            before, total = total, part if total is None else total.merge(part)
+            jax.block_until_ready(before)  # one batch in flight, one on its way: memory stays bounded
+            bar.advance()
+    finally:
+        bar.close()
+    found: EvalSums | None = jax.device_get(total)
+    seen = 0 if found is None else int(found.seen)
+    if found is None or seen != examples:
+        raise RuntimeError(f"counted {seen} examples of a split that has {examples}")
+    return found
+
+
+def figures_of(counts: EvalSums) -> dict[str, float]:
+    """The counts divided: {"examples", "loss", "top1", "top5"}, means but for the first, accuracies in [0, 1].
+
+    "examples" are those that were counted: where a data set gives some images no right class, these are left out.
+    """
+    figures = counts.sums.compute()
+    return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}

@@ -1,0 +1,94 @@
+"""What training gathers between two reports."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from densenet_jax.errors import UserError
+from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.nonfinite import describe, leaf_names
+from densenet_jax.training.state import TrainState
+from densenet_jax.training.steps import StepReport
+
+
+class Window:
+    """What has happened since the last report. Reading it waits for the device, so it is read once a report."""
+
+    def __init__(self, step: int, state: TrainState, begun: dict[str, float] | None = None):
+        """Starts after `step` steps.
+
+        Args:
+            step: steps done.
+            state: anything with the form of the run's state, for the names in an error.
+            begun: what `begun()` gave before a restart in the middle of a window.
+        """
+        self._parameters, self._statistics = leaf_names(state.params), leaf_names(state.batch_stats)
+        self._reports: list[StepReport] = []
+        self._step = step
+        self._examples = 0
+        self._data_wait_secs = 0.0
+        self._started = time.perf_counter()
+        self.sums = ClassificationSums.zeros()
+        if begun is not None:
+            dtypes = {field.name: getattr(self.sums, field.name).dtype for field in dataclasses.fields(self.sums)}
+            self.sums = ClassificationSums(**{name: jnp.asarray(begun[name], dtypes[name]) for name in dtypes})
+
+    def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
+        """Takes in one step that has been dispatched; waits for the one two before it: a short queue."""
+        self._reports.append(report)
+        self._examples += examples
+        self._data_wait_secs += data_wait_secs
+        if len(self._reports) > 2:
+            jax.block_until_ready(self._reports[-3])
+
+    def check_finite(self) -> None:
+        """Reads what is outstanding.
+
+        Raises:
+            UserError: a loss or gradient is not finite; the message names the step.
+        """
+        reports, self._reports = jax.device_get(self._reports), []
+        for report in reports:
+            self._step += 1
+            for what, value in (("loss", report.sums.loss), ("gradient norm", report.grad_norm)):
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the {what} is {float(value)} at step {self._step}{self._where(report)}; the checkpoints "
+                        "before it are untouched. Lower config.optim.learning_rate or lengthen "
+                        "config.optim.warmup_epochs, in a new --workdir."
+                    )
+            self.sums = self.sums.merge(report.sums)
+
+    def _where(self, report: StepReport) -> str:
+        """In which parts of the model it shows: the running statistics tell of the way forward, the gradients back."""
+        places = [
+            describe("running statistics", report.faulty_statistics, self._statistics),
+            describe("parameters' gradients", report.faulty_gradients, self._parameters),
+        ]
+        found = "; ".join(place for place in places if place)
+        return f" (not finite: {found})" if found else ""
+
+    def begun(self) -> dict[str, float]:
+        """The sums so far as plain numbers, for a checkpoint; call `check_finite` first."""
+        return {field.name: getattr(self.sums, field.name).item() for field in dataclasses.fields(self.sums)}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside (validation, saving) out of the throughput."""
+        jax.block_until_ready(self._reports)
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
+
+    def speed(self) -> dict[str, float]:
+        """Throughput and the share of time spent waiting for data since the start of this window."""
+        secs = time.perf_counter() - self._started
+        return {
+            "images_per_sec": round(self._examples / secs, 2),
+            "data_wait_fraction": round(self._data_wait_secs / secs, 4),
+        }

@@ -1,0 +1,149 @@
+"""Where numbers go: `metrics.jsonl` for scripts and TensorBoard's event files, without TensorFlow."""
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from densenet_jax.errors import UserError
+from densenet_jax.system.disk import full_disk_told
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """Every report in `workdir/metrics.jsonl`, oldest first; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: a line is not a report.
+    """
+    path = os.path.join(workdir, METRICS_FILE)
+    if not os.path.exists(path):
+        return []
+    records = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith("\n"):
+                records.append(_parse(line, f"{path} line {number}"))
+    return records
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if not {"step", "epoch", "split", "loss", "top1", "top5"} <= record.keys():
+            raise ValueError("step, epoch, split, loss, top1 or top5 is missing")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where} is not a report ({error}); mend or remove that line.") from error
+    return record
+
+
+class Writers:
+    """Writes each report to every place; on processes other than the first it writes nothing."""
+
+    def __init__(self, workdir: str, *, resumed_step: int = 0):
+        """Opens the files of a run that goes on from `resumed_step`.
+
+        Reports of later steps, written by a run that died before its next checkpoint, are dropped: those steps are
+        done again. TensorBoard is told to drop its own.
+        """
+        self._file: IO[str] | None = None
+        self._events: RecordWriter | None = None
+        self._directory = workdir
+        if jax.process_index() != 0:
+            return
+        with full_disk_told(workdir):
+            self._open(workdir, resumed_step)
+
+    def _open(self, workdir: str, resumed_step: int) -> None:
+        path = os.path.join(workdir, METRICS_FILE)
+        kept = [record for record in read_metrics(workdir) if record["step"] <= resumed_step] if resumed_step else []
+        temporary = f"{path}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        # Written at once and not by EventFileWriter's thread, whose errors nobody could catch.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._events = RecordWriter(open(os.path.join(workdir, name), "ab"))  # noqa: SIM115 - likewise
+        self._add_event(file_version="brain.Event:2")
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(step=resumed_step + 1, session_log=started)
+
+    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Writes one report: a line {"step", "split", **values} and a scalar "split/name" for every number.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._file is None:
+            return
+        scalars = [
+            summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value)
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        with full_disk_told(self._directory):
+            self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._file.flush()
+            self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
+
+    def describe(self, settings: Iterable[tuple[str, Any]], images: np.ndarray, titles: Sequence[str]) -> None:
+        """Tells TensorBoard of what the run begins with.
+
+        Args:
+            settings: keys and values, shown as a table.
+            images: uint8 [n, h, w, 1 or 3], as the model is given them.
+            titles: one an image.
+        """
+        rows = "\n".join(f"    {key} = {value}" for key, value in settings)
+        summary = summary_pb2.Summary(value=[_text_value("settings", rows)])
+        for number, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
+            summary.value.append(_image_value(f"augmented/{number:02d}", title, image))
+        with full_disk_told(self._directory):
+            self._add_event(step=0, summary=summary)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._file is not None
+
+    def close(self) -> None:
+        """Puts everything on disk."""
+        for file in (self._file, self._events):
+            if file is not None:
+                with full_disk_told(self._directory):
+                    file.close()
+
+    def _add_event(self, **fields: Any) -> None:
+        assert self._events is not None
+        self._events.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.flush()
+
+
+def _text_value(tag: str, markdown: str) -> summary_pb2.Summary.Value:
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[markdown.encode("utf-8")])
+    metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
+    return summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+
+
+def _image_value(tag: str, title: str, pixels: np.ndarray) -> summary_pb2.Summary.Value:
+    height, width, channels = pixels.shape
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(file, format="png")
+    strings = [str(width).encode(), str(height).encode(), file.getvalue()]  # as TensorBoard's image plugin reads them
+    shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=len(strings))])
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=strings, tensor_shape=shape)
+    metadata = image_metadata.create_summary_metadata(display_name=tag, description=title)
+    return summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)

@@ -1,0 +1,219 @@
+"""The loop: next batch, step, report, evaluate, save, stop."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from densenet_jax.config import flatten, to_dict
+from densenet_jax.distributed import processes
+from densenet_jax.distributed.preemption import Interrupted, StopRequest
+from densenet_jax.experiment import Experiment, augmented_samples
+from densenet_jax.run.evaluate import evaluate, figures_of
+from densenet_jax.run.log_interval import Window
+from densenet_jax.run.metric_writers import Writers, read_metrics
+from densenet_jax.run.watchdog import Watchdog
+from densenet_jax.system.console import Bar, say, working
+from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.host import memory_used
+from densenet_jax.system.profiler import Profile
+from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.sharding import to_devices
+from densenet_jax.training.state import TrainState
+from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
+
+_CLOSING_SECS = 15  # closing waits for the other processes, which may be elsewhere where this one has failed
+
+
+class Trainer:
+    """One run in one work directory, from its newest checkpoint to its end."""
+
+    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest, watchdog: Watchdog, profile: Profile):
+        """Compiles the steps and restores or creates the state.
+
+        Raises:
+            UserError: something in the settings, the data or the work directory is not as it should be.
+        """
+        self._experiment = experiment
+        self._stop = stop
+        self._watchdog = watchdog
+        self._config = to_dict(experiment.config)
+        self._timeline = experiment.timeline
+        self._profile = profile
+        total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
+        say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
+        self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
+        restored = self._checkpoints.restore_newest(experiment.abstract_state)
+        compiling = time.perf_counter()
+        with working("compiling"):
+            self._train_step = experiment.compile_train_step()
+            self._eval_step = experiment.compile_eval_step()
+        # What the first report tells besides.
+        self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
+        self._state: TrainState
+        self._begun: dict[str, float] | None
+        self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
+        self._step = int(self._state.step)
+        if self._step:
+            say(f"continuing after step {self._step}")
+        self._writers = Writers(workdir, resumed_step=self._step)
+        if not self._step and self._writers.writes:
+            samples = augmented_samples(experiment)
+            self._writers.describe(flatten(self._config), samples.images, samples.titles)
+        validated = {
+            record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
+        }
+        self._best = max(validated.values(), default=0.0)
+        self._validated = self._step in validated
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end.
+
+        Returns:
+            The last validation's figures and the step.
+
+        Raises:
+            Interrupted: asked to stop; the state is saved.
+            UserError: the loss is not finite, or a record can't be read.
+        """
+        processes.wait_for_all("compiled")
+        experiment = self._experiment
+        result: dict[str, Any] = {}
+        if self._step and self._timeline.is_eval_step(self._step):
+            result = self._validate(record=not self._validated)
+            self._checkpoints.add_metrics(self._step, result)
+        if self._step == self._timeline.total_steps:
+            say("nothing left to train")
+            return result
+        batches = experiment.data.train_batches(self._step)
+        bar = Bar("training", self._timeline.total_steps, self._step)
+        window = Window(self._step, self._state, self._begun)
+        try:
+            while self._step < self._timeline.total_steps:
+                number = self._step + 1
+                with self._profile.step(number):
+                    self._watchdog.begins(f"waiting for the images of step {number}")
+                    waiting = time.perf_counter()
+                    batch = to_devices(next(batches), experiment.mesh)
+                    waited = time.perf_counter() - waiting
+                    self._watchdog.begins(f"the devices are at step {number} or the two before it")
+                    self._state, report = self._train_step(self._state, batch)
+                self._step = number
+                self._profile.ends(number, self._state)
+                window.add(report, experiment.config.train.global_batch_size, waited)
+                bar.advance()
+                stopping = self._stop.due(self._step)
+                if self._timeline.is_report_step(self._step):
+                    window.check_finite()
+                    self._report(window, bar)
+                    window = Window(self._step, self._state)
+                stopping = stopping and self._step < self._timeline.total_steps
+                if self._timeline.is_save_step(self._step) or stopping:
+                    window.check_finite()
+                    with window.paused():
+                        # Whoever asks to stop may not wait: validation is made up for by the next start.
+                        validate = self._timeline.is_eval_step(self._step) and not stopping
+                        result = self._validate() if validate else {}
+                        self._watchdog.begins(f"saving after step {self._step}")
+                        self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
+                if stopping:
+                    raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
+        finally:
+            bar.close()
+            batches.close()
+            self._profile.close()
+        return result
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        try:
+            self._checkpoints.close()
+        finally:
+            self._writers.close()
+
+    def _report(self, window: Window, bar: Bar) -> None:
+        figures = window.sums.compute()
+        epoch = self._timeline.epochs_done(self._step)
+        scaling = self._state.loss_scale
+        skipped = {} if scaling is None else {"skipped_steps": int(scaling.skipped_steps)}
+        # The schedule counts updates, and a skipped step makes none.
+        rate = float(self._experiment.schedule(self._step - 1 - skipped.get("skipped_steps", 0)))
+        speed = window.speed()
+        values = {"epoch": round(epoch, 4), **_means(figures), "learning_rate": rate, **speed}
+        values |= memory_used() | skipped | self._at_start
+        self._at_start = {}
+        self._writers.write(self._step, "train", values)
+        mixed = " of mixed images" if self._experiment.mixes else ""
+        bar.figures(
+            f"epoch {epoch:.1f}  loss {figures['loss']:.4f}  top-1{mixed} {figures['top1']:.2%}  lr {rate:.4g}  "
+            f"{speed['images_per_sec']:.0f} images/s  waiting {speed['data_wait_fraction']:.0%}"
+        )
+
+    def _validate(self, record: bool = True) -> dict[str, Any]:
+        """Evaluates the moving average where there is one, the raw weights beside it."""
+        raw = self._evaluate(self._state.variables)
+        figures, beside = raw, {}
+        if self._state.average is not None:
+            figures = self._evaluate(self._state.average)
+            beside = {f"raw_{name}": value for name, value in _means(raw).items()}
+        epoch = round(self._timeline.epochs_done(self._step), 4)
+        if record:
+            self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures), **beside})
+        self._best = max(self._best, figures["top1"])
+        raw_note = f"  (raw weights: top-1 {raw['top1']:.2%})" if beside else ""
+        say(
+            f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
+            f"top-5 {figures['top5']:.2%}  (best {self._best:.2%}){raw_note}"
+        )
+        return {"step": self._step, **figures}
+
+    def _evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
+        data = self._experiment.data
+        counts = evaluate(
+            self._eval_step,
+            variables,
+            self._watchdog.each(data.eval_batches(), "evaluating"),
+            self._experiment.mesh,
+            examples=len(data.eval_source),
+            batch_count=data.eval_batch_count,
+        )
+        return figures_of(counts)
+
+
+def _means(figures: dict[str, float]) -> dict[str, float]:
+    return {name: figures[name] for name in ("loss", "top1", "top5")}
+
+
+def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains in `workdir`, from its newest good checkpoint where there is one.
+
+    Args:
+        experiment: the parts of the run.
+        workdir: its directory.
+        defaults: every setting with its default, nested; what settings count as that the run there does not know yet.
+
+    Returns:
+        {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        UserError: a mistake that the user can mend, or a full disk.
+    """
+    with only_run_in(workdir), full_disk_told(workdir), StopRequest() as stop:
+        experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
+        experiment.check_kernels()
+        profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
+        claim_workdir(workdir, experiment.config, defaults)
+        write_labels(workdir, experiment.data.eval_source.class_names)
+        watchdog = Watchdog(workdir, experiment.config.train.stall_secs)
+        trainer = Trainer(experiment, workdir, stop, watchdog, profile)
+        try:
+            with watchdog:
+                figures = trainer.run()
+        except Interrupted:
+            trainer.close()
+            raise
+        except BaseException:
+            processes.try_for(_CLOSING_SECS, trainer.close)
+            raise
+        trainer.close()
+        return figures

@@ -1,0 +1,1 @@
+"""What surrounds a run: the terminal, the machine, the disk, the compiler."""

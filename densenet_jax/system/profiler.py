@@ -1,0 +1,63 @@
+"""A profile of a few training steps, for TensorBoard and XProf."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from densenet_jax.errors import UserError
+from densenet_jax.system.console import say
+
+_FORM = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+def is_profile(setting: str) -> bool:
+    """Whether `setting` is "" or "STEP:COUNT", both from 1 on."""
+    return not setting or _FORM.fullmatch(setting) is not None
+
+
+class Profile:
+    """Traces steps STEP to STEP + COUNT - 1 into `DIR/plugins/profile/`, on the first process."""
+
+    def __init__(self, setting: str, workdir: str, total_steps: int):
+        """Prepares what `setting`, "" or "STEP:COUNT", asks for.
+
+        Raises:
+            UserError: the run has not so many steps.
+        """
+        found = _FORM.fullmatch(setting)
+        self._first, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        self._last = self._first + count - 1
+        if self._last > total_steps:
+            raise UserError(
+                f"config.profile is {setting!r}, which ends at step {self._last:,}; the run has {total_steps:,} steps."
+            )
+        self._workdir = workdir
+        self._running = False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number`, counted from 1; begins the trace where it is due."""
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if not self._running and jax.process_index() == 0:
+            jax.profiler.start_trace(self._workdir)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def ends(self, number: int, state: Any) -> None:
+        """After step `number`, which gave `state`; ends the trace where it is due."""
+        if self._running and number >= self._last:
+            jax.block_until_ready(state)  # the step is only dispatched: what is to be seen is yet to come
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace where one is running."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            say(f"profile: {self._workdir}/plugins/profile; tensorboard --logdir {self._workdir} shows it (with xprof)")

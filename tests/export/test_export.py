@@ -1,0 +1,180 @@
+"""Options, places and checks of the export mode; the formats have files of their own."""
+
+import os
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.export import export as export_module
+from densenet_jax.export.export import FORMATS, ExportOptions, Format, checked_format, export
+from densenet_jax.export.graph import make_graph, reference_outputs
+from densenet_jax.export.verify import compare, run_in_chunks
+from tests.export.exporting import FixedSamples, export_small, images, small_model
+
+
+@pytest.fixture
+def text_format(monkeypatch):
+    """A format that writes its outputs for the fixed images as text, changed by what the test puts into "change"."""
+    module = types.ModuleType("text_format")
+    module.change = lambda outputs: outputs
+
+    def write(graph, path, precision, representative):
+        with open(path, "w") as file:
+            file.write("whole")
+        module.graph = graph
+
+    def load(path):
+        call = jax.jit(module.graph.function)
+        return lambda batch: module.change(np.array(call(batch)))
+
+    module.write, module.load = write, load
+    monkeypatch.setitem(sys.modules, "text_format", module)
+    form = Format("text_format", ".text", ("float32", "float16"), (), "")
+    monkeypatch.setitem(FORMATS, "text", form)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs a --format; give one of stablehlo"),
+        ({"format": "stablehlo", "precision": "int8"}, "--precision int8 is not for --format stablehlo"),
+        ({"format": "stable_hlo"}, "--format stable_hlo is not known; did you mean stablehlo?"),
+        ({"format": "word"}, "--format word is not known; it is one of stablehlo"),
+        ({"format": "stablehlo", "batch_size": -1}, "--batch_size is -1"),
+    ],
+)
+def test_wrong_options_are_told(options, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        checked_format(ExportOptions(**options))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_missing_library_is_told_with_the_command_that_installs_it(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run `pip install .*`\.$"):
+        export_small(tmp_path / "model", format=name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_graph_without_preprocessing_gives_the_logits_of_normalised_images():
+    model = small_model()
+    graph = make_graph(model, preprocess=False)
+    normalised = (images() / 255 - np.array(model.mean)) / np.array(model.std)
+    expected = model.module.apply(model.variables, jax.numpy.asarray(normalised, jax.numpy.float32))
+    np.testing.assert_allclose(graph.prepared(images()), normalised, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(graph.function)(graph.prepared(images())), expected, atol=1e-5)
+    np.testing.assert_allclose(reference_outputs(model, graph, images(), batch_size=4), expected, atol=1e-5)
+
+
+def test_the_graph_with_preprocessing_gives_the_probabilities_of_bytes():
+    model = small_model()
+    bare, whole = make_graph(model, preprocess=False), make_graph(model)
+    logits = jax.jit(bare.function)(bare.prepared(images()))
+    np.testing.assert_allclose(jax.jit(whole.function)(images()), jax.nn.softmax(logits), atol=1e-6)
+    np.testing.assert_allclose(reference_outputs(model, whole, images()), jax.nn.softmax(logits), atol=1e-6)
+
+
+def test_ten_crops_are_refused():
+    model = small_model()
+    crops = types.SimpleNamespace(shape=(5, 32, 32, 3))
+    with pytest.raises(UserError, match=r"config\.eval\.crops is 10"):
+        make_graph(export_module.dataclasses.replace(model, transform=crops))
+
+
+def test_what_was_written_is_told(text_format, tmp_path):
+    path = tmp_path / "new" / "model.text"
+    _, figures = export_small(path, format="text")
+    assert figures == {
+        "format": "text",
+        "path": str(path),
+        "max_abs_difference": figures["max_abs_difference"],
+        "examples": 9,
+    }
+    assert 0 <= figures["max_abs_difference"] < 1e-6
+    assert path.read_text() == "whole"
+    assert os.listdir(path.parent) == ["model.text"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda outputs: outputs + 2e-4, "differs from the model by up to 2.00e-04, more than the 1e-04"),
+        (lambda outputs: outputs * np.nan, "no numbers"),
+        (lambda outputs: outputs[:, :3], r"outputs of shape \(9, 3\); expected \(9, 7\)"),
+    ],
+)
+def test_a_file_that_is_not_the_model_is_not_left_behind(text_format, tmp_path, change, message):
+    text_format.change = change
+    with pytest.raises(UserError, match=message):
+        export_small(tmp_path / "model.text", format="text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_coarse_numbers_are_judged_by_their_answers(text_format, tmp_path):
+    text_format.change = lambda outputs: np.roll(outputs, 1, axis=1)
+    with pytest.raises(UserError, match=r"float16 answers like the model for .* of 9 images, less than the 99%"):
+        export_small(tmp_path / "model.text", format="text", precision="float16")
+    text_format.change = lambda outputs: outputs * 0.9
+    export_small(tmp_path / "model.text", format="text", precision="float16")
+
+
+def test_coarse_numbers_need_real_images(text_format, tmp_path):
+    with pytest.raises(UserError, match="judged by answers to real images, but there are only fixed images"):
+        export_small(tmp_path / "m", format="text", precision="float16", samples=FixedSamples(real=False))
+
+
+def test_a_failure_while_writing_leaves_nothing(text_format, tmp_path):
+    def write(graph, path, precision, representative):
+        os.mkdir(path)
+        raise OSError(28, "No space left on device")
+
+    text_format.write = write
+    with pytest.raises(UserError, match=r"can't be written: .*No space left on device"):
+        export_small(tmp_path / "model.text", format="text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_overwritten(text_format, tmp_path):
+    path = tmp_path / "model.text"
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"model\.text exists; remove it or choose another"):
+        export(pytest.fail, FixedSamples(), ExportOptions("text", str(path)))
+    assert path.read_text() == "mine"
+
+
+def test_a_place_where_nothing_can_be_written_is_told(text_format, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"can't be written: (Not a directory|File exists)"):
+        export(pytest.fail, FixedSamples(), ExportOptions("text", str(tmp_path / "file" / "model")))
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(0, [1, 24, 5]), (8, [8, 8, 8, 8])])
+def test_every_image_goes_through_once(batch_size, sizes):
+    seen = []
+    given = np.arange(30, dtype=np.float32)[:, None]
+
+    def call(batch):
+        seen.append(len(batch))
+        return batch * 2
+
+    np.testing.assert_array_equal(run_in_chunks(call, given, batch_size, lambda count: None), given * 2)
+    assert seen == sizes
+
+
+def test_accuracies_and_agreement_are_counted():
+    ours = np.eye(4, dtype=np.float32)
+    theirs = ours[[0, 1, 2, 2]]
+    result = compare(ours, theirs, np.array([0, 1, 0, 2]))
+    assert (result.agreement, result.accuracy, result.max_abs_difference) == (0.75, (0.5, 0.75), 1.0)
+    assert "top-1 of the model 50.00%, of the file 75.00% (+25.00%) (4 images)" in result.describe()
+
+
+def test_classes_that_are_left_out_do_not_differ():
+    logits = np.array([[1.0, -np.inf, 2.0]], np.float32)
+    assert compare(logits, logits.copy(), None).max_abs_difference == 0
+    assert np.isinf(compare(logits, np.zeros_like(logits), None).max_abs_difference)

@@ -1,0 +1,302 @@
+"""A real server with real clients: answers equal the predictor's, and nothing that one client sends harms another."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tests.extras import needs
+from tests.predict.files import BOMBS, encoded
+from tests.running import last_line, run_main
+from tests.serve.serving import MODEL, pictures_input, pixels_input, request_of, serving
+
+# The compiler orders sums differently for batches of different sizes.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+LOAD_SECS = 30
+needs_server = needs("mlserver")
+
+
+def post(server, body, **options) -> requests.Response:
+    return requests.post(server.infer_url, json=body, timeout=60, **options)
+
+
+def outputs_of(answer: requests.Response) -> dict[str, np.ndarray]:
+    assert answer.status_code == 200, answer.text
+    outputs = answer.json()["outputs"]
+    return {output["name"]: np.asarray(output["data"]).reshape(output["shape"]) for output in outputs}
+
+
+def grpc_client(server):
+    from tritonclient import grpc
+
+    return grpc.InferenceServerClient(server.grpc)
+
+
+def grpc_input(name: str, datatype: str, array: np.ndarray):
+    from tritonclient import grpc
+
+    given = grpc.InferInput(name, list(array.shape), datatype)
+    given.set_data_from_numpy(array)
+    return given
+
+
+@needs_server
+def test_it_tells_of_itself(server):
+    assert requests.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
+    assert requests.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
+    assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=9).status_code == 200
+    told = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()
+    assert {given["name"]: (given["datatype"], given["shape"]) for given in told["inputs"]} == {
+        "image": ("UINT8", [-1, 8, 8, 1]),
+        "image_bytes": ("BYTES", [-1]),
+    }
+    assert {given["name"]: given["shape"] for given in told["outputs"]} == {
+        "probabilities": [-1, 10],
+        "class_ids": [-1, 5],
+        "labels": [-1, 5],
+        "top_probabilities": [-1, 5],
+    }
+    client = grpc_client(server)
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(MODEL)
+    assert [output.name for output in client.get_model_metadata(MODEL).outputs] == [
+        output["name"] for output in told["outputs"]
+    ]
+
+
+@needs_server
+def test_answers_over_rest_are_the_predictors(server, served, pixels, pictures, expected):
+    got = outputs_of(post(server, request_of(pixels_input(pixels[:5]))))
+    np.testing.assert_allclose(got["probabilities"], expected[:5], **TOLERANCE)
+    best = [served.best(row) for row in expected[:5]]
+    assert got["class_ids"].tolist() == [[one.class_id for one in row] for row in best]
+    assert got["labels"].tolist() == [[one.label for one in row] for row in best]
+    np.testing.assert_allclose(got["top_probabilities"], [[one.probability for one in row] for row in best], rtol=1e-4)
+    got = outputs_of(post(server, request_of(pictures_input(*pictures[:5]), outputs=[{"name": "probabilities"}])))
+    assert list(got) == ["probabilities"]
+    np.testing.assert_allclose(got["probabilities"], expected[:5], **TOLERANCE)
+    # A picture of another size goes through the model's own preprocessing.
+    large = encoded(Image.fromarray(pixels[0, :, :, 0]).resize((30, 20)))
+    want = served.probabilities(served.preprocess(large)[None])
+    got = outputs_of(post(server, request_of(pictures_input(large))))
+    np.testing.assert_allclose(got["probabilities"], want, **TOLERANCE)
+
+
+@needs_server
+def test_answers_over_grpc_are_the_predictors(server, served, pixels, pictures, expected):
+    client = grpc_client(server)
+    for given in (
+        grpc_input("image", "UINT8", pixels[:5]),
+        grpc_input("image_bytes", "BYTES", np.array(pictures[:5], dtype=object)),
+    ):
+        got = client.infer(MODEL, [given])
+        np.testing.assert_allclose(got.as_numpy("probabilities"), expected[:5], **TOLERANCE)
+        labels = [[one.label.encode() for one in served.best(row)] for row in expected[:5]]
+        assert got.as_numpy("labels").tolist() == labels
+
+
+@needs_server
+def test_mistakes_are_told_and_harm_nobody(server, pictures):
+    good = pictures_input(pictures[0])
+    grey = pixels_input(np.zeros((1, 8, 8, 1), np.uint8))
+    bodies = {
+        "expected 1 to 64": request_of(pixels_input(np.zeros((65, 8, 8, 1), np.uint8))),
+        "expected \\[n, 8, 8, 1\\]": request_of(pixels_input(np.zeros((1, 8, 8, 3), np.uint8))),
+        "expected UINT8": request_of({**grey, "datatype": "FP32"}),
+        "datatype": request_of({**grey, "datatype": "UINT7"}),
+        "not base64": request_of({**good, "data": ["%%%"]}),
+        "image_bytes\\[0\\]": request_of(pictures_input(pictures[0][:30])),
+        "malformed": {"inputs": 1},
+        "no output": request_of(good, outputs=[{"name": "secrets"}]),
+        "printable ASCII": request_of(good, id="a\r\nSet-Cookie: b"),
+    }
+    for why, body in bodies.items():
+        answer = post(server, body)
+        assert answer.status_code == 400, (why, answer.text)
+        assert why.replace("\\", "") in answer.json()["error"]
+        assert len(answer.text) < 400
+    for bomb in BOMBS.values():
+        answer = post(server, request_of(pictures_input(bomb)))
+        assert answer.status_code == 400, answer.text
+    headers = {"Content-Type": "application/json"}
+    for text in (b"{", b"", b"\xff", b"[" * 100_000, b'{"inputs":' * 5000):
+        assert requests.post(server.infer_url, data=text, headers=headers, timeout=9).status_code == 400
+    huge = requests.post(server.infer_url, data=b" " * (33 * 2**20), headers=headers, timeout=60)
+    assert huge.status_code == 413
+    packed = requests.post(server.infer_url, data=b"1", headers={**headers, "Content-Encoding": "gzip"}, timeout=9)
+    assert packed.status_code == 415
+    for path in (
+        "/v2/models/other/infer",
+        f"/v2/models/{MODEL}/versions/7/infer",
+        "/v2/models/..%2f..%2fetc/infer",
+        f"/v2/repository/models/{MODEL}/unload",
+        "/v2/repository/index",
+        f"/v2/models/{MODEL}/infer_stream",
+        "/../../etc/passwd",
+        "/openapi.json",
+    ):
+        assert requests.post(server.url + path, json=request_of(good), timeout=9).status_code == 404, path
+    assert post(server, request_of(good)).status_code == 200
+
+
+@needs_server
+def test_mistakes_over_grpc_are_told(server, pixels):
+    from tritonclient.utils import InferenceServerException
+
+    client = grpc_client(server)
+    good = grpc_input("image", "UINT8", pixels[:1])
+    cut, huge = (grpc_input("image", "UINT8", pixels[:1]) for _ in range(2))
+    cut._raw_content = b"12"
+    huge._raw_content = b"1" * (33 * 2**20)
+    wrong = {
+        "INVALID_ARGUMENT": [lambda: client.infer(MODEL, [cut]), lambda: client.infer(MODEL, [good, good])],
+        "NOT_FOUND": [
+            lambda: client.infer("n" * 100_000, [good]),
+            lambda: client.infer(MODEL, [good], model_version="7"),
+            lambda: client.is_model_ready("../../etc"),
+            lambda: client.get_model_metadata("other"),
+        ],
+        "RESOURCE_EXHAUSTED": [lambda: client.infer(MODEL, [huge])],
+        "UNIMPLEMENTED": [lambda: client.unload_model(MODEL), client.get_model_repository_index],
+    }
+    for status, calls in wrong.items():
+        counted = answers_over_grpc(server, status)
+        for call in calls:
+            with pytest.raises(InferenceServerException) as raised:
+                call()
+            assert status in raised.value.status()
+            assert len(raised.value.message()) < 400
+        if status != "RESOURCE_EXHAUSTED":  # grpcio refuses it before any method is called
+            assert answers_over_grpc(server, status) == counted + len(calls)
+    counted = answers_over_grpc(server, "OK")
+    assert client.infer(MODEL, [good]).as_numpy("probabilities").shape == (1, 10)
+    assert answers_over_grpc(server, "OK") == counted + 1
+
+
+@needs_server
+def test_bad_requests_and_lost_clients_leave_the_rest_of_a_batch_alone(server, pictures, expected):
+    def ask(number):
+        if number % 4 == 1:
+            return post(server, request_of(pictures_input(pictures[number % 64][:40]))).status_code == 400
+        if number % 4 == 2:  # goes away at once
+            with contextlib.suppress(requests.exceptions.ReadTimeout):
+                requests.post(server.infer_url, json=request_of(pictures_input(pictures[0])), timeout=(9, 0.001))
+            return True
+        got = outputs_of(post(server, request_of(pictures_input(pictures[number % 64]))))
+        return np.allclose(got["probabilities"][0], expected[number % 64], **TOLERANCE)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert all(pool.map(ask, range(400)))
+
+
+def answers_over_grpc(server, code: str) -> int:
+    """How many requests over gRPC the server says it has answered with this status."""
+    text = requests.get(f"{server.url}/metrics", timeout=9).text
+    return sum(int(float(count)) for count in re.findall(rf'^grpc_server_handled_total.*"{code}".* (.*)$', text, re.M))
+
+
+def computed(server) -> tuple[float, float]:
+    """Batches and images that the server has computed."""
+    text = requests.get(f"{server.url}/metrics", timeout=9).text
+    return tuple(float(re.search(rf"^served_{what}_total (.*)$", text, re.M)[1]) for what in ("batches", "images"))
+
+
+async def load(server, pixels, pictures, check, secs: float) -> tuple[int, int]:
+    """32 clients over REST and 32 over gRPC for so long; the number of answers, all checked, and of their images."""
+    import aiohttp
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    end = time.monotonic() + secs
+    counts = []
+
+    async def rest(session, number):
+        while time.monotonic() < end:
+            which = [(number * 7 + len(counts) + step) % 64 for step in range(1 + number % 3)]
+            made = pictures_input(*[pictures[one] for one in which]) if number % 2 else pixels_input(pixels[which])
+            async with session.post(server.infer_url, json=request_of(made)) as answer:
+                text = await answer.text()
+                assert answer.status == 200, text
+            rows = json.loads(text)["outputs"][0]
+            check(which, np.asarray(rows["data"]).reshape(rows["shape"]))
+            counts.append(len(which))
+
+    async def over_grpc(stub, number):
+        while time.monotonic() < end:
+            which = [(number * 5 + len(counts) + step) % 64 for step in range(1 + number % 3)]
+            message = service_pb2.ModelInferRequest(model_name=MODEL)
+            message.inputs.add(name="image", datatype="UINT8", shape=[len(which), 8, 8, 1])
+            message.raw_input_contents.append(pixels[which].tobytes())
+            answer = await stub.ModelInfer(message)
+            check(which, np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(len(which), -1))
+            counts.append(len(which))
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session, grpc.aio.insecure_channel(server.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        clients = [rest(session, number) for number in range(32)]
+        await asyncio.gather(*clients, *[over_grpc(stub, number) for number in range(32)])
+    return len(counts), sum(counts)
+
+
+@needs_server
+def test_64_clients_for_30_seconds_get_the_predictors_answers(server, pixels, pictures, expected):
+    def check(which, rows):
+        np.testing.assert_allclose(rows, expected[which], **TOLERANCE)
+
+    before = computed(server)
+    requests_sent, images_sent = asyncio.run(load(server, pixels, pictures, check, LOAD_SECS))
+    batches, images = (after - start for after, start in zip(computed(server), before, strict=True))
+    assert images == images_sent
+    # Each client has one request under way at a time; so many of them, and no more, may share a batch.
+    assert requests_sent / 64 <= batches <= requests_sent / 3
+    metrics = requests.get(f"{server.url}/metrics", timeout=9).text
+    assert f'model_infer_request_success_total{{model="{MODEL}"' in metrics
+    assert "grpc_server_handling_seconds" in metrics
+    assert not [line for line in server.said if "Traceback" in line or "Error" in line]
+
+
+@needs_server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
+    """Many times what one batch holds, so that most of it still queues when the signal comes."""
+    with serving(served_run, "--config.serve.batch_sizes=(1,)", **user) as short:
+        client = grpc_client(short)
+        assert post(short, request_of(pixels_input(pixels[:3]))).status_code == 200
+        assert client.is_model_ready(MODEL)  # connected
+
+        def over_rest(_):
+            return outputs_of(post(short, request_of(pixels_input(pixels))))["probabilities"]
+
+        def over_grpc(_):
+            return client.infer(MODEL, [grpc_input("image", "UINT8", pixels)]).as_numpy("probabilities")
+
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(over_rest if index % 3 else over_grpc, index) for index in range(12)]
+            while computed(short)[1] < 3 + 8:
+                time.sleep(0.01)
+            status, output = short.stop(number)
+            assert status == 0, "".join(short.said)
+            for answer in answers:
+                np.testing.assert_allclose(answer.result(), expected, **TOLERANCE)
+    assert last_line(output) == {"mode": "serve", "requests": 13, "images": 3 + 12 * 64}
+    assert output.count("\n") == 1
+
+
+@needs_server
+def test_a_port_in_use_is_a_users_mistake(server, served_run, user):
+    port = server.url.rsplit(":", 1)[1]
+    common = ("--config", "configs/digits.py", "--workdir", str(served_run), "--mode", "serve")
+    _, errors = run_main(*common, "--port", port, "--grpc_port", "0", expect=2, **user)
+    assert errors.splitlines()[-1].startswith(f"error: --port {port} of 127.0.0.1 can't be used")
+    _, errors = run_main(*common, "--port", "0", "--grpc_port", server.grpc.rsplit(":", 1)[1], expect=2, **user)
+    assert errors.splitlines()[-1].startswith("error: --grpc_port")

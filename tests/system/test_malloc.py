@@ -1,0 +1,53 @@
+"""A process that keeps what it frees: on a CPU, unless the user has said otherwise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from densenet_jax.system import host
+
+FAULTS = """
+import ctypes, resource, sys
+from densenet_jax.system.host import keep_freed_memory
+print(keep_freed_memory())
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+size = 64 * 2**20
+
+def use():
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+before = use()
+print(use() - before)
+"""
+
+
+def run(**variables):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    return kept == "True", int(faults)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
+def test_a_freed_block_is_used_again_without_new_pages(monkeypatch):
+    kept, faults = run()
+    assert kept is (not host.has_accelerator())
+    assert faults < 100 or not kept
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
+def test_malloc_s_own_variables_and_accelerators_leave_everything_as_it_is(monkeypatch):
+    kept, faults = run(MALLOC_MMAP_THRESHOLD_="1000000")
+    assert not kept
+    assert faults > 1000
+    monkeypatch.setattr(host, "_TPU", ("/dev/null",))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert host.keep_freed_memory() is False
