@@ -23,10 +23,10 @@ from ml_collections import config_flags
 
 from configs import default
 from densenet_jax import modes
-from densenet_jax.config import checked, explain_flag_error, to_dict
+from densenet_jax.config import check_config, explain_flag_error, to_dict
 from densenet_jax.distributed import processes
 from densenet_jax.distributed.cluster import Cluster, find_cluster
-from densenet_jax.distributed.preemption import Interrupted
+from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.flags import Command, recipe_first
 from densenet_jax.system.host import keep_freed_memory
@@ -113,13 +113,13 @@ def main(arguments: list[str]) -> int:
         command = Command(recipe, overrides, to_dict(default.get_config()), **given)
         by_recipe = os.path.join("runs", os.path.splitext(os.path.basename(recipe))[0])
         workdir = FLAGS.workdir or (FLAGS.compare or [by_recipe])[0]
-        config = checked(CONFIG.value)
-        with processes.joined(cluster(), stops_together=FLAGS.mode == "train"):
+        config = check_config(CONFIG.value)
+        with processes.join(cluster(), stops_together=FLAGS.mode == "train"):
             result = modes.run(FLAGS.mode, config, workdir, command)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except (Preempted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     if processes.is_first():

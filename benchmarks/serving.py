@@ -41,7 +41,7 @@ def write_run(directory: pathlib.Path, model: str, image_size_px: int, channels:
     import jax
 
     from configs import digits
-    from densenet_jax.config import checked, to_dict
+    from densenet_jax.config import check_config, to_dict
     from densenet_jax.experiment import Experiment
     from densenet_jax.training.checkpoint import Checkpoints
     from densenet_jax.workdir import claim_workdir
@@ -50,7 +50,7 @@ def write_run(directory: pathlib.Path, model: str, image_size_px: int, channels:
     config.unlock()
     config.model.name, config.data.image_size_px, config.data.channels = model, image_size_px, channels
     config.data.mean, config.data.std = (0.3,) * channels, (0.4,) * channels
-    experiment = Experiment(checked(config))
+    experiment = Experiment(check_config(config))
     claim_workdir(str(directory), experiment.config)
     checkpoints = Checkpoints(str(directory))
     checkpoints.save(1, jax.block_until_ready(experiment.initial_state()), to_dict(experiment.config), {}, {})

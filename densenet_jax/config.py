@@ -164,7 +164,7 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
     return f"the recipe sets or reads {name}, which is not a setting{nearest(name, keys, 'config.')}."
 
 
-def checked(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """Checks every value on its own and freezes the settings.
 
     Raises:

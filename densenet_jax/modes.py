@@ -31,7 +31,7 @@ from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.run.prepare import prepare_and_verify
 from densenet_jax.run.train import train
 from densenet_jax.serve.serve import LIMITS, Address, check_installed, listen, serve
-from densenet_jax.system.console import say, working
+from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import without_late_answers
 from densenet_jax.system.host import has_nvidia
 from densenet_jax.workdir import check_settings, started_from
@@ -61,7 +61,7 @@ def _tells_more_than_that_no_gpu_is_here(record: logging.LogRecord) -> bool:
 
 class _Saying(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {record.getMessage()}")
+        print_status(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _use_compilation_cache() -> None:
@@ -105,11 +105,11 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     else:
         step, variables = experiment.saved_variables(workdir)
         what = f"step {step} of {workdir}"
-    say(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
-    with working("compiling"):
+    print_status(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
+    with spinner("compiling"):
         eval_step = experiment.compile_eval_step(confusion=tables.wanted)
     if (allowed := experiment.data.allowed_classes) is not None:
-        say(f"judged among the {len(allowed)} classes of the split")
+        print_status(f"judged among the {len(allowed)} classes of the split")
     counts = evaluate(
         eval_step,
         variables,
@@ -122,11 +122,11 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     if counts.confusion is not None and jax.process_index() == 0:
         tables.write(np.asarray(counts.confusion), experiment.data.eval_source.class_names, allowed)
     if left_out := int(counts.seen) - int(figures["examples"]):
-        say(f"{left_out} images without a right class are left out")
-    say(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
+        print_status(f"{left_out} images without a right class are left out")
+    print_status(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
     if step == 0:
         for line in experiment.published_beside(figures):
-            say(line)
+            print_status(line)
     return {"step": step, **figures}
 
 
@@ -153,7 +153,7 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     with listen(address) as listener:
         config = _as_trained(config, workdir, command)
         deployed = deployed_from_settings(config, workdir, command.labels)
-        say(f"serving {deployed.source}")
+        print_status(f"serving {deployed.source}")
         predictor = Predictor(deployed, batch_sizes=config.serve.batch_sizes, limits=LIMITS)
         return serve(predictor, listener, address, batch_wait_secs=config.serve.batch_wait_secs)
 
@@ -186,7 +186,7 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
     experiment = Experiment(config)
     examples, counted = experiment.data.count_train_examples()
     if not counted:
-        say(f"{config.data.name} is not prepared here; taking its known {examples:,} training images")
+        print_status(f"{config.data.name} is not prepared here; taking its known {examples:,} training images")
     timeline = experiment.timeline_of(examples)
     title = f"{config.optim.schedule}, {config.model.name}"
     return plot_schedule(experiment.schedule_of(timeline), timeline, workdir, title)
@@ -215,7 +215,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
     """Prints the model's parameters as a table, and what one image costs."""
     del workdir, command
     table, figures = parameter_table(Experiment(config))
-    say(table)
+    print_status(table)
     return {"model": config.model.name, **figures}
 
 

@@ -13,7 +13,7 @@ import jax
 from densenet_jax.config import differences, to_dict
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
-from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.disk import report_full_disk
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None 
         if os.path.exists(path):
             check_settings(workdir, config, defaults)
         if not os.path.exists(path) or read_settings(workdir) != current:
-            with full_disk_told(workdir):
+            with report_full_disk(workdir):
                 write_json(path, current)
     processes.wait_for_all("the settings are written")
     if not os.path.exists(path):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from configs import digits
-from densenet_jax.config import checked, to_dict
+from densenet_jax.config import check_config, to_dict
 from densenet_jax.experiment import Experiment
 from densenet_jax.training.checkpoint import Checkpoints
 from densenet_jax.workdir import claim_workdir, write_labels
@@ -23,7 +23,7 @@ def make_run(workdir: pathlib.Path, directory: pathlib.Path, **changes) -> Exper
     config.train.global_batch_size = 16
     for key, value in changes.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
-    experiment = Experiment(checked(config))
+    experiment = Experiment(check_config(config))
     state = jax.tree_util.tree_map_with_path(_draw, experiment.abstract_state)
     workdir.mkdir(parents=True, exist_ok=True)
     claim_workdir(str(workdir), experiment.config)

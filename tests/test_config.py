@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import default
-from densenet_jax.config import checked, differences, explain_flag_error, flatten, to_dict
+from densenet_jax.config import check_config, differences, explain_flag_error, flatten, to_dict
 from densenet_jax.errors import UserError
 from densenet_jax.workdir import claim_workdir
 
@@ -54,13 +54,13 @@ def test_every_key_has_a_comment():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_a_valid_short_diff_with_its_command(name):
     module = importlib.import_module(f"configs.{name}")
-    config = checked(module.get_config())
+    config = check_config(module.get_config())
     assert {key for key, _ in flatten(config)} == {key for key, _ in flatten(default.get_config())}
     assert f"python main.py --config configs/{name}.py" in module.__doc__
 
 
 def test_default_values_pass_their_own_check():
-    checked(default.get_config())
+    check_config(default.get_config())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_value_out_of_range_names_key_value_and_expectation(key, value):
     config = default.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config.{key} is .*expected") as caught:
-        checked(config)
+        check_config(config)
     assert repr(value) in str(caught.value)
 
 
@@ -112,7 +112,7 @@ def test_misspelt_key_in_a_recipe_is_told_with_the_nearest():
 def frozen(**changes: object) -> ml_collections.FrozenConfigDict:
     config = default.get_config()
     config.update_from_flattened_dict(changes)
-    return checked(config)
+    return check_config(config)
 
 
 DEFAULTS = to_dict(default.get_config())

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from configs import default
 from densenet_jax import modes
-from densenet_jax.config import checked, flatten
+from densenet_jax.config import check_config, flatten
 from densenet_jax.models.variants import VARIANTS
 from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.schedules import SCHEDULES
@@ -117,7 +117,7 @@ def test_every_command_is_accepted(page, monkeypatch):
         recipe = str(ROOT / "configs/digits.py")
         config_flags.DEFINE_config_file("config", recipe, flag_values=values, sys_argv=arguments)
         others = values(arguments, known_only=True)[1:]
-        assert checked(values.config).model.name in VARIANTS
+        assert check_config(values.config).model.name in VARIANTS
         names = {name.lstrip("-").split("=")[0] for name in others if name.startswith("--")}
         assert names <= known, command
 
@@ -244,5 +244,5 @@ def test_blocks_are_found_by_their_mark():
 
 
 def test_settings_are_found_in_prose_and_commands():
-    text = "`config.optim.name`, --config.seed=1, config.json, densenet_jax.config.checked, (`config.augment.*`)"
+    text = "`config.optim.name`, --config.seed=1, config.json, densenet_jax.config.check_config, (`config.augment.*`)"
     assert settings_of(text) == {"optim.name", "seed", "augment"}

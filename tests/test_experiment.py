@@ -5,7 +5,7 @@ import math
 import pytest
 
 from configs import default, densenet121, digits, finetune
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 
@@ -13,7 +13,7 @@ from densenet_jax.experiment import Experiment
 def experiment(recipe=default, **changes) -> Experiment:
     config = recipe.get_config()
     config.update_from_flattened_dict(changes)
-    return Experiment(checked(config))
+    return Experiment(check_config(config))
 
 
 def test_published_accuracy_stands_beside_what_was_measured():

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from densenet_jax.system.console import say
+from densenet_jax.system.console import print_status
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
+class Preempted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved its state."""
 
 
@@ -40,7 +40,7 @@ class StopRequest:
             return self.received is not None
         if not multihost_utils.reached_preemption_sync_point(step):
             return False
-        say(f"one of the {jax.process_count()} processes was asked to stop: saving after step {step}")
+        print_status(f"one of the {jax.process_count()} processes was asked to stop: saving after step {step}")
         return True
 
     def _remember(self, number: int, _: object) -> None:
@@ -50,4 +50,4 @@ class StopRequest:
         if self._together:
             signal.raise_signal(signal.SIGTERM)
         else:
-            say(f"{self.received.name} received: saving after this step")
+            print_status(f"{self.received.name} received: saving after this step")

@@ -23,7 +23,7 @@ from jax._src import distributed  # its client holds what the processes tell eac
 
 from densenet_jax.distributed.abort import LastWord
 from densenet_jax.distributed.cluster import Cluster
-from densenet_jax.distributed.preemption import Interrupted
+from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError, first_line
 
 _JOIN_SECS = 30  # until those who have not come are given up; JAX adds up to ten
@@ -93,11 +93,11 @@ def try_for(secs: float, what: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[None]:
+def join(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[None]:
     """Inside, `jax.devices()` are those of all processes of `cluster`; with None nothing happens.
 
     A `UserError` inside ends the other processes too, with its message; `leave` is then to end this one. Every other
-    fault ends all of them from here. Those who are asked to stop (`Interrupted`) are so together.
+    fault ends all of them from here. Those who are asked to stop (`Preempted`) are so together.
 
     Args:
         cluster: of `find_cluster`.
@@ -118,7 +118,7 @@ def joined(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator
         watch.start()
         try:
             yield
-        except Interrupted:
+        except Preempted:
             _part(watch, last_word)
             raise
         except UserError as error:

@@ -35,7 +35,7 @@ from densenet_jax.training.timeline import Timeline
 class Experiment:
     """The parts of one run. What they cost (opened files, compiled programs) is paid on first use."""
 
-    config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.checked` has checked
+    config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.check_config` has checked
     # Chips that are only compiled for; the data set then need not be here either. None: those of all processes.
     absent_devices: tuple[jax.Device, ...] | None = None
     head_classes: int = 0  # classes of the head where no data set is there to tell; 0: the data set's own

@@ -17,7 +17,7 @@ from densenet_jax.export.graph import Graph, make_graph, reference_outputs
 from densenet_jax.export.samples import CheckImages, Samples
 from densenet_jax.export.verify import Comparison, compare, run_in_chunks
 from densenet_jax.predict.model import Deployed
-from densenet_jax.system.console import Bar, say, working
+from densenet_jax.system.console import Bar, print_status, spinner
 
 PRECISIONS = ("float32", "float16", "int8")
 _CHECKED = {"float32": 64, "float16": 512, "int8": 512}  # images at most; agreement needs more than a difference does
@@ -143,12 +143,12 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
                 f"{checked.source}; prepare the data set (--mode prepare), or use --precision float32."
             )
         training = samples.representative(model.transform, _REPRESENTATIVE) if options.precision == "int8" else None
-        with working(f"exporting {model.source} to {options.format}"):
+        with spinner(f"exporting {model.source} to {options.format}"):
             writer.write(graph, temporary, options.precision, training)
         result = _compared(model, graph, checked, writer.load(temporary))
-        say(f"checked with {checked.source}: {result.describe()}")
+        print_status(f"checked with {checked.source}: {result.describe()}")
         result.check(options.precision, f"the {options.format} file")
-    say(f"{path}: {_size_bytes(path) / 1e6:.1f} MB")
+    print_status(f"{path}: {_size_bytes(path) / 1e6:.1f} MB")
     return {
         "format": options.format,
         "path": path,

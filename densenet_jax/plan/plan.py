@@ -13,7 +13,7 @@ from densenet_jax.plan.fitting import RESOLUTION, Attempt, Found, largest_that_f
 from densenet_jax.plan.table import line_of_attempt, line_of_found, lines_of
 from densenet_jax.plan.topology import Topology, parse_topology
 from densenet_jax.plan.worker import costs_of_step
-from densenet_jax.system.console import say, working
+from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import check_divides
 
 
@@ -31,15 +31,17 @@ def plan(config: Any, topology_name: str) -> dict[str, Any]:
     without_chips = Experiment(config, absent_devices=())
     planned = Planned(config, topology, without_chips.timeline.total_steps)
     without_chips.num_classes  # noqa: B018 - a data set of which too little is known is told before the long work
-    with working(f"compiling for {topology.name}"):
+    with spinner(f"compiling for {topology.name}"):
         attempt, costs = planned.compile(planned.units)
     found = None if attempt.fits else planned.look_for_what_fits(attempt)
     figures = planned.figures(attempt, costs, found)
     bounds = None if costs is None else planned.bounds(costs)
     for line in lines_of(figures, topology, costs, bounds):
-        say(line)
+        print_status(line)
     if found is not None:
-        say(line_of_found(planned.images(found.fitting), planned.images(found.failing), planned.unit, topology))
+        print_status(
+            line_of_found(planned.images(found.fitting), planned.images(found.failing), planned.unit, topology)
+        )
     return figures
 
 
@@ -110,11 +112,13 @@ class Planned:
         """Compiles for smaller batches until the limit is known well enough, and tells each."""
 
         def attempted(units: int) -> Attempt:
-            with working(f"compiling for a batch of {self.images(units)}"):
+            with spinner(f"compiling for a batch of {self.images(units)}"):
                 attempt, _ = self.compile(units)
-            say(line_of_attempt(attempt, self.images(units)))
+            print_status(line_of_attempt(attempt, self.images(units)))
             return attempt
 
-        say(line_of_attempt(first, self.images(first.units)))
-        say(f"looking for the largest batch that does fit, to within {RESOLUTION:.0%} and no finer than {self.unit}")
+        print_status(line_of_attempt(first, self.images(first.units)))
+        print_status(
+            f"looking for the largest batch that does fit, to within {RESOLUTION:.0%} and no finer than {self.unit}"
+        )
         return largest_that_fits(attempted, first)

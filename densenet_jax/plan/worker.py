@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.plan.compilers import ENVIRONMENT, absent_devices
@@ -58,7 +58,7 @@ def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        config = checked(ml_collections.ConfigDict(request["config"]))
+        config = check_config(ml_collections.ConfigDict(request["config"]))
         devices = tuple(absent_devices(parse_topology(request["topology"])))
         costs = compile_costs(Experiment(config, absent_devices=devices).lower_train_step())
         if costs.flops is None:
@@ -77,7 +77,7 @@ def _traced_flops(settings: dict[str, Any], chips: int) -> float | None:
     """
     whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
     whole["model"] = {**settings["model"], "kernels": "xla"}  # the same operations, which this machine has
-    experiment = Experiment(checked(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
+    experiment = Experiment(check_config(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
     flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
     return None if flops is None else flops / chips
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from densenet_jax.data.batches import available_cores
-from densenet_jax.distributed.preemption import Interrupted, StopRequest
+from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotated_path
 from densenet_jax.predict.features import FeatureArchive
@@ -22,7 +22,7 @@ from densenet_jax.predict.images import ImageError, shown
 from densenet_jax.predict.model import Deployed
 from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import FEATURES, ClassProbability, Predictor
-from densenet_jax.system.console import Bar, say, working
+from densenet_jax.system.console import Bar, print_status, spinner
 
 logger = logging.getLogger(__name__)
 _SIZES = (1, 8, 64)  # a run compiles only the one that suits the number of its images
@@ -90,7 +90,7 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
 
     Raises:
         UserError: there are no images, or a file can't be written.
-        Interrupted: SIGTERM or Ctrl-C; the same command goes on.
+        Preempted: SIGTERM or Ctrl-C; the same command goes on.
     """
     options.check()
     check_places(options.images)
@@ -104,7 +104,7 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
         raise UserError("--mode predict runs in one process; start it without --num_processes.")
     with PredictionFile(options.output, request) as output, StopRequest() as stop:
         if output.resumed:
-            say(f"{options.output} has {output.answered + output.refused:,} images already")
+            print_status(f"{options.output} has {output.answered + output.refused:,} images already")
         todo = sum(1 for found in find_images(options.images) if found.path not in output)
         unfinished_archive = options.features and not os.path.exists(options.archive)
         if todo or unfinished_archive:
@@ -131,13 +131,13 @@ class _Run:
     def run(self) -> None:
         """Predicts all."""
         predictor, options = self._predictor, self._options
-        say(f"predicting {self._todo:,} images with {predictor.model.name}, {predictor.model.source}")
+        print_status(f"predicting {self._todo:,} images with {predictor.model.name}, {predictor.model.source}")
         if options.features:
             shapes = predictor.output_shapes(options.features)
             del shapes["probability"]
             self._archive = FeatureArchive(options.archive, shapes, self._output.answered)
         if self._todo:
-            with working("compiling"):
+            with spinner("compiling"):
                 predictor.compile(options.features)
         bar = Bar("predicting", self._todo)
         try:
@@ -170,7 +170,7 @@ class _Run:
             self._write(pool, *waiting)
             bar.advance(len(waiting[0]))
         if done < self._todo and self._stop.received is not None:
-            raise Interrupted(f"stopped after {done:,} of {self._todo:,} images; the same command goes on")
+            raise Preempted(f"stopped after {done:,} of {self._todo:,} images; the same command goes on")
 
     def _prepare(self, found: Found) -> _Prepared:
         try:
@@ -193,7 +193,9 @@ class _Run:
             list(pool.map(self._annotate, answers, answers.values()))
         self._output.write(_line(item, answers.get(item.path, [])) for item in batch)
         for item in batch:
-            say(f"{shown(item.path)}  {_short(answers[item.path]) if item.path in answers else f'error: {item.why}'}")
+            print_status(
+                f"{shown(item.path)}  {_short(answers[item.path]) if item.path in answers else f'error: {item.why}'}"
+            )
 
     def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
         target = annotated_path(self._options.annotate, path, self._root)

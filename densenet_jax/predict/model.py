@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.data.sources import is_prepared
 from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
@@ -72,7 +72,7 @@ def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: M
         with settings.ignore_type():  # JSON knows no tuples
             settings.update(read_settings(workdir))
             settings.update_from_flattened_dict(dict(overrides))
-        return checked(settings)
+        return check_config(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         path = os.path.join(workdir, "config.json")
         raise UserError(f"{path} does not hold the settings of a run ({first_line(error)}); mend it.") from error

@@ -9,7 +9,7 @@ from densenet_jax.report.curves import compare_charts, final_figures
 from densenet_jax.report.settings import different_settings
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
-from densenet_jax.system.console import say
+from densenet_jax.system.console import print_status
 from densenet_jax.workdir import read_settings
 
 
@@ -44,7 +44,7 @@ def report_comparison(compared: Sequence[str], into: str) -> str:
         page.section("Work directories", page.table(("run", "directory"), zip(names, chosen, strict=True))),
     )
     path = write_page(into, "compare.html", content, [picture for _, picture in charts])
-    say(f"report: {path}")
+    print_status(f"report: {path}")
     return path
 
 

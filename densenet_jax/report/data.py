@@ -11,7 +11,7 @@ from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.report import page
 from densenet_jax.report.plots import picture
 from densenet_jax.report.write import write_page
-from densenet_jax.system.console import say, working
+from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import to_devices
 
 _TIMED_STEPS = 4
@@ -24,14 +24,14 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         UserError: the data set is not prepared, or the directory can't be written to.
     """
     data = experiment.data
-    with working("looking at the data"):
+    with spinner("looking at the data"):
         splits = {"train": summarize(data.train_source), "evaluated": summarize(data.eval_source)}
         samples = augmented_samples(experiment)
         with data.eval_batches() as batches:
             evaluated = next(iter(batches))
-    with working("measuring the pipeline"):
+    with spinner("measuring the pipeline"):
         pipeline = measure_speed(data.train_batches(0))
-    with working("measuring the model"):
+    with spinner("measuring the model"):
         model = model_speed(experiment)
     names = data.eval_source.class_names
     # One channel stands for three, and ten-crop evaluation shows its first crop.
@@ -59,7 +59,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     )
     every = [balance, *(entry[0] for entries in pictures.values() for entry in entries)]
     path = write_page(workdir, "data.html", content, every)
-    say(f"data page: {path}")
+    print_status(f"data page: {path}")
     return {"path": path, "pipeline_images_per_sec": round(pipeline, 1), "model_images_per_sec": round(model, 1)}
 
 

@@ -18,7 +18,7 @@ from densenet_jax.report.plots import DARK, LIGHT, confusion_chart, picture, rea
 from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
-from densenet_jax.system.console import say, working
+from densenet_jax.system.console import print_status, spinner
 from densenet_jax.workdir import read_settings
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
     look = look_at(experiment, workdir)
     path = ""
     if jax.process_index() == 0:
-        with working("drawing the report"):
+        with spinner("drawing the report"):
             pictures, content = run_page(workdir, settings, records, look, command)
             path = write_page(workdir, "index.html", content, pictures)
-        say(f"report: {path}")
+        print_status(f"report: {path}")
     return path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from densenet_jax.errors import UserError
-from densenet_jax.system.console import say
+from densenet_jax.system.console import print_status
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.timeline import Timeline
 
@@ -25,9 +25,9 @@ def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: s
     """
     rates = all_rates(schedule, timeline.total_steps)
     per_epoch = timeline.steps_per_epoch
-    say(f"{timeline.total_steps} steps, {per_epoch:.1f} an epoch, of {timeline.global_batch_size} images")
+    print_status(f"{timeline.total_steps} steps, {per_epoch:.1f} an epoch, of {timeline.global_batch_size} images")
     for step in turning_points(rates):
-        say(f"step {step:>9}  epoch {timeline.epochs_done(step):>7.2f}  learning rate {rates[step]:.6g}")
+        print_status(f"step {step:>9}  epoch {timeline.epochs_done(step):>7.2f}  learning rate {rates[step]:.6g}")
     path = os.path.join(workdir, "schedule.png")
     try:
         os.makedirs(workdir, exist_ok=True)

@@ -17,7 +17,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from densenet_jax.errors import UserError
-from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.disk import report_full_disk
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -63,7 +63,7 @@ class Writers:
         self._directory = workdir
         if jax.process_index() != 0:
             return
-        with full_disk_told(workdir):
+        with report_full_disk(workdir):
             self._open(workdir, resumed_step)
 
     def _open(self, workdir: str, resumed_step: int) -> None:
@@ -94,7 +94,7 @@ class Writers:
             for name, value in values.items()
             if isinstance(value, int | float)
         ]
-        with full_disk_told(self._directory):
+        with report_full_disk(self._directory):
             self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
             self._file.flush()
             self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
@@ -111,7 +111,7 @@ class Writers:
         summary = summary_pb2.Summary(value=[_text_value("settings", rows)])
         for number, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
             summary.value.append(_image_value(f"augmented/{number:02d}", title, image))
-        with full_disk_told(self._directory):
+        with report_full_disk(self._directory):
             self._add_event(step=0, summary=summary)
 
     @property
@@ -123,7 +123,7 @@ class Writers:
         """Puts everything on disk."""
         for file in (self._file, self._events):
             if file is not None:
-                with full_disk_told(self._directory):
+                with report_full_disk(self._directory):
                     file.close()
 
     def _add_event(self, **fields: Any) -> None:

@@ -2,7 +2,7 @@
 
 from densenet_jax.data.prepare import SplitReport, prepare_dataset
 from densenet_jax.errors import UserError
-from densenet_jax.system.console import Bar, say
+from densenet_jax.system.console import Bar, print_status
 
 
 def prepare_and_verify(name: str, directory: str) -> dict[str, int]:
@@ -35,9 +35,9 @@ def prepare_and_verify(name: str, directory: str) -> dict[str, int]:
 
 
 def _faults(report: SplitReport) -> list[str]:
-    say(f"{report.split}: {report.examples} images, {len(report.damaged)} damaged")
+    print_status(f"{report.split}: {report.examples} images, {len(report.damaged)} damaged")
     for name, why in report.damaged:
-        say(f"  {name}: {why}")
+        print_status(f"  {name}: {why}")
     faults = []
     if report.damaged:
         faults.append(f"{len(report.damaged)} damaged images in {report.split}")

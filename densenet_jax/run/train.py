@@ -6,14 +6,14 @@ from typing import Any
 
 from densenet_jax.config import flatten, to_dict
 from densenet_jax.distributed import processes
-from densenet_jax.distributed.preemption import Interrupted, StopRequest
+from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.run.log_interval import Window
 from densenet_jax.run.metric_writers import Writers, read_metrics
 from densenet_jax.run.watchdog import Watchdog
-from densenet_jax.system.console import Bar, say, working
-from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.console import Bar, print_status, spinner
+from densenet_jax.system.disk import report_full_disk
 from densenet_jax.system.host import memory_used
 from densenet_jax.system.profiler import Profile
 from densenet_jax.training.checkpoint import Checkpoints
@@ -40,11 +40,13 @@ class Trainer:
         self._timeline = experiment.timeline
         self._profile = profile
         total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
-        say(f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch")
+        print_status(
+            f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch"
+        )
         self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
         restored = self._checkpoints.restore_newest(experiment.abstract_state)
         compiling = time.perf_counter()
-        with working("compiling"):
+        with spinner("compiling"):
             self._train_step = experiment.compile_train_step()
             self._eval_step = experiment.compile_eval_step()
         # What the first report tells besides.
@@ -54,7 +56,7 @@ class Trainer:
         self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
         self._step = int(self._state.step)
         if self._step:
-            say(f"continuing after step {self._step}")
+            print_status(f"continuing after step {self._step}")
         self._writers = Writers(workdir, resumed_step=self._step)
         if not self._step and self._writers.writes:
             samples = augmented_samples(experiment)
@@ -72,7 +74,7 @@ class Trainer:
             The last validation's figures and the step.
 
         Raises:
-            Interrupted: asked to stop; the state is saved.
+            Preempted: asked to stop; the state is saved.
             UserError: the loss is not finite, or a record can't be read.
         """
         processes.wait_for_all("compiled")
@@ -82,7 +84,7 @@ class Trainer:
             result = self._validate(record=not self._validated)
             self._checkpoints.add_metrics(self._step, result)
         if self._step == self._timeline.total_steps:
-            say("nothing left to train")
+            print_status("nothing left to train")
             return result
         batches = experiment.data.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
@@ -116,7 +118,7 @@ class Trainer:
                         self._watchdog.begins(f"saving after step {self._step}")
                         self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
                 if stopping:
-                    raise Interrupted(f"stopped and saved after step {self._step}; the same command continues it")
+                    raise Preempted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
             bar.close()
             batches.close()
@@ -160,7 +162,7 @@ class Trainer:
             self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures), **beside})
         self._best = max(self._best, figures["top1"])
         raw_note = f"  (raw weights: top-1 {raw['top1']:.2%})" if beside else ""
-        say(
+        print_status(
             f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
             f"top-5 {figures['top5']:.2%}  (best {self._best:.2%}){raw_note}"
         )
@@ -195,10 +197,10 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
 
     Raises:
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        Preempted: SIGTERM or Ctrl-C; the state is saved.
         UserError: a mistake that the user can mend, or a full disk.
     """
-    with only_run_in(workdir), full_disk_told(workdir), StopRequest() as stop:
+    with only_run_in(workdir), report_full_disk(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
         experiment.check_kernels()
         profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
@@ -209,7 +211,7 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         try:
             with watchdog:
                 figures = trainer.run()
-        except Interrupted:
+        except Preempted:
             trainer.close()
             raise
         except BaseException:

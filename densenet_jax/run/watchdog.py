@@ -9,7 +9,7 @@ from typing import IO, TypeVar
 
 import jax
 
-from densenet_jax.system.console import say
+from densenet_jax.system.console import print_status
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Watchdog:
     def begins(self, what: str) -> None:
         """Something new is under way, which means that what was before it is done."""
         if self._told:
-            say(f"it goes on after {time.monotonic() - self._since:.0f} s of {self._what}")
+            print_status(f"it goes on after {time.monotonic() - self._since:.0f} s of {self._what}")
         self._told = False
         self._what, self._since = what, time.monotonic()
 
@@ -74,15 +74,17 @@ class Watchdog:
 
     def _tell(self, what: str, secs: float) -> None:
         title = f"nothing has moved for {secs:.0f} s while {what}"
-        say(f"warning: {title}; what every thread is doing stands below and in {self.path}. The run is not stopped.")
+        print_status(
+            f"warning: {title}; what every thread is doing stands below and in {self.path}. The run is not stopped."
+        )
         try:
             with open(self.path, "a+", encoding="utf-8") as file:
                 start = file.tell()
                 self._dump(file, title)
                 file.seek(start)
-                say(file.read())
+                print_status(file.read())
         except OSError as error:
-            say(f"{self.path} can't be written to: {error.strerror}")
+            print_status(f"{self.path} can't be written to: {error.strerror}")
 
     @staticmethod
     def _dump(file: IO[str], title: str) -> None:

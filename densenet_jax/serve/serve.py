@@ -11,7 +11,7 @@ from typing import Any
 from densenet_jax.errors import UserError
 from densenet_jax.predict.images import ImageLimits
 from densenet_jax.predict.predictor import Predictor
-from densenet_jax.system.console import say, working
+from densenet_jax.system.console import print_status, spinner
 from densenet_jax.version import __version__
 
 MAX_IMAGES = 64  # in one request
@@ -135,17 +135,17 @@ async def _serve(
     )
     server = OneModelServer(settings, model, listener, MAX_BODY_BYTES)
     running = asyncio.create_task(server.start([described]))
-    with working(f"compiling for {', '.join(map(str, sizes))} images"):
+    with spinner(f"compiling for {', '.join(map(str, sizes))} images"):
         while not (model.ready or running.done()):
             await asyncio.wait([running], timeout=POLL_SECS)
     if model.ready and not running.done():
         where = f"{bracketed(address.host)}:{settings.http_port}"
-        say(f"{name} is ready: REST and a page on http://{where}/, metrics on http://{where}/metrics")
-        say(f"gRPC on {bracketed(address.host)}:{server.grpc_port}; Ctrl-C or SIGTERM stops")
+        print_status(f"{name} is ready: REST and a page on http://{where}/, metrics on http://{where}/metrics")
+        print_status(f"gRPC on {bracketed(address.host)}:{server.grpc_port}; Ctrl-C or SIGTERM stops")
     await running
     if model.failure is not None:
         raise model.failure
-    say(f"stopped after {model.requests_served:,} requests with {model.images_served:,} images")
+    print_status(f"stopped after {model.requests_served:,} requests with {model.images_served:,} images")
     return {"requests": model.requests_served, "images": model.images_served}
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
     """Prints one line for a person; only the first process speaks."""
     if jax.process_index() == 0:
         _console.print(message, markup=False)
@@ -25,16 +25,16 @@ def duration(secs: float) -> str:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
+def spinner(what: str) -> Iterator[None]:
     """Shows that `what` is under way, and afterwards how long it took."""
     start = time.perf_counter()
     if _console.is_terminal and jax.process_index() == 0:
         with _console.status(what):
             yield
     else:
-        say(f"{what} ...")
+        print_status(f"{what} ...")
         yield
-    say(f"{what}: {time.perf_counter() - start:.1f} s")
+    print_status(f"{what}: {time.perf_counter() - start:.1f} s")
 
 
 class Bar:
@@ -85,7 +85,7 @@ class Bar:
         if self._progress is not None:
             self._progress.update(self._task, figures=text)
         else:
-            say(f"{self._what} {self._done}/{self._total}  {text}")
+            print_status(f"{self._what} {self._done}/{self._total}  {text}")
 
     def close(self) -> None:
         """Takes the bar off the screen."""

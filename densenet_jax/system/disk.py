@@ -16,7 +16,7 @@ _FULL_MESSAGES = tuple(os.strerror(number) for number in _FULL)
 
 
 @contextlib.contextmanager
-def full_disk_told(directory: str) -> Iterator[None]:
+def report_full_disk(directory: str) -> Iterator[None]:
     """Turns what a full disk makes anything inside raise into one message.
 
     Raises:

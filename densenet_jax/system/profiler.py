@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from densenet_jax.errors import UserError
-from densenet_jax.system.console import say
+from densenet_jax.system.console import print_status
 
 _FORM = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
@@ -60,4 +60,6 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            say(f"profile: {self._workdir}/plugins/profile; tensorboard --logdir {self._workdir} shows it (with xprof)")
+            print_status(
+                f"profile: {self._workdir}/plugins/profile; tensorboard --logdir {self._workdir} shows it (with xprof)"
+            )

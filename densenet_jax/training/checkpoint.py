@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import (
     METRICS_ITEM,
     DamagedCheckpointError,
@@ -107,7 +107,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        with full_disk_told(self.directory):
+        with report_full_disk(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -127,7 +127,7 @@ class Checkpoints:
         path = self._path(step)
         if saved_score(path, _BEST_METRIC) is not None:
             return
-        with full_disk_told(self.directory):
+        with report_full_disk(self.directory):
             with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS_ITEM)) as writer:
                 writer.save(os.path.join(path, METRICS_ITEM), args=ocp.args.JsonSave(metrics))
             if jax.process_index() == 0:
@@ -274,12 +274,12 @@ class Checkpoints:
         Raises:
             UserError: the disk is full.
         """
-        with full_disk_told(self.directory):
+        with report_full_disk(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and lets go of the directory; raises what `wait` does."""
-        with full_disk_told(self.directory):
+        with report_full_disk(self.directory):
             self._manager.close()
 
 

@@ -7,7 +7,7 @@ PLAN = """
 import json
 import jax, jax.numpy as jnp
 from configs import digits
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.plan import plan as planning
 from densenet_jax.plan.compilers import absent_devices
 from densenet_jax.plan.costs import compile_costs
@@ -26,7 +26,7 @@ planning.costs_of_step = costs_of_step
 config = digits.get_config()
 with config.unlocked():
     config.train.global_batch_size = 2**22
-print(json.dumps(planning.plan(checked(config), "v5e:1x1")))
+print(json.dumps(planning.plan(check_config(config), "v5e:1x1")))
 """
 
 

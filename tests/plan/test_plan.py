@@ -5,7 +5,7 @@ import types
 import pytest
 
 from configs import default, digits
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.models.normalize_once import FORMS
@@ -31,7 +31,7 @@ def settings(batch=256, name="imagenet2012", microbatches=1, repeats=1):
         config.augment.repeats = repeats
         config.data.name = name
         config.data.dir = "/nowhere"
-    return checked(config)
+    return check_config(config)
 
 
 def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
@@ -212,7 +212,7 @@ def test_the_dense_block_takes_the_form_of_the_chip_that_is_planned_for(platform
     with config.unlocked():
         config.model.block_form = asked
     absent = (types.SimpleNamespace(platform=platform),)
-    made = Experiment(checked(config), absent_devices=absent)
+    made = Experiment(check_config(config), absent_devices=absent)
     made.__dict__["_all_devices"] = mesh = sharding.make_mesh()
     form, chip_s_own = made.model.block_form, FORMS[expected]
     if asked == "plain":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densenet_jax.distributed.preemption import Interrupted
+from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.predict import batch as module
 from densenet_jax.predict.annotate import annotated_path, with_answers
@@ -212,7 +212,7 @@ def test_a_new_request_replaces_a_finished_one(photos):
 
 def test_a_new_request_spares_an_unfinished_one(photos, monkeypatch):
     monkeypatch.setattr(module._Run, "_write", interrupting(module._Run._write, after=1))
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Preempted, match="the same command goes on"):
         run("photos", largest_batch=1)
     monkeypatch.undo()
     monkeypatch.chdir(photos.parent)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.flags import Command
@@ -21,7 +21,7 @@ from tests.running import last_line, run_main
 def drawn(recipe, directory, workdir, **changes):
     config = importlib.import_module(f"configs.{recipe}").get_config()
     config.update_from_flattened_dict({"data.dir": str(directory), **changes})
-    return schedule_mode(checked(config), str(workdir), Command())
+    return schedule_mode(check_config(config), str(workdir), Command())
 
 
 def test_schedule_of_imagenet_is_drawn_without_imagenet(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_known_number_is_less_what_is_held_out(held_out, left, tmp_path):
     config = default.get_config()
     changes = {"data.name": "cifar10", "data.dir": str(tmp_path), "data.holdout": float(held_out)}
     config.update_from_flattened_dict(changes)
-    assert Experiment(checked(config)).data.count_train_examples() == (left, False)
+    assert Experiment(check_config(config)).data.count_train_examples() == (left, False)
 
 
 def test_unknown_set_that_is_not_prepared_is_a_users_error(tmp_path):

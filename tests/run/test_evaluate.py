@@ -9,7 +9,7 @@ import pytest
 
 from configs import default
 from densenet_jax.augment.basic import normalize
-from densenet_jax.config import checked
+from densenet_jax.config import check_config
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.transforms import eval_transform
 from densenet_jax.errors import UserError
@@ -129,7 +129,7 @@ def settings(**changes):
     config = default.get_config()
     small = {"model.name": MODEL, "data.image_size_px": 32, "train.global_batch_size": 8, "eval.crop_fraction": 0.8}
     config.update_from_flattened_dict(small | changes)
-    return checked(config)
+    return check_config(config)
 
 
 def test_ten_crops_through_the_settings(variables, logits_of, tmp_path):

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.system.disk import full_disk_told
+from densenet_jax.system.disk import report_full_disk
 
 
 def wrapped(error: Exception) -> Exception:
@@ -27,14 +27,14 @@ def wrapped(error: Exception) -> Exception:
 def test_full_disk_is_the_users_to_mend(error, tmp_path):
     with (
         pytest.raises(UserError, match=r"can't be written to: .* \([\d,.]+ MiB are free there\)"),
-        full_disk_told(str(tmp_path)),
+        report_full_disk(str(tmp_path)),
     ):
         raise error
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), ValueError("no"), UserError("No space left on device")])
 def test_other_errors_stay_what_they_are(error, tmp_path):
-    with pytest.raises(type(error)) as caught, full_disk_told(str(tmp_path)):
+    with pytest.raises(type(error)) as caught, report_full_disk(str(tmp_path)):
         raise error
     assert caught.value is error
 
@@ -43,7 +43,7 @@ def test_writes_that_were_never_begun_say_nothing_below_the_message(recwarn, tmp
     async def write() -> None:
         pass
 
-    with pytest.raises(UserError), full_disk_told(str(tmp_path)):
+    with pytest.raises(UserError), report_full_disk(str(tmp_path)):
         raise OSError(errno.ENOSPC, "whatever")
     left = write()
     del left
