@@ -19,7 +19,7 @@ class Arithmetic:
     """The choices.
 
     Attributes:
-      storage: "buffer" keeps all normalised maps of a block in one array that a layer reads the front of; "arrays"
+      storage: "buffer" keeps all normalized maps of a block in one array that a layer reads the front of; "arrays"
         keeps one array a layer and concatenates them where they are read.
       pointwise: 1x1 convolutions as "dot" or as "convolution".
       library: reads and their derivatives by the CPU's compiled library, where it is there and knows the operands.

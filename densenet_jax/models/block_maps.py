@@ -1,4 +1,4 @@
-"""Where a dense block keeps its normalised maps: one buffer that layers read the front of, or an array a layer."""
+"""Where a dense block keeps its normalized maps: one buffer that layers read the front of, or an array a layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from densenet_jax.models.arithmetic import Arithmetic
 
 
 def begin(first: Array, width: int, arithmetic: Arithmetic) -> Any:
-    """The storage of a block's normalised maps, holding the first."""
+    """The storage of a block's normalized maps, holding the first."""
     if arithmetic.storage == "arrays":
         return (first,)
     if arithmetic.begins_unwritten:

@@ -61,7 +61,7 @@ def create_model(
     """A flax linen module for one name of the variants table.
 
     `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives
-    logits float32[b, num_classes] of normalised images float[b, h, w, c]. Training: `train=True,
+    logits float32[b, num_classes] of normalized images float[b, h, w, c]. Training: `train=True,
     mutable=["batch_stats"]`, and `rngs={"dropout": key}` where a dropout rate is set.
 
     Args:

@@ -1,7 +1,7 @@
 """A dense block: one module that owns the parameters of all its layers, and the arithmetic it hands them to.
 
 The arithmetic is a pure function of arrays (a form), so that several forms can stand behind one parameter tree. The
-plain form below is the paper's definition written down: concatenate, normalise, ReLU, convolve.
+plain form below is the paper's definition written down: concatenate, normalize, ReLU, convolve.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def plain_dense_block(
     options: BlockOptions,
     train: bool,
 ) -> BlockResult:
-    """The reference form: every layer normalises the whole concatenation before it; autodiff does the rest."""
+    """The reference form: every layer normalizes the whole concatenation before it; autodiff does the rest."""
     step = dense_layer
     if options.remat:
         policy = jax.checkpoint_policies.save_only_these_names(SAVED_BY_REMAT)

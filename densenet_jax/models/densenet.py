@@ -80,7 +80,7 @@ class DenseNet(nn.Module):
       dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense
         layer's last.
       output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
-        to its map (raw block outputs; the last one normalised and rectified).
+        to its map (raw block outputs; the last one normalized and rectified).
       remat: of a dense block, keep x^ only and recompute its 1x1 convolutions in the backward pass (the plain form
         keeps convolutions' outputs and recomputes concatenations and norms, 1707.06990).
       dtype: of activations; param_dtype: of parameters.
@@ -107,7 +107,7 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
-        """Logits (or what output names) of normalised images float[b, h, w, channels].
+        """Logits (or what output names) of normalized images float[b, h, w, channels].
 
         Raises:
           UserError: the images are smaller than the strides allow.

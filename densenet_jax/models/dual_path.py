@@ -48,7 +48,7 @@ class NormActivation(nn.Module):
         self.bn = BatchNorm(self.in_features, self.norm_options, *types, self.after_convolution)
 
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
-        """Normalised and activated values."""
+        """Normalized and activated values."""
         return ACTIVATIONS[self.activation](self.bn(x, train))
 
 
@@ -256,7 +256,7 @@ class DualPathNetwork(nn.Module):
       norm_options: of all batch norms.
       head_options: of pooling and classifier.
       output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's stride
-        to its map (raw stage outputs; the last one normalised and activated).
+        to its map (raw stage outputs; the last one normalized and activated).
       remat: recompute norms and concatenations in the backward pass instead of storing them.
       dtype: of activations; param_dtype: of parameters.
       block_form: the arithmetic of a stage in training; None is each block for itself, the readable reference.
@@ -281,7 +281,7 @@ class DualPathNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
-        """Logits (or what output names) of normalised images float[b, h, w, channels]."""
+        """Logits (or what output names) of normalized images float[b, h, w, channels]."""
         common = {
             "norm_options": self.norm_options,
             "init_fan": self.init_fan,

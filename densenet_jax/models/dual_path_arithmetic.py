@@ -1,7 +1,7 @@
-"""The arithmetic of a dual-path stage that normalises each map once, and its derivative.
+"""The arithmetic of a dual-path stage that normalizes each map once, and its derivative.
 
 A block reads the residual path and the dense path together. The residual path is another sum in every block: it is
-normalised once for its readers. The dense path only grows: what a block adds to it is normalised once for all blocks
+normalized once for its readers. The dense path only grows: what a block adds to it is normalized once for all blocks
 after it and for what reads the stage. Kept for the backward pass are x^ of every residual sum, x^ of the dense path
 and the outputs of each block's first two convolutions; what was rectified is recomputed.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dual_path_stage import StageOptions
 from densenet_jax.models.layers import Moments
-from densenet_jax.models.normalisation import Normalisation, norm_of
+from densenet_jax.models.normalization import Normalization, norm_of
 from densenet_jax.models.readers import (
     Reader,
     Window,
@@ -147,8 +147,8 @@ class _Body(NamedTuple):
 
     second: Array
     third: Array
-    of_second: Normalisation
-    of_third: Normalisation
+    of_second: Normalization
+    of_third: Normalization
 
 
 def _body_forward(
@@ -211,9 +211,9 @@ class _Open(NamedTuple):
     dense_sums: Sums
 
 
-def _norm(facts: Facts, moments: Moments, shift: Array | None, of_moments: Moments | None = None) -> Normalisation:
+def _norm(facts: Facts, moments: Moments, shift: Array | None, of_moments: Moments | None = None) -> Normalization:
     """How a map became x^."""
-    return Normalisation(moments, None if shift is None else facts.options.norm.epsilon, of_moments)
+    return Normalization(moments, None if shift is None else facts.options.norm.epsilon, of_moments)
 
 
 def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
@@ -228,7 +228,7 @@ def _hidden(facts: Facts, saved: Residuals, index: int, parts: Sequence[Array]) 
     return second, third
 
 
-def _norm_of_second(facts: Facts, saved: Residuals, index: int) -> Normalisation:
+def _norm_of_second(facts: Facts, saved: Residuals, index: int) -> Normalization:
     return _norm(facts, saved.seen.second[index], saved.shifts.second[index])
 
 
@@ -262,16 +262,16 @@ def _first_backward(
 ) -> tuple[_Open, MultiReader]:
     """From the output of a later block's first convolution to the two paths before the block."""
     reader = saved.blocks[index].first
-    normalised, moments = saved.residual[index - 1], saved.seen.residual[index - 1]
-    width = normalised.shape[-1]
-    parts = _parts(facts, saved.inputs, normalised, saved.dense, end)
+    normalized, moments = saved.residual[index - 1], saved.seen.residual[index - 1]
+    width = normalized.shape[-1]
+    parts = _parts(facts, saved.inputs, normalized, saved.dense, end)
     total = back.dense if facts.arithmetic.library and len(parts) > 1 else None
     groups = moments.mean.shape[0]
     found = read_parts_gradients(parts, reader, (gradient,), groups, facts.arithmetic, totals=(None, total))
     sums = sums_by_reader(reader.scale, found.scale, found.bias)
     own = (sums[0][:, :width], sums[1][:, :width])
     of_residual = found.inputs[0][..., :width]
-    raw = _norm(facts, moments, saved.shifts.residual[index - 1]).gradient(of_residual, normalised, own)
+    raw = _norm(facts, moments, saved.shifts.residual[index - 1]).gradient(of_residual, normalized, own)
     if total is not None:
         dense = found.inputs[1]
     else:

@@ -1,4 +1,4 @@
-"""A stage of a Dual Path Network in training, each map normalised once; `dual_path_arithmetic` computes it.
+"""A stage of a Dual Path Network in training, each map normalized once; `dual_path_arithmetic` computes it.
 
 The function is that of the blocks in `dual_path`, called one after the other, up to rounding.
 """
@@ -24,30 +24,30 @@ from densenet_jax.models.dual_path_stage import (
     StageResult,
 )
 from densenet_jax.models.layers import FeatureMap, Moments, NormOptions, fold_running
-from densenet_jax.models.normalisation import Normalisation, norm_of
+from densenet_jax.models.normalization import Normalization, norm_of
 from densenet_jax.models.readers import Reader, sums_of_gradient
 from densenet_jax.models.split_readers import MultiReader
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalise_map(options: NormOptions, x: Array, shift: Array) -> tuple[Array, Moments]:
+def _normalize_map(options: NormOptions, x: Array, shift: Array) -> tuple[Array, Moments]:
     """x^ in x's dtype and the moments of x; x^ is all that is kept."""
     norm = norm_of(x, options, shift)
     return norm.apply(x), norm.moments
 
 
-def _normalise_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
-    out = _normalise_map(options, x, shift)
+def _normalize_map_forward(options: NormOptions, x: Array, shift: Array) -> Any:
+    out = _normalize_map(options, x, shift)
     return out, out
 
 
-def _normalise_map_backward(options: NormOptions, saved: tuple[Array, Moments], cotangents: Any) -> Any:
-    (normalised, moments), (gradient, of_moments) = saved, cotangents
-    sums = sums_of_gradient(gradient, normalised, moments.mean.shape[0])
-    return Normalisation(moments, options.epsilon, of_moments).gradient(gradient, normalised, sums), None
+def _normalize_map_backward(options: NormOptions, saved: tuple[Array, Moments], cotangents: Any) -> Any:
+    (normalized, moments), (gradient, of_moments) = saved, cotangents
+    sums = sums_of_gradient(gradient, normalized, moments.mean.shape[0])
+    return Normalization(moments, options.epsilon, of_moments).gradient(gradient, normalized, sums), None
 
 
-_normalise_map.defvjp(_normalise_map_forward, _normalise_map_backward)
+_normalize_map.defvjp(_normalize_map_forward, _normalize_map_backward)
 
 
 def path_norms_agree(blocks: Sequence[BlockArrays]) -> bool:
@@ -59,7 +59,7 @@ def path_norms_agree(blocks: Sequence[BlockArrays]) -> bool:
 def normalize_once_stage(
     inputs: FeatureMap, blocks: Sequence[BlockArrays], options: StageOptions, platform: str = ""
 ) -> StageResult:
-    """A stage in training, in its normalise-once form.
+    """A stage in training, in its normalize-once form.
 
     Args:
       inputs: both paths of the stage before, or the stem's map.
@@ -72,7 +72,7 @@ def normalize_once_stage(
     if are_frozen:
         x = inputs.raw(options.norm.epsilon).astype(options.dtype)
     elif moments is None:
-        x, moments = _normalise_map(options.norm, x.astype(options.dtype), blocks[0].first.norm.mean)
+        x, moments = _normalize_map(options.norm, x.astype(options.dtype), blocks[0].first.norm.mean)
     outputs = stage(facts, x, tuple(_readers(block, options.norm) for block in blocks), _shifts(blocks))
     seen = jax.lax.stop_gradient(outputs.seen)
     features = FeatureMap(outputs.values, None if are_frozen else outputs.moments)

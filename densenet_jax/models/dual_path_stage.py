@@ -13,7 +13,7 @@ from densenet_jax.models.layers import DType, FeatureMap, Moments, NormArrays, N
 
 
 class NormReader(NamedTuple):
-    """A norm and the kernels that read what it normalises, each for another output."""
+    """A norm and the kernels that read what it normalizes, each for another output."""
 
     norm: NormArrays
     kernels: tuple[Array, ...]

@@ -14,7 +14,7 @@ from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.kernels.tpu.conv_gradients import conv_gradients, conv_gradients_kernel
 from densenet_jax.kernels.tpu.reader_gradients import reader_gradients, reader_gradients_kernel
 from densenet_jax.models.arithmetic import Arithmetic
-from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.normalization import Normalization
 from densenet_jax.models.readers import Reader, ReaderGradients, sums_by_reader
 
 
@@ -24,7 +24,7 @@ def layer_gradients(
     hidden: Float[Array, "b h w o"],
     readers: tuple[Reader, Reader],
     of_raw: Float[Array, "g 3 k"],
-    norm: Normalisation,
+    norm: Normalization,
     arithmetic: Arithmetic,
 ) -> tuple[ReaderGradients, ReaderGradients]:
     """The gradients of a layer's two readers, the first one's inputs those of all readers so far, this one's added.
@@ -34,7 +34,7 @@ def layer_gradients(
       maps: the block's x^.
       hidden: what the layer's first convolution gave.
       readers: the layer's two.
-      of_raw: `Normalisation.factors` of what the layer made, behind the columns that it read.
+      of_raw: `Normalization.factors` of what the layer made, behind the columns that it read.
       norm: of hidden.
       arithmetic: how.
     """
@@ -55,9 +55,9 @@ def layer_gradients(
     found = ReaderGradients(opened, *of_second)
     count = hidden.size // hidden.shape[-1] // groups
     sums = sums_by_reader(second.scale, found.scale, found.bias)
-    of_normalised, of_x, constant = norm.factors(sums, count).swapaxes(0, 1)
+    of_normalized, of_x, constant = norm.factors(sums, count).swapaxes(0, 1)
     of_hidden = of_x * reciprocal
-    factors = (of_normalised * second.scale.astype(mean.dtype)[None, :], of_hidden, constant - of_hidden * mean)
+    factors = (of_normalized * second.scale.astype(mean.dtype)[None, :], of_hidden, constant - of_hidden * mean)
     total, of_scale, of_bias, of_kernel = on_each_device(
         lambda *operands, groups: read(*operands),
         arithmetic.mesh,

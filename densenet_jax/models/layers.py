@@ -1,4 +1,4 @@
-"""Convolution, batch normalisation and pooling with the references' arithmetic, padding always explicit."""
+"""Convolution, batch normalization and pooling with the references' arithmetic, padding always explicit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NormOptions:
       momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
       group_size: examples that share statistics in training; 0 is the whole batch.
       unbiased_running_variance: the running variance takes in the n-1 estimate, as in torch.
-      frozen: regular expression; a batch norm in whose scale's name ("params/norm0/scale") it is found normalises by
+      frozen: regular expression; a batch norm in whose scale's name ("params/norm0/scale") it is found normalizes by
         its running statistics in training, too, and leaves them as they are. "" freezes none.
       folded: for evaluation only: the variables are those of `densenet_jax.models.fold`, without running statistics.
     """
@@ -53,13 +53,13 @@ class Moments(NamedTuple):
 
 
 class FeatureMap(NamedTuple):
-    """A feature map float[b, h, w, c]; with moments set, its values are already normalised by them."""
+    """A feature map float[b, h, w, c]; with moments set, its values are already normalized by them."""
 
     values: Array
     moments: Moments | None = None
 
     def raw(self, epsilon: float) -> Array:
-        """The values before any normalisation."""
+        """The values before any normalization."""
         if self.moments is None:
             return self.values
         mean, variance = (per_example(m, self.values.shape[0]) for m in self.moments)
@@ -108,13 +108,13 @@ def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Arra
     groups = group_count(x.shape[0], group_size)
     kind = wide(x.dtype)
     shift = lax.stop_gradient(shift).astype(kind)
-    centred = (x.astype(kind) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
-    mean = jnp.mean(centred, axis=(1, 2, 3))
-    variance = jnp.maximum(jnp.mean(jnp.square(centred), axis=(1, 2, 3)) - jnp.square(mean), 0)
+    centered = (x.astype(kind) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
+    mean = jnp.mean(centered, axis=(1, 2, 3))
+    variance = jnp.maximum(jnp.mean(jnp.square(centered), axis=(1, 2, 3)) - jnp.square(mean), 0)
     return Moments(mean + shift[None, :], variance)
 
 
-def normalise(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
+def normalize(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
     """(x - mean) / sqrt(variance + epsilon), in float32 or wider."""
     kind = wide(x.dtype)
     mean, variance = (per_example(m.astype(kind), x.shape[0]) for m in moments)
@@ -161,11 +161,11 @@ def apply_norm(
     if not train or norm.frozen:
         return norm_by_running(x, norm, options.epsilon, dtype), None
     moments = batch_moments(x, options.group_size, norm.mean)
-    return scale_shift(normalise(x, moments, options.epsilon), norm.scale, norm.bias, dtype), moments
+    return scale_shift(normalize(x, moments, options.epsilon), norm.scale, norm.bias, dtype), moments
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of float[b, h, w, features] with torch's running statistics.
+    """Batch normalization of float[b, h, w, features] with torch's running statistics.
 
     Parameters scale and bias, statistics mean and var in the collection "batch_stats", all float[features]. Folded, it
     has no statistics; after a convolution whose output nothing else reads, it has no scale either: the kernel holds it.
@@ -210,7 +210,7 @@ class BatchNorm(nn.Module):
             running.value = keep * running.value + (1 - keep) * new
 
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
-        """Normalised values in dtype; a FeatureMap with moments is only scaled and shifted."""
+        """Normalized values in dtype; a FeatureMap with moments is only scaled and shifted."""
         return folded_norm(*self.reading(x, train), self.dtype)
 
     def reading(self, x: FeatureMap | Array, train: bool) -> tuple[Array, Array | None, Array]:
@@ -229,7 +229,7 @@ class BatchNorm(nn.Module):
             return features.raw(self.options.epsilon), *fold_running(self.arrays(), self.options.epsilon)
         if moments is None:
             moments = batch_moments(values, self.options.group_size, self.mean.value)
-            values = normalise(values, moments, self.options.epsilon)
+            values = normalize(values, moments, self.options.epsilon)
         self.record(moments, values.size // values.shape[-1] // moments.mean.shape[0])
         return values, self.scale, self.bias
 
@@ -250,7 +250,7 @@ def convolve(
 
 
 def he_normal(fan: Fan) -> nn.initializers.Initializer:
-    """He's initialiser from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
+    """He's initializer from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
 
 

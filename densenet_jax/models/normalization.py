@@ -1,4 +1,4 @@
-"""Normalising a map once, and the derivative of that: from the gradient of x^ to that of the map."""
+"""Normalizing a map once, and the derivative of that: from the gradient of x^ to that of the map."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.dtypes import wide
-from densenet_jax.models.layers import Moments, NormOptions, batch_moments, normalise, per_example
+from densenet_jax.models.layers import Moments, NormOptions, batch_moments, normalize, per_example
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """How maps became x^.
 
     Attributes:
@@ -26,29 +26,29 @@ class Normalisation(NamedTuple):
 
     def apply(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """x^ of the map, in the map's dtype."""
-        return x if self.epsilon is None else normalise(x, self.moments, self.epsilon).astype(x.dtype)
+        return x if self.epsilon is None else normalize(x, self.moments, self.epsilon).astype(x.dtype)
 
     def gradient(
-        self, gradient: Float[Array, "b h w c"], normalised: Float[Array, "b h w c"], sums: tuple[Array, Array]
+        self, gradient: Float[Array, "b h w c"], normalized: Float[Array, "b h w c"], sums: tuple[Array, Array]
     ) -> Float[Array, "b h w c"]:
         """Of the maps: rstd * (gradient - mean(gradient) - x^ * mean(gradient * x^)), and what comes by the moments.
 
         Args:
           gradient: of x^.
-          normalised: x^.
+          normalized: x^.
           sums: float[g, c], of the gradient and of the gradient times x^, over each group of examples.
 
         Returns:
           It in the dtype of x^, computed in float32 or wider; where x^ is the map itself, what was given.
         """
         if self.epsilon is None:
-            return gradient.astype(normalised.dtype)
+            return gradient.astype(normalized.dtype)
         kind = wide(gradient.dtype)
         count = gradient.size // gradient.shape[-1] // self.moments.variance.shape[0]
         terms = self._terms(sums, count, self.epsilon, kind)
         factor, of_mean, of_values = (per_example(term, gradient.shape[0]) for term in terms)
-        found = (gradient.astype(kind) - of_mean - normalised.astype(kind) * of_values) * factor
-        return found.astype(normalised.dtype)
+        found = (gradient.astype(kind) - of_mean - normalized.astype(kind) * of_values) * factor
+        return found.astype(normalized.dtype)
 
     def factors(self, sums: tuple[Array, Array], count: int) -> Float[Array, "g 3 c"]:
         """Of the gradient of x^ and of x^, and a constant: what makes `gradient` of them.
@@ -85,7 +85,7 @@ class Normalisation(NamedTuple):
 
 def norm_of(
     x: Float[Array, "b h w c"], options: NormOptions, shift: Array | None, moments: Moments | None = None
-) -> Normalisation:
+) -> Normalization:
     """How a map becomes x^.
 
     Args:
@@ -97,5 +97,5 @@ def norm_of(
     """
     if shift is None:
         kind = wide(x.dtype)
-        return Normalisation(Moments(jnp.zeros((1, x.shape[-1]), kind), jnp.ones((1, x.shape[-1]), kind)), None)
-    return Normalisation(moments or batch_moments(x, options.group_size, shift), options.epsilon)
+        return Normalization(Moments(jnp.zeros((1, x.shape[-1]), kind), jnp.ones((1, x.shape[-1]), kind)), None)
+    return Normalization(moments or batch_moments(x, options.group_size, shift), options.epsilon)

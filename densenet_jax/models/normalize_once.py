@@ -1,9 +1,9 @@
-"""The dense block that normalises each feature map once, with its own derivative.
+"""The dense block that normalizes each feature map once, with its own derivative.
 
 All batch norms that read one feature map in training compute the same mean and variance of it: the statistics belong
-to the feature map, only scale and bias belong to the reader. So each map is normalised once, when it is made, and only
-the normalised x^ is kept; a layer reads relu(scale * x^ + bias). In the backward pass the gradients of x^ add up over
-all readers before one application of the normalisation's own derivative, and what was rectified is recomputed: memory
+to the feature map, only scale and bias belong to the reader. So each map is normalized once, when it is made, and only
+the normalized x^ is kept; a layer reads relu(scale * x^ + bias). In the backward pass the gradients of x^ add up over
+all readers before one application of the normalization's own derivative, and what was rectified is recomputed: memory
 grows linearly with depth (what 1707.06990 pays a second forward pass for).
 
 The function is that of `dense_block.plain_dense_block`, up to rounding.
@@ -60,7 +60,7 @@ def normalize_once(
     kernels: str = "auto",
     mesh: Mesh | None = None,
 ) -> BlockResult:
-    """The block in its normalise-once form; in evaluation the plain one, or all norms frozen where one buffer is read.
+    """The block in its normalize-once form; in evaluation the plain one, or all norms frozen where one buffer is read.
 
     A block in which some first norms are frozen and others are not takes the plain form: its maps have two kinds of
     statistics.

@@ -1,4 +1,4 @@
-"""A dense block that normalises each map once: its forward pass and its own derivative.
+"""A dense block that normalizes each map once: its forward pass and its own derivative.
 
 `normalize_once.py` says what that is.
 """
@@ -19,7 +19,7 @@ from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.dense_block import BlockOptions, layer_key
 from densenet_jax.models.fused_layer import layer_gradients
 from densenet_jax.models.layers import Moments, dropout, group_count
-from densenet_jax.models.normalisation import Normalisation, norm_of
+from densenet_jax.models.normalization import Normalization, norm_of
 from densenet_jax.models.readers import (
     Reader,
     ReaderGradients,
@@ -146,7 +146,7 @@ def _forward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block(facts: Facts, inputs: Array, layers: tuple[Layer, ...], shifts: Shifts, key: Array | None) -> Outputs:
-    """The block's normalised maps and all moments, differentiable in its input and its layers' arrays.
+    """The block's normalized maps and all moments, differentiable in its input and its layers' arrays.
 
     Args:
       facts: what is static.
@@ -163,16 +163,16 @@ def columns(moments: Moments, start: int, end: int) -> Moments:
     return Moments(moments.mean[:, start:end], moments.variance[:, start:end])
 
 
-def _norm_of_maps(facts: Facts, saved: Residuals, cotangents: Outputs, start: int, end: int) -> Normalisation:
+def _norm_of_maps(facts: Facts, saved: Residuals, cotangents: Outputs, start: int, end: int) -> Normalization:
     """How some of the block's maps became x^."""
     epsilon = None if saved.shifts.inputs is None else facts.options.norm.epsilon
-    return Normalisation(columns(saved.moments, start, end), epsilon, columns(cotangents.moments, start, end))
+    return Normalization(columns(saved.moments, start, end), epsilon, columns(cotangents.moments, start, end))
 
 
-def _norm_of_hidden(facts: Facts, saved: Residuals, cotangents: Outputs, index: int) -> Normalisation:
+def _norm_of_hidden(facts: Facts, saved: Residuals, cotangents: Outputs, index: int) -> Normalization:
     """The same of what a layer's first convolution gave."""
     epsilon = None if saved.shifts.hidden[index] is None else facts.options.norm.epsilon
-    return Normalisation(saved.hidden_moments[index], epsilon, cotangents.hidden_moments[index])
+    return Normalization(saved.hidden_moments[index], epsilon, cotangents.hidden_moments[index])
 
 
 def _reader_gradients(found: ReaderGradients, reader: Reader) -> Reader:
@@ -193,20 +193,20 @@ def _kept_hidden(facts: Facts, saved: Residuals, index: int) -> Array:
 
 
 def _second_backward(
-    facts: Facts, reader: Reader, norm: Normalisation, hidden: Array, gradient: Array
+    facts: Facts, reader: Reader, norm: Normalization, hidden: Array, gradient: Array
 ) -> tuple[Array, Reader]:
-    """From a layer's raw output to what its second norm normalises."""
-    normalised, groups = norm.apply(hidden), norm.moments.mean.shape[0]
+    """From a layer's raw output to what its second norm normalizes."""
+    normalized, groups = norm.apply(hidden), norm.moments.mean.shape[0]
     if facts.arithmetic.kernels == "xla":
         found = read_gradients(hidden, reader, gradient, groups, facts.arithmetic, norm)
-        of_normalised = found.inputs
+        of_normalized = found.inputs
     else:
-        rectified, found = read_gradients_before_relu(normalised, reader, gradient, groups, facts.arithmetic)
+        rectified, found = read_gradients_before_relu(normalized, reader, gradient, groups, facts.arithmetic)
         # Masked once for the sums above and once here; XLA would store the masked gradient for both.
         rectified = lax.optimization_barrier(rectified)
-        activation = rectify(normalised, reader.scale, reader.bias)
-        of_normalised = rectifier_gradients(rectified, activation, normalised, reader.scale, groups)[0]
-    raw = norm.gradient(of_normalised, normalised, sums_by_reader(reader.scale, found.scale, found.bias))
+        activation = rectify(normalized, reader.scale, reader.bias)
+        of_normalized = rectifier_gradients(rectified, activation, normalized, reader.scale, groups)[0]
+    raw = norm.gradient(of_normalized, normalized, sums_by_reader(reader.scale, found.scale, found.bias))
     return raw, _reader_gradients(found, reader)
 
 
@@ -262,9 +262,9 @@ def _backward(facts: Facts, saved: Residuals, cotangents: Outputs) -> tuple[Any,
     layers: list[Layer] = []
 
     def raw_gradient(start: int, end: int) -> Array:
-        normalised = block_maps.front(saved.maps, end)[..., start:end]
+        normalized = block_maps.front(saved.maps, end)[..., start:end]
         found = _norm_of_maps(facts, saved, cotangents, start, end).gradient(
-            total[..., start:end], normalised, (sums[0][:, start:end], sums[1][:, start:end])
+            total[..., start:end], normalized, (sums[0][:, start:end], sums[1][:, start:end])
         )
         return lax.optimization_barrier(found) if facts.arithmetic.stores_gradients else found
 

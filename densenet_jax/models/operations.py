@@ -13,7 +13,7 @@ from densenet_jax.kernels.cpu.primitive import plain_kernels
 def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     """Multiply-adds of all convolutions and matrix products in one call of `function`, which is only traced.
 
-    Normalisation, activation and pooling are not counted, as in the tables of the papers and of timm ("GMACs") and
+    Normalization, activation and pooling are not counted, as in the tables of the papers and of timm ("GMACs") and
     torchvision ("GFLOPS"). Of a choice between branches the largest counts.
 
     Args:

@@ -32,10 +32,10 @@ from densenet_jax.models.layers import (
     convolve,
     fold_running,
     max_pool,
-    normalise,
+    normalize,
     scale_shift,
 )
-from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.normalization import Normalization
 from densenet_jax.models.readers import (
     Reader,
     contract,
@@ -159,18 +159,18 @@ def _max_pooled(
 def _max_forward(options: NormOptions, by_index: bool, y: Array, scale: Array, bias: Array, shift: Array) -> tuple:
     moments = batch_moments(y, options.group_size, shift)
     pooled, index = max_pool_with_index(y) if by_index else (max_pool(y), None)
-    out = jax.nn.relu(scale_shift(normalise(pooled, moments, options.epsilon), scale, bias, y.dtype))
+    out = jax.nn.relu(scale_shift(normalize(pooled, moments, options.epsilon), scale, bias, y.dtype))
     return (out, moments), (y, pooled, index, moments, scale, bias)
 
 
 def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents: tuple[Array, Moments]) -> tuple:
     y, pooled, index, moments, scale, bias = saved
     gradient, of_moments = cotangents
-    normalised = normalise(pooled, moments, options.epsilon)
-    kind, groups = normalised.dtype, moments.mean.shape[0]
-    is_open = scale_shift(normalised, scale, bias, y.dtype) > 0
-    gradient = jnp.where(is_open, gradient.astype(kind), jnp.zeros_like(normalised))
-    of_scale, of_bias = sum_by_group(gradient * normalised, groups), sum_by_group(gradient, groups)
+    normalized = normalize(pooled, moments, options.epsilon)
+    kind, groups = normalized.dtype, moments.mean.shape[0]
+    is_open = scale_shift(normalized, scale, bias, y.dtype) > 0
+    gradient = jnp.where(is_open, gradient.astype(kind), jnp.zeros_like(normalized))
+    of_scale, of_bias = sum_by_group(gradient * normalized, groups), sum_by_group(gradient, groups)
     factor = scale.astype(kind)[None, :]
     of_pooled = (gradient * factor[:, None, None, :]).astype(y.dtype)
     if by_index:  # each is read by four places, for which it is not to be computed again
@@ -179,8 +179,8 @@ def _max_backward(options: NormOptions, by_index: bool, saved: tuple, cotangents
         (spread,) = jax.vjp(max_pool, y)[1](of_pooled)
     # Every pooled gradient went to one value of y, so that the sums over y are those over what was pooled.
     sums = (of_bias * factor, of_scale * factor)
-    whole = normalise(y, moments, options.epsilon)
-    of_y = Normalisation(moments, options.epsilon, of_moments).gradient(spread, whole, sums)
+    whole = normalize(y, moments, options.epsilon)
+    of_y = Normalization(moments, options.epsilon, of_moments).gradient(spread, whole, sums)
     return of_y.astype(y.dtype), of_scale.sum(axis=0).astype(scale.dtype), of_bias.sum(axis=0).astype(bias.dtype), None
 
 

@@ -1,4 +1,4 @@
-"""Reading a normalised feature map: relu(scale * x^ + bias), convolved; and the derivative of that.
+"""Reading a normalized feature map: relu(scale * x^ + bias), convolved; and the derivative of that.
 
 The derivative recomputes the rectified values instead of storing them. What a batch norm's own derivative needs over
 the whole batch, the sums of the gradient and of the gradient times x^, are the gradients of bias and scale: they come
@@ -21,7 +21,7 @@ from densenet_jax.kernels.cpu.convolution import dilated
 from densenet_jax.kernels.dtypes import wide
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import Moments, NormOptions, convolve, group_count, scale_shift
-from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.normalization import Normalization
 
 
 class Reader(NamedTuple):
@@ -110,10 +110,10 @@ def read(
     x: Float[Array, "b h w c"],
     reader: Reader,
     arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
     window: Window = EVERYWHERE,
 ) -> Float[Array, "b h2 w2 o"]:
-    """What a reader gives of a map, which norm normalises before; without one it is x^ already.
+    """What a reader gives of a map, which norm normalizes before; without one it is x^ already.
 
     The map may have more channels than the reader, which come after.
     """
@@ -122,7 +122,7 @@ def read(
         few, reading, strided = _operands(x, reader, norm, window)
         return cpu.read(few, reading, **strided)
     x = x[..., : reader.scale.shape[0]]
-    activation = rectify(normalised(x, norm), reader.scale, reader.bias)
+    activation = rectify(normalized(x, norm), reader.scale, reader.bias)
     if window == EVERYWHERE:
         return contract(activation, reader.kernel, arithmetic)
     return _convolve(activation, reader.kernel, window)
@@ -134,7 +134,7 @@ def _convolve(activation: Array, kernel: Array, window: Window) -> Array:
 
 
 def _operands(
-    x: Array, reader: Reader, norm: Normalisation | None, window: Window
+    x: Array, reader: Reader, norm: Normalization | None, window: Window
 ) -> tuple[Array, cpu.Reading, dict[str, int]]:
     """What the library reads of a map, with what, and how: at a stride a 1x1 kernel reads few of the pixels."""
     stride = window.stride
@@ -149,7 +149,7 @@ def read_with_moments(
     shift: Float[Array, " o"] | None,
     options: NormOptions,
     arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
     total: Float[Array, "b h2 w2 o"] | None = None,
     window: Window = EVERYWHERE,
 ) -> tuple[Float[Array, "b h2 w2 o"], Moments | None]:
@@ -181,8 +181,8 @@ def read_with_moments(
     return out, _moments_of_sums(first, second, shift, out) if sums_moments else None
 
 
-def _of_one_norm(x: Array, norm: Normalisation | None) -> tuple[Array, Normalisation | None]:
-    """The map, normalised where its examples have several norms, and the one norm that is left to apply."""
+def _of_one_norm(x: Array, norm: Normalization | None) -> tuple[Array, Normalization | None]:
+    """The map, normalized where its examples have several norms, and the one norm that is left to apply."""
     if norm is None or norm.moments.mean.shape[0] == 1:
         return x, norm
     return norm.apply(x), None
@@ -197,7 +197,7 @@ def _moments_of_sums(total: Array, square: Array, shift: Array | None, out: Floa
     return Moments((mean + shift.astype(mean.dtype))[None, :], variance[None, :])
 
 
-def normalised(x: Float[Array, "b h w c"], norm: Normalisation | None) -> Float[Array, "b h w c"]:
+def normalized(x: Float[Array, "b h w c"], norm: Normalization | None) -> Float[Array, "b h w c"]:
     """x^ of a map, or the map."""
     return x if norm is None else norm.apply(x)
 
@@ -207,7 +207,7 @@ def is_read_by_library(x: Array, reader: Reader) -> bool:
     return cpu.usable(x, reader.kernel)
 
 
-def _reading(x: Array, reader: Reader, norm: Normalisation | None = None) -> cpu.Reading:
+def _reading(x: Array, reader: Reader, norm: Normalization | None = None) -> cpu.Reading:
     """A reader's arrays as the library takes them, with those of the norm before it, all of whose examples are one."""
     mean = reciprocal = jnp.zeros((0,), x.dtype)
     if norm is not None and norm.epsilon is not None:
@@ -227,7 +227,7 @@ def read_gradients(
     gradient: Float[Array, "b h2 w2 o"],
     groups: int,
     arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
     window: Window = EVERYWHERE,
 ) -> ReaderGradients:
     """The derivative of `read`.
@@ -248,7 +248,7 @@ def read_gradients(
             sizes = (x.shape[1], x.shape[2])
             of_few = dilated(of_few, reader.kernel, sizes=sizes, stride=window.stride, padding=0)
         return _of_one_group(of_few, *others)
-    x = normalised(x, norm)
+    x = normalized(x, norm)
     if window == EVERYWHERE:
         return read_gradients_before_relu(x, reader, gradient, groups, arithmetic)[1]
     activation = rectify(x, reader.scale, reader.bias)
@@ -293,10 +293,10 @@ def rectifier_gradients(
 
 
 def sums_of_gradient(
-    gradient: Float[Array, "b h w c"], normalised: Float[Array, "b h w c"], groups: int
+    gradient: Float[Array, "b h w c"], normalized: Float[Array, "b h w c"], groups: int
 ) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
     """Of a gradient of x^, and of it times x^, over the examples of each group."""
-    return sum_by_group(gradient, groups), sum_by_group(gradient.astype(wide(gradient.dtype)) * normalised, groups)
+    return sum_by_group(gradient, groups), sum_by_group(gradient.astype(wide(gradient.dtype)) * normalized, groups)
 
 
 def sums_by_reader(
@@ -317,7 +317,7 @@ def add_read_gradients(
     x: Float[Array, "b h w c3"],
     reader: Reader,
     gradient: Float[Array, "b h w o"],
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
 ) -> ReaderGradients:
     """`read_gradients` with its inputs those of all readers so far: total, with this one's part added in place."""
     return _of_one_group(*cpu.add_gradients(total, x, _reading(x, reader, norm), gradient))

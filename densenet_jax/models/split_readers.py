@@ -1,4 +1,4 @@
-"""Reading a normalised map that lies in parts, by several 1x1 kernels behind one scale and bias.
+"""Reading a normalized map that lies in parts, by several 1x1 kernels behind one scale and bias.
 
 A product over joined channels is the sum of the products over the parts, so nothing has to be joined; and outputs that
 go different ways come from kernels of their own, so nothing has to be taken apart.
@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from densenet_jax.models.arithmetic import Arithmetic
 from densenet_jax.models.layers import Moments, NormOptions
-from densenet_jax.models.normalisation import Normalisation
+from densenet_jax.models.normalization import Normalization
 from densenet_jax.models.readers import (
     Reader,
     add_read_gradients,
     adds_in_place,
     contract,
-    normalised,
+    normalized,
     read_gradients,
     read_with_moments,
     rectifier_gradients,
@@ -81,7 +81,7 @@ def read_parts(
     into: Sequence[Into],
     options: NormOptions,
     arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
 ) -> tuple[tuple[Float[Array, "b h w _"], Moments | None], ...]:
     """One output a kernel, of a map whose channels are those of its parts, and its moments where they come with it.
 
@@ -112,7 +112,7 @@ def read_parts_gradients(
     gradients: Sequence[Float[Array, "b h w _"]],
     groups: int,
     arithmetic: Arithmetic,
-    norm: Normalisation | None = None,
+    norm: Normalization | None = None,
     totals: Sequence[Array | None] = (None, None),
 ) -> MultiGradients:
     """The derivative of `read_parts`.
@@ -145,7 +145,7 @@ def _part_gradients(
     gradients: Sequence[Array],
     groups: int,
     arithmetic: Arithmetic,
-    norm: Normalisation | None,
+    norm: Normalization | None,
     total: Array | None,
 ) -> MultiGradients:
     readers = [Reader(reader.scale, reader.bias, kernel) for kernel in reader.kernels]
@@ -162,7 +162,7 @@ def _part_gradients(
         scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in found), strict=True))
         return MultiGradients((found[-1].inputs,), scale, bias, tuple(one.kernel for one in found))
     # Of the kernels' input gradients the sum is masked and summed over once.
-    x = normalised(x, norm)[..., : reader.scale.shape[0]]
+    x = normalized(x, norm)[..., : reader.scale.shape[0]]
     activation = rectify(x, reader.scale, reader.bias)
     kernels = tuple(
         read_gradients(x, one, gradient, groups, arithmetic).kernel

@@ -27,7 +27,7 @@ class DenseNetArchitecture:
       bottleneck_width: the 1x1 convolution gives this many times the growth rate; 0 leaves it out.
       compression: the share of feature maps a transition keeps, in (0, 1].
       blur: where blur pooling replaces strided pooling: "none", "stem" or "all" (transitions too).
-      init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initialiser.
+      init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initializer.
       epsilon: of every batch norm.
     """
 
@@ -55,7 +55,7 @@ class DualPathArchitecture:
       small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
       split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
       activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
-      init_fan: "fan_in" or "fan_out" of the He normal initialiser.
+      init_fan: "fan_in" or "fan_out" of the He normal initializer.
       epsilon: of every batch norm.
     """
 

@@ -154,28 +154,28 @@ def test_second_derivatives_vmap_and_remat():
 GROUPED_READERS = [(12, 12, 4, 1, 3), (6, 12, 3, 2, 3), (96, 96, 32, 1, 3), (64, 64, 2, 2, 3), (64, 48, 4, 1, 1)]
 
 
-def drawn_reading(c, o, k, normalises, groups=1):
-    norms = (draw(c, seed=5), jnp.abs(draw(c, seed=6)) + 0.5) if normalises else (jnp.zeros((0,)),) * 2
+def drawn_reading(c, o, k, normalizes, groups=1):
+    norms = (draw(c, seed=5), jnp.abs(draw(c, seed=6)) + 0.5) if normalizes else (jnp.zeros((0,)),) * 2
     return reader.Reading(*norms, draw(c, seed=1), draw(c, seed=2), draw(k, k, c // groups, o, seed=3))
 
 
 def differentiated(x, reading, g, **options):
     """The gradients of the map's x^, and of scale, bias and kernel, by the twin."""
     c = reading.scale.size
-    normalised = reader._normalised(x, reading.mean, reading.reciprocal, c)
+    normalized = reader._normalized(x, reading.mean, reading.reciprocal, c)
     plain = reading._replace(mean=jnp.zeros((0,)), reciprocal=jnp.zeros((0,)))
 
-    def read(normalised, *others):
-        return reader.plain_read(normalised, *plain[:2], *others, **options)
+    def read(normalized, *others):
+        return reader.plain_read(normalized, *plain[:2], *others, **options)
 
-    return jax.vjp(read, normalised, *plain[2:])[1](g)
+    return jax.vjp(read, normalized, *plain[2:])[1](g)
 
 
-@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("case", READERS)
-def test_reader_and_its_gradients(case, normalises):
+def test_reader_and_its_gradients(case, normalizes):
     b, h, w, width, c, o, k = case
-    x, reading = draw(b, h, w, width), drawn_reading(c, o, k, normalises)
+    x, reading = draw(b, h, w, width), drawn_reading(c, o, k, normalizes)
     assert reader.usable(x, reading.kernel)
     assert uses_library(reader.read, x, reading)
     expected = reader.plain_read(x, *reading)
@@ -185,11 +185,11 @@ def test_reader_and_its_gradients(case, normalises):
     assert_same(jax.jit(reader.gradients)(x, reading, g), differentiated(x, reading, g))
 
 
-@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("case", GROUPED_READERS)
-def test_reader_in_groups_and_its_gradients(case, normalises):
+def test_reader_in_groups_and_its_gradients(case, normalizes):
     c, o, groups, stride, k = case
-    x, reading, options = draw(2, 7, 6, c), drawn_reading(c, o, k, normalises, groups), {"groups": groups}
+    x, reading, options = draw(2, 7, 6, c), drawn_reading(c, o, k, normalizes, groups), {"groups": groups}
     read = functools.partial(reader.read, **options, stride=stride)
     gradients = functools.partial(reader.gradients, **options, stride=stride)
     expected = reader.plain_read(x, *reading, **options, stride=stride)
@@ -211,8 +211,8 @@ def test_a_reader_s_moments_come_with_its_output(case):
     assert uses_library(read, x, reading, shift)
 
     def with_sums(y):
-        centred = y - shift[None, None, None, :]
-        return y, centred.sum(axis=(0, 1, 2)), jnp.square(centred).sum(axis=(0, 1, 2))
+        centered = y - shift[None, None, None, :]
+        return y, centered.sum(axis=(0, 1, 2)), jnp.square(centered).sum(axis=(0, 1, 2))
 
     assert_same(jax.jit(read)(x, reading, shift), with_sums(y), 1e-8)
     with primitive.plain_kernels():
@@ -230,11 +230,11 @@ def test_a_reader_s_moments_come_with_its_output(case):
     assert_same(jax.jit(twin)(total, x, *reading, shift), expected, 1e-8)
 
 
-@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("case", READERS)
-def test_a_reader_s_gradient_is_added_in_place(case, normalises):
+def test_a_reader_s_gradient_is_added_in_place(case, normalizes):
     b, h, w, width, c, o, k = case
-    operands = draw(b, h, w, width), drawn_reading(c, o, k, normalises), draw(b, h, w, o, seed=4)
+    operands = draw(b, h, w, width), drawn_reading(c, o, k, normalizes), draw(b, h, w, o, seed=4)
     total = draw(b, h, w, width, seed=9)
     of_x, *others = reader.gradients(*operands)
     expected = (total.at[..., :c].add(of_x), *others)

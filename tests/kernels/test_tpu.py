@@ -95,10 +95,10 @@ def test_the_3x3_convolution_s_derivative_is_autodiff_s():
         start, new = 8, shape[6]
         parts = [at(values) for values in of_raw[0]]
         raw = parts[0] * total[..., start : start + new] + parts[1] * x[..., start : start + new] + parts[2]
-        normalised = (hidden - at(mean[0])) * at(reciprocal[0])
+        normalized = (hidden - at(mean[0])) * at(reciprocal[0])
 
         def layer(before, scale, bias, kernel):
-            activation = jax.nn.relu(before + at(scale) * normalised + at(bias))
+            activation = jax.nn.relu(before + at(scale) * normalized + at(bias))
             dimensions = ("NHWC", "HWIO", "NHWC")
             return lax.conv_general_dilated(activation, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
 

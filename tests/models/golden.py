@@ -73,7 +73,7 @@ def _shapes_only(inputs, arrays, key, options, train):
 
 @functools.cache
 def abstract_variables(name):
-    """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initialisers."""
+    """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initializers."""
     model = make(name)
     if isinstance(model, DenseNet):
         model = model.clone(block_form=_shapes_only)

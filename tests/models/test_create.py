@@ -135,7 +135,7 @@ def test_remat_stores_less_for_the_backward_pass(name):
 
 
 @pytest.mark.parametrize("name", ["densenet121", "dpn68"])
-def test_normalising_once_stores_less_than_the_plain_form(name):
+def test_normalizing_once_stores_less_than_the_plain_form(name):
     assert _stored(name) < 0.75 * _stored(name, block_form="plain")
 
 

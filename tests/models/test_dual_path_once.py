@@ -1,4 +1,4 @@
-"""A dual-path stage that normalises each map once is its blocks, one after the other, and so are its gradients."""
+"""A dual-path stage that normalizes each map once is its blocks, one after the other, and so are its gradients."""
 
 import collections
 import functools

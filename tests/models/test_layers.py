@@ -23,7 +23,7 @@ from densenet_jax.models.layers import (
     global_average_pool,
     he_normal,
     max_pool,
-    normalise,
+    normalize,
 )
 
 
@@ -91,7 +91,7 @@ def test_the_shift_has_no_influence_on_gradients():
 
     def loss(x, shift):
         moments = batch_moments(x, 0, shift)
-        return jnp.sum(normalise(x, moments, 1e-5) ** 3) + jnp.sum(moments.variance * moments.mean)
+        return jnp.sum(normalize(x, moments, 1e-5) ** 3) + jnp.sum(moments.variance * moments.mean)
 
     zero, one = (jax.grad(loss, argnums=(0, 1))(x, jnp.full(2, shift)) for shift in (0.0, 1.0))
     np.testing.assert_allclose(zero[0], one[0], rtol=1e-3, atol=1e-4)
@@ -128,7 +128,7 @@ def test_norm_in_training_updates_running_statistics(unbiased, momentum):
         np.testing.assert_allclose(state["batch_stats"][key], expected, rtol=1e-5)
 
 
-def test_groups_of_examples_are_normalised_apart_and_their_statistics_averaged():
+def test_groups_of_examples_are_normalized_apart_and_their_statistics_averaged():
     options = NormOptions(group_size=2, momentum=0.0, unbiased_running_variance=False)
     module, variables = _norm(options)
     x = _random(4, 3, 3, 3) * jnp.arange(1.0, 5.0)[:, None, None, None]
@@ -146,11 +146,11 @@ def test_groups_that_do_not_divide_the_batch_are_refused():
 
 
 @pytest.mark.parametrize("group_size", [0, 2])
-def test_a_normalised_map_is_read_like_the_raw_one(group_size):
+def test_a_normalized_map_is_read_like_the_raw_one(group_size):
     module, variables = _norm(NormOptions(group_size=group_size))
     x = _random(4, 3, 3, 3, mean=2.0)
     moments = batch_moments(x, group_size, jnp.zeros(3))
-    features = FeatureMap(normalise(x, moments, 1e-5), moments)
+    features = FeatureMap(normalize(x, moments, 1e-5), moments)
     expected = module.apply(variables, x, train=True, mutable=["batch_stats"])
     found = module.apply(variables, features, train=True, mutable=["batch_stats"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
@@ -197,7 +197,7 @@ def test_moments_broadcast_over_groups():
     x = _random(4, 2, 2, 3)
     moments = Moments(jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3)))
     expected = np.asarray(x) - np.repeat(np.arange(6.0).reshape(2, 3), 2, axis=0)[:, None, None]
-    np.testing.assert_allclose(normalise(x, moments, 0.0), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalize(x, moments, 0.0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_norms_use_and_keep_their_running_statistics_in_training():

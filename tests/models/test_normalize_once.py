@@ -1,4 +1,4 @@
-"""The normalise-once block is the plain block: outputs, statistics and every gradient."""
+"""The normalize-once block is the plain block: outputs, statistics and every gradient."""
 
 import re
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Reading a map on a CPU: relu(scale * x^ + bias), convolved, and its gradients, in one pass over the map each.
 
-The compiled library normalises and rectifies the few rows it has at hand on their way into the convolution, sums what
+The compiled library normalizes and rectifies the few rows it has at hand on their way into the convolution, sums what
 comes out of it for the next batch norm, and masks, scales and sums a gradient's rows while they are in cache: nothing
 but results goes through memory.
 """
@@ -98,25 +98,25 @@ def _row(vector: Array) -> Float[Array, "1 1 1 c"]:
     return vector[None, None, None, :]
 
 
-def _normalised(x: Array, mean: Array, reciprocal: Array, channels: int) -> Array:
+def _normalized(x: Array, mean: Array, reciprocal: Array, channels: int) -> Array:
     x = x[..., :channels]
     return (x - _row(mean)) * _row(reciprocal) if mean.size else x
 
 
 def _affine(x: Array, mean: Array, reciprocal: Array, scale: Array, bias: Array) -> Array:
-    return _normalised(x, mean, reciprocal, scale.size) * _row(scale) + _row(bias)
+    return _normalized(x, mean, reciprocal, scale.size) * _row(scale) + _row(bias)
 
 
 def plain_read(x: Array, *reading: Array, stride: int = 1, groups: int = 1) -> Array:
     """The twin of `read`."""
-    *normalised, kernel = reading
-    rectified = jax.nn.relu(_affine(x, *normalised))
+    *normalized, kernel = reading
+    rectified = jax.nn.relu(_affine(x, *normalized))
     return plain_convolve(rectified, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
 
 
 def _with_moments(y: Array, shift: Array) -> tuple[Array, Array, Array]:
-    centred = y - _row(shift)
-    return y, jnp.sum(centred, axis=(0, 1, 2)), jnp.sum(jnp.square(centred), axis=(0, 1, 2))
+    centered = y - _row(shift)
+    return y, jnp.sum(centered, axis=(0, 1, 2)), jnp.sum(jnp.square(centered), axis=(0, 1, 2))
 
 
 def _plain_read_moments(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
@@ -136,7 +136,7 @@ def _plain_gradient(
     sizes = (x.shape[1], x.shape[2])
     of_rectified = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
     of_affine = jnp.where(_affine(x, mean, reciprocal, scale, bias) > 0, of_rectified, 0)
-    of_scale = jnp.sum(of_affine * _normalised(x, mean, reciprocal, scale.size), axis=(0, 1, 2))
+    of_scale = jnp.sum(of_affine * _normalized(x, mean, reciprocal, scale.size), axis=(0, 1, 2))
     return of_affine * _row(scale), of_scale, jnp.sum(of_affine, axis=(0, 1, 2))
 
 
@@ -147,8 +147,8 @@ def _plain_add_gradient(total: Array, x: Array, *others: Array, groups: int) -> 
 
 
 def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, groups: int) -> Array:
-    *normalised, g = operands
-    rectified = jax.nn.relu(_affine(x, *normalised))
+    *normalized, g = operands
+    rectified = jax.nn.relu(_affine(x, *normalized))
     return plain_kernel_gradient(rectified, g, sizes=(size, size), stride=stride, padding=size // 2, groups=groups)
 
 

@@ -1,4 +1,4 @@
-"""Reading a normalised feature map on a GPU: relu(scale * x^ + bias) times a kernel, and the result's moments.
+"""Reading a normalized feature map on a GPU: relu(scale * x^ + bias) times a kernel, and the result's moments.
 
 XLA stores the rectified values before the product and reads the product again for its statistics. Here the prologue
 of the product rectifies, and its epilogue sums what the next batch norm wants to know.
@@ -51,8 +51,8 @@ def plain_norm_relu_matmul(
     """The twin of `norm_relu_matmul`."""
     activation = rectify(x[:, : scale.shape[0]], scale, bias)
     y = product(activation, kernel.astype(x.dtype), (1, 0)).astype(x.dtype)
-    centred = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
-    return y, jnp.sum(centred, axis=1), jnp.sum(jnp.square(centred), axis=1)
+    centered = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
+    return y, jnp.sum(centered, axis=1), jnp.sum(jnp.square(centered), axis=1)
 
 
 def norm_relu_matmul(
@@ -141,9 +141,9 @@ def _kernel(
     accumulator = jnp.zeros((tile.rows, tile.outputs), wide(x_ref.dtype))
     y = lax.fori_loop(0, pl.cdiv(channels, tile.channels), add, accumulator).astype(y_ref.dtype)
     store_matrix(y_ref, rows, columns, y)
-    centred = y.astype(sums_ref.dtype) - load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
-    centred = jnp.where(rows[1][:, None], centred, jnp.zeros_like(centred))
-    for index, values in enumerate((centred, centred * centred)):
+    centered = y.astype(sums_ref.dtype) - load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
+    centered = jnp.where(rows[1][:, None], centered, jnp.zeros_like(centered))
+    for index, values in enumerate((centered, centered * centered)):
         plgpu.store(sums_ref.at[number, jnp.int32(index), columns[0]], jnp.sum(values, axis=0), mask=columns[1])
 
 

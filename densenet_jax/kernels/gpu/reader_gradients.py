@@ -1,4 +1,4 @@
-"""The derivative of reading a normalised feature map, on a GPU: two kernels that read it where it lies.
+"""The derivative of reading a normalized feature map, on a GPU: two kernels that read it where it lies.
 
 XLA stores the rectified values and their gradient. Here one kernel takes the gradient of y through the product and the
 rectifier and adds it, in place, into the buffer where the gradients of all readers add up. The other one multiplies

@@ -65,12 +65,12 @@ def plain_conv_gradients(
     of_total, of_x, constant = (_by_example(values, examples) for values in of_raw.astype(kind).swapaxes(0, 1))
     made, front = total[..., start:end].astype(kind), x[..., start:end].astype(kind)
     raw = (of_total * made + of_x * front + constant).astype(x.dtype)
-    normalised = (hidden.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
+    normalized = (hidden.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
         reciprocal.astype(kind), examples
     )
-    normalised = normalised.astype(x.dtype)
+    normalized = normalized.astype(x.dtype)
     scales, biases = (values.astype(kind)[None, None, None, :] for values in (scale, bias))
-    activation = jnp.maximum(scales * normalised.astype(kind) + biases, 0).astype(x.dtype)
+    activation = jnp.maximum(scales * normalized.astype(kind) + biases, 0).astype(x.dtype)
 
     def convolve(activation: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(
@@ -81,7 +81,7 @@ def plain_conv_gradients(
     rectified, of_kernel = pullback(raw.astype(kind))
     opened = jnp.where(activation > 0, rectified.astype(kind), jnp.zeros_like(rectified, kind))
     groups = mean.shape[0]
-    of_scale = _by_group(opened * normalised.astype(kind), groups)
+    of_scale = _by_group(opened * normalized.astype(kind), groups)
     return opened.astype(x.dtype), of_scale, _by_group(opened, groups), of_kernel
 
 
@@ -107,7 +107,7 @@ def conv_gradients(
       x: x^ itself.
       of_raw: what gives the gradient of the convolution's output from those columns: factors of total's and of x's, and
         a constant, for each group of examples.
-      hidden: the map that was normalised, rectified and convolved.
+      hidden: the map that was normalized, rectified and convolved.
       mean: of hidden, for each group.
       reciprocal: of its deviation.
       scale: of each channel.
@@ -272,8 +272,8 @@ def _kernel(
     norm = mean[...], reciprocal[...], scale[...], bias[...]
 
     def step(position: Any, row: int) -> int:
-        normalised = ((hidden[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
-        activation = jnp.maximum(norm[2] * normalised + norm[3], 0).astype(dtype)
+        normalized = ((hidden[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
+        activation = jnp.maximum(norm[2] * normalized + norm[3], 0).astype(dtype)
         # A position is read by those around it, through the tap that looks back.
         gradient = jnp.concatenate(
             [around[row + 2 - y, position + 2 - x] for y in range(_SIDE) for x in range(_SIDE)], axis=0
@@ -282,7 +282,7 @@ def _kernel(
         rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
         opened[row, position] = rectified.astype(dtype)
         of_bias[...] += rectified
-        of_scale[...] += rectified * normalised
+        of_scale[...] += rectified * normalized
         of_kernel[...] += dot(activation, gradient, (1, 1))
         return row
 
