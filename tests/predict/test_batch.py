@@ -14,7 +14,7 @@ from PIL import Image
 from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.predict import batch as module
-from densenet_jax.predict.annotate import annotated_path, with_answers
+from densenet_jax.predict.annotate import annotation_path, draw_answers
 from densenet_jax.predict.batch import PredictOptions, predict
 from densenet_jax.predict.files import check_places, common_folder, find_images
 from densenet_jax.predict.predictor import ClassProbability, Predictor
@@ -107,8 +107,8 @@ def test_nothing_to_predict(photos):
     (photos.parent / "empty").mkdir()
     for places, why in (
         ([], "needs --images"),
-        (["nowhere.png"], "'nowhere.png' is no file, folder or pattern"),
-        (["no*.png", "zero\0byte"], "is no file, folder or pattern"),
+        (["nowhere.png"], "'nowhere.png' matches no file or folder"),
+        (["no*.png", "zero\0byte"], "matches no file or folder"),
         (["empty"], "'empty' holds no images"),
     ):
         with pytest.raises(UserError, match=why):
@@ -196,7 +196,7 @@ def test_a_file_that_is_only_a_torn_line(photos):
 @pytest.mark.parametrize("content", ["my notes\n", "my notes", "{}\n{}\n", '{"image": "a"}\nx\n{"image": "b"}\n'])
 def test_somebody_s_file_is_left_alone(photos, content):
     pathlib.Path("out.jsonl").write_text(content)
-    with pytest.raises(UserError, match="is no file of predictions"):
+    with pytest.raises(UserError, match="is not a file of predictions"):
         run("photos")
     assert pathlib.Path("out.jsonl").read_text() == content
 
@@ -212,7 +212,7 @@ def test_a_new_request_replaces_a_finished_one(photos):
 
 def test_a_new_request_spares_an_unfinished_one(photos, monkeypatch):
     monkeypatch.setattr(module._Run, "_write", interrupting(module._Run._write, after=1))
-    with pytest.raises(Preempted, match="the same command goes on"):
+    with pytest.raises(Preempted, match="run the same command to continue"):
         run("photos", largest_batch=1)
     monkeypatch.undo()
     monkeypatch.chdir(photos.parent)
@@ -305,7 +305,7 @@ def test_annotated_images(photos):
 
 def test_the_drawing_shows_the_probability():
     answers = [ClassProbability(0, "x", 0.5)]
-    picture = np.asarray(with_answers(np.zeros((2000, 20, 3), np.uint8), answers))
+    picture = np.asarray(draw_answers(np.zeros((2000, 20, 3), np.uint8), answers))
     assert picture.shape == (5120 + 24, 320, 3)
     bar = picture[-4, :, 0] < 250
     assert abs(bar.sum() - 160) <= 2
@@ -315,10 +315,10 @@ def test_annotated_images_stay_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = os.path.abspath("drawn")
     for path in ("../../etc/passwd.jpg", "/etc/x.jpg", "a/../../../b.jpg", "..", "./c.jpg"):
-        target = os.path.abspath(annotated_path("drawn", path, common_folder(["d"])))
+        target = os.path.abspath(annotation_path("drawn", path, common_folder(["d"])))
         assert os.path.commonpath([target, inside]) == inside
     paths = ["a/cat.jpg", "b/cat.jpg", "b/cat.png", "b/cat.png.jpg"]
-    assert len({annotated_path("drawn", path, common_folder(paths)) for path in paths[:3]}) == 3
+    assert len({annotation_path("drawn", path, common_folder(paths)) for path in paths[:3]}) == 3
 
 
 def test_memory_does_not_grow_with_the_number_of_images(photos, monkeypatch):
