@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "model.block_form",
     "model.kernels",
     "data.dir",
+    "data.class_order",  # class names are compared with the checkpoint's
     "data.reader_threads",
     "data.prefetch_batches",
     "train.log_every_steps",
@@ -30,6 +32,9 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.",
     "serve.",
 )
+
+# Settings that older runs don't have, with the values that they were made with.
+ADDED_LATER: dict[str, Any] = {"data": {"class_order": "text"}}
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
@@ -69,6 +74,10 @@ _RULES: dict[str, _Rule] = {
     "model.kernels": _one_of(*KERNELS_WANTED),
     "data.image_size_px": ("more than 0", _POSITIVE),
     "data.channels": _one_of(1, 3),
+    "data.class_order": (
+        "text, natural or a file with a class name a line",
+        lambda value: value in ("text", "natural") or os.path.isfile(value),
+    ),
     "data.crop": _one_of("random_resized_crop", "none"),
     "data.crop_area": (
         "two shares 0 < low <= high <= 1",

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from densenet_jax.augment.basic import normalize
+from densenet_jax.data.class_names import format_labels
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
@@ -102,7 +103,11 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
         mean=model.mean,
         std=model.std,
         classes=len(model.class_names),
-        info={"model": model.name, "weights": model.source, "class_names": "\n".join(model.class_names)},
+        info={
+            "model": model.name,
+            "weights": model.source,
+            "class_names": format_labels(model.class_names).rstrip("\n"),
+        },
     )
 
 

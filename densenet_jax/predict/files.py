@@ -1,13 +1,17 @@
 """Expands files, folders and patterns to image paths, always in the same order."""
 
+import collections
 import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from densenet_jax.data.folder import EXTENSIONS
+from densenet_jax.data.folder import EXTENSIONS, is_image_file, report_skipped
 from densenet_jax.errors import UserError
+
+
+Skipped: TypeAlias = "collections.Counter[str] | None"  # counts files that are no images, by their ending
 
 
 class Candidate(NamedTuple):
@@ -17,18 +21,18 @@ class Candidate(NamedTuple):
     why: str = ""
 
 
-def find_images(places: Sequence[str]) -> Iterator[Candidate]:
+def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Candidate]:
     """Yields the images of `places` in order, sorted by name within each place, every path once.
 
-    A file is taken whatever its name is. A folder stands for the files at any depth whose names end like images,
-    without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg", "photos/**/*.png") stands for
+    A file is taken whatever its name is. A folder stands for the images at any depth,
+    by their endings or else their first bytes, without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg", "photos/**/*.png") stands for
     the matching files and folders. A path that does not exist is yielded too, so that reading it reports the error.
     Memory holds the names of one folder or pattern at a time, and 16 bytes a path where paths may repeat.
     """
     seen: set[bytes] = set()
     may_repeat = len(places) > 1 or any(map(glob.has_magic, places))
     for place in places:
-        for candidate in _list_place(place):
+        for candidate in _list_place(place, skipped):
             if may_repeat:
                 if (key := digest(candidate.path)) in seen:
                     continue
@@ -46,9 +50,11 @@ def check_places(places: Sequence[str]) -> int:
         raise UserError("--mode predict needs --images: a file, a folder or a quoted pattern (repeatable).")
     if not any(os.path.lexists(place) or _expand_pattern(place) for place in _drop_invalid(places)):
         raise UserError(f"--images {places[0]!r} matches no file or folder; check the path.")
-    count = sum(1 for _ in find_images(places))
+    skipped: collections.Counter[str] = collections.Counter()
+    count = sum(1 for _ in find_images(places, skipped))
+    report_skipped(f"--images {places[0]}", skipped)
     if not count:
-        raise UserError(f"--images {places[0]!r} holds no images; expected files that end in {', '.join(EXTENSIONS)}.")
+        raise UserError(f"--images {places[0]!r} holds no images; check the path.")
     return count
 
 
@@ -73,32 +79,36 @@ def _drop_invalid(places: Sequence[str]) -> list[str]:
     return [place for place in places if "\0" not in place]  # system calls reject a zero byte
 
 
-def _list_place(place: str) -> Iterator[Candidate]:
+def _list_place(place: str, skipped: Skipped = None) -> Iterator[Candidate]:
     if os.path.isdir(place):
-        yield from _list_folder(place)
+        yield from _list_folder(place, skipped)
     elif "\0" in place or os.path.lexists(place) or not glob.has_magic(place):
         yield Candidate(place)
     else:
         for match in _expand_pattern(place):
-            yield from _list_folder(match) if os.path.isdir(match) else (Candidate(match),)
+            yield from _list_folder(match, skipped) if os.path.isdir(match) else (Candidate(match),)
 
 
 def _expand_pattern(place: str) -> list[str]:
     return sorted(glob.iglob(place, recursive=True)) if glob.has_magic(place) else []
 
 
-def _list_folder(folder: str) -> Iterator[Candidate]:
+def _list_folder(folder: str, skipped: Skipped = None) -> Iterator[Candidate]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith(".")
+                (entry.name, entry.is_dir(follow_symlinks=False), is_image_file(entry))
+                for entry in entries
+                if not entry.name.startswith(".")
             )
     except OSError as error:
         yield Candidate(folder, f"the folder can't be read ({error.strerror or error})")
         return
-    for name, is_folder in names:
+    for name, is_folder, is_image in names:
         path = os.path.join(folder, name)
         if is_folder:
-            yield from _list_folder(path)
-        elif name.lower().endswith(EXTENSIONS):
+            yield from _list_folder(path, skipped)
+        elif is_image or name.lower().endswith(EXTENSIONS):  # what is no file is refused by name when it is read
             yield Candidate(path)
+        elif skipped is not None:
+            skipped[os.path.splitext(name)[1].lower() or "no ending"] += 1

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from densenet_jax.config import check_config
+from densenet_jax.config import ADDED_LATER, check_config
+from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.sources import is_prepared
 from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
@@ -19,7 +20,7 @@ from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import get_variant
-from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable, read_labels
+from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
 from densenet_jax.training.checkpoint import find_checkpoint, restore_variables
 from densenet_jax.workdir import labels_path, read_settings, started_from
 
@@ -67,7 +68,7 @@ def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: M
         UserError: there is no run, its settings can't be read, or a value is out of range.
     """
     try:
-        settings = ml_collections.ConfigDict(dict(defaults))
+        settings = ml_collections.ConfigDict(dict(defaults) or ADDED_LATER)
         with settings.ignore_type():  # JSON has no tuples
             settings.update(read_settings(workdir))
             settings.update_from_flattened_dict(dict(overrides))
