@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeAlias
 from densenet_jax.data.folder import EXTENSIONS, is_image_file, report_skipped
 from densenet_jax.errors import UserError
 
-
 Skipped: TypeAlias = "collections.Counter[str] | None"  # counts files that are no images, by their ending
 
 
@@ -24,9 +23,10 @@ class Candidate(NamedTuple):
 def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Candidate]:
     """Yields the images of `places` in order, sorted by name within each place, every path once.
 
-    A file is taken whatever its name is. A folder stands for the images at any depth,
-    by their endings or else their first bytes, without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg", "photos/**/*.png") stands for
-    the matching files and folders. A path that does not exist is yielded too, so that reading it reports the error.
+    A file is taken whatever its name is. A folder stands for the images at any depth, told by their endings or else
+    by their first bytes, without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg",
+    "photos/**/*.png") stands for the matching files and folders. A path that does not exist is yielded too, so that
+    reading it reports the error.
     Memory holds the names of one folder or pattern at a time, and 16 bytes a path where paths may repeat.
     """
     seen: set[bytes] = set()
