@@ -22,6 +22,7 @@ from densenet_jax.predict.images import ImageError, shown
 from densenet_jax.predict.model import Deployed
 from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import FEATURES, ClassProbability, Predictor
+from densenet_jax.predict.table import check_table, is_table, write_table
 from densenet_jax.system.console import Bar, print_status, spinner
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class PredictOptions:
     Attributes:
         images: files, folders and patterns.
         output: file to write: .jsonl, .csv or .parquet.
-        topk: number of classes listed for an image.
+        topk: number of classes listed for an image; 0 lists all.
         annotate: directory for annotated images; "" writes none.
         features: "pooled" or "pyramid", written to an archive beside the predictions; "" writes none.
         largest_batch: images computed at a time; 0 means 64.
@@ -57,10 +58,15 @@ class PredictOptions:
         Raises:
             UserError: a value is out of range.
         """
-        if self.topk < 1:
-            raise UserError(f"--topk is {self.topk}; expected 1 or more.")
+        if self.topk < 0:
+            raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features and self.features not in FEATURES:
             raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
+
+    @property
+    def lines(self) -> str:
+        """Path of the JSON lines; those of a table are removed once it is written."""
+        return f"{self.output}.partial" if is_table(self.output) else self.output
 
     @property
     def archive(self) -> str:
@@ -94,6 +100,8 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     """
     options.check()
     check_places(options.images)
+    if is_table(options.output):
+        check_table(options.output)
     model = load()
     request = {
         "model": f"{model.name}, {model.source}",
@@ -102,7 +110,7 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     }
     if jax.process_count() > 1:
         raise UserError("--mode predict runs in one process; start it without --num_processes.")
-    with PredictionFile(options.output, request) as output, StopRequest() as stop:
+    with PredictionFile(options.lines, request) as output, StopRequest() as stop:
         if output.resumed:
             print_status(f"{options.output} already has {output.answered + output.refused:,} images")
         todo = sum(1 for candidate in find_images(options.images) if candidate.path not in output)
@@ -110,6 +118,9 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
         if todo or unfinished_archive:
             _Run(model, options, output, stop, todo).run()
         output.finish()
+        if is_table(options.output):
+            write_table(options.output, options.lines, model.class_names, options.topk)
+            output.remove()
         figures = {"images": output.answered, "refused": output.refused, "path": options.output}
         return {**figures, "features": options.archive} if options.features else figures
 
@@ -184,7 +195,9 @@ class _Run:
         outputs = {name: np.asarray(array) for name, array in computing.items()}
         answered = [item for item in batch if item.pixels is not None]
         answers = {
-            item.path: self._predictor.best(outputs["probability"][row], self._options.topk)
+            item.path: self._predictor.best(
+                outputs["probability"][row], self._options.topk or len(self._predictor.class_names)
+            )
             for row, item in enumerate(answered)
         }
         if self._archive is not None and answered:

@@ -76,6 +76,11 @@ class PredictionFile:
         """Marks the request as done."""
         self._mark(finished=True)
 
+    def remove(self) -> None:
+        """Removes the file and its request, once the predictions have been written elsewhere."""
+        for path in (self.path, self._request_path):
+            os.remove(path)
+
     def answered_names(self) -> Iterator[str]:
         """Yields the images that have predictions, in the order of the lines."""
         with open(self.path, "rb") as file:

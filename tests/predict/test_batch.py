@@ -17,6 +17,7 @@ from densenet_jax.predict import batch as module
 from densenet_jax.predict.annotate import annotation_path, draw_answers
 from densenet_jax.predict.batch import PredictOptions, predict
 from densenet_jax.predict.files import check_places, common_folder, find_images
+from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import ClassProbability, Predictor
 from tests.predict.files import BOMBS, encoded
 from tests.tiny_run import tiny_model
@@ -78,6 +79,19 @@ def test_batches_and_threads_change_nothing(photos):
     assert lines_of("a.jsonl") == lines_of("b.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_is_continued_and_replaced(photos, suffix):
+    whole, table = f"whole.{suffix}", f"out.{suffix}"
+    assert run("photos", output=whole, topk=0) == {"images": 20, "refused": 0, "path": whole}
+    with PredictionFile(f"{table}.partial", {}) as output:  # as a killed run leaves it
+        output.write([{"image": "photos/01.PNG", "error": "kept"}])
+    pathlib.Path(f"{table}.partial.request").unlink()
+    assert run("photos", output=table, topk=0)["refused"] == 1
+    assert sorted(path.name for path in pathlib.Path().glob("*.*")) == sorted([table, whole])
+    assert run("photos", output=table, topk=0)["refused"] == 0
+    assert pathlib.Path(table).read_bytes() == pathlib.Path(whole).read_bytes()
+
+
 def test_one_bad_image_spoils_nothing(photos, capsys):
     hostile = {
         "zero.jpg": b"",
@@ -117,8 +131,8 @@ def test_nothing_to_predict(photos):
 
 
 def test_wrong_options(photos):
-    with pytest.raises(UserError, match="--topk is 0; expected 1 or more"):
-        run("photos", topk=0)
+    with pytest.raises(UserError, match="--topk is -1; expected 1 or more"):
+        run("photos", topk=-1)
     with pytest.raises(UserError, match="--features is 'deep'; expected pooled or pyramid"):
         run("photos", features="deep")
     with pytest.raises(UserError, match="photos can't be written"):
