@@ -153,6 +153,25 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
     return f"; the nearest is {prefix}{max(known, key=likeness)}"
 
 
+def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
+    """One sentence for a flag that does not exist, with the flag or setting that was probably meant.
+
+    Args:
+        name: the flag without its dashes.
+        flags: the flags that exist.
+        known: settings with every valid key.
+    """
+    keys = [key for key, _ in flatten(known)]
+    if name.startswith("config."):
+        return f"{name} is not a setting{nearest(name.removeprefix('config.'), keys, 'config.')}."
+    last = {key: key.split(".")[-1] for key in keys}
+    plain = name.replace("-", "_")
+    same = [key for key in keys if plain in (last[key], "".join(part[0] for part in last[key].split("_")))]
+    if same or not (close := difflib.get_close_matches(plain, [*flags, "config"], n=1)):
+        return f"--{name} is not a flag{nearest(same[0] if same else plain, keys, '--config.')}=VALUE."
+    return f"--{name} is not a flag; the nearest is --{close[0]}."
+
+
 def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
     """One sentence for what absl, ml_collections or a recipe raised while the command line was read.
 
