@@ -1,12 +1,13 @@
 """The command line's words to one call of a mode, and a user's mistake to one line."""
 
+import difflib
 import json
 import os
 import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from densenet_jax import modes, recipes
 from densenet_jax.config import check_config, explain_flag_error, explain_unknown_flag, to_dict
@@ -34,9 +35,9 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
         UserError: there is a mistake in any of them.
     """
     program, *words = arguments
+    recipe, words = recipes.split_off(words)
     if words and words[0] in MODES:
         words[0] = f"--mode={words[0]}"
-    recipe, words = recipes.split_off(words)
     values = flags.FlagValues()
     _define_flags(values)
     try:
@@ -52,7 +53,9 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
     given: dict[str, Any] = {flag.name: values[flag.name].value for flag in Command.flags()}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if left_over and not given["images"]:
-        raise UserError(f"{left_over[0]} is not a flag; settings are given as --config.KEY=VALUE.")
+        mode = difflib.get_close_matches(left_over[0], MODES, n=1)
+        hint = f"the nearest mode is {mode[0]}" if mode else "settings are given as --config.KEY=VALUE"
+        raise UserError(f"{left_over[0]} is not a flag; {hint}.")
     given["images"] += tuple(left_over)
     overrides = config_flags.get_override_values(values["config"])
     if given["checkpoint"]:
@@ -68,18 +71,19 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
 
 def _define_flags(values: flags.FlagValues) -> None:
     for flag in Command.flags():
-        kind = flag.metadata.get("type", type(flag.default))
-        common: dict[str, Any] = {"help": flag.metadata["help"], "flag_values": values}
+        default: Any = flag.default
+        kind = flag.metadata.get("type", type(default))
+        common: Any = {"help": flag.metadata["help"], "flag_values": values}
         if "choices" in flag.metadata:
-            flags.DEFINE_enum(flag.name, flag.default, flag.metadata["choices"], **common)
+            flags.DEFINE_enum(flag.name, default, flag.metadata["choices"], **common)
         elif kind is int:
-            limits = {f"{end}_bound": flag.metadata.get(end) for end in ("lower", "upper")}
-            flags.DEFINE_integer(flag.name, flag.default, **limits, **common)
+            limits: Any = {f"{end}_bound": flag.metadata.get(end) for end in ("lower", "upper")}
+            flags.DEFINE_integer(flag.name, default, **limits, **common)
         elif kind is tuple:
             flags.DEFINE_multi_string(flag.name, [], **common)
         else:
-            define = flags.DEFINE_bool if kind is bool else flags.DEFINE_string
-            define(flag.name, flag.default, **common)
+            define: Any = flags.DEFINE_bool if kind is bool else flags.DEFINE_string
+            define(flag.name, default, **common)
 
 
 def _cluster(command: Command) -> Cluster | None:

@@ -147,8 +147,10 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The known key that is written most like `name`, whole or by its last part, as the end of an error's sentence."""
 
     def likeness(key: str) -> float:
-        parts = ((name, key), (name.split(".")[-1], key.split(".")[-1]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
+        own, last = name.split(".")[-1], key.split(".")[-1]
+        if own == "".join(word[:1] for word in last.split("_")):
+            return 1.0
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, key), (own, last)))
 
     return f"; the nearest is {prefix}{max(known, key=likeness)}"
 
@@ -164,12 +166,12 @@ def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.Conf
     keys = [key for key, _ in flatten(known)]
     if name.startswith("config."):
         return f"{name} is not a setting{nearest(name.removeprefix('config.'), keys, 'config.')}."
-    last = {key: key.split(".")[-1] for key in keys}
     plain = name.replace("-", "_")
-    same = [key for key in keys if plain in (last[key], "".join(part[0] for part in last[key].split("_")))]
-    if same or not (close := difflib.get_close_matches(plain, [*flags, "config"], n=1)):
-        return f"--{name} is not a flag{nearest(same[0] if same else plain, keys, '--config.')}=VALUE."
-    return f"--{name} is not a flag; the nearest is --{close[0]}."
+    if (plain in flags or plain not in {key.split(".")[-1] for key in keys}) and (
+        close := difflib.get_close_matches(plain, [*flags, "config"], n=1, cutoff=0.7)
+    ):
+        return f"--{name} is not a flag; the nearest is --{close[0]}."
+    return f"--{name} is not a flag{nearest(plain, keys, '--config.')}=VALUE."
 
 
 def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:

@@ -48,7 +48,9 @@ MODES: dict[str, Mode] = {
         "data --config finetune:folder --config.data.dir=PHOTOS",
     ),
     "schedule": Mode("Draws the learning rate over the steps to schedule.png.", "schedule --config densenet121"),
-    "parameters": Mode("Prints the model's parameters as a table, and the cost of one image.", "parameters --config dpn"),
+    "parameters": Mode(
+        "Prints the model's parameters as a table, and the cost of one image.", "parameters --config dpn"
+    ),
     "plan": Mode(
         "Compiles the training step for chips that need not be here, and reports its memory and time.",
         "plan --config densenet121 --topology v5e:4x4",
@@ -119,7 +121,8 @@ class Command:
             if modes and self.mode not in modes and value != flag.default:
                 shown = value[0] if isinstance(value, tuple) else value
                 raise UserError(
-                    f"--{flag.name} {shown} is for --mode {' or '.join(modes)}, but --mode is {self.mode}; leave it out."
+                    f"--{flag.name} {shown} is for --mode {' or '.join(modes)}, but --mode is {self.mode}; "
+                    "leave it out."
                 )
 
     def line(self, workdir: str, mode: str = "train", **more: Any) -> str:
@@ -133,8 +136,8 @@ class Command:
 
 def program_words() -> list[str]:
     """Returns the words that start this program again: the installed command, or `python main.py` in a checkout."""
-    name = os.path.basename(sys.argv[0])
-    return ["densenet-jax"] if name in ("densenet-jax", "__main__.py") else ["python", "main.py"]
+    installed = os.path.basename(sys.argv[0]) == "densenet-jax" or sys.argv[0].endswith("densenet_jax/__main__.py")
+    return ["densenet-jax"] if installed else ["python", "main.py"]
 
 
 def describe(mode: str = "") -> str:

@@ -219,7 +219,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
     return {"model": config.model.name, **figures}
 
 
-_FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
+FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "predict": predict_mode,
@@ -242,5 +242,4 @@ def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, 
     _use_compilation_cache()
     settings = (f"config.{key}={value}" for key, value in flatten(to_dict(config)) if key not in _OF_THE_HOST)
     processes.check_same("settings", "\n".join([f"--mode {mode}", *settings]))
-    return {"mode": mode, **_FUNCTIONS[mode](config, workdir, command)}
-
+    return {"mode": mode, **FUNCTIONS[mode](config, workdir, command)}

@@ -61,7 +61,9 @@ def load(recipe: str) -> Any:
     path, _, choice = recipe.partition(":")
     module = _module(_find(path))
     if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config {path} has no function get_config() that returns the settings; see configs/digits.py.")
+        raise UserError(
+            f"--config {path} has no function get_config() that returns the settings; see configs/digits.py."
+        )
     return (module.get_config(choice) if choice else module.get_config()).lock()
 
 

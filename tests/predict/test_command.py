@@ -75,18 +75,18 @@ def test_mistakes(digits, arguments, message, user):
 
 
 def test_flags_of_other_modes_are_refused():
-    Command(images=("x.png",), topk=3).check_mode("predict")
-    Command().check_mode("eval")
+    Command(mode="predict", images=("x.png",), topk=3).check_mode()
+    Command(mode="eval").check_mode()
     for command, message in (
         (
-            Command(images=("x.png",)),
+            Command(mode="eval", images=("x.png",)),
             "--images x.png is for --mode predict or export, but --mode is eval; leave it out",
         ),
-        (Command(topk=3), "--topk 3 is for"),
-        (Command(compare=("runs/a",)), "--compare runs/a is for --mode report, but"),
+        (Command(mode="eval", topk=3), "--topk 3 is for"),
+        (Command(mode="eval", compare=("runs/a",)), "--compare runs/a is for --mode report, but"),
     ):
         with pytest.raises(UserError, match=message):
-            command.check_mode("eval")
+            command.check_mode()
 
 
 @pytest.mark.slow
