@@ -16,7 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     model = config.model = ml_collections.ConfigDict()
     model.name = "densenet121"  # a name of densenet_jax.list_models()
-    model.pretrained = ""  # start from these weights: a hub id, a .safetensors or a .pth file
+    model.pretrained = ""  # start from these weights: a hub id or a file (safetensors, PyTorch, Keras, Paddle)
+    model.pretrained_average = "auto"  # of a file with both: the averaged weights; "raw" or "average" insists
     model.num_classes = 0  # 0: as many as the data set has
     model.dtype = "float32"  # or bfloat16, float16, float64: of activations and products; parameters stay float32
     model.classifier_dropout = 0.0  # rate before the classifier
@@ -35,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     data.train_split = "train"  # what is trained on
     data.eval_split = "validation"  # what is evaluated
     data.holdout = 0.0  # share (below 1) or number of training images kept back; data.eval_split="holdout" is these
-    data.class_order = "text"  # of class folders; "natural": numbers by value, as timm; or a file with a name a line
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as grey
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size

@@ -204,6 +204,7 @@ class Experiment:
             self.num_classes,
             channels=config.data.channels,
             head_seed=config.seed,
+            average=config.model.pretrained_average,
         )
         return self._laid_out(variables)
 

@@ -1,1 +1,1 @@
-"""Writes models as files for other programs and checks the files against the model."""
+"""The model as a file for other programs, checked against the model."""

@@ -1,4 +1,4 @@
-"""Exports a model to a file and compares the file with the model before putting it in place."""
+"""A trained model as a file for other programs, compared with the model before it is put where it was wanted."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,7 @@ from densenet_jax.predict.model import Deployed
 from densenet_jax.system.console import Bar, print_status, spinner
 
 PRECISIONS = ("float32", "float16", "int8")
-_CHECKED = {
-    "float32": 64,
-    "float16": 512,
-    "int8": 512,
-}  # most images to compare; a share of equal answers needs more than a difference
+_CHECKED = {"float32": 64, "float16": 512, "int8": 512}  # images at most; agreement needs more than a difference does
 _REPRESENTATIVE = 200
 
 
@@ -36,13 +32,14 @@ class _Writer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file format.
+    """One kind of file.
 
     Attributes:
-        module: module with `write` and `load`.
-        suffix: ending of the default file name.
+        module: where it is written and read back.
+        suffix: of the default name.
+        precisions: of the numbers in it.
         needs: modules that must be importable.
-        install: command that installs them.
+        install: the command that installs them.
     """
 
     module: str
@@ -51,8 +48,8 @@ class Format:
     needs: tuple[str, ...]
     install: str
 
-    def load_writer(self, name: str) -> Any:
-        """Imports the module that writes and reads the format.
+    def writer(self, name: str) -> Any:
+        """The module that writes and reads it.
 
         Raises:
             UserError: a library is missing; the message has the command that installs it.
@@ -64,7 +61,7 @@ class Format:
 
 _HERE = "densenet_jax.export."
 _EXTRA = "pip install -r requirements-export.txt"
-# jax2onnx requires an older Orbax, which it does not use.
+# jax2onnx declares an older Orbax than ours, of which it uses nothing.
 _WITH_ONNX = f"{_EXTRA} && pip install --no-deps jax2onnx==0.17.1"
 FORMATS = {
     "stablehlo": Format(_HERE + "stablehlo", ".stablehlo", ("float32",), ("flatbuffers",), _EXTRA),
@@ -76,15 +73,15 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Options of `--mode export`.
+    """What the file is.
 
     Attributes:
         format: a name of `FORMATS`.
-        output: path to write; "" uses `default_output` with the format's suffix.
-        precision: one of `PRECISIONS`.
-        preprocess: whether to include normalization and softmax.
-        batch_size: fixed batch size; 0 accepts any.
-        overwrite: whether to replace an existing file.
+        output: where it goes; "": `default_output` and the format's suffix.
+        default_output: a path without suffix.
+        precision: of the numbers in it, one of `PRECISIONS`.
+        preprocess: whether normalisation and softmax are in it.
+        batch_size: the only one that it takes; 0: any.
     """
 
     format: str = ""
@@ -93,11 +90,10 @@ class ExportOptions:
     precision: str = "float32"
     preprocess: bool = True
     batch_size: int = 0
-    overwrite: bool = False
 
 
-def check_options(options: ExportOptions) -> Format:
-    """Checks that the options fit together and returns the format.
+def checked_format(options: ExportOptions) -> Format:
+    """The format that is asked for, where all options fit together.
 
     Raises:
         UserError: they don't.
@@ -121,35 +117,35 @@ def check_options(options: ExportOptions) -> Format:
 
 
 def export(load_model: Callable[[], Deployed], samples: Samples, options: ExportOptions) -> dict[str, Any]:
-    """Writes the file, compares it with the model, and only then moves it into place.
+    """Writes the file, compares it with the model, and only then moves it to its place.
 
     Args:
-        load_model: loads the model; called after everything that can be checked without it.
-        samples: images to compare and quantize with.
+        load_model: gives the model; called after all that can be checked without it.
+        samples: images to compare and to quantise with.
         options: what to write and where.
 
     Returns:
         {"format", "path", "max_abs_difference", "examples"}.
 
     Raises:
-        UserError: an option is wrong, a library is missing, or the file can't be written or differs from the model.
+        UserError: an option is wrong, a library is missing, the file can't be written or is not close to the model.
     """
-    kind = check_options(options)
-    writer: _Writer = kind.load_writer(options.format)
-    path = os.path.abspath(options.output or options.default_output + kind.suffix)
-    with _replace_when_done(path, overwrite=options.overwrite) as temporary:
+    form = checked_format(options)
+    writer: _Writer = form.writer(options.format)
+    path = os.path.abspath(options.output or options.default_output + form.suffix)
+    with _placed(path) as temporary:
         model = load_model()
         graph = make_graph(model, preprocess=options.preprocess, batch_size=options.batch_size)
         checked = samples.to_check(model.transform, _CHECKED[options.precision])
         if options.precision != "float32" and not checked.real:
             raise UserError(
-                f"--precision {options.precision} is checked by predictions of real images, but there are only "
+                f"--precision {options.precision} is judged by answers to real images, but there are only "
                 f"{checked.source}; prepare the data set (--mode prepare), or use --precision float32."
             )
         training = samples.representative(model.transform, _REPRESENTATIVE) if options.precision == "int8" else None
         with spinner(f"exporting {model.source} to {options.format}"):
             writer.write(graph, temporary, options.precision, training)
-        result = _compare_with_model(model, graph, checked, writer.load(temporary))
+        result = _compared(model, graph, checked, writer.load(temporary))
         print_status(f"checked with {checked.source}: {result.describe()}")
         result.check(options.precision, f"the {options.format} file")
     print_status(f"{path}: {_size_bytes(path) / 1e6:.1f} MB")
@@ -161,27 +157,27 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     }
 
 
-def _compare_with_model(
+def _compared(
     model: Deployed, graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], np.ndarray]
 ) -> Comparison:
     expected = reference_outputs(model, graph, checked.images)
     bar = Bar("checking", len(checked.images))
     try:
-        outputs = run_in_chunks(call, graph.prepare(checked.images), graph.batch_size, bar.advance)
+        found = run_in_chunks(call, graph.prepared(checked.images), graph.batch_size, bar.advance)
     finally:
         bar.close()
-    return compare(expected, outputs, checked.labels)
+    return compare(expected, found, checked.labels)
 
 
 @contextlib.contextmanager
-def _replace_when_done(path: str, *, overwrite: bool) -> Iterator[str]:
-    """Yields a temporary name beside `path`, moved to `path` on success and removed on failure.
+def _placed(path: str) -> Iterator[str]:
+    """A name beside `path` to write to; moved to `path` at the end, removed where something went wrong.
 
     Raises:
-        UserError: `path` exists and may not be replaced, or can't be written.
+        UserError: `path` exists, or nothing can be written there.
     """
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"--output {path} exists; add --overwrite to replace it, or choose another.")
+    if os.path.exists(path):
+        raise UserError(f"--output {path} exists; remove it or choose another.")
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
@@ -192,9 +188,7 @@ def _replace_when_done(path: str, *, overwrite: bool) -> Iterator[str]:
         raise UserError(f"--output {path} can't be written: {error.strerror}; choose another.") from error
     try:
         yield temporary
-        if os.path.isdir(path) and not os.path.islink(path):  # a directory can't be replaced in one step
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.rename(temporary, path)
     except OSError as error:
         raise UserError(f"--output {path} can't be written: {first_line(error)}; choose another.") from error
     finally:

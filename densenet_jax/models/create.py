@@ -146,6 +146,11 @@ def _form(name: str, block_form: str, kernels: str, mesh: Mesh | None) -> Form:
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     facts = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     for key, value in overrides.items():
+        if key in ("channels", "in_channels", "in_chans"):
+            raise UserError(
+                f"create_model({name!r}) has no setting {key!r}: the module takes the channels of the images "
+                "that it is initialized with; load_pretrained's channels= adapts weights"
+            )
         if key not in facts:
             nearest = difflib.get_close_matches(key, facts, n=1) or [", ".join(facts)]
             raise UserError(f"create_model({name!r}) has no setting {key!r}: did you mean {nearest[0]}?")

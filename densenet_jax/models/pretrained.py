@@ -1,11 +1,11 @@
-"""Published and local weights into a model's variables, and back into a file that PyTorch loads."""
+"""Loads published and local weights into a model's variables, and saves a file that PyTorch loads."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.models.create import create_model
+from densenet_jax.models.dialects import MAX_CHANNELS, adapt_channels, modern_names, stem_of, translate
 from densenet_jax.models.head import Classifier
 from densenet_jax.models.layers import DType
-from densenet_jax.models.torch_weights import from_torch, listed, mismatches, modern_names, to_torch
+from densenet_jax.models.torch_weights import from_torch, join_lines, mismatches, to_torch
 from densenet_jax.models.variants import get_variant
+from densenet_jax.models.weight_files import read_arrays
 
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_PICKLES = (".pth", ".pt", ".bin")
+_TORCH_ENDINGS = (".pth", ".pt", ".bin", ".pth.tar")
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5", ".keras", ".pdparams", ".json")
 _HEAD = ("classifier.weight", "classifier.bias")
 
 
@@ -37,46 +42,69 @@ def load_pretrained(
     param_dtype: DType = jnp.float32,
     channels: int | None = None,
     head_seed: int = 0,
+    average: str = "auto",
     **architecture: Any,
 ) -> dict[str, Any]:
-    """Variables of a variant with the weights of a PyTorch checkpoint.
+    """Loads published or local weights into a variant's variables.
 
     Args:
       name: one of list_models().
-      source: a Hugging Face hub id ("timm/densenet121.ra_in1k", a revision may follow an "@"), or a local .safetensors,
-        .pth, .pt or .bin file. The hub's cache and HF_HUB_OFFLINE work as always. PyTorch files need torch, and are
-        read as weights only: nothing in them is executed.
-      num_classes: None keeps the checkpoint's head; any other count than the checkpoint's keeps the body and starts a
-        new head as create_model draws it, and logs that it did.
+      source: a Hugging Face hub id ("timm/densenet121.ra_in1k", a revision may follow an "@"), or a file of
+        safetensors, PyTorch, Keras (needs h5py) or Paddle; its content decides, not its ending. The hub's cache and
+        HF_HUB_OFFLINE work as always. Nothing in a file is executed.
+      num_classes: None keeps the file's head; any other count than the file's keeps the body and starts a new head as
+        create_model draws it, and logs that it did.
       param_dtype: of the parameters.
-      channels: of the images; None is the variant's own.
+      channels: of the images, 1 to 64; None is the file's own. Weights for another number are adapted as timm does,
+        which is logged.
       head_seed: seed of a new head.
+      average: "auto", "raw" or "average": which weights of a training checkpoint that holds raw and averaged ones;
+        "auto" takes the averaged, which is logged.
       **architecture: the overrides that create_model was given, if any.
 
     Returns:
       {"params", "batch_stats"} for `create_model(name, num_classes=...).apply`.
 
     Raises:
-      UserError: the source is not found or unreadable, or does not fit the variant; every key that is missing, left
-        over or of another shape is listed with both shapes. Nothing is loaded in part.
+      UserError: the source is not found or unreadable, or does not fit the variant; ten of the keys that are missing,
+        left over or of another shape are listed with both shapes. Nothing is loaded in part.
     """
     row = get_variant(name)
-    state = modern_names(read_state_dict(source))
-    found = _class_count(state)
-    wanted = num_classes or found or row.num_classes
+    state = translate(read_state_dict(source, average))
+    state, channels = _with_channels(state, channels or None, row.channels, source)
+    own_count = _class_count(state)
+    wanted = num_classes or own_count or row.num_classes
     model = create_model(name, num_classes=wanted, param_dtype=param_dtype, **architecture)
-    template = dict(_template(model, row.preprocessing.input_px, channels or row.channels))
-    if num_classes is None or wanted == found:
+    template = dict(_make_template(model, row.preprocessing.input_px, channels))
+    if num_classes is None or wanted == own_count:
         return jax.tree.map(jnp.asarray, from_torch(state, template, str(source)))
     head = template["params"]["classifier"]
     template["params"] = {key: value for key, value in template["params"].items() if key != "classifier"}
     body = {key: value for key, value in state.items() if key not in _HEAD}
     variables = jax.tree.map(jnp.asarray, from_torch(body, template, str(source)))
-    variables["params"]["classifier"] = _new_head(head["kernel"].shape, param_dtype, head_seed)
+    variables["params"]["classifier"] = _make_head(head["kernel"].shape, param_dtype, head_seed)
     log.warning(
-        "%s has %s classes, not %d: its body is kept, the classifier starts anew", source, found or "no", wanted
+        "%s has %s classes, not %d: its body is kept, the classifier starts anew", source, own_count or "no", wanted
     )
     return variables
+
+
+def _with_channels(
+    state: dict[str, np.ndarray], wanted: int | None, usual: int, source: Any
+) -> tuple[dict[str, np.ndarray], int]:
+    """The weights with a first convolution for `wanted` channels, and that number."""
+    if wanted is not None and not 1 <= wanted <= MAX_CHANNELS:
+        raise UserError(f"channels={wanted}: expected 1 to {MAX_CHANNELS}")
+    stem = stem_of(state)
+    own = state[stem].shape[1] if stem else 0
+    if not 1 <= own <= MAX_CHANNELS or wanted in (None, own):
+        return state, wanted or own or usual
+    log.warning(
+        "%s has a first convolution of %d channels, not %d: %s",
+        *(source, own, wanted),
+        "their kernels are added up" if wanted == 1 else f"their kernels are repeated and scaled by {own}/{wanted}",
+    )
+    return state | {stem: adapt_channels(state[stem], wanted)}, wanted
 
 
 def _class_count(state: Mapping[str, np.ndarray]) -> int | None:
@@ -84,68 +112,95 @@ def _class_count(state: Mapping[str, np.ndarray]) -> int | None:
     return bias.shape[0] if bias is not None and bias.ndim == 1 else None
 
 
-def _template(model: nn.Module, side_px: int, channels: int) -> Mapping[str, Any]:
+def _make_template(model: nn.Module, side_px: int, channels: int) -> Mapping[str, Any]:
     images = jax.ShapeDtypeStruct((1, side_px, side_px, channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def _new_head(shape: tuple[int, ...], param_dtype: DType, seed: int) -> dict[str, Any]:
+def _make_head(shape: tuple[int, ...], param_dtype: DType, seed: int) -> dict[str, Any]:
     head = Classifier(shape[1], param_dtype=param_dtype)
     return dict(head.init(jax.random.key(seed), jnp.zeros((1, shape[0])))["params"])
 
 
 def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Writes a .safetensors file that timm (and torchvision, for its four DenseNets) loads strictly.
+    """Writes a file that timm (and torchvision, for its four DenseNets) loads strictly.
 
     Args:
       variables: {"params", "batch_stats"} of a model made by create_model.
-      path: the file; it is replaced in one step, never half-written.
+      path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed. It is replaced
+        in one step, never half-written.
       name: check the variables against this variant first, whatever the class count and channels.
 
     Raises:
-      UserError: the variables are not a model's, do not fit the named variant, or the file cannot be written.
+      UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, or the
+        file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+    save = _make_writer(os.fspath(path))
     state = to_torch(variables)
     if name is not None:
         _check_fits(state, name)
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
     try:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save(state, temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {os.fspath(path)}: {error}; give a file in a folder you may write to") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises a RuntimeError for a missing folder
+        raise UserError(
+            f"cannot write {os.fspath(path)}: {first_line(error)}; give a file in a folder you may write to"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_writer(path: str) -> Callable[[Mapping[str, np.ndarray], Path], None]:
+    if path.endswith(".safetensors"):
+        return lambda state, file: save_file(dict(state), file, metadata={"format": "pt"})
+    if not path.endswith(_TORCH_ENDINGS):
+        raise UserError(f"cannot write {path}: expected an ending of .safetensors, {', '.join(_TORCH_ENDINGS)}")
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"cannot write {path}: a file of that ending is PyTorch's and torch is not installed; install torch, or "
+            "give a .safetensors file, which timm and torchvision load as well"
+        ) from error
+
+    def save(state: Mapping[str, np.ndarray], file: Path) -> None:
+        torch.save({key: torch.from_numpy(np.array(value)) for key, value in state.items()}, file)
+
+    return save
 
 
 def _check_fits(state: Mapping[str, np.ndarray], name: str) -> None:
     row = get_variant(name)
     shapes = {key: array.shape for key, array in modern_names(state).items()}
-    stem = shapes.get("features.conv0.weight") or shapes.get("features.conv1_1.conv.weight") or (0, row.channels)
+    channels = shapes[stem][1] if (stem := stem_of(state)) else row.channels
     model = create_model(name, num_classes=shapes.get("classifier.bias", (row.num_classes,))[0])
-    lines = mismatches(shapes, _template(model, row.preprocessing.input_px, stem[1]))
+    lines = mismatches(shapes, _make_template(model, row.preprocessing.input_px, channels))
     if lines:
-        raise UserError(f"the variables do not fit {name}: {listed(lines)}")
+        raise UserError(f"the variables do not fit {name}: {join_lines(lines)}")
 
 
-def read_state_dict(source: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a hub id, a .safetensors file or a PyTorch file.
+def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> dict[str, np.ndarray]:
+    """The arrays of a hub id or a file, by the names that they have there.
+
+    Args:
+      source: as load_pretrained takes it.
+      average: likewise.
 
     Raises:
-      UserError: no such source, no network, torch not installed for a PyTorch file, or the file is damaged.
+      UserError: no such source, no network, or the file is damaged or of another kind.
     """
     path = Path(source)
     if path.is_file():
-        return _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)
+        return read_arrays(path, average)
     text = os.fspath(source)
-    if _HUB_ID.match(text) and path.suffix not in (".safetensors", *_PICKLES):
-        return read_state_dict(_download(text))
+    if path.is_dir():
+        raise UserError(f"{text} is a folder: name the file of weights in it")
+    if _HUB_ID.match(text) and path.suffix not in _FILE_SUFFIXES:
+        return read_arrays(Path(_download(text)), average)
     raise UserError(
-        f"no weights at {text!r}: expected an existing .safetensors or .pth file, or a hub id such as "
-        "timm/densenet121.ra_in1k"
+        f"no weights at {text!r}: expected an existing file of weights (.safetensors, .pth, .weights.h5, ...), or a "
+        "hub id such as timm/densenet121.ra_in1k"
     )
 
 
@@ -188,46 +243,3 @@ def _is_network_error(error: Exception) -> bool:
         "requests",
         "huggingface_hub",
     )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({first_line(error)}): fetch it again, or, if it is a PyTorch "
-            "file, let its name end in .pth"
-        ) from error
-
-
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} is a PyTorch file and torch is not installed: install torch, or give the .safetensors file instead"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever a damaged or hostile pickle leads it to
-        raise UserError(
-            f"{path} is not a PyTorch file of weights only ({first_line(error)}): it is damaged or holds code; "
-            "nothing in it was executed"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
-    strangers = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strangers:
-        raise UserError(f"{path} holds {strangers[0]!r}, which is no tensor: expected a state dict")
-    return {key: _to_numpy(value, torch) for key, value in content.items()}
-
-
-def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -6,7 +6,6 @@ Our parameter names mirror theirs, so the mapping is a rename and a transpose: `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from densenet_jax.errors import UserError
+from densenet_jax.models.dialects import COUNTER, PREFIXES, common_prefix, modern_names
 
 Path = tuple[str, ...]  # collection first: ("params", "denseblock1", "denselayer1", "norm1", "scale")
 Shape = tuple[int, ...]
@@ -25,9 +25,7 @@ _LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-_COUNTER = "num_batches_tracked"
-_OLD_SPELLING = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
-_LISTED = 100
+_LISTED = 10
 
 
 def torch_name(path: Path) -> str:
@@ -97,27 +95,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
             '{"params", "batch_stats"} of a model made by create_model'
         ) from error
     for key in [key for key in state if key.endswith(".running_mean")]:
-        state[key.removesuffix("running_mean") + _COUNTER] = np.zeros((), np.int64)
+        state[key.removesuffix("running_mean") + COUNTER] = np.zeros((), np.int64)
     return state
-
-
-def modern_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with today's keys: the old torchvision spelling `norm.1.weight` joined, DataParallel's prefix gone.
-
-    Counters of batches are dropped: nothing here reads them.
-
-    Raises:
-      UserError: two keys are spellings of the same parameter.
-    """
-    renamed: dict[str, Any] = {}
-    for key, value in state.items():
-        name = _OLD_SPELLING.sub(r"\1\2", key.removeprefix("module."))
-        if name.endswith(_COUNTER):
-            continue
-        if name in renamed:
-            raise UserError(f"the state dict has {name} twice, in two spellings; remove one")
-        renamed[name] = value
-    return renamed
 
 
 def _shape_fits(name: str, found: Shape, expected: Shape) -> bool:
@@ -157,17 +136,20 @@ def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], ori
       origin: what errors call the state dict.
 
     Raises:
-      UserError: keys are missing, left over or of another shape (each listed with both shapes), or values are not
+      UserError: keys are missing, left over or of another shape (ten are listed, with both shapes), or values are not
         finite floating point numbers.
     """
     state = modern_names(state)
-    lines = mismatches({name: tuple(array.shape) for name, array in state.items()}, template)
-    lines += [f"{name} holds {array.dtype}, expected floats" for name, array in state.items() if not _is_float(array)]
-    if lines:
-        raise UserError(f"{origin} does not fit the model: {listed(lines)}")
+    _check_dtypes(state, origin)
+    if lines := mismatches({name: tuple(array.shape) for name, array in state.items()}, template):
+        prefix = common_prefix(list(state))
+        if prefix:
+            known = ", ".join(PREFIXES)
+            lines[:0] = [f"all {len(state)} names begin with {prefix!r}, which is no known prefix ({known}); remove it"]
+        raise UserError(f"{origin} does not fit the model: {join_lines(lines)}")
     bad = [name for name, array in state.items() if not np.isfinite(array.astype(np.float32)).all()]
     if bad:
-        raise UserError(f"{origin} has values that are not finite: {listed(bad)}")
+        raise UserError(f"{origin} has values that are not finite: {join_lines(bad)}")
     leaves = {
         path: np.ascontiguousarray(from_torch_array(path, state[torch_name(path)]).astype(leaf.dtype))
         for path, leaf in flatten(template).items()
@@ -175,11 +157,20 @@ def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], ori
     return traverse_util.unflatten_dict(leaves)
 
 
-def _is_float(array: np.ndarray) -> bool:
-    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+def _check_dtypes(state: Mapping[str, np.ndarray], origin: str) -> None:
+    volumes = [name for name, array in state.items() if array.ndim == 5]
+    if volumes:
+        raise UserError(f"{origin}: {volumes[0]} is a kernel for volumes (3-D), expected images (2-D)")
+    others = [name for name, array in state.items() if array.dtype.kind != "f" and array.dtype.name != "bfloat16"]
+    if others:
+        name, dtype = others[0], state[others[0]].dtype
+        raise UserError(
+            f"{origin}: {name} holds {dtype}, expected floats ({len(others)} arrays do): save the weights as float32"
+        )
 
 
-def listed(lines: list[str]) -> str:
-    """Many findings in one line, the count of those left out at the end."""
+def join_lines(lines: list[str]) -> str:
+    """Joins at most ten findings into one line, with the count of those left out."""
     rest = len(lines) - _LISTED
-    return "; ".join(lines[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+    listed = "; ".join(lines[:_LISTED]).encode("unicode_escape").decode()  # names may hold anything
+    return listed + (f"; and {rest} more" if rest > 0 else "")

@@ -1,1 +1,1 @@
-"""Predictions, features and explanations for user images."""
+"""Predictions for images that users bring."""

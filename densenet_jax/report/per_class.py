@@ -1,4 +1,4 @@
-"""Metrics of each class and the confusion matrix as CSV files."""
+"""Accuracy by class and the confusion matrix as CSV files."""
 
 import csv
 import dataclasses

@@ -4,7 +4,6 @@ import json
 import logging
 import struct
 import sys
-from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -126,71 +125,23 @@ def test_nothing_at_the_source():
         _load("/nowhere/x.safetensors")
 
 
-class _Tensor:
-    """As much of a torch tensor as the reader touches."""
-
-    def __init__(self, array):
-        self.array, self.dtype = array, str(array.dtype)
-
-    def detach(self):
-        return self
-
-    def numpy(self):
-        return self.array
-
-
-def _fake_torch(monkeypatch, load):
-    torch = ModuleType("torch")
-    torch.load, torch.Tensor, torch.bfloat16 = load, _Tensor, "bfloat16"
-    monkeypatch.setitem(sys.modules, "torch", torch)
-
-
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
-def test_a_pytorch_file_is_read_as_weights_only(monkeypatch, variables, tmp_path, wrap):
-    path = tmp_path / "small.pth"
-    path.touch()
-
-    def load(file, map_location, weights_only):
-        assert (file, map_location, weights_only) == (path, "cpu", True)
-        return wrap({key: _Tensor(value) for key, value in to_torch(variables).items()})
-
-    _fake_torch(monkeypatch, load)
-    _assert_same(_load(path), variables)
-
-
-def test_a_pytorch_file_that_holds_code_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "evil.pth").touch()
-
-    def load(*_, **__):
-        raise ValueError("Unsupported global: os.system\nmore")
-
-    _fake_torch(monkeypatch, load)
-    with pytest.raises(UserError, match=r"evil\.pth.*Unsupported global: os\.system\).*nothing in it was executed"):
-        _load(tmp_path / "evil.pth")
-
-
-def test_a_pytorch_file_without_a_state_dict_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "list.pth").touch()
-    _fake_torch(monkeypatch, lambda *_, **__: [1, 2])
-    with pytest.raises(UserError, match="holds a list"):
-        _load(tmp_path / "list.pth")
-
-
-def test_a_pytorch_file_without_torch_says_what_to_do(monkeypatch, tmp_path):
-    (tmp_path / "small.pth").touch()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"install torch, or give the \.safetensors"):
-        _load(tmp_path / "small.pth")
-
-
 def test_real_torch_files(variables, tmp_path):
     torch = pytest.importorskip("torch")
-    state = {key: torch.from_numpy(value.copy()) for key, value in to_torch(variables).items()}
-    torch.save({"state_dict": state}, tmp_path / "small.pth")
+    save_torch_state_dict(variables, tmp_path / "small.pth")
+    state = torch.load(tmp_path / "small.pth", weights_only=True)
+    np.testing.assert_array_equal(state["features.norm0.weight"], variables["params"]["norm0"]["scale"])
     _assert_same(_load(tmp_path / "small.pth"), variables)
-    torch.save({"state_dict": SimpleNamespace(x=1)}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="nothing in it was executed"):
-        _load(tmp_path / "code.pth")
+
+
+def test_the_ending_of_a_saved_file_decides(variables, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for ending in (".pth", ".pt", ".bin", ".pth.tar"):
+        with pytest.raises(UserError, match=r"torch is not installed; install torch, or give a \.safetensors"):
+            save_torch_state_dict(variables, tmp_path / f"x{ending}")
+    for name in ("x", "x.h5", "x.tar", "x.safetensors.txt"):
+        with pytest.raises(UserError, match=r"expected an ending of \.safetensors, \.pth"):
+            save_torch_state_dict(variables, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Names and layouts of PyTorch state dicts, both ways."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.models.torch_weights import from_torch, mismatches, modern_names, to_torch
+from densenet_jax.models.torch_weights import from_torch, mismatches, to_torch
 from tests.models import golden
 
 NAMES = list(golden.SMALL_MODELS)
@@ -46,12 +47,6 @@ def test_the_old_spelling_means_the_same():
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
-def test_two_spellings_of_one_parameter_are_refused():
-    key = "features.denseblock1.denselayer1.norm"
-    with pytest.raises(UserError, match="twice"):
-        modern_names({f"{key}1.weight": np.zeros(3), f"{key}.1.weight": np.zeros(3)})
-
-
 @pytest.mark.parametrize("name", ["small_dpn", "small_densenet"])
 @pytest.mark.parametrize("as_convolution", [True, False])
 def test_a_classifier_may_be_linear_or_a_convolution(name, as_convolution):
@@ -86,7 +81,12 @@ def test_a_fitting_state_dict_has_no_mismatch():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(np.ones(16, np.int64), "holds int64, expected floats"), (np.full(16, np.nan, np.float32), "not finite")],
+    [
+        (np.ones(16, np.int64), "holds int64, expected floats"),
+        (np.ones(16, np.complex64), "holds complex64, expected floats"),
+        (np.ones(16, ml_dtypes.float8_e4m3fn), "holds float8_e4m3fn, expected floats"),
+        (np.full(16, np.nan, np.float32), "not finite"),
+    ],
 )
 def test_wrong_values_are_refused(value, message):
     state = to_torch(golden.drawn_variables("small_densenet")) | {"features.norm0.weight": value}

@@ -1,0 +1,267 @@
+"""Reads the tensors of PyTorch and Paddle files without executing anything in them; neither program is needed.
+
+A pickle names the classes and functions that rebuild its objects. Here a name is looked up in a table of this file and
+nowhere else: tensors become `Tensor`, NumPy arrays `Array`, and every other name a `Stranger`, which accepts any
+arguments and does nothing with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from densenet_jax.errors import UserError, first_line
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch before 1.6 wrote
+_DTYPES: dict[str, Any] = {
+    **{name: name for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")},
+    **{name: name for name in ("uint16", "uint32", "uint64", "complex64", "complex128")},
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+}
+_STORAGES = {
+    **{"FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"},
+    **{"LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8"},
+    **{"ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8", "_UntypedStorage": "uint8"},
+    **{"ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128"},
+}
+# Settings and progress that trainers save beside the weights; passed over without a word.
+_PASSED_OVER = (
+    *("argparse", "datetime", "pathlib", "numpy", "torch.optim", "omegaconf", "yacs.config", "easydict"),
+    *("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"),
+)
+_PASSED_OVER_NAMES = ("torch.device", "torch.serialization._get_layout", "torch.nn.parameter.Parameter")
+_CONTAINERS: dict[str, type] = {"set": set, "frozenset": frozenset, "tuple": tuple, "list": list, "dict": dict}
+
+
+class Stranger:
+    """Stands for an object of a class that is not read; `origin` is the class's name."""
+
+    origin = ""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def _ignore(self, *args: Any) -> None:
+        """Takes part of the object's content."""
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class _Dict(dict):
+    """An OrderedDict without attributes: a state dict's `_metadata` is not needed."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _DType:
+    def __init__(self, code: Any, *args: Any):
+        self.dtype = np.dtype(str(code))
+        if self.dtype.hasobject:
+            raise ValueError("an array of objects")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class Array:
+    """A NumPy array of a pickle, in `value` once the pickle is read."""
+
+    value: np.ndarray
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        self.value = np.frombuffer(bytes(content), dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class _Storage:
+    def __init__(self, dtype: str):
+        self.dtype = np.dtype(_DTYPES[dtype])
+        self.content: bytes | Callable[[], bytes] = b""
+
+
+class Tensor:
+    """A PyTorch tensor: a view of a storage, which is read when `value` is asked for."""
+
+    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any):
+        self._storage, self._offset, self._shape, self._strides, self.dtype = storage, offset, shape, strides, dtype
+
+    @property
+    def value(self) -> np.ndarray:
+        """A copy of the numbers.
+
+        Raises:
+            ValueError: the view reaches beyond its storage.
+        """
+        content = self._storage.content
+        flat = np.frombuffer(content() if callable(content) else content, self.dtype)
+        last = self._offset + sum((side - 1) * stride for side, stride in zip(self._shape, self._strides, strict=True))
+        if min(self._offset, *self._shape, *self._strides, 0) < 0 or math.prod(self._shape) > flat.size:
+            raise ValueError("a tensor is larger than its storage")
+        if not math.prod(self._shape):
+            return np.zeros(self._shape, self.dtype)
+        if last >= flat.size:
+            raise ValueError("a tensor reaches beyond its storage")
+        steps = [stride * flat.itemsize for stride in self._strides]
+        return np.lib.stride_tricks.as_strided(flat[self._offset :], self._shape, steps).copy()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BufferedIOBase, storages: dict[str, _Storage]):
+        super().__init__(file, encoding="latin1")
+        self.strangers: list[str] = []
+        self._storages = storages
+        self._known: dict[str, Any] = {
+            "collections.OrderedDict": _Dict,
+            "collections.defaultdict": self._make_defaultdict,
+            "torch.Size": tuple,
+            "torch._utils._rebuild_tensor": self._make_tensor,
+            "torch._utils._rebuild_tensor_v2": self._make_tensor,
+            "torch._utils._rebuild_tensor_v3": self._make_typed_tensor,
+            "torch._utils._rebuild_parameter": self._take_first,
+            "torch._utils._rebuild_parameter_with_state": self._take_first,
+            "torch._tensor._rebuild_from_type_v2": self._make_from_type,
+            "torch.storage.UntypedStorage": "uint8",
+            "torch.storage._UntypedStorage": "uint8",
+            "numpy.ndarray": Array,
+            "numpy.dtype": _DType,
+            "_codecs.encode": self._encode,
+        }
+        for core in ("numpy.core", "numpy._core"):
+            self._known[f"{core}.multiarray._reconstruct"] = Array
+            self._known[f"{core}.numeric._frombuffer"] = self._make_array
+        self._known |= {f"torch.{name}": dtype for name, dtype in _STORAGES.items()}
+        self._known |= {f"torch.{name}": name for name in _DTYPES}
+        for module in ("builtins", "__builtin__"):
+            self._known |= {f"{module}.{name}": kind for name, kind in _CONTAINERS.items()}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What this file has for the name, else a new kind of `Stranger`; imports nothing."""
+        full = f"{module}.{name}".encode("unicode_escape").decode()[:100]
+        if full in self._known:
+            return self._known[full]
+        passed_over = full in _PASSED_OVER_NAMES or any(f"{module}.".startswith(f"{part}.") for part in _PASSED_OVER)
+        if not passed_over and full not in self.strangers:
+            self.strangers.append(full)
+        return type("Stranger", (Stranger,), {"origin": full})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage that a tensor refers to."""
+        if pid[0] == "module":  # a class beside its source code, in old files
+            return pid[1]
+        _, dtype, key = pid[:3]
+        if not isinstance(dtype, str):
+            raise ValueError(f"it holds {dtype.origin}")
+        return self._storages.setdefault(str(key), _Storage(dtype))
+
+    def _make_tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
+        return Tensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
+
+    def _make_typed_tensor(
+        self, storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str, *_: Any
+    ) -> Tensor:
+        return Tensor(storage, offset, tuple(shape), tuple(strides), np.dtype(_DTYPES[dtype]))
+
+    def _make_from_type(self, function: Any, kind: Any, args: Any, *_: Any) -> Any:
+        return function(*args)
+
+    def _make_defaultdict(self, *_: Any) -> _Dict:
+        return _Dict()
+
+    def _make_array(self, content: Any, dtype: _DType, shape: Any, order: str) -> Array:
+        array = Array()
+        array.value = np.frombuffer(bytes(content), dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+        return array
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        return text.encode("latin1")
+
+    def _take_first(self, first: Any, *_: Any) -> Any:
+        return first
+
+
+def read_pickle(path: Path) -> tuple[Any, list[str]]:
+    """The object in a .pth, .ckpt, .bin or .pdparams file, by whatever name.
+
+    Returns:
+        The object, and the names of the classes in it that stand in no table of this file.
+
+    Raises:
+        UserError: the file is damaged, or of a kind that is not read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                return _read_zip(path)
+            file.seek(0)
+            return _read_stream(file)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle leads anywhere
+        raise UserError(
+            f"{path} is not a readable PyTorch or Paddle file ({first_line(error)}): it is damaged or was not written "
+            "by torch.save or paddle.save; nothing in it was executed"
+        ) from error
+
+
+def _read_zip(path: Path) -> tuple[Any, list[str]]:
+    archive = zipfile.ZipFile(path)
+    names = archive.namelist()
+    root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
+    if root is None:
+        raise UserError(f"{path} is a zip archive without weights: expected a file that torch.save wrote")
+    if f"{root}constants.pkl" in names:
+        raise UserError(f"{path} is a TorchScript program: save the weights with torch.save(module.state_dict(), FILE)")
+    big = f"{root}byteorder" in names and archive.read(f"{root}byteorder") == b"big"
+    if big:
+        raise UserError(f"{path} was written on a big-endian machine, which is not read: save it again on another")
+    storages: dict[str, _Storage] = {}
+    unpickler = _Unpickler(io.BytesIO(_read_member(archive, f"{root}data.pkl")), storages)
+    content = unpickler.load()
+    for key, storage in storages.items():
+        storage.content = functools.partial(_read_member, archive, f"{root}data/{key}")
+    return content, unpickler.strangers
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which torch.save never does")
+    return archive.read(name)
+
+
+def _read_stream(file: io.BufferedIOBase) -> tuple[Any, list[str]]:
+    storages: dict[str, _Storage] = {}
+    unpickler = _Unpickler(file, storages)
+    content = unpickler.load()
+    if content != _LEGACY_MAGIC:
+        return content, unpickler.strangers
+    for _ in range(2):  # version of the format, sizes of the machine's numbers
+        _Unpickler(file, storages).load()
+    unpickler = _Unpickler(file, storages)
+    content = unpickler.load()
+    for key in _Unpickler(file, storages).load():
+        storage = storages[str(key)]
+        (count,) = struct.unpack("<q", file.read(8))
+        size = count * storage.dtype.itemsize
+        storage.content = file.read(max(size, 0))
+        if len(storage.content) != size:
+            raise ValueError("the file ends early")
+    return content, unpickler.strangers

@@ -1,0 +1,192 @@
+"""Reads the arrays of a file of weights, whatever program wrote it; the content decides, not the name's ending."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from densenet_jax.errors import UserError, first_line
+from densenet_jax.models.dialects import from_keras
+from densenet_jax.models.pickles import Array, Stranger, Tensor, read_pickle
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+AVERAGES = ("auto", "raw", "average")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # timm looks for the first two, in this order
+_RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+    b"<": "a web page: fetch the file itself, not the page that shows it",
+}
+
+
+def read_arrays(path: Path, average: str = "auto") -> Arrays:
+    """The arrays of a .safetensors, PyTorch, Keras or Paddle file by the names that it gives them.
+
+    Args:
+        path: the file.
+        average: what to take of a training checkpoint that holds raw and averaged weights: "auto" the averaged ones
+            where there are some, as timm does; "raw" or "average" insists.
+
+    Raises:
+        UserError: the file is damaged, of an unknown kind, or does not hold what `average` asks for.
+    """
+    if average not in AVERAGES:
+        raise UserError(f"average={average!r}: expected one of {', '.join(AVERAGES)}")
+    arrays = _reader_for(path)(path, average)
+    if not arrays:
+        raise UserError(f"{path} holds no arrays: expected a state dict")
+    return arrays
+
+
+def _reader_for(path: Path) -> Callable[[Path, str], Arrays]:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    if head.startswith(_HDF5) or (head.startswith(b"PK") and _is_keras(path)):
+        return _read_keras
+    if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive; any pickle from protocol 2 on
+        return _read_pickled
+    if head.startswith(b"{"):
+        raise UserError(f"{path} is an index of shards, which are not read: save the weights as one .safetensors file")
+    for start, what in _NOT_WEIGHTS.items():
+        if head.startswith(start):
+            raise UserError(f"{path} is {what}")
+    return _read_safetensors
+
+
+def _is_keras(path: Path) -> bool:
+    try:
+        return "model.weights.h5" in zipfile.ZipFile(path).namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def _read_keras(path: Path, average: str) -> Arrays:
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{path} is a Keras (HDF5) file and h5py is not installed: pip install h5py") from error
+    try:
+        with contextlib.ExitStack() as stack:
+            source: Any = path
+            if zipfile.is_zipfile(path):
+                source = stack.enter_context(zipfile.ZipFile(path).open("model.weights.h5"))
+            layers = _keras_layers(stack.enter_context(h5py.File(source, "r")))
+    except Exception as error:  # h5py raises whatever a damaged file leads it to
+        raise UserError(f"{path} is not a readable Keras file ({first_line(error)}): fetch it again") from error
+    if not layers:
+        raise UserError(
+            f"{path} has no named layers with weights: save them again with model.save_weights of Keras 3.6 or newer"
+        )
+    return from_keras(layers)
+
+
+def _keras_layers(file: Any) -> dict[str, list[np.ndarray]]:
+    """The variables of each layer by the layer's own name, which Keras 3 keeps as an attribute."""
+    layers: dict[str, list[np.ndarray]] = {}
+    root = file.get("model_weights", file)
+    if "layer_names" in root.attrs:  # Keras 2
+        for name in map(_to_text, root.attrs["layer_names"]):
+            if arrays := [root[name][_to_text(key)][()] for key in root[name].attrs["weight_names"]]:
+                layers[name] = arrays
+        return layers
+
+    def visit(path: str, group: Any) -> None:
+        if path.startswith("layers/") and path.endswith("/vars") and "name" in group.attrs and len(group):
+            layers[_to_text(group.attrs["name"])] = [group[str(number)][()] for number in range(len(group))]
+
+    file.visititems(visit)
+    return layers
+
+
+def _to_text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _read_safetensors(path: Path, average: str) -> Arrays:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if (dtype := file.get_slice(key).get_dtype()).startswith(("F8", "F4", "F6", "C")):
+                    raise UserError(f"{path} holds {dtype} numbers ({key}): save the weights as float32 first")
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a file of weights that is read here (as safetensors: {first_line(error)}): expected "
+            "safetensors, PyTorch, Keras or Paddle; if it is one of these, fetch it again"
+        ) from error
+    if average == "average":
+        raise UserError(f"{path} holds no averaged weights: set config.model.pretrained_average to auto")
+    return arrays
+
+
+def _read_pickled(path: Path, average: str) -> Arrays:
+    content, strangers = read_pickle(path)
+    weights = _choose_weights(path, content, average)
+    if isinstance(weights, Stranger):
+        raise UserError(
+            f"{path} holds a whole pickled {weights.origin}, which only its own program can open: save "
+            "model.state_dict() there instead; nothing in it was executed"
+        )
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{path} holds a {type(weights).__name__}: expected a state dict")
+    if strangers:
+        raise UserError(
+            f"{path} holds {', '.join(strangers[:3])} beside the weights, which is not read; nothing in it was "
+            "executed.\nWhere the file comes from, save the weights alone:\n"
+            "    torch.save({'state_dict': model.state_dict()}, 'weights.pth')"
+        )
+    arrays: Arrays = {}
+    for key, value in weights.items():
+        if isinstance(value, tuple) and len(value) == 2:  # Paddle's pairs of name and array
+            value = value[1]
+        if isinstance(value, Tensor | Array):
+            try:
+                arrays[str(key)] = value.value
+            except Exception as error:  # a damaged archive raises whatever it leads to
+                raise UserError(f"{path} is damaged: {key} can't be read ({first_line(error)})") from error
+        elif key not in ("StructuredToParameterName@@",) and not (value is None or key == "_metadata"):
+            what = value.origin if isinstance(value, Stranger) else type(value).__name__
+            raise UserError(f"{path} holds {str(key)!r}, a {what} and no tensor: expected a state dict")
+    return arrays
+
+
+def _choose_weights(path: Path, content: Any, average: str) -> Any:
+    """The state dict in a checkpoint, averaged or raw; reports in one line which, where there are both."""
+    has_average = False
+    while isinstance(content, Mapping):
+        averaged, raw = (next((key for key in keys if _is_content(content.get(key))), "") for keys in (_AVERAGED, _RAW))
+        if average == "raw" and averaged and not raw:
+            raise UserError(f"{path} holds averaged weights only: set config.model.pretrained_average to auto")
+        taken = raw if average == "raw" else averaged or raw
+        if not taken:
+            break
+        if averaged and raw:
+            other, setting = (averaged, "average") if average == "raw" else (raw, "raw")
+            log.warning(
+                "%s holds %s and %s: took %s; config.model.pretrained_average=%s takes %s",
+                *(path, raw, averaged, taken, setting, other),
+            )
+        has_average |= bool(averaged)
+        content = content[taken]
+    if average == "average" and not has_average:
+        raise UserError(f"{path} holds no averaged weights: set config.model.pretrained_average to auto")
+    return content
+
+
+def _is_content(value: Any) -> bool:
+    return isinstance(value, Stranger) or (isinstance(value, Mapping) and len(value) > 0)

@@ -1,0 +1,166 @@
+"""Weights of other programs: the same logits as theirs, by the golden files that make_dialects.py wrote."""
+
+import logging
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.create import create_model
+from densenet_jax.models.dialects import adapt_channels, common_prefix, modern_names, translate
+from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.torch_weights import to_torch
+from tests.golden.drawn import draw, draw_images
+from tests.models import golden
+
+FOLDER = golden.GOLDEN / "dialects"
+SMALL = {"growth_rate": 4, "block_sizes": (2, 1), "stem_width": 8}
+CASES = {"monai": SMALL, "torchxrayvision": SMALL, "keras": {"block_sizes": (1, 2, 1, 1)}}
+BASE, ARCHITECTURE = golden.SMALL_MODELS["small_densenet"]
+
+
+def _shapes(case):
+    names = np.load(FOLDER / f"{case}.npz")["names"]
+    pairs = [str(line).rpartition(" ")[::2] for line in names]
+    return {name: tuple(map(int, shape.split("x"))) if shape else () for name, shape in pairs}
+
+
+def _write_state_dict(path, case):
+    state = {name: draw(name, shape) for name, shape in _shapes(case).items()}
+    if case == "torchxrayvision":
+        state["op_threshs"] = np.ones(18, np.float32)
+    save_file(state, path)
+
+
+def _write_keras(path, case):
+    endings = {("2", 4): ".running_mean", ("3", 4): ".running_var", ("1", 4): ".bias"}
+    shapes = _shapes(case)
+    with h5py.File(path, "w") as file:
+        for place_and_name, shape in shapes.items():
+            place, name = place_and_name.split(" ")
+            group = file.require_group(place)
+            group.attrs["name"], number = name.split("/")
+            count = sum(key.startswith(f"{place} ") for key in shapes)
+            group[number] = draw(name + endings.get((number, count), ""), shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_the_other_program_s(case, tmp_path):
+    path = tmp_path / "weights.h5"
+    (_write_keras if case == "keras" else _write_state_dict)(path, case)
+    variables = load_pretrained("densenet121", path, **CASES[case])
+    expected = np.load(FOLDER / f"{case}.npz")["logits"]
+    channels = variables["params"]["conv0"]["kernel"].shape[2]
+    images = draw_images(2, 64).transpose(0, 2, 3, 1)[..., :channels]
+    model = create_model("densenet121", num_classes=expected.shape[1], **CASES[case])
+    found = jax.jit(model.apply)(variables, images)
+    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 64])
+def test_a_first_convolution_is_adapted_as_by_timm(channels):
+    expected = np.load(FOLDER / "first_convolutions.npz")[str(channels)]
+    np.testing.assert_allclose(adapt_channels(draw("conv0.weight", (4, 3, 3, 3)), channels), expected, rtol=1e-6)
+
+
+def test_one_channel_repeated_gives_what_it_gave():
+    kernel = draw("conv0.weight", (4, 1, 3, 3))
+    np.testing.assert_allclose(adapt_channels(kernel, 3).sum(axis=1), kernel[:, 0], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return to_torch(golden.drawn_variables("small_densenet"))
+
+
+def test_weights_for_other_channels_are_adapted_and_it_is_reported(state, tmp_path, caplog):
+    save_file(state, tmp_path / "x.safetensors")
+    variables = load_pretrained(BASE, tmp_path / "x.safetensors", channels=1, **ARCHITECTURE)
+    expected = state["features.conv0.weight"].sum(axis=1)
+    np.testing.assert_allclose(variables["params"]["conv0"]["kernel"][:, :, 0].transpose(2, 0, 1), expected, rtol=1e-6)
+    assert "first convolution of 3 channels, not 1: their kernels are added up" in caplog.text
+    for channels in (-1, 65):
+        with pytest.raises(UserError, match=rf"channels={channels}: expected 1 to 64"):
+            load_pretrained(BASE, tmp_path / "x.safetensors", channels=channels, **ARCHITECTURE)
+
+
+@pytest.mark.parametrize("key", ["in_chans", "in_channels", "channels"])
+def test_create_model_names_the_channels_setting(key):
+    with pytest.raises(UserError, match=rf"{key}'.*load_pretrained's channels="):
+        create_model("densenet121", **{key: 1})
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("_orig_mod.", "module.", "model.", "net.", "backbone.", "encoder.", "densenet121."),
+        *("module._orig_mod.", "_orig_mod.module.", "model.backbone.", "module.densenet121."),
+    ],
+)
+def test_the_prefix_of_a_wrapper_is_stripped(prefix, state):
+    prefixed = {f"{prefix}{key}".replace("classifier.", "classifier.0."): value for key, value in state.items()}
+    prefixed["n_averaged"] = np.zeros((), np.int64)
+    assert set(translate(prefixed)) == {key for key in state if "num_batches" not in key}
+
+
+def test_an_unknown_prefix_is_named_first_and_ten_names_are_listed(state, tmp_path, caplog):
+    save_file({f"student.{key}": value for key, value in state.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"model: all \d+ names begin with 'student\.', which is no known") as caught:
+        load_pretrained(BASE, tmp_path / "x.safetensors", **ARCHITECTURE)
+    assert str(caught.value).count("; ") <= 12
+    assert len(str(caught.value)) < 1500
+    assert not caplog.records
+
+
+def test_a_part_that_all_names_share_is_no_prefix_of_a_wrapper():
+    assert common_prefix(["features.conv0.weight", "features.norm0.bias"]) == ""
+    assert common_prefix(["a.b.features.conv0.weight", "a.b.classifier.bias"]) == "a.b."
+    assert common_prefix([]) == ""
+
+
+def test_two_spellings_of_one_parameter_are_refused():
+    key = "features.denseblock1.denselayer1.norm"
+    with pytest.raises(UserError, match="twice"):
+        modern_names({f"{key}1.weight": np.zeros(3), f"{key}.1.weight": np.zeros(3)})
+
+
+def _paddle_names(state):
+    """A state dict as PaddleClas names it, with the matrix of the classifier transposed."""
+    renamed = {}
+    for key, value in state.items():
+        if "num_batches" in key:
+            continue
+        *places, leaf = key.removeprefix("features.").split(".")
+        leaf = {"running_mean": "_mean", "running_var": "_variance"}.get(leaf, leaf)
+        kind = {"c": "_conv", "n": "_batch_norm"}[places[-1][0]] if places[-1] != "classifier" else ""
+        if places[0].startswith("denseblock"):
+            block, layer, number = int(places[0][10:]) + 1, places[1][10:], places[2][-1]
+            name = f"db_conv_{block}.conv{block}_{layer}.bn_ac_func{number}.{kind}.{leaf}"
+        elif places[0].startswith("transition"):
+            name = f"tr_conv{int(places[0][10:]) + 1}_blk.conv_ac_func.{kind}.{leaf}"
+        elif places[0] in ("conv0", "norm0"):
+            name = f"conv1_func.{kind}.{leaf}"
+        else:
+            name = f"{'batch_norm' if places[0] == 'norm5' else 'out'}.{leaf}"
+        renamed[name] = value.T if name == "out.weight" else value
+    return renamed
+
+
+def test_paddle_s_names_are_ours(state):
+    names = _paddle_names(state)
+    assert "db_conv_3.conv3_2.bn_ac_func2._batch_norm._variance" in names
+    found = translate(names)
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, state[key])
+    assert len(found) == sum("num_batches" not in key for key in state)
+
+
+def test_kernels_for_volumes_are_one_line(state, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    volume = {key: value[..., None] if value.ndim == 4 else value for key, value in state.items()}
+    save_file(volume, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"kernel for volumes \(3-D\)"):
+        load_pretrained(BASE, tmp_path / "x.safetensors", **ARCHITECTURE)

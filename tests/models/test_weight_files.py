@@ -1,0 +1,158 @@
+"""Files of weights: read by their content, whole, and without executing anything in them."""
+
+import pickle
+import shutil
+import struct
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+
+from densenet_jax.errors import UserError
+from densenet_jax.models.weight_files import read_arrays
+from tests.models import golden
+
+FOLDER = golden.GOLDEN / "dialects"
+RAW = {"a": np.arange(6.0).reshape(2, 3).T, "b": np.arange(3.0, 7.0)}
+
+
+def _assert_same(found, expected):
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key].astype(np.float64), value)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pth.tar", "legacy.ckpt"])
+def test_a_training_checkpoint_gives_its_averaged_weights_by_default(file, caplog):
+    averaged = {f"module.{key}": 2 * value for key, value in RAW.items()}
+    _assert_same(read_arrays(FOLDER / file), averaged)
+    assert len(caplog.records) == 1
+    assert f"{file} holds state_dict and state_dict_ema: took state_dict_ema; " in caplog.text
+    assert "config.model.pretrained_average=raw takes state_dict" in caplog.text
+    _assert_same(read_arrays(FOLDER / file, "average"), averaged)
+    _assert_same(read_arrays(FOLDER / file, "raw"), RAW)
+
+
+def test_the_content_decides_and_not_the_ending(tmp_path):
+    for ending in ("bin", "safetensors", "h5", ""):
+        path = tmp_path / f"weights.{ending}"
+        shutil.copy(FOLDER / "checkpoint.pth.tar", path)
+        _assert_same(read_arrays(path, "raw"), RAW)
+
+
+def test_numbers_of_eight_bits_are_read_for_others_to_refuse():
+    assert read_arrays(FOLDER / "fp8.pth")["a"].dtype.name == "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("whole.pth", r"a whole pickled torch\.nn\.modules\.linear\.Linear, .*save model\.state_dict\(\)"),
+        ("beside.pth", r"torch\.nn\.modules\.linear\.Linear beside the weights(?s:.*)\n    torch\.save\("),
+    ],
+)
+def test_classes_that_are_not_weights_are_named(file, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_arrays(FOLDER / file)
+    assert str(caught.value).count("\n") <= 2
+    assert "\x1b" not in str(caught.value)
+
+
+def test_no_averaged_weights_where_they_are_asked_for(tmp_path):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"model": {"a": np.ones(2)}}))
+    with pytest.raises(UserError, match="holds no averaged weights"):
+        read_arrays(tmp_path / "x.pth", "average")
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"model_ema": {"a": np.ones(2)}}))
+    with pytest.raises(UserError, match="holds averaged weights only"):
+        read_arrays(tmp_path / "x.pth", "raw")
+    with pytest.raises(UserError, match="expected one of auto, raw, average"):
+        read_arrays(tmp_path / "x.pth", "both")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_pickle_of_arrays_is_read_as_paddle_writes_it(tmp_path, protocol):
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T, "b": np.arange(2.0).astype(">f4")}
+    content = {**arrays, "StructuredToParameterName@@": {"a": "linear_0.w_0"}}
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content, protocol))
+    _assert_same(read_arrays(tmp_path / "x.pdparams"), arrays)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("place", ["alone", "beside", "inside"])
+def test_nothing_in_a_pickle_is_executed(tmp_path, place):
+    evil = Evil(str(tmp_path / "executed"))
+    content = {"alone": evil, "beside": {"state_dict": {"a": np.ones(2)}, "x": evil}, "inside": {"a": evil}}[place]
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"(io|_io)\.open.*nothing in it was executed"):
+        read_arrays(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def _hostile():
+    whole = (FOLDER / "checkpoint.pth.tar").read_bytes()
+    legacy = (FOLDER / "legacy.ckpt").read_bytes()
+    return {
+        "a cut archive": whole[: len(whole) // 2],
+        "a cut old file": legacy[:-4],
+        "nothing but a magic number": b"\x80\x02.",
+        "a deep pickle": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+        "a storage of another size": legacy.replace(struct.pack("<q", 6), struct.pack("<q", 2**40)),
+        "HDF5 cut off": b"\x89HDF\r\n\x1a\n" + bytes(80),
+        "shards": b'{"weight_map": {}}',
+        "a pointer": b"version https://git-lfs.github.com/spec/v1\n",
+        "a page": b"<!DOCTYPE html>",
+        "a number": pickle.dumps(3),
+        "a list": pickle.dumps([1, 2]),
+        "an empty dict": pickle.dumps({}),
+        "an array of objects": pickle.dumps({"a": np.array([{}], object)}),
+        "a number among arrays": pickle.dumps({"a": np.ones(2), "epoch": 3}),
+    }
+
+
+@pytest.mark.parametrize("kind", list(_hostile()))
+def test_a_damaged_or_other_file_is_one_line(kind, tmp_path):
+    (tmp_path / "x.pth").write_bytes(_hostile()[kind])
+    with pytest.raises(UserError, match=r"x\.pth") as caught:
+        read_arrays(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_other_archives_are_one_line(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(2))
+    with pytest.raises(UserError, match="a zip archive without weights"):
+        read_arrays(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"")
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(UserError, match="a TorchScript program"):
+        read_arrays(tmp_path / "x.pt")
+
+
+def test_a_keras_archive_and_keras_2_s_layout_are_read(tmp_path):
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["layer_names"] = [b"conv1/conv", b"relu"]
+        file.create_group("relu").attrs["weight_names"] = []
+        file.create_group("conv1/conv").attrs["weight_names"] = [b"conv1/conv/kernel:0"]
+        file["conv1/conv"]["conv1/conv/kernel:0"] = np.arange(6.0).reshape(1, 1, 2, 3)
+    found = read_arrays(tmp_path / "old.h5")
+    _assert_same(found, {"features.conv0.weight": np.arange(6.0).reshape(2, 3).T[:, :, None, None]})
+    with h5py.File(tmp_path / "new.h5", "w") as file:
+        file["layers/dense/vars/0"], file["layers/dense/vars/1"] = np.ones((3, 2)), np.ones(2)
+    with pytest.raises(UserError, match="no named layers"):
+        read_arrays(tmp_path / "new.h5")
+    with h5py.File(tmp_path / "new.h5", "a") as file:
+        file["layers/dense/vars"].attrs["name"] = "predictions"
+    with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
+        archive.write(tmp_path / "new.h5", "model.weights.h5")
+    _assert_same(
+        read_arrays(tmp_path / "x.keras"), {"classifier.weight": np.ones((2, 3)), "classifier.bias": np.ones(2)}
+    )
