@@ -9,15 +9,15 @@ predictor = densenet_jax.Predictor.from_workdir("runs/digits")
 import importlib
 import typing
 
-from densenet_jax.errors import UserError
-from densenet_jax.models.create import create_model
-from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
-from densenet_jax.models.variants import list_models
-from densenet_jax.training.checkpoint import load_checkpoint
 from densenet_jax.version import __version__
 
 if typing.TYPE_CHECKING:
+    from densenet_jax.errors import UserError
+    from densenet_jax.models.create import create_model
+    from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
+    from densenet_jax.models.variants import list_models
     from densenet_jax.predict.predictor import Predictor
+    from densenet_jax.training.checkpoint import load_checkpoint
 
 __all__ = [
     "Predictor",
@@ -30,13 +30,22 @@ __all__ = [
     "save_torch_state_dict",
 ]
 
-_ON_FIRST_USE = {"Predictor": "densenet_jax.predict.predictor"}  # they load data libraries, which the import may not
+# Imported on first use: the command's --help loads no JAX, and `import densenet_jax` no data libraries.
+_MODULES = {
+    "Predictor": "predict.predictor",
+    "UserError": "errors",
+    "create_model": "models.create",
+    "list_models": "models.variants",
+    "load_checkpoint": "training.checkpoint",
+    "load_pretrained": "models.pretrained",
+    "save_torch_state_dict": "models.pretrained",
+}
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name not in _ON_FIRST_USE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

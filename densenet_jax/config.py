@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "model.block_form",
     "model.kernels",
     "data.dir",
+    "data.class_order",  # class names are compared with the checkpoint's
     "data.reader_threads",
     "data.prefetch_batches",
     "train.log_every_steps",
@@ -30,6 +32,9 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.",
     "serve.",
 )
+
+# Settings that older runs don't have, with the values that they were made with.
+ADDED_LATER: dict[str, Any] = {"data": {"class_order": "text"}}
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
@@ -70,6 +75,10 @@ _RULES: dict[str, _Rule] = {
     "model.kernels": _one_of(*KERNELS_WANTED),
     "data.image_size_px": ("more than 0", _POSITIVE),
     "data.channels": _one_of(1, 3),
+    "data.class_order": (
+        "text, natural or a file with a class name a line",
+        lambda value: value in ("text", "natural") or os.path.isfile(value),
+    ),
     "data.crop": _one_of("random_resized_crop", "none"),
     "data.crop_area": (
         "two shares 0 < low <= high <= 1",
@@ -139,10 +148,31 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The known key that is written most like `name`, whole or by its last part, as the end of an error's sentence."""
 
     def likeness(key: str) -> float:
-        parts = ((name, key), (name.split(".")[-1], key.split(".")[-1]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
+        own, last = name.split(".")[-1], key.split(".")[-1]
+        if own == "".join(word[:1] for word in last.split("_")):
+            return 1.0
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, key), (own, last)))
 
     return f"; the nearest is {prefix}{max(known, key=likeness)}"
+
+
+def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
+    """One sentence for a flag that does not exist, with the flag or setting that was probably meant.
+
+    Args:
+        name: the flag without its dashes.
+        flags: the flags that exist.
+        known: settings with every valid key.
+    """
+    keys = [key for key, _ in flatten(known)]
+    if name.startswith("config."):
+        return f"{name} is not a setting{nearest(name.removeprefix('config.'), keys, 'config.')}."
+    plain = name.replace("-", "_")
+    if (plain in flags or plain not in {key.split(".")[-1] for key in keys}) and (
+        close := difflib.get_close_matches(plain, [*flags, "config"], n=1, cutoff=0.7)
+    ):
+        return f"--{name} is not a flag; the nearest is --{close[0]}."
+    return f"--{name} is not a flag{nearest(plain, keys, '--config.')}=VALUE."
 
 
 def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:

@@ -1,115 +1,163 @@
-"""How the program was called, for what is said and written about a run."""
+"""The command line's modes and flags: name, default, help and modes of each stand here and nowhere else."""
 
 import dataclasses
+import os
 import shlex
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from densenet_jax.errors import UserError
 
-# Flags that only some modes have a use for.
-_MODES_OF = {
-    "compare": ("report",),
-    "images": ("predict", "export"),
-    "output": ("predict", "export"),
-    "labels": ("predict", "export", "serve"),
-    "topk": ("predict",),
-    "annotate": ("predict",),
-    "features": ("predict",),
-    "host": ("serve",),
-    "port": ("serve",),
-    "grpc_port": ("serve",),
-    "topology": ("plan",),
-    "format": ("export",),
-    "precision": ("export",),
-    "preprocess": ("export",),
-    "batch_size": ("export",),
+
+class Mode(NamedTuple):
+    """What `--help` tells of a mode, and whether several processes can share it."""
+
+    help: str
+    example: str
+    many_processes: bool = False
+
+
+MODES: dict[str, Mode] = {
+    "train": Mode(
+        "Trains from the newest good checkpoint of the work directory, else from the start.",
+        "train --config digits --workdir runs/digits",
+        many_processes=True,
+    ),
+    "eval": Mode(
+        "Evaluates a checkpoint of the work directory, or config.model.pretrained; changes nothing there.",
+        "eval --workdir runs/digits --checkpoint best",
+        many_processes=True,
+    ),
+    "predict": Mode(
+        "Predicts the classes of --images.", "predict --workdir runs/digits --images 'photos/*.jpg' --topk 3"
+    ),
+    "export": Mode(
+        "Writes the model as a file for other programs and checks it against the model.",
+        "export --workdir runs/digits --format onnx --output digits.onnx",
+    ),
+    "serve": Mode("Answers requests over REST and gRPC until it is stopped.", "serve --workdir runs/digits"),
+    "report": Mode(
+        "Writes report/index.html about a run, or report/compare.html about those of --compare.",
+        "report --workdir runs/digits",
+        many_processes=True,
+    ),
+    "prepare": Mode("Prepares the data set and verifies every image of it.", "prepare --config densenet121"),
+    "data": Mode(
+        "Writes report/data.html: sample images, class balance, sizes and the pipeline's speed.",
+        "data --config finetune:folder --config.data.dir=PHOTOS",
+    ),
+    "schedule": Mode("Draws the learning rate over the steps to schedule.png.", "schedule --config densenet121"),
+    "parameters": Mode(
+        "Prints the model's parameters as a table, and the cost of one image.", "parameters --config dpn"
+    ),
+    "plan": Mode(
+        "Compiles the training step for chips that need not be here, and reports its memory and time.",
+        "plan --config densenet121 --topology v5e:4x4",
+    ),
 }
+
+
+def _flag(default: Any, text: str, *modes: str, **limits: Any) -> Any:
+    """A flag as a field of `Command`.
+
+    Args:
+        default: its type is the flag's; () stands for a flag that may be repeated.
+        text: for --help.
+        *modes: those that have a use for it; none: all.
+        **limits: "type" where the default is None, "choices", or "lower" and "upper".
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "modes": modes, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """The command line beside its mode, work directory and resolved settings.
+    """The command line beside its resolved settings; each attribute with a help text is a flag of that name."""
 
-    Attributes:
-        recipe: the recipe's file as it was given.
-        overrides: settings that the command line changed, by "section.key".
-        defaults: every setting with its default, nested; what a run's settings are compared with.
-        compare: work directories to put side by side.
-        images: files, folders and patterns to predict.
-        output: the file to write; "": the mode's own place in the work directory.
-        labels: a file with a class name a line; "": the run's own.
-        topk: classes to tell of each image.
-        annotate: where images with their predictions drawn on go; "": nowhere.
-        features: which features to write beside the predictions; "": none.
-        host: where --mode serve listens.
-        port: its port for REST and the page; 0: a free one.
-        grpc_port: likewise for gRPC.
-        topology: the chips that --mode plan plans for.
-        format: of the exported file.
-        precision: of the numbers in it.
-        preprocess: whether it takes bytes and gives probabilities.
-        batch_size: the only one that it takes; 0: any.
-    """
-
-    recipe: str = "configs/digits.py"
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    compare: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
-    output: str = ""
-    labels: str = ""
-    topk: int = 5
-    annotate: str = ""
-    features: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8080
-    grpc_port: int = 8081
-    topology: str = ""
-    format: str = ""
-    precision: str = "float32"
-    preprocess: bool = True
-    batch_size: int = 0
+    recipe: str = "digits"  # as it was given; "": the settings are those of the run in the work directory
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings changed, by "section.key"
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # every setting with its default, nested
+    mode: str = _flag("train", "What to do; the first word of the command line does as well.", choices=tuple(MODES))
+    workdir: str = _flag("", "The run's directory; by default ./runs/ and the recipe's name.")
+    checkpoint: str = _flag(
+        "", "latest, best or a step of the run; by default the latest.", "eval", "predict", "export", "serve"
+    )
+    images: tuple[str, ...] = _flag((), "A file, folder or pattern in quotes; repeatable.", "predict", "export")
+    output: str = _flag("", "The file to write; by default in the work directory.", "predict", "export")
+    labels: str = _flag(
+        "", "A file with a class name a line; by default the run's own names.", "predict", "export", "serve"
+    )
+    topk: int = _flag(5, "How many classes an image, best first.", "predict")
+    annotate: str = _flag("", "A directory for the images with their predictions drawn on.", "predict")
+    features: str = _flag("", "pooled or pyramid, written to a NumPy archive beside the output.", "predict")
+    format: str = _flag("", "stablehlo, onnx, savedmodel or tflite.", "export")
+    precision: str = _flag("float32", "float32, or what the format has of float16 and int8.", "export")
+    preprocess: bool = _flag(True, "Whether the file takes bytes and gives probabilities.", "export")
+    batch_size: int = _flag(0, "The only batch size that the file takes; 0: any.", "export")
+    host: str = _flag("127.0.0.1", "Where to listen; 0.0.0.0 for every network.", "serve")
+    port: int = _flag(8080, "Port of REST and of its page; 0: a free one.", "serve", lower=0, upper=65535)
+    grpc_port: int = _flag(8081, "Port of gRPC; 0: a free one.", "serve", lower=0, upper=65535)
+    compare: tuple[str, ...] = _flag((), "Another run's directory to put beside this one; repeatable.", "report")
+    topology: str = _flag("", "The chips to plan for, such as v5e:16x16 or h200:1x1x8.", "plan")
+    coordinator: str | None = _flag(
+        None, "HOST:PORT of process 0, where this is one of several processes.", "train", "eval", "report", type=str
+    )
+    num_processes: int | None = _flag(None, "How many processes there are.", "train", "eval", "report", type=int)
+    process_id: int | None = _flag(None, "Which of them this is, from 0.", "train", "eval", "report", type=int)
 
     @staticmethod
-    def flags() -> tuple[str, ...]:
-        """The flags that some modes have a use for, which are attributes here."""
-        return tuple(_MODES_OF)
+    def flags() -> Iterator[dataclasses.Field]:
+        """Yields the attributes that are flags; metadata: "help", "modes" and limits."""
+        return (field for field in dataclasses.fields(Command) if "help" in field.metadata)
 
-    def check_mode(self, mode: str) -> None:
+    def check_mode(self) -> None:
         """Checks that no flag was given that means nothing in this mode.
 
         Raises:
             UserError: one was.
         """
-        for flag, modes in _MODES_OF.items():
-            value = getattr(self, flag)
-            if mode not in modes and value != getattr(Command, flag):
+        for flag in self.flags():
+            value, modes = getattr(self, flag.name), flag.metadata["modes"]
+            if modes and self.mode not in modes and value != flag.default:
                 shown = value[0] if isinstance(value, tuple) else value
                 raise UserError(
-                    f"--{flag} {shown} is for --mode {' or '.join(modes)}, but --mode is {mode}; leave it out."
+                    f"--{flag.name} {shown} is for --mode {' or '.join(modes)}, but --mode is {self.mode}; "
+                    "leave it out."
                 )
 
     def line(self, workdir: str, mode: str = "train", **more: Any) -> str:
-        """The shell command that runs `mode` with these settings in `workdir`; `more` are settings as section__key."""
+        """Returns the shell command that runs `mode` with these settings; `more` are settings as section__key."""
         changes = {**self.overrides, **{key.replace("__", "."): value for key, value in more.items()}}
-        words = ["python", "main.py", "--config", self.recipe, "--workdir", workdir]
+        words = [*program_words(), *(["--config", self.recipe] if self.recipe else []), "--workdir", workdir]
         words += [] if mode == "train" else ["--mode", mode]
         words += [f"--config.{key}={value}" for key, value in changes.items()]
         return shlex.join(words)
 
 
-def recipe_first(arguments: list[str], default: str) -> list[str]:
-    """The same command line with --config in front, since settings given before the recipe would be refused.
+def program_words() -> list[str]:
+    """Returns the words that start this program again: the installed command, or `python main.py` in a checkout."""
+    installed = os.path.basename(sys.argv[0]) == "densenet-jax" or sys.argv[0].endswith("densenet_jax/__main__.py")
+    return ["densenet-jax"] if installed else ["python", "main.py"]
 
-    Args:
-        arguments: the program's name and its flags.
-        default: the recipe where none is named.
-    """
-    program, *rest = arguments
-    for place, word in enumerate(rest):
-        if word in ("--config", "-config") and place + 1 < len(rest):
-            return [program, f"--config={rest[place + 1]}", *rest[:place], *rest[place + 2 :]]
-        if word.startswith(("--config=", "-config=")):
-            return [program, word, *rest[:place], *rest[place + 1 :]]
-    return [program, f"--config={default}", *rest]
+
+def describe(mode: str = "") -> str:
+    """Returns the text of --help for one mode; "" is all of them."""
+    program = " ".join(program_words())
+    if mode:
+        lines = [f"{program} {mode}: {MODES[mode].help}", "", f"  {program} {MODES[mode].example}", "", "flags:"]
+        return "\n".join([*lines, *_flag_lines(mode), *_flag_lines("")])
+    lines = ["modes, each with its own flags and an example:"]
+    for name, each in MODES.items():
+        lines += ["", f"  {name}: {each.help}", f"    {program} {each.example}", *_flag_lines(name, "    ")]
+    return "\n".join([*lines, "", "flags of every mode:", *_flag_lines("")])
+
+
+def _flag_lines(mode: str, indent: str = "  ") -> list[str]:
+    """A line for each flag of one mode alone; "": for those of all modes."""
+    lines = []
+    for flag in Command.flags():
+        modes = flag.metadata["modes"]
+        if (mode in modes) if mode else not modes:
+            default = "" if flag.default in ("", None, ()) else f" [{flag.default}]"
+            lines.append(f"{indent}--{flag.name:14}{flag.metadata['help']}{default}")
+    return lines

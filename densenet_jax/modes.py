@@ -219,7 +219,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
     return {"model": config.model.name, **figures}
 
 
-MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
+FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
     "predict": predict_mode,
@@ -232,22 +232,14 @@ MODES: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "report": report_mode,
     "serve": serve_mode,
 }
-TOGETHER = ("train", "eval", "report")  # modes that several processes can share
 # Settings in which hosts may differ: where data lie and how they are read.
 _OF_THE_HOST = ("data.dir", "data.reader_threads", "data.prefetch_batches")
 
 
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Runs one mode in a process of its own and returns the figures of its last line."""
-    command.check_mode(mode)
     _set_up_logging()
     _use_compilation_cache()
     settings = (f"config.{key}={value}" for key, value in flatten(to_dict(config)) if key not in _OF_THE_HOST)
     processes.check_same("settings", "\n".join([f"--mode {mode}", *settings]))
-    return {"mode": mode, **MODES[mode](config, workdir, command)}
-
-
-def describe() -> str:
-    """One line a mode, for --help."""
-    lines = (f"  {name:12}{(mode.__doc__ or '').splitlines()[0]}" for name, mode in MODES.items())
-    return "modes:\n" + "\n".join(lines)
+    return {"mode": mode, **FUNCTIONS[mode](config, workdir, command)}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from densenet_jax.config import differences, to_dict
+from densenet_jax.data.class_names import format_labels
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import report_full_disk
@@ -75,7 +76,7 @@ def write_labels(workdir: str, class_names: Sequence[str]) -> None:
     """Writes the names of the classes into `workdir`, one a line, unless they are there."""
     path = labels_path(workdir)
     if processes.is_first() and not os.path.exists(path):
-        _write_whole(path, "".join(f"{' '.join(name.split())}\n" for name in class_names))
+        _write_whole(path, format_labels(class_names))
 
 
 def read_settings(workdir: str) -> dict[str, Any]:

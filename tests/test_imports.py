@@ -15,13 +15,14 @@ FLOORS = (
     ("errors", "version", "rng"),
     ("system",),
     ("kernels", "data", "training"),
-    ("models", "augment", "config", "flags"),
+    ("models", "augment", "config", "flags", "recipes"),
     ("distributed",),
     ("experiment", "workdir"),
     ("predict", "run"),
     ("plan", "report"),
     ("export", "serve"),
     ("modes",),
+    ("cli",),
     ("__main__",),
 )
 
@@ -50,6 +51,12 @@ def test_importing_brings_in_no_other_framework(module):
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert output.stdout.strip() == "[]"
+
+
+def test_help_loads_no_jax():
+    code = "import sys, densenet_jax.__main__ as m; assert m.help_or_version(['--help']); print('jax' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert output.stdout.strip() == "False"
 
 
 def test_models_training_and_kernels_know_neither_data_nor_settings():

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 
 import densenet_jax
-from densenet_jax.flags import recipe_first
 from tests.ended_runs import assert_same_end, reports_of
 from tests.running import last_line, run_main, start_main
 
@@ -159,35 +158,6 @@ def test_weights_come_back_in_python(finished):
     assert logits.shape == (2, 10)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["--config.optim.learing_rate=1"],
-            "config.optim.learing_rate is not a setting; the nearest is config.optim.learning_rate",
-        ),
-        (["--config.optim.learning_rate=fast"], "could not convert string to float: 'fast'"),
-        (["--config=configs/nothing.py"], "configs/nothing.py"),
-        (["--mode=trian"], "trian"),
-        (["--confg=x"], "Unknown command line flag 'confg'"),
-        (["oops"], "oops is not a flag"),
-        (["--config.model.name=densenet122"], "densenet121"),
-        (["--config.model.num_classes=11"], "config.model.num_classes is 11, but digits has 10 classes"),
-        (["--config.train.global_batch_size=0"], "config.train.global_batch_size is 0; expected more than 0"),
-        (["--mode=eval"], "has no checkpoints"),
-        (["--config.data.name=nowhere"], "nowhere"),
-    ],
-)
-def test_a_mistake_is_one_clear_line(arguments, said, user, tmp_path):
-    workdir = tmp_path / "run"
-    output, errors = run_main("--config=configs/digits.py", f"--workdir={workdir}", *arguments, expect=2, **user)
-    assert output == ""
-    lines = errors.splitlines()
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("error: ")
-    assert said in lines[0]
-
-
 def test_second_run_in_a_work_directory_is_refused(user, tmp_path):
     with open(tmp_path / ".lock", "w", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -238,19 +208,3 @@ def test_data_page_shows_the_images_and_the_speed(user, tmp_path):
     assert result["pipeline_images_per_sec"] > 0 < result["model_images_per_sec"]
     assert "1,437" in page
     assert page.count("<img") >= 33
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (
-            "--config.seed=1 --config configs/digits.py --mode eval",
-            "--config=configs/digits.py --config.seed=1 --mode eval",
-        ),
-        ("--config.seed=1 --config=a.py", "--config=a.py --config.seed=1"),
-        ("--config.seed=1", "--config=default.py --config.seed=1"),
-        ("--mode eval --config", "--config=default.py --mode eval --config"),
-    ],
-)
-def test_settings_may_stand_before_the_recipe(given, expected):
-    assert recipe_first(["main.py", *given.split()], "default.py") == ["main.py", *expected.split()]

@@ -61,6 +61,16 @@ def decode_image(
         raise DamagedImage(name, _reason(error)) from error
 
 
+def is_image_start(head: bytes) -> bool:
+    """Returns whether a file that begins with these 32 bytes is meant to be one of `FORMATS`."""
+    if head[:2] == b"BM":  # a text may begin so too: the size of the second header tells
+        return head[14:18] in (bytes((size, 0, 0, 0)) for size in (12, 40, 52, 56, 64, 108, 124))
+    if head[:1] == b"P":
+        return head[1:2] in b"123456" and head[2:3] in (b" ", b"\n", b"\r", b"\t")
+    starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"

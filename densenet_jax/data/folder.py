@@ -1,8 +1,10 @@
 """A tree of class folders: DIRECTORY/train/CLASS/* and DIRECTORY/val/CLASS/*, listed once and then kept as an index."""
 
+import collections
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import zipfile
@@ -10,65 +12,111 @@ from concurrent import futures
 
 import numpy as np
 
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.class_names import order_classes
+from densenet_jax.data.decode import DamagedImage, is_image_start
 from densenet_jax.data.records import Record
 from densenet_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+# Files with these endings are images; of others the first bytes decide.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "val": ("val", "validation")}
-_VERSION = 1  # of the index's format
+_VERSION = 2  # of the index's format
 _LISTING_THREADS = 16  # listing waits for the disk or the network, not for a core
+_NAMED = 5  # classes that a message lists
 
 
 class FolderSource:
-    """The images below one split's class folders; classes are the folders' names in alphabetical order."""
+    """The images below one split's class folders."""
 
-    def __init__(self, directory: str, split: str) -> None:
+    def __init__(self, directory: str, split: str, class_order: str = "text") -> None:
         """Lists DIRECTORY/SPLIT, or reads the index of an earlier listing if no folder changed since.
 
-        Classes are those of DIRECTORY/train where that exists, so that labels mean the same in every split.
+        Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split.
+
+        Args:
+            directory: holds a folder for each split.
+            split: such as "train" or "validation".
+            class_order: see `densenet_jax.data.class_names.order_classes`.
 
         Raises:
-            UserError: a folder is missing or unreadable, or holds no images in class folders.
+            UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
         """
         self._root = _split_folder(directory, split)
         self._split = split
         own = _subfolders(self._root)
         train = os.path.join(directory, "train")
-        self.class_names: tuple[str, ...] = tuple(_subfolders(train) if os.path.isdir(train) else own)
+        self.class_names = order_classes(_subfolders(train) if os.path.isdir(train) else own, class_order)
         if unknown := sorted(set(own) - set(self.class_names)):
-            raise UserError(f"{self._root} has class folders that {train} lacks: {', '.join(unknown[:5])}.")
+            raise UserError(f"{self._root} has class folders that {train} lacks: {', '.join(unknown[:_NAMED])}.")
         if not own:
             raise UserError(f"{self._root} has no class folders; expected {self._root}/CLASS/IMAGE.")
         self.num_classes = len(self.class_names)
         self.label_sets = False
         self._labels, self._ends, self._names = _load_or_list(directory, self._root, own, self.class_names)
         if not len(self._labels):
-            raise UserError(f"{self._root} holds no images; files that end in {', '.join(EXTENSIONS)} are read.")
+            raise UserError(f"{self._root} holds no images; expected {self._root}/CLASS/IMAGE.")
+        self._check_classes(is_train=os.path.abspath(self._root) == os.path.abspath(train))
+
+    def _check_classes(self, is_train: bool) -> None:
+        counts = np.bincount(self._labels, minlength=self.num_classes)
+        empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        listed = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+        if empty and is_train:
+            raise UserError(
+                f"{self._root} has {len(empty)} classes without images: {listed}; add images or remove the folders."
+            )
+        if empty:
+            logger.warning(
+                "%s has no images of %d of %d classes: %s.", self._root, len(empty), self.num_classes, listed
+            )
+        if is_train and self.num_classes == 1:
+            logger.warning("%s has one class only, %r: every answer will be right.", self._root, self.class_names[0])
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> Record:
         start = int(self._ends[index - 1]) if index else 0
-        name = os.fsdecode(self._names[start : self._ends[index]].tobytes())
+        path = self._names[start : self._ends[index]].tobytes()
+        name = f"{self._split}/{path.decode('utf-8', 'backslashreplace')}"
         try:
-            with open(os.path.join(self._root, name), "rb") as file:
+            with open(os.path.join(os.fsencode(self._root), path), "rb") as file:
                 image = file.read()
         except OSError as error:
-            raise DamagedImage(f"{self._split}/{name}", error.strerror or str(error)) from error
-        return Record(image=image, label=int(self._labels[index]), name=f"{self._split}/{name}")
+            raise DamagedImage(name, error.strerror or str(error)) from error
+        return Record(image=image, label=int(self._labels[index]), name=name)
 
     def labels(self) -> np.ndarray:
         """int32[n]: every label."""
         return self._labels
 
+    def identity(self) -> list[tuple[int, str]]:
+        """The number of images of each class, and a digest of their paths below its folder."""
+        starts = np.concatenate([[0], self._ends[:-1]]).astype(np.int64)
+        classes = []
+        for label, name in enumerate(self.class_names):
+            mine = np.flatnonzero(self._labels == label)
+            if not len(mine):
+                classes.append((0, ""))
+                continue
+            first, last = starts[mine[0]], self._ends[mine[-1]]  # the images of a class follow each other
+            prefix = np.arange(len(name.encode()) + 1)
+            kept = np.ones(last - first, bool)
+            kept[(starts[mine] - first)[:, None] + prefix[None, :]] = False
+            digest = hashlib.sha256(self._names[first:last][kept].tobytes())
+            digest.update((self._ends[mine] - starts[mine] - len(prefix)).astype(np.int64).tobytes())
+            classes.append((len(mine), digest.hexdigest()[:16]))
+        return classes
+
 
 def _split_folder(directory: str, split: str) -> str:
     folders = _SPLIT_FOLDERS.get(split, (split,))
-    for folder in folders:
-        if os.path.isdir(path := os.path.join(directory, folder)):
-            return path
+    there = [path for folder in folders if os.path.isdir(path := os.path.join(directory, folder))]
+    if len(there) > 1:
+        logger.warning("%s is there besides %s and is not read.", there[1], there[0])
+    if there:
+        return there[0]
     raise UserError(
         f"Folder {os.path.join(directory, folders[0])} does not exist; config.data.dir must hold a folder for each "
         f"split, with one folder of images for each class: train/CLASS/IMAGE, val/CLASS/IMAGE."
@@ -78,9 +126,15 @@ def _split_folder(directory: str, split: str) -> str:
 def _subfolders(path: str) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"Folder {path} can't be read ({error.strerror}).") from error
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"Class folder {os.fsencode(name)!r} of {path} is not UTF-8; rename it.") from error
+    return names
 
 
 Index = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels int32[n], ends of names int64[n], names uint8[...]
@@ -111,23 +165,27 @@ def index_files(directory: str, root: str) -> list[str]:
 
 def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[Index, dict[str, object]]:
     label_of = {name: label for label, name in enumerate(class_names)}
+    folders = sorted(folders, key=label_of.__getitem__)
     with futures.ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = list(pool.map(lambda folder: _list_class(root, folder), folders))
-    names, labels, times = bytearray(), [], {}
-    ends = []
-    for folder, (images, changed) in zip(folders, found, strict=True):
+        listings = list(pool.map(lambda folder: _list_class(root, folder), folders))
+    names, ends, labels, times = bytearray(), [], [], {}
+    skipped = _count_loose_files(root)
+    for folder, (images, changed, others) in zip(folders, listings, strict=True):
         times.update(changed)
+        skipped.update(others)
         for image in images:
             names += os.fsencode(image)
             ends.append(len(names))
         labels += [label_of[folder]] * len(images)
     index = np.array(labels, np.int32), np.array(ends, np.int64), np.frombuffer(bytes(names), np.uint8)
-    return index, {"version": _VERSION, "classes": list(class_names), "folders": times}
+    report_skipped(root, skipped)
+    return index, {"version": _VERSION, "classes": list(class_names), "folders": times, "skipped": skipped}
 
 
-def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int]]:
-    """Images below one class folder as sorted paths from `root`, and when each folder last changed."""
+def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], collections.Counter[str]]:
+    """Images below one class folder as sorted paths from `root`, when each folder last changed, and skipped files."""
     images, times, pending = [], {}, [folder]
+    skipped: collections.Counter[str] = collections.Counter()
     while pending:
         here = pending.pop()
         try:
@@ -136,11 +194,49 @@ def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int]]:
                 for entry in entries:
                     if entry.is_dir():
                         pending.append(os.path.join(here, entry.name))
-                    elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                    elif entry.name.startswith("."):
+                        continue
+                    elif is_image_file(entry):
                         images.append(os.path.join(here, entry.name))
+                    else:
+                        skipped[_kind_of(entry)] += 1
         except OSError as error:
             raise UserError(f"Folder {os.path.join(root, here)} can't be read ({error.strerror}).") from error
-    return sorted(images), times
+    return sorted(images), times, skipped
+
+
+def is_image_file(entry: "os.DirEntry[str]") -> bool:
+    """Returns whether a file is an image: by its ending where that says so, else by its first bytes."""
+    if not entry.is_file():  # a pipe would be waited for
+        return False
+    if entry.name.lower().endswith(EXTENSIONS):
+        return True
+    try:
+        with open(entry.path, "rb") as file:
+            return is_image_start(file.read(32))
+    except OSError:
+        return False
+
+
+def _kind_of(entry: "os.DirEntry[str]") -> str:
+    if not entry.is_file():
+        return "a broken link" if entry.is_symlink() else "no regular file"
+    return os.path.splitext(entry.name)[1].lower() or "no ending"
+
+
+def _count_loose_files(root: str) -> collections.Counter[str]:
+    """Counts images that lie beside the class folders."""
+    with os.scandir(root) as entries:
+        loose = sum(not entry.name.startswith(".") and is_image_file(entry) for entry in entries)
+    return collections.Counter({"outside of class folders": loose} if loose else {})
+
+
+def report_skipped(root: str, skipped: dict[str, int]) -> None:
+    """Warns of files that are not read as images, by ending and count."""
+    if skipped:
+        counts = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts[:10])
+        logger.warning("%s: %d files are not read as images (%s).", root, sum(skipped.values()), kinds)
 
 
 def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
@@ -173,6 +269,7 @@ def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
                 times = list(pool.map(lambda path: os.stat(path).st_mtime_ns, paths))
             if times != list(stamp["folders"].values()):
                 return None
+            report_skipped(root, stamp["skipped"])
             return stored["labels"], stored["ends"], stored["names"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -50,3 +50,6 @@ class Source(Protocol):
 
     def labels(self) -> np.ndarray:
         """int32[n]: every label, without reading images where the files allow that."""
+
+    def identity(self) -> list[tuple[int, str]]:
+        """The number of examples of each class and a digest of their names; [] where only their total is known."""

@@ -26,7 +26,9 @@ def default_directory() -> str:
     return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
 
 
-def open_source(name: str, directory: str = "", split: str = "train", *, holdout: float = 0.0) -> Source:
+def open_source(
+    name: str, directory: str = "", split: str = "train", *, holdout: float = 0.0, class_order: str = "text"
+) -> Source:
     """Opens one split of a prepared data set.
 
     Args:
@@ -37,6 +39,7 @@ def open_source(name: str, directory: str = "", split: str = "train", *, holdout
             `holdout` takes away from "train".
         holdout: how much of "train" is held out: a count from 1 on or a share below 1; 0 holds nothing out. Which
             examples are held out depends only on their number, never on a run's seed.
+        class_order: of class folders; see `densenet_jax.data.class_names.order_classes`.
 
     Raises:
         UserError: the data are not there, not readable or not of a kind that can be read; the message says what to do.
@@ -44,17 +47,17 @@ def open_source(name: str, directory: str = "", split: str = "train", *, holdout
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
         raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
     wanted = "train" if split == "holdout" else split
-    source = _open_whole(name, directory or default_directory(), wanted)
+    source = _open_whole(name, directory or default_directory(), wanted, class_order)
     if wanted != "train" or (split != "holdout" and not holdout):
         return source
     return _hold_out(source, holdout, part=split)
 
 
-def _open_whole(name: str, directory: str, split: str) -> Source:
+def _open_whole(name: str, directory: str, split: str, class_order: str) -> Source:
     if name == "folder":
         from densenet_jax.data.folder import FolderSource
 
-        return FolderSource(directory, split)
+        return FolderSource(directory, split, class_order)
     if name == "digits":
         from densenet_jax.data import digits
 
@@ -94,6 +97,10 @@ class SubsetSource:
     def labels(self) -> np.ndarray:
         """int32[n]: the labels of the chosen examples."""
         return self._source.labels()[self._indices]
+
+    def identity(self) -> list[tuple[int, str]]:
+        """Identity of the source that these are chosen from."""
+        return self._source.identity()
 
 
 class ArrayRecordSource:
@@ -149,6 +156,10 @@ class ArrayRecordSource:
             if self._labels is None:
                 self._labels = np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
             return self._labels
+
+    def identity(self) -> list[tuple[int, str]]:
+        """Returns []: names would have to be read record by record."""
+        return []
 
 
 def _open_records(builder: Any, split: str, directory: str) -> Any:

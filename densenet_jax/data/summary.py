@@ -111,7 +111,7 @@ def image_grid(
         axes = figure.add_subplot(rows, columns, place + 1)
         pixels = show(image)
         axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, cmap="gray", interpolation="nearest")
-        axes.set_title(title[:22], fontsize=7)
+        axes.set_title(title[:22], fontsize=7, parse_math=False)
         axes.axis("off")
     figure.tight_layout(pad=0.4)
     return _png(figure)

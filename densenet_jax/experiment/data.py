@@ -25,10 +25,7 @@ class Data:
     @functools.cached_property
     def train_source(self) -> Source:
         """The records that are trained on."""
-        config = self.config
-        return open_source(
-            config.data.name, config.data.dir, config.data.train_split, holdout=float(config.data.holdout)
-        )
+        return self._open(self.config.data.train_split)
 
     def count_train_examples(self) -> tuple[int, bool]:
         """How many images are trained on, and whether they were counted.
@@ -67,10 +64,7 @@ class Data:
     @functools.cached_property
     def eval_source(self) -> Source:
         """The records that are evaluated; the held-out part of train where `config.data.eval_split` is "holdout"."""
-        config = self.config
-        return open_source(
-            config.data.name, config.data.dir, config.data.eval_split, holdout=float(config.data.holdout)
-        )
+        return self._open(self.config.data.eval_split)
 
     @property
     def train_shape(self) -> tuple[int, int, int]:
@@ -179,6 +173,16 @@ class Data:
             interpolation=config.eval.interpolation or self.preprocessing.interpolation,
             apply_exif_orientation=apply_exif_orientation,
             crops=5 if config.eval.crops == 10 else 1,  # their mirror images are made on the accelerator
+        )
+
+    def _open(self, split: str) -> Source:
+        config = self.config
+        return open_source(
+            config.data.name,
+            config.data.dir,
+            split,
+            holdout=float(config.data.holdout),
+            class_order=config.data.class_order,
         )
 
     def _reading(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The model as a file for other programs, checked against the model."""
+"""Writes models as files for other programs and checks the files against the model."""

@@ -1,4 +1,4 @@
-"""A trained model as a file for other programs, compared with the model before it is put where it was wanted."""
+"""Exports a model to a file and compares the file with the model before putting it in place."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,11 @@ from densenet_jax.predict.model import Deployed
 from densenet_jax.system.console import Bar, print_status, spinner
 
 PRECISIONS = ("float32", "float16", "int8")
-_CHECKED = {"float32": 64, "float16": 512, "int8": 512}  # images at most; agreement needs more than a difference does
+_CHECKED = {
+    "float32": 64,
+    "float16": 512,
+    "int8": 512,
+}  # most images to compare; a share of equal answers needs more than a difference
 _REPRESENTATIVE = 200
 
 
@@ -32,14 +36,13 @@ class _Writer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One kind of file.
+    """A file format.
 
     Attributes:
-        module: where it is written and read back.
-        suffix: of the default name.
-        precisions: of the numbers in it.
+        module: module with `write` and `load`.
+        suffix: ending of the default file name.
         needs: modules that must be importable.
-        install: the command that installs them.
+        install: command that installs them.
     """
 
     module: str
@@ -48,8 +51,8 @@ class Format:
     needs: tuple[str, ...]
     install: str
 
-    def writer(self, name: str) -> Any:
-        """The module that writes and reads it.
+    def load_writer(self, name: str) -> Any:
+        """Imports the module that writes and reads the format.
 
         Raises:
             UserError: a library is missing; the message has the command that installs it.
@@ -61,7 +64,7 @@ class Format:
 
 _HERE = "densenet_jax.export."
 _EXTRA = "pip install -r requirements-export.txt"
-# jax2onnx declares an older Orbax than ours, of which it uses nothing.
+# jax2onnx requires an older Orbax, which it does not use.
 _WITH_ONNX = f"{_EXTRA} && pip install --no-deps jax2onnx==0.17.1"
 FORMATS = {
     "stablehlo": Format(_HERE + "stablehlo", ".stablehlo", ("float32",), ("flatbuffers",), _EXTRA),
@@ -73,15 +76,15 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What the file is.
+    """Options of `--mode export`.
 
     Attributes:
         format: a name of `FORMATS`.
-        output: where it goes; "": `default_output` and the format's suffix.
-        default_output: a path without suffix.
-        precision: of the numbers in it, one of `PRECISIONS`.
-        preprocess: whether normalisation and softmax are in it.
-        batch_size: the only one that it takes; 0: any.
+        output: path to write; "" uses `default_output` with the format's suffix.
+        precision: one of `PRECISIONS`.
+        preprocess: whether to include normalization and softmax.
+        batch_size: fixed batch size; 0 accepts any.
+        overwrite: whether to replace an existing file.
     """
 
     format: str = ""
@@ -90,10 +93,11 @@ class ExportOptions:
     precision: str = "float32"
     preprocess: bool = True
     batch_size: int = 0
+    overwrite: bool = False
 
 
-def checked_format(options: ExportOptions) -> Format:
-    """The format that is asked for, where all options fit together.
+def check_options(options: ExportOptions) -> Format:
+    """Checks that the options fit together and returns the format.
 
     Raises:
         UserError: they don't.
@@ -117,35 +121,35 @@ def checked_format(options: ExportOptions) -> Format:
 
 
 def export(load_model: Callable[[], Deployed], samples: Samples, options: ExportOptions) -> dict[str, Any]:
-    """Writes the file, compares it with the model, and only then moves it to its place.
+    """Writes the file, compares it with the model, and only then moves it into place.
 
     Args:
-        load_model: gives the model; called after all that can be checked without it.
-        samples: images to compare and to quantise with.
+        load_model: loads the model; called after everything that can be checked without it.
+        samples: images to compare and quantize with.
         options: what to write and where.
 
     Returns:
         {"format", "path", "max_abs_difference", "examples"}.
 
     Raises:
-        UserError: an option is wrong, a library is missing, the file can't be written or is not close to the model.
+        UserError: an option is wrong, a library is missing, or the file can't be written or differs from the model.
     """
-    form = checked_format(options)
-    writer: _Writer = form.writer(options.format)
-    path = os.path.abspath(options.output or options.default_output + form.suffix)
-    with _placed(path) as temporary:
+    kind = check_options(options)
+    writer: _Writer = kind.load_writer(options.format)
+    path = os.path.abspath(options.output or options.default_output + kind.suffix)
+    with _replace_when_done(path, overwrite=options.overwrite) as temporary:
         model = load_model()
         graph = make_graph(model, preprocess=options.preprocess, batch_size=options.batch_size)
         checked = samples.to_check(model.transform, _CHECKED[options.precision])
         if options.precision != "float32" and not checked.real:
             raise UserError(
-                f"--precision {options.precision} is judged by answers to real images, but there are only "
+                f"--precision {options.precision} is checked by predictions of real images, but there are only "
                 f"{checked.source}; prepare the data set (--mode prepare), or use --precision float32."
             )
         training = samples.representative(model.transform, _REPRESENTATIVE) if options.precision == "int8" else None
         with spinner(f"exporting {model.source} to {options.format}"):
             writer.write(graph, temporary, options.precision, training)
-        result = _compared(model, graph, checked, writer.load(temporary))
+        result = _compare_with_model(model, graph, checked, writer.load(temporary))
         print_status(f"checked with {checked.source}: {result.describe()}")
         result.check(options.precision, f"the {options.format} file")
     print_status(f"{path}: {_size_bytes(path) / 1e6:.1f} MB")
@@ -157,27 +161,27 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     }
 
 
-def _compared(
+def _compare_with_model(
     model: Deployed, graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], np.ndarray]
 ) -> Comparison:
     expected = reference_outputs(model, graph, checked.images)
     bar = Bar("checking", len(checked.images))
     try:
-        found = run_in_chunks(call, graph.prepared(checked.images), graph.batch_size, bar.advance)
+        outputs = run_in_chunks(call, graph.prepare(checked.images), graph.batch_size, bar.advance)
     finally:
         bar.close()
-    return compare(expected, found, checked.labels)
+    return compare(expected, outputs, checked.labels)
 
 
 @contextlib.contextmanager
-def _placed(path: str) -> Iterator[str]:
-    """A name beside `path` to write to; moved to `path` at the end, removed where something went wrong.
+def _replace_when_done(path: str, *, overwrite: bool) -> Iterator[str]:
+    """Yields a temporary name beside `path`, moved to `path` on success and removed on failure.
 
     Raises:
-        UserError: `path` exists, or nothing can be written there.
+        UserError: `path` exists and may not be replaced, or can't be written.
     """
-    if os.path.exists(path):
-        raise UserError(f"--output {path} exists; remove it or choose another.")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"--output {path} exists; add --overwrite to replace it, or choose another.")
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
     try:
@@ -188,7 +192,9 @@ def _placed(path: str) -> Iterator[str]:
         raise UserError(f"--output {path} can't be written: {error.strerror}; choose another.") from error
     try:
         yield temporary
-        os.rename(temporary, path)
+        if os.path.isdir(path) and not os.path.islink(path):  # a directory can't be replaced in one step
+            shutil.rmtree(path)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--output {path} can't be written: {first_line(error)}; choose another.") from error
     finally:

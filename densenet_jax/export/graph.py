@@ -1,4 +1,4 @@
-"""The function that a file holds: a model with folded batch norms and, where wanted, its preprocessing."""
+"""Builds the function to export: the model with folded batch norms and optional preprocessing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from densenet_jax.augment.basic import normalize
+from densenet_jax.data.class_names import format_labels
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
@@ -22,20 +23,20 @@ from densenet_jax.training.predict_step import make_predict_step
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """What is exported.
+    """The function to export.
 
     Attributes:
-        logits: images [b, h, w, c] of `input_dtype` to logits float32 [b, k]; the weights are in it. Bytes may
-            also come as float32 in [0, 255].
-        allowed_classes: the only ones that have a probability; None: all.
+        logits: maps images [b, h, w, c] of `input_dtype` to logits float32 [b, k]; holds the weights. Bytes may also
+            be float32 in [0, 255].
+        allowed_classes: the only classes that get a probability; None allows all.
         image_shape: (h, w, c).
-        batch_size: b; 0 leaves it open.
-        preprocessed: False: the input is uint8 and the output probabilities; True: the input is normalised float32
-            (see `prepared`) and the output logits.
-        mean: of each channel, of images in [0, 1].
-        std: likewise.
-        classes: width of the output.
-        info: facts for whoever finds the file: strings by name.
+        batch_size: fixed batch size; 0 accepts any.
+        preprocessed: whether the input is normalized float32 (see `prepare`) and the output logits, instead of uint8
+            and probabilities.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel.
+        classes: k, the width of the output.
+        info: metadata of the file.
     """
 
     logits: Callable[[jax.Array], jax.Array]
@@ -49,7 +50,7 @@ class Graph:
     info: dict[str, str]
 
     def function(self, images: jax.Array) -> jax.Array:
-        """All of the graph: images of `input_dtype` to what `output_name` says, float32 [b, k]."""
+        """Maps images of `input_dtype` [b, h, w, c] to the output named `output_name`, float32 [b, k]."""
         logits = self.logits(images)
         if self.preprocessed:
             return logits
@@ -57,33 +58,33 @@ class Graph:
 
     @property
     def input_dtype(self) -> Any:
-        """Of the images that the file takes."""
+        """Dtype of the input images."""
         return np.float32 if self.preprocessed else np.uint8
 
     @property
     def output_name(self) -> str:
-        """What comes out."""
+        """Name of the output."""
         return "logits" if self.preprocessed else "probabilities"
 
-    def prepared(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [n, h, w, c] as the file takes them."""
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """Converts images uint8 [n, h, w, c] to the input of the file."""
         return np.asarray(normalize(jnp.asarray(images), self.mean, self.std)) if self.preprocessed else images
 
 
 def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0) -> Graph:
-    """The graph of `model` in float32, whatever it was trained in.
+    """Builds the graph of `model`, always in float32.
 
     Args:
-        model: what is exported.
-        preprocess: whether the normalisation and the softmax are part of the graph.
-        batch_size: 0 leaves it open.
+        model: model to export.
+        preprocess: whether to include normalization and softmax.
+        batch_size: fixed batch size; 0 accepts any.
 
     Raises:
-        UserError: the model looks at several crops of an image.
+        UserError: the model evaluates several crops of an image.
     """
     if len(model.transform.shape) != 3:
-        raise UserError("config.eval.crops is 10, but an exported file looks at one crop; set it to 1.")
-    module, variables = fold_batch_norm(in_float32(model.module), model.variables)
+        raise UserError("config.eval.crops is 10, but an exported file takes a single crop; set it to 1.")
+    module, variables = fold_batch_norm(to_float32(model.module), model.variables)
     mean, std = (255 * np.asarray(values, np.float32).reshape(1, 1, 1, -1) for values in (model.mean, model.std))
 
     def logits(images: jax.Array) -> jax.Array:
@@ -102,29 +103,33 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
         mean=model.mean,
         std=model.std,
         classes=len(model.class_names),
-        info={"model": model.name, "weights": model.source, "class_names": "\n".join(model.class_names)},
+        info={
+            "model": model.name,
+            "weights": model.source,
+            "class_names": format_labels(model.class_names).rstrip("\n"),
+        },
     )
 
 
-def in_float32(module: nn.Module) -> nn.Module:
-    """The same network computing in float32."""
+def to_float32(module: nn.Module) -> nn.Module:
+    """Returns the module with float32 computation."""
     head = dataclasses.replace(module.head_options, dtype=jnp.float32)
     return module.clone(dtype=jnp.float32, head_options=head)
 
 
 def reference_outputs(model: Deployed, graph: Graph, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
-    """What the model itself, its batch norms not folded, answers in float32: what a file is judged by.
+    """Runs the original model in float32, without folded batch norms, as the reference for a file.
 
     Args:
-        model: what `graph` was made of.
+        model: the model that `graph` was made from.
         graph: decides between probabilities and logits.
         images: uint8 [n, h, w, c].
-        batch_size: of the computation.
+        batch_size: images computed at a time.
 
     Returns:
         float32 [n, k].
     """
-    module = in_float32(model.module)
+    module = to_float32(model.module)
 
     def answer(variables: dict[str, Any], batch: jax.Array) -> jax.Array:
         if graph.preprocessed:
@@ -138,7 +143,7 @@ def reference_outputs(model: Deployed, graph: Graph, images: np.ndarray, batch_s
         compiled = jax.jit(answer)
         parts = []
         for start in range(0, len(images), batch_size):
-            batch = graph.prepared(images[start : start + batch_size])
+            batch = graph.prepare(images[start : start + batch_size])
             missing = min(batch_size, len(images)) - len(batch)
             padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
             parts.append(np.asarray(compiled(model.variables, padded))[: len(batch)])

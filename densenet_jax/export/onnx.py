@@ -8,17 +8,18 @@ import numpy as np
 
 from densenet_jax.export.graph import Graph
 
-OPSET = 21  # of 2024: what the runtimes of today read
+OPSET = 21  # from 2024, supported by current runtimes
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes the model to `path`: input "images", output by the graph's name, facts in its metadata.
+    """Writes an ONNX file with input "images", the graph's output name and its info as metadata.
 
     Args:
-        graph: what is written.
-        path: the file.
-        precision: "float32", or "int8": weights and activations of convolutions and products, a scale a channel.
-        representative: int8: images uint8 [n, h, w, c] to take the activations' ranges from.
+        graph: function to write.
+        path: file to write.
+        precision: "float32", or "int8" for weights and activations of convolutions and matrix products, with one
+            scale a channel.
+        representative: images uint8 [n, h, w, c] that calibrate the activation ranges of int8.
     """
     import onnx
     from jax2onnx import to_onnx
@@ -37,16 +38,16 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     onnx.save(model, path)
     if precision == "int8":
         assert representative is not None
-        _quantise(path, graph.prepared(representative))
+        _quantize(path, graph.prepare(representative))
 
 
-def _quantise(path: str, images: np.ndarray) -> None:
-    """Replaces the file at `path` by the same model in int8."""
+def _quantize(path: str, images: np.ndarray) -> None:
+    """Replaces the file at `path` with its int8 version."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
-        """The images one by one."""
+        """Yields calibration images one by one."""
 
         def __init__(self) -> None:
             self._inputs = ({"images": image[None]} for image in images)
@@ -73,7 +74,7 @@ def _quantise(path: str, images: np.ndarray) -> None:
 
 
 def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The file at `path`, run by onnxruntime on the CPU, as a function of images."""
+    """Loads the file into onnxruntime on the CPU, as a function of images."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

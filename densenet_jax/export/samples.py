@@ -1,4 +1,4 @@
-"""Images to check a file with: of the data set where it is prepared, else given ones, else generated ones."""
+"""Chooses images to check a file with: given ones, else the data set's, else generated ones."""
 
 import dataclasses
 import itertools
@@ -23,9 +23,9 @@ class CheckImages:
 
     Attributes:
         images: uint8 [n, h, w, c].
-        labels: int32 [n], the right classes; None where they are not known.
-        source: what they are, for people.
-        real: whether they are photographs, scans and the like, not generated.
+        labels: int32 [n]; None if unknown.
+        source: description for messages.
+        real: False for generated images.
     """
 
     images: np.ndarray
@@ -36,13 +36,13 @@ class CheckImages:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Where images come from."""
+    """Source of images: the data set of the settings, or given places."""
 
-    config: Any  # checked settings
-    places: tuple[str, ...] = ()  # files, folders and patterns that are taken instead of the data set
+    config: Any
+    places: tuple[str, ...] = ()  # files, folders and patterns to use instead of the data set
 
     def to_check(self, transform: ResizedCentreCrop, most: int) -> CheckImages:
-        """At most `most` images: the given ones, else evenly spread over the evaluated split, else generated ones.
+        """Returns up to `most` images: given ones, else spread over the evaluated split, else generated ones.
 
         Raises:
             UserError: a given image can't be read, or the data set can't.
@@ -52,16 +52,16 @@ class Samples:
             return CheckImages(self._given(transform, most), None, "the given images", True)
         if not self._prepared():
             source = f"generated images, since {config.data.name} is not prepared"
-            return CheckImages(generated_images(most, transform.shape), None, source, False)
+            return CheckImages(generate_images(most, transform.shape), None, source, False)
         records = Experiment(config).data.eval_source
         images, labels = _spread(records, transform, most)
         known = None if records.label_sets else labels
         return CheckImages(images, known, f"images of {config.data.name} {config.data.eval_split}", True)
 
     def representative(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
-        """At most `most` training images uint8 [n, h, w, c], seen as in evaluation: for the ranges of int8.
+        """Returns up to `most` training images uint8 [n, h, w, c], preprocessed as in evaluation, to calibrate int8.
 
-        They are the given ones where the data set is not prepared.
+        If the data set is not prepared, they are the given images.
 
         Raises:
             UserError: there are no images, or they can't be read.
@@ -72,7 +72,7 @@ class Samples:
 
     def _given(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
         check_places(self.places)
-        paths = (found.path for found in itertools.islice(find_images(self.places), most))
+        paths = (image.path for image in itertools.islice(find_images(self.places), most))
         return np.stack([transform(read_file(path), name=path) for path in paths])
 
     def _prepared(self) -> bool:
@@ -82,8 +82,8 @@ class Samples:
         return data.name == "folder" or is_prepared(data.name, data.dir)
 
 
-def generated_images(count: int, shape: Sequence[int]) -> np.ndarray:
-    """Smooth colour patterns with noise on them, always the same ones: uint8 [count, *shape]."""
+def generate_images(count: int, shape: Sequence[int]) -> np.ndarray:
+    """Generates smooth color patterns with noise, always the same ones: uint8 [count, *shape]."""
     rng = np.random.default_rng(7)
     height, width, channels = shape
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -107,5 +107,5 @@ def _spread(source: Source, transform: ResizedCentreCrop, most: int) -> tuple[np
             continue
         labels.append(record.label)
     if not images:
-        raise UserError("none of the data set's images can be read; run --mode prepare to see what is wrong.")
+        raise UserError("none of the data set's images can be read; run --mode prepare to see why.")
     return np.stack(images), np.asarray(labels, np.int32)

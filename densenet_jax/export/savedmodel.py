@@ -8,26 +8,26 @@ from densenet_jax.export.graph import Graph
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes a SavedModel whose default signature takes "images" and gives the graph's output by its name."""
+    """Writes a SavedModel whose default signature maps "images" to the graph's named output."""
     del precision, representative
     import tensorflow as tf
 
     module = tf.Module()
-    module.call = tensorflow_function(graph, graph.function, graph.input_dtype, graph.batch_size)
+    module.call = make_tensorflow_function(graph, graph.function, graph.input_dtype, graph.batch_size)
     tf.saved_model.save(module, path, signatures={"serving_default": module.call.get_concrete_function()})
 
 
-def tensorflow_function(
+def make_tensorflow_function(
     graph: Graph, function: Callable, dtype: type, batch_size: int, after: Callable = lambda outputs: outputs
 ) -> Callable:
-    """A tf.function of images [b, h, w, c] that gives {output name: float32 [b, k]}.
+    """Makes a tf.function from images [b, h, w, c] to {output name: float32 [b, k]}.
 
     Args:
         graph: names and shapes.
-        function: what is converted.
-        dtype: of the images.
-        batch_size: 0 leaves it open.
-        after: TensorFlow's operations on the output.
+        function: JAX function to convert.
+        dtype: dtype of the images.
+        batch_size: fixed batch size; 0 accepts any.
+        after: TensorFlow operation on the output.
     """
     import tensorflow as tf
     from jax.experimental import jax2tf
@@ -44,7 +44,7 @@ def tensorflow_function(
 
 
 def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The SavedModel at `path` as a function of images."""
+    """Loads the SavedModel as a function of images."""
     import tensorflow as tf
 
     loaded = tf.saved_model.load(path)

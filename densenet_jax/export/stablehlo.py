@@ -1,4 +1,4 @@
-"""StableHLO through jax.export: one file for CPU, CUDA and TPU, called by `jax.export.deserialize(bytes).call`."""
+"""StableHLO through jax.export: one file for CPU, CUDA and TPU, run by `jax.export.deserialize(bytes).call`."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes the serialised program with its weights to `path`."""
+    """Writes the serialized program with its weights."""
     del precision, representative
     batch = graph.batch_size or "b"
     shape = export.symbolic_shape(f"{batch}, {', '.join(map(str, graph.image_shape))}")
@@ -24,7 +24,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
 
 
 def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The program in `path` as a function of images."""
+    """Loads the program as a function of images."""
     with open(path, "rb") as file:
         exported = export.deserialize(bytearray(file.read()))
     compiled = jax.jit(exported.call)

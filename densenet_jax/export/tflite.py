@@ -1,5 +1,11 @@
-"""TFLite in float32, float16 weights or full int8, with TFLite's built-in operations only."""
+"""TFLite in float32, with float16 weights or in int8, using only TFLite's built-in operations.
 
+For any batch size, a model is converted for one image, and `open_batch` then edits the file. Converting with an open
+batch would compute every shape at run time: biases would not be fused, averages would become reductions without int8,
+and grouped convolutions would be refused.
+"""
+
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,28 +14,35 @@ import numpy as np
 
 from densenet_jax.errors import UserError
 from densenet_jax.export.graph import Graph
-from densenet_jax.export.savedmodel import tensorflow_function
-from densenet_jax.export.tflite_batch import open_batch
+from densenet_jax.export.savedmodel import make_tensorflow_function
+
+# Operations with the batch size in their arguments; today's networks have none of them.
+_FIXED_BATCH = ("RESHAPE", "BROADCAST_TO", "FILL", "TRANSPOSE_CONV")
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes the flatbuffer to `path`. Where the batch size stays open it is converted for one image, and opened.
+    """Writes the TFLite file.
 
     Args:
-        graph: what is written.
-        path: the file.
-        precision: "float32"; "float16": weights of half the size, computed in float32 where the device has no float16;
-            "int8": weights and activations, input bytes as they are where the preprocessing is inside.
-        representative: int8: images uint8 [n, h, w, c] to take the activations' ranges from.
+        graph: function to write.
+        path: file to write.
+        precision: "float32"; "float16" for half-size weights, computed in float32 on devices without float16; "int8"
+            for weights and activations, with bytes as input if preprocessing is included.
+        representative: images uint8 [n, h, w, c] that calibrate the activation ranges of int8.
+
+    Raises:
+        UserError: the model can't be expressed in TFLite.
     """
     import tensorflow as tf
 
     if graph.allowed_classes is not None:
-        raise UserError("config.eval.class_map is not for --format tflite; leave it empty.")
-    whole = precision == "int8" and not graph.preprocessed  # bytes as quantised numbers: no operation is left in float
+        raise UserError("config.eval.class_map is not supported by --format tflite; leave it empty.")
+    whole = (
+        precision == "int8" and not graph.preprocessed
+    )  # input bytes are the quantized values: nothing runs in float
     dtype = np.float32 if whole else graph.input_dtype
     after = tf.nn.softmax if graph.output_name == "probabilities" else tf.identity
-    function: Any = tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
+    function: Any = make_tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     if precision != "float32":
@@ -46,35 +59,35 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     with open(path, "wb") as file:
         file.write(content if graph.batch_size else open_batch(content))
     if whole:
-        _check_bytes_as_they_are(path)
+        _check_input_is_bytes(path)
 
 
 def _batches(graph: Graph, images: np.ndarray) -> Iterator[list[np.ndarray]]:
     images = images.copy()
-    # The range of the input is that of bytes, whatever the images hold: so a quantised input is the byte itself.
+    # Calibrate the input to the full range of bytes, so that a quantized input is the byte itself.
     images[0].flat[0], images[0].flat[-1] = 0, 255
-    inputs = graph.prepared(images).astype(np.float32)
+    inputs = graph.prepare(images).astype(np.float32)
     size = graph.batch_size or 1
     for start in range(0, len(inputs) - size + 1, size):
         yield [inputs[start : start + size]]
 
 
-def _check_bytes_as_they_are(path: str) -> None:
-    details = _interpreter(path).get_input_details()[0]
+def _check_input_is_bytes(path: str) -> None:
+    details = _make_interpreter(path).get_input_details()[0]
     scale, zero = details["quantization"]
     if details["dtype"] is not np.uint8 or abs(scale - 1) > 1e-5 or zero != 0:
-        raise UserError(f"the converter made input bytes mean (byte - {zero}) * {scale}; use --nopreprocess for int8.")
+        raise UserError(f"the converter scaled input bytes to (byte - {zero}) * {scale}; use --nopreprocess for int8.")
 
 
-def _interpreter(path: str) -> Any:
+def _make_interpreter(path: str) -> Any:
     from ai_edge_litert.interpreter import Interpreter
 
     return Interpreter(model_path=path, num_threads=os.cpu_count())
 
 
 def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The file at `path`, run by LiteRT's interpreter, as a function of one batch of images."""
-    interpreter = _interpreter(path)
+    """Loads the file into LiteRT's interpreter, as a function of one batch of images."""
+    interpreter = _make_interpreter(path)
     (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def call(images: np.ndarray) -> np.ndarray:
@@ -86,3 +99,45 @@ def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
         return interpreter.get_tensor(result["index"])
 
     return call
+
+
+def open_batch(content: bytes) -> bytes:
+    """Lets a file converted for one image take any number, set by the interpreter's `resize_tensor_input`.
+
+    Args:
+        content: flatbuffer with one graph, whose first dimension is a batch of 1 from input to output.
+
+    Raises:
+        UserError: an operation depends on the batch size in a way that can't be edited.
+    """
+    from tensorflow.lite.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    (graph,) = model.subgraphs
+    for operation in graph.operators:
+        kind = flatbuffer_utils.opcode_to_name(model, operation.opcodeIndex)
+        if kind == "SLICE":
+            operation.inputs[2] = _take_whole_batch(model, graph, operation.inputs[2])
+        elif kind == "STRIDED_SLICE":
+            operation.builtinOptions.endMask |= 1
+        elif kind in _FIXED_BATCH:
+            raise UserError(f"the converter wrote {kind} with a fixed batch size; set --batch_size.")
+    computed = {index for operation in graph.operators for index in operation.outputs} | set(graph.inputs)
+    for index in computed:
+        tensor = graph.tensors[index]
+        if len(tensor.shape) > 1:  # one-dimensional tensors are weights converted at run time
+            tensor.shapeSignature = np.array([-1, *tensor.shape[1:]], np.int32)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def _take_whole_batch(model: Any, graph: Any, sizes: int) -> int:
+    """Copies the tensor of slice sizes, which may be shared, and lets it take all of the first dimension."""
+    tensor = copy.deepcopy(graph.tensors[sizes])
+    buffer = copy.deepcopy(model.buffers[tensor.buffer])
+    values = np.frombuffer(bytes(buffer.data), np.int32).copy()
+    values[0] = -1
+    buffer.data = np.frombuffer(values.tobytes(), np.uint8)
+    model.buffers.append(buffer)
+    tensor.buffer = len(model.buffers) - 1
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1

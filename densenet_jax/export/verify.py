@@ -1,4 +1,4 @@
-"""Whether a written file does what the model does: the same images through both."""
+"""Compares the outputs of a written file with those of the model on the same images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,23 +7,23 @@ import numpy as np
 
 from densenet_jax.errors import UserError
 
-# float32: the largest difference, as a share of the largest output where that is above 1.
+# float32: largest difference allowed, relative to the largest output if that is above 1.
 LARGEST_DIFFERENCE = 1e-4
-# Coarser numbers: the share of images whose most probable class must stay the same.
+# Lower precisions: least share of images whose most probable class stays the same.
 LEAST_AGREEMENT = {"float16": 0.99, "int8": 0.95}
-_CHUNK = 24  # does not divide the usual counts: the last chunk is another batch size
+_CHUNK = 24  # not a divisor of the usual counts, so that the last chunk tries another batch size
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A file's outputs beside the model's.
+    """Differences between the outputs of a file and of the model.
 
     Attributes:
-        examples: how many images were compared.
-        max_abs_difference: of any output of any image.
-        scale: the largest output of the model, but at least 1.
+        examples: number of images compared.
+        max_abs_difference: largest difference of any output.
+        scale: largest output of the model, at least 1.
         agreement: share of images with the same most probable class.
-        accuracy: the share of right answers of model and file, where the right ones are known.
+        accuracy: top-1 accuracy of model and file; None without labels.
     """
 
     examples: int
@@ -33,33 +33,33 @@ class Comparison:
     accuracy: tuple[float, float] | None
 
     def describe(self) -> str:
-        """One line for a person."""
-        line = f"largest difference {self.max_abs_difference:.2e}, same answer for {self.agreement:.2%}"
+        """Formats the comparison as one line."""
+        line = f"largest difference {self.max_abs_difference:.2e}, same class for {self.agreement:.2%}"
         if self.accuracy is not None:
             model, file = self.accuracy
             line += f"; top-1 of the model {model:.2%}, of the file {file:.2%} ({file - model:+.2%})"
         return f"{line} ({self.examples} images)"
 
     def check(self, precision: str, what: str) -> None:
-        """Checks that the file is close enough.
+        """Checks that the file is close enough to the model.
 
         Raises:
             UserError: it isn't.
         """
         if not np.isfinite(self.max_abs_difference):
-            raise UserError(f"{what} gives values that are no numbers, and was not written.")
+            raise UserError(f"{what} returns NaN or infinity, so it was not written.")
         if precision == "float32":
             allowed = LARGEST_DIFFERENCE * self.scale
             if self.max_abs_difference > allowed:
                 raise UserError(
                     f"{what} differs from the model by up to {self.max_abs_difference:.2e}, more than the "
-                    f"{allowed:.0e} that is tolerated, and was not written; please report this with "
+                    f"{allowed:.0e} allowed, so it was not written; please report this with "
                     "the versions of the libraries."
                 )
         elif self.agreement < LEAST_AGREEMENT[precision]:
             raise UserError(
-                f"{what} in {precision} answers like the model for {self.agreement:.1%} of {self.examples} images, "
-                f"less than the {LEAST_AGREEMENT[precision]:.0%} that are expected, and was not written; use a finer "
+                f"{what} in {precision} agrees with the model for {self.agreement:.1%} of {self.examples} images, "
+                f"less than the {LEAST_AGREEMENT[precision]:.0%} required, so it was not written; use a higher "
                 "--precision."
             )
 
@@ -67,12 +67,12 @@ class Comparison:
 def run_in_chunks(
     call: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch_size: int, done: Callable[[int], None]
 ) -> np.ndarray:
-    """Outputs for all images: in batches of `batch_size`, padded, or where that is 0 of one image and then of many.
+    """Computes the outputs of all images in padded batches, or if any size is accepted, of one image and then of many.
 
     Args:
         call: the file as a function of one batch.
-        images: as the file takes them.
-        batch_size: the only one that the file takes; 0: any.
+        images: input of the file.
+        batch_size: fixed batch size; 0 accepts any.
         done: called with the number of images after each batch.
     """
     starts = list(range(0, len(images), batch_size)) if batch_size else [0, *range(1, len(images), _CHUNK)]
@@ -86,19 +86,19 @@ def run_in_chunks(
     return np.concatenate(outputs)
 
 
-def compare(expected: np.ndarray, found: np.ndarray, labels: np.ndarray | None) -> Comparison:
-    """Compares outputs float32 [n, k]; `labels` int [n] are the right classes, where they are known.
+def compare(expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None) -> Comparison:
+    """Compares outputs float32 [n, k]; `labels` int [n] are the true classes, if known.
 
     Raises:
         UserError: the file's outputs have another shape.
     """
-    if expected.shape != found.shape:
-        raise UserError(f"the written file gives outputs of shape {found.shape}; expected {expected.shape}.")
-    ours, theirs = expected.argmax(-1), found.argmax(-1)
+    if expected.shape != actual.shape:
+        raise UserError(f"the written file returns outputs of shape {actual.shape}; expected {expected.shape}.")
+    ours, theirs = expected.argmax(-1), actual.argmax(-1)
     accuracy = None if labels is None else (float(np.mean(ours == labels)), float(np.mean(theirs == labels)))
-    # Classes that are left out have logits of minus infinity on both sides.
+    # Excluded classes have logits of minus infinity on both sides.
     with np.errstate(invalid="ignore"):
-        difference = np.where(expected == found, 0.0, np.abs(expected - found))
+        difference = np.where(expected == actual, 0.0, np.abs(expected - actual))
     return Comparison(
         examples=len(expected),
         max_abs_difference=float(difference.max()),

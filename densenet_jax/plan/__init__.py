@@ -1,1 +1,1 @@
-"""What a training step costs on chips that are not there: compiled for them, counted, and bounded by their peaks."""
+"""Plans a training step for chips that are not here: compiles it for them and counts memory, traffic and bounds."""

@@ -1,4 +1,4 @@
-"""The chips a run can be planned for, with the peaks that their makers publish."""
+"""Chips that can be planned for, with their published peaks."""
 
 import dataclasses
 from typing import Literal
@@ -8,18 +8,18 @@ GB, GIB = 10**9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip.
+    """A kind of chip.
 
     Attributes:
-        name: as in a topology's name, "v5e" in "v5e:16x16".
-        compiler: whose plugin compiles for it: libtpu ("tpu") or XLA's CUDA plugin ("cuda").
-        flops: bfloat16 operations a second at the published peak, without sparsity.
+        name: as in a topology, "v5e" in "v5e:16x16".
+        compiler: libtpu ("tpu") or XLA's CUDA plugin ("cuda").
+        flops: peak bfloat16 operations a second, without sparsity.
         memory_bytes: capacity of its HBM.
         memory_bytes_per_sec: peak bandwidth of its HBM.
-        link_bytes_per_sec: what it sends to its neighbours at peak, over all links together, in one direction.
-        chips_per_host: of a slice of several hosts.
+        link_bytes_per_sec: peak bandwidth of all links together, in one direction.
+        chips_per_host: chips in a host of a multi-host slice.
         axes: dimensions of a topology's shape.
-        source: where the figures are published.
+        source: URL of the figures.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""The compilers of chips that are not there: libtpu's, and XLA's CUDA plugin.
+"""Compilers for chips that are not here: libtpu and XLA's CUDA plugin.
 
-Only a process started with `ENVIRONMENT`, which runs nothing itself, should load them.
+Load them only in a process that is started with `ENVIRONMENT` and runs nothing itself.
 """
 
 import importlib.util
@@ -15,18 +15,18 @@ from densenet_jax.training.sharding import make_mesh
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled can't be run here
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # it would be another program
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiled programs can't be run here
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # would change the program
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no slice to ask about
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody holds a chip, so that two may compile at a time
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU slice to query
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held, so two processes may compile at a time
 }
 _MODULES = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")}
 _REQUIREMENTS = {"tpu": "requirements-plan.txt", "cuda": "requirements-plan-gpu.txt"}
 
 
 def check_installed(compiler: str) -> None:
-    """Checks that the extra which brings the compiler is installed.
+    """Checks that the compiler is installed.
 
     Raises:
         UserError: it isn't; the message says what to install.
@@ -42,12 +42,12 @@ def check_installed(compiler: str) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def absent_devices(topology: Topology) -> list[jax.Device]:
-    """Devices of a topology, one a chip, that can be compiled for and nothing else.
+    """Returns the devices of a topology, one a chip, which can only be compiled for.
 
     Raises:
         UserError: the compiler is not installed.
@@ -69,7 +69,7 @@ def absent_devices(topology: Topology) -> list[jax.Device]:
 
 
 def one_chip_mesh(name: str) -> jax.sharding.Mesh:
-    """A mesh of a single chip of that name, "v5e" or "h200".
+    """Makes a mesh of a single chip, such as "v5e" or "h200".
 
     Raises:
         UserError: there is no such chip, or its compiler is not installed.

@@ -1,4 +1,4 @@
-"""A step compiled for absent chips, and what it costs each of them."""
+"""Compiles a step for absent chips and counts its costs."""
 
 import dataclasses
 import re
@@ -10,11 +10,11 @@ from densenet_jax.plan.hlo import Collective, Program
 
 
 class DoesNotFitError(Exception):
-    """The compiler found no way to run the program in a chip's memory.
+    """The compiler could not fit the program into a chip's memory.
 
     Attributes:
-        needed_bytes: what it would take; None where the compiler does not tell.
-        limit_bytes: what there is by the compiler's account, which keeps a part of the memory; None as above.
+        needed_bytes: memory it would need; None if the compiler does not report it.
+        limit_bytes: memory available to it, less what the compiler reserves; None as above.
     """
 
     def __init__(self, needed_bytes: int | None, limit_bytes: int | None = None) -> None:
@@ -24,14 +24,14 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one run of a compiled program costs one chip.
+    """Costs of one run of a compiled program for one chip.
 
     Attributes:
-        memory_bytes: at the fullest: arguments, results, temporaries and the program; donated memory counts once.
-        temp_bytes: of temporaries alone.
-        flops: operations; None where the compiler does not tell.
-        traffic_bytes: that instructions read and write, in memory on the chip itself as well.
-        memory_traffic_bytes: of these, what goes between the chip and its main memory.
+        memory_bytes: peak memory of arguments, results, temporaries and program; donated memory counts once.
+        temp_bytes: memory of temporaries alone.
+        flops: operations; None if the compiler does not report them.
+        traffic_bytes: bytes that instructions read and write, including memory on the chip.
+        memory_traffic_bytes: bytes moved between the chip and its main memory.
         collectives: transfers between chips.
     """
 
@@ -44,11 +44,11 @@ class Costs:
 
 
 def compile_costs(lowered: jax.stages.Lowered) -> Costs:
-    """Compiles a lowered program and counts.
+    """Compiles a lowered program and counts its costs.
 
-    Bytes are the compiler's own count of what it accesses where it tells (TPU), else the operands and results of the
-    optimised program's instructions (GPU); the bodies of loops count as often as they run. Those of main memory are
-    counted in the program's text, where a TPU's tells what lies on the chip.
+    Traffic is the compiler's own count of accessed bytes if it has one (TPU), else the operands and results of the
+    optimized program's instructions (GPU); loop bodies count as often as they run. Traffic of main memory is counted
+    in the program's text, which for a TPU marks the arrays that lie on the chip.
 
     Raises:
         DoesNotFitError: a chip's memory is too small for it.
@@ -58,10 +58,10 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(*told_bytes(str(error))) from error
+        raise DoesNotFitError(*parse_memory_error(str(error))) from error
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
-    own = _own_analysis(compiled)
+    own = _analyze_costs(compiled)
     repeats = program.traffic() / max(1, program.traffic(once=True))
     return Costs(
         memory_bytes=memory.argument_size_in_bytes
@@ -77,27 +77,27 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     )
 
 
-def _own_analysis(compiled: Any) -> dict[str, float]:
-    """XLA's cost analysis, empty where the compiler has none."""
+def _analyze_costs(compiled: Any) -> dict[str, float]:
+    """Returns XLA's cost analysis, empty if the compiler has none."""
     try:
         return dict(compiled.cost_analysis() or {})
     except (NotImplementedError, jax.errors.JaxRuntimeError):
         return {}
 
 
-def told_bytes(message: str) -> tuple[int | None, int | None]:
-    """The needed and the available bytes in a compiler's complaint; None for what it does not tell.
+def parse_memory_error(message: str) -> tuple[int | None, int | None]:
+    """Parses needed and available bytes from a compiler's error message; None for what it does not report.
 
-    It may be "... for HLO temporaries (19.5G) exceeds available HBM (15.75G)" or "Used 20.5G of 15.75G hbm".
+    Examples: "... for HLO temporaries (19.5G) exceeds available HBM (15.75G)", "Used 20.5G of 15.75G hbm".
     """
     size = r"([\d.]+[KMGT])"
-    found = re.search(rf"\({size}\) exceeds(?:[^(]*\({size}\))?", message)
-    found = found or re.search(rf"[Uu]sed {size} of(?: {size})?", message)
-    if found is None:
+    match = re.search(rf"\({size}\) exceeds(?:[^(]*\({size}\))?", message)
+    match = match or re.search(rf"[Uu]sed {size} of(?: {size})?", message)
+    if match is None:
         return None, None
-    return _bytes_of(found[1]), _bytes_of(found[2])
+    return _parse_size(match[1]), _parse_size(match[2])
 
 
-def _bytes_of(text: str | None) -> int | None:
-    """The bytes of "19.5G"; None of None."""
+def _parse_size(text: str | None) -> int | None:
+    """Parses "19.5G" to bytes; None stays None."""
     return None if text is None else round(float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1))

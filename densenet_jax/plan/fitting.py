@@ -1,22 +1,22 @@
-"""The largest batch that fits, to a stated resolution, found with few compilations."""
+"""Finds the largest batch that fits with few compilations."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 
-RESOLUTION = 0.01  # of the batch; a finer answer costs a compilation for each halving and serves nobody
+RESOLUTION = 0.01  # relative to the batch; each halving would cost another compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One size that was compiled for.
+    """A batch size that was compiled.
 
     Attributes:
-        units: the size, in the smallest steps that a batch can be changed by.
-        fits: what came of it.
-        memory_bytes: of a chip, needed or used; None where the compiler does not tell.
-        limit_bytes: of a chip, by the account that `memory_bytes` is from: a compiler that gives up counts otherwise
-            than one that is done.
+        units: size, in the smallest steps that a batch can change by.
+        fits: whether it fits.
+        memory_bytes: memory needed on a chip; None if the compiler does not report it.
+        limit_bytes: memory of a chip, counted as for `memory_bytes`: a compiler that fails counts differently from one
+            that succeeds.
     """
 
     units: int
@@ -26,45 +26,45 @@ class Attempt:
 
     @property
     def fullness(self) -> float | None:
-        """The part of the memory that it takes, more than 1 where it does not fit."""
+        """Share of the memory it needs, above 1 if it does not fit."""
         return None if self.memory_bytes is None else self.memory_bytes / self.limit_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Between which sizes the limit lies: `fitting` was seen to fit (0: none was), `failing` was seen not to."""
+class Limit:
+    """Sizes around the limit: `fitting` is the largest seen to fit (0 if none), `failing` the smallest seen not to."""
 
     fitting: int
     failing: int
 
 
-def largest_that_fits(attempt: Callable[[int], Attempt], first: Attempt) -> Found:
-    """Narrows the limit down until what fits and what doesn't are at most `RESOLUTION`, or one unit, apart.
+def largest_that_fits(attempt: Callable[[int], Attempt], first: Attempt) -> Limit:
+    """Narrows the limit down to `RESOLUTION` or one unit.
 
-    Memory is nearly a straight line over the size, so a size is tried where the line through what was seen last meets
-    the limit, rounded down to a multiple of a power of two. Memory that is no such line ends it late, not never: after
-    the third every attempt keeps four times the distance from what was tried, until only the middle is left.
+    Memory grows almost linearly with the size, so the next size is where the line through the nearest attempts meets
+    the limit, rounded down to a multiple of a power of two. In case memory is not linear, each attempt after the third
+    keeps four times more distance from earlier sizes, which ends in bisection.
 
     Args:
-        attempt: dear to call; compiles for a number of units.
-        first: did not fit.
+        attempt: compiles for a number of units; expensive.
+        first: an attempt that did not fit.
     """
     tried = [first]
     low, high = 0, first.units
     while high - low > max(1, RESOLUTION * high):
-        tried.append(attempt(_next_units(tried, low, high)))
+        tried.append(attempt(_choose_units(tried, low, high)))
         if tried[-1].fits:
             low = tried[-1].units
         else:
             high = tried[-1].units
-    return Found(low, high)
+    return Limit(low, high)
 
 
-def _next_units(tried: list[Attempt], low: int, high: int) -> int:
-    """A size between `low`, which fits, and `high`, which does not."""
-    guess, times = _meets_limit(tried), 4 ** max(0, len(tried) - 4)
+def _choose_units(tried: list[Attempt], low: int, high: int) -> int:
+    """Chooses a size between `low`, which fits, and `high`, which does not."""
+    guess, times = _extrapolate_limit(tried), 4 ** max(0, len(tried) - 4)
     lowest, highest = low + times * _step(low) if low else 1, high - times * _step(high)
-    middle = math.isqrt(max(low, 1) * high)  # of what may be orders of magnitude
+    middle = math.isqrt(max(low, 1) * high)  # geometric: the range may span orders of magnitude
     units = middle if guess is None or lowest >= highest else min(max(guess, lowest), highest)
     step = _step(units)
     rounded = units // step * step
@@ -72,12 +72,12 @@ def _next_units(tried: list[Attempt], low: int, high: int) -> int:
 
 
 def _step(units: int) -> int:
-    """The largest power of two within the resolution of a size."""
+    """Returns the largest power of two within the resolution of a size."""
     return 1 << max(0, math.floor(RESOLUTION * units).bit_length() - 1)
 
 
-def _meets_limit(tried: list[Attempt]) -> int | None:
-    """Where memory would be just full by the line through the nearest two sizes; None where that can't be said."""
+def _extrapolate_limit(tried: list[Attempt]) -> int | None:
+    """Returns the size that would just fill the memory by the line through the nearest two attempts, or None."""
     fitting, failing = (
         [(one.units, one.fullness) for one in tried if one.fits is fits and one.fullness] for fits in (True, False)
     )

@@ -1,4 +1,4 @@
-"""What a compiled program does to memory and between chips, read from its optimised HLO text."""
+"""Counts memory traffic and transfers between chips in the optimized HLO text of a program."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "bf16": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = "S(1)"  # in a layout: the memory on a TPU's own chip
-_TOLD_BYTES = re.compile(r'"bytes_accessed":"(\d+)"')
+_REPORTED_BYTES = re.compile(r'"bytes_accessed":"(\d+)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -24,7 +24,7 @@ _COLLECTIVES = (
     "collective-broadcast",
 )
 _NAMES_MEMORY = ('custom_call_target="ConcatBitcast"', 'custom_call_target="AllocateBuffer"')
-# They name memory that others have written, or run what is counted by itself.
+# They only name memory, or run computations that are counted separately.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTROL = {"while", "call", "conditional"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
@@ -35,14 +35,14 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        name, opcode: its own.
         sizes: bytes of the arrays in its result.
-        on_chip: which of these lie in memory on the chip itself.
-        operands, called: names.
-        trips: how often it runs what it calls.
-        is_root: its result is the computation's.
-        number: of a parameter.
-        told: bytes that a kernel says it moves, 0 where nothing is said.
+        on_chip: whether each of these arrays lies in memory on the chip.
+        operands: names of its operands.
+        called: names of the computations it runs.
+        trips: how often it runs them.
+        is_root: whether its result is that of the computation.
+        number: number of a parameter, else -1.
+        reported: bytes that a kernel reports it moves, 0 if it does not.
     """
 
     name: str
@@ -54,31 +54,31 @@ class Instruction:
     trips: int
     is_root: bool
     number: int
-    told: int
+    reported: int
 
     @property
     def size(self) -> int:
-        """Bytes of all arrays of the result."""
+        """Bytes of the result."""
         return sum(self.sizes)
 
     @property
     def off_chip_share(self) -> float:
-        """Of the result's bytes: what lies in the chip's main memory."""
+        """Share of the result in main memory."""
         off = sum(size for size, on_chip in zip(self.sizes, self.on_chip, strict=True) if not on_chip)
         return off / self.size if self.size else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal transfers between chips: the operation, bytes of the larger side of one, how often a step makes it."""
+    """Equal transfers between chips: operation, bytes of the larger side of one, and count in a step."""
 
     op: str
     bytes: int
     count: int
 
 
-def _arrays(text: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Bytes of each array in a result's type, and whether it lies on the chip."""
+def _parse_arrays(text: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Returns the bytes of each array in a result type, and whether it lies on the chip."""
     sizes, on_chip = [], []
     for kind, dimensions, layout in _SHAPE.findall(text):
         digits = re.sub(r"^[a-z]+|e\d.*$", "", kind)
@@ -89,8 +89,8 @@ def _arrays(text: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     return tuple(sizes), tuple(on_chip)
 
 
-def _arguments(rest: str) -> tuple[str, str]:
-    """What follows an opening parenthesis, split at its closing one."""
+def _split_arguments(rest: str) -> tuple[str, str]:
+    """Splits the text after an opening parenthesis at the closing one."""
     depth = 1
     for place, sign in enumerate(rest):
         depth += (sign == "(") - (sign == ")")
@@ -104,14 +104,14 @@ def _parse_line(line: str) -> Instruction | None:
     if match is None:
         return None
     root, name, shape, opcode, rest = match.groups()
-    arguments, attributes = _arguments(rest)
+    arguments, attributes = _split_arguments(rest)
     called = tuple(_CALLED.findall(attributes))
     if branches := _BRANCHES.search(attributes):
         called += tuple(part.strip().lstrip("%") for part in branches.group(1).split(","))
-    trips, told = _TRIPS.search(attributes), _TOLD_BYTES.search(attributes)
+    trips, reported = _TRIPS.search(attributes), _REPORTED_BYTES.search(attributes)
     if opcode == "custom-call" and any(target in attributes for target in _NAMES_MEMORY):
         opcode = "bitcast"
-    sizes, on_chip = _arrays(shape)
+    sizes, on_chip = _parse_arrays(shape)
     return Instruction(
         name,
         opcode,
@@ -122,15 +122,15 @@ def _parse_line(line: str) -> Instruction | None:
         int(trips.group(1)) if trips else 1,
         bool(root),
         int(arguments) if opcode == "parameter" else -1,
-        int(told.group(1)) if told and opcode == "custom-call" else 0,
+        int(reported.group(1)) if reported and opcode == "custom-call" else 0,
     )
 
 
 class Program:
-    """A compiled module."""
+    """A compiled program, parsed from its HLO text."""
 
     def __init__(self, text: str) -> None:
-        """Reads the HLO text of `compiled.as_text()`."""
+        """Parses the result of `compiled.as_text()`."""
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry, current = "", {}
         for line in text.splitlines():
@@ -142,35 +142,35 @@ class Program:
                 current[instruction.name] = instruction
 
     def collectives(self) -> list[Collective]:
-        """The transfers between chips, the largest operation first."""
+        """Returns the transfers between chips, those with most bytes first."""
         counts: dict[tuple[str, int], int] = {}
-        for scope, instruction, times in self._executed():
+        for scope, instruction, times in self._walk():
             op = instruction.opcode.removesuffix("-start")
             if op in _COLLECTIVES:
                 operands = sum(scope[name].size for name in instruction.operands if name in scope)
                 result = instruction.size
-                if instruction.opcode.endswith("-start"):  # its result holds the operands as well
+                if instruction.opcode.endswith("-start"):  # its result includes the operands
                     result = max(result - operands, max(instruction.sizes, default=0))
                 key = (op, max(operands, result))
                 counts[key] = counts.get(key, 0) + times
-        found = [Collective(op, size, count) for (op, size), count in counts.items()]
-        return sorted(found, key=lambda one: (-one.bytes * one.count, one.op))
+        transfers = [Collective(op, size, count) for (op, size), count in counts.items()]
+        return sorted(transfers, key=lambda one: (-one.bytes * one.count, one.op))
 
     def traffic(self, *, once: bool = False, off_chip: bool = False) -> int:
-        """Bytes that instructions read and write: each its operands and results, slices as slices.
+        """Counts the bytes of operands and results of all instructions; of sliced arrays, only the slices.
 
-        A loop's body counts as often as it is known to run; with `once` a single time, as XLA's own analysis does. With
-        `off_chip` what lies in memory on the chip itself is left out.
+        A loop body counts as often as it runs, or with `once` a single time, as in XLA's own analysis. `off_chip`
+        leaves out memory on the chip.
         """
         return round(
             sum(
-                (1 if once else times) * self._moved(scope, instruction, off_chip)
-                for scope, instruction, times in self._executed()
+                (1 if once else times) * self._count_moved(scope, instruction, off_chip)
+                for scope, instruction, times in self._walk()
             )
         )
 
-    def _executed(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
-        """Every instruction that runs by itself, the computation that it is in, and how often."""
+    def _walk(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
+        """Yields the scope, the instruction and its number of runs, for every instruction outside of fusions."""
         pending = [(self._entry, 1)]
         while pending:
             name, times = pending.pop()
@@ -182,7 +182,7 @@ class Program:
                 elif instruction.opcode == "async-start":
                     pending += [(called, times) for called in instruction.called]
 
-    def _moved(self, scope: dict[str, Instruction], instruction: Instruction, off_chip: bool) -> float:
+    def _count_moved(self, scope: dict[str, Instruction], instruction: Instruction, off_chip: bool) -> float:
         op = instruction.opcode
         if op in _FREE | _CONTROL or op.startswith("async-") or op.endswith("-done"):
             return 0
@@ -190,12 +190,12 @@ class Program:
         operands = [0 if one is None else one.size for one in known]
         shares = [one.off_chip_share if one is not None and off_chip else 1.0 for one in known]
         own_share = instruction.off_chip_share if off_chip else 1.0
-        if op in ("copy-start", "slice-start"):  # its result holds the operand as well, and a flag
+        if op in ("copy-start", "slice-start"):  # its result includes the operand and a flag
             place = 0 if op == "copy-start" else len(operands)
             copied = instruction.sizes[place]
             return copied * (shares[0] + (not (off_chip and instruction.on_chip[place])))
         if op == "fusion" and instruction.called:
-            read, written = self._fusion(instruction.called[0])
+            read, written = self._count_fusion(instruction.called[0])
             taken = sum(share * read.get(number, operands[number]) for number, share in enumerate(shares))
             return taken + own_share * (instruction.size if written is None else written)
         if op in _SLICES:
@@ -203,13 +203,13 @@ class Program:
         if op == "dynamic-update-slice":
             return operands[1] * (shares[1] + own_share)
         moved = sum(share * size for share, size in zip(shares, operands, strict=True)) + own_share * instruction.size
-        if instruction.told:  # it may read parts of what it is given
-            return instruction.told * moved / (sum(operands) + instruction.size)
+        if instruction.reported:  # it may read its operands in part
+            return instruction.reported * moved / (sum(operands) + instruction.size)
         return moved
 
-    @functools.cache  # noqa: B019 - a program lives as long as what is read from it
-    def _fusion(self, name: str) -> tuple[dict[int, int], int | None]:
-        """Bytes read of parameters that are only sliced, and bytes written where the result is updated in place."""
+    @functools.cache  # noqa: B019 - the cache may live as long as the program
+    def _count_fusion(self, name: str) -> tuple[dict[int, int], int | None]:
+        """Returns the bytes read of each parameter that is only sliced, and the bytes written by an in-place update."""
         body = self._computations.get(name, {})
         users: dict[str, list[Instruction]] = {}
         for instruction in body.values():
@@ -218,7 +218,9 @@ class Program:
         read: dict[int, int] = {}
         for instruction in body.values():
             if instruction.opcode == "parameter":
-                shares = [self._share(body, users, instruction.name, user) for user in users.get(instruction.name, [])]
+                shares = [
+                    self._count_read(body, users, instruction.name, user) for user in users.get(instruction.name, [])
+                ]
                 known = [share for share in shares if share is not None]
                 if len(known) == len(shares):
                     read[instruction.number] = min(sum(known), instruction.size)
@@ -229,15 +231,15 @@ class Program:
             return read, body[root.operands[1]].size
         return read, None
 
-    def _share(
+    def _count_read(
         self, body: dict[str, Instruction], users: dict[str, list[Instruction]], name: str, user: Instruction
     ) -> int | None:
-        """Bytes that `user` reads of the array `name`, None for all of them."""
+        """Returns the bytes that `user` reads of the array `name`, or None for all."""
         if user.opcode in _SLICES and user.operands[0] == name:
             return user.size
         if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             return 0
         if user.opcode == "bitcast":
-            shares = [self._share(body, users, user.name, further) for further in users.get(user.name, [])]
+            shares = [self._count_read(body, users, user.name, further) for further in users.get(user.name, [])]
             return None if None in shares or not shares else sum(share or 0 for share in shares)
         return None

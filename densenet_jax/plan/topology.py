@@ -1,4 +1,4 @@
-"""A topology's name to the chips it stands for: "v5e:16x16" is a slice of 256, "h200:1x1x8" one host with eight."""
+"""Parses topologies: "v5e:16x16" is a slice of 256 chips, "h200:1x1x8" one host with eight."""
 
 import dataclasses
 import difflib
@@ -8,19 +8,19 @@ import re
 from densenet_jax.errors import UserError
 from densenet_jax.plan.chips import CHIPS, Chip
 
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all that exist of two axes
-_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of three axes, below the cube of 64 that larger ones are made of
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all slices with two axes
+_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # slices with three axes that are smaller than the cube of 64
 _CUBE, _LARGEST_SIDE = 4, 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips that are planned for.
+    """Chips to plan for.
 
     Attributes:
-        name: as given, "v5e:16x16".
-        chip: their kind.
-        shape: chips along each axis; of GPUs slices, hosts in a slice, GPUs in a host.
+        name: as given, such as "v5e:16x16".
+        chip: kind of chip.
+        shape: chips along each axis; for GPUs: slices, hosts in a slice, GPUs in a host.
     """
 
     name: str
@@ -29,19 +29,19 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """Number of chips."""
         return math.prod(self.shape)
 
     @property
     def hosts(self) -> int:
-        """Machines that they sit in, and so the processes that would run."""
+        """Number of hosts, each with one process."""
         if self.chip.compiler == "cuda":
             return math.prod(self.shape[:-1])
         return math.ceil(self.chips / self.chip.chips_per_host)
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of that name.
+    """Parses a topology.
 
     Raises:
         UserError: there is no such chip, or it has no topology of that shape.
@@ -49,35 +49,35 @@ def parse_topology(name: str) -> Topology:
     kind, _, given = name.partition(":")
     chip = find_chip(kind)
     shape = tuple(map(int, given.split("x"))) if re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", given) else ()
-    if not _exists(chip, shape):
+    if not _has_shape(chip, shape):
         raise UserError(
-            f"--topology is {name!r}, which is no shape of {kind}: {_shapes_of(chip)}; give for instance "
-            f"{_nearest(chip, shape)}."
+            f"--topology is {name!r}, not a shape of {kind}: {_describe_shapes(chip)}; for example "
+            f"{_find_nearest(chip, shape)}."
         )
     return Topology(name, chip, shape)
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of that name.
+    """Looks up a chip.
 
     Raises:
-        UserError: there is none; the message names the one that is written most like it.
+        UserError: there is no such chip; the message names the nearest.
     """
     if name not in CHIPS:
         near = max(CHIPS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
         raise UserError(
-            f"{name!r} is no chip that can be planned for; the nearest is {near} ({example_of(CHIPS[near])}), "
-            f"known are {', '.join(CHIPS)}."
+            f"{name!r} is not a known chip; did you mean {near} ({make_example(CHIPS[near])})? "
+            f"Known are {', '.join(CHIPS)}."
         )
     return CHIPS[name]
 
 
-def example_of(chip: Chip) -> str:
-    """A name of the smallest whole host of that chip."""
+def make_example(chip: Chip) -> str:
+    """Returns the topology of the smallest whole host of a chip."""
     return f"{chip.name}:{'1x1x8' if chip.compiler == 'cuda' else '2x2' if chip.axes == 2 else '2x2x1'}"
 
 
-def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
+def _has_shape(chip: Chip, shape: tuple[int, ...]) -> bool:
     written = "x".join(map(str, shape))
     if len(shape) != chip.axes:
         return False
@@ -89,7 +89,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     return written in _SMALL or (whole_cubes and list(shape) == sorted(shape))
 
 
-def _shapes_of(chip: Chip) -> str:
+def _describe_shapes(chip: Chip) -> str:
     if chip.compiler == "cuda":
         return f"1xHOSTSxGPUS with at most {chip.chips_per_host} GPUs in a host"
     if chip.axes == 2:
@@ -97,8 +97,8 @@ def _shapes_of(chip: Chip) -> str:
     return f"{', '.join(_SMALL)}, or three multiples of {_CUBE} in rising order up to {_LARGEST_SIDE}"
 
 
-def _nearest(chip: Chip, shape: tuple[int, ...]) -> str:
-    """The existing topology whose number of chips is nearest to the one asked for."""
+def _find_nearest(chip: Chip, shape: tuple[int, ...]) -> str:
+    """Returns the existing topology with the nearest number of chips."""
     wanted = math.prod(shape) if shape else chip.chips_per_host
     if chip.compiler == "cuda":
         per_host = chip.chips_per_host

@@ -1,4 +1,4 @@
-"""One compilation in a process of its own, which may crash, fill memory and speak as its compiler likes.
+"""Compiles in a separate process, which may crash, run out of memory or print anything.
 
     python -m densenet_jax.plan.worker < request.json
 
@@ -24,12 +24,12 @@ from densenet_jax.plan.hlo import Collective
 from densenet_jax.plan.topology import Topology, parse_topology
 
 
-def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
-    """What the training step of these settings costs each chip of a topology.
+def compute_step_costs(config: dict[str, Any], topology: Topology) -> Costs:
+    """Returns the costs of the training step of these settings for each chip of a topology.
 
     Raises:
         DoesNotFitError: a chip's memory is too small for it.
-        UserError: the settings can't be trained with, or the compiler ended in an error of its own.
+        UserError: the settings are invalid, or the compiler failed.
     """
     request = json.dumps({"config": config, "topology": topology.name})
     done = subprocess.run(
@@ -43,10 +43,10 @@ def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        output = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise UserError(
-            f"compiling for {topology.name} failed: {said[-1].strip()}; nothing can be told about it. Where memory "
-            "ran out (exit status -9), plan on a machine with more."
+            f"compiling for {topology.name} failed: {output[-1].strip()}. If the compiler ran out of memory "
+            "(exit status -9), plan on a machine with more."
         ) from None
     if "mistake" in answer:
         raise UserError(answer["mistake"])
@@ -56,13 +56,13 @@ def costs_of_step(config: dict[str, Any], topology: Topology) -> Costs:
     return Costs(**{**costs, "collectives": tuple(Collective(**one) for one in costs["collectives"])})
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _compile(request: dict[str, Any]) -> dict[str, Any]:
     try:
         config = check_config(ml_collections.ConfigDict(request["config"]))
         devices = tuple(absent_devices(parse_topology(request["topology"])))
         costs = compile_costs(Experiment(config, absent_devices=devices).lower_train_step())
         if costs.flops is None:
-            costs = dataclasses.replace(costs, flops=_traced_flops(request["config"], len(devices)))
+            costs = dataclasses.replace(costs, flops=_count_traced_flops(request["config"], len(devices)))
     except UserError as mistake:
         return {"mistake": str(mistake)}
     except DoesNotFitError as full:
@@ -70,17 +70,17 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"costs": dataclasses.asdict(costs)}
 
 
-def _traced_flops(settings: dict[str, Any], chips: int) -> float | None:
-    """A chip's share of the operations of the step as traced for this machine; None where JAX does not tell.
+def _count_traced_flops(settings: dict[str, Any], chips: int) -> float | None:
+    """Counts a chip's share of the operations of the step as traced for this machine; None if unknown.
 
-    They are counted with the batch in one part, since XLA counts a loop's body once.
+    The batch is taken as a whole, since XLA counts a loop body once.
     """
     whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
-    whole["model"] = {**settings["model"], "kernels": "xla"}  # the same operations, which this machine has
+    whole["model"] = {**settings["model"], "kernels": "xla"}  # this machine has no other kernels
     experiment = Experiment(check_config(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
     flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
     return None if flops is None else flops / chips
 
 
 if __name__ == "__main__":
-    print(json.dumps(_answer(json.load(sys.stdin))), flush=True)
+    print(json.dumps(_compile(json.load(sys.stdin))), flush=True)

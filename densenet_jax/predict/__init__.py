@@ -1,1 +1,1 @@
-"""Predictions for images that users bring."""
+"""Predictions, features and explanations for user images."""

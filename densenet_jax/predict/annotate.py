@@ -1,4 +1,4 @@
-"""Images with their predictions written below them."""
+"""Draws predictions below images."""
 
 import os
 import pathlib
@@ -12,14 +12,14 @@ from densenet_jax.predict.files import digest
 from densenet_jax.predict.images import ImageLimits, load_image
 from densenet_jax.predict.predictor import ClassProbability
 
-_LEAST_PX, _MOST_PX = 320, 1280  # of the width that is written
+_LEAST_PX, _MOST_PX = 320, 1280  # width of annotated images
 _QUALITY = 90
 _LETTER_PX = 16
-_LONGEST_NAME = 240  # bytes; file systems take 255
+_LONGEST_NAME = 240  # bytes; file systems allow 255
 
 
-def annotated_path(directory: str, path: str, root: str) -> str:
-    """Where the annotated copy of `path` goes: where it lies below `root`, and never outside of `directory`."""
+def annotation_path(directory: str, path: str, root: str) -> str:
+    """Maps `path` below `root` to the same place below `directory`, never outside of it."""
     inside = pathlib.PurePath(os.path.relpath(os.path.abspath(path), root))
     parts = ["__" if part == ".." else part for part in inside.parts]
     name = parts.pop()
@@ -29,13 +29,13 @@ def annotated_path(directory: str, path: str, root: str) -> str:
 
 
 def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits) -> None:
-    """Writes the image at `path` with `answers` below it, a line each with a bar, as a JPEG to `target`.
+    """Writes the image at `path` with a bar for each of `answers` below it, as a JPEG to `target`.
 
     Raises:
-        ImageError: the image can't be read any more.
-        UserError: nothing can be written there.
+        ImageError: the image can no longer be read.
+        UserError: `target` can't be written.
     """
-    picture = with_answers(load_image(path, limits=limits), answers)
+    picture = draw_answers(load_image(path, limits=limits), answers)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         picture.save(target, "JPEG", quality=_QUALITY)
@@ -43,8 +43,8 @@ def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits
         raise UserError(f"{target} can't be written ({error.strerror or error}); change --annotate.") from error
 
 
-def with_answers(pixels: np.ndarray, answers: Sequence[ClassProbability]) -> Image.Image:
-    """uint8[h, w, 3] as a picture of a legible width with the answers below it."""
+def draw_answers(pixels: np.ndarray, answers: Sequence[ClassProbability]) -> Image.Image:
+    """Draws `answers` below uint8 pixels [h, w, 3], scaled to a legible width."""
     image = Image.fromarray(pixels)
     width = min(max(image.width, _LEAST_PX), _MOST_PX)
     height = min(max(1, round(image.height * width / image.width)), 4 * _MOST_PX)

@@ -1,4 +1,4 @@
-"""Images to a file of answers: read by threads, computed in batches, in the memory of a few batches."""
+"""Predicts any number of images into a file, with the memory of a few batches."""
 
 import dataclasses
 import itertools
@@ -15,33 +15,34 @@ import numpy as np
 from densenet_jax.data.batches import available_cores
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
-from densenet_jax.predict.annotate import annotate, annotated_path
+from densenet_jax.predict.annotate import annotate, annotation_path
 from densenet_jax.predict.features import FeatureArchive
-from densenet_jax.predict.files import Found, check_places, common_folder, find_images
+from densenet_jax.predict.files import Candidate, check_places, common_folder, find_images
 from densenet_jax.predict.images import ImageError, shown
 from densenet_jax.predict.model import Deployed
 from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import FEATURES, ClassProbability, Predictor
+from densenet_jax.predict.table import check_table, is_table, write_table
 from densenet_jax.system.console import Bar, print_status, spinner
 
 logger = logging.getLogger(__name__)
-_SIZES = (1, 8, 64)  # a run compiles only the one that suits the number of its images
-_READ_AHEAD = 2  # batches that wait in memory
+_SIZES = (1, 8, 64)  # only the one that suits the number of images is compiled
+_READ_AHEAD = 2  # batches prepared in advance
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
-    """What `--mode predict` is asked for.
+    """Options of `--mode predict`.
 
     Attributes:
         images: files, folders and patterns.
-        output: the file of predictions.
-        topk: classes an image.
-        annotate: where annotated images go; "": nowhere.
-        features: "pooled" or "pyramid": goes into an archive beside the predictions; "": none.
-        largest_batch: images computed at a time; 0: 64.
+        output: file to write: .jsonl, .csv or .parquet.
+        topk: number of classes listed for an image; 0 lists all.
+        annotate: directory for annotated images; "" writes none.
+        features: "pooled" or "pyramid", written to an archive beside the predictions; "" writes none.
+        largest_batch: images computed at a time; 0 means 64.
     """
 
     images: tuple[str, ...]
@@ -52,25 +53,30 @@ class PredictOptions:
     largest_batch: int = 0
 
     def check(self) -> None:
-        """Checks what can be checked without looking at a file.
+        """Checks the values without touching files.
 
         Raises:
-            UserError: a value is out of its range.
+            UserError: a value is out of range.
         """
-        if self.topk < 1:
-            raise UserError(f"--topk is {self.topk}; expected 1 or more.")
+        if self.topk < 0:
+            raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features and self.features not in FEATURES:
             raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
 
     @property
+    def lines(self) -> str:
+        """Path of the JSON lines; those of a table are removed once it is written."""
+        return f"{self.output}.partial" if is_table(self.output) else self.output
+
+    @property
     def archive(self) -> str:
-        """The archive of features."""
+        """Path of the feature archive."""
         return f"{os.path.splitext(self.output)[0]}.npz"
 
 
 @dataclasses.dataclass
 class _Prepared:
-    """One image on its way; `pixels` is None where it is refused."""
+    """An image ready to be predicted; if it was refused, `pixels` is None and `why` says why."""
 
     path: str
     pixels: np.ndarray | None = None
@@ -78,22 +84,24 @@ class _Prepared:
 
 
 def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, Any]:
-    """Predicts what the output does not have yet.
+    """Predicts the images that the output lacks.
 
     Args:
-        load: gives the model; called once it is known that there are images.
-        options: what to predict, and where the answers go.
+        load: loads the model; called once images have been found.
+        options: what to predict and where to write.
 
     Returns:
-        {"images": answered, "refused": with an error line, "path": the output}, of the whole file; with features also
-        {"features": the archive}.
+        {"images": number predicted, "refused": number with an error, "path": output} for the whole file; with
+        features also {"features": archive}.
 
     Raises:
         UserError: there are no images, or a file can't be written.
-        Preempted: SIGTERM or Ctrl-C; the same command goes on.
+        Preempted: SIGTERM or Ctrl-C; the same command continues.
     """
     options.check()
     check_places(options.images)
+    if is_table(options.output):
+        check_table(options.output)
     model = load()
     request = {
         "model": f"{model.name}, {model.source}",
@@ -102,20 +110,23 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     }
     if jax.process_count() > 1:
         raise UserError("--mode predict runs in one process; start it without --num_processes.")
-    with PredictionFile(options.output, request) as output, StopRequest() as stop:
+    with PredictionFile(options.lines, request) as output, StopRequest() as stop:
         if output.resumed:
-            print_status(f"{options.output} has {output.answered + output.refused:,} images already")
-        todo = sum(1 for found in find_images(options.images) if found.path not in output)
+            print_status(f"{options.output} already has {output.answered + output.refused:,} images")
+        todo = sum(1 for candidate in find_images(options.images) if candidate.path not in output)
         unfinished_archive = options.features and not os.path.exists(options.archive)
         if todo or unfinished_archive:
             _Run(model, options, output, stop, todo).run()
         output.finish()
+        if is_table(options.output):
+            write_table(options.output, options.lines, model.class_names, options.topk)
+            output.remove()
         figures = {"images": output.answered, "refused": output.refused, "path": options.output}
         return {**figures, "features": options.archive} if options.features else figures
 
 
 class _Run:
-    """The images that an output lacks, from their files to their lines."""
+    """Predicts the images that an output lacks."""
 
     def __init__(
         self, model: Deployed, options: PredictOptions, output: PredictionFile, stop: StopRequest, todo: int
@@ -129,7 +140,7 @@ class _Run:
         self._archive: FeatureArchive | None = None
 
     def run(self) -> None:
-        """Predicts all."""
+        """Predicts all images and completes the feature archive."""
         predictor, options = self._predictor, self._options
         print_status(f"predicting {self._todo:,} images with {predictor.model.name}, {predictor.model.source}")
         if options.features:
@@ -151,13 +162,13 @@ class _Run:
             self._archive.finish(self._output.answered_names, self._output.answered)
 
     def _predict_all(self, pool: ThreadPoolExecutor, bar: Bar) -> None:
-        wanted = (found for found in find_images(self._options.images) if found.path not in self._output)
+        wanted = (image for image in find_images(self._options.images) if image.path not in self._output)
         prepared = read_ahead(pool, self._prepare, wanted, _READ_AHEAD * self._size)
         waiting: tuple[list[_Prepared], Any] | None = None
         done = 0
         for batch in _batches(prepared, self._size):
             pixels = [item.pixels for item in batch if item.pixels is not None]
-            # The next batch is computed while the answers of the last one are written.
+            # The devices compute this batch while the previous one is written.
             computing = self._predictor.dispatch(np.stack(pixels), self._options.features) if pixels else {}
             if waiting is not None:
                 self._write(pool, *waiting)
@@ -170,21 +181,23 @@ class _Run:
             self._write(pool, *waiting)
             bar.advance(len(waiting[0]))
         if done < self._todo and self._stop.received is not None:
-            raise Preempted(f"stopped after {done:,} of {self._todo:,} images; the same command goes on")
+            raise Preempted(f"stopped after {done:,} of {self._todo:,} images; run the same command to continue")
 
-    def _prepare(self, found: Found) -> _Prepared:
+    def _prepare(self, candidate: Candidate) -> _Prepared:
         try:
-            if found.why:
-                raise ImageError(shown(found.path), found.why)
-            return _Prepared(found.path, self._predictor.preprocess(found.path))
+            if candidate.why:
+                raise ImageError(shown(candidate.path), candidate.why)
+            return _Prepared(candidate.path, self._predictor.preprocess(candidate.path))
         except ImageError as error:
-            return _Prepared(found.path, why=error.why)
+            return _Prepared(candidate.path, why=error.why)
 
     def _write(self, pool: ThreadPoolExecutor, batch: list[_Prepared], computing: dict[str, jax.Array]) -> None:
         outputs = {name: np.asarray(array) for name, array in computing.items()}
         answered = [item for item in batch if item.pixels is not None]
         answers = {
-            item.path: self._predictor.best(outputs["probability"][row], self._options.topk)
+            item.path: self._predictor.best(
+                outputs["probability"][row], self._options.topk or len(self._predictor.class_names)
+            )
             for row, item in enumerate(answered)
         }
         if self._archive is not None and answered:
@@ -198,7 +211,7 @@ class _Run:
             )
 
     def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
-        target = annotated_path(self._options.annotate, path, self._root)
+        target = annotation_path(self._options.annotate, path, self._root)
         try:
             annotate(path, target, answers, self._predictor.limits)
         except ImageError as error:
@@ -217,7 +230,7 @@ def _short(answers: list[ClassProbability]) -> str:
 
 
 def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:
-    """Lists with `size` images that can be read, or fewer at the end; of many that can't, no endless list is made."""
+    """Yields lists with `size` readable images, or fewer at the end or among many unreadable ones."""
     batch: list[_Prepared] = []
     readable = 0
     for item in items:
@@ -233,7 +246,7 @@ def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]
 def read_ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """`function` of every item, in their order, computed by the pool's threads for at most `ahead` items in advance."""
+    """Yields `function(item)` in order, computed by the pool for up to `ahead` items in advance."""
     items = iter(items)
     waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
     try:

@@ -1,4 +1,4 @@
-"""Features of any number of images as one NumPy archive, with the memory of one batch."""
+"""Writes features of any number of images to a NumPy archive, with the memory of one batch."""
 
 import contextlib
 import os
@@ -12,30 +12,30 @@ import numpy as np
 from densenet_jax.errors import UserError
 
 _NAMES = "image"
-_CHUNK = 4096  # names turned into an array at a time
+_CHUNK = 4096  # names converted to an array at a time
 
 
 class FeatureArchive:
-    """Rows are appended to raw files beside the archive, which `finish` puts together.
+    """Appends rows to raw files beside the archive and combines them in `finish`.
 
-    The archive holds "image", the paths, and for each kind of features a float32 array whose rows belong to them.
+    The archive holds "image", the paths, and a float32 array with one row an image for each kind of features.
     """
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
-        """Opens the raw files with what earlier runs wrote.
+        """Opens the raw files, keeping the rows of earlier runs.
 
         Args:
-            path: of the .npz file.
-            shapes: of one row, by the array's name.
-            rows: how many rows earlier runs have to their predictions; what is there beyond them is dropped.
+            path: .npz file.
+            shapes: shape of one row of each array.
+            rows: number of images that earlier runs predicted; rows beyond it are dropped.
 
         Raises:
-            UserError: rows are missing, or nothing can be written there.
+            UserError: rows are missing, or the files can't be written.
         """
         self.path, self._shapes = path, dict(shapes)
         self._folder = f"{path}.partial"
         self._files: dict[str, IO[bytes]] = {}
-        with self._explained():
+        with self._convert_errors():
             os.makedirs(self._folder, exist_ok=True)
             if rows and not os.listdir(self._folder):
                 self._unpack()
@@ -48,29 +48,29 @@ class FeatureArchive:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appends float32[n, *shape] to each.
+        """Appends float32 [n, *shape] to each array.
 
         Raises:
-            UserError: they can't be written.
+            UserError: a file can't be written.
         """
-        with self._explained():
+        with self._convert_errors():
             for name, file in self._files.items():
                 file.write(np.ascontiguousarray(arrays[name], np.float32).tobytes())
                 file.flush()
 
     def finish(self, names: Callable[[], Iterable[str]], rows: int) -> None:
-        """Writes the archive in one step and removes the raw files.
+        """Writes the archive atomically and removes the raw files.
 
         Args:
-            names: gives the `rows` names whenever it is called, in the order of the rows.
-            rows: how many there are.
+            names: returns the image of each row, in order; called twice.
+            rows: number of rows.
 
         Raises:
-            UserError: it can't be written.
+            UserError: the archive can't be written.
         """
         self.close()
         temporary = f"{self.path}.{os.getpid()}.tmp"
-        with self._explained():
+        with self._convert_errors():
             width = max((len(name) for name in names()), default=1)
             with zipfile.ZipFile(temporary, "w") as archive:
                 with _member(archive, _NAMES, f"<U{max(width, 1)}", (rows,)) as member:
@@ -86,12 +86,12 @@ class FeatureArchive:
             shutil.rmtree(self._folder)
 
     def close(self) -> None:
-        """Closes the raw files; they stay for the next run."""
+        """Closes the raw files and keeps them for the next run."""
         for file in self._files.values():
             file.close()
 
     def _unpack(self) -> None:
-        """The raw files of an archive that is to grow."""
+        """Extracts the raw files of an archive so that rows can be appended."""
         try:
             with zipfile.ZipFile(self.path) as archive:
                 for name in self._shapes:
@@ -104,7 +104,7 @@ class FeatureArchive:
             os.makedirs(self._folder)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

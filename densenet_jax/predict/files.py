@@ -1,63 +1,67 @@
-"""Which images are meant: files, folders and patterns to paths, always in the same order."""
+"""Expands files, folders and patterns to image paths, always in the same order."""
 
+import collections
 import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from densenet_jax.data.folder import EXTENSIONS
+from densenet_jax.data.folder import EXTENSIONS, is_image_file, report_skipped
 from densenet_jax.errors import UserError
 
+Skipped: TypeAlias = "collections.Counter[str] | None"  # counts files that are no images, by their ending
 
-class Found(NamedTuple):
-    """A path that is to be predicted, or in whose place an error is reported: `why`, "" for none."""
+
+class Candidate(NamedTuple):
+    """A path to predict; if `why` is not empty, report that error for it instead."""
 
     path: str
     why: str = ""
 
 
-def find_images(places: Sequence[str]) -> Iterator[Found]:
-    """The images of `places`, in their order; of each, sorted by name, every path once.
+def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Candidate]:
+    """Yields the images of `places` in order, sorted by name within each place, every path once.
 
-    A file is taken whatever its name. Of a folder the files at any depth are taken whose names end as images' do, but
-    no hidden ones; links to folders are not followed. A pattern ("photos/*.jpg", "photos/**/*.png") stands for the
-    files and folders that match. What does not exist is found as well, and reading it says so. Only names are held in
-    memory: those of one folder at a time, or of one pattern; where paths may repeat, 16 bytes of each besides.
+    A file is taken whatever its name is. A folder stands for the images at any depth, told by their endings or else
+    by their first bytes, without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg",
+    "photos/**/*.png") stands for the matching files and folders. A path that does not exist is yielded too, so that
+    reading it reports the error.
+    Memory holds the names of one folder or pattern at a time, and 16 bytes a path where paths may repeat.
     """
     seen: set[bytes] = set()
     may_repeat = len(places) > 1 or any(map(glob.has_magic, places))
     for place in places:
-        for found in _of_place(place):
+        for candidate in _list_place(place, skipped):
             if may_repeat:
-                if (key := digest(found.path)) in seen:
+                if (key := digest(candidate.path)) in seen:
                     continue
                 seen.add(key)
-            yield found
+            yield candidate
 
 
 def check_places(places: Sequence[str]) -> int:
-    """Counts what `find_images` finds.
+    """Counts the images that `find_images` yields.
 
     Raises:
-        UserError: there is nothing at all.
+        UserError: there are none.
     """
     if not places:
-        raise UserError("--mode predict needs --images: a file, a folder or a pattern in quotes; it may be repeated.")
-    if not any(os.path.lexists(place) or _matches(place) for place in _without_zeros(places)):
-        raise UserError(f"--images {places[0]!r} is no file, folder or pattern that matches one; check the path.")
-    count = sum(1 for _ in find_images(places))
+        raise UserError("--mode predict needs --images: a file, a folder or a quoted pattern (repeatable).")
+    if not any(os.path.lexists(place) or _expand_pattern(place) for place in _drop_invalid(places)):
+        raise UserError(f"--images {places[0]!r} matches no file or folder; check the path.")
+    skipped: collections.Counter[str] = collections.Counter()
+    count = sum(1 for _ in find_images(places, skipped))
+    report_skipped(f"--images {places[0]}", skipped)
     if not count:
-        raise UserError(
-            f"--images {places[0]!r} holds no images; files that end in {', '.join(EXTENSIONS)} are taken from folders."
-        )
+        raise UserError(f"--images {places[0]!r} holds no images; check the path.")
     return count
 
 
 def common_folder(places: Sequence[str]) -> str:
-    """The deepest folder that everything of `places` lies in, as an absolute path."""
+    """Returns the absolute path of the deepest folder that contains all `places`."""
     folders = []
-    for place in map(os.path.abspath, _without_zeros(places)):
+    for place in map(os.path.abspath, _drop_invalid(places)):
         if not os.path.isdir(place):
             place = os.path.dirname(place)
         while glob.has_magic(place) and not os.path.exists(place):
@@ -67,40 +71,44 @@ def common_folder(places: Sequence[str]) -> str:
 
 
 def digest(name: str) -> bytes:
-    """16 bytes that stand for a name, whatever is in it."""
+    """Returns a 16-byte hash of a name, which may hold any characters."""
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _without_zeros(places: Sequence[str]) -> list[str]:
-    return [place for place in places if "\0" not in place]  # the system's calls take no such name
+def _drop_invalid(places: Sequence[str]) -> list[str]:
+    return [place for place in places if "\0" not in place]  # system calls reject a zero byte
 
 
-def _of_place(place: str) -> Iterator[Found]:
+def _list_place(place: str, skipped: Skipped = None) -> Iterator[Candidate]:
     if os.path.isdir(place):
-        yield from _of_folder(place)
+        yield from _list_folder(place, skipped)
     elif "\0" in place or os.path.lexists(place) or not glob.has_magic(place):
-        yield Found(place)
+        yield Candidate(place)
     else:
-        for match in _matches(place):
-            yield from _of_folder(match) if os.path.isdir(match) else (Found(match),)
+        for match in _expand_pattern(place):
+            yield from _list_folder(match, skipped) if os.path.isdir(match) else (Candidate(match),)
 
 
-def _matches(place: str) -> list[str]:
+def _expand_pattern(place: str) -> list[str]:
     return sorted(glob.iglob(place, recursive=True)) if glob.has_magic(place) else []
 
 
-def _of_folder(folder: str) -> Iterator[Found]:
+def _list_folder(folder: str, skipped: Skipped = None) -> Iterator[Candidate]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith(".")
+                (entry.name, entry.is_dir(follow_symlinks=False), is_image_file(entry))
+                for entry in entries
+                if not entry.name.startswith(".")
             )
     except OSError as error:
-        yield Found(folder, f"the folder can't be read ({error.strerror or error})")
+        yield Candidate(folder, f"the folder can't be read ({error.strerror or error})")
         return
-    for name, is_folder in names:
+    for name, is_folder, is_image in names:
         path = os.path.join(folder, name)
         if is_folder:
-            yield from _of_folder(path)
-        elif name.lower().endswith(EXTENSIONS):
-            yield Found(path)
+            yield from _list_folder(path, skipped)
+        elif is_image or name.lower().endswith(EXTENSIONS):  # what is no file is refused by name when it is read
+            yield Candidate(path)
+        elif skipped is not None:
+            skipped[os.path.splitext(name)[1].lower() or "no ending"] += 1

@@ -1,4 +1,4 @@
-"""A trained model as it is used outside of its run: the module, its weights and how it sees an image."""
+"""Loads a trained model for use outside of its run: module, weights and preprocessing."""
 
 import dataclasses
 import logging
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from densenet_jax.config import check_config
+from densenet_jax.config import ADDED_LATER, check_config
+from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.sources import is_prepared
 from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
@@ -19,7 +20,7 @@ from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import get_variant
-from densenet_jax.predict.labels import check_count, imagenet_labels, read_labels, readable
+from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
 from densenet_jax.training.checkpoint import find_checkpoint, restore_variables
 from densenet_jax.workdir import labels_path, read_settings, started_from
 
@@ -28,20 +29,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Deployed:
-    """Everything that is needed to answer about images, without settings and without a data set.
+    """A model ready to predict, without settings or data set.
 
     Attributes:
-        name: the variant's.
-        source: what the weights are, for people: "step 1200 of runs/digits" or a hub id.
-        module: the flax module; `module.clone(output="pooled")` and its like give features.
-        variables: {"params", "batch_stats"}, on this process's first device.
-        transform: an encoded image (or pixels: `of_pixels`) to uint8[transform.shape], as evaluation does it, but
-            turned as its EXIF data say.
-        mean: of each channel, of inputs in [0, 1].
-        std: likewise.
-        dtype: of activations.
-        class_names: one a class.
-        allowed_classes: the only ones that are answered with; None: all.
+        name: variant.
+        source: origin of the weights for messages, such as "step 1200 of runs/digits" or a hub id.
+        module: flax module; `module.clone(output="pooled")` returns features.
+        variables: {"params", "batch_stats"} on this process's first device.
+        transform: maps an encoded image (or pixels: `of_pixels`) to uint8 [transform.shape] as in evaluation, after
+            applying its EXIF orientation.
+        mean: mean of each channel, for inputs in [0, 1].
+        std: standard deviation of each channel.
+        dtype: dtype of activations.
+        allowed_classes: the only classes that may be predicted; None allows all.
     """
 
     name: str
@@ -57,37 +57,39 @@ class Deployed:
 
 
 def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
-    """The settings that the run in `workdir` was started with, checked and frozen.
+    """Reads the settings of the run in `workdir`, checked and frozen.
 
     Args:
         workdir: the run's directory.
-        overrides: "section.key" to another value.
-        defaults: nested; values of the settings that did not exist yet when the run was started.
+        overrides: new values by "section.key".
+        defaults: nested values for settings that are newer than the run.
 
     Raises:
         UserError: there is no run, its settings can't be read, or a value is out of range.
     """
     try:
-        settings = ml_collections.ConfigDict(dict(defaults))
-        with settings.ignore_type():  # JSON knows no tuples
+        settings = ml_collections.ConfigDict(dict(defaults) or ADDED_LATER)
+        with settings.ignore_type():  # JSON has no tuples
             settings.update(read_settings(workdir))
             settings.update_from_flattened_dict(dict(overrides))
         return check_config(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         path = os.path.join(workdir, "config.json")
-        raise UserError(f"{path} does not hold the settings of a run ({first_line(error)}); mend it.") from error
+        raise UserError(
+            f"{path} does not hold the settings of a run ({first_line(error)}); fix or restore it."
+        ) from error
 
 
 def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deployed:
-    """The model that `--mode eval` would evaluate: a checkpoint of `workdir`, or `config.model.pretrained`.
+    """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.
 
     Args:
         config: checked settings.
         workdir: the run's directory.
-        labels: a file with a class name a line; "": the run's own names.
+        labels: file with one class name a line; "" uses the run's own names.
 
     Raises:
-        UserError: there is no such model, or its parts don't fit together.
+        UserError: there is no such model, or it does not fit the settings.
     """
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         source, workdir = config.model.pretrained, ""
@@ -114,16 +116,16 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
 
 
 def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: Any = jnp.float32) -> Deployed:
-    """A published or local checkpoint as its publisher evaluates it.
+    """Loads a published or local checkpoint with the preprocessing of its publisher.
 
     Args:
-        name: of the variant.
-        source: as `load_pretrained` takes it.
-        labels: a file with a class name a line; "": ImageNet's where there are 1,000 classes, else numbers.
-        dtype: of activations.
+        name: variant.
+        source: as in `load_pretrained`.
+        labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes, else numbers.
+        dtype: dtype of activations.
 
     Raises:
-        UserError: there is no such variant or checkpoint, or its parts don't fit together.
+        UserError: there is no such variant or checkpoint, or the labels don't fit.
     """
     variant = get_variant(name)
     variables = load_pretrained(name, source, channels=variant.channels)
@@ -158,12 +160,12 @@ def _class_count(variables: Mapping[str, Any], where: str) -> int:
 
 
 def _class_names(experiment: Experiment, workdir: str, labels: str) -> tuple[str, ...]:
-    """From `labels`, else what the run wrote down, else its data set's, else ImageNet's, else numbers."""
+    """Returns the names in `labels`, else in the run's labels.txt, its data set, ImageNet, else numbers."""
     count, data = experiment.num_classes, experiment.config.data
     if labels:
         names, where = read_labels(labels), labels
     elif workdir and os.path.exists(where := labels_path(workdir)):
-        names = readable(read_labels(where))
+        names = make_readable(read_labels(where))
     elif count == 1000 and (not workdir or data.name.startswith("imagenet")):
         return imagenet_labels()
     elif workdir and (data.name == "folder" or is_prepared(data.name, data.dir)):
@@ -178,11 +180,11 @@ def _class_names(experiment: Experiment, workdir: str, labels: str) -> tuple[str
 
 def _names_of_data(experiment: Experiment) -> tuple[str, ...]:
     try:
-        return readable(tuple(experiment.data.eval_source.class_names))
+        return make_readable(tuple(experiment.data.eval_source.class_names))
     except UserError:
         return ()
 
 
 def _numbers(count: int) -> tuple[str, ...]:
-    logger.warning("the classes' names are not known; labels give them, a file with one a line. Numbers until then.")
+    logger.warning("class names are unknown, so classes are numbered; give --labels a file with one name a line.")
     return tuple(str(number) for number in range(count))

@@ -1,4 +1,4 @@
-"""The file of predictions: a JSON line an image, written so that an interrupted run goes on where it was."""
+"""Writes predictions as JSON lines that an interrupted run can continue."""
 
 import contextlib
 import fcntl
@@ -15,27 +15,27 @@ from densenet_jax.workdir import write_json
 
 
 class PredictionFile:
-    """Open for one run at a time. Beside it lies PATH.request, which says what was asked for and whether all is done.
+    """File of predictions, open for one run at a time.
+
+    PATH.request beside it records the request and whether it is done.
 
     Attributes:
-        path: of the file.
-        answered: lines with predictions, those of earlier runs among them.
-        refused: lines with errors, likewise.
-        resumed: whether there were lines of an earlier run that are kept.
+        answered: number of lines with predictions, including those of earlier runs.
+        refused: number of lines with errors, including those of earlier runs.
+        resumed: whether lines of an earlier run were kept.
     """
 
     def __init__(self, path: str, request: dict[str, Any]) -> None:
-        """Opens `path` and repairs its end.
+        """Opens `path`, creating it and its folder if needed, and repairs its end.
 
-        Lines of an earlier run with the same request are kept. A finished file of another request is replaced, an
-        unfinished one is not.
+        Lines of an earlier run with the same request are kept. A finished file of another request is replaced.
 
         Args:
-            path: is created where it does not exist, its folder as well.
+            path: file to write.
             request: what was asked for, as JSON.
 
         Raises:
-            UserError: the file can't be written, is no file of predictions, or holds unfinished ones of another
+            UserError: the file can't be written, holds something else, or holds unfinished predictions of another
                 request.
         """
         self.path, self._request = path, json.loads(json.dumps(request))
@@ -51,13 +51,13 @@ class PredictionFile:
             raise
 
     def __contains__(self, name: str) -> bool:
-        """Whether an earlier run has a line for `name`."""
+        """Returns whether an earlier run wrote a line for `name`."""
         key = np.array(digest(name), self._done.dtype)
         place = int(np.searchsorted(self._done, key))
         return place < len(self._done) and bool(self._done[place] == key)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends lines; after a kill at any moment the file ends with at most one torn line, which is repaired.
+        """Appends lines; a kill leaves at most one torn line, which the next run repairs.
 
         Raises:
             UserError: they can't be written.
@@ -67,24 +67,29 @@ class PredictionFile:
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self._file.flush()
         except OSError as error:
-            raise _cannot(self.path, error) from error
+            raise _write_error(self.path, error) from error
         refused = sum("error" in line for line in lines)
         self.refused += refused
         self.answered += len(lines) - refused
 
     def finish(self) -> None:
-        """Marks that everything asked for is there."""
+        """Marks the request as done."""
         self._mark(finished=True)
 
+    def remove(self) -> None:
+        """Removes the file and its request, once the predictions have been written elsewhere."""
+        for path in (self.path, self._request_path):
+            os.remove(path)
+
     def answered_names(self) -> Iterator[str]:
-        """Names of the images that have predictions, in the order of the lines."""
+        """Yields the images that have predictions, in the order of the lines."""
         with open(self.path, "rb") as file:
             for line in file:
                 if "error" not in (entry := json.loads(line)):
                     yield entry["image"]
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> "PredictionFile":
@@ -97,10 +102,10 @@ class PredictionFile:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             if os.path.exists(self.path) and not os.path.isfile(self.path):
-                raise IsADirectoryError("it is no file")
+                raise IsADirectoryError("it is not a file")
             file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
         except (OSError, ValueError) as error:
-            raise _cannot(self.path, error) from error
+            raise _write_error(self.path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -109,13 +114,13 @@ class PredictionFile:
         return file
 
     def _check_request(self) -> None:
-        """Leaves the lines of an earlier run that may be continued, and removes those that may not."""
+        """Keeps the lines of an earlier run if they may be continued, else removes them."""
         try:
             with open(self._request_path, encoding="utf-8") as file:
                 note = json.load(file)
             stored, finished = note["request"], bool(note["finished"])
         except (OSError, ValueError, LookupError, TypeError):
-            return  # no note, or none that says anything: the lines are what counts
+            return  # without a usable note, the lines decide
         if stored == self._request or not os.path.getsize(self.path):
             return
         if not finished:
@@ -127,30 +132,29 @@ class PredictionFile:
         self._file.truncate(0)
 
     def _keep_good_lines(self) -> np.ndarray:
-        """Drops what a kill left at the end and returns the sorted digests of the names that are there, S16[n]."""
+        """Drops a torn line at the end and returns the sorted digests of the images in the file, S16 [n]."""
         digests, good, torn = bytearray(), 0, 0
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
             if torn:
                 raise UserError(
-                    f"{self.path} is no file of predictions (line {torn}); choose another --output or remove it."
+                    f"{self.path} is not a file of predictions (line {torn}); choose another --output or remove it."
                 )
-            if (entry := _parsed(line)) is None:
+            if (entry := _parse_line(line)) is None:
                 torn = number
                 continue
             good += len(line)
             digests += digest(entry["image"])
             self.refused += "error" in entry
         if torn == 1 and os.path.getsize(self.path) > 0 and not self._is_torn_line():
-            raise UserError(f"{self.path} is no file of predictions; choose another --output or remove it.")
+            raise UserError(f"{self.path} is not a file of predictions; choose another --output or remove it.")
         self._file.truncate(good)
         self._file.seek(0, os.SEEK_END)
-        found = np.frombuffer(bytes(digests), "S16")
-        self.answered = len(found) - self.refused
-        return np.sort(found)
+        self.answered = len(digests) // 16 - self.refused
+        return np.sort(np.frombuffer(bytes(digests), "S16"))
 
     def _is_torn_line(self) -> bool:
-        """Whether the only line is the beginning of one of ours, and not somebody's file."""
+        """Returns whether the only line is the start of a prediction, not of some other file."""
         self._file.seek(0)
         start = b'{"image": '
         return self._file.read(len(start)) == start[: os.path.getsize(self.path)]
@@ -163,11 +167,11 @@ class PredictionFile:
         try:
             write_json(self._request_path, {"finished": finished, "request": self._request})
         except OSError as error:
-            raise _cannot(self._request_path, error) from error
+            raise _write_error(self._request_path, error) from error
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A whole line of ours; None otherwise."""
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """Returns the entry of a complete line of predictions, else None."""
     with contextlib.suppress(ValueError):
         entry = json.loads(line) if line.endswith(b"\n") else None
         if (
@@ -179,6 +183,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _cannot(path: str, error: Exception) -> UserError:
+def _write_error(path: str, error: Exception) -> UserError:
     why = getattr(error, "strerror", None) or error
     return UserError(f"{path} can't be written ({why}); choose another --output.")

@@ -1,4 +1,4 @@
-"""The model as a function of images.
+"""The model as a function of images, for use from Python.
 
 predictor = densenet_jax.Predictor.from_workdir("runs/digits")
 for answers in predictor(["three.png", "eight.png"]):
@@ -43,7 +43,7 @@ FEATURES = ("pooled", "pyramid")
 
 
 class ClassProbability(NamedTuple):
-    """One class of an answer: its number, its name and how probable it is, in [0, 1]."""
+    """A class with its number, name and probability in [0, 1]."""
 
     class_id: int
     label: str
@@ -51,14 +51,12 @@ class ClassProbability(NamedTuple):
 
 
 class Predictor:
-    """Answers about images from files, bytes or arrays, with the preprocessing of the model's own evaluation.
-
-    Safe to call from many threads.
+    """Predicts images from files, bytes or arrays, preprocessed as in evaluation. Safe to call from many threads.
 
     Attributes:
-        model: the module, its weights and its preprocessing, for whoever goes on from there.
-        limits: what an image may cost before it is refused.
-        batch_sizes: the sizes that are compiled, smallest first; others are padded to the next one.
+        model: module, weights and preprocessing.
+        limits: sizes above which an image is refused.
+        batch_sizes: compiled batch sizes, smallest first; other batches are padded to the next one.
     """
 
     def __init__(
@@ -67,9 +65,9 @@ class Predictor:
         """Puts the weights on all devices of this process; compiles nothing yet (see `compile`).
 
         Args:
-            model: what predicts.
-            batch_sizes: sizes to compile; rounded up to multiples of the number of devices.
-            limits: what an image may cost.
+            model: model to predict with.
+            batch_sizes: sizes to compile, rounded up to multiples of the number of devices.
+            limits: sizes above which an image is refused.
 
         Raises:
             UserError: a batch size is below 1.
@@ -87,13 +85,13 @@ class Predictor:
     def from_workdir(
         cls, workdir: str | os.PathLike[str], checkpoint: str = "latest", labels: str = "", **options: Any
     ) -> "Predictor":
-        """The model of a run.
+        """Loads the model of a run.
 
         Args:
             workdir: the run's directory.
             checkpoint: "latest", "best" or a step.
-            labels: a file with a class name a line; "" takes the run's own names.
-            **options: as the constructor takes them.
+            labels: file with one class name a line; "" uses the run's own names.
+            **options: passed to the constructor.
 
         Raises:
             UserError: there is no such checkpoint, or its settings can't be read.
@@ -104,13 +102,13 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, name: str, source: str, labels: str = "", **options: Any) -> "Predictor":
-        """A published or local checkpoint with its own preprocessing.
+        """Loads a published or local checkpoint with its own preprocessing.
 
         Args:
-            name: of the variant, such as "densenet121".
-            source: a hub id or a file, as `densenet_jax.load_pretrained` takes it.
-            labels: a file with a class name a line; "" takes ImageNet's where there are 1,000 classes.
-            **options: as the constructor takes them.
+            name: variant, such as "densenet121".
+            source: hub id or file, as in `densenet_jax.load_pretrained`.
+            labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes.
+            **options: passed to the constructor.
 
         Raises:
             UserError: there is no such variant or checkpoint.
@@ -119,20 +117,20 @@ class Predictor:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """A name for each class."""
+        """Name of each class."""
         return self.model.class_names
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of a preprocessed image: (height, width, channels), with `config.eval.crops=10` (5, h, w, c)."""
+        """Shape of a preprocessed image: (h, w, c), or (5, h, w, c) with `config.eval.crops=10`."""
         return self.model.transform.shape
 
     def __call__(self, images: Iterable[ImageSource], topk: int = 5) -> list[list[ClassProbability]]:
-        """The `topk` most probable classes of each image, best first.
+        """Predicts the `topk` most probable classes of each image, best first.
 
         Args:
             images: paths, encoded bytes, or uint8 arrays [h, w], [h, w, 1] or [h, w, 3].
-            topk: how many; fewer where the model has fewer classes.
+            topk: number of classes to return.
 
         Raises:
             ImageError: an image is refused; the message names it.
@@ -140,18 +138,18 @@ class Predictor:
         return [self.best(row, topk) for row in self.probabilities(self._preprocess_all(images))]
 
     def features(self, images: Iterable[ImageSource], kind: str = "pooled") -> np.ndarray | dict[int, np.ndarray]:
-        """What the network sees in the images, for retrieval and the like.
+        """Extracts features, for retrieval for example.
 
         Args:
             images: as for a call.
-            kind: "pooled": the vector that the classifier is given; "pyramid": the last map of every stage.
+            kind: "pooled" for the classifier's input, "pyramid" for the last feature map of every stage.
 
         Returns:
             float32[n, c], or {stride: float32[n, h, w, c]}.
 
         Raises:
             ImageError: an image is refused.
-            UserError: no such kind, or the model looks at ten crops.
+            UserError: there is no such kind, or the model evaluates ten crops.
         """
         outputs = self._in_chunks(self._preprocess_all(images), kind)
         if kind == "pooled":
@@ -159,14 +157,14 @@ class Predictor:
         return {int(name.removeprefix("stride_")): maps for name, maps in outputs.items() if name != "probability"}
 
     def preprocess(self, image: ImageSource, name: str = "") -> np.ndarray:
-        """An image as the model is given it, but for the normalisation: uint8[image_shape].
+        """Decodes, resizes and crops an image to uint8 [image_shape]; normalization happens in the model.
 
         Args:
             image: a path, encoded bytes, or a uint8 array [h, w], [h, w, 1] or [h, w, 3].
-            name: what messages call it; "" is its path.
+            name: name of the image in messages; "" uses its path.
 
         Raises:
-            ImageError: it is refused.
+            ImageError: the image is refused.
         """
         name, transform = name or name_of(image), self.model.transform
         try:
@@ -180,9 +178,7 @@ class Predictor:
             raise ImageError(name, "there is not enough memory to decode it") from error
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Of preprocessed images uint8[b, *image_shape], each class's probability: float32[b, classes].
-
-        Any b is fine; it is cut and padded to `batch_sizes`.
+        """Predicts preprocessed images uint8 [b, *image_shape] of any b: probabilities float32 [b, classes].
 
         Raises:
             UserError: the array has another shape or dtype.
@@ -190,20 +186,20 @@ class Predictor:
         return self._in_chunks(images)["probability"]
 
     def compile(self, features: str = "") -> None:
-        """Compiles (or takes from the cache) every batch size, so that no later call has to wait for it."""
+        """Compiles every batch size, so that later calls don't wait for it."""
         for size in self.batch_sizes:
             jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), np.uint8), features))
 
     def dispatch(self, images: np.ndarray, features: str = "") -> dict[str, jax.Array]:
-        """Starts to compute one batch and returns at once; for whoever reads and computes at the same time.
+        """Starts computing one batch and returns without waiting, so that the caller can read the next one.
 
         Args:
-            images: uint8[b, *image_shape], 1 <= b <= the largest of `batch_sizes`.
-            features: "", or what to compute besides, "pooled" or "pyramid".
+            images: uint8 [b, *image_shape], where b is at most the largest of `batch_sizes`.
+            features: also computes "pooled" or "pyramid"; "" computes probabilities only.
 
         Returns:
-            "probability" float32[p, classes], and "pooled" float32[p, c] or "stride_4" and so on float32[p, h, w, c];
-            p is the padded size, and only the first b rows mean something.
+            "probability" float32 [p, classes], and "pooled" float32 [p, c] or "stride_4", ... float32 [p, h, w, c].
+            p is the padded size; only the first b rows are valid.
 
         Raises:
             UserError: the array has another shape or dtype, or there are no such features.
@@ -218,13 +214,13 @@ class Predictor:
         return self._step(self._variables, jax.device_put(images, self._over_data), features=features)
 
     def output_shapes(self, features: str = "") -> dict[str, tuple[int, ...]]:
-        """Shapes of what `dispatch` gives, without the batch; compiles nothing."""
+        """Returns the shapes of the outputs of `dispatch` without the batch dimension; compiles nothing."""
         images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
         answer = functools.partial(self._answer, features=features)
         return {name: leaf.shape[1:] for name, leaf in jax.eval_shape(answer, self._variables, images).items()}
 
     def best(self, probabilities: np.ndarray, topk: int = 5) -> list[ClassProbability]:
-        """The `topk` highest of float32[classes], best first; of equals the lower class number."""
+        """Returns the `topk` highest of float32 [classes], best first; ties are in class order."""
         order = np.argsort(-probabilities, kind="stable")[:topk]
         if self.model.allowed_classes is not None:
             order = order[: len(self.model.allowed_classes)]
@@ -256,15 +252,15 @@ class Predictor:
         if features and features not in FEATURES:
             raise UserError(f"features is {features!r}; expected {' or '.join(FEATURES)}.")
         if features and len(self.image_shape) != 3:
-            raise UserError("features are of one crop, but config.eval.crops is 10; set it to 1.")
+            raise UserError("features need a single crop, but config.eval.crops is 10; set it to 1.")
 
     def _answer(self, variables: dict[str, Any], images: jax.Array, features: str = "") -> dict[str, jax.Array]:
         model = self.model
         seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
         outputs = make_predict_step(model.module, seen, classes=model.allowed_classes)(variables, {"image": images})
         if features:
-            # The compiler finds that this repeats the body of the classification and computes it once.
-            found: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
-            maps = {f"stride_{stride}": part for stride, part in found.items()} if features == "pyramid" else None
-            outputs |= maps or {"pooled": found}
+            # The compiler merges this with the classification above, so the network runs once.
+            activations: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
+            maps = {f"stride_{stride}": part for stride, part in activations.items()} if features == "pyramid" else None
+            outputs |= maps or {"pooled": activations}
         return {name: array.astype(jnp.float32) for name, array in outputs.items()}

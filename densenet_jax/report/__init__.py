@@ -1,1 +1,1 @@
-"""The pages that tell what a run has done, for a person: figures, pictures, settings and the way on."""
+"""HTML reports about runs and data sets, with their charts and CSV tables."""

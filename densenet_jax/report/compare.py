@@ -1,4 +1,4 @@
-"""Runs side by side on one page."""
+"""Report page that puts several runs side by side."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from densenet_jax.workdir import read_settings
 def report_comparison(compared: Sequence[str], into: str) -> str:
     """Writes `into/report/compare.html` about the runs in `compared` and returns its path.
 
-    Where `into` is a run's directory it comes first. A directory that is named twice counts once.
+    If `into` is itself a run's directory, that run comes first. A directory named twice counts once.
 
     Raises:
         UserError: a directory is not a run's, or there are fewer than two runs.
@@ -36,7 +36,7 @@ def report_comparison(compared: Sequence[str], into: str) -> str:
     content = page.document(
         f"{len(names)} runs side by side",
         page.section("Final figures", page.table(("", *names), rows, numbers=numbers)),
-        page.section("Curves", page.charts(charts) if charts else page.text("Nothing has been reported yet.")),
+        page.section("Curves", page.charts(charts) if charts else page.text("No metrics have been written yet.")),
         page.section(
             "Settings that differ",
             page.table(("setting", *names), different) if different else page.text("None: all settings are alike."),
@@ -49,7 +49,7 @@ def report_comparison(compared: Sequence[str], into: str) -> str:
 
 
 def _short_names(workdirs: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as few as tell the runs apart."""
+    """Shortens paths to as few trailing parts as keep them distinct."""
     parts = [os.path.normpath(os.path.abspath(workdir)).split(os.sep) for workdir in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
         names = [os.sep.join(part[-count:]) for part in parts]

@@ -1,4 +1,4 @@
-"""From the reports of one run or of several to charts and final figures."""
+"""Charts and final figures from the metrics of one or several runs."""
 
 import dataclasses
 import statistics
@@ -9,13 +9,13 @@ from densenet_jax.report.page import Picture
 from densenet_jax.report.plots import DARK, LIGHT, Line, line_chart
 
 Record = Mapping[str, Any]
-NONE = "–"  # in place of a figure that there is none of
-_MANY = 30  # values from which on a line needs no markers
+NONE = "–"  # stands for a missing figure
+_MANY = 30  # lines with at least this many values are drawn without markers
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What a chart shows; see `densenet_jax.report.plots.line_chart`."""
+    """One chart; the fields are those of `densenet_jax.report.plots.line_chart`."""
 
     name: str
     title: str
@@ -26,7 +26,7 @@ class Chart:
     logarithmic: bool = False
 
     def render(self) -> tuple[str, Picture]:
-        """Its title and its picture, for light and for dark pages."""
+        """Draws the chart for light and dark pages and returns its title and picture."""
         light, dark = (
             line_chart(
                 self.lines,
@@ -44,11 +44,11 @@ class Chart:
 
 
 def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
-    """The charts of one run; a chart without a value is left out.
+    """Returns the charts of one run, without those that would be empty.
 
     Args:
-        records: as `densenet_jax.run.metric_writers.read_metrics` gives them.
-        mixed: training figures are of mixed images.
+        records: as returned by `densenet_jax.run.metric_writers.read_metrics`.
+        mixed: whether training images are mixed (mixup, CutMix), so that training accuracy is not comparable.
     """
     training = "training, mixed images" if mixed else "training"
 
@@ -65,14 +65,14 @@ def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
     return _with_values(
         Chart("loss", "Loss", "nats", both("loss"), logarithmic=True),
         Chart("top1", "Top-1 accuracy", "share of images", both("top1"), percent=True),
-        Chart("learning_rate", "Learning rate", "rate of the step reported", (rate,), y_from_zero=True),
+        Chart("learning_rate", "Learning rate", "learning rate", (rate,), y_from_zero=True),
         Chart("throughput", "Throughput", "images/s", (speed,), y_from_zero=True),
         Chart("data_wait", "Time spent waiting for data", "share of time", (waiting,), percent=True, y_from_zero=True),
     )
 
 
 def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
-    """The charts of several runs over each other, a line for each; a chart without a value is left out."""
+    """Returns charts with one line a run, without those that would be empty."""
 
     def lines(split: str, key: str) -> tuple[Line, ...]:
         return tuple(_line(records, split, key, name, style) for style, (name, records) in enumerate(runs.items()))
@@ -90,12 +90,12 @@ def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
 
 
 def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What a run has come to, as (what, value) pairs; `NONE` where there is none."""
+    """Returns (name, value) pairs that sum a run up; a missing value is `NONE`."""
     train = [record for record in records if record["split"] == "train"]
     validation = [record for record in records if record["split"] == "validation"]
     last: Record = validation[-1] if validation else {}
     best: Record = max(validation, key=lambda record: (record["top1"], record["step"]), default={})
-    # The first report holds what happens once: caches that fill, programs that load.
+    # The first interval includes one-off costs, such as loading programs and filling caches.
     steady = train[1:] or train
 
     def shown(record: Record, key: str, form: Callable[[float], str]) -> str:
@@ -123,17 +123,17 @@ def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def curve(records: Sequence[Record], split: str, key: str, style: int) -> Line:
-    """One figure of one split over epochs, named after the split."""
+    """Returns one metric of one split over epochs, labeled with the split."""
     return _line(records, split, key, split, style)
 
 
 def _line(records: Sequence[Record], split: str, key: str, label: str, style: int) -> Line:
-    found = [record for record in records if record["split"] == split and key in record]
+    chosen = [record for record in records if record["split"] == split and key in record]
     return Line(
         label,
-        [record["epoch"] for record in found],
-        [record[key] for record in found],
-        marked=len(found) < _MANY and split == "validation",
+        [record["epoch"] for record in chosen],
+        [record[key] for record in chosen],
+        marked=len(chosen) < _MANY and split == "validation",
         style=style,
     )
 

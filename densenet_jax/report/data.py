@@ -1,4 +1,4 @@
-"""The page that shows what a recipe's data looks like and how fast it comes."""
+"""Report page about a data set: samples, class balance, sizes and pipeline speed."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ _TIMED_STEPS = 4
 
 
 def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[str, Any]:
-    """Writes `workdir/report/data.html` and returns its path and the speeds measured, in images a second.
+    """Writes `workdir/report/data.html` and returns its path and the measured speeds in images a second.
 
     Raises:
         UserError: the data set is not prepared, or the directory can't be written to.
@@ -34,7 +34,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     with spinner("measuring the model"):
         model = model_speed(experiment)
     names = data.eval_source.class_names
-    # One channel stands for three, and ten-crop evaluation shows its first crop.
+    # With ten-crop evaluation, show the first crop.
     shown = [image if image.ndim == 3 else image[0] for image in evaluated["image"][:16]]
     titles = [names[label] for label in np.asarray(evaluated["label"]).reshape(len(evaluated["label"]), -1)[:16, 0]]
     enlarged = data.train_shape[0] < 64
@@ -44,11 +44,11 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     }
     balance = page.Picture("class_balance", class_balance_chart(splits), "examples of each class")
     content = page.document(
-        f"{data_name}: what the model sees",
+        f"{data_name} as the model sees it",
         page.tiles(
             [
-                ("images a second from the pipeline on this machine", f"{pipeline:,.0f}"),
-                (f"images a second that {experiment.variant.name} takes here", f"{model:,.0f}"),
+                ("images a second from the input pipeline on this machine", f"{pipeline:,.0f}"),
+                (f"images a second in training {experiment.variant.name} on this machine", f"{model:,.0f}"),
             ]
         ),
         page.text(_verdict(pipeline, model)),
@@ -64,7 +64,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
 
 
 def model_speed(experiment: Experiment) -> float:
-    """Images a second of the training step alone, on one batch that is there already."""
+    """Measures the training step alone, on one batch already on the devices, in images a second."""
     step = experiment.compile_train_step()
     with experiment.data.train_batches(0) as batches:
         batch = to_devices(next(iter(batches)), experiment.mesh)
@@ -79,8 +79,8 @@ def model_speed(experiment: Experiment) -> float:
 
 def _verdict(pipeline: float, model: float) -> str:
     if pipeline >= model:
-        return f"The pipeline gives {pipeline / model:.1f} times what the model takes: it does not wait for data."
-    return f"The model takes {model / pipeline:.1f} times what the pipeline gives: it waits for data."
+        return f"The pipeline is {pipeline / model:.1f} times as fast as the model: training does not wait for data."
+    return f"The model is {model / pipeline:.1f} times as fast as the pipeline: training waits for data."
 
 
 def _split_table(splits: dict[str, SplitSummary]) -> str:

@@ -1,4 +1,4 @@
-"""What a model answers to every example of a split: whom it mistakes for whom, and where it is surest of a mistake."""
+"""Predicts a whole split for the report: confusion counts and the most confident mistakes."""
 
 import dataclasses
 import heapq
@@ -15,15 +15,13 @@ from densenet_jax.training.sharding import to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """One wrong answer.
+    """A wrong prediction.
 
     Attributes:
-        image: uint8 [h, w, c], what the model was given; of many crops the middle one.
-        index: its place in the split.
-        label: the true class.
-        predicted: the class that the model gave.
-        confidence: the probability that it gave to that class.
-        label_probability: the probability that it gave to the true class.
+        image: uint8 [h, w, c] as given to the model; the center crop if there are several.
+        index: position in the split.
+        confidence: probability of `predicted`.
+        label_probability: probability of `label`, the true class.
     """
 
     image: np.ndarray
@@ -36,11 +34,11 @@ class Mistake:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """All answers in short.
+    """Predictions of a split, summed up.
 
     Attributes:
-        pairs: (true class, predicted class) -> how many examples.
-        mistakes: the most confident ones of this process's share, the surest first.
+        pairs: number of examples by (true class, predicted class).
+        mistakes: the most confident ones in this process's share, most confident first.
     """
 
     pairs: dict[tuple[int, int], int]
@@ -48,25 +46,25 @@ class Answers:
 
     @property
     def examples(self) -> int:
-        """How many examples were answered."""
+        """Number of examples."""
         return sum(self.pairs.values())
 
     @property
     def right(self) -> int:
-        """How many answers are right."""
+        """Number of correct predictions."""
         return sum(count for (true, predicted), count in self.pairs.items() if true == predicted)
 
     def confused(self, most: int) -> list[tuple[int, int, int]]:
-        """The `most` frequent mistakes as (true class, predicted class, count), by class number where equal."""
+        """Returns the `most` frequent mistakes as (true class, predicted class, count); ties are in class order."""
         wrong = ((true, predicted, count) for (true, predicted), count in self.pairs.items() if true != predicted)
         return heapq.nsmallest(most, wrong, key=lambda entry: (-entry[2], entry[:2]))
 
     def class_total(self, true: int) -> int:
-        """Examples of one class."""
+        """Counts the examples of one class."""
         return sum(count for (label, _), count in self.pairs.items() if label == true)
 
     def matrix(self, num_classes: int) -> np.ndarray:
-        """int64 [k, k]: true classes in rows, predicted ones in columns."""
+        """Returns the confusion matrix, int64 [k, k]: true classes in rows, predicted ones in columns."""
         counts = np.zeros((num_classes, num_classes), np.int64)
         for (true, predicted), count in self.pairs.items():
             counts[true, predicted] = count
@@ -82,19 +80,16 @@ def gather_answers(
     batch_count: int,
     most_mistakes: int = 12,
 ) -> Answers:
-    """Asks the model about every example; keeps counts and a few images, so memory does not grow with the split.
+    """Predicts every example, keeping counts and a few images so that memory does not grow with the split.
+
+    If an example has a set of right classes, any of them is correct; an empty set excludes the example.
 
     Args:
-        predict_step: as `densenet_jax.training.predict_step.make_predict_step` builds it, jitted, its results on
-            every device.
+        predict_step: jitted result of `densenet_jax.training.predict_step.make_predict_step`, replicated outputs.
         variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches, in the order of the split.
-        mesh: where they go.
-        batch_count: how many batches there are, for the bar.
-        most_mistakes: images kept at most.
-
-    An answer to an example with a set of right classes is right if it is any of them; one whose set is empty is left
-    out.
+        batch_count: number of batches, for the progress bar.
+        most_mistakes: number of images to keep.
     """
     pairs: dict[tuple[int, int], int] = {}
     surest: list[tuple[float, int, Mistake]] = []
@@ -121,7 +116,7 @@ def gather_answers(
 
 
 def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The true class, the predicted one, and whether the example counts, of each row of a global batch."""
+    """Returns true class, predicted class and whether the example counts, for each row of a global batch."""
     probabilities, labels, counted = answers["probability"], answers["label"], answers["mask"]
     predicted = np.argmax(probabilities, axis=-1)
     if "label_set" in answers:
@@ -140,7 +135,7 @@ def _count(pairs: dict[tuple[int, int], int], labels: np.ndarray, predicted: np.
 def _mistake(image: np.ndarray, place: int, probabilities: np.ndarray, label: np.integer) -> Mistake:
     predicted = int(np.argmax(probabilities))
     return Mistake(
-        image=(image if image.ndim == 3 else image[-1]).copy(),  # else the whole batch would be kept with it
+        image=(image if image.ndim == 3 else image[-1]).copy(),  # a view would keep the whole batch in memory
         index=place,
         label=int(label),
         predicted=predicted,

@@ -1,4 +1,4 @@
-"""With what a page was made: versions and hardware, as pairs of text."""
+"""Versions and hardware of this process, as pairs of text."""
 
 import collections
 import importlib.metadata
@@ -23,25 +23,25 @@ _LIBRARIES = (
 
 
 def versions() -> list[tuple[str, str]]:
-    """Our version, Python's and those of the libraries that decide about numbers."""
-    found = [("densenet_jax", __version__), ("python", platform.python_version())]
+    """Returns the versions of this package, Python and the libraries that affect results."""
+    rows = [("densenet_jax", __version__), ("python", platform.python_version())]
     for name in _LIBRARIES:
         try:
-            found.append((name, importlib.metadata.version(name)))
+            rows.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            found.append((name, "not installed"))
-    return found
+            rows.append((name, "not installed"))
+    return rows
 
 
 def hardware() -> list[tuple[str, str]]:
-    """Devices, processes, cores and memory."""
+    """Returns devices, processes, cores and memory."""
     kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
-    found = [
+    rows = [
         ("devices", ", ".join(f"{count} × {kind}" for kind, count in kinds.items())),
         ("processes", str(jax.process_count())),
         ("machine", f"{platform.system()} {platform.machine()}"),
         ("cores", str(os.cpu_count())),
     ]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found.append(("memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"))
-    return found
+        rows.append(("memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"))
+    return rows

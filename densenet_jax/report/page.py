@@ -1,6 +1,6 @@
-"""HTML from plain data: one file that needs no network and no script, wide or narrow, light or dark.
+"""Builds HTML pages from plain data: one file without scripts or network access, for wide, narrow, light and dark.
 
-Whatever is given as text is escaped here; only this module writes tags.
+All text is escaped here, and only this module writes tags.
 """
 
 import base64
@@ -51,13 +51,12 @@ summary { cursor: pointer; margin: 0.8rem 0; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the page, which is also a file beside it.
+    """A picture on the page, also written as a file beside it.
 
     Attributes:
-        name: of the file, without its ending.
-        png: its content.
-        alt: what it shows, for who can't see it.
-        dark_png: the same for a dark page; None where one serves both.
+        name: file name without extension.
+        alt: description for screen readers.
+        dark_png: version for dark pages; None uses `png` for both.
     """
 
     name: str
@@ -66,13 +65,13 @@ class Picture:
     dark_png: bytes | None = None
 
     def files(self) -> dict[str, bytes]:
-        """File names and contents."""
+        """Returns the content of each file by its name."""
         dark = {} if self.dark_png is None else {f"{self.name}_dark.png": self.dark_png}
         return {f"{self.name}.png": self.png, **dark}
 
 
 def document(title: str, *blocks: str) -> str:
-    """A whole page."""
+    """Returns a complete page."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -82,24 +81,24 @@ def document(title: str, *blocks: str) -> str:
 
 
 def section(title: str, *blocks: str) -> str:
-    """A heading and what stands under it."""
+    """Returns a heading followed by blocks."""
     return "\n".join((f"<section>\n<h2>{html.escape(title)}</h2>", *blocks, "</section>"))
 
 
 def text(words: str, *, quiet: bool = False) -> str:
-    """A paragraph."""
+    """Returns a paragraph."""
     kind = ' class="quiet"' if quiet else ""
     return f"<p{kind}>{html.escape(words)}</p>"
 
 
 def tiles(figures: Iterable[tuple[str, str]]) -> str:
-    """(what, value) pairs, the value large."""
+    """Returns (name, value) pairs as tiles with large values."""
     cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for what, value in figures)
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """Rows of text; columns named in `numbers` stand right. Scrolls by itself where the window is narrow."""
+    """Returns a table that scrolls on narrow screens; the columns in `numbers` are right-aligned."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         kinds = (' class="number"' if place in numbers else "" for place in range(len(cells)))
@@ -113,17 +112,17 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
 
 
 def folded(summary: str, *blocks: str) -> str:
-    """Blocks behind a line that opens them."""
+    """Returns blocks that are hidden until their summary line is clicked."""
     return "\n".join((f"<details><summary>{html.escape(summary)}</summary>", *blocks, "</details>"))
 
 
 def command(what: str, line: str) -> str:
-    """A shell command and what it does."""
+    """Returns a shell command with a sentence about what it does."""
     return f"<p>{html.escape(what)}</p>\n<pre><code>{html.escape(line)}</code></pre>"
 
 
 def charts(entries: Iterable[tuple[str, Picture]]) -> str:
-    """(title, picture) pairs in as many columns as there is room for."""
+    """Returns (title, picture) pairs in as many columns as fit."""
     inner = (
         f"<figure><figcaption>{html.escape(title)}</figcaption>{_image(picture)}</figure>" for title, picture in entries
     )
@@ -131,11 +130,11 @@ def charts(entries: Iterable[tuple[str, Picture]]) -> str:
 
 
 def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool) -> str:
-    """(picture, heading, further text) triples as a grid of small images.
+    """Returns a grid of small images.
 
     Args:
-        entries: the images.
-        enlarged: their pixels are to be seen as squares.
+        entries: (picture, heading, further text) of each image.
+        enlarged: whether to show sharp pixels instead of smoothing them.
     """
     inner = (
         f"<figure>{_image(picture)}<figcaption><b>{html.escape(heading)}</b>"

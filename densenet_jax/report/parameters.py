@@ -1,4 +1,4 @@
-"""A model's parameters as a table, and what one image costs."""
+"""Table of a model's parameters, and the cost of one image."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from densenet_jax.models.operations import count_multiply_adds
 
 
 def parameter_table(experiment: Experiment) -> tuple[str, dict[str, Any]]:
-    """Name, shape, dtype and size of every parameter, without making them, and their sum.
+    """Lists name, shape, dtype and size of every parameter without allocating them.
 
     Returns:
-        The table, and `parameters` (how many numbers), `multiply_adds` (of one evaluated image, the papers' way) and
-        `image_size_px`.
+        The table, and {"parameters": their number, "multiply_adds": of one image in evaluation, counted as in the
+        papers, "image_size_px"}.
     """
     variables = jax.eval_shape(experiment.state_recipe.init_variables)
     table = parameter_overview.get_parameter_overview(variables["params"], include_stats=False)

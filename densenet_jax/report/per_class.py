@@ -1,4 +1,4 @@
-"""Accuracy by class and the confusion matrix as CSV files."""
+"""Metrics of each class and the confusion matrix as CSV files."""
 
 import csv
 import dataclasses

@@ -1,6 +1,6 @@
-"""Figures from plain numbers, for people who see all colours and for those who don't, on light and dark pages.
+"""Draws charts for light and dark pages that color-blind readers can read too.
 
-Lines differ in colour (Okabe and Ito's palette), dash and marker at once.
+Lines differ in color (Okabe and Ito's palette), dash and marker at once.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from PIL import Image
 
 _SIZE_INCHES = (5.4, 3.4)
 _DPI = 150
-_MOST_NUMBERED = 16  # classes up to which the cells of a confusion matrix have room for their counts
+_MOST_NUMBERED = 16  # classes up to which confusion counts fit into their cells
 _SHORTEST_PX = 160  # smaller images are enlarged to about this
 _LONGEST_PX = 224  # larger ones are reduced to this
 _STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 2)), "P"))
@@ -39,11 +39,9 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        label: its name in the legend.
-        xs: where it has values.
-        ys: the values; one that is not finite leaves a gap.
-        marked: whether each value gets a marker, for values that are few.
-        style: number of its colour, dash and marker; the same number looks the same in every chart.
+        ys: values; one that is not finite leaves a gap.
+        marked: whether each value gets a marker.
+        style: number of its color, dash and marker; a number looks the same in every chart.
     """
 
     label: str
@@ -63,16 +61,13 @@ def line_chart(
     y_from_zero: bool = False,
     logarithmic: bool = False,
 ) -> bytes:
-    """A PNG of lines over a common axis.
+    """Draws lines over a common axis as a PNG.
 
     Args:
-        lines: what to draw; those without values are left out.
-        x_label: what the horizontal axis counts.
-        y_label: what the vertical axis measures, with its unit.
-        theme: the page's colours.
-        percent: the values are shares and shown per cent.
-        y_from_zero: the vertical axis begins at 0, so that heights can be compared.
-        logarithmic: the vertical axis is logarithmic, where all values are above 0 and far apart.
+        lines: those without values are left out.
+        percent: shows values in [0, 1] as percentages.
+        y_from_zero: starts the vertical axis at 0.
+        logarithmic: makes the vertical axis logarithmic if all values are positive and span more than a decade.
     """
     figure, axes = _axes(theme)
     drawn = [line for line in lines if len(line.xs)]
@@ -92,16 +87,14 @@ def line_chart(
 
 
 def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
-    """A PNG of a confusion matrix: true classes downwards, predicted ones to the right, shaded by each row's shares.
+    """Draws a confusion matrix as a PNG: true classes in rows, predicted ones in columns, shaded by share of the row.
 
     Args:
-        counts: whole numbers [k, k].
-        class_names: a name for each class.
-        theme: the page's colours.
+        counts: int [k, k].
     """
     figure, axes = _axes(theme, (5.4, 5.0))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The square root lifts single mistakes out of a page that is right almost everywhere else.
+    # The square root makes rare mistakes visible.
     shades = np.sqrt(shares)
     axes.imshow(shades, cmap="cividis", vmin=0, vmax=1)
     names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(_plain, class_names)]
@@ -118,7 +111,7 @@ def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Th
 
 
 def picture(image: np.ndarray) -> bytes:
-    """A PNG of uint8 [h, w, 1 or 3]: small ones enlarged by a whole number without smoothing, large ones reduced."""
+    """Encodes uint8 [h, w, 1 or 3] as a PNG, enlarging small images by a whole factor and reducing large ones."""
     pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     longest = max(pixels.size)
     if longest > _LONGEST_PX:
@@ -133,9 +126,9 @@ def picture(image: np.ndarray) -> bytes:
 
 
 def readme_curves(accuracy: Sequence[Line], loss: Sequence[Line]) -> bytes:
-    """A PNG of two charts side by side for the README, accuracy and loss over epochs.
+    """Draws accuracy and loss over epochs side by side, for the README.
 
-    docs/digits.png is made of a finished run of the digits by
+    docs/digits.png is made from a finished run of the digits by
     `python -c "import sys; from densenet_jax.report.run import write_readme_curves as w; w(*sys.argv[1:])"
     runs/digits docs/digits.png`.
     """
@@ -187,7 +180,7 @@ def _draw(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign would begin a formula."""
+    """Escapes dollar signs, which would start a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 

@@ -114,7 +114,7 @@ def run_page(
         page.text(f"Work directory {workdir}. {_how_far(records, look)}", quiet=True),
         *(page.text(why) for why in look.missing),
         page.tiles((what, value) for what, value in final_figures(records) if value != NONE),
-        page.section("Curves", page.charts(charts) if charts else page.text("Nothing has been reported yet.")),
+        page.section("Curves", page.charts(charts) if charts else page.text("No metrics have been written yet.")),
     ]
     for part in (_confusion(look), _mistakes(look), _augmented(look)):
         if part is not None:

@@ -1,4 +1,4 @@
-"""Any recipe's learning rate as a picture and a few lines, without training."""
+"""Plots a recipe's learning rate schedule without training."""
 
 import os
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from densenet_jax.training.timeline import Timeline
 
 
 def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: str) -> dict[str, str | int | float]:
-    """Draws the learning rate over all steps to WORKDIR/schedule.png and says where it changes its course.
+    """Draws the learning rate over all steps to WORKDIR/schedule.png and prints its turning points.
 
     Returns:
-        {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}; the last is the last step's rate.
+        {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}.
 
     Raises:
         UserError: the picture can't be written.
@@ -43,33 +43,33 @@ def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: s
 
 
 def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
-    """float64[total_steps]: the rate of every step, exact where training rounds it to float32."""
+    """Returns the rate of every step as float64 [total_steps]; training rounds it to float32."""
     with jax.enable_x64(True):
         return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
 
 
 def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
-    """Steps at which the rate starts, jumps, turns from rising to falling or back, begins to move or rest, and ends.
+    """Returns the steps at which the rate starts, jumps, turns, begins to move or rest, and ends.
 
     Args:
-        rates: of every step.
-        most: of a schedule with more jumps (a staircase) only the first are given, and the end.
+        rates: float [steps].
+        most: longest result; a schedule with more jumps (a staircase) is cut before its last step.
     """
     slopes = np.diff(rates)
     size = np.abs(slopes)
-    # A jump is a change that is far larger than the one before it and the one after it.
+    # A jump is far larger than the changes before and after it.
     around = np.maximum(np.append(0.0, size[:-1]), np.append(size[1:], 0.0))
     jumps = np.flatnonzero((size > 1e-3 * np.maximum(rates[:-1], rates[1:])) & (size > 10 * around)) + 1
     smooth = np.where(np.isin(np.arange(1, len(rates)), jumps), 0.0, slopes)
     course = np.sign(np.where(np.abs(smooth) > 1e-12 * rates.max(initial=0.0), smooth, 0.0))
     turns = np.flatnonzero(course[1:] * course[:-1] < 0) + 1
-    ends = np.flatnonzero((course[:-1] > 0) & (course[1:] == 0)) + 1  # a warmup that ends on a level stretch
+    ends = np.flatnonzero((course[:-1] > 0) & (course[1:] == 0)) + 1  # a warmup that ends on a plateau
     inner = sorted({int(step) for step in (*jumps, *turns, *ends)} - {0, len(rates) - 1})
     return sorted({0, *inner[:most], len(rates) - 1})
 
 
 def _draw(path: str, rates: np.ndarray, steps_per_epoch: float, title: str) -> None:
-    # Loaded here: no other mode needs it before its end.
+    # Imported late: slow to load, and no other mode needs it at the start.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

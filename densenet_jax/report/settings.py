@@ -1,4 +1,4 @@
-"""Settings of runs beside each other, as rows of text."""
+"""Compares the settings of runs as rows of text."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ _ABSENT = "(absent)"
 
 
 def every_setting(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, value) of every setting."""
+    """Returns (key, value) of every setting."""
     return [(f"config.{key}", _text(value)) for key, value in flatten(settings)]
 
 
 def changed_settings(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every setting that is not its default; one that an older run lacks had its default."""
+    """Returns (key, value, default) of every setting that differs; one that an older run lacks counts as default."""
     rows = different_settings([defaults, settings])
     return [(key, value, default) for key, default, value in rows if value != _ABSENT]
 
 
 def different_settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """(key, value in each run ...) of every setting in which the runs are not alike, in the order of the file."""
+    """Returns (key, value in each run ...) of every setting in which the runs differ."""
     flat = [dict(flatten(settings)) for settings in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = []

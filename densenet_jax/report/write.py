@@ -1,4 +1,4 @@
-"""A page and its pictures put into a work directory, whole at every moment."""
+"""Writes a page and its pictures into a work directory atomically."""
 
 import os
 import re
@@ -8,17 +8,13 @@ from densenet_jax.errors import UserError
 from densenet_jax.report.page import Picture
 
 DIRECTORY = "report"
-_NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # a later page may have fewer of these
+_NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # the next page may have fewer of these
 
 
 def write_page(workdir: str, name: str, page: str, pictures: Iterable[Picture]) -> str:
-    """Writes `workdir/report/NAME` and every picture as a PNG beside it; the page itself comes last.
+    """Writes `workdir/report/NAME` and its pictures as PNG files beside it, and returns the page's path.
 
-    The page holds its pictures, so that whoever opens it while this goes on sees the old page or the new one, never a
-    mixture.
-
-    Returns:
-        The page's path.
+    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one.
 
     Raises:
         UserError: the directory can't be written to.
@@ -35,7 +31,7 @@ def write_page(workdir: str, name: str, page: str, pictures: Iterable[Picture]) 
                     os.remove(os.path.join(directory, file))
     except OSError as error:
         raise UserError(
-            f"the report can't be written into {directory} ({error.strerror}); mend that, then --mode report."
+            f"the report can't be written into {directory} ({error.strerror}); fix that, then run --mode report."
         ) from error
     return os.path.join(directory, name)
 

@@ -48,7 +48,7 @@ def test_networks_whose_floor_is_not_counted_have_none(model):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("--target", "v5f"), "nearest is v5"), (("--models", "densenet120"), "densenet121")],
+    [(("--target", "v5f"), "did you mean v5"), (("--models", "densenet120"), "densenet121")],
 )
 def test_a_name_that_is_not_known_is_one_line(arguments, says):
     done = run(*arguments)

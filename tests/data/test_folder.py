@@ -1,12 +1,14 @@
 """Class folders are listed once, and again when something changed."""
 
+import io
 import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from densenet_jax.data import folder
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.decode import DamagedImage, is_image_start
 from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
 from tests.data import fake_imagenet
@@ -59,9 +61,10 @@ def test_the_index_is_used_until_something_changes(tree, monkeypatch):
     (tree / "train" / "bee" / "new.png").unlink()
     assert len(open_source("folder", str(tree), "train")) == 12
     (tree / "train" / "cat").mkdir()
+    (tree / "train" / "cat" / "cat_0.png").write_bytes(b"")
     source = open_source("folder", str(tree), "train")
     assert source.class_names == ("ant", "bee", "cat", "zebra")
-    assert source[11].label == 3
+    assert source[12].label == 3
 
 
 def test_a_damaged_index_is_replaced(tree):
@@ -97,6 +100,119 @@ def test_only_images_are_listed_in_subfolders_too(tree):
     assert len(source) == 13
     assert source[4].name == "train/ant/more/deep ö.JPG"
     assert source[4].image == b"deep"
+
+
+def test_the_first_bytes_decide_where_the_ending_does_not(tree, caplog):
+    bee = tree / "train" / "bee"
+    for name in ("a.jfif", "no_ending", "wrong.txt"):
+        (bee / name).write_bytes(fake_imagenet.jpeg(0))
+    for name in ("notes.txt", "BM.csv", "Thumbs.db", "empty"):
+        (bee / name).write_bytes(b"BMW,1,2" if name == "BM.csv" else b"")
+    (bee / "gone.jfif").symlink_to("nowhere")
+    os.mkfifo(bee / "pipe.jpg")
+    (tree / "train" / "loose.jpg").write_bytes(b"")
+    for listed in ("anew", "by the index"):
+        caplog.clear()
+        source = open_source("folder", str(tree), "train")
+        assert [name.rpartition("/")[2] for name in names(source) if "/bee/" in name] == [
+            "a.jfif", "bee_0.JPEG", "bee_1.JPEG", "bee_2.JPEG", "bee_3.JPEG", "no_ending", "wrong.txt",
+        ], listed  # fmt: skip
+        (message,) = caplog.messages
+        assert "7 files are not read as images" in message
+        for kind in (
+            "1 .txt",
+            "1 .csv",
+            "1 .db",
+            "1 no ending",
+            "1 a broken link",
+            "1 no regular file",
+            "1 outside of",
+        ):
+            assert kind in message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF"])
+def test_every_kind_is_known_by_its_first_bytes(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, kind)
+    assert is_image_start(file.getvalue()[:32])
+
+
+def test_a_class_without_images_is_refused(tree, caplog):
+    (tree / "train" / "cow").mkdir()
+    with pytest.raises(UserError, match="1 classes without images: 'cow'"):
+        open_source("folder", str(tree), "train")
+    source = open_source("folder", str(tree), "val")  # says it, and evaluates
+    assert source.class_names == ("ant", "bee", "cow", "zebra")
+    assert "no images of 2 of 4 classes: 'bee', 'cow'" in caplog.text
+
+
+def test_one_class_is_reported(tmp_path, caplog):
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(b"")
+    open_source("folder", str(tmp_path), "train")
+    assert "one class only, 'ant'" in caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_refused(tree):
+    os.mkdir(os.fsencode(tree / "train") + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"b'caf\\xe9' of .* is not UTF-8"):
+        open_source("folder", str(tree), "train")
+
+
+def test_a_file_name_that_is_not_utf8_is_read(tree):
+    with open(os.fsencode(tree / "train" / "ant") + b"/z\xe9.jpg", "wb") as file:
+        file.write(b"there")
+    record = open_source("folder", str(tree), "train")[4]
+    assert record.image == b"there"
+    assert record.name == "train/ant/z\\xe9.jpg"
+
+
+def numbered(tmp_path):
+    for name in ("1", "2", "10", "12", "b", "A"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(name.encode())
+    return str(tmp_path)
+
+
+def test_class_order(tmp_path):
+    root = numbered(tmp_path)
+    assert open_source("folder", root, "train").class_names == ("1", "10", "12", "2", "A", "b")
+    natural = open_source("folder", root, "train", class_order="natural")
+    assert natural.class_names == ("1", "2", "10", "12", "A", "b")
+    assert [natural[i].image.decode() for i in range(6)] == list(natural.class_names)
+    assert [natural[i].label for i in range(6)] == list(range(6))
+    order = tmp_path / "order.txt"
+    order.write_text("\ufeffb\r\n2\r\n1\r\n12\r\n10\r\nA\r\n", encoding="utf-8")
+    given = open_source("folder", root, "train", class_order=str(order))
+    assert given.class_names == ("b", "2", "1", "12", "10", "A")
+    assert given[0].image == b"b"
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [("1\n2\n10\n12\nb\n", "lacks 1 class folders: A"), ("1\n2\n2\n10\n12\nb\nA\n", "a name twice: 2"),
+     ("1\n2\n10\n12\nb\nA\nC\n", "without images: 'C'")],
+)  # fmt: skip
+def test_a_class_order_that_does_not_fit(tmp_path, lines, why):
+    root = numbered(tmp_path)
+    (tmp_path / "order.txt").write_text(lines)
+    with pytest.raises(UserError, match=why):
+        open_source("folder", root, "train", class_order=str(tmp_path / "order.txt"))
+
+
+def test_identity_tells_renamed_classes_and_other_files(tree):
+    first = open_source("folder", str(tree), "train").identity()
+    assert [count for count, _ in first] == [4, 4, 4]
+    (tree / "train" / "bee").rename(tree / "train" / "zz")
+    (tree / "val" / "zz").mkdir()
+    renamed = open_source("folder", str(tree), "train").identity()
+    assert renamed == [first[0], first[2], first[1]]
+    (tree / "train" / "zz" / "bee_0.JPEG").rename(tree / "train" / "zz" / "bee_9.JPEG")
+    other = open_source("folder", str(tree), "train").identity()
+    assert other[:2] == renamed[:2]
+    assert other[2][0] == 4
+    assert other[2] != renamed[2]
 
 
 def test_a_file_that_vanished_is_named(tree):

@@ -284,7 +284,10 @@ def test_the_others_do_not_come(user, tmp_path):
     ("flags", "message"),
     [
         (["--coordinator=localhost:1"], "without --num_processes and --process_id"),
-        (["--mode=schedule", "--num_processes=2"], "--mode schedule runs in one process"),
+        (
+            ["--mode=schedule", "--num_processes=2"],
+            "--num_processes 2 is for --mode train or eval or report, but --mode is schedule",
+        ),
     ],
 )
 def test_flags_that_contradict_themselves_are_one_line(tmp_path, flags, message):

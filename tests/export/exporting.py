@@ -7,7 +7,7 @@ import numpy as np
 
 from densenet_jax.data.transforms import eval_transform
 from densenet_jax.export.export import ExportOptions, export
-from densenet_jax.export.samples import CheckImages, generated_images
+from densenet_jax.export.samples import CheckImages, generate_images
 from densenet_jax.predict.model import Deployed
 from tests.models.test_fold import drawn
 
@@ -33,7 +33,7 @@ def small_model(name="small_cifar"):
 
 
 def images(count=9):
-    return generated_images(count, (SIDE_PX, SIDE_PX, 3))
+    return generate_images(count, (SIDE_PX, SIDE_PX, 3))
 
 
 class FixedSamples:

@@ -10,7 +10,7 @@ import pytest
 
 from densenet_jax.errors import UserError
 from densenet_jax.export import export as export_module
-from densenet_jax.export.export import FORMATS, ExportOptions, Format, checked_format, export
+from densenet_jax.export.export import FORMATS, ExportOptions, Format, check_options, export
 from densenet_jax.export.graph import make_graph, reference_outputs
 from densenet_jax.export.verify import compare, run_in_chunks
 from tests.export.exporting import FixedSamples, export_small, images, small_model
@@ -50,7 +50,7 @@ def text_format(monkeypatch):
 )
 def test_wrong_options_are_told(options, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        checked_format(ExportOptions(**options))
+        check_options(ExportOptions(**options))
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -61,20 +61,20 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(name, monke
     assert os.listdir(tmp_path) == []
 
 
-def test_the_graph_without_preprocessing_gives_the_logits_of_normalised_images():
+def test_the_graph_without_preprocessing_gives_the_logits_of_normalized_images():
     model = small_model()
     graph = make_graph(model, preprocess=False)
-    normalised = (images() / 255 - np.array(model.mean)) / np.array(model.std)
-    expected = model.module.apply(model.variables, jax.numpy.asarray(normalised, jax.numpy.float32))
-    np.testing.assert_allclose(graph.prepared(images()), normalised, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(graph.function)(graph.prepared(images())), expected, atol=1e-5)
+    normalized = (images() / 255 - np.array(model.mean)) / np.array(model.std)
+    expected = model.module.apply(model.variables, jax.numpy.asarray(normalized, jax.numpy.float32))
+    np.testing.assert_allclose(graph.prepare(images()), normalized, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(graph.function)(graph.prepare(images())), expected, atol=1e-5)
     np.testing.assert_allclose(reference_outputs(model, graph, images(), batch_size=4), expected, atol=1e-5)
 
 
 def test_the_graph_with_preprocessing_gives_the_probabilities_of_bytes():
     model = small_model()
     bare, whole = make_graph(model, preprocess=False), make_graph(model)
-    logits = jax.jit(bare.function)(bare.prepared(images()))
+    logits = jax.jit(bare.function)(bare.prepare(images()))
     np.testing.assert_allclose(jax.jit(whole.function)(images()), jax.nn.softmax(logits), atol=1e-6)
     np.testing.assert_allclose(reference_outputs(model, whole, images()), jax.nn.softmax(logits), atol=1e-6)
 
@@ -86,7 +86,7 @@ def test_ten_crops_are_refused():
         make_graph(export_module.dataclasses.replace(model, transform=crops))
 
 
-def test_what_was_written_is_told(text_format, tmp_path):
+def test_the_figures_tell_what_was_written(text_format, tmp_path):
     path = tmp_path / "new" / "model.text"
     _, figures = export_small(path, format="text")
     assert figures == {
@@ -104,7 +104,7 @@ def test_what_was_written_is_told(text_format, tmp_path):
     ("change", "message"),
     [
         (lambda outputs: outputs + 2e-4, "differs from the model by up to 2.00e-04, more than the 1e-04"),
-        (lambda outputs: outputs * np.nan, "no numbers"),
+        (lambda outputs: outputs * np.nan, "NaN or infinity"),
         (lambda outputs: outputs[:, :3], r"outputs of shape \(9, 3\); expected \(9, 7\)"),
     ],
 )
@@ -117,14 +117,14 @@ def test_a_file_that_is_not_the_model_is_not_left_behind(text_format, tmp_path, 
 
 def test_coarse_numbers_are_judged_by_their_answers(text_format, tmp_path):
     text_format.change = lambda outputs: np.roll(outputs, 1, axis=1)
-    with pytest.raises(UserError, match=r"float16 answers like the model for .* of 9 images, less than the 99%"):
+    with pytest.raises(UserError, match=r"float16 agrees with the model for .* of 9 images, less than the 99%"):
         export_small(tmp_path / "model.text", format="text", precision="float16")
     text_format.change = lambda outputs: outputs * 0.9
     export_small(tmp_path / "model.text", format="text", precision="float16")
 
 
 def test_coarse_numbers_need_real_images(text_format, tmp_path):
-    with pytest.raises(UserError, match="judged by answers to real images, but there are only fixed images"):
+    with pytest.raises(UserError, match="checked by predictions of real images, but there are only fixed images"):
         export_small(tmp_path / "m", format="text", precision="float16", samples=FixedSamples(real=False))
 
 
@@ -142,9 +142,25 @@ def test_a_failure_while_writing_leaves_nothing(text_format, tmp_path):
 def test_nothing_is_overwritten(text_format, tmp_path):
     path = tmp_path / "model.text"
     path.write_text("mine")
-    with pytest.raises(UserError, match=r"model\.text exists; remove it or choose another"):
+    with pytest.raises(UserError, match=r"model\.text exists; add --overwrite to replace it"):
         export(pytest.fail, FixedSamples(), ExportOptions("text", str(path)))
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_overwrite_replaces_only_with_a_checked_file(text_format, tmp_path, is_directory):
+    path = tmp_path / "model.text"
+    if is_directory:
+        (path / "old").mkdir(parents=True)
+    else:
+        path.write_text("mine")
+    text_format.change = lambda outputs: outputs + 1
+    with pytest.raises(UserError, match="differs from the model"):
+        export_small(path, format="text", overwrite=True)
+    assert os.listdir(path) == ["old"] if is_directory else path.read_text() == "mine"
+    text_format.change = lambda outputs: outputs
+    export_small(path, format="text", overwrite=True)
+    assert path.read_text() == "whole"
 
 
 def test_a_place_where_nothing_can_be_written_is_told(text_format, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from densenet_jax.plan.bounds import bounds_of, sent_bytes
+from densenet_jax.plan.bounds import compute_bounds, count_sent_bytes
 from densenet_jax.plan.chips import CHIPS, Chip
 from densenet_jax.plan.costs import Costs
 from densenet_jax.plan.hlo import Collective
@@ -25,7 +25,7 @@ def costs(flops=0.0, traffic=0.0, *collectives):
     ],
 )
 def test_what_a_chip_has_to_send(op, chips, expected):
-    assert sent_bytes(Collective(op, 500, 2), chips) == expected
+    assert count_sent_bytes(Collective(op, 500, 2), chips) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_what_a_chip_has_to_send(op, chips, expected):
     ],
 )
 def test_the_longest_of_the_three_binds(priced, binding, secs):
-    bounds = bounds_of(priced, CHIP, 2)
+    bounds = compute_bounds(priced, CHIP, 2)
     assert (bounds.binding, bounds.secs) == (binding, pytest.approx(secs))
 
 

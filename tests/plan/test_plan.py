@@ -10,7 +10,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.models.normalize_once import FORMS
 from densenet_jax.plan import plan as planning
-from densenet_jax.plan.costs import Costs, DoesNotFitError, told_bytes
+from densenet_jax.plan.costs import Costs, DoesNotFitError, parse_memory_error
 from densenet_jax.plan.hlo import Collective
 from densenet_jax.training import sharding
 from tests.extras import needs
@@ -38,7 +38,7 @@ def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
     """Stands in for the compilers: memory grows with the batch. Returns the batches that were compiled for."""
     asked = []
 
-    def costs_of_step(config, topology):
+    def compute_step_costs(config, topology):
         images = config["train"]["global_batch_size"] // topology.chips
         asked.append(images * topology.chips)
         memory = fixed + images * bytes_an_image
@@ -46,7 +46,7 @@ def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
             raise DoesNotFitError(memory)
         return Costs(memory, memory, images * 2e9, images * 9e8, images * 5e8, (Collective("all-reduce", 10**7, 2),))
 
-    monkeypatch.setattr(planning, "costs_of_step", costs_of_step)
+    monkeypatch.setattr(planning, "compute_step_costs", compute_step_costs)
     monkeypatch.setattr(planning, "check_installed", lambda compiler: None)
     return asked
 
@@ -83,8 +83,8 @@ def test_a_batch_that_does_not_fit_says_the_largest_that_does(monkeypatch, capsy
     largest = (16 * 2**30 - 2 * 10**9) // 10**8 * 4
     assert figures["largest_global_batch_that_fits"] == largest
     said = capsys.readouterr().err
-    assert f"seen to fit v5e:2x2 is {largest}; {largest + 4}, the next larger, was seen not to fit" in said
-    assert "a batch of 4096 does not fit: 104 GB of the 17.2 GB that a chip has for it" in said
+    assert f"found to fit v5e:2x2 is {largest}; {largest + 4}, the next larger, does not fit" in said
+    assert "a batch of 4096 does not fit: 104 GB of 17.2 GB available on a chip" in said
     assert {largest, largest + 4} <= set(asked)
     assert len(asked) <= 4
     for batch in asked[1:]:
@@ -96,7 +96,7 @@ def test_a_batch_that_does_not_fit_says_the_largest_that_does(monkeypatch, capsy
 def test_a_model_that_no_batch_fits_is_told(monkeypatch, capsys):
     compiled(monkeypatch, 10**8, fixed=10**12, raises_above=10**11)
     figures = planning.plan(settings(64), "v5e:2x2")
-    assert "not even a batch of 4, the smallest there is, fits v5e:2x2" in capsys.readouterr().err
+    assert "even the smallest batch, 4, does not fit v5e:2x2" in capsys.readouterr().err
     assert figures["largest_global_batch_that_fits"] == 0
 
 
@@ -106,9 +106,9 @@ def test_the_answer_for_a_large_batch_says_how_exact_it_is(monkeypatch, capsys):
     fitting = figures["largest_global_batch_that_fits"]
     failing = min(batch for batch in asked if batch > fitting)
     assert fitting <= 16 * 2**30 // 10**4 * 4 < failing <= 1.01 * fitting
-    more = f"{failing}, {failing / fitting - 1:.1%} more, was seen not to fit"
+    more = f"{failing}, {failing / fitting - 1:.1%} more, does not fit"
     said = capsys.readouterr().err
-    assert f"seen to fit v5e:2x2 is {fitting}; {more}" in said
+    assert f"found to fit v5e:2x2 is {fitting}; {more}" in said
     assert "16777216 images, 4194304 a chip" in said
 
 
@@ -116,15 +116,15 @@ def test_only_batches_that_the_settings_can_divide_are_tried(monkeypatch, capsys
     asked = compiled(monkeypatch, 10**8)
     planning.plan(settings(4096, microbatches=8, repeats=2), "v5e:2x2")
     assert all(batch % (4 * 8 * 2) == 0 for batch in asked)
-    assert "is 640; 704, the next larger, was seen not to fit" in capsys.readouterr().err
+    assert "is 640; 704, the next larger, does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("config", "topology", "says"),
     [
         (settings(), "", "--topology v5e:2x2"),
-        (settings(), "v5r:2x2", "nearest is v5e"),
-        (settings(), "v5e:2x3", "no shape of v5e"),
+        (settings(), "v5r:2x2", "did you mean v5e"),
+        (settings(), "v5e:2x3", "not a shape of v5e"),
         (settings(250), "v5e:2x2", "config.train.global_batch_size is 250, which 4 devices don't divide; take 248 or"),
         (settings(8), "v5e:4x4", "take 16"),
         (settings(name="rock_paper_scissors"), "v5e:2x2", "rock_paper_scissors is not prepared"),
@@ -156,7 +156,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(monkeypat
     ],
 )
 def test_the_compiler_tells_what_it_would_need_and_what_there_is(message, expected):
-    assert told_bytes(message) == expected
+    assert parse_memory_error(message) == expected
 
 
 def test_the_flag_belongs_to_the_mode():

@@ -2,7 +2,7 @@ import pytest
 
 from densenet_jax.errors import UserError
 from densenet_jax.plan.chips import CHIPS
-from densenet_jax.plan.topology import example_of, parse_topology
+from densenet_jax.plan.topology import make_example, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -26,27 +26,27 @@ def test_a_name_stands_for_chips_and_hosts(name, chips, hosts):
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_the_example_of_every_chip_is_one_host(chip):
-    assert parse_topology(example_of(chip)).hosts == 1
+def test_the_make_example_every_chip_is_one_host(chip):
+    assert parse_topology(make_example(chip)).hosts == 1
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v5x:2x2", "nearest is v5"),
-        ("H200:1x1x8", "nearest is h200 (h200:1x1x8)"),
-        ("", "known are v4, v5e"),
-        ("tpu", "is no chip"),
-        ("v5e", "no shape of v5e"),
+        ("v5x:2x2", "did you mean v5"),
+        ("H200:1x1x8", "did you mean h200 (h200:1x1x8)"),
+        ("", "Known are v4, v5e"),
+        ("tpu", "is not a known chip"),
+        ("v5e", "not a shape of v5e"),
         ("v5e:", "v5e:2x2"),
         ("v5e:3x3", "v5e:2x4"),
         ("v5e:16x32", "v5e:16x16"),
         ("v5e:2x2x2", "v5e:2x4"),
-        ("v5e:-2x2", "no shape"),
-        ("v5e:2x2; rm -rf", "no shape"),
-        ("v5e:0x4", "no shape"),
-        ("v5e:99999x99999", "no shape"),
-        ("v4:2x2", "give for instance v4:2x2x1"),
+        ("v5e:-2x2", "not a shape"),
+        ("v5e:2x2; rm -rf", "not a shape"),
+        ("v5e:0x4", "not a shape"),
+        ("v5e:99999x99999", "not a shape"),
+        ("v4:2x2", "for example v4:2x2x1"),
         ("v4:8x4x4", "v4:4x4x8"),
         ("h200:8", "h200:1x1x8"),
         ("h200:1x1x16", "h200:1x2x8"),

@@ -29,14 +29,14 @@ def turned(orientation: int, **size) -> bytes:
     return encoded(gradient(**size), "JPEG", exif=exif, quality=95, subsampling=0)
 
 
-def png(width: int, height: int, body: bytes, colour_type: int = 2) -> bytes:
+def png(width: int, height: int, body: bytes, color_type: int = 2) -> bytes:
     """A PNG that claims a size, whatever its compressed body holds."""
 
     def part(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
         return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(body, 9)) + part(b"IEND", b"")
 
 
@@ -56,8 +56,8 @@ def webp(width: int, height: int) -> bytes:
 
 BOMBS = {
     "png": png(50_000, 50_000, b"\0" * 1_000_000),
-    "grey png": png(50_000, 50_000, b"\0" * 100_000, colour_type=0),
-    "png below OpenCV's own limit": png(30_000, 30_000, b"\0" * 100_000, colour_type=0),
+    "grey png": png(50_000, 50_000, b"\0" * 100_000, color_type=0),
+    "png below OpenCV's own limit": png(30_000, 30_000, b"\0" * 100_000, color_type=0),
     "gif": gif(65_535, 65_535),
     "gif whose frame is larger than its canvas": gif(1, 1, (65_535, 65_535)),
     "webp": webp(2**16, 2**15),

@@ -14,9 +14,10 @@ from PIL import Image
 from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.predict import batch as module
-from densenet_jax.predict.annotate import annotated_path, with_answers
+from densenet_jax.predict.annotate import annotation_path, draw_answers
 from densenet_jax.predict.batch import PredictOptions, predict
 from densenet_jax.predict.files import check_places, common_folder, find_images
+from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import ClassProbability, Predictor
 from tests.predict.files import BOMBS, encoded
 from tests.tiny_run import tiny_model
@@ -78,6 +79,19 @@ def test_batches_and_threads_change_nothing(photos):
     assert lines_of("a.jsonl") == lines_of("b.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_is_continued_and_replaced(photos, suffix):
+    whole, table = f"whole.{suffix}", f"out.{suffix}"
+    assert run("photos", output=whole, topk=0) == {"images": 20, "refused": 0, "path": whole}
+    with PredictionFile(f"{table}.partial", {}) as output:  # as a killed run leaves it
+        output.write([{"image": "photos/01.PNG", "error": "kept"}])
+    pathlib.Path(f"{table}.partial.request").unlink()
+    assert run("photos", output=table, topk=0)["refused"] == 1
+    assert sorted(path.name for path in pathlib.Path().glob("*.*")) == sorted([table, whole])
+    assert run("photos", output=table, topk=0)["refused"] == 0
+    assert pathlib.Path(table).read_bytes() == pathlib.Path(whole).read_bytes()
+
+
 def test_one_bad_image_spoils_nothing(photos, capsys):
     hostile = {
         "zero.jpg": b"",
@@ -107,8 +121,8 @@ def test_nothing_to_predict(photos):
     (photos.parent / "empty").mkdir()
     for places, why in (
         ([], "needs --images"),
-        (["nowhere.png"], "'nowhere.png' is no file, folder or pattern"),
-        (["no*.png", "zero\0byte"], "is no file, folder or pattern"),
+        (["nowhere.png"], "'nowhere.png' matches no file or folder"),
+        (["no*.png", "zero\0byte"], "matches no file or folder"),
         (["empty"], "'empty' holds no images"),
     ):
         with pytest.raises(UserError, match=why):
@@ -117,8 +131,8 @@ def test_nothing_to_predict(photos):
 
 
 def test_wrong_options(photos):
-    with pytest.raises(UserError, match="--topk is 0; expected 1 or more"):
-        run("photos", topk=0)
+    with pytest.raises(UserError, match="--topk is -1; expected 1 or more"):
+        run("photos", topk=-1)
     with pytest.raises(UserError, match="--features is 'deep'; expected pooled or pyramid"):
         run("photos", features="deep")
     with pytest.raises(UserError, match="photos can't be written"):
@@ -196,7 +210,7 @@ def test_a_file_that_is_only_a_torn_line(photos):
 @pytest.mark.parametrize("content", ["my notes\n", "my notes", "{}\n{}\n", '{"image": "a"}\nx\n{"image": "b"}\n'])
 def test_somebody_s_file_is_left_alone(photos, content):
     pathlib.Path("out.jsonl").write_text(content)
-    with pytest.raises(UserError, match="is no file of predictions"):
+    with pytest.raises(UserError, match="is not a file of predictions"):
         run("photos")
     assert pathlib.Path("out.jsonl").read_text() == content
 
@@ -212,7 +226,7 @@ def test_a_new_request_replaces_a_finished_one(photos):
 
 def test_a_new_request_spares_an_unfinished_one(photos, monkeypatch):
     monkeypatch.setattr(module._Run, "_write", interrupting(module._Run._write, after=1))
-    with pytest.raises(Preempted, match="the same command goes on"):
+    with pytest.raises(Preempted, match="run the same command to continue"):
         run("photos", largest_batch=1)
     monkeypatch.undo()
     monkeypatch.chdir(photos.parent)
@@ -305,7 +319,7 @@ def test_annotated_images(photos):
 
 def test_the_drawing_shows_the_probability():
     answers = [ClassProbability(0, "x", 0.5)]
-    picture = np.asarray(with_answers(np.zeros((2000, 20, 3), np.uint8), answers))
+    picture = np.asarray(draw_answers(np.zeros((2000, 20, 3), np.uint8), answers))
     assert picture.shape == (5120 + 24, 320, 3)
     bar = picture[-4, :, 0] < 250
     assert abs(bar.sum() - 160) <= 2
@@ -315,10 +329,10 @@ def test_annotated_images_stay_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = os.path.abspath("drawn")
     for path in ("../../etc/passwd.jpg", "/etc/x.jpg", "a/../../../b.jpg", "..", "./c.jpg"):
-        target = os.path.abspath(annotated_path("drawn", path, common_folder(["d"])))
+        target = os.path.abspath(annotation_path("drawn", path, common_folder(["d"])))
         assert os.path.commonpath([target, inside]) == inside
     paths = ["a/cat.jpg", "b/cat.jpg", "b/cat.png", "b/cat.png.jpg"]
-    assert len({annotated_path("drawn", path, common_folder(paths)) for path in paths[:3]}) == 3
+    assert len({annotation_path("drawn", path, common_folder(paths)) for path in paths[:3]}) == 3
 
 
 def test_memory_does_not_grow_with_the_number_of_images(photos, monkeypatch):

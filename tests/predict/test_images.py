@@ -24,14 +24,14 @@ def test_kinds(tmp_path, kind):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_jpegs_in_other_colours(mode):
+def test_jpegs_in_other_colors(mode):
     pixels = load_image(encoded(gradient().convert(mode), "JPEG", quality=95))
     want = np.asarray(gradient().convert(mode).convert("RGB"), int)
     assert np.abs(pixels - want).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "L", "I;16"])
-def test_pngs_in_other_colours(mode):
+def test_pngs_in_other_colors(mode):
     image = gradient().convert("L").convert("LA") if mode == "LA" else gradient()
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
@@ -43,7 +43,7 @@ def test_pngs_in_other_colours(mode):
 
 
 def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("GIF", "WEBP"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
         np.testing.assert_array_equal(load_image(data)[0, 0], [255, 0, 0])

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import densenet_jax
+from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.transforms import eval_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.pretrained import save_torch_state_dict
 from densenet_jax.predict.images import ImageError, ImageLimits
-from densenet_jax.predict.labels import imagenet_labels, read_labels
+from densenet_jax.predict.labels import imagenet_labels
 from densenet_jax.predict.model import deployed_from_settings
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.workdir import write_labels
@@ -189,7 +190,7 @@ def test_names_of_imagenet(tmp_path):
         0: "tench", 281: "tabby", 282: "tiger cat", 151: "Chihuahua", 999: "toilet tissue",
     }  # fmt: skip
     write_labels(str(tmp_path), ["two\nlines", "#1"])
-    assert read_labels(tmp_path / "labels.txt") == ("two lines", "#1")
+    assert read_labels(tmp_path / "labels.txt") == ("two\nlines", "#1")
 
 
 def test_the_package_is_still_light():

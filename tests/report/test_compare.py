@@ -41,7 +41,7 @@ def test_page_may_lie_in_a_directory_of_its_own(tmp_path):
     report_comparison(runs, str(tmp_path / "page"))
     text = Page((tmp_path / "page" / "report" / "compare.html").read_text()).text
     assert "None: all settings are alike." in text
-    assert "Nothing has been reported yet." in text
+    assert "No metrics have been written yet." in text
     assert os.listdir(tmp_path / "page") == ["report"]
 
 

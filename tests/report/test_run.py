@@ -72,7 +72,7 @@ def test_run_that_has_nothing_yet_has_a_page():
     text = Page(content).text
     assert "0 steps done" in text
     assert "No predictions: none & so on" in text
-    assert "Nothing has been reported yet." in text
+    assert "No metrics have been written yet." in text
 
 
 QUICK = (

@@ -1,0 +1,55 @@
+"""The command `densenet-jax`, in a checkout `python main.py`: train, evaluate, predict, export and serve.
+
+    densenet-jax [MODE] --config RECIPE --workdir DIR [--config.KEY=VALUE ...]
+
+RECIPE is the name of a shipped recipe or a Python file; without it the settings of the run in DIR are taken. Every
+setting and its default stands in configs/default.py. `densenet-jax MODE --help` tells of one mode. Several processes as
+one run: the same command for each, with --coordinator HOST:PORT --num_processes N --process_id I where neither SLURM
+nor a TPU slice tells them (docs/pods.md).
+
+Exit status: 0 done, 2 a user's mistake, 3 done, but some inputs were refused, 130 interrupted.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+# Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from densenet_jax.flags import MODES, describe
+from densenet_jax.version import __version__
+
+
+def help_or_version(arguments: list[str]) -> str:
+    """Returns the text that --help or --version asks for, else "". Loads neither JAX nor data libraries."""
+    if "--version" in arguments:
+        return f"densenet_jax {__version__}"
+    if not {"--help", "-h", "-help"} & set(arguments):
+        return ""
+    words = [word.removeprefix("--mode=") for word in arguments]
+    if mode := next((word for word in words if word in MODES), ""):
+        return describe(mode)
+    from densenet_jax import recipes
+    from densenet_jax.models.variants import list_models
+
+    models = ", ".join(list_models())
+    return f"{__doc__}\n{describe()}\n\nrecipes:\n{recipes.describe()}\n\nmodels (config.model.name):\n  {models}"
+
+
+def main() -> NoReturn:
+    """Runs the command line of this process and ends it."""
+    if text := help_or_version(sys.argv[1:]):
+        print(text)
+        sys.exit(0)
+    from densenet_jax import cli
+    from densenet_jax.distributed import processes
+    from densenet_jax.system.host import keep_freed_memory
+
+    keep_freed_memory()
+    processes.leave(cli.main(sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The command line's words to one call of a mode, and a user's mistake to one line."""
+
+import difflib
+import json
+import os
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from densenet_jax import modes, recipes
+from densenet_jax.config import check_config, explain_flag_error, explain_unknown_flag, to_dict
+from densenet_jax.distributed import processes
+from densenet_jax.distributed.cluster import Cluster, find_cluster
+from densenet_jax.distributed.preemption import Preempted
+from densenet_jax.errors import UserError
+from densenet_jax.flags import MODES, Command
+from densenet_jax.predict.model import settings_of_run
+
+# What absl, ml_collections and recipes raise.
+_MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
+
+
+def parse(arguments: list[str]) -> tuple[Command, Any]:
+    """Reads the command line, and the recipe or the settings of the run in the work directory.
+
+    Args:
+        arguments: the program's name and the words after it.
+
+    Returns:
+        The command and its settings, which are not checked yet.
+
+    Raises:
+        UserError: there is a mistake in any of them.
+    """
+    program, *words = arguments
+    recipe, words = recipes.split_off(words)
+    if words and words[0] in MODES:
+        words[0] = f"--mode={words[0]}"
+    values = flags.FlagValues()
+    _define_flags(values)
+    try:
+        config = recipes.load(recipe or Command.recipe)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[program, *words])
+        values.set_gnu_getopt(True)  # flags may follow --images *.jpg, of which the shell makes many words
+        left_over = values([program, *words])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in Command.flags()]
+        raise UserError(explain_unknown_flag(error.flagname, known, recipes.defaults())) from error
+    except _MISTAKES as error:
+        raise UserError(explain_flag_error(error, words, recipes.defaults())) from error
+    given: dict[str, Any] = {flag.name: values[flag.name].value for flag in Command.flags()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if left_over and not given["images"]:
+        mode = difflib.get_close_matches(left_over[0], MODES, n=1)
+        hint = f"the nearest mode is {mode[0]}" if mode else "settings are given as --config.KEY=VALUE"
+        raise UserError(f"{left_over[0]} is not a flag; {hint}.")
+    given["images"] += tuple(left_over)
+    overrides = config_flags.get_override_values(values["config"])
+    if given["checkpoint"]:
+        overrides["eval.checkpoint"] = config.eval.checkpoint = given["checkpoint"]
+    defaults = to_dict(recipes.defaults())
+    if not recipe and given["workdir"] and os.path.exists(os.path.join(given["workdir"], "config.json")):
+        config = settings_of_run(given["workdir"], overrides, defaults)
+    else:
+        recipe = recipe or Command.recipe
+        given["workdir"] = given["workdir"] or (given["compare"] or (recipes.workdir_of(recipe),))[0]
+    return Command(recipe, overrides, defaults, **given), config
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+    for flag in Command.flags():
+        default: Any = flag.default
+        kind = flag.metadata.get("type", type(default))
+        common: Any = {"help": flag.metadata["help"], "flag_values": values}
+        if "choices" in flag.metadata:
+            flags.DEFINE_enum(flag.name, default, flag.metadata["choices"], **common)
+        elif kind is int:
+            limits: Any = {f"{end}_bound": flag.metadata.get(end) for end in ("lower", "upper")}
+            flags.DEFINE_integer(flag.name, default, **limits, **common)
+        elif kind is tuple:
+            flags.DEFINE_multi_string(flag.name, [], **common)
+        else:
+            define: Any = flags.DEFINE_bool if kind is bool else flags.DEFINE_string
+            define(flag.name, default, **common)
+
+
+def _cluster(command: Command) -> Cluster | None:
+    """The processes that this one belongs to; None in modes that are not for several."""
+    if not MODES[command.mode].many_processes:
+        return None
+    return find_cluster(command.coordinator, command.num_processes, command.process_id)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one mode and returns the exit status.
+
+    Args:
+        arguments: the program's name and the words after it.
+    """
+    try:
+        command, config = parse(arguments)
+        command.check_mode()
+        config = check_config(config)
+        with processes.join(_cluster(command), stops_together=command.mode == "train"):
+            result = modes.run(command.mode, config, command.workdir, command)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (Preempted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    if processes.is_first():
+        print(json.dumps(result), flush=True)
+    return 3 if result.get("refused") else 0

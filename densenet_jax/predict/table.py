@@ -1,0 +1,132 @@
+"""Writes predictions as a CSV or Parquet table, one row an image."""
+
+import csv
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from densenet_jax.errors import UserError
+
+SUFFIXES = (".csv", ".parquet")
+_CHUNK = 1024  # rows converted at a time
+_FIRST_COLUMNS = ("image", "label", "probability")
+_LAST_COLUMN = "error"
+
+
+def is_table(path: str) -> bool:
+    """Returns whether predictions at this path are written as a table, not as JSON lines."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def column_names(class_names: Sequence[str], topk: int) -> tuple[str, ...]:
+    """Names the columns of a table.
+
+    "image", "label" and "probability" come first and "error" last. Between them stand "label_2", "probability_2" and so
+    on for the next classes, or if `topk` is 0, a column for each class with its probability; a class name that is
+    taken already gets its number appended.
+    """
+    if topk:
+        pairs = [(f"label_{place}", f"probability_{place}") for place in range(2, min(topk, len(class_names)) + 1)]
+        return (*_FIRST_COLUMNS, *itertools.chain(*pairs), _LAST_COLUMN)
+    names = dict.fromkeys((*_FIRST_COLUMNS, _LAST_COLUMN))
+    for class_id, name in enumerate(map(_to_utf8, class_names)):
+        names[f"{name} ({class_id})" if name in names else name] = None
+    classes = tuple(names)[len(_FIRST_COLUMNS) + 1 :]
+    return (*_FIRST_COLUMNS, *classes, _LAST_COLUMN)
+
+
+def check_table(path: str) -> None:
+    """Checks that a table may be written to `path`.
+
+    Raises:
+        UserError: the file there is not a table of predictions.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        columns = _read_columns(path)
+    except (OSError, ValueError):
+        columns = []
+    if tuple(columns[: len(_FIRST_COLUMNS)]) != _FIRST_COLUMNS or columns[-1] != _LAST_COLUMN:
+        raise UserError(f"{path} is not a table of predictions; choose another --output or remove it.")
+
+
+def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int) -> None:
+    """Writes the JSON lines of a `PredictionFile` as a table, atomically and with the memory of a few rows.
+
+    Args:
+        path: .csv or .parquet file to write.
+        lines_path: file of predictions.
+        class_names: all classes of the model.
+        topk: number of classes of an image; 0 means all, see `column_names`.
+
+    Raises:
+        UserError: the table can't be written.
+    """
+    columns = column_names(class_names, topk)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(lines_path, encoding="utf-8") as lines:
+            rows = (_make_row(json.loads(line), columns, topk) for line in lines)
+            if path.lower().endswith(".csv"):
+                _write_csv(temporary, columns, rows)
+            else:
+                _write_parquet(temporary, columns, rows, topk)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror or error}); choose another --output.") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int) -> list[Any]:
+    """Returns a value for each column; None leaves a cell empty."""
+    image, predictions = _to_utf8(entry["image"]), entry.get("predictions", ())
+    if not predictions:
+        return [image, *(None,) * (len(columns) - 2), entry["error"]]
+    best = predictions[0]
+    if topk:
+        pairs = [(_to_utf8(each["label"]), each["probability"]) for each in predictions]
+        cells = list(itertools.chain(*pairs))
+    else:
+        by_class = {each["class_id"]: each["probability"] for each in predictions}
+        cells = [_to_utf8(best["label"]), best["probability"], *map(by_class.get, range(len(columns) - 4))]
+    return [image, *cells, *(None,) * (len(columns) - 2 - len(cells)), None]
+
+
+def _write_csv(path: str, columns: Sequence[str], rows: Iterable[list[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]], topk: int) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    last = len(columns) - 1
+    is_text = [place in (0, 1, last) or (topk > 0 and place % 2 == 1) for place in range(len(columns))]
+    types = [pyarrow.string() if text else pyarrow.float32() for text in is_text]
+    schema = pyarrow.schema(list(zip(columns, types, strict=True)))
+    with parquet.ParquetWriter(path, schema) as writer:
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            arrays = [pyarrow.array(cells, kind) for cells, kind in zip(zip(*chunk, strict=True), types, strict=True)]
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
+def _read_columns(path: str) -> list[str]:
+    if path.lower().endswith(".csv"):
+        with open(path, newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+    from pyarrow import parquet
+
+    return list(parquet.read_schema(path).names)
+
+
+def _to_utf8(name: str) -> str:
+    """Escapes bytes of a file name that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,119 @@
+"""Finds and loads recipes: those of configs/, by name from any directory, and Python files of the user's own."""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from densenet_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parent
+
+
+def directory() -> pathlib.Path:
+    """Returns where the shipped recipes are: configs/ of a checkout, or its copy inside of the installed package."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """Returns the names of the shipped recipes."""
+    return sorted(path.stem for path in directory().glob("*.py") if path.stem not in ("__init__", "default"))
+
+
+def describe() -> str:
+    """Returns a line for each shipped recipe: its name and the first sentence of its file."""
+    lines = []
+    for name in names():
+        text = ast.get_docstring(ast.parse((directory() / f"{name}.py").read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {name:24}{text.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def split_off(words: list[str]) -> tuple[str, list[str]]:
+    """Takes --config out of a command line.
+
+    Returns:
+        The recipe, "" where none is named, and the other words.
+    """
+    for place, word in enumerate(words):
+        if word in ("--config", "-config") and place + 1 < len(words):
+            return words[place + 1], [*words[:place], *words[place + 2 :]]
+        if word.startswith(("--config=", "-config=")):
+            return word.partition("=")[2], [*words[:place], *words[place + 1 :]]
+    return "", words
+
+
+def load(recipe: str) -> Any:
+    """Returns the locked settings of a recipe; what follows a colon is given to its `get_config`.
+
+    Args:
+        recipe: the name of a shipped one, or a path; configs/NAME.py means the shipped one where there is no such file.
+
+    Raises:
+        UserError: there is no such recipe, or it is not one.
+    """
+    path, _, choice = recipe.partition(":")
+    module = _module(_find(path))
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(
+            f"--config {path} has no function get_config() that returns the settings; see configs/digits.py."
+        )
+    return (module.get_config(choice) if choice else module.get_config()).lock()
+
+
+def defaults() -> Any:
+    """Returns every setting with its default."""
+    _register_configs()
+    return importlib.import_module("configs.default").get_config()
+
+
+def workdir_of(recipe: str) -> str:
+    """Returns the work directory of a run that names none."""
+    return os.path.join("runs", pathlib.Path(recipe.partition(":")[0]).stem)
+
+
+def _find(path: str) -> pathlib.Path:
+    file = pathlib.Path(path)
+    if file.suffix == ".py" and file.is_file():
+        return file
+    shipped = directory() / f"{file.stem if file.suffix == '.py' else file.name}.py"
+    if str(file.parent) in (".", "configs") and file.stem in names() and shipped.is_file():
+        return shipped
+    nearest = difflib.get_close_matches(file.stem, names(), n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"--config {path}: there is no such recipe or file; the nearest is {nearest}, and --help lists all of them."
+    )
+
+
+def _module(path: pathlib.Path) -> ModuleType:
+    _register_configs()
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config {path} is not Python: {error.msg} in line {error.lineno}.") from error
+    return module
+
+
+def _register_configs() -> None:
+    """Lets recipes say `from configs import default`, wherever they and the shipped ones are."""
+    here = str(directory())
+    package = sys.modules.get("configs")
+    if package is not None and here in map(os.path.abspath, package.__path__):
+        return
+    for name in [name for name in sys.modules if name.startswith("configs.")]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        "configs", os.path.join(here, "__init__.py"), submodule_search_locations=[here]
+    )
+    assert spec is not None
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
