@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.eval_split = "validation"  # what is evaluated
     data.holdout = 0.0  # share (below 1) or number of training images kept back; data.eval_split="holdout" is these
     data.class_order = "text"  # of class folders; "natural": numbers by value, as timm; or a file with a name a line
+    data.allow_changed = False  # True: go on although files of the data set came or went, or classes were renamed
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as grey
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size

@@ -21,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "model.block_form",
     "model.kernels",
     "data.dir",
+    "data.allow_changed",
     "data.class_order",  # class names are compared with the checkpoint's
     "data.reader_threads",
     "data.prefetch_batches",
@@ -34,7 +35,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 # Settings that older runs don't have, with the values that they were made with.
-ADDED_LATER: dict[str, Any] = {"data": {"class_order": "text"}}
+ADDED_LATER: dict[str, Any] = {"data": {"class_order": "text", "allow_changed": False}}
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731

@@ -1,6 +1,5 @@
 """What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
 
-import functools
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from densenet_jax.export.samples import Samples
 from densenet_jax.flags import Command
 from densenet_jax.plan.plan import plan
 from densenet_jax.predict.batch import PredictOptions, predict
-from densenet_jax.predict.model import deployed_from_settings, settings_of_run
+from densenet_jax.predict.model import Deployed, deployed_from_settings, settings_of_run
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.report.compare import report_comparison
 from densenet_jax.report.data import report_data
@@ -176,8 +175,14 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
         preprocess=command.preprocess,
         batch_size=command.batch_size,
     )
-    model = functools.partial(deployed_from_settings, config, workdir, command.labels)
-    return export(model, Samples(config, command.images), options)
+    samples = Samples(config, command.images)
+
+    def load_model() -> Deployed:
+        model = deployed_from_settings(config, workdir, command.labels)
+        samples.check_same(model)
+        return model
+
+    return export(load_model, samples, options)
 
 
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:

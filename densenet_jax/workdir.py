@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from densenet_jax.config import differences, to_dict
-from densenet_jax.data.class_names import format_labels
+from densenet_jax.data.class_names import LABELS_FILE, format_labels, read_labels
+from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import report_full_disk
@@ -69,13 +70,25 @@ def _write_whole(path: str, text: str) -> None:
 
 def labels_path(workdir: str) -> str:
     """Where a run keeps the names of its classes, for whoever uses its checkpoints without the data set."""
-    return os.path.join(workdir, "labels.txt")
+    return os.path.join(workdir, LABELS_FILE)
 
 
-def write_labels(workdir: str, class_names: Sequence[str]) -> None:
-    """Writes the names of the classes into `workdir`, one a line, unless they are there."""
+def write_labels(workdir: str, class_names: Sequence[str], *, keep_others: bool = False) -> None:
+    """Writes the names of the classes into `workdir`, one a line.
+
+    Args:
+        workdir: the run's directory.
+        class_names: one a class.
+        keep_others: leave names that somebody has put in their place, as long as they don't contradict.
+    """
     path = labels_path(workdir)
-    if processes.is_first() and not os.path.exists(path):
+    if not processes.is_first():
+        return
+    try:
+        there = read_labels(path)
+    except UserError:
+        there = ()
+    if there != tuple(class_names) and not (keep_others and not is_contradiction(there, class_names)):
         _write_whole(path, format_labels(class_names))
 
 

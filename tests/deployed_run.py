@@ -29,7 +29,7 @@ def make_run(workdir: pathlib.Path, directory: pathlib.Path, **changes) -> Exper
     claim_workdir(str(workdir), experiment.config)
     write_labels(str(workdir), experiment.data.eval_source.class_names)
     checkpoints = Checkpoints(str(workdir))
-    checkpoints.save(1, state, to_dict(experiment.config), {}, {"top1": 0.5})
+    checkpoints.save(1, state, to_dict(experiment.config), {}, {"top1": 0.5}, experiment.data.identify(train=True))
     checkpoints.wait()
     checkpoints.close()
     return experiment

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from densenet_jax.errors import UserError
 
+LABELS_FILE = "labels.txt"  # of a work directory
 _MAX_LABELS_CHARACTERS = 16 * 2**20
 # The first line of a file in which names stand in quotes that a plain line can't hold. Older versions take it for a
 # comment, and files without it are read as they always were.

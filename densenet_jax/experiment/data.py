@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from densenet_jax.data.identity import Identity, check_identity, identify
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
 from densenet_jax.data.sources import Source, is_prepared, open_source
@@ -65,6 +66,33 @@ class Data:
     def eval_source(self) -> Source:
         """The records that are evaluated; the held-out part of train where `config.data.eval_split` is "holdout"."""
         return self._open(self.config.data.eval_split)
+
+    def identify(self, *, train: bool) -> Identity:
+        """What makes this data set the same one later: its classes, and the files of the evaluated split.
+
+        Args:
+            train: add the training split.
+        """
+        splits = {self.config.data.eval_split: self.eval_source}
+        if train:
+            splits[self.config.data.train_split] = self.train_source
+        return identify(self.config.data.name, splits)
+
+    def check_same(self, saved: Identity | None, where: str, *, train: bool = False) -> Identity:
+        """Checks that this is the data set that a checkpoint was trained on, and returns its identity.
+
+        Args:
+            saved: of the checkpoint; None where it doesn't say.
+            where: the checkpoint, for the message.
+            train: compare the training split as well.
+
+        Raises:
+            UserError: it has other classes or files, and config.data.allow_changed doesn't let it.
+        """
+        current = self.identify(train=train)
+        if saved is not None:
+            check_identity(saved, current, where, self.config.data.allow_changed)
+        return current
 
     @property
     def train_shape(self) -> tuple[int, int, int]:

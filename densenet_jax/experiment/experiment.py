@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.data.identity import read_identity
 from densenet_jax.data.pipeline import check_repeats
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of, normalize_with
@@ -215,6 +216,7 @@ class Experiment:
             UserError: `workdir` has no such checkpoint, or it is of another model.
         """
         directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint))
+        self.data.check_same(read_identity(workdir, step), f"step {step} of {workdir}")
         variables = restore_variables(directory, step, sharding.replicated(self.mesh))
         self.check_fits(variables, f"{directory}/{step}")
         return step, self._laid_out(variables)

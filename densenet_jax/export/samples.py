@@ -15,6 +15,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.predict.files import check_places, find_images
 from densenet_jax.predict.images import read_file
+from densenet_jax.predict.model import Deployed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Samples:
 
     config: Any
     places: tuple[str, ...] = ()  # files, folders and patterns to use instead of the data set
+
+    def check_same(self, model: Deployed) -> None:
+        """Checks that the data set, where it is used, is the one that the checkpoint was trained on.
+
+        Raises:
+            UserError: it has other classes or files.
+        """
+        if not self.places and self._prepared():
+            Experiment(self.config).data.check_same(model.dataset, model.source)
 
     def to_check(self, transform: ResizedCentreCrop, most: int) -> CheckImages:
         """Returns up to `most` images: given ones, else spread over the evaluated split, else generated ones.

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from densenet_jax.config import ADDED_LATER, check_config
 from densenet_jax.data.class_names import read_labels
+from densenet_jax.data.identity import Identity, is_contradiction, read_identity
 from densenet_jax.data.sources import is_prepared
 from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
@@ -54,6 +55,7 @@ class Deployed:
     dtype: Any
     class_names: tuple[str, ...]
     allowed_classes: tuple[int, ...] | None = None
+    dataset: Identity | None = None
 
 
 def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
@@ -91,13 +93,14 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
     Raises:
         UserError: there is no such model, or it does not fit the settings.
     """
+    dataset: Identity | None = None
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         source, workdir = config.model.pretrained, ""
         average = config.model.pretrained_average
         variables = load_pretrained(config.model.name, source, channels=config.data.channels, average=average)
     else:
         step, variables = _restore(workdir, str(config.eval.checkpoint))
-        source = f"step {step} of {workdir}"
+        source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)
     experiment = Experiment(config, head_classes=_class_count(variables, source))
     experiment.check_fits(variables, source)
     mean, std = experiment.data.mean_std()
@@ -110,8 +113,9 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
         mean=tuple(mean),
         std=tuple(std),
         dtype=experiment.policy.compute_dtype,
-        class_names=_class_names(experiment, workdir, labels),
+        class_names=_class_names(experiment, workdir, labels, dataset),
         allowed_classes=experiment.data.allowed_classes,
+        dataset=dataset,
     )
 
 
@@ -159,13 +163,19 @@ def _class_count(variables: Mapping[str, Any], where: str) -> int:
         raise UserError(f"{where} has no classifier; expected a checkpoint of a classification model.") from error
 
 
-def _class_names(experiment: Experiment, workdir: str, labels: str) -> tuple[str, ...]:
-    """Returns the names in `labels`, else in the run's labels.txt, its data set, ImageNet, else numbers."""
+def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Identity | None = None) -> tuple[str, ...]:
+    """Returns the names in `labels`, else in the run's labels.txt, checkpoint or data set, ImageNet, else numbers."""
     count, data = experiment.num_classes, experiment.config.data
     if labels:
         names, where = read_labels(labels), labels
     elif workdir and os.path.exists(where := labels_path(workdir)):
-        names = make_readable(read_labels(where))
+        names = read_labels(where)
+        if dataset is not None and is_contradiction(names, dataset["classes"]):
+            logger.warning("%s contradicts the checkpoint, whose own class names are used.", where)
+            names = tuple(dataset["classes"])
+        names = make_readable(names)
+    elif dataset is not None:
+        names, where = make_readable(tuple(dataset["classes"])), "the checkpoint"
     elif count == 1000 and (not workdir or data.name.startswith("imagenet")):
         return imagenet_labels()
     elif workdir and (data.name == "folder" or is_prepared(data.name, data.dir)):

@@ -1,10 +1,12 @@
 """The loop: next batch, step, report, evaluate, save, stop."""
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from densenet_jax.config import flatten, to_dict
+from densenet_jax.data.identity import Identity, read_identity
 from densenet_jax.distributed import processes
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.experiment import Experiment, augmented_samples
@@ -17,6 +19,7 @@ from densenet_jax.system.disk import report_full_disk
 from densenet_jax.system.host import memory_used
 from densenet_jax.system.profiler import Profile
 from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.integrity import finished_steps
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
 from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
@@ -27,13 +30,22 @@ _CLOSING_SECS = 15  # closing waits for the other processes, which may be elsewh
 class Trainer:
     """One run in one work directory, from its newest checkpoint to its end."""
 
-    def __init__(self, experiment: Experiment, workdir: str, stop: StopRequest, watchdog: Watchdog, profile: Profile):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: str,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        profile: Profile,
+        dataset: Identity,
+    ) -> None:
         """Compiles the steps and restores or creates the state.
 
         Raises:
             UserError: something in the settings, the data or the work directory is not as it should be.
         """
         self._experiment = experiment
+        self._dataset = dataset
         self._stop = stop
         self._watchdog = watchdog
         self._config = to_dict(experiment.config)
@@ -116,7 +128,9 @@ class Trainer:
                         validate = self._timeline.is_eval_step(self._step) and not stopping
                         result = self._validate() if validate else {}
                         self._watchdog.begins(f"saving after step {self._step}")
-                        self._checkpoints.save(self._step, self._state, self._config, window.begun(), result or None)
+                        self._checkpoints.save(
+                            self._step, self._state, self._config, window.begun(), result or None, self._dataset
+                        )
                 if stopping:
                     raise Preempted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
@@ -185,6 +199,15 @@ def _means(figures: dict[str, float]) -> dict[str, float]:
     return {name: figures[name] for name in ("loss", "top1", "top5")}
 
 
+def _check_dataset(experiment: Experiment, workdir: str) -> tuple[Identity, bool]:
+    """The data set's identity, and whether the newest checkpoint, if any, has the same classes."""
+    steps = finished_steps(os.path.join(workdir, "checkpoints"))
+    saved = read_identity(workdir, steps[-1]) if steps else None
+    where = f"step {steps[-1]} of {workdir}" if steps else ""
+    current = experiment.data.check_same(saved, where, train=True)
+    return current, saved is not None and (not saved["splits"] or saved["classes"] == current["classes"])
+
+
 def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Trains in `workdir`, from its newest good checkpoint where there is one.
 
@@ -204,10 +227,11 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
         experiment.check_kernels()
         profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
+        dataset, same_classes = _check_dataset(experiment, workdir)
         claim_workdir(workdir, experiment.config, defaults)
-        write_labels(workdir, experiment.data.eval_source.class_names)
+        write_labels(workdir, dataset["classes"], keep_others=same_classes)
         watchdog = Watchdog(workdir, experiment.config.train.stall_secs)
-        trainer = Trainer(experiment, workdir, stop, watchdog, profile)
+        trainer = Trainer(experiment, workdir, stop, watchdog, profile, dataset)
         try:
             with watchdog:
                 figures = trainer.run()

@@ -92,6 +92,7 @@ class Checkpoints:
         config: dict[str, Any],
         window: dict[str, float],
         metrics: dict[str, float] | None = None,
+        dataset: dict[str, Any] | None = None,
     ) -> None:
         """Starts writing `state`; returns once it is safe to donate it to the next step.
 
@@ -101,18 +102,20 @@ class Checkpoints:
             config: the resolved settings.
             window: sums of the report under way, so that the next report is whole after a restart, too.
             metrics: validation metrics at this step, with "top1", where there are some.
+            dataset: what it is trained on, as `densenet_jax.data.identity.identify` gives it.
 
         Raises:
             UserError: the disk is full; of an earlier save this is told here, too.
         """
         if step in self._manager.all_steps():
             return
+        position = {"next_step": step, "window": window} | ({"dataset": dataset} if dataset else {})
         with report_full_disk(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave({"next_step": step, "window": window}),
+                    data=ocp.args.JsonSave(position),
                     config=ocp.args.JsonSave(config),
                 ),
                 metrics=metrics,

@@ -1,0 +1,144 @@
+"""Compares a data set with the one that a checkpoint was trained on: classes in order, and the files of each."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from densenet_jax.data.class_names import LABELS_FILE, read_labels
+from densenet_jax.data.records import Source
+from densenet_jax.errors import UserError
+
+# {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...]}}}
+Identity = dict[str, Any]
+_NAMED = 5  # differences of each kind that a message lists
+
+
+def identify(name: str, sources: Mapping[str, Source]) -> Identity:
+    """What a checkpoint keeps of its data set, ready for JSON."""
+    splits = {
+        split: {"examples": len(source), "files": [list(entry) for entry in source.identity()]}
+        for split, source in sources.items()
+    }
+    return {"name": name, "classes": list(next(iter(sources.values())).class_names), "splits": splits}
+
+
+def read_identity(workdir: str, step: int) -> Identity | None:
+    """Reads what data set the checkpoint of `step` was trained on; an older one has only the run's labels.txt.
+
+    Raises:
+        UserError: labels.txt can't be read.
+    """
+    try:
+        with open(os.path.join(workdir, "checkpoints", str(step), "data", "metadata"), encoding="utf-8") as file:
+            saved = json.load(file)["dataset"]
+        saved["classes"], saved["name"], saved["splits"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # restoring reports a damaged checkpoint
+        path = os.path.join(workdir, LABELS_FILE)
+        return {"name": "", "classes": list(read_labels(path)), "splits": {}} if os.path.exists(path) else None
+    return saved
+
+
+def is_contradiction(names: Sequence[str], class_names: Sequence[str]) -> bool:
+    """Returns whether `names` number a class otherwise than `class_names`; other words for a class may stand."""
+    return len(names) != len(class_names) or bool(_moved(class_names, names))
+
+
+def check_identity(saved: Identity, current: Identity, where: str, allow_changed: bool = False) -> None:
+    """Checks that `current` is the data set that `saved` describes; files are compared of splits that both have.
+
+    Args:
+        saved: of the checkpoint.
+        current: of the data set that is there now.
+        where: what was trained on `saved`, for the message.
+        allow_changed: let files come and go, and classes be renamed that keep their number.
+
+    Raises:
+        UserError: they differ; the message names the differences.
+    """
+    old, new = saved["classes"], current["classes"]
+    changes = [*_class_changes(saved, current), *_file_changes(saved, current)]
+    if not changes or (not saved["splits"] and not is_contradiction(old, new)):  # an older run's labels.txt
+        return
+    start = f"{where} was trained on another data set ({'; '.join(changes)})"
+    if moved := _moved(old, new):
+        raise UserError(
+            f"{start}, so that class {moved[0]!r} would be number {new.index(moved[0])} and was {old.index(moved[0])}; "
+            "give the classes their names back, or name a file with the right order as config.data.class_order."
+        )
+    if len(old) != len(new):
+        raise UserError(
+            f"{start}, and its head has {len(old)} classes; restore them, or begin a new run with these weights "
+            "(config.model.pretrained)."
+        )
+    if not allow_changed:
+        raise UserError(f"{start}; restore it, or set config.data.allow_changed=True to go on with it as it is.")
+
+
+def _moved(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    numbers = {name: number for number, name in enumerate(new)}
+    return [name for number, name in enumerate(old) if numbers.get(name, number) != number]
+
+
+def _class_changes(saved: Identity, current: Identity) -> list[str]:
+    old, new = saved["classes"], current["classes"]
+    gone, came = [name for name in old if name not in set(new)], [name for name in new if name not in set(old)]
+    had, have = (_files_by_class(identity) for identity in (saved, current))
+    renamed = []
+    for before in gone:
+        same_files = [after for after in came if had.get(before) and had[before] == have.get(after)]
+        same_place = [after for after in came if old.index(before) == new.index(after)]
+        if after := next(iter(same_files or same_place), ""):
+            renamed.append((before, after))
+            came.remove(after)
+    gone = [name for name in gone if name not in dict(renamed)]
+    changes = []
+    if renamed:
+        changes.append(_list("classes renamed: ", [f"{before!r} to {after!r}" for before, after in renamed]))
+    if gone:
+        changes.append(_list("classes removed: ", [repr(name) for name in gone]))
+    if came:
+        changes.append(_list("classes added: ", [repr(name) for name in came]))
+    if not changes and old != new:
+        changes.append("the same classes in another order")
+    return changes
+
+
+def _files_by_class(identity: Identity) -> dict[str, list[Any]]:
+    """The files of each class in all splits, as far as they are known."""
+    files: dict[str, list[Any]] = {}
+    for split, known in sorted(identity["splits"].items()):
+        for name, (count, digest) in zip(identity["classes"], known["files"], strict=False):
+            if digest:
+                files.setdefault(name, []).append((split, count, digest))
+    return files
+
+
+def _file_changes(saved: Identity, current: Identity) -> list[str]:
+    changes: list[str] = []
+    if saved["name"] != current["name"]:
+        return changes
+    for split, now in current["splits"].items():
+        if (before := saved["splits"].get(split)) is None or before == now:
+            continue
+        if before["examples"] != now["examples"]:
+            changes.append(f"{split} has {now['examples']} images and had {before['examples']}")
+        had, have = (
+            {name: tuple(entry) for name, entry in zip(which["classes"], files["files"], strict=False)}
+            for which, files in ((saved, before), (current, now))
+        )
+        details = [
+            f"{name!r} {have[name][0]}, had {had[name][0]}"
+            if have[name][0] != had[name][0]
+            else f"{name!r} other files"
+            for name in have
+            if name in had and have[name] != had[name]
+        ]
+        if details:
+            changes.append(_list(f"{split}: ", details))
+    return changes
+
+
+def _list(start: str, entries: Sequence[str]) -> str:
+    more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+    return start + ", ".join(entries[:_NAMED]) + more

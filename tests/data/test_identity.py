@@ -1,0 +1,192 @@
+"""A data set that is not the one of the checkpoint is told with its differences, before anything is computed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits
+from densenet_jax.config import check_config
+from densenet_jax.data.class_names import read_labels
+from densenet_jax.data.identity import check_identity, is_contradiction
+from densenet_jax.errors import UserError
+from densenet_jax.experiment import Experiment
+from densenet_jax.predict.predictor import Predictor
+from densenet_jax.run.train import _check_dataset
+from densenet_jax.workdir import write_labels
+from tests.deployed_run import make_run
+
+
+def identity(*classes, name="folder", **splits):
+    return {"name": name, "classes": list(classes), "splits": splits}
+
+
+def split(*files):
+    return {"examples": sum(count for count, _ in files), "files": [list(entry) for entry in files]}
+
+
+SAVED = identity("cat", "dog", train=split((4, "a"), (6, "b")), validation=split((2, "c"), (2, "d")))
+
+
+@pytest.mark.parametrize(
+    ("current", "why", "may_go_on"),
+    [
+        (
+            identity("dog", "zebra", train=split((6, "b"), (4, "a")), validation=split((2, "d"), (2, "c"))),
+            r"\(classes renamed: 'cat' to 'zebra'\), so that class 'dog' would be number 0 and was 1",
+            False,
+        ),
+        (SAVED | {"classes": ["dog", "cat"]}, "the same classes in another order", False),
+        (SAVED | {"classes": ["cat", "wolf"]}, "classes renamed: 'dog' to 'wolf'", True),
+        (SAVED | {"classes": ["cat", "dog", "fox"]}, "classes added: 'fox'.*head has 2 classes", False),
+        (SAVED | {"classes": ["cat"]}, "classes removed: 'dog'.*head has 2 classes", False),
+        (SAVED | {"classes": ["cat", "cow", "dog"]}, "classes (added|renamed).*number 2 and was 1", False),
+        (
+            identity("cat", "dog", train=split((4, "a"), (5, "x"))),
+            "train has 9 images and had 10; train: 'dog' 5, had 6",
+            True,
+        ),
+        (identity("cat", "dog", validation=split((2, "c"), (2, "x"))), "validation: 'dog' other files", True),
+    ],
+)  # fmt: skip
+def test_differences_are_named(current, why, may_go_on):
+    with pytest.raises(UserError, match=why):
+        check_identity(SAVED, current, "step 3 of runs/a")
+    if may_go_on:
+        check_identity(SAVED, current, "step 3 of runs/a", allow_changed=True)
+    else:
+        with pytest.raises(UserError, match=why):
+            check_identity(SAVED, current, "step 3 of runs/a", allow_changed=True)
+
+
+@pytest.mark.parametrize(
+    "current",
+    [
+        SAVED,
+        identity("cat", "dog", test=split((1, "z"), (0, ""))),
+        identity("cat", "dog", name="other", train=split((1, ""), (1, ""))),
+    ],
+)  # fmt: skip
+def test_what_is_not_comparable_passes(current):
+    check_identity(SAVED, current, "step 3 of runs/a")
+
+
+def test_labels_of_an_older_run_are_compared_by_their_order():
+    old = identity("Katze", "dog")
+    check_identity(old, SAVED, "")
+    with pytest.raises(UserError, match="'dog' would be number 0"):
+        check_identity(old, SAVED | {"classes": ["dog", "zebra"]}, "")
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"), [(("a", "b"), False), (("A", "b"), False), (("b", "a"), True), (("a",), True), ((), True)]
+)
+def test_contradictions(names, wrong):
+    assert is_contradiction(names, ("a", "b")) is wrong
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on two class folders; one of them has a name that a plain line of labels.txt can't hold."""
+    root = tmp_path_factory.mktemp("identity")
+    for part, count in (("train", 9), ("val", 8)):
+        for name in ("# one", "two"):
+            (root / "data" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.full((8, 8), 20 * index, np.uint8)
+                Image.fromarray(pixels).save(root / "data" / part / name / f"{index}.png")
+    settings = {"data__name": "folder", "data__eval_split": "val", "data__mean": (0.5,), "data__std": (0.5,)}
+    make_run(root / "run", root / "data", **settings)
+    return root, settings
+
+
+def experiment_on(directory, settings, **changes):
+    config = digits.get_config()
+    config.unlock()
+    config.train.global_batch_size = 16
+    settings = settings | {"data__dir": str(directory)} | changes
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in settings.items()})
+    return Experiment(check_config(config))
+
+
+def changed_copy(root, tmp_path, change):
+    shutil.copytree(root / "data", tmp_path / "data")
+    change(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def rename(data):
+    for part in ("train", "val"):
+        (data / part / "# one").rename(data / part / "zebra")
+
+
+def rename_in_place(data):
+    for part in ("train", "val"):
+        (data / part / "two").rename(data / part / "zwei")
+
+
+def remove_file(data):
+    (data / "train" / "two" / "3.png").unlink()
+
+
+def test_the_same_data_go_on(run):
+    root, settings = run
+    identity, same_classes = _check_dataset(experiment_on(root / "data", settings), str(root / "run"))
+    assert same_classes
+    assert identity["splits"]["train"]["examples"] == 18
+    experiment_on(root / "data", settings).saved_variables(str(root / "run"))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [(rename, "'two' would be number 0 and was 1"), (remove_file, "'two' 8, had 9")]
+)
+def test_training_does_not_go_on_with_other_data(run, tmp_path, change, why):
+    root, settings = run
+    with pytest.raises(UserError, match=why):
+        _check_dataset(experiment_on(changed_copy(root, tmp_path, change), settings), str(root / "run"))
+
+
+def test_evaluation_of_other_classes_is_refused(run, tmp_path):
+    root, settings = run
+    experiment = experiment_on(changed_copy(root, tmp_path, rename), settings)
+    with pytest.raises(UserError, match=r"step 1 of .*another data set"):
+        experiment.saved_variables(str(root / "run"))
+
+
+def test_a_changed_data_set_goes_on_by_a_setting_and_labels_follow(run, tmp_path):
+    root, settings = run
+    experiment = experiment_on(changed_copy(root, tmp_path, rename_in_place), settings, data__allow_changed=True)
+    identity, same_classes = _check_dataset(experiment, str(root / "run"))
+    assert not same_classes
+    write_labels(str(tmp_path), ("# one", "two"))
+    write_labels(str(tmp_path), identity["classes"], keep_others=same_classes)
+    assert read_labels(tmp_path / "labels.txt") == ("# one", "zwei")
+
+
+def test_an_older_checkpoint_is_compared_by_its_labels(run, tmp_path):
+    root, settings = run
+    shutil.copytree(root / "run", tmp_path / "run")
+    position = tmp_path / "run" / "checkpoints" / "1" / "data" / "metadata"
+    content = json.loads(position.read_text())
+    del content["dataset"]
+    position.write_text(json.dumps(content))
+    _check_dataset(experiment_on(root / "data", settings), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="'two' would be number 0"):
+        _check_dataset(experiment_on(changed_copy(root, tmp_path, rename), settings), str(tmp_path / "run"))
+
+
+def test_any_name_comes_back_from_the_run(run):
+    assert Predictor.from_workdir(run[0] / "run").class_names == ("# one", "two")
+
+
+def test_labels_never_contradict_the_checkpoint(run, tmp_path, caplog):
+    shutil.copytree(run[0] / "run", tmp_path / "run")
+    (tmp_path / "run" / "labels.txt").write_text("two\nzebra\n")
+    assert Predictor.from_workdir(tmp_path / "run").class_names == ("# one", "two")
+    assert "contradicts the checkpoint" in caplog.text
+    (tmp_path / "run" / "labels.txt").write_text("eins\nzwei\n")  # other words for the same classes
+    assert Predictor.from_workdir(tmp_path / "run").class_names == ("eins", "zwei")
+    (tmp_path / "run" / "labels.txt").unlink()
+    assert Predictor.from_workdir(tmp_path / "run").class_names == ("# one", "two")
