@@ -3,7 +3,12 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Programs are compiled without the expensive passes, here and in the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+from tests.xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 from jaxtyping import install_import_hook
 
@@ -15,8 +20,6 @@ install_import_hook(["densenet_jax.models", "densenet_jax.training", "densenet_j
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What takes time here is the compiler, not the programs: a fifth of the time without its expensive passes.
-jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

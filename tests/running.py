@@ -7,37 +7,50 @@ import pathlib
 import socket
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 from densenet_jax.plan.compilers import ENVIRONMENT
+from tests.forking import ForkedMain, can_fork
+from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
+Process: TypeAlias = subprocess.Popen[str] | ForkedMain
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """The environment of a user with `devices` devices; JAX's own settings of this test process are left out."""
     kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "COLUMNS")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    # As in conftest.py: compiling takes most of a short run.
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**kept, **quick, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **changes}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": xla_flags(devices)}
+    return {**kept, **quick, "JAX_PLATFORMS": "cpu", **changes}
 
 
-def start_main(*arguments: str, devices: int = 1, **changes: str) -> subprocess.Popen[str]:
-    """Starts `python main.py ARGUMENTS` from the project's root."""
+def start_main(*arguments: str, devices: int = 1, fresh: bool = False, **changes: str) -> Process:
+    """Starts `python main.py ARGUMENTS` from the project's root.
+
+    Args:
+        arguments: flags.
+        devices: how many devices the process sees.
+        fresh: whether it is a new interpreter in any case, and not a process forked from one that has imported all.
+        changes: environment variables.
+    """
+    env = environment(devices, **changes)
+    if not fresh and can_fork(env):
+        return ForkedMain(arguments, env)
     return subprocess.Popen(
         [sys.executable, "main.py", *arguments],
         cwd=ROOT,
-        env=environment(devices, **changes),
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run_main(*arguments: str, devices: int = 1, expect: int = 0, **changes: str) -> tuple[str, str]:
+def run_main(
+    *arguments: str, devices: int = 1, expect: int = 0, fresh: bool = False, **changes: str
+) -> tuple[str, str]:
     """Runs `python main.py ARGUMENTS` to its end and returns its two outputs; the exit status must be `expect`."""
-    with start_main(*arguments, devices=devices, **changes) as process:
+    with start_main(*arguments, devices=devices, fresh=fresh, **changes) as process:
         output, errors = process.communicate(timeout=500)
     assert process.returncode == expect, f"exit status {process.returncode}\n{output}\n{errors}"
     return output, errors
@@ -50,7 +63,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[subprocess.Popen[str]]:
+def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[Process]:
     """Starts `count` processes that are one run, each with `devices` devices."""
     flags = (f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}")
     return [
@@ -58,7 +71,7 @@ def start_processes(count: int, *arguments: str, devices: int = 2, **changes: st
     ]
 
 
-def end_of(processes: list[subprocess.Popen[str]], timeout_secs: float = 500) -> list[tuple[int, str, str]]:
+def end_of(processes: list[Process], timeout_secs: float = 500) -> list[tuple[int, str, str]]:
     """Exit status and both outputs of each; what does not end in time is killed and fails the test."""
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
         try:

@@ -1,0 +1,10 @@
+"""What every process of `tests.forking` has imported before it begins: everything of the package, and no device."""
+
+import os
+
+# As main.py does before its imports.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import densenet_jax.modes  # noqa: F401
+import tests.forking  # noqa: F401
