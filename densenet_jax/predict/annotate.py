@@ -18,14 +18,17 @@ _LETTER_PX = 16
 _LONGEST_NAME = 240  # bytes; file systems allow 255
 
 
-def annotation_path(directory: str, path: str, root: str) -> str:
-    """Maps `path` below `root` to the same place below `directory`, never outside of it."""
+def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, ...] = (".jpg", ".jpeg")) -> str:
+    """Maps `path` below `root` to the same place below `directory`, never outside of it.
+
+    The first of `suffixes` is appended to names that end in none of them.
+    """
     inside = pathlib.PurePath(os.path.relpath(os.path.abspath(path), root))
     parts = ["__" if part == ".." else part for part in inside.parts]
     name = parts.pop()
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME // 8]}-{digest(name).hex()}"
-    return os.path.join(directory, *parts, name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+    return os.path.join(directory, *parts, name if name.lower().endswith(suffixes) else f"{name}{suffixes[0]}")
 
 
 def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits) -> None:

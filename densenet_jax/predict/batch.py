@@ -16,12 +16,13 @@ from densenet_jax.data.batches import available_cores
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotation_path
+from densenet_jax.predict.explain import write_explanation
 from densenet_jax.predict.features import FeatureArchive
 from densenet_jax.predict.files import Candidate, check_places, common_folder, find_images
 from densenet_jax.predict.images import ImageError, shown
 from densenet_jax.predict.model import Deployed
 from densenet_jax.predict.output import PredictionFile
-from densenet_jax.predict.predictor import FEATURES, ClassProbability, Predictor
+from densenet_jax.predict.predictor import BEST_CLASS, FEATURES, ClassProbability, Predictor
 from densenet_jax.predict.table import check_table, is_table, write_table
 from densenet_jax.system.console import Bar, print_status, spinner
 
@@ -41,6 +42,7 @@ class PredictOptions:
         output: file to write: .jsonl, .csv or .parquet.
         topk: number of classes listed for an image; 0 lists all.
         annotate: directory for annotated images; "" writes none.
+        explain: directory for class activation maps; "" writes none.
         features: "pooled" or "pyramid", written to an archive beside the predictions; "" writes none.
         largest_batch: images computed at a time; 0 means 64.
     """
@@ -49,6 +51,7 @@ class PredictOptions:
     output: str
     topk: int = 5
     annotate: str = ""
+    explain: str = ""
     features: str = ""
     largest_batch: int = 0
 
@@ -62,6 +65,12 @@ class PredictOptions:
             raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features and self.features not in FEATURES:
             raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
+
+    def request(self) -> dict[str, Any]:
+        """Returns the options that predictions depend on; newer ones only if set, so that older files are continued."""
+        request = dataclasses.asdict(self)
+        del request["output"], request["largest_batch"]
+        return {key: value for key, value in request.items() if value or key != "explain"}
 
     @property
     def lines(self) -> str:
@@ -103,11 +112,7 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     if is_table(options.output):
         check_table(options.output)
     model = load()
-    request = {
-        "model": f"{model.name}, {model.source}",
-        "labels": list(model.class_names),
-        **{key: value for key, value in dataclasses.asdict(options).items() if key not in ("output", "largest_batch")},
-    }
+    request = {"model": f"{model.name}, {model.source}", "labels": list(model.class_names), **options.request()}
     if jax.process_count() > 1:
         raise UserError("--mode predict runs in one process; start it without --num_processes.")
     with PredictionFile(options.lines, request) as output, StopRequest() as stop:
@@ -149,7 +154,7 @@ class _Run:
             self._archive = FeatureArchive(options.archive, shapes, self._output.answered)
         if self._todo:
             with spinner("compiling"):
-                predictor.compile(options.features)
+                predictor.compile(options.features, explain=bool(options.explain))
         bar = Bar("predicting", self._todo)
         try:
             with ThreadPoolExecutor(available_cores()) as pool:
@@ -169,7 +174,7 @@ class _Run:
         for batch in _batches(prepared, self._size):
             pixels = [item.pixels for item in batch if item.pixels is not None]
             # The devices compute this batch while the previous one is written.
-            computing = self._predictor.dispatch(np.stack(pixels), self._options.features) if pixels else {}
+            computing = self._dispatch(pixels) if pixels else {}
             if waiting is not None:
                 self._write(pool, *waiting)
                 bar.advance(len(waiting[0]))
@@ -182,6 +187,10 @@ class _Run:
             bar.advance(len(waiting[0]))
         if done < self._todo and self._stop.received is not None:
             raise Preempted(f"stopped after {done:,} of {self._todo:,} images; run the same command to continue")
+
+    def _dispatch(self, pixels: list[np.ndarray]) -> dict[str, jax.Array]:
+        classes = np.full(len(pixels), BEST_CLASS, np.int32) if self._options.explain else None
+        return self._predictor.dispatch(np.stack(pixels), self._options.features, classes)
 
     def _prepare(self, candidate: Candidate) -> _Prepared:
         try:
@@ -204,11 +213,20 @@ class _Run:
             self._archive.write({name: array[: len(answered)] for name, array in outputs.items()})
         if self._options.annotate:
             list(pool.map(self._annotate, answers, answers.values()))
+        if self._options.explain and answered:
+            list(pool.map(self._explain, answered, outputs["map"]))
         self._output.write(_line(item, answers.get(item.path, [])) for item in batch)
         for item in batch:
             print_status(
                 f"{shown(item.path)}  {_short(answers[item.path]) if item.path in answers else f'error: {item.why}'}"
             )
+
+    def _explain(self, item: _Prepared, activation_map: np.ndarray) -> None:
+        picture, array = (
+            annotation_path(self._options.explain, item.path, self._root, (suffix,)) for suffix in (".png", ".npy")
+        )
+        assert item.pixels is not None
+        write_explanation(picture, array, item.pixels, activation_map)
 
     def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
         target = annotation_path(self._options.annotate, path, self._root)

@@ -19,6 +19,7 @@ from densenet_jax.augment.basic import normalize
 from densenet_jax.data.batches import available_cores
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.errors import UserError
+from densenet_jax.predict.explain import Explanation, activation_maps
 from densenet_jax.predict.images import (
     DEFAULT_LIMITS,
     ImageError,
@@ -40,6 +41,7 @@ from densenet_jax.training.predict_step import make_predict_step
 
 BATCH_SIZES = (1, 4, 16, 64)
 FEATURES = ("pooled", "pyramid")
+BEST_CLASS = -1  # stands for the most probable class of an image
 
 
 class ClassProbability(NamedTuple):
@@ -156,6 +158,29 @@ class Predictor:
             return outputs["pooled"]
         return {int(name.removeprefix("stride_")): maps for name, maps in outputs.items() if name != "probability"}
 
+    def explain(self, images: Iterable[ImageSource], classes: Sequence[int] | None = None) -> list[Explanation]:
+        """Computes a class activation map for each image: where in the image the evidence for a class is.
+
+        Args:
+            images: as for a call.
+            classes: class of each image; None takes the most probable ones.
+
+        Raises:
+            ImageError: an image is refused.
+            UserError: a class does not exist, or the model evaluates ten crops.
+        """
+        pixels = self._preprocess_all(images)
+        chosen = np.full(len(pixels), BEST_CLASS, np.int32) if classes is None else np.asarray(classes, np.int32)
+        outputs = self._in_chunks(pixels, classes=chosen)
+        bias = np.asarray(self.model.variables["params"]["classifier"]["bias"], np.float32)
+        rows = zip(outputs["class_id"].astype(int).tolist(), outputs["probability"], outputs["map"], strict=True)
+        return [
+            Explanation(
+                number, self.class_names[number], float(probability[number]), activation_map, float(bias[number])
+            )
+            for number, probability, activation_map in rows
+        ]
+
     def preprocess(self, image: ImageSource, name: str = "") -> np.ndarray:
         """Decodes, resizes and crops an image to uint8 [image_shape]; normalization happens in the model.
 
@@ -185,39 +210,48 @@ class Predictor:
         """
         return self._in_chunks(images)["probability"]
 
-    def compile(self, features: str = "") -> None:
+    def compile(self, features: str = "", *, explain: bool = False) -> None:
         """Compiles every batch size, so that later calls don't wait for it."""
         for size in self.batch_sizes:
-            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), np.uint8), features))
+            classes = np.full(size, BEST_CLASS, np.int32) if explain else None
+            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), np.uint8), features, classes))
 
-    def dispatch(self, images: np.ndarray, features: str = "") -> dict[str, jax.Array]:
+    def dispatch(
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+    ) -> dict[str, jax.Array]:
         """Starts computing one batch and returns without waiting, so that the caller can read the next one.
 
         Args:
             images: uint8 [b, *image_shape], where b is at most the largest of `batch_sizes`.
             features: also computes "pooled" or "pyramid"; "" computes probabilities only.
+            classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
+                for `BEST_CLASS`.
 
         Returns:
-            "probability" float32 [p, classes], and "pooled" float32 [p, c] or "stride_4", ... float32 [p, h, w, c].
-            p is the padded size; only the first b rows are valid.
+            "probability" float32 [p, classes], and "pooled" float32 [p, c] or "stride_4", ... float32 [p, h, w, c],
+            "map" float32 [p, h, w] and "class_id" float32 [p]. p is the padded size; only the first b rows are valid.
 
         Raises:
             UserError: the array has another shape or dtype, or there are no such features.
         """
-        self._check_batch(images, features)
+        self._check_batch(images, features, classes)
         size = next((size for size in self.batch_sizes if size >= len(images)), None)
         if size is None or not len(images):
             raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
         if size > len(images):
             padding = np.zeros((size - len(images), *self.image_shape), np.uint8)
             images = np.concatenate([images, padding])
-        return self._step(self._variables, jax.device_put(images, self._over_data), features=features)
+        if classes is not None:
+            classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
+        return self._step(self._variables, jax.device_put(images, self._over_data), classes, features=features)
 
-    def output_shapes(self, features: str = "") -> dict[str, tuple[int, ...]]:
+    def output_shapes(self, features: str = "", *, explain: bool = False) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the outputs of `dispatch` without the batch dimension; compiles nothing."""
         images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
+        classes = jax.ShapeDtypeStruct((1,), jnp.int32) if explain else None
         answer = functools.partial(self._answer, features=features)
-        return {name: leaf.shape[1:] for name, leaf in jax.eval_shape(answer, self._variables, images).items()}
+        shapes = jax.eval_shape(answer, self._variables, images, classes)
+        return {name: leaf.shape[1:] for name, leaf in shapes.items()}
 
     def best(self, probabilities: np.ndarray, topk: int = 5) -> list[ClassProbability]:
         """Returns the `topk` highest of float32 [classes], best first; ties are in class order."""
@@ -231,19 +265,23 @@ class Predictor:
             done = list(pool.map(self.preprocess, images))
         return np.stack(done) if done else np.zeros((0, *self.image_shape), np.uint8)
 
-    def _in_chunks(self, images: np.ndarray, features: str = "") -> dict[str, np.ndarray]:
-        self._check_batch(images, features)
+    def _in_chunks(
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        self._check_batch(images, features, classes)
         most = self.batch_sizes[-1]
         parts = []
         for start in range(0, len(images), most):
             chunk = images[start : start + most]
-            outputs = jax.device_get(self.dispatch(chunk, features))
+            of_chunk = None if classes is None else classes[start : start + most]
+            outputs = jax.device_get(self.dispatch(chunk, features, of_chunk))
             parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
         if not parts:
-            return {name: np.zeros((0, *shape), np.float32) for name, shape in self.output_shapes(features).items()}
+            shapes = self.output_shapes(features, explain=classes is not None)
+            return {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _check_batch(self, images: np.ndarray, features: str) -> None:
+    def _check_batch(self, images: np.ndarray, features: str, classes: np.ndarray | None) -> None:
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             raise UserError(
                 f"images are {images.dtype}{list(images.shape)}; expected uint8{['b', *self.image_shape]}, "
@@ -251,16 +289,29 @@ class Predictor:
             )
         if features and features not in FEATURES:
             raise UserError(f"features is {features!r}; expected {' or '.join(FEATURES)}.")
-        if features and len(self.image_shape) != 3:
-            raise UserError("features need a single crop, but config.eval.crops is 10; set it to 1.")
+        if (features or classes is not None) and len(self.image_shape) != 3:
+            what = "features need" if features else "an explanation needs"
+            raise UserError(f"{what} a single crop, but config.eval.crops is 10; set it to 1.")
+        if classes is not None and classes.shape != (len(images),):
+            raise UserError(f"classes has shape {classes.shape}; expected one class for each of {len(images)} images.")
+        if classes is not None and not np.all((classes >= BEST_CLASS) & (classes < len(self.class_names))):
+            raise UserError(f"classes is {classes.tolist()}; expected numbers from 0 to {len(self.class_names) - 1}.")
 
-    def _answer(self, variables: dict[str, Any], images: jax.Array, features: str = "") -> dict[str, jax.Array]:
+    def _answer(
+        self, variables: dict[str, Any], images: jax.Array, classes: jax.Array | None = None, features: str = ""
+    ) -> dict[str, jax.Array]:
         model = self.model
         seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
         outputs = make_predict_step(model.module, seen, classes=model.allowed_classes)(variables, {"image": images})
         if features:
             # The compiler merges this with the classification above, so the network runs once.
             activations: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
-            maps = {f"stride_{stride}": part for stride, part in activations.items()} if features == "pyramid" else None
-            outputs |= maps or {"pooled": activations}
+            pyramid = features == "pyramid"
+            outputs |= (
+                {f"stride_{key}": part for key, part in activations.items()} if pyramid else {"pooled": activations}
+            )
+        if classes is not None:
+            classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
+            outputs["class_id"] = classes
+            outputs["map"] = activation_maps(model.module, variables, seen(images), classes)
         return {name: array.astype(jnp.float32) for name, array in outputs.items()}

@@ -1,0 +1,102 @@
+"""Class activation maps: where in an image the evidence for a class is."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+from PIL import Image
+
+from densenet_jax.errors import UserError
+from densenet_jax.kernels.dtypes import wide
+
+_LEAST_PX = 320  # shorter side of an overlay
+_STRONGEST = 0.65  # opacity of the overlay at the highest value
+
+
+class Explanation(NamedTuple):
+    """A class and the evidence for it in an image.
+
+    Attributes:
+        class_id: number of the class.
+        label: name of the class.
+        probability: in [0, 1].
+        activation_map: float32 [h, w], over the image as the model is given it; its mean plus `bias` is the logit.
+        bias: the classifier's bias of the class.
+    """
+
+    class_id: int
+    label: str
+    probability: float
+    activation_map: np.ndarray
+    bias: float
+
+
+def activation_maps(
+    module: nn.Module, variables: dict[str, Any], inputs: Float[Array, "b height width c"], classes: Int[Array, " b"]
+) -> Float[Array, "b h w"]:
+    """Computes the class activation map (arXiv:1512.04150) of one class for each image.
+
+    The head averages the last feature map and multiplies it by a matrix, so the order can be exchanged: the mean of the
+    map plus the bias of the class is its logit, up to rounding. With test-time pooling, whose logits are only half
+    made of averages, the maps are those of a plain average.
+
+    Args:
+        module: a network of `create_model`.
+        variables: {"params", "batch_stats"}.
+        inputs: normalized images.
+        classes: class of each image.
+    """
+    features: Any = module.clone(output="map").apply(variables, inputs, train=False)
+    kernel = variables["params"]["classifier"]["kernel"]
+    weights = jnp.take(kernel, classes, axis=1).astype(features.dtype)
+    kind = wide(features.dtype)
+    return jnp.einsum("bhwc,cb->bhw", features, weights, precision="highest", preferred_element_type=kind)
+
+
+def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
+    """Draws the positive part of a class activation map over an image.
+
+    Args:
+        pixels: uint8 [height, width, c], as the model is given it.
+        activation_map: float [h, w].
+    """
+    from matplotlib import colormaps
+
+    image = to_rgb(pixels)
+    scale = max(1, -(-_LEAST_PX // min(image.size)))
+    small = min(image.size) < _LEAST_PX // 4
+    size = (image.width * scale, image.height * scale)
+    image = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC)
+    positive = np.maximum(activation_map, 0).astype(np.float32)
+    heat = Image.fromarray(positive / max(float(positive.max()), np.finfo(np.float32).tiny))
+    shares = np.clip(np.asarray(heat.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
+    colors = 255 * colormaps["turbo"](shares[..., 0])[..., :3]
+    opacity = _STRONGEST * np.sqrt(shares)
+    return Image.fromarray(np.rint((1 - opacity) * np.asarray(image) + opacity * colors).astype(np.uint8))
+
+
+def to_rgb(pixels: np.ndarray) -> Image.Image:
+    """Converts integer pixels [h, w, c] of any number of channels to a color image; others than 3 become gray."""
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.shape[2] != 3:
+        gray = pixels.mean(axis=2).round().astype(np.uint8)
+        pixels = np.repeat(gray[..., None], 3, axis=2)
+    return Image.fromarray(pixels)
+
+
+def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, activation_map: np.ndarray) -> None:
+    """Writes the overlay as a PNG and the map as a .npy file.
+
+    Raises:
+        UserError: they can't be written.
+    """
+    try:
+        os.makedirs(os.path.dirname(picture_path) or ".", exist_ok=True)
+        np.save(array_path, activation_map)
+        draw_overlay(pixels, activation_map).save(picture_path, "PNG")
+    except OSError as error:
+        raise UserError(f"{picture_path} can't be written ({error.strerror or error}); change --explain.") from error
