@@ -83,12 +83,19 @@ class Command:
         "", "latest, best or a step of the run; by default the latest.", "eval", "predict", "export", "serve"
     )
     images: tuple[str, ...] = _flag((), "A file, folder or pattern in quotes; repeatable.", "predict", "export")
-    output: str = _flag("", "The file to write; by default in the work directory.", "predict", "export")
+    output: str = _flag(
+        "",
+        "The file to write; by default in the work directory; predict: .jsonl, .csv or .parquet.",
+        "predict",
+        "export",
+    )
+    overwrite: bool = _flag(False, "Whether to replace the file of --output.", "export")
     labels: str = _flag(
         "", "A file with a class name a line; by default the run's own names.", "predict", "export", "serve"
     )
-    topk: int = _flag(5, "How many classes an image, best first.", "predict")
+    topk: int = _flag(5, "How many classes an image, best first; 0: all.", "predict")
     annotate: str = _flag("", "A directory for the images with their predictions drawn on.", "predict")
+    explain: str = _flag("", "A directory for the images with the class activation map of their best class.", "predict")
     features: str = _flag("", "pooled or pyramid, written to a NumPy archive beside the output.", "predict")
     format: str = _flag("", "stablehlo, onnx, savedmodel or tflite.", "export")
     precision: str = _flag("float32", "float32, or what the format has of float16 and int8.", "export")

@@ -138,6 +138,7 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
         output=command.output or os.path.join(workdir, "predictions.jsonl"),
         topk=command.topk,
         annotate=command.annotate,
+        explain=command.explain,
         features=command.features,
         largest_batch=config.eval.batch_size,
     )
@@ -174,6 +175,7 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
         precision=command.precision,
         preprocess=command.preprocess,
         batch_size=command.batch_size,
+        overwrite=command.overwrite,
     )
     samples = Samples(config, command.images)
 
