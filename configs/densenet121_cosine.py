@@ -1,4 +1,4 @@
-"""densenet121 on ImageNet: 120 epochs of cosine, colour jitter, no weight decay on batch norm and biases.
+"""densenet121 on ImageNet: 120 epochs of cosine, color jitter, no weight decay on batch norm and biases.
 
     python main.py --config configs/densenet121_cosine.py --workdir ./runs/cosine
 

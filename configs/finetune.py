@@ -21,7 +21,7 @@ def get_config(data_set: str = "digits") -> ml_collections.ConfigDict:
     config.model.pretrained = "timm/densenet121.ra_in1k"
     config.data.name = data_set
     config.data.eval_split = "test" if data_set == "digits" else "validation"
-    if data_set == "digits":  # 8x8 grey images, enlarged and read as colour images
+    if data_set == "digits":  # 8x8 gray images, enlarged and read as color images
         config.data.image_size_px = 64
         config.data.crop = "none"
         config.augment.flip = False

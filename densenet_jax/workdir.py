@@ -55,7 +55,7 @@ def started_from(workdir: str, pretrained: str) -> bool:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes `content` so that the file is whole at every moment: to a neighbour first, then moved into place."""
+    """Writes `content` so that the file is whole at every moment: to a neighbor first, then moved into place."""
     _write_whole(path, json.dumps(content, indent=2) + "\n")
 
 

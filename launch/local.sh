@@ -30,9 +30,9 @@ if ((${#gpus[@]} == 0)); then
 fi
 
 pids=()
-signalled=0
+signaled=0
 stop() {
-  signalled=1
+  signaled=1
   kill "${pids[@]}" 2>/dev/null || true
 }
 trap stop INT TERM
@@ -47,11 +47,11 @@ status=0
 for pid in "${pids[@]}"; do
   code=0
   while :; do # a trapped signal ends a wait before its process
-    signalled=0
+    signaled=0
     now=0
     wait "$pid" || now=$?
     ((now == 127)) || code=$now # 127: it was waited for before
-    ((signalled)) || break
+    ((signaled)) || break
   done
   ((status != 0)) || status=$code
 done

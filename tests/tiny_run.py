@@ -27,5 +27,5 @@ class Tiny(nn.Module):
 def tiny_model(name: str = "tiny", side_px: int = 4) -> Deployed:
     """As a run's model would come."""
     transform = eval_transform(image_size_px=side_px, resize_px=side_px, channels=3, apply_exif_orientation=True)
-    names = ("dark", "grey", "bright")
+    names = ("dark", "gray", "bright")
     return Deployed(name, "a test", Tiny(), {}, transform, (0.5,) * 3, (0.5,) * 3, jnp.float32, names)

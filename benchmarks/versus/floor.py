@@ -7,7 +7,7 @@ from densenet_jax.models.variants import DenseNetArchitecture, get_variant
 # How often a training step has to read or write each kind of array where every pass does all it can:
 CONCATENATION = 4  # read forward and backward; the gradient of all features read and written
 BOTTLENECK = 6  # written, read; backward read, its gradient written, and both read for the norm's own derivative
-NEW_FEATURES = 7  # written, read for their statistics, stored normalised; backward gradient and map read, written, read
+NEW_FEATURES = 7  # written, read for their statistics, stored normalized; backward gradient and map read, written, read
 JOINED = 3  # a block's whole output for transition or head: read forward and backward, its gradient written
 STEM = 5  # the first convolution's output: written, read; backward read, its gradient written, read
 IMAGE = 2  # read forward, and for the first kernel's gradient

@@ -176,7 +176,7 @@ def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float, bud
     for number in range(turns):
         if number and time.perf_counter() - began > budget_secs:
             return
-        # Each order once: whoever comes second after a heavy neighbour isn't always the same.
+        # Each order once: whoever comes second after a heavy neighbor isn't always the same.
         for contestant in contestants if number % 2 == 0 else contestants[::-1]:
             if not contestant.error:
                 time.sleep(PAUSE_SECS)

@@ -20,7 +20,7 @@ def warp(
 ) -> Float[Array, "b h w c"]:
     """Bilinear affine transformation: the output at (x, y) is the input at (a x + b y + c, d x + e y + f).
 
-    Coordinates are of pixel centres at halves, as in Pillow's Image.transform; the identity changes nothing, to the
+    Coordinates are of pixel centers at halves, as in Pillow's Image.transform; the identity changes nothing, to the
     bit.
 
     Args:

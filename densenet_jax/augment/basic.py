@@ -46,8 +46,8 @@ def normalize(
     shape = (1, 1, 1, len(mean))
     mean_array = np.asarray(mean, np.float64).reshape(shape) * scale
     std_array = np.asarray(std, np.float64).reshape(shape) * scale
-    centred = images.astype(exact) - jnp.asarray(mean_array, exact)
-    return (centred / jnp.asarray(std_array, exact)).astype(dtype)
+    centered = images.astype(exact) - jnp.asarray(mean_array, exact)
+    return (centered / jnp.asarray(std_array, exact)).astype(dtype)
 
 
 def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Shaped[Array, "b h w c"]:

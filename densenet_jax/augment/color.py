@@ -9,7 +9,7 @@ BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
 def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Grey of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); one channel is its own grey."""
+    """Gray of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); one channel is its own gray."""
     if images.shape[-1] == 1:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
@@ -19,9 +19,9 @@ def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
 def adjust_color(
     images: Float[Array, "b h w c"], operations: Int[Array, " b"], factors: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """One colour operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
+    """One color operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
 
-    The reference is black (BRIGHTNESS), the mean of the image's grey (CONTRAST) or the grey image (SATURATION), as in
+    The reference is black (BRIGHTNESS), the mean of the image's gray (CONTRAST) or the gray image (SATURATION), as in
     torchvision's adjust_brightness, adjust_contrast and adjust_saturation.
 
     Args:
@@ -30,9 +30,9 @@ def adjust_color(
         factors: 1 changes nothing.
     """
     operation, factor = (per_image[:, None, None, None] for per_image in (operations, factors))
-    grey = luma(images)
-    mean = jnp.mean(grey, axis=(1, 2, 3), keepdims=True)
-    reference = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, mean, grey))
+    gray = luma(images)
+    mean = jnp.mean(gray, axis=(1, 2, 3), keepdims=True)
+    reference = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, mean, gray))
     return jnp.clip(factor * images + (1.0 - factor) * reference, 0.0, 1.0)
 
 

@@ -64,7 +64,7 @@ def random_erase(
     """Overwrites a random rectangle of some images.
 
     Args:
-        images: normalised, as the reference trainers erase; the noise has mean 0 and variance 1.
+        images: normalized, as the reference trainers erase; the noise has mean 0 and variance 1.
         keys: one an example.
         probability: that an image loses a rectangle.
         area: the rectangle's share of the image, lowest and highest.

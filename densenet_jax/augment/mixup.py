@@ -11,9 +11,9 @@ from densenet_jax.rng import example_keys
 
 
 def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, "b ..."]:
-    """Each example's partner: neighbouring blocks of `distance` examples change places.
+    """Each example's partner: neighboring blocks of `distance` examples change places.
 
-    The order of examples is random already, so that pairing neighbours is as good as turning the batch around, and
+    The order of examples is random already, so that pairing neighbors is as good as turning the batch around, and
     no example has to leave its device as long as a device holds a multiple of `2 * distance` examples.
 
     Raises:
@@ -30,16 +30,16 @@ def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, 
 
 
 def cut_boxes(
-    centres: Int[Array, "b 2"], shares: Float[Array, " b"], height: int, width: int
+    centers: Int[Array, "b 2"], shares: Float[Array, " b"], height: int, width: int
 ) -> tuple[Int[Array, "b 4"], Float[Array, " b"]]:
-    """Boxes around `centres` (row, column) whose sides are sqrt(1 - share) of the image's, cut off at its border.
+    """Boxes around `centers` (row, column) whose sides are sqrt(1 - share) of the image's, cut off at its border.
 
     Returns:
         Top, left, height and width of each box, and the share of the image that lies outside the box.
     """
     size = jnp.asarray((height, width), jnp.int32)[None, :]
     half = (size * jnp.sqrt(1.0 - shares)[:, None]).astype(jnp.int32) // 2
-    low, high = jnp.clip(centres - half, 0, size), jnp.clip(centres + half, 0, size)
+    low, high = jnp.clip(centers - half, 0, size), jnp.clip(centers + half, 0, size)
     outside = 1.0 - jnp.prod(high - low, axis=1).astype(jnp.float32) / (height * width)
     return jnp.concatenate([low, high - low], axis=1), outside
 
@@ -63,7 +63,7 @@ def mix(
     a box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l.
 
     Args:
-        images: bytes do not mix: floats, normalised or not; mixed in float32 at least, given back in their dtype.
+        images: bytes do not mix: floats, normalized or not; mixed in float32 at least, given back in their dtype.
         labels: class numbers.
         key: of the step.
         num_classes: k.
@@ -72,7 +72,7 @@ def mix(
         probability: that anything is mixed at all.
         cutmix_share: where both are on, how often it is cutmix.
         per_example: draws everything for each example instead of once a batch.
-        pair_distance: see `partners`; more than 1 where neighbours are copies of one image (repeated augmentation).
+        pair_distance: see `partners`; more than 1 where neighbors are copies of one image (repeated augmentation).
 
     Returns:
         Mixed images, and the probability of each class, float32 [b, k]; label smoothing is the loss's business.
@@ -89,8 +89,8 @@ def mix(
     used, cut = numbers[:, 0] < probability, numbers[:, 1] < share_of_cutmix
     alpha = jnp.where(cut, cutmix_alpha, mixup_alpha).astype(jnp.float32)
     share = jnp.where(used, jax.vmap(lambda key, a: jax.random.beta(key, a, a))(beta_keys, alpha), 1.0)
-    centres = whole_below(numbers[:, 2:], jnp.asarray((height, width), jnp.int32)[None, :])
-    boxes, outside = cut_boxes(centres, share, height, width)
+    centers = whole_below(numbers[:, 2:], jnp.asarray((height, width), jnp.int32)[None, :])
+    boxes, outside = cut_boxes(centers, share, height, width)
     own_label = jnp.where(cut, outside, share)[:, None]
     inside = inside_boxes(boxes, height, width)
     own_pixel = jnp.where(cut[:, None, None, None], jnp.where(inside, 0.0, 1.0), share[:, None, None, None])

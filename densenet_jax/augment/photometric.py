@@ -87,8 +87,8 @@ def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
     return jnp.where(_values() < 128.0, jnp.minimum(_values() + added[:, None, None], 255.0), _values())
 
 
-def grey(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Pillow's conversion to "L", exact in float32; one channel is its own grey."""
+def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+    """Pillow's conversion to "L", exact in float32; one channel is its own gray."""
     if images.shape[-1] == 1:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))

@@ -69,11 +69,11 @@ def _apply_tone(
 def _apply_blend(
     images: Float[Array, "b h w c"], operations: Int[Array, " b"], signed_share: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    grey = tones.grey(images)
-    mean = jnp.floor(jnp.mean(grey, axis=(1, 2, 3), keepdims=True) + 0.5)
+    gray = tones.gray(images)
+    mean = jnp.floor(jnp.mean(gray, axis=(1, 2, 3), keepdims=True) + 0.5)
     references = _pick(
         operations,
-        {"color": grey, "contrast": mean, "brightness": jnp.zeros_like(mean), "sharpness": tones.smoothed(images)},
+        {"color": gray, "contrast": mean, "brightness": jnp.zeros_like(mean), "sharpness": tones.smoothed(images)},
         images,
     )
     return tones.blend(references, images, jnp.maximum(0.1, 1.0 + 0.9 * signed_share))

@@ -34,7 +34,7 @@ def decode_image(
 
     Args:
         data: the file's bytes.
-        channels: 3 for RGB, 1 for grey. Alpha is dropped, palettes are looked up, CMYK is converted, 16 bits are
+        channels: 3 for RGB, 1 for gray. Alpha is dropped, palettes are looked up, CMYK is converted, 16 bits are
             scaled to 8.
         name: what a message calls the image.
         apply_exif_orientation: turn the image as its camera said. Off for data sets: the published ImageNet weights
@@ -141,9 +141,9 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
     """None where libjpeg-turbo's simple call has no opinion: Pillow then judges."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height, name)
-        if colours in ("CMYK", "YCCK") or (channels == 1 and colours != "Gray"):
+        if colors in ("CMYK", "YCCK") or (channels == 1 and colors != "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **_EXACT_JPEG)
     except ValueError:  # also where libjpeg merely warns: Pillow then tells a truncated file from an odd one
@@ -151,9 +151,9 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
 
 
 def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
-    """Grey 8-bit PNGs, as the digits and MNIST have them, ten times as fast as through Pillow."""
-    plain_grey = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < _SMALL_BYTES
-    if not plain_grey or b"tRNS" in data or data[28:29] != b"\x00" or not _is_whole_png(data):
+    """Gray 8-bit PNGs, as the digits and MNIST have them, ten times as fast as through Pillow."""
+    plain_gray = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < _SMALL_BYTES
+    if not plain_gray or b"tRNS" in data or data[28:29] != b"\x00" or not _is_whole_png(data):
         return None
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.ndim != 2:
@@ -189,7 +189,7 @@ def _decode_with_pillow(data: bytes, channels: int, name: str) -> np.ndarray:
 
 
 def _from_wide(pixels: np.ndarray, channels: int, is_16_bit: bool) -> np.ndarray:
-    """Grey of 16 bits (some files hold it as 32) to 8 bits; Pillow's own conversion would clip at 255."""
+    """Gray of 16 bits (some files hold it as 32) to 8 bits; Pillow's own conversion would clip at 255."""
     wide = pixels.astype(np.float64)
     scaled = wide / 257 if is_16_bit or wide.max(initial=0) > 255 else wide
     return np.repeat(np.clip(np.round(scaled), 0, 255).astype(np.uint8)[:, :, None], channels, axis=2)

@@ -19,7 +19,7 @@ _SPLIT_SEED = 0  # fixed for good: the split is part of the data set
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """8x8 grey digits, scaled to 0..255, in a fixed stratified split of 1,437 for training and 360 for testing."""
+    """8x8 gray digits, scaled to 0..255, in a fixed stratified split of 1,437 for training and 360 for testing."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012  (tfds's own attribute)
@@ -104,7 +104,7 @@ def _write(directory: str, path: str) -> None:
         if leftover.is_dir():  # of a run that was killed: under the lock nobody else writes here
             shutil.rmtree(leftover.path)
     builder = Digits(data_dir=directory, file_format="array_record")
-    # tfds writes into a neighbour and renames it, so `path` is whole or absent.
+    # tfds writes into a neighbor and renames it, so `path` is whole or absent.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare(
             download_dir=os.path.join(os.path.dirname(path), "downloads"),

@@ -46,7 +46,7 @@ def train_batches(
         reader_threads: threads that read and decode; 0: one a core.
         prefetch_batches: batches that wait in memory at most, besides the ones in use.
         on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set and counts.
-        repeats: neighbouring examples of a batch that are one image, each transformed by draws of its own; see
+        repeats: neighboring examples of a batch that are one image, each transformed by draws of its own; see
             `Order`. Must divide `global_batch_size`.
 
     Returns:

@@ -99,7 +99,7 @@ def image_grid(
         images: arrays [h, w, 1 or 3] that `show` turns into uint8 or into floats in [0, 1].
         titles: one for each image, such as its class.
         columns: images in a row.
-        show: undoes a normalisation, for images as the model sees them.
+        show: undoes a normalization, for images as the model sees them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

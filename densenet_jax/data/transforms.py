@@ -52,7 +52,7 @@ def train_transform(
         kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
             image, resized where its size is another.
         image_size_px: side of the result.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         area_range: share of the image's area that a crop covers.
         aspect_range: width over height of a crop, drawn evenly in its logarithm.
         interpolation: "bilinear" or "bicubic".
@@ -81,7 +81,7 @@ def eval_transform(
     Args:
         image_size_px: side of the result.
         resize_px: length of the short side before the crop, at least `image_size_px`.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         interpolation: "bilinear" or "bicubic".
         apply_exif_orientation: turn photographs as their camera said; see `decode_image`.
         crops: 1, or 5 for the four corners and the middle, of which the result then has an axis in front.

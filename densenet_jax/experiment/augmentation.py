@@ -18,7 +18,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def normalize_with(mean_std: Statistics, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    """What evaluation does to images: bytes to normalised floats."""
+    """What evaluation does to images: bytes to normalized floats."""
     mean, std = mean_std
     return lambda images: augment.normalize(images, mean, std, dtype)
 

@@ -143,7 +143,7 @@ class Data:
         return math.ceil(len(self.eval_source) / self.eval_batch_size)
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What images in [0, 1] are normalised by, a number a channel.
+        """What images in [0, 1] are normalized by, a number a channel.
 
         Raises:
             UserError: there are more or fewer numbers than channels.

@@ -123,7 +123,7 @@ def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits =
     """Checks pixels that came decoded.
 
     Args:
-        array: should be uint8[height, width], [height, width, 1] (grey) or [height, width, 3] (RGB).
+        array: should be uint8[height, width], [height, width, 1] (gray) or [height, width, 3] (RGB).
         name: for messages.
         limits: of its pixels.
 
@@ -145,7 +145,7 @@ def load_image(
     Args:
         source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM or TIFF; of an animation the first frame
             counts), or uint8[height, width], [height, width, 1] or [height, width, 3].
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         name: what messages call the image; "" is its path.
         limits: what it may cost.
 
@@ -182,7 +182,7 @@ def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Checked pixels as uint8[height, width, channels], RGB made grey as Pillow does it."""
+    """Checked pixels as uint8[height, width, channels], RGB made gray as Pillow does it."""
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.shape[2] == channels:
         return pixels

@@ -22,7 +22,7 @@ _STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a page: its own and those of the lines, best to tell apart first."""
+    """Colors of a page: its own and those of the lines, best to tell apart first."""
 
     page: str
     ink: str

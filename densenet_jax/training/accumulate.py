@@ -34,7 +34,7 @@ def accumulate_gradients(
 ) -> tuple[Any, Any, Any]:
     """Gradients of the mean loss over the whole batch, computed over `count` microbatches one after the other.
 
-    Equal to the large batch up to rounding, with one difference: batch norm normalises each microbatch by its own
+    Equal to the large batch up to rounding, with one difference: batch norm normalizes each microbatch by its own
     statistics (as `model.batch_norm_group_size` of b / count does within one large batch) and moves its running
     statistics `count` times a step, each time by the usual share.
 

@@ -1,4 +1,4 @@
-"""Normalisation, flips and crops: exact results, right frequencies, the same on any number of devices."""
+"""Normalization, flips and crops: exact results, right frequencies, the same on any number of devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Colour operations against their definitions in numpy, and their random order and strength."""
+"""Color operations against their definitions in numpy, and their random order and strength."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ from densenet_jax.augment.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_
 
 
 def by_definition(image, operation, factor):
-    grey = image @ np.array([0.2989, 0.587, 0.114]) if image.shape[-1] == 3 else image[..., 0]
-    reference = {BRIGHTNESS: 0.0, CONTRAST: grey.mean(), SATURATION: grey[..., None]}[operation]
+    gray = image @ np.array([0.2989, 0.587, 0.114]) if image.shape[-1] == 3 else image[..., 0]
+    reference = {BRIGHTNESS: 0.0, CONTRAST: gray.mean(), SATURATION: gray[..., None]}[operation]
     return np.clip(factor * image + (1 - factor) * reference, 0, 1)
 
 
@@ -33,10 +33,10 @@ def test_each_operation(images):
     np.testing.assert_allclose(adjusted, np.stack(expected), atol=1e-6)
 
 
-def test_grey_images_have_no_saturation(images):
-    grey = jnp.asarray(images[..., :1], jnp.float32)
-    adjusted = jax.jit(adjust_color)(grey, jnp.full(6, SATURATION), jnp.full(6, 0.3))
-    np.testing.assert_allclose(adjusted, grey, atol=1e-6)
+def test_gray_images_have_no_saturation(images):
+    gray = jnp.asarray(images[..., :1], jnp.float32)
+    adjusted = jax.jit(adjust_color)(gray, jnp.full(6, SATURATION), jnp.full(6, 0.3))
+    np.testing.assert_allclose(adjusted, gray, atol=1e-6)
 
 
 def test_no_strength_changes_nothing(images):
@@ -47,7 +47,7 @@ def test_no_strength_changes_nothing(images):
 
 
 def test_every_order_occurs_and_factors_fill_their_range():
-    # A colour whose result tells the order and, for brightness alone, the factor.
+    # A color whose result tells the order and, for brightness alone, the factor.
     image = np.array([[[0.8, 0.4, 0.2], [0.1, 0.3, 0.6]]])
     many = jnp.asarray(np.repeat(image[None], 600, axis=0), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 600)

@@ -88,11 +88,11 @@ def test_one_share_a_batch_with_the_beta_distributions_moments():
 
 def test_boxes_follow_timms_arithmetic():
     rng = np.random.default_rng(1)
-    shares, centres = rng.uniform(size=50).astype(np.float32), rng.integers(0, (12, 10), size=(50, 2))
+    shares, centers = rng.uniform(size=50).astype(np.float32), rng.integers(0, (12, 10), size=(50, 2))
     boxes, outside = jax.jit(functools.partial(cut_boxes, height=12, width=10))(
-        jnp.asarray(centres), jnp.asarray(shares)
+        jnp.asarray(centers), jnp.asarray(shares)
     )
-    for box, left_over, share, (row, column) in zip(boxes, outside, shares, centres, strict=True):
+    for box, left_over, share, (row, column) in zip(boxes, outside, shares, centers, strict=True):
         ratio = np.sqrt(1 - share)
         cut_height, cut_width = int(12 * ratio), int(10 * ratio)
         top, bottom = np.clip([row - cut_height // 2, row + cut_height // 2], 0, 12)

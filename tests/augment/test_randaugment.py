@@ -91,11 +91,11 @@ def test_mixed_batch_gives_each_its_own(images):
     np.testing.assert_array_equal(together[NOTHING], images[3])
 
 
-def test_grey_images(images):
-    grey = jnp.asarray(images[..., :1])
+def test_gray_images(images):
+    gray = jnp.asarray(images[..., :1])
     operations = jnp.full(len(LEVELS), OPERATIONS.index("rotate"))
     rotate = jax.jit(functools.partial(apply_operations, fill=FILL[:1]))
-    rotated = rotate(grey, operations, jnp.asarray(LEVELS), jnp.ones(len(LEVELS)))
+    rotated = rotate(gray, operations, jnp.asarray(LEVELS), jnp.ones(len(LEVELS)))
     expected = Image.fromarray(images[2, ..., 0]).rotate(18, resample=Image.Resampling.BILINEAR, fillcolor=FILL[0])
     assert (np.abs(np.asarray(rotated[2, ..., 0], int) - np.asarray(expected)) > 1).mean() < 0.01
 

@@ -44,14 +44,14 @@ def test_photographs_have_the_pixels_that_pillow_gives(name, save):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_jpeg(photograph, channels):
+def test_gray_jpeg(photograph, channels):
     data = encoded(photograph.convert("L"))
     want = np.asarray(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(decode_image(data, channels), np.repeat(want[:, :, None], channels, 2))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_colour_read_as_grey(photograph, kind):
+def test_color_read_as_gray(photograph, kind):
     data = encoded(photograph, kind)
     want = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[:, :, None]
     np.testing.assert_array_equal(decode_image(data, 1), want)

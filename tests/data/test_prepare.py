@@ -145,7 +145,7 @@ def test_digits_and_folders(tmp_path):
 
 
 def test_labels_outside_the_classes_are_damage():
-    class Labelled:
+    class Labeled:
         num_classes = 2
         class_names = ("a", "b")
 
@@ -158,7 +158,7 @@ def test_labels_outside_the_classes_are_damage():
         def labels(self):
             return np.array([-1], np.int32)
 
-    assert "label -1" in verify_split(Labelled(), "test").damaged[0][1]
+    assert "label -1" in verify_split(Labeled(), "test").damaged[0][1]
 
 
 def test_what_only_the_user_can_do_is_said(tmp_path, monkeypatch):

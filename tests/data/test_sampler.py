@@ -20,7 +20,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     size = 1000
     epochs = [Order(size, 0).stretch(epoch * size, size) for epoch in range(3)]
     seeds = [Order(size, seed).stretch(0, size) for seed in range(3)]
-    for orders in (epochs, seeds, [epochs[1], seeds[1]]):  # neighbours share nothing, not even shifted
+    for orders in (epochs, seeds, [epochs[1], seeds[1]]):  # neighbors share nothing, not even shifted
         for first, second in itertools.pairwise(orders):
             assert np.mean(np.equal(first, second)) < 0.02
     places = np.argsort(epochs[0])

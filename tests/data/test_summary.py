@@ -53,7 +53,7 @@ def test_speed_is_measured_for_endless_and_short_batches(source):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_is_a_picture(channels):
     images = [np.full((8, 8, channels), shade, np.uint8) for shade in (0, 100, 255)]
-    picture = Image.open(io.BytesIO(summary.image_grid(images, ["black", "grey", "white"], columns=2)))
+    picture = Image.open(io.BytesIO(summary.image_grid(images, ["black", "gray", "white"], columns=2)))
     assert picture.format == "PNG"
     assert picture.width > 200
     scaled = summary.image_grid([image / 255 for image in images], ["a", "b", "c"], show=lambda image: image * 0.5)

@@ -185,7 +185,7 @@ def test_the_crop_can_not_be_larger_than_the_resized_image():
         eval_transform(image_size_px=224, resize_px=200)
 
 
-def test_grey_crops():
+def test_gray_crops():
     data = photograph("brick")
     draws = Draws(0, 40).stretch(5, 1)[0]
     for antialias in (True, False):

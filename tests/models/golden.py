@@ -23,7 +23,7 @@ from densenet_jax.models.torch_weights import (
     torch_shape,
 )
 from densenet_jax.models.variants import get_variant
-from tests.golden.drawn import SEED, draw, draw_images, relative_error, summarise
+from tests.golden.drawn import SEED, draw, draw_images, relative_error, summarize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -140,7 +140,7 @@ def stage_errors(found, expected, side_px):
     errors = {}
     for name in names:
         if name != "logits":
-            errors[name] = float(relative_error(summarise(torch_layout(found[name])), expected[prefix + name]))
+            errors[name] = float(relative_error(summarize(torch_layout(found[name])), expected[prefix + name]))
     for name in {"logits", "own logits"} & set(found):
         errors[name] = _logits_error(np.asarray(found[name]), expected[f"{prefix}logits"])
     return errors

@@ -11,7 +11,7 @@ import pytest
 
 from densenet_jax.models import layers
 from densenet_jax.models.torch_weights import to_torch
-from tests.golden.drawn import draw, key_lines, relative_error, summarise
+from tests.golden.drawn import draw, key_lines, relative_error, summarize
 from tests.models import golden
 
 NAMES = (
@@ -100,7 +100,7 @@ def _training_errors(name, **options):
     leaves = golden.gradient_leaves(gradients) | {"images": golden.torch_layout(image_gradient)}
     found = after | {f"gradient/{key}": value for key, value in leaves.items()}
     assert set(found) == {key for key in expected if key.startswith(("after/", "gradient/"))}
-    errors = {key: relative_error(summarise(value), expected[key]) for key, value in found.items()}
+    errors = {key: relative_error(summarize(value), expected[key]) for key, value in found.items()}
     return {
         "output": np.abs(logits - expected["train/logits"]).max() / np.abs(expected["train/logits"]).max(),
         "statistics": max(error for key, error in errors.items() if key.startswith("after/")),

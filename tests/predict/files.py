@@ -56,7 +56,7 @@ def webp(width: int, height: int) -> bytes:
 
 BOMBS = {
     "png": png(50_000, 50_000, b"\0" * 1_000_000),
-    "grey png": png(50_000, 50_000, b"\0" * 100_000, color_type=0),
+    "gray png": png(50_000, 50_000, b"\0" * 100_000, color_type=0),
     "png below OpenCV's own limit": png(30_000, 30_000, b"\0" * 100_000, color_type=0),
     "gif": gif(65_535, 65_535),
     "gif whose frame is larger than its canvas": gif(1, 1, (65_535, 65_535)),

@@ -22,7 +22,7 @@ from densenet_jax.predict.predictor import ClassProbability, Predictor
 from tests.predict.files import BOMBS, encoded
 from tests.tiny_run import tiny_model
 
-SHADES = {"dark": 0, "grey": 128, "bright": 255}
+SHADES = {"dark": 0, "gray": 128, "bright": 255}
 
 
 def shade(name: str, size: int = 6) -> bytes:
@@ -69,7 +69,7 @@ def test_a_line_an_image_in_order(photos, capsys):
         assert line["predictions"][0]["class_id"] == number % 3
         assert line["predictions"][0]["probability"] >= line["predictions"][1]["probability"]
     shown = capsys.readouterr()
-    assert "photos/01.PNG  {1: 'grey'} " in shown.err
+    assert "photos/01.PNG  {1: 'gray'} " in shown.err
     assert shown.out == ""
 
 
@@ -96,7 +96,7 @@ def test_one_bad_image_spoils_nothing(photos, capsys):
     hostile = {
         "zero.jpg": b"",
         "text.jpg": b"hello",
-        "cut.png": shade("grey")[:45],
+        "cut.png": shade("gray")[:45],
         **{f"bomb of {name}.png": data for name, data in BOMBS.items()},
         "new\nline \x1b[2J.png": b"?",
     }

@@ -107,12 +107,12 @@ def test_answers_over_grpc_are_the_predictors(server, served, pixels, pictures, 
 @needs_server
 def test_mistakes_are_told_and_harm_nobody(server, pictures):
     good = pictures_input(pictures[0])
-    grey = pixels_input(np.zeros((1, 8, 8, 1), np.uint8))
+    gray = pixels_input(np.zeros((1, 8, 8, 1), np.uint8))
     bodies = {
         "expected 1 to 64": request_of(pixels_input(np.zeros((65, 8, 8, 1), np.uint8))),
         "expected \\[n, 8, 8, 1\\]": request_of(pixels_input(np.zeros((1, 8, 8, 3), np.uint8))),
-        "expected UINT8": request_of({**grey, "datatype": "FP32"}),
-        "datatype": request_of({**grey, "datatype": "UINT7"}),
+        "expected UINT8": request_of({**gray, "datatype": "FP32"}),
+        "datatype": request_of({**gray, "datatype": "UINT7"}),
         "not base64": request_of({**good, "data": ["%%%"]}),
         "image_bytes\\[0\\]": request_of(pictures_input(pictures[0][:30])),
         "malformed": {"inputs": 1},

@@ -131,12 +131,12 @@ def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: boo
     scale = (high - low) / out_px
     step = 1 / max(scale, 1.0)
     reach = (2 if cubic else 1) / step
-    centre = low + (np.arange(out_px) + 0.5) * scale
-    first = np.maximum((centre - reach + 0.5).astype(np.int32), 0)
-    count = np.minimum((centre + reach + 0.5).astype(np.int32), size) - first
+    center = low + (np.arange(out_px) + 0.5) * scale
+    first = np.maximum((center - reach + 0.5).astype(np.int32), 0)
+    count = np.minimum((center + reach + 0.5).astype(np.int32), size) - first
     taps = _Taps(first - have, count)
-    centre -= have
-    library.weigh(taps, centre.ctypes.data, step, cubic)
+    center -= have
+    library.weigh(taps, center.ctypes.data, step, cubic)
     return taps
 
 

@@ -67,13 +67,13 @@ static double filter(double x, int cubic) {
   return cubic && x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-/* Writes the weights of sums around centre[i]; `step` is what a distance of one input counts in the filter. */
-void weigh(const taps *t, const double *centre, double step, int cubic) {
+/* Writes the weights of sums around center[i]; `step` is what a distance of one input counts in the filter. */
+void weigh(const taps *t, const double *center, double step, int cubic) {
   for (int i = 0; i < t->out; i++) {
     double sum = 0;
-    for (int k = 0; k < t->count[i]; k++) sum += filter((t->first[i] + k - centre[i] + 0.5) * step, cubic);
+    for (int k = 0; k < t->count[i]; k++) sum += filter((t->first[i] + k - center[i] + 0.5) * step, cubic);
     for (int k = 0; k < t->count[i]; k++) {
-      double weight = filter((t->first[i] + k - centre[i] + 0.5) * step, cubic) / sum * (1 << BITS);
+      double weight = filter((t->first[i] + k - center[i] + 0.5) * step, cubic) / sum * (1 << BITS);
       t->weights[(size_t)i * t->size + k] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
     }
   }

@@ -3,7 +3,7 @@
 //
 // An output tile of kTileRows pixels by up to two vectors of channels stays in registers while the sum runs over the
 // window: one broadcast input value meets kVectors loaded weights. A window's row is contiguous in memory (its pixels
-// are neighbours, its channels innermost), so the sum is kernel_height runs of kernel_width * channels values, whatever
+// are neighbors, its channels innermost), so the sum is kernel_height runs of kernel_width * channels values, whatever
 // the kernel's size. Borders are zeros in a copy of the few input rows at hand, which stays in cache.
 
 #include <cstdint>
@@ -33,7 +33,7 @@ bool Fit(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, in
 }
 
 // Of a reader's scale and bias, and of the mean and reciprocal deviation of what it reads, which are empty where that is
-// normalised already.
+// normalized already.
 bool FitReader(Shape x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
   const auto channels = scale.element_count();
   return x.size() == 4 && scale.dimensions().size() == 1 && bias.element_count() == channels &&
@@ -57,9 +57,9 @@ Source<T> Plain(ffi::AnyBuffer x) {
 template <typename T>
 Source<T> Read(ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale,
                ffi::AnyBuffer bias) {
-  const bool normalises = mean.element_count() > 0;
-  return {x.typed_data<T>(), normalises ? mean.typed_data<T>() : nullptr,
-          normalises ? reciprocal.typed_data<T>() : nullptr, scale.typed_data<T>(), bias.typed_data<T>(),
+  const bool normalizes = mean.element_count() > 0;
+  return {x.typed_data<T>(), normalizes ? mean.typed_data<T>() : nullptr,
+          normalizes ? reciprocal.typed_data<T>() : nullptr, scale.typed_data<T>(), bias.typed_data<T>(),
           x.dimensions()[3]};
 }
 

@@ -1,4 +1,4 @@
-// What a convolution reads: rows of a map as they lie, or normalised and rectified on the way.
+// What a convolution reads: rows of a map as they lie, or normalized and rectified on the way.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_INPUT_ROWS_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_INPUT_ROWS_H_
@@ -27,7 +27,7 @@ struct Source {
 };
 
 template <bool kNormalise, typename T>
-inline T Normalised(const Source<T>& source, int64_t c) {
+inline T Normalized(const Source<T>& source, int64_t c) {
   return kNormalise ? (source.x[c] - source.mean[c]) * source.reciprocal[c] : source.x[c];
 }
 
@@ -36,7 +36,7 @@ void RectifyPixels(Source<T> source, int64_t pixels, int64_t channels, T* to) {
   for (int64_t p = 0; p < pixels; ++p, source.x += source.step, to += channels) {
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-      const T value = source.scale[c] * Normalised<kNormalise>(source, c) + source.bias[c];
+      const T value = source.scale[c] * Normalized<kNormalise>(source, c) + source.bias[c];
       to[c] = value > T{0} ? value : T{0};
     }
   }

@@ -144,10 +144,10 @@ void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, co
       for (int64_t i = 0; i < count; ++i, out += kAdd ? channels : y_step, to += y_step) {
 #pragma GCC ivdep
         for (int64_t c = 0; c < channels; ++c) {
-          const T value = kAdd ? to[c] + out[c] : out[c], centred = value - about[c];
+          const T value = kAdd ? to[c] + out[c] : out[c], centered = value - about[c];
           if (kAdd) to[c] = value;
-          sum[c] += centred;
-          square[c] += centred * centred;
+          sum[c] += centered;
+          square[c] += centered * centered;
         }
       }
     };
@@ -164,7 +164,7 @@ void UnrectifyPixels(Source<T> read, int64_t pixels, int64_t channels, const T* 
   for (int64_t i = 0; i < pixels; ++i, read.x += read.step, to += to_step, gradient += channels) {
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-      const T x = Normalised<kNormalise>(read, c);
+      const T x = Normalized<kNormalise>(read, c);
       const T open = read.scale[c] * x + read.bias[c] > T{0} ? gradient[c] : T{0};
       of_bias[c] += open;
       of_scale[c] += open * x;
