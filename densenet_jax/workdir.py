@@ -3,9 +3,10 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,15 @@ from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import report_full_disk
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def only_run_in(workdir: str) -> Iterator[None]:
-    """Holds the work directory for this run; the lock goes with the first process, however it ends.
+def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
+    """Holds the work directory for this run; the lock ends with process 0, however it ends.
+
+    Yields:
+        A function that checks that the directory is still there and held; call it before something is saved.
 
     Raises:
         UserError: another run holds it, or the directory can't be made.
@@ -28,21 +34,53 @@ def only_run_in(workdir: str) -> Iterator[None]:
     if "://" in workdir:
         raise UserError(f"--workdir {workdir} is no directory; mount the bucket (gcsfuse) and name the mount's path.")
     if not processes.is_first():
-        yield
+        yield lambda: None
         return
     try:
         os.makedirs(workdir, exist_ok=True)
-        lock = open(os.path.join(workdir, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
     except OSError as error:
         raise UserError(f"--workdir {workdir} can't be used: {error.strerror}; choose another.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    locks = [_lock(workdir)]
+
+    def check() -> None:
+        if not os.path.isfile(os.path.join(workdir, "config.json")):
             raise UserError(
-                f"--workdir {workdir} is in use by another run; wait for its end or choose another."
-            ) from error
-        yield
+                f"--workdir {workdir} was removed or emptied during the run, and what was saved there with it; bring "
+                "it back from a copy, or train again."
+            )
+        if not _is_file_of(locks[-1], os.path.join(workdir, ".lock")):
+            locks.append(_lock(workdir))
+            logger.warning("%s/.lock was removed during the run; it is there again.", workdir)
+
+    try:
+        yield check
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def _lock(workdir: str) -> int:
+    path = os.path.join(workdir, ".lock")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        what = (
+            "a link, which is not followed; remove it" if os.path.islink(path) else f"{error.strerror}; choose another"
+        )
+        raise UserError(f"--workdir {workdir} can't be used: .lock: {what}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"--workdir {workdir} is in use by another run; wait for its end or choose another.") from error
+    return lock
+
+
+def _is_file_of(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def started_from(workdir: str, pretrained: str) -> bool:

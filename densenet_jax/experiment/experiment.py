@@ -22,10 +22,11 @@ from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import check_same_shapes, find_checkpoint, restore_variables
+from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.eval_step import EvalSums, make_eval_step
 from densenet_jax.training.precision import Policy, get_policy
 from densenet_jax.training.predict_step import make_predict_step
+from densenet_jax.training.restore import check_same_shapes, restore_variables
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.state import StateRecipe, TrainState
 from densenet_jax.training.steps import Augment, TrainStep

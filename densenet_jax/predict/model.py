@@ -22,7 +22,8 @@ from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
-from densenet_jax.training.checkpoint import find_checkpoint, restore_variables
+from densenet_jax.training.checkpoint import find_checkpoint
+from densenet_jax.training.restore import restore_variables
 from densenet_jax.workdir import labels_path, read_settings, started_from
 
 logger = logging.getLogger(__name__)

@@ -31,12 +31,12 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     path = os.path.join(workdir, METRICS_FILE)
     if not os.path.exists(path):
         return []
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                records.append(_parse(line, f"{path} line {number}"))
-    return records
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = enumerate(file, start=1)
+            return [_parse(line, f"{path} line {number}") for number, line in lines if line.endswith("\n")]
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; mend or remove it.") from error
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -44,6 +44,11 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
         if not {"step", "epoch", "split", "loss", "top1", "top5"} <= record.keys():
             raise ValueError("step, epoch, split, loss, top1 or top5 is missing")
+        if not isinstance(record["split"], str) or type(record["step"]) is not int:
+            raise ValueError("step is not a whole number or split not a text")
+        for name, value in record.items():
+            if name != "split" and (isinstance(value, bool) or not isinstance(value, int | float | None)):
+                raise ValueError(f"{name} is {value!r}, expected a number")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a report ({error}); mend or remove that line.") from error
     return record

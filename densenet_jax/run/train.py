@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from densenet_jax.config import flatten, to_dict
@@ -38,6 +38,7 @@ class Trainer:
         watchdog: Watchdog,
         profile: Profile,
         dataset: Identity,
+        check_workdir: Callable[[], None],
     ) -> None:
         """Compiles the steps and restores or creates the state.
 
@@ -47,6 +48,7 @@ class Trainer:
         self._experiment = experiment
         self._dataset = dataset
         self._stop = stop
+        self._check_workdir = check_workdir
         self._watchdog = watchdog
         self._config = to_dict(experiment.config)
         self._timeline = experiment.timeline
@@ -128,6 +130,7 @@ class Trainer:
                         validate = self._timeline.is_eval_step(self._step) and not stopping
                         result = self._validate() if validate else {}
                         self._watchdog.begins(f"saving after step {self._step}")
+                        self._check_workdir()
                         self._checkpoints.save(
                             self._step, self._state, self._config, window.begun(), result or None, self._dataset
                         )
@@ -223,7 +226,7 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         Preempted: SIGTERM or Ctrl-C; the state is saved.
         UserError: a mistake that the user can mend, or a full disk.
     """
-    with only_run_in(workdir), report_full_disk(workdir), StopRequest() as stop:
+    with only_run_in(workdir) as check_workdir, report_full_disk(workdir), StopRequest() as stop:
         experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
         experiment.check_kernels()
         profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
@@ -231,7 +234,7 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, dataset["classes"], keep_others=same_classes)
         watchdog = Watchdog(workdir, experiment.config.train.stall_secs)
-        trainer = Trainer(experiment, workdir, stop, watchdog, profile, dataset)
+        trainer = Trainer(experiment, workdir, stop, watchdog, profile, dataset, check_workdir)
         try:
             with watchdog:
                 figures = trainer.run()

@@ -1,4 +1,4 @@
-"""What is saved of a run, and how it comes back: Orbax below, our promises above.
+"""Saves a run and restores it, by Orbax.
 
 A checkpoint at step s is `DIR/checkpoints/s/` and holds the state after s steps, the position in the data order
 (s again, since the order is a function of the step) and the resolved settings.
@@ -18,31 +18,27 @@ from orbax.checkpoint import checkpoint_managers
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import (
+    CHECKSUMS_MARK,
     METRICS_ITEM,
     DamagedCheckpointError,
     check_files,
+    find_missing_file,
     finished_steps,
     saved_score,
     write_checksums,
 )
 from densenet_jax.training.precision import LossScale
+from densenet_jax.training.restore import (
+    check_same_shapes,
+    orbax_errors_only,
+    read_saved_tree,
+    restore_variables,
+)
 from densenet_jax.training.sharding import shardings_of, with_sharding
 from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 _BEST_METRIC = "top1"
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keeps Orbax from warning of what is meant: that a run is only read, and restored in part."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 class Checkpoints:
@@ -56,6 +52,7 @@ class Checkpoints:
             max_to_keep: newest checkpoints kept; the best by validation top-1 is kept besides.
             read_only: changes nothing on disk, not even by creating a directory.
         """
+        self._last_saved: int | None = None
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"--workdir {workdir} has no checkpoints; train there first, or name a run's directory.")
@@ -69,7 +66,7 @@ class Checkpoints:
                 ),
             ]
         )
-        with _errors_only():
+        with orbax_errors_only():
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -97,7 +94,7 @@ class Checkpoints:
         """Starts writing `state`; returns once it is safe to donate it to the next step.
 
         Args:
-            step: steps done, as `state.step` says.
+            step: steps done, equal to `state.step`.
             state: what to save.
             config: the resolved settings.
             window: sums of the report under way, so that the next report is whole after a restart, too.
@@ -105,12 +102,14 @@ class Checkpoints:
             dataset: what it is trained on, as `densenet_jax.data.identity.identify` gives it.
 
         Raises:
-            UserError: the disk is full; of an earlier save this is told here, too.
+            UserError: the disk is full, now or in the save before; or the directory was removed.
         """
         if step in self._manager.all_steps():
             return
-        position = {"next_step": step, "window": window} | ({"dataset": dataset} if dataset else {})
-        with report_full_disk(self.directory):
+        position = {"next_step": step, "window": window, CHECKSUMS_MARK: True}
+        position |= {"dataset": dataset} if dataset else {}
+        self._last_saved = step
+        with self._report_lost_files():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -122,7 +121,7 @@ class Checkpoints:
             )
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a validation that was made up for to the finished checkpoint of `step`, so that it can be the best.
+        """Adds a validation to the finished checkpoint of `step`, so that it can be the best.
 
         Raises:
             UserError: the disk is full.
@@ -139,11 +138,14 @@ class Checkpoints:
         self._manager.reload()
 
     def steps(self) -> list[int]:
-        """Steps that have a finished checkpoint, oldest first."""
+        """Steps whose checkpoint is finished and has lost no file, oldest first."""
+        return [step for step in self._all_steps() if not find_missing_file(self._path(step))]
+
+    def _all_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest validation top-1, the newest of equals; None where none was validated."""
+        """The step with the highest validation top-1, the newest of equals; None if none was validated."""
         scores: dict[int, float] = {}
         for step in self.steps():
             try:
@@ -158,27 +160,30 @@ class Checkpoints:
         """The step that "latest", "best" or a number names.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or the newest has lost files.
         """
-        steps = self.steps()
-        if not steps:
+        steps, everything = self.steps(), self._all_steps()
+        if not everything:
             raise UserError(f"{self.directory} holds no finished checkpoint; train first, or name a run's directory.")
-        if which == "latest":
-            return steps[-1]
+        if which == "latest" or (which.isdigit() and int(which) in everything):
+            step = everything[-1] if which == "latest" else int(which)
+            if step not in steps:
+                whole = f"give config.eval.checkpoint={steps[-1]}" if steps else "no other is whole"
+                path = self._path(step)
+                raise DamagedCheckpointError(f"{path} is damaged: {find_missing_file(path)} is missing; {whole}")
+            return step
         if which == "best":
             best = self.best_step()
             if best is None:
                 raise UserError(f"{self.directory} holds no validated checkpoint; give latest or one of {steps}.")
             return best
-        if int(which) not in steps:
-            raise UserError(f"{self.directory} has no step {which}; it has {', '.join(map(str, steps))}.")
-        return int(which)
+        raise UserError(f"{self.directory} has no step {which}; it has {', '.join(map(str, steps)) or 'none'}.")
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """The state saved at `step`, laid out as the abstract state `like` says, and the sums of the report under way.
+        """Restores the state saved at `step`, laid out like the abstract state, and the sums of the report under way.
 
-        A loss scale that `like` has and the checkpoint has not, since it was saved under another precision, begins
-        anew; one that `like` has not is dropped.
+        A loss scale that only `like` has begins anew, and one that only the checkpoint has is dropped: the precision
+        was changed.
 
         Raises:
             DamagedCheckpointError: the checkpoint is not what was written.
@@ -187,8 +192,8 @@ class Checkpoints:
         path = self._path(step)
         whole = check_files(path)
         try:
-            tree = _saved_tree(path)
-            # Before anything is read: Orbax tells of it in a hundred tracebacks.
+            tree = read_saved_tree(path)
+            # Compared before anything is read: Orbax would print a hundred tracebacks.
             advice = "give the run's own --config or another --workdir"
             check_same_shapes(f"{path} is of another model", tree["params"], like.params, advice)
             scale = jax.eval_shape(LossScale.create) if tree.get("loss_scale") else None
@@ -202,7 +207,7 @@ class Checkpoints:
             kind = UserError if whole else DamagedCheckpointError
             raise kind(f"{path} can't be restored: {first_line(error)}") from error
         if restored["data"]["next_step"] != step:
-            raise DamagedCheckpointError(f"{path} says it is of step {restored['data']['next_step']}")
+            raise DamagedCheckpointError(f"{path} is damaged: it was saved at step {restored['data']['next_step']}")
         state, wanted = restored["state"], like.loss_scale
         if (state.loss_scale is None) != (wanted is None):
             scale = None if wanted is None else jax.device_put(LossScale.create(), shardings_of(wanted))
@@ -210,14 +215,15 @@ class Checkpoints:
         return state, restored["data"]["window"]
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
-        """What `restore` gives for the newest checkpoint that can be read; damaged ones are named and passed over.
+        """Restores the newest checkpoint that can be read; damaged ones are named and set aside.
 
-        None where nothing was saved.
+        Returns:
+            As `restore`; None if nothing was saved.
 
         Raises:
             UserError: there are checkpoints, but all are damaged; or one that is whole is of another model.
         """
-        steps, damaged = self.steps(), []
+        steps, damaged = self._all_steps(), []
         for step in reversed(steps):
             try:
                 restored = self.restore(step, like)
@@ -233,7 +239,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints out of the way of new ones of the same steps; nothing is deleted."""
+        """Moves checkpoints to `damaged_checkpoints`, out of the way of new ones; deletes nothing."""
         if not steps:
             return
         aside = os.path.join(os.path.dirname(self.directory), "damaged_checkpoints")
@@ -247,7 +253,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
 
     def _set_aside_unjudged(self) -> None:
-        """Sets aside checkpoints whose validation can't be read: Orbax could not even open the directory."""
+        """Sets aside checkpoints whose validation can't be read, with which Orbax can't open the directory."""
         damaged: list[int] = []
         steps = finished_steps(self.directory)
         for step in steps:
@@ -262,7 +268,7 @@ class Checkpoints:
         self._set_aside(damaged)
 
     def _add_checksums(self) -> None:
-        """Called by Orbax when all of a checkpoint is written and before it has its name."""
+        """Writes the checksums of a checkpoint that is complete, but not yet renamed; Orbax calls this."""
         if jax.process_index() == 0:
             for name in os.listdir(self.directory):
                 if ".orbax-checkpoint-tmp" in name:
@@ -272,51 +278,49 @@ class Checkpoints:
         return os.path.join(self.directory, str(step))
 
     def wait(self) -> None:
-        """Returns when everything started is on disk.
+        """Waits until every save that was started is on disk.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the last save was removed.
         """
-        with report_full_disk(self.directory):
+        with self._report_lost_files():
             self._manager.wait_until_finished()
+        self._check_last_save()
 
     def close(self) -> None:
-        """Waits and lets go of the directory; raises what `wait` does."""
-        with report_full_disk(self.directory):
+        """Waits as `wait` does, and closes the manager."""
+        with self._report_lost_files():
             self._manager.close()
+        self._check_last_save()
 
+    def _check_last_save(self) -> None:
+        if self._last_saved is not None and not os.path.isdir(self._path(self._last_saved)):
+            raise UserError(self._lost_files())
 
-def _saved_tree(path: str) -> dict[str, Any]:
-    """Shapes and dtypes of the saved state; None where it has nothing."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.metadata(os.path.join(path, "state")).item_metadata.tree
+    @contextlib.contextmanager
+    def _report_lost_files(self) -> Iterator[None]:
+        """Reports a full disk, or that somebody removed the directory, whatever Orbax makes of it."""
+        if not os.path.isdir(self.directory):
+            raise UserError(self._lost_files())
+        try:
+            with report_full_disk(self.directory):
+                yield
+        except UserError:
+            raise
+        except Exception as error:
+            if os.path.isdir(self.directory):
+                raise
+            raise UserError(self._lost_files()) from error
 
-
-def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
-    """Compares saved arrays with those of a model by name and shape.
-
-    Args:
-        what: was found to be of another model, for the message.
-        saved: a tree of arrays, or of what else has shapes.
-        wanted: the model's.
-        advice: what to do about a difference.
-
-    Raises:
-        UserError: they differ; the message names the first difference.
-    """
-    theirs, ours = (
-        {jax.tree_util.keystr(name, simple=True, separator="/"): tuple(leaf.shape) for name, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
-    )
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"{what}: {name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; {advice}."
-            )
+    def _lost_files(self) -> str:
+        return (
+            f"{self.directory} was removed during the run, and what was saved there with it; bring it back from a "
+            "copy, or train again"
+        )
 
 
 def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:
-    """The directory of a run's checkpoints and the step that `which` ("latest", "best" or a number) means there.
+    """Finds the directory of a run's checkpoints and the step that `which` ("latest", "best" or a number) names.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -333,8 +337,8 @@ def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True
 
     Args:
         workdir: the run's directory.
-        step: which checkpoint; None takes the newest.
-        averaged: take their moving average where the run has kept one, as validation does.
+        step: None takes the newest.
+        averaged: take the moving average where the run keeps one, as validation does.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
@@ -342,34 +346,3 @@ def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True
     directory, chosen = find_checkpoint(workdir, "latest" if step is None else str(step))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return restore_variables(directory, chosen, here, averaged)
-
-
-def restore_variables(
-    directory: str, step: int, sharding: jax.sharding.Sharding, averaged: bool = True
-) -> dict[str, Any]:
-    """The parameters and batch statistics saved at `step`, each laid out by `sharding`.
-
-    Args:
-        directory: the run's checkpoints.
-        step: which one.
-        sharding: of every array.
-        averaged: take their moving average where the run has kept one.
-
-    Raises:
-        UserError: the checkpoint can't be read.
-    """
-    path = os.path.join(directory, str(step), "state")
-    check_files(os.path.dirname(path))
-    try:
-        with _errors_only(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(path).item_metadata.tree
-            wanted = {name: tree[name] for name in ("params", "batch_stats")}
-            if averaged and tree.get("average"):
-                wanted = {"average": tree["average"]}
-            restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), wanted)
-            restored = reader.restore(
-                path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-            )
-            return restored.get("average", restored)
-    except Exception as error:  # as in Checkpoints.restore
-        raise UserError(f"{os.path.dirname(path)} can't be restored: {first_line(error)}") from error

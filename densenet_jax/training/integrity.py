@@ -1,8 +1,9 @@
-"""Checksums of a checkpoint's files: what Orbax and TensorStore do not notice is noticed here.
+"""Checksums of a checkpoint's files, for damage that Orbax and TensorStore do not notice.
 
-Flipped bytes in numbers of `data/metadata` or a lost `metrics` item come back from Orbax without a word (tried on every
-file of a checkpoint). So the SHA-256 of every file is written while the checkpoint still has its temporary name: a
-finished checkpoint always has them. Those of before this file existed have none and are read as they are.
+Flipped bytes in numbers of `data/metadata` or a lost `metrics` item come back from Orbax without an error (tried on
+every file of a checkpoint). So the SHA-256 of every file is written while the checkpoint still has its temporary name:
+a finished checkpoint always has them, and says so in its data item, so that a copy without them is noticed. Checkpoints
+that were written before the mark existed may have none and are then read unchecked.
 """
 
 import hashlib
@@ -16,21 +17,23 @@ CHECKSUMS_FILE = "checksums.json"
 _CHANGES_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt", CHECKSUMS_FILE)
 
 METRICS_ITEM = "metrics"  # Orbax's name of the item and of the file in it
+CHECKSUMS_MARK = "checksums"  # key of the data item: this checkpoint was written with checksums
+_NEEDED = ("data/metadata", "state/_METADATA")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what was written; the message names the file."""
+    """A checkpoint that is not what was written; names the file."""
 
 
 def write_checksums(path: str, item: str = "") -> None:
-    """Writes the checksums of every file of the checkpoint in the directory `path` beside them.
+    """Writes the checksums of a checkpoint's files beside them.
 
     Args:
         path: the checkpoint's directory.
         item: only files of this subdirectory are new; the other checksums stay, and where there are none, none are
             written. "" for all.
     """
-    sums = _read(path) if item else {}
+    sums = _read_checksums(path) if item else {}
     if sums is None:
         return
     sums |= {name: _checksum(os.path.join(path, name)) for name in _files(path) if name.startswith(item)}
@@ -43,19 +46,19 @@ def write_checksums(path: str, item: str = "") -> None:
 
 
 def check_files(path: str, item: str = "") -> bool:
-    """Compares the files of the checkpoint in the directory `path` with their checksums.
+    """Compares a checkpoint's files with their checksums.
 
     Args:
         path: the checkpoint's directory.
         item: only files of this subdirectory; "" for all.
 
     Returns:
-        False where the checkpoint has no checksums, since it was written before there were any.
+        False where the checkpoint was written before there were checksums.
 
     Raises:
         DamagedCheckpointError: a file is missing or has another content; the message names it.
     """
-    sums = _read(path)
+    sums = _read_checksums(path)
     if sums is None:
         return False
     for name, expected in sums.items():
@@ -63,14 +66,28 @@ def check_files(path: str, item: str = "") -> bool:
             continue
         file = os.path.join(path, name)
         try:
-            found = _checksum(file)
+            actual = _checksum(file)
         except OSError as error:
             raise DamagedCheckpointError(f"{path} is damaged: {name} can't be read ({error.strerror})") from error
-        if found != expected:
+        if actual != expected:
             raise DamagedCheckpointError(
                 f"{path} is damaged: {name} ({os.path.getsize(file):,} bytes) is not what was written"
             )
     return True
+
+
+def find_missing_file(path: str) -> str:
+    """The name of a file that the checkpoint in the directory `path` has lost; "" where all are there.
+
+    Contents are not looked at.
+    """
+    try:
+        names = _read_checksums(path) or ()
+    except DamagedCheckpointError:
+        names = ()  # its damage is reported when it is read
+        if not os.path.exists(os.path.join(path, CHECKSUMS_FILE)):
+            return CHECKSUMS_FILE
+    return next((name for name in (*_NEEDED, *names) if not os.path.isfile(os.path.join(path, name))), "")
 
 
 def finished_steps(directory: str) -> list[int]:
@@ -97,7 +114,7 @@ def saved_score(path: str, metric: str) -> float | None:
         raise DamagedCheckpointError(f"{path} is damaged: {why}") from error
 
 
-def _read(path: str) -> dict[str, str] | None:
+def _read_checksums(path: str) -> dict[str, str] | None:
     try:
         with open(os.path.join(path, CHECKSUMS_FILE), encoding="utf-8") as file:
             sums = json.load(file)
@@ -108,6 +125,10 @@ def _read(path: str) -> dict[str, str] | None:
         if not inside:
             raise ValueError("it holds no checksums")
     except FileNotFoundError:
+        if _is_marked(path):
+            raise DamagedCheckpointError(
+                f"{path} is damaged: {CHECKSUMS_FILE} is missing, with which it was written; copy it again, whole"
+            ) from None
         return None
     except (OSError, ValueError) as error:
         why = f"{CHECKSUMS_FILE} can't be read ({first_line(error)})"
@@ -115,12 +136,20 @@ def _read(path: str) -> dict[str, str] | None:
     return sums
 
 
+def _is_marked(path: str) -> bool:
+    try:
+        with open(os.path.join(path, "data", "metadata"), encoding="utf-8") as file:
+            return CHECKSUMS_MARK in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _files(path: str) -> list[str]:
-    found = []
+    files = []
     for directory, _, names in os.walk(path):
         inside = os.path.relpath(directory, path)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in names if name not in _CHANGES_LATER]
-    return sorted(name for name in found if not name.endswith(".tmp"))
+        files += [os.path.normpath(os.path.join(inside, name)) for name in names if name not in _CHANGES_LATER]
+    return sorted(name for name in files if not name.endswith(".tmp"))
 
 
 def _checksum(path: str) -> str:

@@ -1,6 +1,7 @@
 """Reports in metrics.jsonl and in TensorBoard's files."""
 
 import io
+import json
 import resource
 
 import numpy as np
@@ -62,4 +63,30 @@ def test_reports_come_back_but_for_a_line_cut_short(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 is not a report"):
+        read_metrics(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "5"},
+        {"step": True},
+        {"split": 3},
+        {"loss": [1]},
+        {"top1": "0.5"},
+        {"learning_rate": {}},
+        {"top5": True},
+    ],
+)
+def test_a_value_of_a_wrong_type_is_one_line(change, tmp_path):
+    report = {"step": 5, "split": "train", **FIGURES, "compile_secs": None} | change
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(report) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a report .*mend or remove that line") as caught:
+        read_metrics(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_place_of_the_reports_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
         read_metrics(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -171,10 +172,9 @@ def test_harm_to_any_file_is_detected_and_the_file_named(harm, recipe, tmp_path)
     for name in files:
         content = (checkpoint / name).read_bytes()
         harmed = harm(content)
-        if harmed is None and name == "checksums.json":
-            continue  # without it a checkpoint is read like those of before there were any
         (checkpoint / name).unlink() if harmed is None else (checkpoint / name).write_bytes(harmed)
-        named = ".*" if name == "checksums.json" else name  # a wrong checksum speaks against its file
+        # A wrong checksum speaks against its file.
+        named = ".*" if name == "checksums.json" and harmed is not None else name
         for read in (lambda: checkpoints.restore(2, like), lambda: load_checkpoint(str(tmp_path))):
             with pytest.raises(UserError, match=f"checkpoints/2 is damaged: {named} "):
                 read()
@@ -202,13 +202,53 @@ def test_checkpoint_whose_validation_is_unreadable_is_passed_over(recipe, tmp_pa
 def test_checkpoint_from_before_there_were_checksums_is_read(recipe, tmp_path):
     saved(recipe, tmp_path, {1: None, 2: None})
     for step in (1, 2):
-        (tmp_path / "checkpoints" / str(step) / "checksums.json").unlink()
+        checkpoint = tmp_path / "checkpoints" / str(step)
+        (checkpoint / "checksums.json").unlink()
+        marked = (checkpoint / "data" / "metadata").read_text()
+        (checkpoint / "data" / "metadata").write_text(marked.replace('"checksums": true', '"other": true'))
     damage(tmp_path, 2)  # what Orbax notices by itself is still told
     checkpoints = Checkpoints(str(tmp_path))
     restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
     checkpoints.close()
     assert restored is not None
     assert int(restored[0].step) == 1
+
+
+def test_half_deleted_checkpoints_are_not_listed(recipe, tmp_path):
+    saved(recipe, tmp_path, {1: 0.9, 2: 0.5, 3: 0.7})
+    (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert checkpoints.steps() == [2, 3]
+    assert (checkpoints.resolve("latest"), checkpoints.resolve("best")) == (3, 3)
+    with pytest.raises(UserError, match="has no step 7; it has 2, 3"):
+        checkpoints.resolve("7")
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "data")
+    for which in ("latest", "3"):
+        message = r"checkpoints/3 is damaged: data/metadata is missing; give config.eval.checkpoint=2"
+        with pytest.raises(UserError, match=message):
+            checkpoints.resolve(which)
+    checkpoints.close()
+    checkpoints = Checkpoints(str(tmp_path))
+    restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
+    checkpoints.close()
+    assert restored is not None
+    assert int(restored[0].step) == 2
+    assert (tmp_path / "damaged_checkpoints" / "3").is_dir()
+
+
+def test_a_directory_that_is_removed_during_the_run_is_a_users_error(recipe, tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(1, state_at(recipe, 1), CONFIG, WINDOW)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(UserError, match="was removed during the run"):
+        checkpoints.wait()
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="was removed during the run"):
+        checkpoints.save(2, state_at(recipe, 2), CONFIG, WINDOW)
+    with pytest.raises(UserError, match="was removed during the run"):
+        checkpoints.close()
+    assert not tmp_path.exists()
 
 
 def test_whole_checkpoint_of_another_model_is_not_set_aside(recipe, tmp_path):

@@ -1,0 +1,83 @@
+"""Restores a checkpoint's weights, and compares saved arrays with a model's."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from densenet_jax.errors import UserError, first_line
+from densenet_jax.training.integrity import check_files
+
+
+@contextlib.contextmanager
+def orbax_errors_only() -> Iterator[None]:
+    """Silences Orbax's warnings that a run is opened for reading or restored in part, which is intended."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def read_saved_tree(path: str) -> dict[str, Any]:
+    """Shapes and dtypes of the state in the checkpoint at `path`; None for parts that were not saved."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(os.path.join(path, "state")).item_metadata.tree
+
+
+def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
+    """Compares saved arrays with a model's by name and shape.
+
+    Args:
+        what: begins the message of an error.
+        saved: a tree of arrays or abstract arrays.
+        wanted: the model's.
+        advice: ends the message.
+
+    Raises:
+        UserError: they differ; the message names the first difference.
+    """
+    theirs, ours = (
+        {jax.tree_util.keystr(name, simple=True, separator="/"): tuple(leaf.shape) for name, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{what}: {name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; {advice}."
+            )
+
+
+def restore_variables(
+    directory: str, step: int, sharding: jax.sharding.Sharding, averaged: bool = True
+) -> dict[str, Any]:
+    """Restores the parameters and batch statistics saved at `step`, each laid out by `sharding`.
+
+    Args:
+        directory: the run's `checkpoints`.
+        averaged: take the moving average where the run keeps one.
+
+    Raises:
+        UserError: the checkpoint can't be read.
+    """
+    path = os.path.join(directory, str(step), "state")
+    check_files(os.path.dirname(path))
+    try:
+        with orbax_errors_only(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(path).item_metadata.tree
+            wanted = {name: tree[name] for name in ("params", "batch_stats")}
+            if averaged and tree.get("average"):
+                wanted = {"average": tree["average"]}
+            restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), wanted)
+            restored = reader.restore(
+                path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            )
+            return restored.get("average", restored)
+    except Exception as error:  # as in Checkpoints.restore
+        raise UserError(f"{os.path.dirname(path)} can't be restored: {first_line(error)}") from error
