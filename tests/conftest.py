@@ -47,12 +47,8 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served_run(tmp_path_factory):
-    from tests.deployed_run import make_run
-
-    root = tmp_path_factory.mktemp("serve")
-    make_run(root / "run", root / "datasets")
-    return root / "run"
+def served_run(digits):
+    return digits[0]
 
 
 @pytest.fixture(scope="session")

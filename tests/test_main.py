@@ -7,6 +7,7 @@ import pathlib
 import re
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -154,7 +155,7 @@ def test_weights_come_back_in_python(finished):
     variables = densenet_jax.load_checkpoint(str(finished))
     assert set(variables) == {"params", "batch_stats"}
     module = densenet_jax.create_model("densenet_bc_22_12", num_classes=10)
-    logits = module.apply(variables, jnp.zeros((2, 8, 8, 1)), train=False)
+    logits = jax.jit(module.apply)(variables, jnp.zeros((2, 8, 8, 1)))
     assert logits.shape == (2, 10)
 
 

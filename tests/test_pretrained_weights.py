@@ -22,7 +22,7 @@ SMALL = (
 def weights_file(path: pathlib.Path, num_classes: int, channels: int) -> dict:
     """Writes random weights as PyTorch has them, and returns them."""
     module = densenet_jax.create_model(NAME, num_classes=num_classes)
-    variables = module.init(jax.random.key(7), jnp.zeros((1, 8, 8, channels)), train=False)
+    variables = jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 8, 8, channels)))
     densenet_jax.save_torch_state_dict(variables, path)
     return variables
 

@@ -77,7 +77,7 @@ def test_a_model_over_several_devices_trains_in_memory_that_begins_unwritten():
     found = []
     for settings in ({"block_form": "plain"}, {"block_form": "normalize_once_tpu", "mesh": mesh}):
         model = create_model("densenet_bc_22_12", num_classes=3, **settings)
-        variables = model.init(jax.random.key(0), images[:1])
+        variables = jax.jit(model.init)(jax.random.key(0), images[:1])
         shardings = (replicated(mesh), over_data(mesh))
         step = jax.jit(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), in_shardings=shardings)
         found.append(step(variables, images))

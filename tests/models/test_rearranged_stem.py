@@ -70,5 +70,5 @@ def test_a_network_with_it_is_the_plain_one(name, size):
                 return jnp.sum(logits * jnp.arange(6).reshape(2, 3)), (logits, new)
 
             (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
-            results.append((outputs, gradients, model.apply(variables, images)))
+            results.append((outputs, gradients, jax.jit(model.apply)(variables, images)))
         assert largest_error(*results) < 1e-9

@@ -97,7 +97,7 @@ def test_features_are_the_module_s(digits, predictor, kind):
     mean, std = experiment.data.mean_std()
     variables = densenet_jax.load_checkpoint(str(workdir))
     seen = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
-    want = experiment.model.clone(output=kind).apply(variables, jnp.asarray(seen), train=False)
+    want = jax.jit(experiment.model.clone(output=kind).apply)(variables, jnp.asarray(seen))
     found = predictor.features(images, kind)
     assert jax.tree.structure(found) == jax.tree.structure(want)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):

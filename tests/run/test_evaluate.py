@@ -31,7 +31,7 @@ LABELS = [1, 2, 0, 2, 3, 4, 1, 8, 2]
 def variables():
     """A small model with ImageNet's thousand classes, whose logits differ between images as much as between classes."""
     module = create_model(MODEL, num_classes=1000)
-    started = module.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)), train=False)
+    started = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
     kernel = started["params"]["classifier"]["kernel"]
     started["params"]["classifier"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(2), kernel.shape)
     return started
@@ -175,7 +175,7 @@ def test_class_without_examples_has_no_accuracy(tmp_path):
 
 def test_mixing_does_not_pair_the_copies_of_an_image():
     config = settings(**{"augment.repeats": 2, "augment.mixup_alpha": 1.0, "augment.flip": False})
-    augment = augment_of(config, (MEAN, STD), 4, jnp.float32)
+    augment = jax.jit(augment_of(config, (MEAN, STD), 4, jnp.float32))
     labels = jnp.asarray([0, 0, 1, 1, 2, 2, 3, 3])
     _, targets = augment(jnp.zeros((8, 4, 4, 3), jnp.uint8), labels, jnp.asarray(0))
     used = [set(np.flatnonzero(row).tolist()) for row in np.asarray(targets)]

@@ -1,6 +1,7 @@
 """What is saved comes back, and what is damaged is passed over by name."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -30,8 +31,13 @@ def everywhere(devices: int = 1):
     return sharding.replicated(sharding.make_mesh(jax.devices()[:devices]))
 
 
+@functools.cache
+def created(recipe: StateRecipe):
+    return recipe.create(everywhere())
+
+
 def state_at(recipe: StateRecipe, step: int):
-    state = recipe.create(everywhere())
+    state = created(recipe)
     params = jax.tree.map(lambda leaf: leaf + step, state.params)
     return state.replace(step=jnp.asarray(step, jnp.int32), params=params)
 

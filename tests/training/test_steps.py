@@ -42,21 +42,36 @@ def recipe_of(dtype, **changes) -> StateRecipe:
     return StateRecipe(model, optimizer, 0, SHAPE, **changes)
 
 
-def trained(recipe: StateRecipe, devices: int, steps: int = 3, **options):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    everywhere = sharding.replicated(mesh)
-    step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, label_smoothing=0.1, **options)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    state = recipe.create(everywhere)
-    reports = []
-    for number in range(steps):
-        state, report = jitted(state, sharding.to_devices(batch_of(number), mesh))
-        reports.append(jax.device_get(report))
-    return on_one(state), reports
+class Trainer:
+    """The compiled step over some devices, and the states of three steps from the start."""
+
+    def __init__(self, recipe: StateRecipe, devices: int, **options):
+        self.recipe, self.mesh = recipe, sharding.make_mesh(jax.devices()[:devices])
+        self.everywhere = sharding.replicated(self.mesh)
+        step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, label_smoothing=0.1, **options)
+        self.step = jax.jit(step, out_shardings=self.everywhere)
+        self.states, self.reports = self.run(3)
+
+    def run(self, steps: int):
+        states, reports = [self.recipe.create(self.everywhere)], []
+        for number in range(steps):
+            state, report = self.step(states[-1], sharding.to_devices(batch_of(number), self.mesh))
+            states.append(state)
+            reports.append(jax.device_get(report))
+        self.on_devices = states
+        return [jax.device_get(state) for state in states], reports
 
 
-def on_one(tree):
-    return jax.device_put(tree, jax.devices()[0])
+@pytest.fixture(scope="module")
+def one():
+    with jax.enable_x64(True):
+        return Trainer(recipe_of(jnp.float64, averages=True), 1, average_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    with jax.enable_x64(True):
+        return Trainer(recipe_of(jnp.float64, averages=True), 8, average_decay=0.9)
 
 
 def assert_close(ours, theirs, rtol):
@@ -65,21 +80,18 @@ def assert_close(ours, theirs, rtol):
         np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol, err_msg=jax.tree_util.keystr(name))
 
 
-def test_same_numbers_on_one_and_on_eight_devices():
-    with jax.enable_x64(True):
-        recipe = recipe_of(jnp.float64, averages=True)
-        one, eight = trained(recipe, 1, average_decay=0.9), trained(recipe, 8, average_decay=0.9)
-    assert_close(one, eight, 1e-10)
-    assert one[0].step == 3
+def test_same_numbers_on_one_and_on_eight_devices(one, eight):
+    assert_close((one.states, one.reports), (eight.states, eight.reports), 1e-10)
+    assert [state.step for state in one.states] == [0, 1, 2, 3]
 
 
-def test_batch_and_state_lie_where_they_should():
-    mesh = sharding.make_mesh(jax.devices())
-    batch = sharding.to_devices(batch_of(0), mesh)
+def test_batch_and_state_lie_where_they_should(eight):
+    batch = sharding.to_devices(batch_of(0), eight.mesh)
     assert len(batch["image"].addressable_shards) == 8
     assert batch["image"].addressable_shards[3].data.shape[0] == BATCH // 8
-    state = recipe_of(jnp.float32).create(sharding.replicated(mesh))
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+    for leaf in jax.tree.leaves(eight.on_devices):
+        assert len(leaf.sharding.device_set) == 8
+        assert leaf.sharding.is_fully_replicated
 
 
 def test_batch_that_devices_do_not_divide_is_a_users_error():
@@ -88,13 +100,11 @@ def test_batch_that_devices_do_not_divide_is_a_users_error():
         sharding.check_batch_size("config.x", 20, mesh)
 
 
-def test_moving_average_follows_its_closed_form():
-    recipe = recipe_of(jnp.float32, averages=True)
-    first, _ = trained(recipe, 1, steps=1, average_decay=0.9)
-    start = on_one(recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1]))))
+def test_moving_average_follows_its_closed_form(one):
+    start, first, *_ = one.states
     decay = min(0.9, 1 / 10)
     expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start.variables, first.variables)
-    assert_close(first.average, expected, 1e-6)
+    assert_close(first.average, expected, 1e-6)  # the decay is a float32
 
 
 def test_frozen_parts_stand_still_with_their_statistics():
@@ -104,8 +114,7 @@ def test_frozen_parts_stand_still_with_their_statistics():
     optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4, freeze=pattern)
     frozen_norms = dataclasses.replace(recipe.model.norm_options, frozen=pattern)
     recipe = StateRecipe(recipe.model.clone(norm_options=frozen_norms), optimizer, 0, SHAPE)
-    start = on_one(recipe.create(sharding.replicated(sharding.make_mesh(jax.devices()[:1]))))
-    end, _ = trained(recipe, 1)
+    start, *_, end = Trainer(recipe, 1).states
     classifier = end.params.pop("classifier")
     assert np.abs(classifier["bias"] - start.params.pop("classifier")["bias"]).max() > 0
     assert_close(start.params, end.params, 0)
@@ -125,7 +134,7 @@ def test_float16_skips_a_step_whose_scaled_gradient_overflows():
         assert_close(getattr(state, kept), getattr(start, kept), 0)
 
 
-def test_step_is_a_function_of_seed_and_step_alone():
-    recipe = recipe_of(jnp.float32)
-    (first, _), (second, _) = trained(recipe, 1, steps=2), trained(recipe, 1, steps=2)
-    assert_close(first, second, 0)
+def test_step_is_a_function_of_seed_and_step_alone(one):
+    with jax.enable_x64(True):
+        states, reports = one.run(2)
+    assert_close((states, reports), (one.states[:3], one.reports[:2]), 0)
