@@ -42,7 +42,7 @@ def draw_images(batch, side_px, seed=SEED):
     )
 
 
-def summarise(array):
+def summarize(array):
     """Sum, sum of magnitudes and some values of an array in PyTorch's layout: float64[2 + at most SLICE]."""
     flat = np.asarray(array, np.float64).reshape(-1)
     chosen = generator(f"slice {flat.size}").choice(flat.size, min(SLICE, flat.size), replace=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from drawn import draw, draw_images, key_lines, summarise
+from drawn import draw, draw_images, key_lines, summarize
 from references import timm, torchvision
 from timm.layers.test_time_pool import TestTimePoolHead
 from timm.models.densenet import DenseNet
@@ -79,7 +79,7 @@ def summaries(model, images):
     """Summaries of every tap, and all the logits."""
     found, handles = {}, []
     for name, module in taps(model).items():
-        hook = lambda _, __, output, name=name: found.__setitem__(name, summarise(output.detach().numpy()))  # noqa: E731
+        hook = lambda _, __, output, name=name: found.__setitem__(name, summarize(output.detach().numpy()))  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         found["logits"] = model(images).numpy()
@@ -120,10 +120,10 @@ def training(name):
     logits = model(images)
     weights = torch.from_numpy(draw("loss.weight", (SMALL_BATCH, 10))).double()
     (logits * weights).sum().backward()
-    arrays = {"train/logits": logits.detach().numpy(), "gradient/images": summarise(images.grad.numpy())}
-    arrays |= {f"gradient/{key}": summarise(value.grad.numpy()) for key, value in model.named_parameters()}
+    arrays = {"train/logits": logits.detach().numpy(), "gradient/images": summarize(images.grad.numpy())}
+    arrays |= {f"gradient/{key}": summarize(value.grad.numpy()) for key, value in model.named_parameters()}
     statistics = {key: value for key, value in model.state_dict().items() if "running" in key}
-    arrays |= {f"after/{key}": summarise(value.numpy()) for key, value in statistics.items()}
+    arrays |= {f"after/{key}": summarize(value.numpy()) for key, value in statistics.items()}
     evaluating = fill(SMALL[name]()).double().eval()
     for side_px in SMALL_EVAL_PX:
         found = summaries(evaluating, torch.from_numpy(draw_images(SMALL_BATCH, side_px)).double())
