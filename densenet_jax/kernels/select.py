@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS
-from densenet_jax.kernels.tpu import conv_gradients, reader_gradients
+from densenet_jax.kernels.tpu import conv1x1_gradients, conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import LANES
 
 Choice = Literal["xla", "pallas"]
@@ -29,7 +29,7 @@ class BlockShape(NamedTuple):
     Attributes:
       examples, height, width, channels: of its input.
       layers: how many.
-      hidden: channels behind a layer's first convolution, 0 without a bottleneck.
+      bottleneck: channels behind a layer's first convolution, 0 without a bottleneck.
       growth: channels that a layer adds.
       drops: whether some of what its convolutions give is dropped.
     """
@@ -39,7 +39,7 @@ class BlockShape(NamedTuple):
     width: int
     channels: int
     layers: int
-    hidden: int
+    bottleneck: int
     growth: int
     drops: bool = False
 
@@ -149,26 +149,26 @@ def choose_layer_gradients(
             f"are {block.examples}: change config.train.global_batch_size or config.train.microbatches, or set it to "
             "'auto'."
         )
-    if not block.hidden:
+    if not block.bottleneck:
         return "xla"
     maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
     stays_on_chip = block.is_on_chip(dtype, 2 * block.columns)
     start = block.columns - block.growth
-    are_computed = conv_gradients.fits(maps, (3, 3, block.hidden, block.growth), start) and reader_gradients.fits(
-        maps, (start, block.hidden)
-    )
+    are_computed = conv3x3_gradients.fits(
+        maps, (3, 3, block.bottleneck, block.growth), start
+    ) and conv1x1_gradients.fits(maps, (start, block.bottleneck))
     return "pallas" if are_computed and not stays_on_chip else "xla"
 
 
-def recomputes_hidden(dtype: Any, block: BlockShape) -> bool:
-    """Whether a TPU computes hidden maps again in the backward pass rather than keeping them in memory.
+def should_remat_bottleneck(dtype: Any, block: BlockShape) -> bool:
+    """Whether a TPU computes bottleneck maps again in the backward pass rather than keeping them in memory.
 
-    It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its hidden
-    map would write and read: in the first block of the ImageNet networks, which holds half of all hidden maps.
+    It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its bottleneck
+    map would write and read: in the first block of the ImageNet networks, which holds half of all bottleneck maps.
 
     Args:
       dtype: of activations.
       block: as one device has it.
     """
     mean_read = (block.channels + block.columns) / 2
-    return not block.is_on_chip(dtype, block.layers * block.hidden) and mean_read <= 2 * block.hidden
+    return not block.is_on_chip(dtype, block.layers * block.bottleneck) and mean_read <= 2 * block.bottleneck

@@ -1,10 +1,9 @@
-"""From a name to a module."""
+"""Makes a network from its name; the only place that picks the plain or the fused implementation."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 from typing import Any
 
@@ -12,15 +11,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.select import KERNELS_WANTED
-from densenet_jax.models.dense_block import Form, plain_dense_block
+from densenet_jax.kernels.select import KERNEL_DTYPES, KERNELS_WANTED
 from densenet_jax.models.densenet import STEMS, DenseNet
-from densenet_jax.models.dual_path import ACTIVATIONS, DualPathNetwork
-from densenet_jax.models.dual_path_once import STAGE_FORMS
+from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
+from densenet_jax.models.fused import BACKENDS, Fused
 from densenet_jax.models.head import OUTPUTS, HeadOptions
-from densenet_jax.models.layers import DType, NormOptions
-from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
+from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
@@ -30,7 +28,7 @@ _CHOICES = {
     "output": OUTPUTS,
     "blur": ("none", "stem", "all"),
     "init_fan": ("fan_in", "fan_out"),
-    "block_form": tuple(FORMS),
+    "block_form": ("normalize_once", *(f"normalize_once_{platform}" for platform in BACKENDS), "plain"),
     "kernels": KERNELS_WANTED,
     "activation": tuple(ACTIVATIONS),
 }
@@ -58,117 +56,108 @@ def create_model(
     mesh: Mesh | None = None,
     **architecture: Any,
 ) -> nn.Module:
-    """A flax linen module for one name of the variants table.
+    """Makes the flax linen module of one name of the variants table.
 
     `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives
     logits float32[b, num_classes] of normalized images float[b, h, w, c]. Training: `train=True,
     mutable=["batch_stats"]`, and `rngs={"dropout": key}` where a dropout rate is set.
 
     Args:
-      name: one of `list_models()`.
-      num_classes: width of the logits; None is the variant's own.
-      dtype: of activations and convolutions; statistics are float32 or wider whatever it is.
-      param_dtype: of parameters.
-      classifier_dropout: rate in [0, 1) between pooling and classifier.
-      layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
-      dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
-        after each dense layer's last.
-      output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: map} for every stage.
-      test_time_pool_px: in evaluation on images larger than the training's, classify every window of that side in the
-        last map (7 in the references) and take the mean of the windows' average and maximum; 0 switches it off.
-      remat: recompute cheap intermediate values in the backward pass to save memory.
-      batch_norm_momentum: share of the old running statistic an update keeps.
-      batch_norm_epsilon: None is the variant's own.
-      batch_norm_group_size: examples that share batch statistics; 0 is the whole batch.
-      unbiased_running_variance: torch's n-1 estimate in the running variance.
-      frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
-        statistics in training, too, and leave them as they are; for fine-tuning with a frozen body.
-      block_form: the arithmetic of dense and dual-path blocks in training: "normalize_once", "plain" (the readable
-        reference), or "normalize_once_tpu", "..._cpu", "..._gpu", what another platform than this would be given; all
-        are the same function.
-      kernels: "pallas" trains dense blocks with the kernels for GPUs, or for TPUs from v5 on, the same function up to
-        rounding; "xla" does without; "auto" takes them where they were measured to be faster, which is on Hopper GPUs,
-        in evaluation as well (DenseNet only).
-      mesh: of the devices that the model is for, its one axis the batch's: "auto" goes by them, and by kernels each
-        computes its part of the batch. None: JAX's own device, and no kernels if there are several.
-      **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
+        name: one of `list_models()`.
+        num_classes: None is the variant's own.
+        dtype: of activations and convolutions; statistics are float32 or wider.
+        param_dtype: of parameters.
+        classifier_dropout: rate in [0, 1) between pooling and classifier.
+        layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
+        dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
+            after each dense layer's last.
+        output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: features} of all stages.
+        test_time_pool_px: in evaluation on images larger than the training's, classify every window of that side in
+            the last feature map (7 in the references) and take the mean of the windows' average and maximum; 0 is off.
+        remat: recompute cheap intermediate values in the backward pass to save memory.
+        batch_norm_momentum: share of the old running statistic that an update keeps.
+        batch_norm_epsilon: None is the variant's own.
+        batch_norm_group_size: examples that share batch statistics; 0 is the whole batch.
+        unbiased_running_variance: torch's n-1 estimate in the running variance.
+        frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
+            statistics in training too, and leave them as they are; for fine-tuning with a frozen body.
+        block_form: the implementation: "normalize_once" (`densenet_jax.models.fused`), "plain" (the readable
+            reference), or "normalize_once_tpu", "..._cpu", "..._gpu", for another platform than this; all are the same
+            function.
+        kernels: "pallas" trains dense blocks with the kernels for GPUs, or for TPUs from v5 on, the same function up to
+            rounding; "xla" does without; "auto" takes them where they were measured to be faster, which is on Hopper
+            GPUs, in evaluation as well (DenseNet only).
+        mesh: the devices that the model is for, with one axis that divides the batch: "auto" chooses by them, and
+            kernels compute each device's part. None: JAX's own device, and no kernels if there are several.
+        **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).
 
     Raises:
-      UserError: an unknown name or override, or a value outside its range.
+        UserError: an unknown name or override, or a value outside its range.
     """
     variant = get_variant(name)
-    facts = _override(name, variant.architecture, architecture)
-    own_epsilon = facts.pop("epsilon")
+    fields = _override(name, variant.architecture, architecture)
+    own_epsilon = fields.pop("epsilon")
     epsilon = own_epsilon if batch_norm_epsilon is None else batch_norm_epsilon
     num_classes = variant.num_classes if num_classes is None else num_classes
     try:
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
-    form = _form(name, block_form, kernels, mesh)
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
+    is_densenet = isinstance(variant.architecture, DenseNetArchitecture)
+    if kernels == "pallas" and not is_densenet:
+        raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
     common: dict[str, Any] = {
         "norm_options": NormOptions(
             epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms
         ),
         "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
         "output": _chosen("output", output),
+        "implementation": _make_implementation(block_form, kernels, mesh),
         **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
     }
-    if isinstance(variant.architecture, DenseNetArchitecture):
+    if is_densenet:
         common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
-        common |= {"block_form": form}
-        return DenseNet(**facts, **common)
+        return DenseNet(**fields, **common)
     if layer_dropout:
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
-    return DualPathNetwork(**facts, **common, block_form=STAGE_FORMS[block_form])
+    return DualPathNetwork(**fields, **common)
 
 
-def _form(name: str, block_form: str, kernels: str, mesh: Mesh | None) -> Form:
-    form: Any = FORMS[_chosen("block_form", block_form)]
-    if _chosen("kernels", kernels) == "pallas":
-        if not isinstance(get_variant(name).architecture, DenseNetArchitecture):
-            raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
-        if block_form not in KERNEL_FORMS:
-            raise UserError(
-                f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'"
-            )
-        form = KERNEL_FORMS[block_form]
-    if form is plain_dense_block:
-        return form
-    chosen: dict[str, Any] = {"kernels": "xla"} if kernels == "xla" else {}
-    if mesh is not None:
-        chosen["mesh"] = mesh
-    return functools.partial(form, **chosen) if chosen else form
+def _make_implementation(block_form: str, kernels: str, mesh: Mesh | None) -> Plain:
+    platform = _chosen("block_form", block_form).removeprefix("normalize_once").removeprefix("_")
+    if _chosen("kernels", kernels) == "pallas" and platform not in ("", *KERNEL_DTYPES):
+        raise UserError(f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'")
+    return PLAIN if platform == "plain" else Fused(platform, kernels, mesh)
 
 
 def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    facts = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     for key, value in overrides.items():
         if key in ("channels", "in_channels", "in_chans"):
             raise UserError(
                 f"create_model({name!r}) has no setting {key!r}: the module takes the channels of the images "
                 "that it is initialized with; load_pretrained's channels= adapts weights"
             )
-        if key not in facts:
-            nearest = difflib.get_close_matches(key, facts, n=1) or [", ".join(facts)]
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1) or [", ".join(fields)]
             raise UserError(f"create_model({name!r}) has no setting {key!r}: did you mean {nearest[0]}?")
-        facts[key] = tuple(value) if isinstance(facts[key], tuple) else _chosen(key, value)
-    _check_facts(facts)
-    return facts
+        fields[key] = tuple(value) if isinstance(fields[key], tuple) else _chosen(key, value)
+    _check_architecture(fields)
+    return fields
 
 
-def _check_facts(facts: dict[str, Any]) -> None:
-    sizes, increments = facts["block_sizes"], facts.get("dense_increments")
+def _check_architecture(fields: dict[str, Any]) -> None:
+    sizes, increments = fields["block_sizes"], fields.get("dense_increments")
     if not sizes or min(sizes) < 1:
         raise UserError(f"block_sizes={sizes}: expected at least one block, each of at least one layer")
     if increments is not None and len(increments) != len(sizes):
         raise UserError(f"block_sizes={sizes} and dense_increments={increments}: expected one increment a stage")
-    if facts.get("growth_rate", 1) < 1:
-        raise UserError(f"growth_rate={facts['growth_rate']}: expected at least 1")
-    if not 0 < facts.get("compression", 1) <= 1:
-        raise UserError(f"compression={facts['compression']}: expected a share above 0, up to 1")
+    if fields.get("growth_rate", 1) < 1:
+        raise UserError(f"growth_rate={fields['growth_rate']}: expected at least 1")
+    if not 0 < fields.get("compression", 1) <= 1:
+        raise UserError(f"compression={fields['compression']}: expected a share above 0, up to 1")
 
 
 def _chosen(key: str, value: Any) -> Any:

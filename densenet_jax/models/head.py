@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from densenet_jax.dtypes import DType, wide
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.dtypes import wide
-from densenet_jax.models.layers import DType, dropout, global_average_pool
+from densenet_jax.models.layers import dropout, global_average_pool
 
 OUTPUTS = ("logits", "pooled", "map", "pyramid")
 

@@ -1,10 +1,10 @@
-"""Convolution, batch normalization and pooling with the references' arithmetic, padding always explicit."""
+"""Convolution, batch normalization, pooling and dropout in plain JAX, with the references' explicit padding."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax
 import jax
@@ -13,14 +13,11 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.dtypes import DType, wide
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.cpu import convolution as cpu
-from densenet_jax.kernels.cpu import pooling
-from densenet_jax.kernels.dtypes import wide
-from densenet_jax.models.space_to_depth import space_to_depth
 
-DType = Any
 Fan = Literal["fan_in", "fan_out"]
+SAVED_BY_REMAT = "convolution"  # name of the values that rematerialization keeps
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,13 @@ class NormOptions:
     """How every batch norm of a network behaves.
 
     Attributes:
-      epsilon: added to the variance.
-      momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
-      group_size: examples that share statistics in training; 0 is the whole batch.
-      unbiased_running_variance: the running variance takes in the n-1 estimate, as in torch.
-      frozen: regular expression; a batch norm in whose scale's name ("params/norm0/scale") it is found normalizes by
-        its running statistics in training, too, and leaves them as they are. "" freezes none.
-      folded: for evaluation only: the variables are those of `densenet_jax.models.fold`, without running statistics.
+        epsilon: added to the variance.
+        momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
+        group_size: examples that share statistics in training; 0 is the whole batch.
+        unbiased_running_variance: update the running variance with the n-1 estimate, as torch does.
+        frozen: regular expression; a batch norm whose scale's name ("params/norm0/scale") matches it normalizes by its
+            running statistics in training too, and leaves them as they are. "" freezes none.
+        folded: for evaluation only: the variables are those of `densenet_jax.models.fold`, without running statistics.
     """
 
     epsilon: float = 1e-5
@@ -45,50 +42,50 @@ class NormOptions:
     folded: bool = False
 
 
-class Moments(NamedTuple):
+class BatchStats(NamedTuple):
     """Mean and biased variance of a feature map, float[g, c], a row for each group of examples."""
 
     mean: Array
-    variance: Array
+    var: Array
 
 
 class FeatureMap(NamedTuple):
-    """A feature map float[b, h, w, c]; with moments set, its values are already normalized by them."""
+    """A feature map float[b, h, w, c]; with stats set, its values are already normalized by them."""
 
     values: Array
-    moments: Moments | None = None
+    stats: BatchStats | None = None
 
     def raw(self, epsilon: float) -> Array:
-        """The values before any normalization."""
-        if self.moments is None:
+        """Returns the values before any normalization."""
+        if self.stats is None:
             return self.values
-        mean, variance = (per_example(m, self.values.shape[0]) for m in self.moments)
-        return (self.values * jnp.sqrt(variance + epsilon) + mean).astype(self.values.dtype)
+        mean, var = (per_example(s, self.values.shape[0]) for s in self.stats)
+        return (self.values * jnp.sqrt(var + epsilon) + mean).astype(self.values.dtype)
 
 
 @flax.struct.dataclass
 class NormArrays:
-    """What a batch norm reads with: its parameters and running statistics, each float[c]; frozen: as if evaluating."""
+    """Parameters and running statistics of a batch norm, each float[c]; frozen: evaluates in training too."""
 
     scale: Array
     bias: Array
     mean: Array
-    variance: Array
+    var: Array
     frozen: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
-    """One row a group to one row an example, or a single row that broadcasts where there is one group."""
+    """Repeats one row a group to one row an example; a single group stays one row, which broadcasts."""
     if groups.shape[0] > 1:
         groups = jnp.repeat(groups, batch // groups.shape[0], axis=0)
     return groups[:, None, None, :]
 
 
 def group_count(batch: int, group_size: int) -> int:
-    """Groups of group_size examples in a batch.
+    """Returns how many groups of group_size examples a batch has.
 
     Raises:
-      UserError: the batch does not divide into groups of that size.
+        UserError: the batch does not divide into groups of that size.
     """
     if group_size <= 0 or group_size >= batch:
         return 1
@@ -100,68 +97,44 @@ def group_count(batch: int, group_size: int) -> int:
     return batch // group_size
 
 
-def batch_moments(x: Float[Array, "b h w c"], group_size: int, shift: Float[Array, " c"]) -> Moments:
-    """Mean and biased variance over examples and positions, in float32 or wider, in one pass over x.
+def compute_stats(x: Float[Array, "b h w c"], group_size: int, shift: Float[Array, " c"]) -> BatchStats:
+    """Computes mean and biased variance over examples and positions in one pass, in float32 or wider.
 
     The sums are of x - shift: with the running mean as shift they do not cancel, however far the mean is from zero.
     """
     groups = group_count(x.shape[0], group_size)
-    kind = wide(x.dtype)
-    shift = lax.stop_gradient(shift).astype(kind)
-    centered = (x.astype(kind) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
+    dtype = wide(x.dtype)
+    shift = lax.stop_gradient(shift).astype(dtype)
+    centered = (x.astype(dtype) - shift[None, None, None, :]).reshape(groups, -1, *x.shape[1:])
     mean = jnp.mean(centered, axis=(1, 2, 3))
-    variance = jnp.maximum(jnp.mean(jnp.square(centered), axis=(1, 2, 3)) - jnp.square(mean), 0)
-    return Moments(mean + shift[None, :], variance)
+    var = jnp.maximum(jnp.mean(jnp.square(centered), axis=(1, 2, 3)) - jnp.square(mean), 0)
+    return BatchStats(mean + shift[None, :], var)
 
 
-def normalize(x: Float[Array, "b h w c"], moments: Moments, epsilon: float) -> Float[Array, "b h w c"]:
-    """(x - mean) / sqrt(variance + epsilon), in float32 or wider."""
-    kind = wide(x.dtype)
-    mean, variance = (per_example(m.astype(kind), x.shape[0]) for m in moments)
-    return (x.astype(kind) - mean) * lax.rsqrt(variance + epsilon)
+def normalize(x: Float[Array, "b h w c"], stats: BatchStats, epsilon: float) -> Float[Array, "b h w c"]:
+    """Returns (x - mean) / sqrt(var + epsilon), in float32 or wider."""
+    dtype = wide(x.dtype)
+    mean, var = (per_example(s.astype(dtype), x.shape[0]) for s in stats)
+    return (x.astype(dtype) - mean) * lax.rsqrt(var + epsilon)
 
 
 def scale_shift(
-    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], dtype: DType
+    x: Float[Array, "b h w c"], scale: Float[Array, " c"] | None, bias: Float[Array, " c"], dtype: DType
 ) -> Float[Array, "b h w c"]:
-    """Scale * x + bias in float32 or wider, given back in dtype."""
+    """Returns scale * x + bias, computed in float32 or wider, cast to dtype; scale None is 1."""
     kind = wide(x.dtype)
+    x = x.astype(kind)
+    if scale is None:
+        return (x + bias.astype(kind)[None, None, None, :]).astype(dtype)
     scale, bias = (v.astype(kind)[None, None, None, :] for v in (scale, bias))
-    return (x.astype(kind) * scale + bias).astype(dtype)
+    return (x * scale + bias).astype(dtype)
 
 
 def fold_running(norm: NormArrays, epsilon: float) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """The scale and bias that do to raw values what norming by the running statistics does, float32 or wider."""
-    kind = wide(norm.variance.dtype)
-    factor = norm.scale.astype(kind) * lax.rsqrt(norm.variance.astype(kind) + epsilon)
-    return factor, norm.bias.astype(kind) - norm.mean.astype(kind) * factor
-
-
-def norm_by_running(
-    x: Float[Array, "b h w c"], norm: NormArrays, epsilon: float, dtype: DType
-) -> Float[Array, "b h w c"]:
-    """Batch norm with the running statistics, as in evaluation: one multiply and one add an element."""
-    return scale_shift(x, *fold_running(norm, epsilon), dtype)
-
-
-def folded_norm(
-    x: Float[Array, "b h w c"], scale: Float[Array, " c"] | None, bias: Float[Array, " c"], dtype: DType
-) -> Float[Array, "b h w c"]:
-    """A batch norm in evaluation with its statistics folded in; scale None: the convolution before it has taken it."""
-    if scale is None:
-        kind = wide(x.dtype)
-        return (x.astype(kind) + bias.astype(kind)[None, None, None, :]).astype(dtype)
-    return scale_shift(x, scale, bias, dtype)
-
-
-def apply_norm(
-    x: Float[Array, "b h w c"], norm: NormArrays, options: NormOptions, train: bool, dtype: DType
-) -> tuple[Float[Array, "b h w c"], Moments | None]:
-    """Batch norm of raw values: the result in dtype and, in training, the moments for the running statistics."""
-    if not train or norm.frozen:
-        return norm_by_running(x, norm, options.epsilon, dtype), None
-    moments = batch_moments(x, options.group_size, norm.mean)
-    return scale_shift(normalize(x, moments, options.epsilon), norm.scale, norm.bias, dtype), moments
+    """Returns the scale and bias that normalize raw values by the running statistics, in float32 or wider."""
+    dtype = wide(norm.var.dtype)
+    scale = norm.scale.astype(dtype) * lax.rsqrt(norm.var.astype(dtype) + epsilon)
+    return scale, norm.bias.astype(dtype) - norm.mean.astype(dtype) * scale
 
 
 class BatchNorm(nn.Module):
@@ -185,53 +158,62 @@ class BatchNorm(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         if self.options.folded:
             return
-        kind = wide(self.param_dtype)
-        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
-        self.var = self.variable("batch_stats", "var", jnp.ones, shape, kind)
-
-    def arrays(self) -> NormArrays:
-        """Parameters and running statistics, for code that does the arithmetic itself."""
-        return NormArrays(self.scale, self.bias, self.mean.value, self.var.value, self._frozen())
-
-    def _frozen(self) -> bool:
-        pattern = self.options.frozen
-        return bool(pattern) and re.search(pattern, "/".join(("params", *self.path, "scale"))) is not None
-
-    def record(self, moments: Moments, count: int) -> None:
-        """Takes one step's moments, each over count values, into the running statistics; groups are averaged."""
-        if self.is_initializing():
-            return
-        variance = moments.variance
-        if self.options.unbiased_running_variance:
-            variance = variance * (count / max(count - 1, 1))
-        keep = self.options.momentum
-        for running, new in ((self.mean, moments.mean), (self.var, variance)):
-            new = lax.stop_gradient(jnp.mean(new, axis=0)).astype(running.value.dtype)
-            running.value = keep * running.value + (1 - keep) * new
+        dtype = wide(self.param_dtype)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
 
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
-        """Normalized values in dtype; a FeatureMap with moments is only scaled and shifted."""
-        return folded_norm(*self.reading(x, train), self.dtype)
+        """Returns normalized values in dtype; a FeatureMap with statistics is only scaled and shifted."""
+        return scale_shift(*self.affine(x, train), self.dtype)
 
-    def reading(self, x: FeatureMap | Array, train: bool) -> tuple[Array, Array | None, Array]:
-        """Values, scale and bias of which scale * values + bias is the norm, for code that goes on from there.
+    def affine(self, x: FeatureMap | Array, train: bool) -> tuple[Array, Array | None, Array]:
+        """Returns values, scale and bias: scale * values + bias is the norm's output.
 
         Values are float[b, h, w, c] in x's dtype or wider, scale and bias float[c]; scale None is 1. In training the
-        running statistics take in the moments.
+        running statistics are updated.
+
+        Raises:
+            UserError: in training with folded norms.
         """
         features = x if isinstance(x, FeatureMap) else FeatureMap(x)
         if self.options.folded:
             if train:
                 raise UserError("a model with folded batch norms can't be trained; use the one it was made from")
             return features.raw(self.options.epsilon), None if self.after_convolution else self.scale, self.bias
-        values, moments = features
-        if not train or self._frozen():
+        values, stats = features
+        if not train or self.is_frozen():
             return features.raw(self.options.epsilon), *fold_running(self.arrays(), self.options.epsilon)
-        if moments is None:
-            moments = batch_moments(values, self.options.group_size, self.mean.value)
-            values = normalize(values, moments, self.options.epsilon)
-        self.record(moments, values.size // values.shape[-1] // moments.mean.shape[0])
+        if stats is None:
+            stats = compute_stats(values, self.options.group_size, self.mean.value)
+            values = normalize(values, stats, self.options.epsilon)
+        self.update_running(stats, values.size // values.shape[-1])
         return values, self.scale, self.bias
+
+    def arrays(self) -> NormArrays:
+        """Returns parameters and running statistics."""
+        return NormArrays(self.scale, self.bias, self.mean.value, self.var.value, self.is_frozen())
+
+    def is_frozen(self) -> bool:
+        """Whether the norm uses its running statistics in training too."""
+        pattern = self.options.frozen
+        return bool(pattern) and re.search(pattern, "/".join(("params", *self.path, "scale"))) is not None
+
+    def update_running(self, stats: BatchStats | None, positions: int) -> None:
+        """Updates the running statistics from a training step's; groups are averaged. None changes nothing.
+
+        Args:
+            stats: of the norm's input.
+            positions: values a channel in the whole batch.
+        """
+        if stats is None or self.is_initializing():
+            return
+        count, var = positions // stats.mean.shape[0], stats.var
+        if self.options.unbiased_running_variance:
+            var = var * (count / max(count - 1, 1))
+        keep = self.options.momentum
+        for running, new in ((self.mean, stats.mean), (self.var, var)):
+            new = lax.stop_gradient(jnp.mean(new, axis=0)).astype(running.value.dtype)
+            running.value = keep * running.value + (1 - keep) * new
 
 
 def convolve(
@@ -243,23 +225,23 @@ def convolve(
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
     """2-D convolution padded by the same number of zeros on every side (XLA's SAME pads stride 2 unevenly)."""
-    kernel = kernel.astype(x.dtype)
-    if cpu.usable(x, kernel):
-        return cpu.convolve(x, kernel, stride=stride, padding=padding, groups=groups)
-    return cpu.plain_convolve(x, kernel, stride=stride, padding=padding, groups=groups)
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (stride, stride),
+        [(padding, padding), (padding, padding)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def he_normal(fan: Fan) -> nn.initializers.Initializer:
-    """He's initializer from an untruncated normal; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
+    """Returns He's untruncated normal initializer; fan is "fan_in" (torchvision) or "fan_out" (the paper's code)."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
 
 
 class Convolution(nn.Module):
-    """Bias-free convolution, padded to keep the size at stride 1; parameter kernel float[k, k, in / groups, out].
-
-    Attributes:
-      space_to_depth: at stride 2, compute it as `densenet_jax.models.space_to_depth` says: up to rounding the same.
-    """
+    """Bias-free convolution, padded to keep the size at stride 1; parameter kernel float[k, k, in / groups, out]."""
 
     in_features: int
     features: int
@@ -269,22 +251,16 @@ class Convolution(nn.Module):
     init_fan: Fan = "fan_in"
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
-    space_to_depth: bool = False
 
     def setup(self) -> None:
-        """Declares parameters and variables."""
+        """Declares the kernel."""
         shape = (self.kernel_size, self.kernel_size, self.in_features // self.groups, self.features)
         self.kernel = self.param("kernel", he_normal(self.init_fan), shape, self.param_dtype)
 
-    def __call__(
-        self, x: Float[Array, "b h w c"], signs: Float[Array, " o"] | None = None
-    ) -> Float[Array, "b h2 w2 o"]:
-        """The convolution in dtype, each output channel multiplied by its sign where signs are given."""
-        kernel = self.kernel if signs is None else self.kernel * signs.astype(self.kernel.dtype)[None, None, None, :]
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        """Convolves in dtype."""
         padding = self.kernel_size // 2
-        if self.space_to_depth:
-            return convolve(*space_to_depth(x.astype(self.dtype), kernel))
-        return convolve(x.astype(self.dtype), kernel, stride=self.stride, padding=padding, groups=self.groups)
+        return convolve(x.astype(self.dtype), self.kernel, stride=self.stride, padding=padding, groups=self.groups)
 
 
 def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool = False) -> Float[Array, "b h2 w2 c"]:
@@ -294,9 +270,7 @@ def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool
     result is the same to the bit: a window that reaches over the border holds the border already.
     """
     if not repeat_border:
-        if pooling.usable(x):
-            return pooling.max_pool(x, 3, stride)
-        return pooling.plain_max_pool(x, window=3, stride=stride)
+        return nn.max_pool(x, window_shape=(3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
     for axis in (1, 2):
         size = x.shape[axis]
         first, last = (lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (0, size - 1))
@@ -320,7 +294,7 @@ def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 def global_average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
-    """Mean over all positions, summed in float32 or wider, given back in x's dtype."""
+    """Mean over all positions, summed in float32 or wider, in x's dtype."""
     return jnp.mean(x, axis=(1, 2), dtype=wide(x.dtype)).astype(x.dtype)
 
 
@@ -330,3 +304,8 @@ def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def fold_key(key: Array | None, index: int) -> Array | None:
+    """Derives the dropout key of one layer or convolution; None stays None."""
+    return None if key is None else jax.random.fold_in(key, index)

@@ -40,7 +40,7 @@ def plain_convolve(
     )
 
 
-def usable(x: Array, kernel: Array) -> bool:
+def is_usable(x: Array, kernel: Array) -> bool:
     """Whether `convolve` takes these operands and has something to gain in this process."""
     return available() and are_known(x, kernel)
 
@@ -48,7 +48,7 @@ def usable(x: Array, kernel: Array) -> bool:
 def convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw i o"], *, stride: int, padding: int, groups: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """`plain_convolve` of operands that are `usable`."""
+    """`plain_convolve` of operands that are `is_usable`."""
     return _output_p.bind(x, kernel, stride=stride, padding=padding, groups=groups)
 
 
@@ -73,12 +73,12 @@ def plain_kernel_gradient(
 LANES = 16  # float32 numbers of the widest vector
 
 
-def taken_together(groups: int, features: int) -> int:
+def groups_together(groups: int, features: int) -> int:
     """How many groups, each with so many output channels, one product takes."""
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
 
 
-def dilated(
+def dilate(
     g: Float[Array, "b h2 w2 o"], kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int
 ) -> Float[Array, "b h3 w3 o"]:
     """An output's gradient as of a convolution at stride 1 whose other outputs have none; sizes are the input's."""
@@ -87,18 +87,18 @@ def dilated(
     return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
 
 
-def _dilated_input_gradient(
+def _dilate_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Float[Array, "b h w c"]:
     """More products, but by the library."""
-    g = dilated(g, kernel, sizes=sizes, stride=stride, padding=padding)
+    g = dilate(g, kernel, sizes=sizes, stride=stride, padding=padding)
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
 def _call_output(ctx: Any, x: Any, kernel: Any, *, groups: int, features: int, transposed: bool, **sizes: int) -> Any:
     """The library's call; a group gives so many features."""
     rule = jax.ffi.ffi_lowering(target_names()["output"])
-    sizes |= {"groups": groups, "together": taken_together(groups, features)}
+    sizes |= {"groups": groups, "together": groups_together(groups, features)}
     return rule(ctx, x, kernel, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
 
 
@@ -113,7 +113,7 @@ def _lower_input_gradient(
 ) -> Any:
     height, width, features, _ = ctx.avals_in[1].shape
     if stride > 1 and groups > 1:
-        lower = mlir.lower_fun(_dilated_input_gradient, multiple_results=False)
+        lower = mlir.lower_fun(_dilate_input_gradient, multiple_results=False)
         return lower(ctx, g, kernel, sizes=sizes, stride=stride, padding=padding, groups=groups)
     if stride != 1 or height != width or padding >= height:
         return None
@@ -129,7 +129,7 @@ def _lower_kernel_gradient(
         "stride": stride,
         "padding": padding,
         "groups": groups,
-        "together": taken_together(groups, features),
+        "together": groups_together(groups, features),
     }
     rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
     return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})

@@ -13,12 +13,12 @@ _CALLS = {
     "output": "DensenetConvolution",
     "kernel_gradient": "DensenetKernelGradient",
     "pool_gradient": "DensenetPoolGradient",
-    "read": "DensenetRead",
-    "read_moments": "DensenetReadMoments",
-    "add_read_moments": "DensenetAddReadMoments",
-    "read_gradient": "DensenetReadGradient",
-    "add_read_gradient": "DensenetAddReadGradient",
-    "read_kernel_gradient": "DensenetReadKernelGradient",
+    "norm_relu_conv": "DensenetRead",
+    "norm_relu_conv_sums": "DensenetReadMoments",
+    "add_norm_relu_conv_sums": "DensenetAddReadMoments",
+    "norm_relu_conv_gradient": "DensenetReadGradient",
+    "add_norm_relu_conv_gradient": "DensenetAddReadGradient",
+    "norm_relu_conv_kernel_gradient": "DensenetReadKernelGradient",
 }
 
 

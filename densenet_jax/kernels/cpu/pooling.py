@@ -20,14 +20,14 @@ def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> F
     return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride), padding=(padding, padding))
 
 
-def usable(x: Array) -> bool:
+def is_usable(x: Array) -> bool:
     """Whether `max_pool` takes this operand and has something to gain in this process."""
     return available() and are_known(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def max_pool(x: Float[Array, "b h w c"], window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
-    """`plain_max_pool` of an operand that is `usable`; the gradient goes to the first of equal maxima, as in XLA."""
+    """`plain_max_pool` of an operand that is `is_usable`; the gradient goes to the first of equal maxima, as in XLA."""
     return plain_max_pool(x, window=window, stride=stride)
 
 

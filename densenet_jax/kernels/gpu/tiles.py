@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from densenet_jax.kernels.dtypes import wide
+from densenet_jax.dtypes import wide
 
 LARGEST_OPERAND = 2**31 - 1  # elements: what a program's 32-bit offsets reach
 SMALLEST_SIDE = 16  # of an operand of a tile's product

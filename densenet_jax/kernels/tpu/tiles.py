@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.dtypes import wide
+from densenet_jax.dtypes import wide
 
 LANES = 128  # examples that a program computes with at a time
 SUBLANES = 16  # channels of a tile in a 16-bit type
@@ -39,7 +39,7 @@ def examples_first(x: Float[Array, "h w c b"]) -> Float[Array, "b h w c"]:
     return lax.transpose(x, _EXAMPLES_FIRST)
 
 
-def laid_out(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def put_examples_last(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """The same map, which the compiler is told to lay out with examples last and not to copy for the kernels."""
     return with_layout_constraint(x, Layout(major_to_minor=_EXAMPLES_LAST))
 

@@ -1,7 +1,7 @@
-"""A convolution at stride 2 of few channels, as one at stride 1 of four times as many on a map of half the size.
+"""Rewrites a padded stride-2 convolution as an equivalent unpadded stride-1 one of four times the channels.
 
-A GPU's matrix units take channels by eights: of an image's three they are fed five zeros. Four pixels' channels make
-twelve, of sixteen.
+A GPU's matrix units take channels by eights: three of an image are padded with five zeros. Four pixels have twelve, of
+sixteen.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_CHANNELS = 8  # a multiple of which matrix units take
+_CHANNELS = 8  # matrix units take multiples of it
 
 
 def space_to_depth(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"]
 ) -> tuple[Float[Array, "b h2 w2 c2"], Float[Array, "k2 k2 c2 o"]]:
-    """What gives by a convolution without padding what x gives by an odd kernel, at stride 2, padded by half of it."""
+    """Rewrites x, convolved by an odd kernel at stride 2 and padded by half of it, as an unpadded convolution."""
     size, (height, width), channels = kernel.shape[0], x.shape[1:3], x.shape[3]
     blocks = (size + 1) // 2
     sides = [2 * ((side + 1) // 2 + blocks - 1) for side in (height, width)]

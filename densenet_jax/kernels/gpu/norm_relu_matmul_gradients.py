@@ -23,8 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.dtypes import wide
 from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.gpu.tiles import (
     LARGEST_OPERAND,
     MOST_OUTPUTS,

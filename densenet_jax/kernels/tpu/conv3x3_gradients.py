@@ -18,8 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.dtypes import wide
 from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.tpu.tiles import (
     LANES,
     ON_CHIP_BYTES,
@@ -47,26 +47,26 @@ def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
     return x.reshape(groups, -1, x.shape[-1]).sum(axis=1)
 
 
-def plain_conv_gradients(
+def plain_conv3x3_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
-    of_raw: Float[Array, "g 3 k"],
+    factors: Float[Array, "g 3 k"],
     hidden: Float[Array, "b h w o"],
     mean: Float[Array, "g o"],
-    reciprocal: Float[Array, "g o"],
+    rstd: Float[Array, "g o"],
     scale: Float[Array, " o"],
     bias: Float[Array, " o"],
     kernel: Float[Array, "3 3 o k"],
     *,
     start: int,
 ) -> Gradients:
-    """The twin of `conv_gradients`."""
+    """The twin of `conv3x3_gradients`."""
     examples, kind, end = x.shape[0], wide(x.dtype), start + kernel.shape[-1]
-    of_total, of_x, constant = (_by_example(values, examples) for values in of_raw.astype(kind).swapaxes(0, 1))
+    of_total, of_x, constant = (_by_example(values, examples) for values in factors.astype(kind).swapaxes(0, 1))
     made, front = total[..., start:end].astype(kind), x[..., start:end].astype(kind)
     raw = (of_total * made + of_x * front + constant).astype(x.dtype)
     normalized = (hidden.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
-        reciprocal.astype(kind), examples
+        rstd.astype(kind), examples
     )
     normalized = normalized.astype(x.dtype)
     scales, biases = (values.astype(kind)[None, None, None, :] for values in (scale, bias))
@@ -85,31 +85,31 @@ def plain_conv_gradients(
     return opened.astype(x.dtype), of_scale, _by_group(opened, groups), of_kernel
 
 
-def conv_gradients(
+def conv3x3_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
-    of_raw: Float[Array, "g 3 k"],
+    factors: Float[Array, "g 3 k"],
     hidden: Float[Array, "b h w o"],
     mean: Float[Array, "g o"],
-    reciprocal: Float[Array, "g o"],
+    rstd: Float[Array, "g o"],
     scale: Float[Array, " o"],
     bias: Float[Array, " o"],
     kernel: Float[Array, "3 3 o k"],
     *,
     start: int,
 ) -> Gradients:
-    """The derivative of relu(scale * (hidden - mean) * reciprocal + bias), convolved by 3x3, as far as the rectifier.
+    """The derivative of relu(scale * (hidden - mean) * rstd + bias), convolved by 3x3, as far as the rectifier.
 
-    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv_gradients`.
+    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv3x3_gradients`.
 
     Args:
       total: the gradient of a block's x^, of which columns start to start + k belong to what the layer made.
       x: x^ itself.
-      of_raw: what gives the gradient of the convolution's output from those columns: factors of total's and of x's, and
+      factors: what gives the gradient of the convolution's output from those columns: factors of total's and of x's, and
         a constant, for each group of examples.
       hidden: the map that was normalized, rectified and convolved.
       mean: of hidden, for each group.
-      reciprocal: of its deviation.
+      rstd: of its deviation.
       scale: of each channel.
       bias: of each channel.
       kernel: of the convolution.
@@ -119,11 +119,11 @@ def conv_gradients(
       The gradient of the rectifier's input, in x's dtype; the gradients of scale and bias for each group and of the
       kernel, in float32 or wider.
     """
-    return tuple(_primitive.bind(total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel, start=start))
+    return tuple(_primitive.bind(total, x, factors, hidden, mean, rstd, scale, bias, kernel, start=start))
 
 
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: int) -> bool:
-    """Whether the kernel computes such operands: x as in `conv_gradients`, or its shape and dtype."""
+    """Whether the kernel computes such operands: x as in `conv3x3_gradients`, or its shape and dtype."""
     examples, _, width, _ = x.shape
     *sides, outputs, new = kernel_shape
     aligned = start % new == 0 and new % SUBLANES == 0 and outputs % SUBLANES == 0
@@ -144,13 +144,13 @@ def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) ->
     return maps + a_row * (rows + 2) * new * (width + 2) // width + sums
 
 
-def conv_gradients_kernel(
+def conv3x3_gradients_kernel(
     total: Array,
     x: Array,
-    of_raw: Array,
+    factors: Array,
     hidden: Array,
     mean: Array,
-    reciprocal: Array,
+    rstd: Array,
     scale: Array,
     bias: Array,
     kernel: Array,
@@ -159,7 +159,7 @@ def conv_gradients_kernel(
     most_rows: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """The kernel of `conv_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    """The kernel of `conv3x3_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
     examples, height, width, _ = x.shape
     outputs, new = kernel.shape[2:]
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
@@ -197,13 +197,13 @@ def conv_gradients_kernel(
             flops=4 * positions * outputs * TAPS * new, transcendentals=0, bytes_accessed=round(moved)
         ),
         interpret=interpret,
-        name="dense_layer_conv_gradients",
+        name="dense_layer_conv3x3_gradients",
     )(
         examples_last(hidden),
         *[made] * 3,
         *[read] * 3,
-        *(column(values, kind) for values in of_raw[0]),
-        *(column(values, kind) for values in (mean[0], reciprocal[0], scale, bias)),
+        *(column(values, kind) for values in factors[0]),
+        *(column(values, kind) for values in (mean[0], rstd[0], scale, bias)),
         taps,
     )
     return (
@@ -229,7 +229,7 @@ def _kernel(
     of_x: Any,
     constant: Any,
     mean: Any,
-    reciprocal: Any,
+    rstd: Any,
     scale: Any,
     bias: Any,
     taps: Any,
@@ -269,7 +269,7 @@ def _kernel(
         place(row + 1, made.at[row], read.at[row])
 
     kernel = taps[...]
-    norm = mean[...], reciprocal[...], scale[...], bias[...]
+    norm = mean[...], rstd[...], scale[...], bias[...]
 
     def step(position: Any, row: int) -> int:
         normalized = ((hidden[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
@@ -294,7 +294,7 @@ def _lower(ctx: Any, *operands: Any, start: int) -> Any:
     x, mean, kernel = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[8]
     if mean.shape[0] != 1 or not fits(x, kernel.shape, start):
         return None
-    return mlir.lower_fun(conv_gradients_kernel, multiple_results=True)(ctx, *operands, start=start)
+    return mlir.lower_fun(conv3x3_gradients_kernel, multiple_results=True)(ctx, *operands, start=start)
 
 
-_primitive = define("conv_gradients", plain_conv_gradients, _lower, platform="tpu", multiple_results=True)
+_primitive = define("conv3x3_gradients", plain_conv3x3_gradients, _lower, platform="tpu", multiple_results=True)

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
+from densenet_jax.dtypes import wide
 from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.dtypes import wide
 from densenet_jax.kernels.tpu.tiles import (
     LANES,
     ON_CHIP_BYTES,
@@ -36,7 +36,7 @@ from densenet_jax.kernels.tpu.tiles import (
 Gradients = tuple[Float[Array, "b h w c2"], Float[Array, "g c"], Float[Array, "g c"], Float[Array, "c o"]]
 
 
-def plain_reader_gradients(
+def plain_conv1x1_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
     scale: Float[Array, " c"],
@@ -45,7 +45,7 @@ def plain_reader_gradients(
     opened: Float[Array, "b h w o"],
     of_raw: Float[Array, "g 3 o"],
 ) -> Gradients:
-    """The twin of `reader_gradients`."""
+    """The twin of `conv1x1_gradients`."""
     (examples, *_), (channels, _), kind = x.shape, kernel.shape, wide(x.dtype)
     groups = of_raw.shape[0]
     kernel, front = kernel.astype(x.dtype), x[..., :channels].astype(kind)
@@ -67,7 +67,7 @@ def plain_reader_gradients(
     )
 
 
-def reader_gradients(
+def conv1x1_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
     scale: Float[Array, " c"],
@@ -78,7 +78,7 @@ def reader_gradients(
 ) -> Gradients:
     """The derivative of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
 
-    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_reader_gradients`.
+    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv1x1_gradients`.
 
     Args:
       total: the gradient of x so far.
@@ -86,7 +86,7 @@ def reader_gradients(
       scale: of each channel.
       bias: of each channel.
       kernel: of the 1x1 convolution.
-      opened: from `conv_gradients`.
+      opened: from `conv3x3_gradients`.
       of_raw: what gives the gradient of the convolution's output: factors of opened and of that output, and a constant,
         for each group of examples.
 
@@ -98,7 +98,7 @@ def reader_gradients(
 
 
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool:
-    """Whether the kernel computes such operands: x as in `reader_gradients`, or its shape and dtype."""
+    """Whether the kernel computes such operands: x as in `conv1x1_gradients`, or its shape and dtype."""
     channels, outputs = kernel_shape
     examples, height, width, _ = x.shape
     return (
@@ -117,7 +117,7 @@ def _on_chip_bytes(positions: int, channels: int, outputs: int, dtype: Any) -> i
     return maps + jnp.dtype(wide(dtype)).itemsize * channels * (sums + in_the_making)
 
 
-def reader_gradients_kernel(
+def conv1x1_gradients_kernel(
     total: Array,
     x: Array,
     scale: Array,
@@ -129,7 +129,7 @@ def reader_gradients_kernel(
     most_positions: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """The kernel of `reader_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    """The kernel of `conv1x1_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
     examples, height, width, _ = x.shape
     channels, outputs = kernel.shape
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
@@ -165,7 +165,7 @@ def reader_gradients_kernel(
             flops=6 * positions * channels * outputs, transcendentals=0, bytes_accessed=moved
         ),
         interpret=interpret,
-        name="dense_layer_reader_gradients",
+        name="dense_layer_conv1x1_gradients",
     )(
         flat(total),
         flat(x),
@@ -230,7 +230,7 @@ def _lower(ctx: Any, *operands: Any) -> Any:
     x, kernel, of_raw = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[6]
     if of_raw.shape[0] != 1 or not fits(x, kernel.shape):
         return None
-    return mlir.lower_fun(reader_gradients_kernel, multiple_results=True)(ctx, *operands)
+    return mlir.lower_fun(conv1x1_gradients_kernel, multiple_results=True)(ctx, *operands)
 
 
-_primitive = define("reader_gradients", plain_reader_gradients, _lower, platform="tpu", multiple_results=True)
+_primitive = define("conv1x1_gradients", plain_conv1x1_gradients, _lower, platform="tpu", multiple_results=True)

@@ -1,0 +1,207 @@
+"""Operands a map on a CPU: relu(scale * x^ + bias), convolved, and its gradients, in one pass over the map each.
+
+The compiled library normalizes and rectifies the few rows it has at hand on their way into the convolution, sums what
+comes out of it for the next batch norm, and masks, scales and sums a gradient's rows while they are in cache: nothing
+but results goes through memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.cpu.convolution import (
+    dilate,
+    groups_together,
+    plain_convolve,
+    plain_input_gradient,
+    plain_kernel_gradient,
+)
+from densenet_jax.kernels.cpu.library import target_names
+from densenet_jax.kernels.cpu.primitive import are_known, available, define, have_static_sizes
+
+
+class Operands(NamedTuple):
+    """What the first c channels of a map are read with.
+
+    Attributes:
+      mean, rstd: float[c], x^ of a map x is (x - mean) * rstd; both empty where the map is x^ itself.
+      scale, bias: float[c].
+      kernel: float[k, k, c / groups, o], of odd size; the map's size is kept, or divided by the stride.
+    """
+
+    mean: Array
+    rstd: Array
+    scale: Array
+    bias: Array
+    kernel: Array
+
+
+def is_usable(x: Array, kernel: Array) -> bool:
+    """Whether the functions below, given a `Operands` with that kernel in x's dtype, have something to gain here."""
+    square = kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
+    return square and available() and are_known(x) and have_static_sizes(kernel)
+
+
+def norm_relu_conv(
+    x: Float[Array, "b h w c2"], operands: Operands, *, stride: int = 1, groups: int = 1
+) -> Float[Array, "b h2 w2 o"]:
+    """relu(scale * x^ + bias) of the first c channels, convolved."""
+    return _forward_p.bind(x, *operands, stride=stride, groups=groups)
+
+
+def norm_relu_conv_with_sums(
+    x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"], *, stride: int = 1, groups: int = 1
+) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
+    """`norm_relu_conv`, and the sums over all positions of what it gives less shift, and of the square of that."""
+    return _sums_p.bind(x, *operands, shift, stride=stride, groups=groups)
+
+
+def add_norm_relu_conv_with_sums(
+    total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"]
+) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
+    """The same with the outputs added to total, in place if nothing else reads it; the sums are of the totals."""
+    return _add_sums_p.bind(total, x, *operands, shift, stride=1, groups=1)
+
+
+def gradients(
+    x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h2 w2 o"], *, stride: int = 1, groups: int = 1
+) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k i o"]]:
+    """The gradients of the first c channels of x^, of scale, bias and kernel, given g, that of `norm_relu_conv`'s output."""
+    whole, (_, height, width, _) = g, x.shape
+    if stride > 1:
+        padding = operands.kernel.shape[0] // 2
+        whole = dilate(g, operands.kernel, sizes=(height, width), stride=stride, padding=padding)
+    grad_x, grad_scale, grad_bias = _gradient_p.bind(x, *operands, whole, groups=groups)
+    return grad_x, grad_scale, grad_bias, _kernel_gradient(x, operands, g, stride, groups)
+
+
+def add_gradients(
+    total: Float[Array, "b h w c3"], x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h w o"]
+) -> tuple[Float[Array, "b h w c3"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
+    """`gradients`, of which that of x^ is added to the first c channels of total, in place if nothing else reads it."""
+    total, grad_scale, grad_bias = _add_gradient_p.bind(total, x, *operands, g, groups=1)
+    return total, grad_scale, grad_bias, _kernel_gradient(x, operands, g, 1, 1)
+
+
+def _kernel_gradient(x: Array, operands: Operands, g: Array, stride: int, groups: int) -> Array:
+    size = operands.kernel.shape[0]
+    return _kernel_gradient_p.bind(x, *operands[:4], g, size=size, stride=stride, groups=groups)
+
+
+def _row(vector: Array) -> Float[Array, "1 1 1 c"]:
+    return vector[None, None, None, :]
+
+
+def _normalize(x: Array, mean: Array, rstd: Array, channels: int) -> Array:
+    x = x[..., :channels]
+    return (x - _row(mean)) * _row(rstd) if mean.size else x
+
+
+def _affine(x: Array, mean: Array, rstd: Array, scale: Array, bias: Array) -> Array:
+    return _normalize(x, mean, rstd, scale.size) * _row(scale) + _row(bias)
+
+
+def plain_norm_relu_conv(x: Array, *operands: Array, stride: int = 1, groups: int = 1) -> Array:
+    """The twin of `norm_relu_conv`."""
+    *affine, kernel = operands
+    activation = jax.nn.relu(_affine(x, *affine))
+    return plain_convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
+
+
+def _with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
+    centered = y - _row(shift)
+    return y, jnp.sum(centered, axis=(0, 1, 2)), jnp.sum(jnp.square(centered), axis=(0, 1, 2))
+
+
+def _plain_norm_relu_conv_sums(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
+    *operands, shift = operands
+    return _with_sums(plain_norm_relu_conv(x, *operands, **options), shift)
+
+
+def _plain_add_norm_relu_conv_sums(
+    total: Array, x: Array, *operands: Array, **options: int
+) -> tuple[Array, Array, Array]:
+    *operands, shift = operands
+    return _with_sums(total + plain_norm_relu_conv(x, *operands, **options), shift)
+
+
+def _plain_gradient(
+    x: Array, mean: Array, rstd: Array, scale: Array, bias: Array, kernel: Array, g: Array, *, groups: int
+) -> tuple[Array, Array, Array]:
+    padding = kernel.shape[0] // 2
+    sizes = (x.shape[1], x.shape[2])
+    grad_activation = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
+    masked = jnp.where(_affine(x, mean, rstd, scale, bias) > 0, grad_activation, 0)
+    grad_scale = jnp.sum(masked * _normalize(x, mean, rstd, scale.size), axis=(0, 1, 2))
+    return masked * _row(scale), grad_scale, jnp.sum(masked, axis=(0, 1, 2))
+
+
+def _plain_add_gradient(total: Array, x: Array, *others: Array, groups: int) -> tuple[Array, Array, Array]:
+    grad_x, grad_scale, grad_bias = _plain_gradient(x, *others, groups=groups)
+    added = total[..., : grad_x.shape[-1]] + grad_x
+    return lax.dynamic_update_slice_in_dim(total, added, 0, axis=3), grad_scale, grad_bias
+
+
+def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, groups: int) -> Array:
+    *affine, g = operands
+    activation = jax.nn.relu(_affine(x, *affine))
+    return plain_kernel_gradient(activation, g, sizes=(size, size), stride=stride, padding=size // 2, groups=groups)
+
+
+def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **options: Any) -> Any:
+    """A rule that calls the library.
+
+    Args:
+      call: of the library.
+      kernel: which operand it is; None: it is the result, whose size is given, and the last operand its output's
+        gradient.
+      transposed: whether the call takes it for a gradient, and so has no stride.
+      options: of the call's rule.
+    """
+
+    def lowering(ctx: Any, *operands: Any, groups: int, size: int = 0, **strided: int) -> Any:
+        shapes = [operand.shape for operand in ctx.avals_in]
+        if kernel is None:
+            features = shapes[-1][3] // groups
+        else:
+            size, features = shapes[kernel][0], shapes[kernel][2] if transposed else shapes[kernel][3] // groups
+        together = groups_together(groups, features)
+        sizes = {"padding": size // 2, "groups": groups, "together": together, **strided}
+        rule = jax.ffi.ffi_lowering(target_names()[call], **options)
+        return rule(ctx, *operands, **{name: np.int64(value) for name, value in sizes.items()})
+
+    return lowering
+
+
+_in_place: dict[str, Any] = {"operand_output_aliases": {0: 0}}
+_forward_p = define("norm_relu_conv", plain_norm_relu_conv, _lower("norm_relu_conv"))
+_sums_p = define(
+    "norm_relu_conv_sums", _plain_norm_relu_conv_sums, _lower("norm_relu_conv_sums"), multiple_results=True
+)
+_add_sums_p = define(
+    "add_norm_relu_conv_sums",
+    _plain_add_norm_relu_conv_sums,
+    _lower("add_norm_relu_conv_sums", 6, **_in_place),
+    multiple_results=True,
+)
+_gradient_p = define(
+    "norm_relu_conv_gradient",
+    _plain_gradient,
+    _lower("norm_relu_conv_gradient", transposed=True),
+    multiple_results=True,
+)
+_add_gradient_p = define(
+    "add_norm_relu_conv_gradient",
+    _plain_add_gradient,
+    _lower("add_norm_relu_conv_gradient", 6, transposed=True, **_in_place),
+    multiple_results=True,
+)
+_kernel_gradient_p = define(
+    "norm_relu_conv_kernel_gradient", _plain_kernel_gradient, _lower("norm_relu_conv_kernel_gradient", None)
+)

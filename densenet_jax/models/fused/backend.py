@@ -1,0 +1,374 @@
+"""How a platform computes the fused blocks: the methods that backends override, in XLA's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from densenet_jax.dtypes import DType, wide
+from densenet_jax.kernels.select import BlockShape
+from densenet_jax.models import layers
+from densenet_jax.models.fused.norm import Normalization, Sums
+from densenet_jax.models.fused.norm_relu_conv import (
+    DENSE,
+    Gradients,
+    NormReluConv,
+    Window,
+    apply_norm,
+    norm_relu,
+    norm_relu_gradients,
+    sums_from_gradients,
+)
+from densenet_jax.models.layers import BatchStats, NormOptions, dropout, group_count
+
+Buffer = Any  # one array float[b, h, w, c] or a tuple of arrays, as a backend keeps a block's feature maps
+
+
+class DenseLayer(NamedTuple):
+    """The differentiated arrays of one dense layer; second is None without a bottleneck."""
+
+    first: NormReluConv
+    second: NormReluConv | None
+
+
+class SavedLayer(NamedTuple):
+    """What the backward pass of one layer needs.
+
+    Attributes:
+        layer: its parameters.
+        buffer: x_hat of the block.
+        norm: of all of the block's feature maps.
+        sums: of the gradient of x_hat so far.
+        bottleneck: returns the first convolution's output, computed again if it was not kept.
+        bottleneck_norm: of that output.
+        dropout_rate: after convolutions.
+        dropout_keys: for the first convolution and for the second one.
+    """
+
+    layer: DenseLayer
+    buffer: Buffer
+    norm: Normalization
+    sums: Sums
+    bottleneck: Callable[[], Array] | None
+    bottleneck_norm: Normalization | None
+    dropout_rate: float
+    dropout_keys: tuple[Array | None, Array | None]
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """First channel in the buffer of what the layer made, and the channel after its last."""
+        start = self.layer.first.scale.shape[0]
+        return start, start + (self.layer.second or self.layer.first).kernel.shape[-1]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Computes the fused blocks in XLA's operations; platforms override what they do better.
+
+    Overriding changes speed and memory, never the function.
+
+    Attributes:
+        mesh: divides the batch where kernels compute; each device takes its own part.
+        kernels: "auto", "xla", "pallas", or "interpret", which runs kernels step by step on any platform, for tests.
+        remat_bottleneck: recompute the bottlenecks' outputs in the backward pass by default.
+        barrier_after_layer: compute all gradients of a layer before those of the next one; otherwise some may wait,
+            and what they are computed from is kept for so long.
+        pool_in_conv: a transition averages in its convolution's kernel instead of before the convolution.
+        in_place: kernels read the front of a buffer and add gradients into it where they lie.
+    """
+
+    mesh: Mesh | None = None
+    kernels: str = "auto"
+    remat_bottleneck: bool = False
+    barrier_after_layer: bool = False
+    pool_in_conv: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
+
+    def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
+        """Returns the backend for one dense block, with kernels where they exist and are wanted.
+
+        Args:
+            shape: of the block, with all examples.
+            dtype: of activations.
+            group_size: examples that share statistics; 0 is all.
+
+        Raises:
+            UserError: kernels are wanted that do not exist for the platform, the shape or the dtype.
+        """
+        del shape, dtype, group_size
+        return self
+
+    def reads_buffer(self, x: Array, kernel: Array) -> bool:
+        """Whether a kernel reads the front of a buffer; then evaluation keeps one as well."""
+        del x, kernel
+        return False
+
+    # A buffer holds x_hat of a block's input and of its layers' outputs.
+
+    def new_buffer(self, first: Float[Array, "b h w c"], width: int) -> Buffer:
+        """Makes a buffer of width channels that begins with the first feature maps."""
+        return jnp.pad(first, ((0, 0), (0, 0), (0, 0), (0, width - first.shape[-1])))
+
+    def append(self, buffer: Buffer, new: Array, start: int) -> Buffer:
+        """Returns the buffer with new feature maps behind the first `start` channels."""
+        return lax.dynamic_update_slice_in_dim(buffer, new, start, axis=3)
+
+    def channels(self, buffer: Buffer, start: int, end: int) -> Array:
+        """Returns channels start to end, which must be whole appended pieces."""
+        return buffer[..., start:end]
+
+    def readable(self, buffer: Buffer, width: int) -> Array:
+        """Returns the first channels for a `norm_relu_conv`, which ignores any that follow."""
+        return self.channels(buffer, 0, width)
+
+    def finish_buffer(self, buffer: Buffer) -> Buffer:
+        """Called when a block has written its last feature maps."""
+        return buffer
+
+    # Convolutions.
+
+    def convolve(
+        self, x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, groups: int = 1
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Computes `layers.convolve`."""
+        return layers.convolve(x, kernel, stride=stride, padding=padding, groups=groups)
+
+    def convolve_stem(self, x: Array, kernel: Array, stride: int) -> Float[Array, "b h2 w2 o"]:
+        """Convolves an image, padded by half the kernel's size."""
+        return self.convolve(x, kernel, stride=stride, padding=kernel.shape[0] // 2)
+
+    def is_dot(self, x: Array, kernel: Array) -> bool:
+        """Whether a convolution at stride 1 is computed as a product of matrices."""
+        del x
+        return kernel.shape[:2] == (1, 1)
+
+    def convolve_same(self, x: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"]) -> Float[Array, "b h w o"]:
+        """Convolves at stride 1, keeping the size."""
+        if self.is_dot(x, kernel):
+            return lax.dot_general(x, kernel[0, 0].astype(x.dtype), (((3,), (0,)), ((), ())))
+        return self.convolve(x, kernel, padding=kernel.shape[0] // 2)
+
+    def _input_gradient(self, gradient: Array, kernel: Array) -> Float[Array, "b h w c"]:
+        if self.is_dot(gradient, kernel):
+            return lax.dot_general(gradient, kernel[0, 0].astype(gradient.dtype), (((3,), (1,)), ((), ())))
+        inputs = jnp.zeros((*gradient.shape[:3], kernel.shape[2]), gradient.dtype)
+        _, pullback = jax.vjp(lambda x: self.convolve_same(x, kernel), inputs)
+        return pullback(gradient)[0]
+
+    def _kernel_gradient(self, x: Array, gradient: Array, size: int) -> Float[Array, "k k c o"]:
+        """In float32 or wider where the product allows it, else in the activations' dtype, cast."""
+        kernel = jnp.zeros((size, size, x.shape[3], gradient.shape[3]), x.dtype)
+        if self.is_dot(x, kernel):
+            dimensions = (((0, 1, 2), (0, 1, 2)), ((), ()))
+            product = lax.dot_general(x, gradient, dimensions, preferred_element_type=wide(x.dtype))
+            return product.reshape(kernel.shape)
+        _, pullback = jax.vjp(lambda kernel: self.convolve_same(x, kernel), kernel)
+        return pullback(gradient)[0].astype(wide(x.dtype))
+
+    # relu(scale * x_hat + bias), convolved.
+
+    def norm_relu_conv(
+        self, x: Float[Array, "b h w c2"], conv: NormReluConv, norm: Normalization | None = None, window: Window = DENSE
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Applies norm, scale and bias, ReLU and convolution to the first c channels of x.
+
+        Args:
+            x: the feature map.
+            conv: for c channels.
+            norm: makes x_hat of x; None: x is normalized already.
+            window: stride and groups of the convolution.
+        """
+        x = x[..., : conv.scale.shape[0]]
+        activation = norm_relu(apply_norm(x, norm), conv.scale, conv.bias)
+        if window == DENSE:
+            return self.convolve_same(activation, conv.kernel)
+        return self._convolve_window(activation, conv.kernel, window)
+
+    def _convolve_window(self, activation: Array, kernel: Array, window: Window) -> Array:
+        padding = kernel.shape[0] // 2
+        return self.convolve(activation, kernel, stride=window.stride, padding=padding, groups=window.channel_groups)
+
+    def norm_relu_conv_with_stats(
+        self,
+        x: Float[Array, "b h w c2"],
+        conv: NormReluConv,
+        shift: Float[Array, " o"] | None,
+        options: NormOptions,
+        norm: Normalization | None = None,
+        total: Float[Array, "b h2 w2 o"] | None = None,
+        window: Window = DENSE,
+    ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
+        """Computes `norm_relu_conv`, added to total, and the sum's statistics where a kernel gives them as well.
+
+        Args:
+            x: the feature map.
+            conv: for its first channels.
+            shift: near the sum's mean, for accurate statistics; None: none are wanted.
+            options: of the norm that the statistics are for.
+            norm: as for `norm_relu_conv`.
+            total: added, in place where nothing else reads it; None is nothing.
+            window: as for `norm_relu_conv`; the default with a total.
+        """
+        del shift, options
+        out = self.norm_relu_conv(x, conv, norm, window)
+        return out if total is None else total + out, None
+
+    def conv_from_buffer(
+        self, buffer: Buffer, conv: NormReluConv, shift: Float[Array, " o"] | None, options: NormOptions
+    ) -> tuple[Float[Array, "b h w o"], BatchStats | None]:
+        """Computes a dense layer's first convolution from the front of its block's buffer."""
+        x = self.readable(buffer, conv.scale.shape[0])
+        return self.norm_relu_conv_with_stats(x, conv, shift, options)
+
+    def norm_relu_conv_grads(
+        self,
+        x: Float[Array, "b h w c2"],
+        conv: NormReluConv,
+        gradient: Float[Array, "b h2 w2 o"],
+        groups: int,
+        norm: Normalization | None = None,
+        window: Window = DENSE,
+    ) -> Gradients:
+        """The derivative of `norm_relu_conv`.
+
+        Args:
+            x: the feature map.
+            conv: for its first channels.
+            gradient: of the output.
+            groups: of examples that scale and bias gradients are wanted for.
+            norm: as for `norm_relu_conv`.
+            window: likewise.
+        """
+        x = apply_norm(x, norm)
+        if window == DENSE:
+            return self._grads_before_relu(x, conv, gradient, groups)[1]
+        activation = norm_relu(x, conv.scale, conv.bias)
+        _, pullback = jax.vjp(lambda a, kernel: self._convolve_window(a, kernel, window), activation, conv.kernel)
+        grad_activation, kernel = pullback(gradient)
+        return Gradients(*norm_relu_gradients(grad_activation, activation, x, conv.scale, groups), kernel)
+
+    def _grads_before_relu(
+        self, x: Array, conv: NormReluConv, gradient: Array, groups: int
+    ) -> tuple[Float[Array, "b h w c"], Gradients]:
+        """Returns the gradient of the ReLU's output, and `norm_relu_conv_grads`."""
+        x = x[..., : conv.scale.shape[0]]
+        activation = norm_relu(x, conv.scale, conv.bias)
+        grad_activation = self._input_gradient(gradient, conv.kernel)
+        kernel = self._kernel_gradient(activation, gradient, conv.kernel.shape[0])
+        found = norm_relu_gradients(grad_activation, activation, x, conv.scale, groups)
+        return grad_activation, Gradients(*found, kernel)
+
+    def accumulate_grads(
+        self,
+        total: Float[Array, "b h w c2"],
+        buffer: Buffer,
+        conv: NormReluConv,
+        gradient: Float[Array, "b h w o"],
+        groups: int,
+        norm: Normalization | None = None,
+    ) -> Gradients:
+        """Computes `norm_relu_conv_grads` and adds the gradient of x_hat to total's first c channels.
+
+        Returns:
+            The gradients, of which x is the sum, in total's dtype; it may lack the channels behind the first c.
+        """
+        width = conv.scale.shape[0]
+        grads = self.norm_relu_conv_grads(self.readable(buffer, width), conv, gradient, groups, norm)
+        added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
+        return grads._replace(x=added)
+
+    # The backward pass of a dense layer.
+
+    def grad_before_norm(
+        self, total: Array, buffer: Buffer, norm: Normalization, sums: Sums, start: int, end: int
+    ) -> Float[Array, "b h w c"]:
+        """Returns the gradient of channels start to end before their norm, from total, the gradient of x_hat."""
+        x_hat = self.channels(buffer, 0, end)[..., start:end]
+        return norm.select(start, end).gradient(
+            total[..., start:end], x_hat, (sums[0][:, start:end], sums[1][:, start:end])
+        )
+
+    def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
+        """The backward pass of one dense layer.
+
+        Args:
+            saved: from the forward pass.
+            total: the gradient of x_hat by everything that reads it after the layer.
+
+        Returns:
+            The gradients of the first convolution, of which x is total with the layer's part added, and the gradients
+            of the layer's parameters.
+        """
+        (first, second), groups = saved.layer, saved.norm.stats.mean.shape[0]
+        gradient = self.grad_before_norm(total, saved.buffer, saved.norm, saved.sums, *saved.channels)
+        after_first, after_second = saved.dropout_keys
+        grad_second = None
+        if second is not None:
+            gradient = dropout(gradient, saved.dropout_rate, after_second)
+            gradient, grad_second = self._second_conv_backward(saved, second, gradient)
+        gradient = dropout(gradient, saved.dropout_rate, after_first)
+        grads = self.accumulate_grads(total, saved.buffer, first, gradient, groups)
+        return grads, DenseLayer(grads.of_parameters(first), grad_second)
+
+    def _second_conv_backward(
+        self, saved: SavedLayer, conv: NormReluConv, gradient: Array
+    ) -> tuple[Float[Array, "b h w o"], NormReluConv]:
+        """From the gradient of a layer's output to that of the first convolution's output."""
+        assert saved.bottleneck is not None
+        assert saved.bottleneck_norm is not None
+        bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
+        x_hat = norm.apply(bottleneck)
+        grads = self.norm_relu_conv_grads(bottleneck, conv, gradient, norm.stats.mean.shape[0], norm)
+        grad_bottleneck = norm.gradient(grads.x, x_hat, sums_from_gradients(conv.scale, grads.scale, grads.bias))
+        return grad_bottleneck, grads.of_parameters(conv)
+
+    # The stem's maximum.
+
+    def max_pool(self, x: Float[Array, "b h w c"], stride: int = 2) -> Float[Array, "b h2 w2 c"]:
+        """Computes `layers.max_pool`."""
+        return layers.max_pool(x, stride)
+
+    def max_pool_forward(self, x: Array) -> tuple[Float[Array, "b h2 w2 c"], Any]:
+        """Returns `max_pool` and what `max_pool_backward` needs besides x."""
+        return self.max_pool(x), None
+
+    def max_pool_backward(self, x: Array, saved: Any, gradient: Array) -> Float[Array, "b h w c"]:
+        """The derivative of `max_pool`."""
+        del saved
+        return jax.vjp(self.max_pool, x)[1](gradient)[0]
+
+
+class ListBuffers:
+    """Keeps a block's feature maps in one array a layer and concatenates them where they are read."""
+
+    def new_buffer(self, first: Array, width: int) -> Buffer:
+        """Makes a buffer that begins with the first feature maps."""
+        del width
+        return (first,)
+
+    def append(self, buffer: Buffer, new: Array, start: int) -> Buffer:
+        """Returns the buffer with new feature maps at its end."""
+        del start
+        return (*buffer, new)
+
+    def channels(self, buffer: Buffer, start: int, end: int) -> Array:
+        """Returns channels start to end, which must be whole appended pieces."""
+        ends = np.cumsum([piece.shape[-1] for piece in buffer])
+        first, last = (int(np.searchsorted(ends, edge, "right")) for edge in (start, end - 1))
+        return jnp.concatenate(buffer[first : last + 1], axis=-1)
+
+
+def share_of_device(shape: BlockShape, group_size: int, mesh: Mesh | None) -> tuple[BlockShape, int] | None:
+    """Returns a block's shape as one device has it, and the number of groups; None if it doesn't divide evenly."""
+    parts, groups = 1 if mesh is None else mesh.size, group_count(shape.examples, group_size)
+    if shape.examples % parts or (groups > 1 and groups % parts):
+        return None
+    return shape._replace(examples=shape.examples // parts), groups

@@ -1,0 +1,162 @@
+"""The CPU's backend: compiled kernels read the front of a buffer, sum what they give and add gradients in place.
+
+Where the kernels were not built, or for operands that they do not know, XLA computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from densenet_jax.dtypes import DType
+from densenet_jax.kernels.cpu import convolution, pooling
+from densenet_jax.kernels.cpu import norm_relu_conv as cpu
+from densenet_jax.kernels.select import BlockShape, check_wanted
+from densenet_jax.models.fused.backend import Backend, Buffer
+from densenet_jax.models.fused.norm import Normalization
+from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, NormReluConv, Window
+from densenet_jax.models.layers import BatchStats, NormOptions, group_count
+
+
+@dataclass(frozen=True)
+class CpuBackend(Backend):
+    """Computes by the compiled CPU kernels where they are usable."""
+
+    in_place: ClassVar[bool] = True
+
+    def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
+        """Refuses kernels that are not there for CPUs."""
+        check_wanted(self.kernels, "cpu", dtype)
+        return self
+
+    def reads_buffer(self, x: Array, kernel: Array) -> bool:
+        """Whether the kernels take these operands."""
+        return cpu.is_usable(x, kernel)
+
+    def readable(self, buffer: Buffer, width: int) -> Array:
+        """Returns the whole buffer: the kernels read its front."""
+        return buffer
+
+    def convolve(
+        self, x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, groups: int = 1
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Computes `layers.convolve`."""
+        kernel = kernel.astype(x.dtype)
+        if convolution.is_usable(x, kernel):
+            return convolution.convolve(x, kernel, stride=stride, padding=padding, groups=groups)
+        return super().convolve(x, kernel, stride=stride, padding=padding, groups=groups)
+
+    def is_dot(self, x: Array, kernel: Array) -> bool:
+        """Whether a convolution is a product of matrices; the kernels, where they are usable, are no slower."""
+        return super().is_dot(x, kernel) and not convolution.is_usable(x, kernel.astype(x.dtype))
+
+    def norm_relu_conv(
+        self, x: Array, conv: NormReluConv, norm: Normalization | None = None, window: Window = DENSE
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Normalizes, rectifies and convolves in one pass."""
+        x, norm = _apply_norm_of_groups(x, norm)
+        if not cpu.is_usable(x, conv.kernel):
+            return super().norm_relu_conv(x, conv, norm, window)
+        x, operands, strided = _operands(x, conv, norm, window)
+        return cpu.norm_relu_conv(x, operands, **strided)
+
+    def norm_relu_conv_with_stats(
+        self,
+        x: Array,
+        conv: NormReluConv,
+        shift: Array | None,
+        options: NormOptions,
+        norm: Normalization | None = None,
+        total: Array | None = None,
+        window: Window = DENSE,
+    ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
+        """Sums the output for its statistics, and adds it to total, in the same pass."""
+        assert total is None or window == DENSE
+        sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
+        if not cpu.is_usable(x, conv.kernel) or (total is None and not sums_stats):
+            return super().norm_relu_conv_with_stats(x, conv, shift, options, norm, total, window)
+        x, norm = _apply_norm_of_groups(x, norm)
+        x, operands, strided = _operands(x, conv, norm, window)
+        about = jnp.zeros(conv.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
+        if total is None:
+            out, first, second = cpu.norm_relu_conv_with_sums(x, operands, about, **strided)
+        else:
+            out, first, second = cpu.add_norm_relu_conv_with_sums(total, x, operands, about)
+        return out, _stats_from_sums(first, second, shift, out) if sums_stats else None
+
+    def norm_relu_conv_grads(
+        self,
+        x: Array,
+        conv: NormReluConv,
+        gradient: Array,
+        groups: int,
+        norm: Normalization | None = None,
+        window: Window = DENSE,
+    ) -> Gradients:
+        """Masks, scales and sums the gradient while it is in cache."""
+        if groups != 1 or not cpu.is_usable(x, conv.kernel):
+            return super().norm_relu_conv_grads(x, conv, gradient, groups, norm, window)
+        read, operands, strided = _operands(x, conv, norm, window)
+        grad_x, *others = cpu.gradients(read, operands, gradient, **strided)
+        if strided["stride"] != window.stride:
+            sizes = (x.shape[1], x.shape[2])
+            grad_x = convolution.dilate(grad_x, conv.kernel, sizes=sizes, stride=window.stride, padding=0)
+        return _of_one_group(grad_x, *others)
+
+    def accumulate_grads(
+        self,
+        total: Array,
+        buffer: Buffer,
+        conv: NormReluConv,
+        gradient: Array,
+        groups: int,
+        norm: Normalization | None = None,
+    ) -> Gradients:
+        """Adds into total in place; all of its channels are returned."""
+        if groups != 1 or total.dtype != buffer.dtype or not cpu.is_usable(buffer, conv.kernel):
+            return super().accumulate_grads(total, buffer, conv, gradient, groups, norm)
+        return _of_one_group(*cpu.add_gradients(total, buffer, _kernel_operands(buffer, conv, norm), gradient))
+
+    def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
+        """Computes `layers.max_pool`, whose derivative is a kernel."""
+        return pooling.max_pool(x, 3, stride) if pooling.is_usable(x) else super().max_pool(x, stride)
+
+
+def _apply_norm_of_groups(x: Array, norm: Normalization | None) -> tuple[Array, Normalization | None]:
+    """Normalizes x if its examples have several norms, which the kernels don't know."""
+    if norm is None or norm.stats.mean.shape[0] == 1:
+        return x, norm
+    return norm.apply(x), None
+
+
+def _operands(
+    x: Array, conv: NormReluConv, norm: Normalization | None, window: Window
+) -> tuple[Array, cpu.Operands, dict[str, int]]:
+    """Returns the kernels' operands and options; at a stride a 1x1 convolution reads only the pixels it needs."""
+    stride = window.stride
+    if stride > 1 and conv.kernel.shape[0] == 1:
+        x, stride = x[:, ::stride, ::stride], 1
+    return x, _kernel_operands(x, conv, norm), {"stride": stride, "groups": window.channel_groups}
+
+
+def _kernel_operands(x: Array, conv: NormReluConv, norm: Normalization | None) -> cpu.Operands:
+    mean = rstd = jnp.zeros((0,), x.dtype)
+    if norm is not None and norm.epsilon is not None:
+        mean, rstd = (array[0].astype(x.dtype) for array in norm.mean_and_rstd())
+    return cpu.Operands(mean, rstd, *(array.astype(x.dtype) for array in conv))
+
+
+def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:
+    """Statistics of out from the sums over all positions of out - shift and of its square."""
+    assert shift is not None
+    count = out.size // out.shape[-1]
+    mean = total / count
+    var = jnp.maximum(squares / count - jnp.square(mean), 0)
+    return BatchStats((mean + shift.astype(mean.dtype))[None, :], var[None, :])
+
+
+def _of_one_group(grad_x: Array, scale: Array, bias: Array, kernel: Array) -> Gradients:
+    return Gradients(grad_x, scale[None, :], bias[None, :], kernel)

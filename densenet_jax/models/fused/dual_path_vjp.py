@@ -1,0 +1,317 @@
+"""A stage of dual-path blocks that normalizes each feature map once: its forward pass and its own derivative.
+
+A block reads the residual path and the dense path together. The residual path is another sum in every block: it is
+normalized once for the convolutions that read it. The dense path only grows: what a block adds to it is normalized once
+for all blocks after it and for what reads the stage. Kept for the backward pass are x_hat of every residual sum, x_hat
+of the dense path and the outputs of each block's first two convolutions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from densenet_jax.models.fused.backend import Backend, Buffer
+from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, normalization_of
+from densenet_jax.models.fused.norm_relu_conv import (
+    NormReluConv,
+    Window,
+    sum_gradient,
+    sums_from_gradients,
+)
+from densenet_jax.models.fused.split import SplitConv, Target, split_conv, split_conv_grads
+from densenet_jax.models.layers import BatchStats, NormOptions
+
+
+class Block(NamedTuple):
+    """The differentiated arrays of one block.
+
+    Attributes:
+        first: the 1x1 convolution of both paths.
+        second: the grouped 3x3 convolution.
+        third: the 1x1 convolutions onto the residual and onto the dense path.
+        projection: the 1x1 convolution of the shortcut onto both paths, in a stage's first block only.
+    """
+
+    first: SplitConv
+    second: NormReluConv
+    third: SplitConv
+    projection: NormReluConv | None
+
+
+class PerMap(NamedTuple):
+    """One thing for each feature map that a block makes: its running mean (None: frozen norms), or its statistics.
+
+    Attributes:
+        second, third: the inputs of those convolutions, before their norms.
+        residual: the residual sum after the block.
+        dense: what the block adds to the dense path; in the first block the shortcut's channels are among them.
+    """
+
+    second: tuple[Any, ...]
+    third: tuple[Any, ...]
+    residual: tuple[Any, ...]
+    dense: tuple[Any, ...]
+
+
+class Config(NamedTuple):
+    """What is static.
+
+    Attributes:
+        groups: of channels in the 3x3 convolutions.
+        stride: of the first block.
+        remat: keep x_hat of the two paths only and recompute each block's convolutions.
+    """
+
+    norm: NormOptions
+    groups: int
+    stride: int
+    remat: bool
+    backend: Backend
+
+    def window(self, index: int) -> Window:
+        """Returns stride and groups of a block's second convolution; the first block's has the stage's stride."""
+        return Window(1 if index else self.stride, self.groups)
+
+    def normalization(
+        self, stats: BatchStats, shift: Array | None, grad_stats: BatchStats | None = None
+    ) -> Normalization:
+        """Returns how a feature map became x_hat."""
+        return Normalization(stats, None if shift is None else self.norm.epsilon, grad_stats)
+
+
+class Outputs(NamedTuple):
+    """x_hat of both paths, float[b, h, w, c], with its statistics; and all statistics, which have no derivative."""
+
+    values: Array
+    stats: BatchStats
+    all_stats: PerMap
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs; second and third, outputs of convolutions, are None under remat."""
+
+    inputs: Array
+    residual: tuple[Array, ...]
+    dense: Buffer
+    second: tuple[Array | None, ...]
+    third: tuple[Array | None, ...]
+    stats: PerMap
+    blocks: tuple[Block, ...]
+    shifts: PerMap
+
+
+def _dense_ends(blocks: Sequence[Block]) -> list[int]:
+    """Returns the dense path's width after each block."""
+    new = [block.third.kernels[1].shape[-1] for block in blocks]
+    if blocks[0].projection is not None:
+        new[0] += blocks[0].projection.kernel.shape[-1] - blocks[0].third.kernels[0].shape[-1]
+    return [int(end) for end in np.cumsum(new)]
+
+
+def _block_inputs(
+    config: Config, inputs: Array, residual: Array | None, dense: Buffer, width: int
+) -> tuple[Array, ...]:
+    """Returns what a block reads: the stage's input, or the residual sum before it and the dense path so far."""
+    if residual is None:
+        return (inputs,)
+    if isinstance(dense, tuple):
+        return (jnp.concatenate([residual, config.backend.channels(dense, 0, width)], axis=-1),)
+    return residual, config.backend.readable(dense, width)
+
+
+class _Body(NamedTuple):
+    """Outputs of a block's first two convolutions, and the norms of the next ones."""
+
+    second: Array
+    third: Array
+    second_norm: Normalization
+    third_norm: Normalization
+
+
+def _body_forward(
+    config: Config, parts: tuple[Array, ...], block: Block, window: Window, shifts: tuple[Array | None, Array | None]
+) -> _Body:
+    options, backend = config.norm, config.backend
+    ((second, stats),) = split_conv(parts, block.first, (Target(shift=shifts[0]),), options, backend)
+    second_norm = normalization_of(second, options, shifts[0], stats)
+    third, stats = backend.norm_relu_conv_with_stats(
+        second, block.second, shifts[1], options, second_norm, window=window
+    )
+    return _Body(second, third, second_norm, normalization_of(third, options, shifts[1], stats))
+
+
+def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: PerMap) -> tuple[Outputs, Residuals]:
+    options, backend = config.norm, config.backend
+    ends = _dense_ends(blocks)
+    bodies: list[_Body] = []
+    residuals: list[Array] = []
+    stats: list[tuple[BatchStats, ...]] = []
+    dense: Buffer = None
+    total: Array | None = None
+    for index, block in enumerate(blocks):
+        second_shift, third_shift, residual_shift, dense_shift = (kind[index] for kind in shifts)
+        parts = _block_inputs(config, inputs, residuals[-1] if index else None, dense, ends[index - 1])
+        body = _body_forward(config, parts, block, config.window(index), (second_shift, third_shift))
+        bodies.append(body)
+        shortcut = None
+        if block.projection is not None:
+            shortcut = backend.norm_relu_conv(inputs, block.projection, window=Window(config.stride))
+            total = shortcut[..., : block.third.kernels[0].shape[-1]]
+        targets = (Target(total, residual_shift), Target(shift=dense_shift if shortcut is None else None))
+        outputs = split_conv((body.third,), block.third, targets, options, backend, body.third_norm)
+        (total, total_stats), (new, new_stats) = outputs
+        if shortcut is not None:
+            new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
+        residual_norm = normalization_of(total, options, residual_shift, total_stats)
+        dense_norm = normalization_of(new, options, dense_shift, new_stats)
+        residuals.append(residual_norm.apply(total))
+        x_hat = dense_norm.apply(new)
+        dense = backend.append(dense, x_hat, ends[index - 1]) if index else backend.new_buffer(x_hat, ends[-1])
+        norms = (body.second_norm, body.third_norm, residual_norm, dense_norm)
+        stats.append(tuple(norm.stats for norm in norms))
+    all_stats = PerMap(*zip(*stats, strict=True))
+    values = jnp.concatenate([residuals[-1], backend.channels(dense, 0, ends[-1])], axis=-1)
+    joined = concatenate_stats([all_stats.residual[-1], *all_stats.dense])
+    second = tuple(None if config.remat else body.second for body in bodies)
+    third = tuple(None if config.remat else body.third for body in bodies)
+    residual = Residuals(inputs, tuple(residuals), dense, second, third, all_stats, blocks, shifts)
+    return Outputs(values, joined, all_stats), residual
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def stage(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: PerMap) -> Outputs:
+    """Computes both paths after the blocks, from x_hat of the first block's input.
+
+    Only the outputs' values and their statistics have a derivative.
+    """
+    return _forward(config, inputs, blocks, shifts)[0]
+
+
+class _Carry(NamedTuple):
+    """Gradients so far: of the residual sum, and of x_hat of the dense path with its sums."""
+
+    residual: Array
+    dense: Array
+    dense_sums: Sums
+
+
+def _second_norm(config: Config, saved: Residuals, index: int) -> Normalization:
+    return config.normalization(saved.stats.second[index], saved.shifts.second[index])
+
+
+def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
+    """Returns the inputs of a block's second and third convolution, before their norms."""
+    block, backend = saved.blocks[index], config.backend
+    second, third = saved.second[index], saved.third[index]
+    if second is None:
+        ((second, _),) = split_conv(parts, block.first, (Target(),), config.norm, backend)
+    if third is None:
+        norm = _second_norm(config, saved, index)
+        third = backend.norm_relu_conv(second, block.second, norm, config.window(index))
+    return second, third
+
+
+def _body_backward(
+    config: Config, saved: Residuals, index: int, parts: Sequence[Array], gradients: tuple[Array, Array]
+) -> tuple[Array, NormReluConv, SplitConv]:
+    """From what a block adds to the two paths to the output of its first convolution."""
+    block, backend = saved.blocks[index], config.backend
+    second_norm = _second_norm(config, saved, index)
+    third_norm = config.normalization(saved.stats.third[index], saved.shifts.third[index])
+    second, third = _bottlenecks(config, saved, index, parts)
+    groups = third_norm.stats.mean.shape[0]
+    outer = split_conv_grads((third,), block.third, gradients, groups, backend, third_norm)
+    sums = sums_from_gradients(block.third.scale, outer.scale, outer.bias)
+    gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums)
+    groups = second_norm.stats.mean.shape[0]
+    inner = backend.norm_relu_conv_grads(second, block.second, gradient, groups, second_norm, config.window(index))
+    sums = sums_from_gradients(block.second.scale, inner.scale, inner.bias)
+    gradient = second_norm.gradient(inner.x, second_norm.apply(second), sums)
+    return gradient, inner.of_parameters(block.second), outer.of_parameters()
+
+
+def _first_backward(
+    config: Config, saved: Residuals, index: int, end: int, gradient: Array, carry: _Carry
+) -> tuple[_Carry, SplitConv]:
+    """From the output of a later block's first convolution to the two paths before the block."""
+    conv = saved.blocks[index].first
+    x_hat, stats = saved.residual[index - 1], saved.stats.residual[index - 1]
+    width = x_hat.shape[-1]
+    parts = _block_inputs(config, saved.inputs, x_hat, saved.dense, end)
+    total = carry.dense if config.backend.in_place and len(parts) > 1 else None
+    groups = stats.mean.shape[0]
+    grads = split_conv_grads(parts, conv, (gradient,), groups, config.backend, totals=(None, total))
+    sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
+    own = (sums[0][:, :width], sums[1][:, :width])
+    norm = config.normalization(stats, saved.shifts.residual[index - 1])
+    grad_residual = norm.gradient(grads.x[0][..., :width], x_hat, own)
+    if total is not None:
+        dense = grads.x[1]
+    else:
+        grad_dense = grads.x[1] if len(parts) > 1 else grads.x[0][..., width:]
+        dense = (carry.dense[..., :end].astype(grad_dense.dtype) + grad_dense).astype(carry.dense.dtype)
+    dense_sums = (carry.dense_sums[0][:, :end] + sums[0][:, width:], carry.dense_sums[1][:, :end] + sums[1][:, width:])
+    return _Carry(carry.residual + grad_residual, dense, dense_sums), grads.of_parameters()
+
+
+def _entry_backward(
+    config: Config, saved: Residuals, gradient: Array, shortcut: Array
+) -> tuple[Array, SplitConv, NormReluConv | None]:
+    """From the outputs of the first block's first convolution and of its shortcut to the stage's input."""
+    block, inputs, backend = saved.blocks[0], saved.inputs, config.backend
+    assert block.projection is not None
+    grads = split_conv_grads((inputs,), block.first, (gradient,), 1, backend)
+    other = backend.norm_relu_conv_grads(inputs, block.projection, shortcut, 1, window=Window(config.stride))
+    projection = other.of_parameters(block.projection)
+    return (grads.x[0] + other.x).astype(inputs.dtype), grads.of_parameters(), projection
+
+
+def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _Carry:
+    """Splits the gradient of the stage's x_hat into the last residual sum's and the dense path's."""
+    width, stats = saved.residual[-1].shape[-1], saved.stats.residual[-1]
+    groups = stats.mean.shape[0]
+    residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
+    grad_stats = BatchStats(*(kind[:, :width] for kind in cotangents.stats))
+    sums = sum_gradient(residual, saved.residual[-1], groups)
+    norm = config.normalization(stats, saved.shifts.residual[-1], grad_stats)
+    residual = norm.gradient(residual, saved.residual[-1], sums)
+    x_hat = config.backend.channels(saved.dense, 0, dense.shape[-1])
+    return _Carry(residual, dense, sum_gradient(dense, x_hat, groups))
+
+
+def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
+    ends, width = _dense_ends(saved.blocks), saved.residual[-1].shape[-1]
+    carry = _start_backward(config, saved, cotangents)
+    blocks: list[Block] = []
+    inputs = None
+    for index in reversed(range(len(saved.blocks))):
+        start, end = ends[index - 1] if index else 0, ends[index]
+        grad_stats = BatchStats(*(kind[:, width + start : width + end] for kind in cotangents.stats))
+        norm = config.normalization(saved.stats.dense[index], saved.shifts.dense[index], grad_stats)
+        new = norm.gradient(
+            carry.dense[..., start:end],
+            config.backend.channels(saved.dense, start, end),
+            (carry.dense_sums[0][:, start:end], carry.dense_sums[1][:, start:end]),
+        )
+        own = new.shape[-1] - saved.blocks[index].third.kernels[1].shape[-1]  # after the shortcut's
+        parts = _block_inputs(config, saved.inputs, saved.residual[index - 1] if index else None, saved.dense, start)
+        gradient, second, third = _body_backward(config, saved, index, parts, (carry.residual, new[..., own:]))
+        projection = None
+        if index:
+            carry, first = _first_backward(config, saved, index, start, gradient, carry)
+        else:
+            shortcut = jnp.concatenate([carry.residual, new[..., :own]], axis=-1)
+            inputs, first, projection = _entry_backward(config, saved, gradient, shortcut)
+        blocks.append(Block(first, second, third, projection))
+    gradients = jax.tree.map(lambda a, like: a.astype(like.dtype), tuple(reversed(blocks)), saved.blocks)
+    return inputs, gradients, None
+
+
+stage.defvjp(_forward, _backward)

@@ -1,0 +1,118 @@
+"""Normalizing a feature map once, and the derivative of that."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from densenet_jax.dtypes import DType, wide
+from densenet_jax.models.layers import BatchStats, NormOptions, compute_stats, normalize, per_example
+
+Sums = tuple[Float[Array, "g c"], Float[Array, "g c"]]  # over each group: of a gradient, of the gradient times x_hat
+
+
+class Normalization(NamedTuple):
+    """How feature maps x became x_hat.
+
+    Attributes:
+        stats: of x.
+        epsilon: of the norm; None: the norm is frozen and x_hat is x.
+        grad_stats: the gradients of stats, where something else reads them.
+    """
+
+    stats: BatchStats
+    epsilon: float | None
+    grad_stats: BatchStats | None = None
+
+    def apply(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Returns x_hat in x's dtype."""
+        return x if self.epsilon is None else normalize(x, self.stats, self.epsilon).astype(x.dtype)
+
+    def gradient(
+        self, gradient: Float[Array, "b h w c"], x_hat: Float[Array, "b h w c"], sums: Sums
+    ) -> Float[Array, "b h w c"]:
+        """Returns the gradient of x: rstd * (g - mean(g) - x_hat * mean(g * x_hat)), plus what comes by the statistics.
+
+        Args:
+            gradient: g, of x_hat.
+            x_hat: the normalized feature map.
+            sums: of g and of g * x_hat, over each group of examples.
+
+        Returns:
+            The gradient in x_hat's dtype, computed in float32 or wider.
+        """
+        if self.epsilon is None:
+            return gradient.astype(x_hat.dtype)
+        dtype = wide(gradient.dtype)
+        count = gradient.size // gradient.shape[-1] // self.stats.var.shape[0]
+        terms = self._terms(sums, count, self.epsilon, dtype)
+        rstd, mean_grad, mean_product = (per_example(term, gradient.shape[0]) for term in terms)
+        grad_x = (gradient.astype(dtype) - mean_grad - x_hat.astype(dtype) * mean_product) * rstd
+        return grad_x.astype(x_hat.dtype)
+
+    def gradient_factors(self, sums: Sums, count: int) -> Float[Array, "g 3 c"]:
+        """Returns coefficients a, b, c with gradient(g, x_hat) == a * g + b * x_hat + c.
+
+        Args:
+            sums: as for `gradient`.
+            count: positions of a group's examples.
+        """
+        if self.epsilon is None:
+            one = jnp.ones_like(sums[0])
+            return jnp.stack((one, 0 * one, 0 * one), axis=1)
+        dtype = wide(self.stats.var.dtype)
+        rstd, mean_grad, mean_product = self._terms(sums, count, self.epsilon, dtype)
+        return jnp.stack((rstd, -mean_product * rstd, -mean_grad * rstd), axis=1)
+
+    def select(self, start: int, end: int) -> Normalization:
+        """Returns the normalization of channels start to end."""
+        stats = select_channels(self.stats, start, end)
+        return Normalization(
+            stats, self.epsilon, None if self.grad_stats is None else select_channels(self.grad_stats, start, end)
+        )
+
+    def mean_and_rstd(self) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
+        """Returns the mean and 1 / deviation that make x_hat of x."""
+        mean, var = self.stats
+        if self.epsilon is None:
+            return jnp.zeros_like(mean), jnp.ones_like(mean)
+        return mean, 1 / jnp.sqrt(var + self.epsilon)
+
+    def _terms(self, sums: Sums, count: int, epsilon: float, dtype: DType) -> tuple[Array, Array, Array]:
+        """Returns 1 / deviation and the means over a group of the gradient and of the gradient times x_hat."""
+        deviation = jnp.sqrt(self.stats.var.astype(dtype) + epsilon)
+        sum_grad, sum_product = sums
+        if self.grad_stats is not None:
+            sum_grad = sum_grad - self.grad_stats.mean * deviation
+            sum_product = sum_product - 2 * self.grad_stats.var * deviation**2
+        return 1 / deviation, sum_grad / count, sum_product / count
+
+
+def normalization_of(
+    x: Float[Array, "b h w c"], options: NormOptions, shift: Array | None, stats: BatchStats | None = None
+) -> Normalization:
+    """Computes how x becomes x_hat.
+
+    Args:
+        x: the feature map.
+        options: of its norms.
+        shift: float[c] near the mean, for accurate statistics; None: the norms are frozen and x_hat is x, with
+            statistics that leave it alone.
+        stats: of x, where they are known.
+    """
+    if shift is None:
+        dtype = wide(x.dtype)
+        return Normalization(BatchStats(jnp.zeros((1, x.shape[-1]), dtype), jnp.ones((1, x.shape[-1]), dtype)), None)
+    return Normalization(stats or compute_stats(x, options.group_size, shift), options.epsilon)
+
+
+def select_channels(stats: BatchStats, start: int, end: int) -> BatchStats:
+    """Returns the statistics of channels start to end."""
+    return BatchStats(stats.mean[:, start:end], stats.var[:, start:end])
+
+
+def concatenate_stats(stats: list[BatchStats]) -> BatchStats:
+    """Returns the statistics of concatenated feature maps."""
+    return BatchStats(*(jnp.concatenate(parts, axis=-1) for parts in zip(*stats, strict=True)))

@@ -1,0 +1,171 @@
+"""`norm_relu_conv` of a feature map that lies in parts, by several 1x1 kernels behind one scale and bias.
+
+A product over concatenated channels is the sum of the products over the parts, so nothing has to be concatenated; and
+outputs that go different ways come from kernels of their own, so nothing has to be taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from densenet_jax.models.fused.backend import Backend
+from densenet_jax.models.fused.norm import Normalization
+from densenet_jax.models.fused.norm_relu_conv import (
+    Gradients,
+    NormReluConv,
+    apply_norm,
+    norm_relu,
+    norm_relu_gradients,
+)
+from densenet_jax.models.layers import BatchStats, NormOptions
+
+
+class SplitConv(NamedTuple):
+    """Scale and bias float[c] before several kernels, each float[1, 1, c, o] with an o of its own."""
+
+    scale: Array
+    bias: Array
+    kernels: tuple[Array, ...]
+
+
+class SplitGradients(NamedTuple):
+    """Gradients of a `SplitConv`, in float32 or wider.
+
+    Attributes:
+        x: float[b, h, w, *] of the channels read of each part.
+        scale, bias: float[g, c], a row for each group of examples.
+        kernels: shaped like the kernels.
+    """
+
+    x: tuple[Array, ...]
+    scale: Array
+    bias: Array
+    kernels: tuple[Array, ...]
+
+    def of_parameters(self) -> SplitConv:
+        """Returns the parameters' gradients, summed over groups."""
+        return SplitConv(self.scale.sum(axis=0), self.bias.sum(axis=0), self.kernels)
+
+
+class Target(NamedTuple):
+    """Where an output goes.
+
+    Attributes:
+        total: added to the output.
+        shift: near the sum's mean, for its statistics; None: none are wanted.
+    """
+
+    total: Array | None = None
+    shift: Array | None = None
+
+
+def _split(parts: Sequence[Array], conv: SplitConv) -> Iterator[tuple[Array, SplitConv]]:
+    """Yields each part with the parameters of its channels; the last part may have more channels than are read."""
+    start, width = 0, conv.scale.shape[0]
+    for part in parts:
+        end = min(start + part.shape[-1], width)
+        kernels = tuple(kernel[:, :, start:end] for kernel in conv.kernels)
+        yield part, SplitConv(conv.scale[start:end], conv.bias[start:end], kernels)
+        start = end
+
+
+def split_conv(
+    parts: Sequence[Float[Array, "b h w _"]],
+    conv: SplitConv,
+    targets: Sequence[Target],
+    options: NormOptions,
+    backend: Backend,
+    norm: Normalization | None = None,
+) -> tuple[tuple[Float[Array, "b h w _"], BatchStats | None], ...]:
+    """Returns one output a kernel, and its statistics where they come with it.
+
+    Args:
+        parts: whose channels, one after the other, are the feature map.
+        conv: the parameters.
+        targets: one an output.
+        options: of the norms that the statistics are for.
+        backend: computes.
+        norm: makes x_hat of the feature map, which has one part then; None: it is normalized already.
+    """
+    pieces = list(_split(parts, conv))
+    outputs = []
+    for number, (total, shift) in enumerate(targets):
+        stats = None
+        for part, own in pieces:
+            one = NormReluConv(own.scale, own.bias, own.kernels[number])
+            about = shift if part is parts[-1] else None
+            total, stats = backend.norm_relu_conv_with_stats(part, one, about, options, norm, total)
+        assert total is not None
+        outputs.append((total, stats))
+    return tuple(outputs)
+
+
+def split_conv_grads(
+    parts: Sequence[Float[Array, "b h w _"]],
+    conv: SplitConv,
+    gradients: Sequence[Float[Array, "b h w _"]],
+    groups: int,
+    backend: Backend,
+    norm: Normalization | None = None,
+    totals: Sequence[Array | None] = (None, None),
+) -> SplitGradients:
+    """The derivative of `split_conv`.
+
+    Args:
+        parts: as for `split_conv`.
+        conv: the parameters.
+        gradients: of each output.
+        groups: of examples that scale and bias gradients are wanted for.
+        backend: computes.
+        norm: as for `split_conv`.
+        totals: added to the gradients of each part's channels, in place where nothing else reads them; for one kernel,
+            or where the backend computes in place.
+    """
+    found = [
+        _part_grads(part, own, gradients, groups, backend, norm, total)
+        for (part, own), total in zip(_split(parts, conv), totals, strict=False)
+    ]
+    return SplitGradients(
+        tuple(one.x[0] for one in found),
+        jnp.concatenate([one.scale for one in found], axis=-1),
+        jnp.concatenate([one.bias for one in found], axis=-1),
+        tuple(jnp.concatenate(kernels, axis=2) for kernels in zip(*(one.kernels for one in found), strict=True)),
+    )
+
+
+def _part_grads(
+    x: Array,
+    conv: SplitConv,
+    gradients: Sequence[Array],
+    groups: int,
+    backend: Backend,
+    norm: Normalization | None,
+    total: Array | None,
+) -> SplitGradients:
+    convs = [NormReluConv(conv.scale, conv.bias, kernel) for kernel in conv.kernels]
+    if backend.in_place or len(convs) == 1:
+        found: list[Gradients] = []
+        for one, gradient in zip(convs, gradients, strict=True):
+            if total is None:
+                found.append(backend.norm_relu_conv_grads(x, one, gradient, groups, norm))
+            else:
+                found.append(backend.accumulate_grads(total, x, one, gradient, groups, norm))
+            total = found[-1].x
+        scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in found), strict=True))
+        return SplitGradients((total,), scale, bias, tuple(one.kernel for one in found))
+    assert total is None
+    # The kernels' gradients of x are added before they are masked and summed, once.
+    x = apply_norm(x, norm)[..., : conv.scale.shape[0]]
+    activation = norm_relu(x, conv.scale, conv.bias)
+    kernels = tuple(
+        backend.norm_relu_conv_grads(x, one, gradient, groups).kernel
+        for one, gradient in zip(convs, gradients, strict=True)
+    )
+    _, pullback = jax.vjp(lambda a: tuple(backend.convolve_same(a, kernel) for kernel in conv.kernels), activation)
+    grad_x, scale, bias = norm_relu_gradients(pullback(tuple(gradients))[0], activation, x, conv.scale, groups)
+    return SplitGradients((grad_x,), scale, bias, kernels)
