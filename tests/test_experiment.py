@@ -67,7 +67,7 @@ def test_finetuning_starts_from_published_weights_at_a_tenth_of_the_rate():
 
 def test_a_model_is_made_on_devices_that_do_not_divide_the_training_batch(tmp_path):
     made = experiment(digits, **{"data.dir": str(tmp_path), "train.global_batch_size": 12})
-    assert made.model.block_form.keywords["mesh"].size == 8
+    assert made.model.implementation.mesh.size == 8
     with pytest.raises(UserError, match=r"config.train.global_batch_size is 12, which 8 devices don't divide"):
         _ = made.mesh
 

@@ -12,7 +12,7 @@ HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "grain", "clu", "ml_colle
 OURS = "densenet_jax"
 # The rooms from the ground up: each imports only from floors below its own.
 FLOORS = (
-    ("errors", "version", "rng"),
+    ("errors", "version", "rng", "dtypes"),
     ("system",),
     ("kernels", "data", "training"),
     ("models", "augment", "config", "flags", "recipes"),
@@ -66,6 +66,16 @@ def test_models_training_and_kernels_know_neither_data_nor_settings():
             wrong = [other for other in imports_at_load(path) if other.startswith((*forbidden, *HEAVY))]
             wrong = [other for other in wrong if not other.startswith(f"{OURS}.training")]
             assert wrong == [], f"{name} imports {wrong}"
+
+
+def test_the_plain_networks_know_neither_the_fused_implementation_nor_kernels():
+    """They are read without it; `create` alone picks the fused implementation."""
+    for name in ("layers", "densenet", "dual_path", "head"):
+        forbidden = (f"{OURS}.models.fused", f"{OURS}.kernels")
+        others = imports_at_load(modules()[f"{OURS}.models.{name}"])
+        assert [other for other in others if other.startswith(forbidden)] == [], name
+    pickers = {name for name, path in modules().items() if f"{OURS}.models.fused" in imports_at_load(path)}
+    assert pickers == {f"{OURS}.models.create"}
 
 
 def test_models_know_nothing_of_training():

@@ -1,4 +1,4 @@
-"""What of dense layers the kernels for GPUs and TPUs compute, what XLA, and what is computed again."""
+"""Chooses Pallas or XLA for a dense layer, and whether its bottleneck is rematerialized."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from densenet_jax.kernels.tpu.tiles import LANES
 
 Choice = Literal["xla", "pallas"]
 KERNELS_WANTED = ("auto", "xla", "pallas")
-# The platforms that have kernels, and the dtypes of activations that these are for.
+# Platforms with Pallas kernels: the dtypes of activations that they take.
 KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
-_MEASURED_CAPABILITY = "9.0"  # Hopper: H100 and H200 are what the kernels were measured on
+_MEASURED_CAPABILITY = "9.0"  # Hopper: the kernels were measured on H100 and H200
 _MOST_MEASURED_OUTPUTS = 128
-_LARGE_TPUS = tuple("5678")  # generations that have the memory on the chip that the kernels ask for
-_ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e: what XLA keeps there goes through no memory
+_LARGE_TPUS = tuple("5678")  # generations with as much memory on the chip as the kernels ask for
+_ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e
 
 
 class BlockShape(NamedTuple):
-    """A dense block.
+    """Shape of a dense block.
 
     Attributes:
-      examples, height, width, channels: of its input.
-      layers: how many.
-      bottleneck: channels behind a layer's first convolution, 0 without a bottleneck.
-      growth: channels that a layer adds.
-      drops: whether some of what its convolutions give is dropped.
+        examples, height, width, channels: of its input.
+        layers: number of layers.
+        bottleneck: channels after a layer's first convolution, 0 without a bottleneck.
+        growth: channels that a layer adds.
+        drops: whether it has dropout.
     """
 
     examples: int
@@ -50,19 +50,24 @@ class BlockShape(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Channels of all its maps."""
+        """Channels of all its feature maps."""
         return self.channels + self.layers * self.growth
 
     def is_on_chip(self, dtype: Any, channels: int) -> bool:
-        """Whether a TPU's memory on the chip holds so many channels of that dtype at all positions of all examples."""
+        """Whether a TPU's memory on the chip holds so many channels at all positions of all examples."""
         return self.rows * channels * jnp.dtype(dtype).itemsize <= _ON_CHIP_BYTES
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
-    """Checks that kernels which are asked for exist.
+    """Checks that the kernels asked for exist.
+
+    Args:
+        wanted: one of KERNELS_WANTED.
+        platform: "cpu", "gpu" or "tpu".
+        dtype: of activations.
 
     Raises:
-      UserError: they don't, for that platform ("cpu", "gpu", "tpu") or that dtype of activations.
+        UserError: they don't exist for that platform or dtype.
     """
     if wanted not in KERNELS_WANTED:
         raise UserError(f"kernels={wanted!r}: expected one of {', '.join(KERNELS_WANTED)}")
@@ -88,17 +93,17 @@ def choose(
     wanted: str = "auto",
     devices: Sequence[Any] | None = None,
 ) -> Choice:
-    """What computes a dense layer's 1x1 convolution with all around it on a GPU.
+    """Chooses what computes a dense layer's 1x1 convolution with its norms and their derivatives on a GPU.
 
     Args:
-      platform: "cpu" or "gpu".
-      dtype: of activations.
-      shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
-      wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
-      devices: that the program is for; None is JAX's own, if it has just one: how would it be divided over several?
+        platform: "cpu" or "gpu".
+        dtype: of activations.
+        shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
+        wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
+        devices: that the program is for; None is JAX's own if it has one, else unknown.
 
     Raises:
-      UserError: "pallas" is wanted where there is none.
+        UserError: "pallas" is wanted where there is none.
     """
     check_wanted(wanted, platform, dtype)
     rows, columns, outputs = shape
@@ -108,33 +113,33 @@ def choose(
     return "pallas" if wanted == "pallas" and fits else "xla"
 
 
-def _known(devices: Sequence[Any] | None) -> Sequence[Any]:
+def _known_devices(devices: Sequence[Any] | None) -> Sequence[Any]:
     return jax.devices()[: jax.device_count() == 1] if devices is None else devices
 
 
 def _are_measured(devices: Sequence[Any] | None) -> bool:
-    capabilities = {getattr(device, "compute_capability", None) for device in _known(devices)}
+    capabilities = {getattr(device, "compute_capability", None) for device in _known_devices(devices)}
     return capabilities == {_MEASURED_CAPABILITY}
 
 
 def choose_layer_gradients(
     dtype: Any, block: BlockShape, wanted: str = "auto", devices: Sequence[Any] | None = None
 ) -> Choice:
-    """What computes the backward pass of a dense layer on a TPU.
+    """Chooses what computes the backward pass of a dense layer on a TPU.
 
     Args:
-      dtype: of activations.
-      block: as one device has it.
-      wanted: "pallas" takes the kernels, on TPUs from v5 on, for blocks whose maps and gradients do not stay on the
-        chip; "auto" does not take them: they were compiled for TPUs, never run on one.
-      devices: as for `choose`.
+        dtype: of activations.
+        block: as one device has it.
+        wanted: "pallas" takes the kernels, on TPUs from v5 on, for blocks whose feature maps and gradients do not stay
+            on the chip; "auto" does not take them: they were compiled for TPUs, never run on one.
+        devices: as for `choose`.
 
     Raises:
-      UserError: "pallas" is wanted where there is none, on older chips, or for a number of examples that is none of
-        whole vectors.
+        UserError: "pallas" is wanted where there is none, on older chips, or for a number of examples that does not
+            fill whole vectors.
     """
     check_wanted(wanted, "tpu", dtype)
-    kinds = {str(getattr(device, "device_kind", "")) for device in _known(devices)}
+    kinds = {str(getattr(device, "device_kind", "")) for device in _known_devices(devices)}
     if wanted != "pallas" or not kinds:
         return "xla"
     for kind in kinds:
@@ -151,24 +156,23 @@ def choose_layer_gradients(
         )
     if not block.bottleneck:
         return "xla"
-    maps = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
+    x = jax.ShapeDtypeStruct((block.examples, block.height, block.width, block.columns), dtype)
     stays_on_chip = block.is_on_chip(dtype, 2 * block.columns)
     start = block.columns - block.growth
-    are_computed = conv3x3_gradients.fits(
-        maps, (3, 3, block.bottleneck, block.growth), start
-    ) and conv1x1_gradients.fits(maps, (start, block.bottleneck))
-    return "pallas" if are_computed and not stays_on_chip else "xla"
+    fits_conv3x3 = conv3x3_gradients.fits(x, (3, 3, block.bottleneck, block.growth), start)
+    fits = fits_conv3x3 and conv1x1_gradients.fits(x, (start, block.bottleneck))
+    return "pallas" if fits and not stays_on_chip else "xla"
 
 
 def should_remat_bottleneck(dtype: Any, block: BlockShape) -> bool:
-    """Whether a TPU computes bottleneck maps again in the backward pass rather than keeping them in memory.
+    """Whether a TPU recomputes bottlenecks in the backward pass rather than keeping them in memory.
 
-    It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its bottleneck
-    map would write and read: in the first block of the ImageNet networks, which holds half of all bottleneck maps.
+    It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its
+    bottleneck would write and read: in the first block of the ImageNet networks, which has half of all bottlenecks.
 
     Args:
-      dtype: of activations.
-      block: as one device has it.
+        dtype: of activations.
+        block: as one device has it.
     """
     mean_read = (block.channels + block.columns) / 2
     return not block.is_on_chip(dtype, block.layers * block.bottleneck) and mean_read <= 2 * block.bottleneck

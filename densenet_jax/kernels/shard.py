@@ -1,4 +1,4 @@
-"""What a kernel computes, done by each device for its own part of the batch."""
+"""Runs kernels on each device for its own part of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 
 def own_groups(mesh: Mesh | None, groups: int) -> int:
-    """Groups of examples that share statistics, as each device sees them; 1 where one is spread over devices."""
+    """Returns how many groups that share statistics each device has; 1 where a group is spread over devices."""
     return groups if mesh is None else max(groups // mesh.size, 1)
 
 
@@ -24,14 +24,14 @@ def on_each_device(
     by_example: tuple[bool, ...],
     results: tuple[str, ...],
 ) -> Callable[..., Any]:
-    """A function of arrays whose first axis are examples, or rows of them, done by each device for its own.
+    """Makes a function of arrays whose first axis are examples, or rows of them, run on each device for its own.
 
     Args:
-      function: of arrays and groups.
-      mesh: whose one axis divides the examples; None and a single device change nothing.
-      groups: of examples, in all.
-      by_example: which operands are divided; the others are whole on every device.
-      results: "example" is divided as well; "group" has a row for each group, "whole" is a sum over all examples.
+        function: of arrays and groups.
+        mesh: has one axis, which divides the examples; None and a single device change nothing.
+        groups: of examples, in all.
+        by_example: which operands are divided; the others are whole on every device.
+        results: "example" is divided as well; "group" has a row for each group, "whole" is a sum over all examples.
     """
     if mesh is None or mesh.size == 1:
         return functools.partial(function, groups=groups)
@@ -40,9 +40,9 @@ def on_each_device(
     is_divided = {"example": True, "group": groups > 1, "whole": False}
 
     def own_part(*operands: Array) -> tuple[Array, ...]:
-        found = function(*operands, groups=own_groups(mesh, groups))
+        parts = function(*operands, groups=own_groups(mesh, groups))
         return tuple(
-            part if is_divided[kind] else lax.psum(part, axis) for part, kind in zip(found, results, strict=True)
+            part if is_divided[kind] else lax.psum(part, axis) for part, kind in zip(parts, results, strict=True)
         )
 
     return jax.shard_map(

@@ -118,7 +118,7 @@ class Plain:
         layers: Sequence[tuple[Convolution, BatchNorm | None]],
         x: Float[Array, "b h w c"],
         train: bool,
-        activation: Callable[[Array], Array] = jax.nn.relu,
+        activation: Callable[[Array], Array],
         blur: bool = False,
     ) -> Float[Array, "b h2 w2 c2"]:
         """Convolution, norm and activation for each layer, then 3x3 max pooling at stride 2.
@@ -135,7 +135,7 @@ class Plain:
             if norm is None:
                 return x
             x = activation(norm(x, train))
-        repeat_border = norm.options.folded
+            repeat_border = norm.options.folded
         if blur:
             return blur_pool(max_pool(x, stride=1, repeat_border=repeat_border))
         return max_pool(x, repeat_border=repeat_border)
@@ -284,7 +284,7 @@ class DenseNet(nn.Module):
         )
         shared = {"param_dtype": self.param_dtype, "implementation": self.implementation}
         layers = self._stem_layers(images.shape[-1])
-        x = self.implementation.stem(layers, images.astype(self.dtype), train, blur=self.blur != "none")
+        x = self.implementation.stem(layers, images.astype(self.dtype), train, jax.nn.relu, self.blur != "none")
         stride = 1 if self.stem == "cifar" else 4
         pyramid = {}
         for index, num_layers in enumerate(self.block_sizes, 1):

@@ -1,4 +1,4 @@
-"""Batch norm folded away for inference: its running statistics become part of a convolution, or a scale and a bias.
+"""Folds batch norms for inference: running statistics become part of a convolution, or a scale and a bias.
 
 A norm whose input is a convolution's output that nothing else reads goes into that convolution: its scale into the
 kernel, the rest into a bias, which stands under the norm's name. These are the norms of the stems (DenseNet's `norm0`
@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-# A convolution's path, and that of the norm which alone reads its output, where there is one.
+# Paths of a convolution and of the only norm that reads its output.
 _FOLLOWED_BY = (
     (r"conv(\d)", r"norm\1"),
     (r"(.*denselayer\d+)/conv1", r"\1/norm2"),
@@ -32,16 +32,14 @@ _FOLLOWED_BY = (
 
 
 def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The same network for inference only, with every batch norm folded.
-
-    The arithmetic of folding is float64; the result has the dtypes of the parameters.
+    """Makes the same network for inference only, with every batch norm folded in float64.
 
     Args:
-      module: a model of `create_model`.
-      variables: its {"params", "batch_stats"}; left as they are.
+        module: a model of `create_model`.
+        variables: its {"params", "batch_stats"}; left as they are.
 
     Returns:
-      A module that can only evaluate, and its variables, {"params"} alone.
+        A module that can only evaluate, and its variables, {"params"} alone, in the parameters' dtypes.
     """
     options = module.norm_options
     params, stats = (traverse_util.flatten_dict(dict(variables[kind]), sep="/") for kind in ("params", "batch_stats"))

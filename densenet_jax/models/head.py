@@ -1,4 +1,4 @@
-"""From the last feature map to logits: pooling, dropout, classifier; the same for every network."""
+"""Pooling, dropout and classifier: from the last feature map to logits, for every network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OUTPUTS = ("logits", "pooled", "map", "pyramid")
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What the head does.
+    """Settings of the head.
 
     Attributes:
-      num_classes: width of the logits.
-      dropout_rate: between pooling and classifier, in training.
-      test_time_pool_px: in evaluation, classify every window of that side in the last map and take the mean of the
-        windows' average and maximum (for inputs larger than those of training; 7 in the references); 0 switches it off.
-      dtype: of the features; param_dtype: of the parameters.
+        dropout_rate: between pooling and classifier, in training.
+        test_time_pool_px: in evaluation, classify every window of that side in the last feature map and take the mean
+            of the windows' average and maximum (for inputs larger than those of training; 7 in the references); 0 is
+            off.
+        dtype: of the features.
     """
 
     num_classes: int
@@ -44,19 +44,19 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b k"]:
-        """Logits of features whose last axis is c."""
+        """Returns logits of pooled features."""
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype)
-        kind = wide(self.dtype)
-        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=kind)
-        return logits + jnp.expand_dims(bias.astype(kind), tuple(range(logits.ndim - 1)))
+        dtype = wide(self.dtype)
+        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=dtype)
+        return logits + jnp.expand_dims(bias.astype(dtype), tuple(range(logits.ndim - 1)))
 
 
 def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w2 c"]:
     if min(x.shape[1:3]) < window_px:
         raise UserError(
-            f"test_time_pool_px={window_px} is larger than the last map of {x.shape[1]}x{x.shape[2]}; "
+            f"test_time_pool_px={window_px} is larger than the last feature map of {x.shape[1]}x{x.shape[2]}; "
             "give larger images or 0"
         )
     return nn.avg_pool(x, window_shape=(window_px, window_px))
@@ -65,7 +65,7 @@ def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w
 def classify(
     x: Float[Array, "b h w c"], options: HeadOptions, train: bool, make_rng: Callable[[str], Array]
 ) -> Float[Array, "b k"]:
-    """Logits of the last feature map; called inside a module, it declares that module's child "classifier"."""
+    """Returns logits of the last feature map; called inside a module, it declares that module's child "classifier"."""
     classifier = Classifier(options.num_classes, options.dtype, options.param_dtype, name="classifier")
     if options.test_time_pool_px and not train:
         logits = classifier(_windows(x, options.test_time_pool_px))

@@ -1,4 +1,4 @@
-"""How much arithmetic a function does: multiply-adds of its convolutions and matrix products, as papers count them."""
+"""Counts multiply-adds of convolutions and matrix products, as papers do."""
 
 import math
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from densenet_jax.kernels.cpu.primitive import plain_kernels
 
 
 def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
-    """Multiply-adds of all convolutions and matrix products in one call of `function`, which is only traced.
+    """Counts multiply-adds of all convolutions and matrix products in one call of `function`, which is only traced.
 
     Normalization, activation and pooling are not counted, as in the tables of the papers and of timm ("GMACs") and
-    torchvision ("GFLOPS"). Of a choice between branches the largest counts.
+    torchvision ("GFLOPS"). In a choice between branches the largest counts.
 
     Args:
-      function: a function of arrays.
-      arguments: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        function: a function of arrays.
+        arguments: its arguments, arrays or `jax.ShapeDtypeStruct`s.
     """
-    with plain_kernels():  # which are convolutions by name
+    with plain_kernels():  # so that convolutions are XLA's
         return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -49,11 +49,11 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
-    """The programs that an equation calls."""
-    found = []
+    """Returns the programs that an equation calls."""
+    programs = []
     for value in parameters.values():
         for entry in value if isinstance(value, tuple | list) else (value,):
             entry = getattr(entry, "jaxpr", entry)
             if isinstance(entry, core.Jaxpr):
-                found.append(entry)
-    return found
+                programs.append(entry)
+    return programs

@@ -1,4 +1,4 @@
-"""What others have published: accuracies, the checkpoints they belong to, and how those checkpoints see an image."""
+"""Published accuracies, the checkpoints they belong to, and how those checkpoints expect an image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Preprocessing:
     """How an image becomes a network's input.
 
     Attributes:
-      mean, std: a channel, of inputs scaled to [0, 1].
-      input_px: side of the square crop in training.
-      test_px: side of the square crop in evaluation.
-      crop_fraction: share of the resized shorter side that the evaluation crop covers, in (0, 1].
-      interpolation: "bicubic" or "bilinear", of the resize.
+        mean, std: one number a channel, of inputs scaled to [0, 1].
+        input_px: side of the square crop in training.
+        test_px: side of the square crop in evaluation.
+        crop_fraction: share of the resized shorter side that the evaluation crop covers, in (0, 1].
+        interpolation: "bicubic" or "bilinear".
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -30,11 +30,11 @@ class PublishedResult:
     """One published accuracy.
 
     Attributes:
-      dataset: what it was measured on; a "+" marks training with augmentation, as in the DenseNet paper.
-      top1, top5: per cent, of single-crop evaluation; top5 is None where it was not reported.
-      source: paper and table, or the checkpoint's page.
-      hub_id: the checkpoint on the Hugging Face hub, "" where no weights go with the figure.
-      preprocessing: how the images were prepared; None where the paper's own 32-pixel images went in as they are.
+        dataset: a "+" marks training with augmentation, as in the DenseNet paper.
+        top1, top5: per cent, of single-crop evaluation; top5 is None where it was not reported.
+        source: paper and table, or the checkpoint's page.
+        hub_id: the checkpoint on the Hugging Face hub, "" where no weights go with the figure.
+        preprocessing: how the images were prepared.
     """
 
     dataset: str
@@ -68,7 +68,7 @@ def _paper(top1_error: float, top5_error: float | None, source: str = "1608.0699
 
 
 def _tiny(*errors: float | None) -> tuple[PublishedResult, ...]:
-    """Errors in the order of the paper's table 2; None where it has no figure."""
+    """Takes errors in the order of the paper's table 2; None where it has no figure."""
     datasets = ("cifar10", "cifar10+", "cifar100", "cifar100+", "svhn")
     source = "1608.06993 table 2"
     small = Preprocessing(input_px=32, test_px=32, crop_fraction=1.0)
@@ -128,7 +128,7 @@ PUBLISHED: dict[str, tuple[PublishedResult, ...]] = {
 
 
 def published_preprocessing(source: str | None) -> Preprocessing | None:
-    """How a published checkpoint wants its images at its training size; None where the source is not in the table."""
+    """Returns how a published checkpoint expects images at its training size; None if it is not in the table."""
     for results in PUBLISHED.values():
         for result in results:
             if result.hub_id and result.hub_id == source:

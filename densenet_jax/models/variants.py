@@ -1,4 +1,4 @@
-"""The table of variants: one row holds everything that is particular to one network."""
+"""The table of variants: one row describes one network."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TINY = Preprocessing(
 
 @dataclass(frozen=True)
 class DenseNetArchitecture:
-    """What tells one DenseNet from another (1608.06993, sections 3 and 4).
+    """Architecture of a DenseNet (1608.06993, sections 3 and 4).
 
     Attributes:
-      growth_rate: new feature maps a dense layer adds (k).
-      block_sizes: dense layers in each block.
-      stem: "plain" 7x7 stride 2, "deep" or "deep_tiered" three 3x3, "cifar" one 3x3 without norm or pooling.
-      stem_width: feature maps that enter the first block; None is twice the growth rate.
-      bottleneck_width: the 1x1 convolution gives this many times the growth rate; 0 leaves it out.
-      compression: the share of feature maps a transition keeps, in (0, 1].
-      blur: where blur pooling replaces strided pooling: "none", "stem" or "all" (transitions too).
-      init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initializer.
-      epsilon: of every batch norm.
+        growth_rate: new feature maps a dense layer adds (k).
+        block_sizes: dense layers in each block.
+        stem: "plain" 7x7 stride 2, "deep" or "deep_tiered" three 3x3, "cifar" one 3x3 without norm or pooling.
+        stem_width: feature maps that enter the first block; None is twice the growth rate.
+        bottleneck_width: the 1x1 convolution gives this many times the growth rate; 0 leaves it out.
+        compression: the share of feature maps a transition keeps, in (0, 1].
+        blur: where blur pooling replaces strided pooling: "none", "stem" or "all" (transitions too).
+        init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initializer.
+        epsilon: of every batch norm.
     """
 
     growth_rate: int = 32
@@ -44,19 +44,19 @@ class DenseNetArchitecture:
 
 @dataclass(frozen=True)
 class DualPathArchitecture:
-    """What tells one Dual Path Network from another (1707.01629, table 1).
+    """Architecture of a Dual Path Network (1707.01629, table 1).
 
     Attributes:
-      block_sizes: blocks in each of the four stages.
-      dense_increments: feature maps that a block of each stage adds to the dense path.
-      reduction_width: width of the grouped 3x3 convolution of the first stage (k_r); doubles each stage.
-      groups: of the 3x3 convolution.
-      stem_width: feature maps of the stem.
-      small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
-      split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
-      activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
-      init_fan: "fan_in" or "fan_out" of the He normal initializer.
-      epsilon: of every batch norm.
+        block_sizes: blocks in each of the four stages.
+        dense_increments: feature maps that a block of each stage adds to the dense path.
+        reduction_width: width of the grouped 3x3 convolution of the first stage (k_r); doubles each stage.
+        groups: of the 3x3 convolution.
+        stem_width: feature maps of the stem.
+        small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
+        split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
+        activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
+        init_fan: "fan_in" or "fan_out" of the He normal initializer.
+        epsilon: of every batch norm.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)
@@ -73,14 +73,11 @@ class DualPathArchitecture:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a named network, how its input is prepared and what is known of its accuracy.
+    """One row: a named network, how its input is prepared and its published accuracies.
 
     Attributes:
-      name: as users type it.
-      architecture: the facts the module is built from.
-      parameter_count: trainable numbers, counted at num_classes classes and channels input channels.
-      preprocessing: sizes in pixels, mean and standard deviation of inputs scaled to [0, 1], interpolation.
-      published: accuracies others report, each with its source and, if there is one, its checkpoint.
+        architecture: attributes of the module.
+        parameter_count: trainable numbers, counted at num_classes classes and channels input channels.
     """
 
     name: str
@@ -93,24 +90,24 @@ class Variant:
 
     @property
     def hub_ids(self) -> tuple[str, ...]:
-        """Checkpoints on the Hugging Face hub that load into this variant, the recommended one first."""
+        """Returns checkpoints on the Hugging Face hub that load into this variant, the recommended one first."""
         return tuple(dict.fromkeys(result.hub_id for result in self.published if result.hub_id))
 
     def results_of(self, source: str) -> tuple[PublishedResult, ...]:
-        """The published results of one checkpoint; empty where nothing is known of it."""
+        """Returns the published results of one checkpoint; empty if there are none."""
         return tuple(result for result in self.published if result.hub_id and result.hub_id == source)
 
     def preprocessing_of(self, source: str | None) -> Preprocessing:
-        """How the inputs of one checkpoint are prepared; the variant's own way where nothing is known of it."""
+        """Returns how the inputs of one checkpoint are prepared; the variant's own way if it is unknown."""
         return published_preprocessing(source) or self.preprocessing
 
 
-def _densenet(name: str, count: int, **facts) -> Variant:
-    return Variant(name, DenseNetArchitecture(**facts), count, published=PUBLISHED.get(name, ()))
+def _densenet(name: str, count: int, **fields) -> Variant:
+    return Variant(name, DenseNetArchitecture(**fields), count, published=PUBLISHED.get(name, ()))
 
 
 def _tiny(name: str, count: int, growth_rate: int, layers: int, bottleneck: bool) -> Variant:
-    facts = DenseNetArchitecture(
+    fields = DenseNetArchitecture(
         growth_rate=growth_rate,
         block_sizes=(layers,) * 3,
         stem="cifar",
@@ -119,13 +116,13 @@ def _tiny(name: str, count: int, growth_rate: int, layers: int, bottleneck: bool
         compression=0.5 if bottleneck else 1.0,
         init_fan="fan_out",
     )
-    return Variant(name, facts, count, TINY, num_classes=10, published=PUBLISHED.get(name, ()))
+    return Variant(name, fields, count, TINY, num_classes=10, published=PUBLISHED.get(name, ()))
 
 
-def _dual_path(name: str, count: int, **facts) -> Variant:
+def _dual_path(name: str, count: int, **fields) -> Variant:
     published = PUBLISHED.get(name, ())
     preprocessing = next((r.preprocessing for r in published if r.hub_id), IMAGENET)
-    return Variant(name, DualPathArchitecture(**facts), count, preprocessing, published=published)
+    return Variant(name, DualPathArchitecture(**fields), count, preprocessing, published=published)
 
 
 _SMALL = {"small": True, "stem_width": 10, "reduction_width": 128, "dense_increments": (16, 32, 32, 64)}
@@ -186,10 +183,10 @@ VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 
 
 def get_variant(name: str) -> Variant:
-    """The row of one name.
+    """Returns the row of one name.
 
     Raises:
-      UserError: the name is not in the table; the message gives the nearest names.
+        UserError: the name is not in the table; the message gives the nearest names.
     """
     if name in VARIANTS:
         return VARIANTS[name]
@@ -201,5 +198,5 @@ def get_variant(name: str) -> Variant:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the table that match a shell-style pattern, in the table's order."""
+    """Lists names that match a shell-style pattern, in the table's order."""
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 
 from densenet_jax.experiment import Experiment
-from densenet_jax.models.dense_block import plain_dense_block
-from densenet_jax.models.densenet import DenseNet
+from densenet_jax.models.densenet import PLAIN, DenseNet
 from densenet_jax.models.operations import count_multiply_adds
 
 
@@ -25,7 +24,7 @@ def parameter_table(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     model = experiment.model
     if isinstance(model, DenseNet):
-        model = model.clone(block_form=plain_dense_block)
+        model = model.clone(implementation=PLAIN)
     multiply_adds = count_multiply_adds(
         lambda variables, image: model.apply(variables, image, train=False), variables, image
     )

@@ -1,4 +1,4 @@
-"""The GPU's kernels give what their plain twins give: interpreted here, compiled for a GPU that is not there."""
+"""The GPU's kernels give what their plain references give: interpreted here, compiled for a GPU that is not there."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.kernels.gpu.reader import norm_relu_matmul, norm_relu_matmul_kernel, plain_norm_relu_matmul
-from densenet_jax.kernels.gpu.reader_gradients import add_gradients, add_gradients_kernel, plain_add_gradients
+from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul, norm_relu_matmul_kernel, plain_norm_relu_matmul
+from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients, add_gradients_kernel, plain_add_gradients
 from densenet_jax.kernels.gpu.tiles import Tile, split_rows
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
@@ -129,10 +129,10 @@ def test_every_row_is_in_one_range(rows, most):
 COMPILE = """
 import functools, json, re, sys
 import jax, jax.numpy as jnp
-from densenet_jax.kernels.gpu.reader import norm_relu_matmul
-from densenet_jax.kernels.gpu.reader_gradients import add_gradients
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
-from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
+from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul
+from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
+from densenet_jax.models.densenet import BlockOptions, DenseBlock
+from densenet_jax.models.fused import Fused
 from densenet_jax.plan.compilers import absent_devices
 from densenet_jax.plan.costs import compile_costs
 from densenet_jax.plan.topology import parse_topology
@@ -165,8 +165,8 @@ compile_both("float16", 98, 96, 64, 64, kind=jnp.float16)
 compile_both("widest", 200, 64, 48, 512)
 compile_both("eight chips", 8 * 98, 128, 96, 64, mesh=mesh)
 
-def block(form):
-    module = DenseBlock(3, 32, options=BlockOptions(dtype=jnp.bfloat16), form=form)
+def block(implementation):
+    module = DenseBlock(3, 32, options=BlockOptions(dtype=jnp.bfloat16), implementation=implementation)
     x = jax.ShapeDtypeStruct((32, 14, 14, 256), jnp.bfloat16)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), False))
     def step(variables, x):
@@ -177,8 +177,8 @@ def block(form):
     lowered = jax.jit(step).lower(*sharding.with_sharding((variables, x), sharding.replicated(one)))
     return compile_costs(lowered).traffic_bytes
 
-def over_eight(form):
-    module = DenseBlock(2, 32, options=BlockOptions(dtype=jnp.bfloat16), form=form)
+def over_eight(implementation):
+    module = DenseBlock(2, 32, options=BlockOptions(dtype=jnp.bfloat16), implementation=implementation)
     x = jax.ShapeDtypeStruct((32, 14, 14, 64), jnp.bfloat16, sharding=sharding.over_data(mesh))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), False))
     variables = sharding.with_sharding(shapes, sharding.replicated(mesh))
@@ -190,8 +190,8 @@ def over_eight(form):
     text = jax.jit(step).lower(variables, x).compile().as_text()
     return [len(re.findall(r'custom_call_target="__gpu.xla.gpu.triton"', text)), "all-gather" in text]
 
-found["each of eight chips"] = over_eight(functools.partial(FORMS["normalize_once_gpu"], mesh=mesh))
-found["traffic"] = [block(KERNEL_FORMS["normalize_once_gpu"]), block(FORMS["normalize_once_gpu"])]
+found["each of eight chips"] = over_eight(Fused("gpu", mesh=mesh))
+found["traffic"] = [block(Fused("gpu", "pallas")), block(Fused("gpu"))]
 print(json.dumps(found))
 """
 

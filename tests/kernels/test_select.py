@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.select import BlockShape, choose, choose_layer_gradients, recomputes_hidden
+from densenet_jax.kernels.select import BlockShape, choose, choose_layer_gradients, should_remat_bottleneck
 
 SHAPE = (100_352, 256, 128)
 
@@ -62,7 +62,7 @@ def test_who_asks_for_what_there_is_not_is_told(platform, dtype, wanted, message
         choose(platform, dtype, SHAPE, wanted)
 
 
-FIRST_BLOCK = BlockShape(examples=128, height=56, width=56, channels=64, layers=6, hidden=128, growth=32)
+FIRST_BLOCK = BlockShape(examples=128, height=56, width=56, channels=64, layers=6, bottleneck=128, growth=32)
 V4, V5E, V5P, V6E, V7 = (
     types.SimpleNamespace(device_kind=f"TPU{kind}") for kind in (" v4", " v5 lite", " v5", " v6 lite", "7x")
 )
@@ -86,8 +86,8 @@ def test_nobody_else_does_on_a_tpu(wanted, devices):
         {"width": 224},  # a row does not
         {"growth": 24},
         {"channels": 80},  # what a layer makes does not begin at a multiple of what it has
-        {"hidden": 0},
-        {"hidden": 56},
+        {"bottleneck": 0},
+        {"bottleneck": 56},
     ],
     ids=str,
 )
@@ -115,8 +115,8 @@ def test_who_asks_for_what_there_is_not_on_a_tpu_is_told(block, devices, message
         (BlockShape(128, 56, 56, 96, 6, 192, 48), True),  # densenet161's
         (BlockShape(16, 56, 56, 64, 6, 128, 32), False),  # stays on the chip
         (BlockShape(128, 28, 28, 128, 12, 128, 32), False),  # reads more than it keeps
-        (BlockShape(4096, 32, 32, 16, 12, 0, 12), False),  # has no hidden maps
+        (BlockShape(4096, 32, 32, 16, 12, 0, 12), False),  # has no bottlenecks
     ],
 )
-def test_hidden_maps_are_recomputed_on_a_tpu_where_keeping_them_moves_more(block, expected):
-    assert recomputes_hidden("bfloat16", block) is expected
+def test_bottlenecks_are_recomputed_on_a_tpu_where_keeping_them_moves_more(block, expected):
+    assert should_remat_bottleneck("bfloat16", block) is expected

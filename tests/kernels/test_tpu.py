@@ -1,4 +1,4 @@
-"""The TPU's kernels give what their plain twins give: interpreted here, compiled for TPUs that are not there."""
+"""The TPU's kernels give what their plain references give: interpreted here, compiled for TPUs that are not there."""
 
 import functools
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from densenet_jax.kernels.tpu import conv_gradients as conv
-from densenet_jax.kernels.tpu import reader_gradients as reader
+from densenet_jax.kernels.tpu import conv1x1_gradients as conv1x1
+from densenet_jax.kernels.tpu import conv3x3_gradients as conv3x3
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
 from tests.running import last_line, run_for_absent_chips
 
-# examples, height, width, columns of the buffers, columns read, hidden channels, channels made, rows at a time
+# examples, height, width, columns of the buffers, columns read, bottleneck channels, channels made, rows at a time
 SHAPES = {
     "a row at a time": (3, 4, 5, 20, 12, 6, 4, 1),
     "all rows at a time": (2, 4, 3, 24, 16, 8, 8, 4),
@@ -44,26 +44,26 @@ def drawing(dtype):
     return draw, draw_wide
 
 
-def conv_operands(shape, dtype, groups=1):
-    examples, height, width, columns, _, hidden, made, _ = shape
+def conv3x3_operands(shape, dtype, groups=1):
+    examples, height, width, columns, _, bottleneck, made, _ = shape
     draw, wide = drawing(dtype)
     maps = [draw(examples, height, width, columns) for _ in range(2)]
-    norm = (wide(groups, hidden), jnp.abs(wide(groups, hidden)) + 0.1, wide(hidden), wide(hidden))
+    norm = (wide(groups, bottleneck), jnp.abs(wide(groups, bottleneck)) + 0.1, wide(bottleneck), wide(bottleneck))
     return (
         *maps,
         wide(groups, 3, made),
-        draw(examples, height, width, hidden),
+        draw(examples, height, width, bottleneck),
         *norm,
-        wide(3, 3, hidden, made),
+        wide(3, 3, bottleneck, made),
     )
 
 
-def reader_operands(shape, dtype, groups=1):
-    examples, height, width, columns, channels, hidden, _, _ = shape
+def conv1x1_operands(shape, dtype, groups=1):
+    examples, height, width, columns, channels, bottleneck, _, _ = shape
     draw, wide = drawing(dtype)
     maps = [draw(examples, height, width, columns) for _ in range(2)]
-    opened = draw(examples, height, width, hidden)
-    return (*maps, wide(channels), wide(channels), wide(channels, hidden), opened, wide(groups, 3, hidden))
+    masked = draw(examples, height, width, bottleneck)
+    return (*maps, wide(channels), wide(channels), wide(channels, bottleneck), masked, wide(groups, 3, bottleneck))
 
 
 def at(values):
@@ -74,106 +74,109 @@ def at(values):
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_3x3_convolution_s_derivative_is_its_twin(shape, dtype):
     *_, made, rows = SHAPES[shape]
-    operands, start = conv_operands(SHAPES[shape], dtype), 2 * made
-    found = conv.conv_gradients_kernel(*operands, start=start, most_rows=rows, interpret=True)
-    assert_close(found, conv.plain_conv_gradients(*operands, start=start), TOLERANCES[dtype])
+    operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
+    found = conv3x3.conv3x3_gradients_kernel(*operands, start=start, most_rows=rows, interpret=True)
+    assert_close(found, conv3x3.plain_conv3x3_gradients(*operands, start=start), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_1x1_convolution_s_derivative_is_its_twin(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
-    operands = reader_operands(SHAPES[shape], dtype)
-    found = reader.reader_gradients_kernel(*operands, most_positions=2 * rows, interpret=True)
-    assert_close(found, reader.plain_reader_gradients(*operands), TOLERANCES[dtype])
+    operands = conv1x1_operands(SHAPES[shape], dtype)
+    found = conv1x1.conv1x1_gradients_kernel(*operands, most_positions=2 * rows, interpret=True)
+    assert_close(found, conv1x1.plain_conv1x1_gradients(*operands), TOLERANCES[dtype])
     np.testing.assert_array_equal(found[0][..., channels:], operands[0][..., channels:])
 
 
 def test_the_3x3_convolution_s_derivative_is_autodiff_s():
     with jax.enable_x64(True):
         shape = SHAPES["a row at a time"]
-        total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel = conv_operands(shape, jnp.float64)
+        total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel = conv3x3_operands(shape, jnp.float64)
         start, new = 8, shape[6]
-        parts = [at(values) for values in of_raw[0]]
+        parts = [at(values) for values in coefficients[0]]
         raw = parts[0] * total[..., start : start + new] + parts[1] * x[..., start : start + new] + parts[2]
-        normalized = (hidden - at(mean[0])) * at(reciprocal[0])
+        normalized = (bottleneck - at(mean[0])) * at(rstd[0])
 
         def layer(before, scale, bias, kernel):
             activation = jax.nn.relu(before + at(scale) * normalized + at(bias))
             dimensions = ("NHWC", "HWIO", "NHWC")
             return lax.conv_general_dilated(activation, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
 
-        _, pullback = jax.vjp(layer, jnp.zeros_like(hidden), scale, bias, kernel)
+        _, pullback = jax.vjp(layer, jnp.zeros_like(bottleneck), scale, bias, kernel)
         of_before, of_scale, of_bias, of_kernel = pullback(raw)
-        found = conv.conv_gradients_kernel(
-            total, x, of_raw, hidden, mean, reciprocal, scale, bias, kernel, start=start, interpret=True
+        found = conv3x3.conv3x3_gradients_kernel(
+            total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start, interpret=True
         )
         assert_close(found, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
 
 
 def test_the_1x1_convolution_s_derivative_is_autodiff_s():
     with jax.enable_x64(True):
-        total, x, scale, bias, kernel, opened, of_raw = reader_operands(SHAPES["a row at a time"], jnp.float64)
+        total, x, scale, bias, kernel, masked, coefficients = conv1x1_operands(SHAPES["a row at a time"], jnp.float64)
         channels = scale.shape[0]
 
         def layer(x, scale, bias, kernel):
             return jax.nn.relu(at(scale) * x[..., :channels] + at(bias)) @ kernel
 
-        hidden, pullback = jax.vjp(layer, x, scale, bias, kernel)
-        parts = [at(values) for values in of_raw[0]]
-        of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * opened + parts[1] * hidden + parts[2])
-        added, *found = reader.reader_gradients_kernel(total, x, scale, bias, kernel, opened, of_raw, interpret=True)
+        bottleneck, pullback = jax.vjp(layer, x, scale, bias, kernel)
+        parts = [at(values) for values in coefficients[0]]
+        of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * bottleneck + parts[2])
+        added, *found = conv1x1.conv1x1_gradients_kernel(
+            total, x, scale, bias, kernel, masked, coefficients, interpret=True
+        )
         assert_close((added - total, *found), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
 
 
 @pytest.mark.parametrize(
-    ("twin", "operands", "divided"),
+    ("reference", "operands", "divided"),
     [
-        (functools.partial(conv.plain_conv_gradients, start=8), conv_operands, (0, 1, 2, 3, 4, 5)),
-        (reader.plain_reader_gradients, reader_operands, (0, 1, 5, 6)),
+        (functools.partial(conv3x3.plain_conv3x3_gradients, start=8), conv3x3_operands, (0, 1, 2, 3, 4, 5)),
+        (conv1x1.plain_conv1x1_gradients, conv1x1_operands, (0, 1, 5, 6)),
     ],
     ids=["3x3", "1x1"],
 )
-def test_the_twins_take_groups_apart(twin, operands, divided):
+def test_the_references_take_groups_apart(reference, operands, divided):
     operands = operands((4, *SHAPES["a row at a time"][1:]), jnp.float32, groups=2)
 
     def half(number):
         def own(place, value):
             return value.reshape(2, -1, *value.shape[1:])[number] if place in divided else value
 
-        return twin(*(own(place, value) for place, value in enumerate(operands)))
+        return reference(*(own(place, value) for place, value in enumerate(operands)))
 
     first, second = half(0), half(1)
     joined = [jnp.concatenate(parts) for parts in zip(first[:3], second[:3], strict=True)]
-    assert_close(twin(*operands), (*joined, first[3] + second[3]), 1e-5)
+    assert_close(reference(*operands), (*joined, first[3] + second[3]), 1e-5)
 
 
-def test_on_a_cpu_the_twins_are_compiled():
+def test_on_a_cpu_the_references_are_compiled():
     shape = SHAPES["a row at a time"]
     for function, operands, static in [
-        (conv.conv_gradients, conv_operands(shape, jnp.float32), {"start": 8}),
-        (reader.reader_gradients, reader_operands(shape, jnp.float32), {}),
+        (conv3x3.conv3x3_gradients, conv3x3_operands(shape, jnp.float32), {"start": 8}),
+        (conv1x1.conv1x1_gradients, conv1x1_operands(shape, jnp.float32), {}),
     ]:
         compiled = jax.jit(lambda *operands, f=function, s=static: f(*operands, **s)).lower(*operands).compile()
         assert "custom-call" not in compiled.as_text()
-        twin = {conv.conv_gradients: conv.plain_conv_gradients}.get(function, reader.plain_reader_gradients)
-        assert_close(function(*operands, **static), twin(*operands, **static), 1e-5)
+        references = {conv3x3.conv3x3_gradients: conv3x3.plain_conv3x3_gradients}
+        reference = references.get(function, conv1x1.plain_conv1x1_gradients)
+        assert_close(function(*operands, **static), reference(*operands, **static), 1e-5)
 
 
 COMPILE = """
-import functools, json, sys
+import json, sys
 import jax, jax.numpy as jnp
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock
-from densenet_jax.models.normalize_once import FORMS, KERNEL_FORMS
+from densenet_jax.models.densenet import BlockOptions, DenseBlock
+from densenet_jax.models.fused import Fused
 from densenet_jax.plan.compilers import absent_devices
 from densenet_jax.plan.costs import compile_costs
 from densenet_jax.plan.hlo import Program
 from densenet_jax.plan.topology import parse_topology
 from densenet_jax.training import sharding
 
-def block(form, topology, examples, side, channels, layers, growth):
+def block(kernels, topology, examples, side, channels, layers, growth):
     mesh = sharding.make_mesh(absent_devices(parse_topology(topology)))
-    form = functools.partial(form, mesh=mesh)
-    module = DenseBlock(layers, growth, options=BlockOptions(dtype=jnp.bfloat16), form=form)
+    implementation = Fused("tpu", kernels, mesh)
+    module = DenseBlock(layers, growth, options=BlockOptions(dtype=jnp.bfloat16), implementation=implementation)
     x = jax.ShapeDtypeStruct((examples, side, side, channels), jnp.bfloat16, sharding=sharding.over_data(mesh))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), False))
     variables = sharding.with_sharding(shapes, sharding.replicated(mesh))
@@ -190,11 +193,11 @@ def block(form, topology, examples, side, channels, layers, growth):
             "temporaries": compiled.memory_analysis().temp_size_in_bytes}
 
 print(json.dumps({
-    "kernels": block(KERNEL_FORMS["normalize_once_tpu"], "v5e:1x1", 128, 56, 64, 3, 32),
-    "xla": block(FORMS["normalize_once_tpu"], "v5e:1x1", 128, 56, 64, 3, 32),
-    "eight chips": block(KERNEL_FORMS["normalize_once_tpu"], "v5e:2x4", 8 * 256, 28, 128, 2, 32),
-    "v5p": block(KERNEL_FORMS["normalize_once_tpu"], "v5p:2x2x1", 4 * 256, 28, 128, 2, 32),
-    "v6e": block(KERNEL_FORMS["normalize_once_tpu"], "v6e:1x1", 256, 28, 192, 2, 48),
+    "kernels": block("pallas", "v5e:1x1", 128, 56, 64, 3, 32),
+    "xla": block("auto", "v5e:1x1", 128, 56, 64, 3, 32),
+    "eight chips": block("pallas", "v5e:2x4", 8 * 256, 28, 128, 2, 32),
+    "v5p": block("pallas", "v5p:2x2x1", 4 * 256, 28, 128, 2, 32),
+    "v6e": block("pallas", "v6e:1x1", 256, 28, 192, 2, 48),
 }))
 """
 

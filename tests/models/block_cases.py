@@ -1,11 +1,11 @@
-"""Dense blocks in training, with what can be set of them, for comparing forms."""
+"""Dense blocks in training, with their options, for comparing implementations."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
+from densenet_jax.models.densenet import PLAIN, BlockOptions, DenseBlock
 from densenet_jax.models.layers import NormOptions
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
 from tests.models.comparing import largest_error
@@ -24,9 +24,10 @@ CASES = {
 }
 
 
-def results(form, dtype, options, shardings=None, batch=4, layers=2):
+def results(implementation, dtype, options, shardings=None, batch=4, layers=2):
     """(outputs, statistics) and the gradients of parameters and inputs, of a linear loss."""
-    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), param_dtype=dtype, form=form)
+    options = BlockOptions(dtype=dtype, **options)
+    module = DenseBlock(layers, 4, options=options, param_dtype=dtype, implementation=implementation)
     x = jax.random.normal(jax.random.key(0), (batch, 3, 3, 8)).astype(dtype)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
     keys = iter(jax.random.split(jax.random.key(1), 99))
@@ -45,10 +46,10 @@ def results(form, dtype, options, shardings=None, batch=4, layers=2):
     return outputs, gradients
 
 
-def largest_error_over_eight_devices(form, group_size):
-    """Of a block in float64, over this process's devices in that form and on one in the plain one."""
+def largest_error_over_eight_devices(fused, group_size):
+    """Compares a block in float64 over this process's devices with the plain one on one device."""
     mesh, options = make_mesh(), {"norm": NormOptions(group_size=group_size)}
     shardings = (replicated(mesh), over_data(mesh))
     with jax.enable_x64(True):
-        found = results(functools.partial(form, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
-        return largest_error(found, results(plain_dense_block, jnp.float64, options, batch=16, layers=1))
+        found = results(dataclasses.replace(fused, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
+        return largest_error(found, results(PLAIN, jnp.float64, options, batch=16, layers=1))

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from densenet_jax.models import layers
+from densenet_jax.models import densenet, dual_path, layers
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dense_block import BlockResult, LayerMoments, plain_dense_block
 from densenet_jax.models.densenet import DenseNet
 from densenet_jax.models.layers import FeatureMap
 from densenet_jax.models.torch_weights import (
@@ -64,11 +63,16 @@ def make(name, **options):
     return create_model(name, **options)
 
 
-def _shapes_only(inputs, arrays, key, options, train):
-    """A dense block without its arithmetic, which takes half the tracing."""
-    new = sum((layer.kernel1 if layer.kernel2 is None else layer.kernel2).shape[-1] for layer in arrays)
-    output = jnp.zeros((*inputs.shape[:3], inputs.shape[3] + new), inputs.dtype)
-    return BlockResult(FeatureMap(output), (LayerMoments(None, None),) * len(arrays))
+class ShapesOnly(densenet.Plain):
+    """Dense blocks without their arithmetic, which takes half the tracing."""
+
+    def dense_block(self, layers, x, train, key, options):
+        for layer in layers:
+            _ = layer.norm1.arrays(), layer.conv1.kernel  # which declares all of the layer's parameters
+            if layer.bottleneck_width:
+                _ = layer.norm2.arrays(), layer.conv2.kernel
+        width = x.shape[3] + len(layers) * layers[0].growth_rate
+        return FeatureMap(jnp.zeros((*x.shape[:3], width), x.dtype))
 
 
 @functools.cache
@@ -76,7 +80,7 @@ def abstract_variables(name):
     """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initializers."""
     model = make(name)
     if isinstance(model, DenseNet):
-        model = model.clone(block_form=_shapes_only)
+        model = model.clone(implementation=ShapesOnly())
     side_px = 65 if name in SMALL_MODELS else get_variant(name).preprocessing.input_px
     images = jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
     with mock.patch.object(layers, "he_normal", return_value=jax.nn.initializers.zeros):
@@ -105,13 +109,13 @@ def images(batch, side_px, dtype=np.float32):
 
 def _is_tap(module, method):
     name = module.name or ""
-    return method == "__call__" and name.startswith(("norm", "denseblock", "transition", "conv"))
+    return method == "__call__" and name.startswith(("norm", "bn", "denseblock", "transition", "conv"))
 
 
 def run_with_taps(model, variables, x):
     """Logits and every stage's output of the papers' way, by the references' module names, and of ours the logits."""
-    papers_way = plain_dense_block if isinstance(model, DenseNet) else None
-    found = _run_with_taps(model.clone(block_form=papers_way), variables, x)
+    plain = densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN
+    found = _run_with_taps(model.clone(implementation=plain), variables, x)
     return {**found, "own logits": model.apply(variables, x)}
 
 
@@ -124,6 +128,9 @@ def _run_with_taps(model, variables, x):
             value = value.raw(model.norm_options.epsilon) if hasattr(value, "raw") else value
             # The references' norms in stem and head include the ReLU.
             found[name] = jax.nn.relu(value) if name.startswith("norm") else value
+    if "conv1_1" in state["intermediates"]:
+        value = state["intermediates"]["conv1_1"]["bn"]["__call__"][0]
+        found["conv1_1"] = dual_path.ACTIVATIONS[model.activation](value)
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from densenet_jax.models import dense_block, densenet, dual_path, layers
+from densenet_jax.models import densenet, dual_path, layers
 from tests.models import golden
 
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ def _without_rectifier(monkeypatch, module, which):
         calls.append(x)
         return x if len(calls) == which else jax.nn.relu(x)
 
-    monkeypatch.setattr(module, "jax", SimpleNamespace(nn=SimpleNamespace(relu=relu)))
+    monkeypatch.setattr(module, "jax", SimpleNamespace(**{**vars(jax), "nn": SimpleNamespace(relu=relu)}))
 
 
 def no_stem_relu(monkeypatch):
@@ -38,8 +38,8 @@ def no_stem_relu(monkeypatch):
 
 
 def no_final_relu(monkeypatch):
-    # small_densenet has four blocks: one rectifier in the stem, one in each of three transitions, then the head's.
-    _without_rectifier(monkeypatch, densenet, 5)
+    # small_densenet: the rectifiers of nine dense layers, two each, and of three transitions, then the head's.
+    _without_rectifier(monkeypatch, densenet, 23)
 
 
 def no_stem_or_final_relu_in_dual_path(monkeypatch):
@@ -67,11 +67,13 @@ def same_padding_in_max_pool(monkeypatch):
 
 
 def newest_layer_first(monkeypatch):
-    monkeypatch.setattr(dense_block, "join", lambda features: jnp.concatenate(features[::-1], axis=-1))
+    monkeypatch.setattr(densenet, "concatenate", lambda features: jnp.concatenate(features[::-1], axis=-1))
 
 
 def input_after_the_layers(monkeypatch):
-    monkeypatch.setattr(dense_block, "join", lambda features: jnp.concatenate([*features[1:], features[0]], axis=-1))
+    monkeypatch.setattr(
+        densenet, "concatenate", lambda features: jnp.concatenate([*features[1:], features[0]], axis=-1)
+    )
 
 
 def max_pool_in_transitions(monkeypatch):

@@ -8,7 +8,8 @@ from configs import default, digits
 from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
-from densenet_jax.models.normalize_once import FORMS
+from densenet_jax.models.dual_path import PLAIN
+from densenet_jax.models.fused import Fused
 from densenet_jax.plan import plan as planning
 from densenet_jax.plan.costs import Costs, DoesNotFitError, parse_memory_error
 from densenet_jax.plan.hlo import Collective
@@ -201,21 +202,17 @@ def test_the_digits_on_gpus_that_are_not_there(user):
 @pytest.mark.parametrize(
     ("platform", "asked", "expected"),
     [
-        ("tpu", "normalize_once", "normalize_once_tpu"),
-        ("cuda", "normalize_once", "normalize_once_gpu"),
-        ("cpu", "normalize_once", "normalize_once_cpu"),
-        ("tpu", "plain", "plain"),
+        ("tpu", "normalize_once", "tpu"),
+        ("cuda", "normalize_once", "gpu"),
+        ("cpu", "normalize_once", "cpu"),
+        ("tpu", "plain", None),
     ],
 )
-def test_the_dense_block_takes_the_form_of_the_chip_that_is_planned_for(platform, asked, expected):
+def test_the_model_has_the_implementation_for_the_chip_that_is_planned_for(platform, asked, expected):
     config = digits.get_config()
     with config.unlocked():
         config.model.block_form = asked
     absent = (types.SimpleNamespace(platform=platform),)
     made = Experiment(check_config(config), absent_devices=absent)
     made.__dict__["_all_devices"] = mesh = sharding.make_mesh()
-    form, chip_s_own = made.model.block_form, FORMS[expected]
-    if asked == "plain":
-        assert form is chip_s_own
-    else:
-        assert (form.func, form.keywords) == (chip_s_own.func, chip_s_own.keywords | {"mesh": mesh})
+    assert made.model.implementation == (Fused(expected, mesh=mesh) if expected else PLAIN)

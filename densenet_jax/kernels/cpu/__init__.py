@@ -1,1 +1,1 @@
-"""Convolutions for XLA's CPU backend: an optional compiled library. See `build`."""
+"""Optional compiled kernels for XLA's CPU backend; `build` compiles them."""

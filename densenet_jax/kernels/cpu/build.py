@@ -1,7 +1,7 @@
-"""Compiles the CPU's convolutions: `python -m densenet_jax.kernels.cpu.build`.
+"""Compiles the CPU kernels: `python -m densenet_jax.kernels.cpu.build`.
 
 Needs a C++17 compiler (Debian: `apt-get install g++`; macOS: Xcode's tools); XLA's headers come with jaxlib. Without
-the library everything works, at the speed of XLA's own convolutions.
+them everything works, at the speed of XLA's own convolutions.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _LIBRARY_FLAGS = ("-shared", "-fPIC", "-pthread")
 
 
 def _processor() -> str:
-    """What the compiled code may use: a cache directory can be shared by different machines."""
+    """Returns the processor's instruction sets: different machines may share a cache directory."""
     try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^(?:flags|Features)\s*:(.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.processor()
+        match = None
+    return match[1] if match else platform.processor()
 
 
 def library_paths() -> list[pathlib.Path]:
-    """Where the compiled library may lie: beside its source, else in the user's cache.
+    """Returns where the compiled library may lie: beside its source, else in the user's cache.
 
-    The name holds what it was compiled from: the sources, XLA's interface and the processor's instructions.
+    The name hashes what it was compiled from: the sources, XLA's interface and the processor's instructions.
     """
     files = sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".cc", ".h"))
     sources = b"".join(path.read_bytes() for path in files)
-    facts = sources + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
-    return library_places(_SOURCE, hashlib.sha256(facts).hexdigest()[:12])
+    inputs = sources + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
+    return library_places(_SOURCE, hashlib.sha256(inputs).hexdigest()[:12])
 
 
 def build() -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Convolution on a CPU: a bilinear primitive whose outputs and gradients the compiled library computes.
+"""Convolution on a CPU: a bilinear primitive whose outputs and gradients the compiled kernels compute.
 
 A group of a Dual Path Network has 3 to 32 channels, less than a vector or two, so as many groups as fill one are taken
 together: one convolution by a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's
@@ -29,7 +29,7 @@ def plain_convolve(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
-    """2-D convolution padded by the same number of zeros on every side, as XLA has it."""
+    """2-D convolution by XLA, padded by the same number of zeros on every side."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -41,21 +41,21 @@ def plain_convolve(
 
 
 def is_usable(x: Array, kernel: Array) -> bool:
-    """Whether `convolve` takes these operands and has something to gain in this process."""
+    """Whether the kernels are there and take these operands."""
     return available() and are_known(x, kernel)
 
 
 def convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw i o"], *, stride: int, padding: int, groups: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """`plain_convolve` of operands that are `is_usable`."""
+    """Computes `plain_convolve` of operands for which `is_usable`."""
     return _output_p.bind(x, kernel, stride=stride, padding=padding, groups=groups)
 
 
 def plain_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int = 1
 ) -> Float[Array, "b h w c"]:
-    """The gradient of x, of height and width `sizes`, given g, that of `plain_convolve`'s output."""
+    """Returns the gradient of x, of height and width `sizes`; g is that of `plain_convolve`'s output."""
     shape = jax.ShapeDtypeStruct((g.shape[0], *sizes, groups * kernel.shape[2]), g.dtype)
     forward = functools.partial(plain_convolve, kernel=kernel, stride=stride, padding=padding, groups=groups)
     return jax.linear_transpose(forward, shape)(g)[0]
@@ -64,24 +64,24 @@ def plain_input_gradient(
 def plain_kernel_gradient(
     x: Array, g: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int = 1
 ) -> Float[Array, "kh kw i o"]:
-    """The gradient of a kernel of height and width `sizes`, given g, that of `plain_convolve`'s output."""
+    """Returns the gradient of a kernel of height and width `sizes`; g is that of `plain_convolve`'s output."""
     shape = jax.ShapeDtypeStruct((*sizes, x.shape[3] // groups, g.shape[3]), g.dtype)
     forward = functools.partial(plain_convolve, x, stride=stride, padding=padding, groups=groups)
     return jax.linear_transpose(forward, shape)(g)[0]
 
 
-LANES = 16  # float32 numbers of the widest vector
+LANES = 16  # float32 numbers in the widest vector
 
 
 def groups_together(groups: int, features: int) -> int:
-    """How many groups, each with so many output channels, one product takes."""
+    """Returns how many groups, each with `features` output channels, one product takes."""
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
 
 
 def dilate(
     g: Float[Array, "b h2 w2 o"], kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int
 ) -> Float[Array, "b h3 w3 o"]:
-    """An output's gradient as of a convolution at stride 1 whose other outputs have none; sizes are the input's."""
+    """Spreads an output's gradient, as if of a convolution at stride 1 with zeros between; sizes are the input's."""
     filled = [stride * (size - 1) + 1 for size in g.shape[1:3]]
     behind = [sizes[i] + 2 * padding - kernel.shape[i] + 1 - filled[i] for i in range(2)]
     return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
@@ -90,13 +90,13 @@ def dilate(
 def _dilate_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Float[Array, "b h w c"]:
-    """More products, but by the library."""
+    """Computes more products, but by the kernels."""
     g = dilate(g, kernel, sizes=sizes, stride=stride, padding=padding)
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
 def _call_output(ctx: Any, x: Any, kernel: Any, *, groups: int, features: int, transposed: bool, **sizes: int) -> Any:
-    """The library's call; a group gives so many features."""
+    """Calls the kernel; a group gives `features` outputs."""
     rule = jax.ffi.ffi_lowering(target_names()["output"])
     sizes |= {"groups": groups, "together": groups_together(groups, features)}
     return rule(ctx, x, kernel, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
@@ -125,12 +125,7 @@ def _lower_kernel_gradient(
     ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Any:
     features = ctx.avals_in[1].shape[3] // groups
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "groups": groups,
-        "together": groups_together(groups, features),
-    }
+    options = {"stride": stride, "padding": padding, "groups": groups, "together": groups_together(groups, features)}
     rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
     return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})
 

@@ -1,4 +1,4 @@
-"""The compiled library's calls, known to XLA by name."""
+"""Registers the compiled kernels with XLA, by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 
 import jax
 
-# A call and the library's symbol.
+# Call: symbol in the library.
 _CALLS = {
     "output": "DensenetConvolution",
     "kernel_gradient": "DensenetKernelGradient",
@@ -24,10 +24,9 @@ _CALLS = {
 
 @functools.cache
 def target_names() -> dict[str, str]:
-    """XLA's names of the calls; empty where the library was not built or may not be used.
+    """Returns XLA's name for each key of _CALLS; empty where the library was not built or DENSENET_JAX_NATIVE is 0.
 
-    Keys are those of _CALLS. The names hold the library's own: a program compiled with one library is not run with
-    another.
+    A name contains the library's own, so that a program compiled with one library is not run with another.
     """
     from densenet_jax.kernels.cpu.build import library_paths  # not at load: `python -m` runs that module
 

@@ -1,18 +1,19 @@
-"""Operands a map on a CPU: relu(scale * x^ + bias), convolved, and its gradients, in one pass over the map each.
+"""norm_relu_conv on a CPU: relu(scale * x_hat + bias), convolved, and its gradients, in one pass each.
 
-The compiled library normalizes and rectifies the few rows it has at hand on their way into the convolution, sums what
-comes out of it for the next batch norm, and masks, scales and sums a gradient's rows while they are in cache: nothing
-but results goes through memory.
+The compiled kernels normalize and rectify the few rows at hand on their way into the convolution, sum its output for
+the next batch norm, and mask, scale and sum a gradient's rows while they are in cache: only results go through memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu.convolution import (
@@ -27,12 +28,12 @@ from densenet_jax.kernels.cpu.primitive import are_known, available, define, hav
 
 
 class Operands(NamedTuple):
-    """What the first c channels of a map are read with.
+    """Parameters for the first c channels of a feature map.
 
     Attributes:
-      mean, rstd: float[c], x^ of a map x is (x - mean) * rstd; both empty where the map is x^ itself.
-      scale, bias: float[c].
-      kernel: float[k, k, c / groups, o], of odd size; the map's size is kept, or divided by the stride.
+        mean, rstd: float[c], x_hat is (x - mean) * rstd; both empty where x is normalized already.
+        scale, bias: float[c].
+        kernel: float[k, k, c / groups, o], k odd; the size is kept, or divided by the stride.
     """
 
     mean: Array
@@ -43,7 +44,7 @@ class Operands(NamedTuple):
 
 
 def is_usable(x: Array, kernel: Array) -> bool:
-    """Whether the functions below, given a `Operands` with that kernel in x's dtype, have something to gain here."""
+    """Whether the kernels are there and take x and, in x's dtype, a convolution's kernel."""
     square = kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
     return square and available() and are_known(x) and have_static_sizes(kernel)
 
@@ -51,28 +52,28 @@ def is_usable(x: Array, kernel: Array) -> bool:
 def norm_relu_conv(
     x: Float[Array, "b h w c2"], operands: Operands, *, stride: int = 1, groups: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """relu(scale * x^ + bias) of the first c channels, convolved."""
+    """Computes relu(scale * x_hat + bias) of the first c channels, convolved."""
     return _forward_p.bind(x, *operands, stride=stride, groups=groups)
 
 
 def norm_relu_conv_with_sums(
     x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"], *, stride: int = 1, groups: int = 1
 ) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """`norm_relu_conv`, and the sums over all positions of what it gives less shift, and of the square of that."""
+    """Returns `norm_relu_conv`, and the sums over all positions of its output - shift and of the square of that."""
     return _sums_p.bind(x, *operands, shift, stride=stride, groups=groups)
 
 
 def add_norm_relu_conv_with_sums(
     total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"]
 ) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """The same with the outputs added to total, in place if nothing else reads it; the sums are of the totals."""
+    """Adds the output to total, in place if nothing else reads it, and returns the sums of the result as well."""
     return _add_sums_p.bind(total, x, *operands, shift, stride=1, groups=1)
 
 
 def gradients(
     x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h2 w2 o"], *, stride: int = 1, groups: int = 1
 ) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k i o"]]:
-    """The gradients of the first c channels of x^, of scale, bias and kernel, given g, that of `norm_relu_conv`'s output."""
+    """Returns the gradients of the first c channels of x_hat, of scale, bias and kernel; g is that of the output."""
     whole, (_, height, width, _) = g, x.shape
     if stride > 1:
         padding = operands.kernel.shape[0] // 2
@@ -84,7 +85,7 @@ def gradients(
 def add_gradients(
     total: Float[Array, "b h w c3"], x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h w o"]
 ) -> tuple[Float[Array, "b h w c3"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
-    """`gradients`, of which that of x^ is added to the first c channels of total, in place if nothing else reads it."""
+    """Returns `gradients`, that of x_hat added to total's first c channels, in place if nothing else reads it."""
     total, grad_scale, grad_bias = _add_gradient_p.bind(total, x, *operands, g, groups=1)
     return total, grad_scale, grad_bias, _kernel_gradient(x, operands, g, 1, 1)
 
@@ -108,7 +109,7 @@ def _affine(x: Array, mean: Array, rstd: Array, scale: Array, bias: Array) -> Ar
 
 
 def plain_norm_relu_conv(x: Array, *operands: Array, stride: int = 1, groups: int = 1) -> Array:
-    """The twin of `norm_relu_conv`."""
+    """Computes `norm_relu_conv` in plain JAX."""
     *affine, kernel = operands
     activation = jax.nn.relu(_affine(x, *affine))
     return plain_convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
@@ -120,15 +121,15 @@ def _with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
 
 
 def _plain_norm_relu_conv_sums(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
-    *operands, shift = operands
-    return _with_sums(plain_norm_relu_conv(x, *operands, **options), shift)
+    *conv, shift = operands
+    return _with_sums(plain_norm_relu_conv(x, *conv, **options), shift)
 
 
 def _plain_add_norm_relu_conv_sums(
     total: Array, x: Array, *operands: Array, **options: int
 ) -> tuple[Array, Array, Array]:
-    *operands, shift = operands
-    return _with_sums(total + plain_norm_relu_conv(x, *operands, **options), shift)
+    *conv, shift = operands
+    return _with_sums(total + plain_norm_relu_conv(x, *conv, **options), shift)
 
 
 def _plain_gradient(
@@ -155,14 +156,14 @@ def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, g
 
 
 def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **options: Any) -> Any:
-    """A rule that calls the library.
+    """Makes a lowering rule that calls a kernel.
 
     Args:
-      call: of the library.
-      kernel: which operand it is; None: it is the result, whose size is given, and the last operand its output's
-        gradient.
-      transposed: whether the call takes it for a gradient, and so has no stride.
-      options: of the call's rule.
+        call: a key of `library._CALLS`.
+        kernel: index of the convolution's kernel among the operands; None: it is the result, whose size is given, and
+            the last operand is the output's gradient.
+        transposed: whether the call takes a gradient, and so has no stride.
+        options: of the FFI rule.
     """
 
     def lowering(ctx: Any, *operands: Any, groups: int, size: int = 0, **strided: int) -> Any:
@@ -179,29 +180,16 @@ def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **opt
     return lowering
 
 
-_in_place: dict[str, Any] = {"operand_output_aliases": {0: 0}}
+def _define(name: str, reference: Callable[..., Any], kernel: int | None = 5, **options: Any) -> Primitive:
+    return define(name, reference, _lower(name, kernel, **options), multiple_results=True)
+
+
+_IN_PLACE: dict[str, Any] = {"operand_output_aliases": {0: 0}}
 _forward_p = define("norm_relu_conv", plain_norm_relu_conv, _lower("norm_relu_conv"))
-_sums_p = define(
-    "norm_relu_conv_sums", _plain_norm_relu_conv_sums, _lower("norm_relu_conv_sums"), multiple_results=True
-)
-_add_sums_p = define(
-    "add_norm_relu_conv_sums",
-    _plain_add_norm_relu_conv_sums,
-    _lower("add_norm_relu_conv_sums", 6, **_in_place),
-    multiple_results=True,
-)
-_gradient_p = define(
-    "norm_relu_conv_gradient",
-    _plain_gradient,
-    _lower("norm_relu_conv_gradient", transposed=True),
-    multiple_results=True,
-)
-_add_gradient_p = define(
-    "add_norm_relu_conv_gradient",
-    _plain_add_gradient,
-    _lower("add_norm_relu_conv_gradient", 6, transposed=True, **_in_place),
-    multiple_results=True,
-)
+_sums_p = _define("norm_relu_conv_sums", _plain_norm_relu_conv_sums)
+_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, 6, **_IN_PLACE)
+_gradient_p = _define("norm_relu_conv_gradient", _plain_gradient, transposed=True)
+_add_gradient_p = _define("add_norm_relu_conv_gradient", _plain_add_gradient, 6, transposed=True, **_IN_PLACE)
 _kernel_gradient_p = define(
     "norm_relu_conv_kernel_gradient", _plain_kernel_gradient, _lower("norm_relu_conv_kernel_gradient", None)
 )

@@ -1,4 +1,4 @@
-"""Max pooling on a CPU, whose gradient XLA takes by way of sorting indices and a scatter."""
+"""Max pooling on a CPU with a kernel for its gradient, which XLA computes by sorting indices and a scatter."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from densenet_jax.kernels.cpu.primitive import are_known, available, define
 
 
 def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
-    """The maximum of every window, padded by half the window on every side, as XLA has it."""
+    """Takes the maximum of every window, padded by half the window on every side."""
     padding = (window // 2, window // 2)
     return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride), padding=(padding, padding))
 
 
 def is_usable(x: Array) -> bool:
-    """Whether `max_pool` takes this operand and has something to gain in this process."""
+    """Whether the kernels are there and take this operand."""
     return available() and are_known(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def max_pool(x: Float[Array, "b h w c"], window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
-    """`plain_max_pool` of an operand that is `is_usable`; the gradient goes to the first of equal maxima, as in XLA."""
+    """Computes `plain_max_pool`; the gradient goes to the first of equal maxima, as in XLA."""
     return plain_max_pool(x, window=window, stride=stride)
 
 

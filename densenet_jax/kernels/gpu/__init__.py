@@ -1,1 +1,1 @@
-"""Kernels for GPUs, in Pallas for Triton."""
+"""Pallas (Triton) kernels for GPUs: the 1x1 convolutions of dense layers."""

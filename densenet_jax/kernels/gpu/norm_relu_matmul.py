@@ -1,7 +1,7 @@
-"""Reading a normalized feature map on a GPU: relu(scale * x^ + bias) times a kernel, and the result's moments.
+"""norm_relu_conv by a 1x1 kernel on a GPU: relu(scale * x_hat + bias) @ kernel, and sums for its statistics.
 
-XLA stores the rectified values before the product and reads the product again for its statistics. Here the prologue
-of the product rectifies, and its epilogue sums what the next batch norm wants to know.
+XLA stores the ReLU's output before the product and reads the product again for its statistics. Here the product's
+prologue applies scale, bias and ReLU, and its epilogue sums the output for the next batch norm.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from densenet_jax.kernels.gpu.tiles import (
     indices,
     load_matrix,
     load_vector,
+    norm_relu,
     product,
-    rectify,
     split_rows,
     store_matrix,
     tile_for,
 )
 
-# The fastest of six on an H200 (docs/performance.md).
+# Up to this many rows: (rows, channels, warps, stages), the fastest of six on an H200 (docs/performance.md).
 _TILES = ((400_000, (128, 64, 4, 3)), (None, (128, 32, 4, 3)))
 
 Sums = tuple[Float[Array, "r o"], Float[Array, "g o"], Float[Array, "g o"]]
@@ -48,8 +48,8 @@ def plain_norm_relu_matmul(
     *,
     groups: int,
 ) -> Sums:
-    """The twin of `norm_relu_matmul`."""
-    activation = rectify(x[:, : scale.shape[0]], scale, bias)
+    """Computes `norm_relu_matmul` in plain JAX."""
+    activation = norm_relu(x[:, : scale.shape[0]], scale, bias)
     y = product(activation, kernel.astype(x.dtype), (1, 0)).astype(x.dtype)
     centered = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
     return y, jnp.sum(centered, axis=1), jnp.sum(jnp.square(centered), axis=1)
@@ -64,20 +64,20 @@ def norm_relu_matmul(
     *,
     groups: int = 1,
 ) -> Sums:
-    """The product relu(scale * x + bias) @ kernel = y of the first c columns of x, and sums of y over groups of rows.
+    """Returns y = relu(scale * x + bias) @ kernel for the first c columns of x, and sums of y over groups of rows.
 
-    On one GPU a kernel, which reads x where it lies; anywhere else its twin, `plain_norm_relu_matmul`.
+    On one GPU a kernel, which reads x where it lies; anywhere else `plain_norm_relu_matmul`.
 
     Args:
-      x: rows of positions, w >= c columns of which the first c are read.
-      scale: of each channel.
-      bias: of each channel.
-      kernel: of the 1x1 convolution.
-      shift: near y's means, so that its sums of squares do not cancel.
-      groups: equal numbers of consecutive rows that are summed apart.
+        x: rows of positions, w >= c columns.
+        scale: of each channel.
+        bias: of each channel.
+        kernel: of the 1x1 convolution.
+        shift: near y's means, so that its sums of squares do not cancel.
+        groups: equal numbers of consecutive rows that are summed separately.
 
     Returns:
-      y in x's dtype; the sums of y - shift and of its square over each group, in float32 or wider, of y as rounded.
+        y in x's dtype; the sums of y - shift and of its square over each group, in float32 or wider, of y as rounded.
     """
     return tuple(_primitive.bind(x, scale, bias, kernel, shift, groups=groups))
 
@@ -93,7 +93,7 @@ def norm_relu_matmul_kernel(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Sums:
-    """The kernel of `norm_relu_matmul` itself; interpret runs it anywhere, slowly."""
+    """Calls the kernel of `norm_relu_matmul`; interpret runs it anywhere, slowly."""
     rows, (channels, outputs) = x.shape[0], kernel.shape
     if 0 in (rows, channels, outputs):
         return plain_norm_relu_matmul(x, scale, bias, kernel, shift, groups=groups)
@@ -105,7 +105,7 @@ def norm_relu_matmul_kernel(
             jax.ShapeDtypeStruct((rows, outputs), x.dtype),
             jax.ShapeDtypeStruct((groups * ranges.ranges, 2, outputs), wide(x.dtype)),
         ),
-        # Programs of the same rows beside each other: what one read, the next finds in the cache.
+        # Programs for the same rows run next to each other: the next finds in the cache what one read.
         grid=(pl.cdiv(outputs, tile.outputs), groups * ranges.ranges),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -135,7 +135,9 @@ def _kernel(
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         read = indices(step * tile.channels, tile.channels, channels)
-        activation = rectify(load_matrix(x_ref, rows, read), load_vector(scale_ref, read), load_vector(bias_ref, read))
+        activation = norm_relu(
+            load_matrix(x_ref, rows, read), load_vector(scale_ref, read), load_vector(bias_ref, read)
+        )
         return total + product(activation, load_matrix(kernel_ref, read, columns), (1, 0))
 
     accumulator = jnp.zeros((tile.rows, tile.outputs), wide(x_ref.dtype))

@@ -1,13 +1,14 @@
-"""The derivative of reading a normalized feature map, on a GPU: two kernels that read it where it lies.
+"""The gradients of norm_relu_conv by a 1x1 kernel on a GPU: two kernels that read x_hat where it lies.
 
-XLA stores the rectified values and their gradient. Here one kernel takes the gradient of y through the product and the
-rectifier and adds it, in place, into the buffer where the gradients of all readers add up. The other one multiplies
-the gradient of y with where the rectifiers are open, and with x^ there:
+XLA stores the ReLU's output and its gradient. Here one kernel takes the gradient of y through the product and the ReLU
+and adds it, in place, into the buffer where the gradients of all layers add up. The other one multiplies the gradient
+of y with the ReLU's mask, and with x_hat under the mask:
 
-    opened[o, c] = sum over rows of open[r, c] * gradient[r, o], and read[o, c] the same of open[r, c] * x[r, c]
+    masked[o, c] = sum over rows of mask[r, c] * gradient[r, o]
+    read[o, c] = sum over rows of mask[r, c] * x[r, c] * gradient[r, o]
 
 From these two the gradients of kernel, scale and bias follow without another look at the rows: scale * read + bias *
-opened, and the sums over outputs of kernel * read and of kernel * opened. So sums over rows are products only.
+masked, and the sums over outputs of kernel * read and of kernel * masked. So sums over rows are products only.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from densenet_jax.kernels.gpu.tiles import (
     indices,
     load_matrix,
     load_vector,
+    norm_relu,
     product,
-    rectify,
     split_rows,
     store_matrix,
     tile_for,
 )
 
 _PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
-# (rows, channels, warps, stages) of tiles with 128 outputs, for up to so many rows: the fastest of seven and eleven on
-# an H200 (docs/performance.md).
+# Up to this many rows: (rows, channels, warps, stages) of tiles with 128 outputs, the fastest of seven and eleven on an
+# H200 (docs/performance.md).
 _INPUTS_TILES = (
     (25_000, (64, 128, 8, 3)),
     (100_000, (128, 64, 8, 3)),
@@ -69,14 +70,14 @@ def plain_add_gradients(
     *,
     groups: int,
 ) -> Gradients:
-    """The twin of `add_gradients`."""
+    """Computes `add_gradients` in plain JAX."""
     channels, kind = scale.shape[0], wide(x.dtype)
     front = x[:, :channels]
-    activation = rectify(front, scale, bias)
-    rectified = product(gradient, kernel.astype(x.dtype), (1, 1))
-    rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
-    added = (total[:, :channels].astype(kind) + rectified * scale.astype(kind)[None, :]).astype(total.dtype)
-    by_group = rectified.reshape(groups, -1, channels)
+    activation = norm_relu(front, scale, bias)
+    grad_activation = product(gradient, kernel.astype(x.dtype), (1, 1))
+    grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
+    added = (total[:, :channels].astype(kind) + grad_activation * scale.astype(kind)[None, :]).astype(total.dtype)
+    by_group = grad_activation.reshape(groups, -1, channels)
     return (
         lax.dynamic_update_slice_in_dim(total, added, 0, axis=1),
         jnp.sum(by_group * front.astype(kind).reshape(by_group.shape), axis=1),
@@ -95,22 +96,22 @@ def add_gradients(
     *,
     groups: int = 1,
 ) -> Gradients:
-    """The derivative of y in `norm_relu_matmul`, that of x added to what other readers of x have given.
+    """Computes the gradients of `norm_relu_matmul`'s y; that of x is added to what other layers gave.
 
-    On one GPU a kernel, which writes into total where it lies; anywhere else its twin, `plain_add_gradients`.
+    On one GPU a kernel, which writes into total where it lies; anywhere else `plain_add_gradients`.
 
     Args:
-      total: the gradient of x so far.
-      x: what was read, in its first c columns.
-      scale: of each channel.
-      bias: of each channel.
-      kernel: of the 1x1 convolution; o is at most MOST_OUTPUTS for the kernel.
-      gradient: of y, in x's dtype.
-      groups: equal numbers of consecutive rows that scale's and bias's gradients are wanted for.
+        total: the gradient of x so far.
+        x: read in its first c columns.
+        scale: of each channel.
+        bias: of each channel.
+        kernel: of the 1x1 convolution; o is at most MOST_OUTPUTS for the kernel.
+        gradient: of y, in x's dtype.
+        groups: equal numbers of consecutive rows that scale's and bias's gradients are wanted for.
 
     Returns:
-      The new total, of which the columns from c on are unchanged; the gradients of scale and bias for each group and
-      of the kernel, in float32 or wider.
+        The new total, with the columns from c on unchanged; the gradients of scale and bias for each group and of the
+        kernel, in float32 or wider.
     """
     return tuple(_primitive.bind(total, x, scale, bias, kernel, gradient, groups=groups))
 
@@ -128,20 +129,20 @@ def add_gradients_kernel(
     most_ranges: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """The kernels of `add_gradients` themselves; interpret runs them anywhere, slowly."""
+    """Calls the kernels of `add_gradients`; interpret runs them anywhere, slowly."""
     rows, (channels, outputs) = x.shape[0], kernel.shape
     if 0 in (rows, channels, outputs):
         return plain_add_gradients(total, x, scale, bias, kernel, gradient, groups=groups)
     kernel = kernel.astype(x.dtype)
     operands = (x, scale, bias, gradient)
-    products = _open_products(
+    products = _masked_products(
         tile or tile_for(_PRODUCTS_TILES, rows, outputs), operands, (channels, outputs), groups, most_ranges, interpret
     )
     total = _add_inputs_gradient(tile or tile_for(_INPUTS_TILES, rows, outputs), total, operands, kernel, interpret)
-    of_bias, of_scale = jnp.sum(products * kernel.T.astype(products.dtype)[None, None], axis=2).swapaxes(0, 1)
-    opened, read = products.sum(axis=0)
-    of_kernel = read * scale.astype(read.dtype)[None, :] + opened * bias.astype(read.dtype)[None, :]
-    return total, of_scale, of_bias, of_kernel.T
+    grad_bias, grad_scale = jnp.sum(products * kernel.T.astype(products.dtype)[None, None], axis=2).swapaxes(0, 1)
+    masked, read = products.sum(axis=0)
+    grad_kernel = read * scale.astype(read.dtype)[None, :] + masked * bias.astype(read.dtype)[None, :]
+    return total, grad_scale, grad_bias, grad_kernel.T
 
 
 def _add_inputs_gradient(
@@ -151,7 +152,7 @@ def _add_inputs_gradient(
     return pl.pallas_call(
         functools.partial(_inputs_kernel, tile, rows, channels, outputs),
         jax.ShapeDtypeStruct(total.shape, total.dtype),
-        # Programs of the same rows beside each other: each reads their gradient, the first of them from memory.
+        # Programs for the same rows run next to each other: each reads their gradient, only the first from memory.
         grid=(pl.cdiv(channels, tile.channels), pl.cdiv(rows, tile.rows)),
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
@@ -180,12 +181,12 @@ def _inputs_kernel(
     x, before = load_matrix(x_ref, own_rows, columns), load_matrix(total_ref, own_rows, columns)
     gradient, kernel = load_matrix(gradient_ref, own_rows, every), load_matrix(kernel_ref, columns, every)
     scale, bias = load_vector(scale_ref, columns), load_vector(bias_ref, columns)
-    rectified = product(gradient, kernel, (1, 1))
-    rectified = jnp.where(rectify(x, scale, bias) > 0, rectified, jnp.zeros_like(rectified))
-    store_matrix(new_total_ref, own_rows, columns, before.astype(kind) + rectified * scale.astype(kind)[None, :])
+    grad_activation = product(gradient, kernel, (1, 1))
+    grad_activation = jnp.where(norm_relu(x, scale, bias) > 0, grad_activation, jnp.zeros_like(grad_activation))
+    store_matrix(new_total_ref, own_rows, columns, before.astype(kind) + grad_activation * scale.astype(kind)[None, :])
 
 
-def _open_products(
+def _masked_products(
     tile: Tile,
     operands: tuple[Array, ...],
     shape: tuple[int, int],
@@ -193,24 +194,24 @@ def _open_products(
     most_ranges: int | None,
     interpret: bool,
 ) -> Float[Array, "g 2 o c"]:
-    """`opened` and `read` of the module's docstring for each group of rows, in float32 or wider."""
+    """Computes `masked` and `read` of the module's docstring for each group of rows, in float32 or wider."""
     x, (channels, outputs) = operands[0], shape
     blocks = pl.cdiv(channels, tile.channels)
     ranges = split_rows(x.shape[0], groups, tile.rows, most_ranges or _most_ranges(x.shape[0], outputs, blocks))
     count = groups * ranges.ranges
-    found = pl.pallas_call(
+    products = pl.pallas_call(
         functools.partial(_products_kernel, tile, ranges, channels, outputs),
         jax.ShapeDtypeStruct((count, 2, outputs, channels), wide(x.dtype)),
         grid=(blocks, count),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-        name="norm_relu_matmul_open_products",
+        name="norm_relu_matmul_masked_products",
     )(*operands)
-    return found.reshape(groups, ranges.ranges, 2, outputs, channels).sum(axis=1)
+    return products.reshape(groups, ranges.ranges, 2, outputs, channels).sum(axis=1)
 
 
 def _most_ranges(rows: int, outputs: int, blocks: int) -> int:
-    """As many as fill the chip, but so few that what they write stays as small as x itself.
+    """Returns how many ranges fill the chip, limited so that what they write stays as small as x itself.
 
     A range writes 8 bytes for each channel and output, x has 2 for each row and channel: with rows / (8 * outputs)
     ranges, written and read again, those are as much.
@@ -238,11 +239,11 @@ def _products_kernel(
     def add(step: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows = indices(start + step * tile.rows, tile.rows, end)
         x, gradient = load_matrix(x_ref, rows, columns), load_matrix(gradient_ref, rows, every)
-        is_open = rectify(x, scale, bias) > 0
-        opened, read = totals
+        relu_mask = norm_relu(x, scale, bias) > 0
+        masked, read = totals
         return (
-            opened + product(gradient, is_open.astype(x.dtype), (0, 0)),
-            read + product(gradient, jnp.where(is_open, x, jnp.zeros_like(x)), (0, 0)),
+            masked + product(gradient, relu_mask.astype(x.dtype), (0, 0)),
+            read + product(gradient, jnp.where(relu_mask, x, jnp.zeros_like(x)), (0, 0)),
         )
 
     zeros = jnp.zeros((tile.outputs, tile.channels), kind)

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles, their edges, and the arithmetic on a tile."""
+"""Tiles for the GPU kernels: their sizes, their edges, and the arithmetic on a tile."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MOST_OUTPUTS = 512  # of a tile: it holds them for SMALLEST_SIDE channels
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Sides of what one program computes at a time, powers of two from SMALLEST_SIDE on, and how it does.
+    """The part of an array that one program computes at a time.
 
     Attributes:
-      rows, channels, outputs: the sides.
-      warps: of 32 threads that share the work.
-      stages: tiles in flight: the loads of the next ones run while one is multiplied.
+        rows, channels, outputs: sides, powers of two from SMALLEST_SIDE on.
+        warps: groups of 32 threads that share the work.
+        stages: tiles in flight: the next ones are loaded while one is multiplied.
     """
 
     rows: int
@@ -42,12 +42,12 @@ Tiles = Sequence[tuple[int | None, tuple[int, int, int, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class RowRanges:
-    """Rows in equal groups, each cut into as many ranges of whole tiles, the last of a group with an edge.
+    """Rows in equal groups, each cut into the same number of ranges of whole tiles; a group's last may be cut off.
 
     Attributes:
-      group_rows: rows of a group.
-      range_rows: rows of a range, a multiple of the tile's.
-      ranges: in each group.
+        group_rows: rows of a group.
+        range_rows: rows of a range, a multiple of the tile's.
+        ranges: in each group.
     """
 
     group_rows: int
@@ -55,13 +55,13 @@ class RowRanges:
     ranges: int
 
     def bounds(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First row of a range, and the row after its group's last."""
+        """Returns the first row of a range, and the row after its group's last."""
         group = number // self.ranges
         return group * self.group_rows + number % self.ranges * self.range_rows, (group + 1) * self.group_rows
 
 
 def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None = None) -> RowRanges:
-    """Ranges of one tile each, or longer ones where that would be more than most_ranges in all."""
+    """Splits rows into ranges of one tile each, or longer ones if that would be more than most_ranges in all."""
     group_rows = rows // groups
     tiles = pl.cdiv(group_rows, tile_rows)
     wanted = tiles if most_ranges is None else min(tiles, max(1, most_ranges // groups))
@@ -70,19 +70,19 @@ def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None =
 
 
 def power_of_two(size: int) -> int:
-    """The smallest one that a tile's side can be and that holds size."""
+    """Returns the smallest side of a tile that holds size."""
     return max(SMALLEST_SIDE, 1 << math.ceil(math.log2(max(size, 1))))
 
 
 def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = None) -> Tile:
-    """A tile that holds all outputs, or most_outputs of them: the first whose number of rows is not exceeded.
+    """Picks the first tile in the table whose number of rows is not exceeded, for all outputs or most_outputs.
 
     Args:
-      tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). With more outputs
-        it has fewer rows and channels, for what it needs of the chip's shared memory.
-      rows: of the operands.
-      outputs: likewise.
-      most_outputs: of a tile; None is all.
+        tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). A tile with
+            more outputs has fewer rows and channels, to fit the chip's shared memory.
+        rows: of the operands.
+        outputs: likewise.
+        most_outputs: of a tile; None is all.
     """
     side = min(power_of_two(outputs), most_outputs or MOST_OUTPUTS)
     tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)
@@ -90,37 +90,37 @@ def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = N
     return Tile(tile_rows, channels, side, warps, stages)
 
 
-def rectify(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """relu(scale * x + bias) of float[r, c] in float32 or wider, in x's dtype."""
+def norm_relu(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns relu(scale * x + bias) of float[r, c], computed in float32 or wider, in x's dtype."""
     out = x.astype(wide(x.dtype)) * scale.astype(wide(x.dtype))[None, :] + bias.astype(wide(x.dtype))[None, :]
     return jnp.maximum(out, 0).astype(x.dtype)
 
 
 def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """The product of two matrices over one axis of each, in float32 or wider, without TF32's rounding of float32."""
+    """Multiplies two matrices over one axis of each, in float32 or wider, without TF32's rounding of float32."""
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=wide(a.dtype))
 
 
 def indices(start: Any, size: int, end: Any) -> tuple[Any, jax.Array]:
-    """A slice of `size` from start, and which of it lies before end."""
+    """Returns a slice of `size` from start, and a mask of what lies before end."""
     start = lax.convert_element_type(start, jnp.int32)  # a loop's counter is wider where JAX_ENABLE_X64 is set
     return pl.ds(start, size), start + lax.iota(jnp.int32, size) < end
 
 
 def load_vector(ref: Any, columns: tuple[Any, jax.Array]) -> jax.Array:
-    """Part of a vector, 0 outside it."""
+    """Loads part of a vector; 0 outside it."""
     return plgpu.load(ref.at[columns[0]], mask=columns[1], other=0)
 
 
 def load_matrix(ref: Any, rows: tuple[Any, jax.Array], columns: tuple[Any, jax.Array]) -> jax.Array:
-    """A tile of a matrix, 0 outside it."""
+    """Loads a tile of a matrix; 0 outside it."""
     mask = rows[1][:, None] & columns[1][None, :]
     return plgpu.load(ref.at[rows[0], columns[0]], mask=mask, other=0)
 
 
 def store_matrix(ref: Any, rows: tuple[Any, jax.Array], columns: tuple[Any, jax.Array], values: jax.Array) -> None:
-    """Writes what of a tile lies inside the matrix."""
+    """Stores the part of a tile that lies inside the matrix."""
     mask = rows[1][:, None] & columns[1][None, :]
     plgpu.store(ref.at[rows[0], columns[0]], values.astype(ref.dtype), mask=mask)

@@ -1,1 +1,1 @@
-"""Kernels in Pallas (Mosaic) for TPUs: the backward pass of a dense layer, each of its maps read once."""
+"""Pallas (Mosaic) kernels for TPUs: the backward pass of a dense layer, which reads each feature map once."""

@@ -1,9 +1,9 @@
-"""The derivative of a dense layer's 1x1 convolution on a TPU: one kernel that reads every map once.
+"""The gradients of norm_relu_conv by a dense layer's 1x1 kernel on a TPU: one kernel that reads everything once.
 
-XLA has two products here, which both read the hidden map, the gradient behind its norm and x^; the norm's own
+XLA has two products here, which both read the bottleneck, the gradient behind its norm and x_hat; the norm's own
 derivative is computed on the way into each. This kernel computes it once, takes both products, and adds the gradient of
-x^ into the buffer where those of all readers add up, in place. The hidden map it makes again of the x^ at hand: a third
-product, for one map less to read.
+x_hat, in place, into the buffer where those of all layers add up. It computes the bottleneck again from the x_hat at
+hand: a third product instead of another array to read.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ def plain_conv1x1_gradients(
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
     kernel: Float[Array, "c o"],
-    opened: Float[Array, "b h w o"],
-    of_raw: Float[Array, "g 3 o"],
+    masked: Float[Array, "b h w o"],
+    coefficients: Float[Array, "g 3 o"],
 ) -> Gradients:
-    """The twin of `conv1x1_gradients`."""
+    """Computes `conv1x1_gradients` in plain JAX."""
     (examples, *_), (channels, _), kind = x.shape, kernel.shape, wide(x.dtype)
-    groups = of_raw.shape[0]
+    groups = coefficients.shape[0]
     kernel, front = kernel.astype(x.dtype), x[..., :channels].astype(kind)
     scales, biases = (values.astype(kind)[None, None, None, :] for values in (scale, bias))
     activation = jnp.maximum(scales * front + biases, 0).astype(x.dtype)
-    hidden = lax.dot_general(activation, kernel, (((3,), (0,)), ((), ())), preferred_element_type=kind).astype(x.dtype)
-    factors = jnp.repeat(of_raw.astype(kind), examples // groups, axis=0).swapaxes(0, 1)[:, :, None, None, :]
-    gradient = factors[0] * opened.astype(kind) + factors[1] * hidden.astype(kind) + factors[2]
+    bottleneck = lax.dot_general(activation, kernel, (((3,), (0,)), ((), ())), preferred_element_type=kind)
+    bottleneck = bottleneck.astype(x.dtype)
+    factors = jnp.repeat(coefficients.astype(kind), examples // groups, axis=0).swapaxes(0, 1)[:, :, None, None, :]
+    gradient = factors[0] * masked.astype(kind) + factors[1] * bottleneck.astype(kind) + factors[2]
     gradient = gradient.astype(x.dtype)
-    rectified = lax.dot_general(gradient, kernel, (((3,), (1,)), ((), ())), preferred_element_type=kind)
-    rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
-    added = (total[..., :channels].astype(kind) + scales * rectified).astype(total.dtype)
+    grad_activation = lax.dot_general(gradient, kernel, (((3,), (1,)), ((), ())), preferred_element_type=kind)
+    grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
+    added = (total[..., :channels].astype(kind) + scales * grad_activation).astype(total.dtype)
     by_group = (groups, -1, channels)
     return (
         lax.dynamic_update_slice_in_dim(total, added, 0, axis=3),
-        (rectified * front).reshape(by_group).sum(axis=1),
-        rectified.reshape(by_group).sum(axis=1),
+        (grad_activation * front).reshape(by_group).sum(axis=1),
+        grad_activation.reshape(by_group).sum(axis=1),
         lax.dot_general(activation, gradient, (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=kind),
     )
 
@@ -73,32 +74,31 @@ def conv1x1_gradients(
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
     kernel: Float[Array, "c o"],
-    opened: Float[Array, "b h w o"],
-    of_raw: Float[Array, "g 3 o"],
+    masked: Float[Array, "b h w o"],
+    coefficients: Float[Array, "g 3 o"],
 ) -> Gradients:
-    """The derivative of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
+    """Computes the gradients of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
 
-    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv1x1_gradients`.
+    On a TPU a kernel, where `fits` says so; anywhere else `plain_conv1x1_gradients`.
 
     Args:
-      total: the gradient of x so far.
-      x: what was read, in its first c columns.
-      scale: of each channel.
-      bias: of each channel.
-      kernel: of the 1x1 convolution.
-      opened: from `conv3x3_gradients`.
-      of_raw: what gives the gradient of the convolution's output: factors of opened and of that output, and a constant,
-        for each group of examples.
+        total: the gradient of x so far.
+        x: read in its first c columns.
+        scale: of each channel.
+        bias: of each channel.
+        kernel: of the 1x1 convolution.
+        masked: from `conv3x3_gradients`.
+        coefficients: for each group of examples a, b, c with a * masked + b * output + c the output's gradient.
 
     Returns:
-      The new total, of which the columns from c on are unchanged; the gradients of scale and bias for each group and of
-      the kernel, in float32 or wider.
+        The new total, with the columns from c on unchanged; the gradients of scale and bias for each group and of the
+        kernel, in float32 or wider.
     """
-    return tuple(_primitive.bind(total, x, scale, bias, kernel, opened, of_raw))
+    return tuple(_primitive.bind(total, x, scale, bias, kernel, masked, coefficients))
 
 
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool:
-    """Whether the kernel computes such operands: x as in `conv1x1_gradients`, or its shape and dtype."""
+    """Whether the kernel takes such operands: x as in `conv1x1_gradients`, or its shape and dtype."""
     channels, outputs = kernel_shape
     examples, height, width, _ = x.shape
     return (
@@ -111,7 +111,7 @@ def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool
 
 
 def _on_chip_bytes(positions: int, channels: int, outputs: int, dtype: Any) -> int:
-    """Of a program that has so many positions at a time, the next ones on their way in and the last ones out."""
+    """Returns what this many positions need, with the next ones on their way in and the last ones out."""
     maps = 2 * positions * LANES * jnp.dtype(dtype).itemsize * (3 * channels + outputs)
     sums, in_the_making = 2 * (outputs + 2 * LANES), 4 * LANES
     return maps + jnp.dtype(wide(dtype)).itemsize * channels * (sums + in_the_making)
@@ -123,13 +123,13 @@ def conv1x1_gradients_kernel(
     scale: Array,
     bias: Array,
     kernel: Array,
-    opened: Array,
-    of_raw: Array,
+    masked: Array,
+    coefficients: Array,
     *,
     most_positions: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """The kernel of `conv1x1_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    """Calls the kernel of `conv1x1_gradients`, for one group; interpret runs it anywhere, slowly."""
     examples, height, width, _ = x.shape
     channels, outputs = kernel.shape
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
@@ -143,7 +143,7 @@ def conv1x1_gradients_kernel(
 
     positions = height * width * examples
     moved = positions * dtype.itemsize * (3 * channels + outputs)
-    added, of_scale, of_bias, of_kernel = pl.pallas_call(
+    added, grad_scale, grad_bias, grad_kernel = pl.pallas_call(
         functools.partial(_kernel, side),
         out_shape=(
             jax.ShapeDtypeStruct((height * width, total.shape[-1], examples), total.dtype),
@@ -172,14 +172,14 @@ def conv1x1_gradients_kernel(
         column(scale, kind),
         column(bias, kind),
         kernel.astype(dtype),
-        flat(opened),
-        *(column(values, kind) for values in of_raw[0]),
+        flat(masked),
+        *(column(values, kind) for values in coefficients[0]),
     )
     return (
         examples_first(added.reshape(height, width, -1, examples)),
-        of_scale.sum(axis=1)[None],
-        of_bias.sum(axis=1)[None],
-        of_kernel,
+        grad_scale.sum(axis=1)[None],
+        grad_bias.sum(axis=1)[None],
+        grad_kernel,
     )
 
 
@@ -190,45 +190,45 @@ def _kernel(
     scale: Any,
     bias: Any,
     kernel: Any,
-    opened: Any,
-    of_opened: Any,
-    of_hidden: Any,
+    masked: Any,
+    masked_factor: Any,
+    bottleneck_factor: Any,
     constant: Any,
     added: Any,
-    of_scale: Any,
-    of_bias: Any,
-    of_kernel: Any,
+    grad_scale: Any,
+    grad_bias: Any,
+    grad_kernel: Any,
 ) -> None:
-    dtype, kind = x.dtype, of_kernel.dtype
+    dtype, kind = x.dtype, grad_kernel.dtype
 
     @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
     def _() -> None:
-        for sums in (of_scale, of_bias, of_kernel):
+        for sums in (grad_scale, grad_bias, grad_kernel):
             sums[...] = jnp.zeros_like(sums)
 
     scales, biases, weights = scale[...], bias[...], kernel[...]
-    factors = of_opened[...], of_hidden[...], constant[...]
+    factors = masked_factor[...], bottleneck_factor[...], constant[...]
 
     def step(position: Any, carry: Any) -> Any:
         front = x[position].astype(kind)
         activation = jnp.maximum(scales * front + biases, 0).astype(dtype)
-        hidden = dot(weights, activation, (0, 0)).astype(dtype)
-        gradient = factors[0] * opened[position].astype(kind) + factors[1] * hidden.astype(kind) + factors[2]
+        bottleneck = dot(weights, activation, (0, 0)).astype(dtype)
+        gradient = factors[0] * masked[position].astype(kind) + factors[1] * bottleneck.astype(kind) + factors[2]
         gradient = gradient.astype(dtype)
-        rectified = dot(weights, gradient, (1, 0))
-        rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
-        added[position] = (total[position].astype(kind) + scales * rectified).astype(added.dtype)
-        of_bias[...] += rectified
-        of_scale[...] += rectified * front
-        of_kernel[...] += dot(activation, gradient, (1, 1))
+        grad_activation = dot(weights, gradient, (1, 0))
+        grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
+        added[position] = (total[position].astype(kind) + scales * grad_activation).astype(added.dtype)
+        grad_bias[...] += grad_activation
+        grad_scale[...] += grad_activation * front
+        grad_kernel[...] += dot(activation, gradient, (1, 1))
         return carry
 
     lax.fori_loop(0, side, step, 0)
 
 
 def _lower(ctx: Any, *operands: Any) -> Any:
-    x, kernel, of_raw = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[6]
-    if of_raw.shape[0] != 1 or not fits(x, kernel.shape):
+    x, kernel, coefficients = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[6]
+    if coefficients.shape[0] != 1 or not fits(x, kernel.shape):
         return None
     return mlir.lower_fun(conv1x1_gradients_kernel, multiple_results=True)(ctx, *operands)
 

@@ -1,8 +1,8 @@
-"""The derivative of a dense layer's 3x3 convolution on a TPU: one kernel that reads the hidden map once.
+"""The gradients of norm_relu_conv by a dense layer's 3x3 kernel on a TPU: one kernel that reads the bottleneck once.
 
-XLA has two convolutions here, which both read the hidden map and the gradient of what the layer made, and computes that
+XLA has two convolutions here, which both read the bottleneck and the gradient of the layer's output, and computes that
 gradient before them. This kernel makes it on its way in from the block's buffers, and takes from the nine positions
-around each position both products: with the kernel, and with what the kernel read there.
+around each position both products: with the convolution's kernel, and with the activation there.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
 def plain_conv3x3_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
-    factors: Float[Array, "g 3 k"],
-    hidden: Float[Array, "b h w o"],
+    coefficients: Float[Array, "g 3 k"],
+    bottleneck: Float[Array, "b h w o"],
     mean: Float[Array, "g o"],
     rstd: Float[Array, "g o"],
     scale: Float[Array, " o"],
@@ -60,12 +60,14 @@ def plain_conv3x3_gradients(
     *,
     start: int,
 ) -> Gradients:
-    """The twin of `conv3x3_gradients`."""
+    """Computes `conv3x3_gradients` in plain JAX."""
     examples, kind, end = x.shape[0], wide(x.dtype), start + kernel.shape[-1]
-    of_total, of_x, constant = (_by_example(values, examples) for values in factors.astype(kind).swapaxes(0, 1))
+    total_factor, x_factor, constant = (
+        _by_example(values, examples) for values in coefficients.astype(kind).swapaxes(0, 1)
+    )
     made, front = total[..., start:end].astype(kind), x[..., start:end].astype(kind)
-    raw = (of_total * made + of_x * front + constant).astype(x.dtype)
-    normalized = (hidden.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
+    raw = (total_factor * made + x_factor * front + constant).astype(x.dtype)
+    normalized = (bottleneck.astype(kind) - _by_example(mean.astype(kind), examples)) * _by_example(
         rstd.astype(kind), examples
     )
     normalized = normalized.astype(x.dtype)
@@ -78,18 +80,18 @@ def plain_conv3x3_gradients(
         )
 
     _, pullback = jax.vjp(convolve, activation, kernel.astype(x.dtype).astype(kind))
-    rectified, of_kernel = pullback(raw.astype(kind))
-    opened = jnp.where(activation > 0, rectified.astype(kind), jnp.zeros_like(rectified, kind))
+    grad_activation, grad_kernel = pullback(raw.astype(kind))
+    masked = jnp.where(activation > 0, grad_activation.astype(kind), jnp.zeros_like(grad_activation, kind))
     groups = mean.shape[0]
-    of_scale = _by_group(opened * normalized.astype(kind), groups)
-    return opened.astype(x.dtype), of_scale, _by_group(opened, groups), of_kernel
+    grad_scale = _by_group(masked * normalized.astype(kind), groups)
+    return masked.astype(x.dtype), grad_scale, _by_group(masked, groups), grad_kernel
 
 
 def conv3x3_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
-    factors: Float[Array, "g 3 k"],
-    hidden: Float[Array, "b h w o"],
+    coefficients: Float[Array, "g 3 k"],
+    bottleneck: Float[Array, "b h w o"],
     mean: Float[Array, "g o"],
     rstd: Float[Array, "g o"],
     scale: Float[Array, " o"],
@@ -98,32 +100,32 @@ def conv3x3_gradients(
     *,
     start: int,
 ) -> Gradients:
-    """The derivative of relu(scale * (hidden - mean) * rstd + bias), convolved by 3x3, as far as the rectifier.
+    """Computes the gradients of relu(scale * (bottleneck - mean) * rstd + bias), convolved by 3x3, back to the ReLU.
 
-    On a TPU a kernel, where `fits` says so; anywhere else its twin, `plain_conv3x3_gradients`.
+    On a TPU a kernel, where `fits` says so; anywhere else `plain_conv3x3_gradients`.
 
     Args:
-      total: the gradient of a block's x^, of which columns start to start + k belong to what the layer made.
-      x: x^ itself.
-      factors: what gives the gradient of the convolution's output from those columns: factors of total's and of x's, and
-        a constant, for each group of examples.
-      hidden: the map that was normalized, rectified and convolved.
-      mean: of hidden, for each group.
-      rstd: of its deviation.
-      scale: of each channel.
-      bias: of each channel.
-      kernel: of the convolution.
-      start: the first of the columns.
+        total: the gradient of a block's x_hat; columns start to start + k belong to the layer's output.
+        x: x_hat itself.
+        coefficients: for each group of examples a, b, c with a * total + b * x + c the gradient of the convolution's
+            output, in those columns.
+        bottleneck: the convolution's input before norm and ReLU.
+        mean: of the bottleneck, for each group.
+        rstd: 1 / its deviation.
+        scale: of each channel.
+        bias: of each channel.
+        kernel: of the convolution.
+        start: the first of the columns.
 
     Returns:
-      The gradient of the rectifier's input, in x's dtype; the gradients of scale and bias for each group and of the
-      kernel, in float32 or wider.
+        The gradient before the ReLU, in x's dtype; the gradients of scale and bias for each group and of the kernel, in
+        float32 or wider.
     """
-    return tuple(_primitive.bind(total, x, factors, hidden, mean, rstd, scale, bias, kernel, start=start))
+    return tuple(_primitive.bind(total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start))
 
 
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: int) -> bool:
-    """Whether the kernel computes such operands: x as in `conv3x3_gradients`, or its shape and dtype."""
+    """Whether the kernel takes such operands: x as in `conv3x3_gradients`, or its shape and dtype."""
     examples, _, width, _ = x.shape
     *sides, outputs, new = kernel_shape
     aligned = start % new == 0 and new % SUBLANES == 0 and outputs % SUBLANES == 0
@@ -137,7 +139,7 @@ def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: 
 
 
 def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) -> int:
-    """Of a program that has so many rows of the map at a time, the next ones on their way in and the last ones out."""
+    """Returns what this many rows need, with the next ones on their way in and the last ones out."""
     a_row = width * LANES * jnp.dtype(dtype).itemsize
     maps = 2 * a_row * (2 * rows * outputs + 2 * (rows + 2) * new)
     sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * LANES)
@@ -147,8 +149,8 @@ def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) ->
 def conv3x3_gradients_kernel(
     total: Array,
     x: Array,
-    factors: Array,
-    hidden: Array,
+    coefficients: Array,
+    bottleneck: Array,
     mean: Array,
     rstd: Array,
     scale: Array,
@@ -159,7 +161,7 @@ def conv3x3_gradients_kernel(
     most_rows: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """The kernel of `conv3x3_gradients` itself, for operands that are one group; interpret runs it anywhere, slowly."""
+    """Calls the kernel of `conv3x3_gradients`, for one group; interpret runs it anywhere, slowly."""
     examples, height, width, _ = x.shape
     outputs, new = kernel.shape[2:]
     lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
@@ -175,7 +177,7 @@ def conv3x3_gradients_kernel(
     made, read = examples_last(total), examples_last(x)
     positions = height * width * examples
     moved = (2 * outputs + 2 * new * (rows + 2) / rows) * positions * dtype.itemsize
-    opened, of_scale, of_bias, of_kernel = pl.pallas_call(
+    masked, grad_scale, grad_bias, grad_kernel = pl.pallas_call(
         functools.partial(_kernel, rows, width, height // rows),
         out_shape=(
             jax.ShapeDtypeStruct((height, width, outputs, examples), dtype),
@@ -199,18 +201,18 @@ def conv3x3_gradients_kernel(
         interpret=interpret,
         name="dense_layer_conv3x3_gradients",
     )(
-        examples_last(hidden),
+        examples_last(bottleneck),
         *[made] * 3,
         *[read] * 3,
-        *(column(values, kind) for values in factors[0]),
+        *(column(values, kind) for values in coefficients[0]),
         *(column(values, kind) for values in (mean[0], rstd[0], scale, bias)),
         taps,
     )
     return (
-        examples_first(opened),
-        of_scale.sum(axis=1)[None],
-        of_bias.sum(axis=1)[None],
-        of_kernel.reshape(outputs, _SIDE, _SIDE, new).transpose(1, 2, 0, 3),
+        examples_first(masked),
+        grad_scale.sum(axis=1)[None],
+        grad_bias.sum(axis=1)[None],
+        grad_kernel.reshape(outputs, _SIDE, _SIDE, new).transpose(1, 2, 0, 3),
     )
 
 
@@ -218,36 +220,36 @@ def _kernel(
     rows: int,
     width: int,
     blocks: int,
-    hidden: Any,
+    bottleneck: Any,
     made: Any,
     made_above: Any,
     made_below: Any,
     read: Any,
     read_above: Any,
     read_below: Any,
-    of_total: Any,
-    of_x: Any,
+    total_factor: Any,
+    x_factor: Any,
     constant: Any,
     mean: Any,
     rstd: Any,
     scale: Any,
     bias: Any,
     taps: Any,
-    opened: Any,
-    of_scale: Any,
-    of_bias: Any,
-    of_kernel: Any,
+    masked: Any,
+    grad_scale: Any,
+    grad_bias: Any,
+    grad_kernel: Any,
     around: Any,
 ) -> None:
-    """Rows of the map; `around` holds the gradient of the convolution's output there, with a border of one position."""
-    block, dtype, kind = pl.program_id(1), opened.dtype, of_kernel.dtype
+    """Computes some rows; `around` holds the gradient of the convolution's output there, with a border of one."""
+    block, dtype, kind = pl.program_id(1), masked.dtype, grad_kernel.dtype
 
     @pl.when((pl.program_id(0) == 0) & (block == 0))
     def _() -> None:
-        for sums in (of_scale, of_bias, of_kernel):
+        for sums in (grad_scale, grad_bias, grad_kernel):
             sums[...] = jnp.zeros_like(sums)
 
-    factors = of_total[...], of_x[...], constant[...]
+    factors = total_factor[...], x_factor[...], constant[...]
 
     def raw(made: jax.Array, read: jax.Array) -> jax.Array:
         return (factors[0] * made.astype(kind) + factors[1] * read.astype(kind) + factors[2]).astype(dtype)
@@ -272,18 +274,18 @@ def _kernel(
     norm = mean[...], rstd[...], scale[...], bias[...]
 
     def step(position: Any, row: int) -> int:
-        normalized = ((hidden[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
+        normalized = ((bottleneck[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
         activation = jnp.maximum(norm[2] * normalized + norm[3], 0).astype(dtype)
         # A position is read by those around it, through the tap that looks back.
         gradient = jnp.concatenate(
             [around[row + 2 - y, position + 2 - x] for y in range(_SIDE) for x in range(_SIDE)], axis=0
         )
-        rectified = dot(kernel, gradient, (1, 0))
-        rectified = jnp.where(activation > 0, rectified, jnp.zeros_like(rectified))
-        opened[row, position] = rectified.astype(dtype)
-        of_bias[...] += rectified
-        of_scale[...] += rectified * normalized
-        of_kernel[...] += dot(activation, gradient, (1, 1))
+        grad_activation = dot(kernel, gradient, (1, 0))
+        grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
+        masked[row, position] = grad_activation.astype(dtype)
+        grad_bias[...] += grad_activation
+        grad_scale[...] += grad_activation * normalized
+        grad_kernel[...] += dot(activation, gradient, (1, 1))
         return row
 
     for row in range(rows):

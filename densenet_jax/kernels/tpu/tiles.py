@@ -1,8 +1,8 @@
-"""What the kernels share: maps with examples last, and how much of one fits on the chip.
+"""Layout and sizes for the TPU kernels: arrays with examples last, and how much of one fits on the chip.
 
-XLA lays out the large maps of a DenseNet with examples in a vector's lanes and channels in its sublanes, so that a
-position is a matrix [channels, examples], shifts in space are whole matrices and a front of channels is whole tiles.
-The kernels take maps as they lie: what is a transposition here, is none in the compiled program.
+XLA lays out the large feature maps of a DenseNet with examples in a vector's lanes and channels in its sublanes, so
+that a position is a matrix [channels, examples], shifts in space are whole matrices and the first channels are whole
+tiles. The kernels take arrays in this layout: what is a transposition here, is none in the compiled program.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from densenet_jax.dtypes import wide
 
 LANES = 128  # examples that a program computes with at a time
 SUBLANES = 16  # channels of a tile in a 16-bit type
-VMEM_BYTES = 48 << 20  # that a program asks for; chips from v5e on have 64 MiB or 128, v4 has 16
+VMEM_BYTES = 48 << 20  # a program asks for; chips from v5e on have 64 MiB or 128, v4 has 16
 ON_CHIP_BYTES = 44 << 20  # of these, for operands, results and sums
 
-# Sums over programs stay on the chip from one to the next, so that these follow one another.
+# Sums stay on the chip from one program to the next, which therefore run one after another.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
 
 _EXAMPLES_LAST, _EXAMPLES_FIRST = (1, 2, 3, 0), (3, 0, 1, 2)
 
 
 def examples_last(x: Float[Array, "b h w c"]) -> Float[Array, "h w c b"]:
-    """The map as it lies."""
+    """Transposes to the layout in memory."""
     return lax.transpose(x, _EXAMPLES_LAST)
 
 
 def examples_first(x: Float[Array, "h w c b"]) -> Float[Array, "b h w c"]:
-    """The map as networks have it."""
+    """Transposes to the layout of networks."""
     return lax.transpose(x, _EXAMPLES_FIRST)
 
 
 def put_examples_last(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """The same map, which the compiler is told to lay out with examples last and not to copy for the kernels."""
+    """Makes the compiler lay out x with examples last, so that it isn't copied for the kernels."""
     return with_layout_constraint(x, Layout(major_to_minor=_EXAMPLES_LAST))
 
 
 def column(values: Float[Array, " c"], dtype: Any) -> Float[Array, "c 1"]:
-    """A number for each channel, beside a position's examples."""
+    """Returns a number for each channel, to combine with a position's examples."""
     return values.astype(dtype)[:, None]
 
 
 def whole(*sides: int) -> pl.BlockSpec:
-    """An operand that every program has all of, or a sum over programs."""
+    """Specifies an operand that every program reads whole, or a sum over programs."""
     return pl.BlockSpec(sides, lambda *_: (0,) * len(sides))
 
 
 def part_of(number: int, most: int | None, on_chip_bytes: Callable[[int], int]) -> int:
-    """The largest divisor up to most or, without it, of which the bytes are there on the chip; at least 1."""
+    """Returns the largest divisor of number up to most or, without it, whose bytes fit on the chip; at least 1."""
 
     def fits(part: int) -> bool:
         return part <= most if most else on_chip_bytes(part) <= ON_CHIP_BYTES
@@ -64,6 +64,6 @@ def part_of(number: int, most: int | None, on_chip_bytes: Callable[[int], int]) 
 
 
 def dot(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
-    """The product of two matrices over one side of each, in float32 or wider."""
+    """Multiplies two matrices over one side of each, in float32 or wider."""
     sides = (((contracting[0],), (contracting[1],)), ((), ()))
     return lax.dot_general(a, b, sides, preferred_element_type=wide(a.dtype))

@@ -84,7 +84,7 @@ class Fused(Plain):
         layers: Sequence[tuple[Convolution, BatchNorm | None]],
         x: Float[Array, "b h w c"],
         train: bool,
-        activation: Callable[[Array], Array] = jax.nn.relu,
+        activation: Callable[[Array], Array],
         blur: bool = False,
     ) -> Float[Array, "b h2 w2 c2"]:
         """Computes `Plain.stem`; a maximum behind a ReLU, which is monotone, is taken before norm and ReLU."""
@@ -95,11 +95,9 @@ class Fused(Plain):
             x = backend.convolve_stem(x.astype(convolution.dtype), convolution.kernel, convolution.stride)
             if norm is None:
                 return x
-            x = activation(norm(x, train))
-        if norm.options.folded:
-            x = max_pool(x, 1 if blur else 2, repeat_border=True)
-        else:
-            x = backend.max_pool(x, 1 if blur else 2)
+            x, is_folded = activation(norm(x, train)), norm.options.folded
+        stride = 1 if blur else 2
+        x = max_pool(x, stride, repeat_border=True) if is_folded else backend.max_pool(x, stride)
         return blur_pool(x) if blur else x
 
     def dense_block(

@@ -106,19 +106,22 @@ class TpuBackend(Backend):
         mean, rstd = norm.mean_and_rstd()
         groups = factors.shape[0]
         grouped = groups > 1
-        by_example = (True, True, grouped, True, grouped, grouped, False, False, False)
-        operands = (total, saved.buffer, factors, bottleneck, mean, rstd, *second)
-        grad_second = Gradients(*self._on_each_device(convolve, groups, by_example)(*operands))
+        grad_second = Gradients(
+            *self._on_each_device(convolve, groups, (True, True, grouped, True, grouped, grouped, False, False, False))(
+                total, saved.buffer, factors, bottleneck, mean, rstd, *second
+            )
+        )
         count = bottleneck.size // bottleneck.shape[-1] // groups
         own_sums = sums_from_gradients(second.scale, grad_second.scale, grad_second.bias)
         of_x_hat, of_bottleneck, constant = norm.gradient_factors(own_sums, count).swapaxes(0, 1)
         of_bottleneck = of_bottleneck * rstd
         of_masked = of_x_hat * second.scale.astype(mean.dtype)[None, :]
-        by_factors = (of_masked, of_bottleneck, constant - of_bottleneck * mean)
-        by_example = (True, True, False, False, False, True, grouped)
-        operands = (total, saved.buffer, first.scale, first.bias, first.kernel[0, 0], grad_second.x)
-        added, scale, bias, kernel = self._on_each_device(multiply, groups, by_example)(
-            *operands, jnp.stack(by_factors, axis=1)
+        coefficients = (of_masked, of_bottleneck, constant - of_bottleneck * mean)
+        added, scale, bias, kernel = self._on_each_device(
+            multiply, groups, (True, True, False, False, False, True, grouped)
+        )(
+            *(total, saved.buffer, first.scale, first.bias, first.kernel[0, 0], grad_second.x),
+            jnp.stack(coefficients, axis=1),
         )
         grads = Gradients(added, scale, bias, kernel[None, None])
         return grads, DenseLayer(grads.of_parameters(first), grad_second.of_parameters(second))

@@ -97,7 +97,7 @@ def fused_dense_block(
     if not train:
         if not backend.reads_buffer(x, layers[0].conv1.kernel):
             return None
-        norms = [LayerNorms(*(norm and replace(norm, frozen=True) for norm in pair)) for pair in norms]
+        norms = [LayerNorms(_freeze(first), second and _freeze(second)) for first, second in norms]
         key = None
     are_frozen = norms[0].first.frozen
     if any(pair.first.frozen != are_frozen for pair in norms):
@@ -109,14 +109,20 @@ def fused_dense_block(
     return FeatureMap(outputs.values, None if are_frozen else outputs.stats)
 
 
+def _freeze(norm: NormArrays) -> NormArrays:
+    return replace(norm, frozen=True)
+
+
 def _second_norm(layer: densenet.DenseLayer) -> NormArrays | None:
     return layer.norm2.arrays() if layer.bottleneck_width else None
 
 
 def _shape(layers: Sequence[densenet.DenseLayer], x: Array, options: BlockOptions) -> BlockShape:
+    examples, height, width, channels = x.shape
     growth = layers[0].growth_rate
     bottleneck = layers[0].bottleneck_width * growth
-    return BlockShape(*x.shape, len(layers), bottleneck, growth, options.dropout_rate > 0)
+    drops = options.dropout_rate > 0
+    return BlockShape(examples, height, width, channels, len(layers), bottleneck, growth, drops)
 
 
 def _arrays(layer: densenet.DenseLayer, norms: LayerNorms, options: BlockOptions) -> DenseLayer:

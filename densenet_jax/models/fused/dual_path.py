@@ -38,11 +38,9 @@ def fused_stage(
     others are not, since a feature map would have two kinds of statistics; in evaluation unless kernels read a buffer.
     """
     options, dtype = blocks[0].norm_options, blocks[0].dtype
-    norms = [BlockNorms(*(norm and norm.arrays() for norm in _norm_modules(block))) for block in blocks]
-    if not train:
-        if not backend.reads_buffer(x.values.astype(dtype), blocks[0].c1x1_a.conv.kernel):
-            return None
-        norms = [BlockNorms(*(norm and replace(norm, frozen=True) for norm in own)) for own in norms]
+    norms = [_norms(block, train) for block in blocks]
+    if not train and not backend.reads_buffer(x.values.astype(dtype), blocks[0].c1x1_a.conv.kernel):
+        return None
     are_frozen = norms[0].first.frozen
     if any(norm.frozen != are_frozen for own in norms for norm in (own.first, own.projection) if norm is not None):
         return None
@@ -57,6 +55,18 @@ def fused_stage(
     if train:
         _update_running(blocks, norms, stats, outputs, x.values.size // x.values.shape[-1])
     return FeatureMap(outputs.values, None if are_frozen else outputs.stats)
+
+
+def _norms(block: DualPathBlock, train: bool) -> BlockNorms:
+    """Returns the block's norms, in evaluation all of them frozen."""
+    first, second, third, projection = (
+        None if module is None else replace(module.arrays(), frozen=not train or module.is_frozen())
+        for module in _norm_modules(block)
+    )
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    return BlockNorms(first, second, third, projection)
 
 
 def _norm_modules(block: DualPathBlock) -> tuple[BatchNorm, BatchNorm, BatchNorm, BatchNorm | None]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from densenet_jax.dtypes import DType, wide
 from densenet_jax.models.layers import BatchStats, NormOptions, compute_stats, normalize, per_example
 
-Sums = tuple[Float[Array, "g c"], Float[Array, "g c"]]  # over each group: of a gradient, of the gradient times x_hat
+Sums = tuple[Array, Array]  # each float[g, c], over a group of examples: of a gradient, and of the gradient times x_hat
 
 
 class Normalization(NamedTuple):

@@ -157,7 +157,7 @@ def _part_grads(
                 found.append(backend.accumulate_grads(total, x, one, gradient, groups, norm))
             total = found[-1].x
         scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in found), strict=True))
-        return SplitGradients((total,), scale, bias, tuple(one.kernel for one in found))
+        return SplitGradients((found[-1].x,), scale, bias, tuple(one.kernel for one in found))
     assert total is None
     # The kernels' gradients of x are added before they are masked and summed, once.
     x = apply_norm(x, norm)[..., : conv.scale.shape[0]]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.kernels import select as choice
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock
-from densenet_jax.models.normalize_once import FORMS
+from densenet_jax.kernels import select
+from densenet_jax.models.densenet import PLAIN, BlockOptions, DenseBlock
+from densenet_jax.models.fused import Fused
 from densenet_jax.models.variants import VARIANTS, DenseNetArchitecture
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
 from tests.models.comparing import drawn, largest_error, signed, training_case
@@ -75,7 +75,8 @@ def test_every_variant_is_the_plain_form_s(name, platform):
 
 def _block(form, dtype=jnp.float32, layers=2, **options):
     """A dense block and its variables for inputs of 8 channels."""
-    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), form=FORMS[form])
+    implementation = PLAIN if form == "plain" else Fused(form.removeprefix("normalize_once").removeprefix("_"))
+    module = DenseBlock(layers, 4, options=BlockOptions(dtype=dtype, **options), implementation=implementation)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 6, 6, 8), dtype), False))
     variables = {"params": jax.tree.map(signed, drawn(shapes["params"], 1, jnp.float32))}
     return module, variables | {"batch_stats": drawn(shapes["batch_stats"], 2, jnp.float32)}
@@ -168,5 +169,5 @@ def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less(monkeypa
         assert stored(layers, remat=True) == 8 + 4 * layers
         assert stored(layers) <= stored(layers, "plain", remat=True) + 4
         assert stored(layers, "normalize_once_tpu") == stored(layers)
-    monkeypatch.setattr(choice, "_ON_CHIP_BYTES", 0)  # hidden maps that a TPU would have to keep in memory
+    monkeypatch.setattr(select, "_ON_CHIP_BYTES", 0)  # hidden maps that a TPU would have to keep in memory
     assert stored(5, "normalize_once_tpu") == stored(5, remat=True)

@@ -1,22 +1,20 @@
 """Dense blocks by the GPU's kernels, interpreted, are the plain blocks: outputs, statistics and every gradient."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.select import BlockShape
-from densenet_jax.models import arithmetic
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dense_block import BlockOptions, DenseBlock, plain_dense_block
-from densenet_jax.models.normalize_once import normalize_once
+from densenet_jax.models.densenet import PLAIN, BlockOptions, DenseBlock
+from densenet_jax.models.fused import Fused, backend_gpu
+from densenet_jax.models.fused.backend_gpu import GpuBackend, GpuKernelBackend
 from densenet_jax.training.sharding import make_mesh
 from tests.models.block_cases import CASES, largest_error_over_eight_devices, results
 from tests.models.comparing import largest_error
 
-INTERPRETED = functools.partial(normalize_once, platform="gpu", kernels="interpret")
+INTERPRETED = Fused("gpu", "interpret")
 QUICK = ("as it is", "groups, every convolution dropped from")
 
 
@@ -26,20 +24,21 @@ QUICK = ("as it is", "groups, every convolution dropped from")
 def test_a_block_is_the_plain_block(case):
     with jax.enable_x64(True):
         found = results(INTERPRETED, jnp.float64, CASES[case])
-        assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
+        assert largest_error(found, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
 
 
 def test_evaluation_by_the_kernels_is_the_plain_block_s():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8), jnp.float64)
         found = []
-        for form in (INTERPRETED, plain_dense_block):
-            module = DenseBlock(2, 4, options=BlockOptions(dtype=jnp.float64), param_dtype=jnp.float64, form=form)
+        options = BlockOptions(dtype=jnp.float64)
+        for implementation in (INTERPRETED, PLAIN):
+            module = DenseBlock(2, 4, options=options, param_dtype=jnp.float64, implementation=implementation)
             shapes = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), x, False))
             keys = iter(jax.random.split(jax.random.key(1), 99))
             variables = jax.tree.map(lambda leaf, keys=keys: jax.random.uniform(next(keys), leaf.shape) + 0.1, shapes)
             features = module.apply(variables, x, False)
-            assert features.moments is None
+            assert features.stats is None
             found.append(features.values)
         assert largest_error(*found) < 1e-12
 
@@ -52,11 +51,11 @@ def test_over_eight_devices_it_is_the_same(group_size):
 
 def test_what_does_not_divide_over_the_devices_is_left_to_xla():
     mesh, shape = make_mesh(), BlockShape(16, 3, 3, 8, 1, 16, 4)
-    arithmetic_of_shape = functools.partial(arithmetic.arithmetic_with_kernels, "gpu", jnp.float32)
-    assert arithmetic_of_shape(shape, 0, "interpret", mesh).mesh is mesh
-    assert arithmetic_of_shape(shape, 2, "interpret", mesh).kernels == "interpret"
-    for case in [(shape, 4), (shape._replace(examples=12), 0), (shape._replace(examples=4), 0)]:
-        assert arithmetic_of_shape(*case, "interpret", mesh) == arithmetic.ARITHMETIC["gpu"]
+    backend = GpuBackend(mesh, "interpret")
+    for group_size in (0, 2):
+        assert backend.for_block(shape, jnp.float32, group_size) == GpuKernelBackend(mesh, "interpret")
+    for other, group_size in [(shape, 4), (shape._replace(examples=12), 0), (shape._replace(examples=4), 0)]:
+        assert backend.for_block(other, jnp.float32, group_size) is backend
 
 
 @pytest.mark.parametrize(
@@ -74,11 +73,13 @@ def test_models_without_such_kernels_say_so(name, settings, message):
 
 def test_a_model_for_other_devices_takes_what_is_best_there(monkeypatch):
     seen = []
-    monkeypatch.setattr(arithmetic, "choose", lambda *facts: seen.append(facts[3:]) or "xla")
+    monkeypatch.setattr(backend_gpu, "choose", lambda *given: seen.append(given[3:]) or "xla")
     images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32)
     mesh = make_mesh()
-    for settings in ({}, {"kernels": "xla"}, {"mesh": mesh, "block_form": "normalize_once_gpu"}):
-        model = create_model("densenet_bc_22_12", num_classes=3, dtype=jnp.bfloat16, **settings)
+    for settings in ({}, {"kernels": "xla"}, {"mesh": mesh}):
+        model = create_model(
+            "densenet_bc_22_12", num_classes=3, dtype=jnp.bfloat16, block_form="normalize_once_gpu", **settings
+        )
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
         seen.clear()
         jax.eval_shape(model.apply, variables, images)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.models import dual_path_arithmetic
 from densenet_jax.models.create import create_model
+from densenet_jax.models.fused import dual_path_vjp
 from densenet_jax.models.variants import VARIANTS, DualPathArchitecture
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
 from tests.models.comparing import drawn, largest_error, signed, training_case
@@ -69,17 +69,17 @@ def test_every_variant_is_the_plain_form_s(name):
 @pytest.mark.slow
 def test_a_fault_in_the_derivative_is_caught(monkeypatch):
     """The dense path's gradients of earlier blocks are forgotten: neither outputs nor statistics show it."""
-    exact = dual_path_arithmetic._first_backward
+    exact = dual_path_vjp._first_backward
 
-    def forgets(facts, saved, index, end, gradient, back):
-        found, reader = exact(facts, saved, index, end, gradient, back)
-        return found._replace(dense=back.dense[..., :end]), reader
+    def forgets(config, saved, index, end, gradient, carry):
+        found, conv = exact(config, saved, index, end, gradient, carry)
+        return found._replace(dense=carry.dense[..., :end]), conv
 
     with jax.enable_x64(True):
         small = SMALL | {"block_sizes": (2,), "dense_increments": (2,)}
         run = training_case("dpn68", jnp.float64, side_px=16, batch=2, **small)
         expected = run("plain")
-        monkeypatch.setattr(dual_path_arithmetic, "_first_backward", forgets)
+        monkeypatch.setattr(dual_path_vjp, "_first_backward", forgets)
         found = run("normalize_once_tpu")
     assert largest_error(found[0], expected[0]) < 1e-9
     assert largest_error(found[1], expected[1]) > 1e-3

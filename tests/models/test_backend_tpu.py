@@ -1,22 +1,19 @@
 """Dense blocks whose backward pass the TPU's kernels take, interpreted, are the plain blocks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from densenet_jax.kernels.select import BlockShape
-from densenet_jax.models import fused_layer
-from densenet_jax.models.arithmetic import arithmetic_with_kernels
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dense_block import plain_dense_block
-from densenet_jax.models.normalize_once import normalize_once
+from densenet_jax.models.densenet import PLAIN
+from densenet_jax.models.fused import Fused, backend_tpu
+from densenet_jax.models.fused.backend_tpu import TpuBackend
 from densenet_jax.training.sharding import make_mesh, over_data, replicated
 from tests.models.block_cases import CASES, largest_error_over_eight_devices, results
 from tests.models.comparing import largest_error
 
-INTERPRETED = functools.partial(normalize_once, platform="tpu", kernels="interpret")
+INTERPRETED = Fused("tpu", "interpret")
 BY_KERNELS = ("as it is", "remat", "frozen", "second norms frozen")
 QUICK = ("as it is", "groups, every convolution dropped from")
 
@@ -26,11 +23,11 @@ QUICK = ("as it is", "groups, every convolution dropped from")
 )
 def test_a_block_is_the_plain_block(case, monkeypatch):
     layers = []
-    for name in ("conv_gradients_kernel", "reader_gradients_kernel"):
-        monkeypatch.setattr(fused_layer, name, _noting(getattr(fused_layer, name), layers))
+    for name in ("conv3x3_gradients_kernel", "conv1x1_gradients_kernel"):
+        monkeypatch.setattr(backend_tpu, name, _noting(getattr(backend_tpu, name), layers))
     with jax.enable_x64(True):
         found = results(INTERPRETED, jnp.float64, CASES[case])
-        assert largest_error(found, results(plain_dense_block, jnp.float64, CASES[case])) < 1e-9
+        assert largest_error(found, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
     assert len(layers) == (4 if case in BY_KERNELS else 0)  # dropout and several groups are left to XLA
 
 
@@ -50,25 +47,27 @@ def test_over_eight_devices_it_is_the_same(group_size):
 
 def test_memory_is_left_unwritten_only_where_each_device_has_its_own():
     mesh, shape = make_mesh(), BlockShape(16, 3, 3, 8, 1, 16, 4)
-    of_shape = functools.partial(arithmetic_with_kernels, "tpu", jnp.bfloat16)
-    assert of_shape(shape, 0, "auto", mesh).begins_unwritten
-    assert not of_shape(shape, 0, "auto", None).begins_unwritten  # this process has eight devices
-    assert not of_shape(shape._replace(examples=12), 0, "auto", mesh).begins_unwritten
+
+    def is_unwritten(mesh, shape):
+        return TpuBackend(mesh).for_block(shape, jnp.bfloat16, 0).unwritten_buffers
+
+    assert is_unwritten(mesh, shape)
+    assert not is_unwritten(None, shape)  # this process has eight devices
+    assert not is_unwritten(mesh, shape._replace(examples=12))
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [("auto", False), ("xla", False), ("pallas", True)])
 def test_layers_are_finished_one_by_one_in_every_block_of_a_network_with_kernels(wanted, expected):
     third = BlockShape(128, 14, 14, 256, 24, 128, 32)  # of densenet121, which kernels don't take
-    found = arithmetic_with_kernels("tpu", jnp.bfloat16, third, 0, wanted, None)
-    assert (found.layer_gradients, found.finishes_layers) == ("xla", expected)
+    backend = TpuBackend(None, wanted).for_block(third, jnp.bfloat16, 0)
+    assert (backend.layer_kernels, backend.barrier_after_layer) == (False, expected)
 
 
 def test_several_groups_on_a_device_are_left_to_xla():
     shape, mesh = BlockShape(16, 3, 3, 8, 1, 16, 4), make_mesh()
-    of_shape = functools.partial(arithmetic_with_kernels, "tpu", jnp.bfloat16, shape)
-    assert of_shape(2, "interpret", mesh).layer_gradients == "interpret"
-    assert of_shape(1, "interpret", mesh).layer_gradients == "xla"
-    assert of_shape(4, "interpret", mesh).layer_gradients == "xla"  # groups over devices
+    backend = TpuBackend(mesh, "interpret")
+    for group_size, expected in ((2, True), (1, False), (4, False)):  # 4: groups over devices
+        assert backend.for_block(shape, jnp.bfloat16, group_size).layer_kernels is expected
 
 
 def test_a_model_over_several_devices_trains_in_memory_that_begins_unwritten():

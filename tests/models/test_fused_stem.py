@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from densenet_jax.models.create import create_model
-from densenet_jax.models.indexed_pool import max_pool_gradient, max_pool_with_index
+from densenet_jax.models.fused.pooling import max_pool_gradient, max_pool_with_index
+from densenet_jax.models.fused.space_to_depth import space_to_depth
 from densenet_jax.models.layers import convolve, max_pool
-from densenet_jax.models.space_to_depth import space_to_depth
 from tests.models.comparing import largest_error
 
 SIZES = [(8, 8), (9, 12), (7, 11), (5, 6), (1, 1), (2, 3)]
