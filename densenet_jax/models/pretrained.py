@@ -16,11 +16,11 @@ from flax import linen as nn
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dialects import MAX_CHANNELS, adapt_channels, modern_names, stem_of, translate
 from densenet_jax.models.head import Classifier
-from densenet_jax.models.layers import DType
 from densenet_jax.models.torch_weights import from_torch, join_lines, mismatches, to_torch
 from densenet_jax.models.variants import get_variant
 from densenet_jax.models.weight_files import read_arrays

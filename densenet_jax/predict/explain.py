@@ -9,8 +9,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from densenet_jax.dtypes import wide
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.dtypes import wide
 
 _LEAST_PX = 320  # shorter side of an overlay
 _STRONGEST = 0.65  # opacity of the overlay at the highest value
