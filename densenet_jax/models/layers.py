@@ -123,11 +123,10 @@ def scale_shift(
 ) -> Float[Array, "b h w c"]:
     """Returns scale * x + bias, computed in float32 or wider, cast to dtype; scale None is 1."""
     kind = wide(x.dtype)
-    x = x.astype(kind)
     if scale is None:
-        return (x + bias.astype(kind)[None, None, None, :]).astype(dtype)
+        return (x.astype(kind) + bias.astype(kind)[None, None, None, :]).astype(dtype)
     scale, bias = (v.astype(kind)[None, None, None, :] for v in (scale, bias))
-    return (x * scale + bias).astype(dtype)
+    return (x.astype(kind) * scale + bias).astype(dtype)
 
 
 def fold_running(norm: NormArrays, epsilon: float) -> tuple[Float[Array, " c"], Float[Array, " c"]]:

@@ -138,8 +138,8 @@ def _shifts(norms: Sequence[LayerNorms], growth: int) -> Shifts:
     if norms[0].first.frozen:
         return Shifts(None, bottlenecks, (None,) * len(norms))
     means = [first.mean for first, _ in norms]
-    last = jnp.zeros_like(means[0], shape=(growth,))
-    return Shifts(means[0], bottlenecks, (*(mean[-growth:] for mean in means[1:]), last))
+    outputs = [mean[-growth:] for mean in means[1:]]
+    return Shifts(means[0], bottlenecks, (*outputs, jnp.zeros_like(means[0], shape=(growth,))))
 
 
 def _update_running(

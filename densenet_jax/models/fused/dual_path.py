@@ -44,13 +44,13 @@ def fused_stage(
     are_frozen = norms[0].first.frozen
     if any(norm.frozen != are_frozen for own in norms for norm in (own.first, own.projection) if norm is not None):
         return None
+    arrays = tuple(_arrays(block, own, options) for block, own in zip(blocks, norms, strict=True))
     values, stats = x
     if are_frozen:
         values = x.raw(options.epsilon).astype(dtype)
     elif stats is None:
         values, stats = _normalize(options, values.astype(dtype), norms[0].first.mean)
     config = Config(options, blocks[0].groups, blocks[0].stride, remat, backend)
-    arrays = tuple(_arrays(block, own, options) for block, own in zip(blocks, norms, strict=True))
     outputs = stage(config, values, arrays, _shifts(norms, arrays))
     if train:
         _update_running(blocks, norms, stats, outputs, x.values.size // x.values.shape[-1])
