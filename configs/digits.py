@@ -2,7 +2,9 @@
 
     python main.py --config configs/digits.py --workdir ./runs/digits
 
-1,437 training and 360 held-out images of 8x8 pixels that ship inside scikit-learn, prepared on first use.
+1,437 training and 360 held-out images of 8x8 pixels that ship with scikit-learn, prepared on first use.
+
+Expected: 98.3 to 99.5% of the 360 held-out images, depending on seed and processor.
 """
 
 import ml_collections

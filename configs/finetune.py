@@ -5,7 +5,7 @@
 
 PHOTOS holds train/CLASS/*.jpg and val/CLASS/*.jpg. The weights are timm's densenet121.ra_in1k unless
 --config.model.pretrained names others; a file that a run's checkpoint was saved to works as well. Not reproduced here
-for want of the published weights: the tests do it with weights of their own.
+(the published weights were not available); the tests do it with weights of their own.
 
 To train the new head only: --config.optim.freeze="^params/(?!classifier)"
 """

@@ -6,8 +6,8 @@
 The first line judges densenet121.tv_in1k, the second the newest checkpoint of the ImageNet run in RUN. As in the paper
 (arXiv:1907.07174) only the 200 classes that occur are allowed as answers.
 
-Expected: 2.55% top-1, 22.65% top-5 (timm's results table, results-imagenet-a.csv). Not reproduced here for want of
-weights and photographs.
+Expected: 2.55% top-1, 22.65% top-5 (timm's results table, results-imagenet-a.csv). Not reproduced here: weights
+and photographs were not available.
 """
 
 import ml_collections

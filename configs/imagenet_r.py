@@ -6,8 +6,8 @@
 The first line judges densenet121.tv_in1k, the second the newest checkpoint of the ImageNet run in RUN. As in the paper
 (arXiv:2006.16241) only the 200 classes that occur are allowed as answers.
 
-Expected: 36.81% top-1, 54.03% top-5 (timm's results table, results-imagenet-r.csv). Not reproduced here for want of
-weights and images.
+Expected: 36.81% top-1, 54.03% top-5 (timm's results table, results-imagenet-r.csv). Not reproduced here: weights
+and images were not available.
 """
 
 import ml_collections

@@ -8,8 +8,8 @@ right that is any of an image's classes, and images for which the raters found n
 in the paper (arXiv:2006.07159); "examples" in the last line is the number counted. The loss is minus the logarithm of
 the probability that the right classes have together.
 
-Expected: 81.73% top-1, 95.04% top-5 (timm's results table, results-imagenet-real.csv). Not reproduced here for want of
-weights and photographs.
+Expected: 81.73% top-1, 95.04% top-5 (timm's results table, results-imagenet-real.csv). Not reproduced here: weights
+and photographs were not available.
 """
 
 import ml_collections

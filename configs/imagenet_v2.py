@@ -8,7 +8,7 @@ were collected anew by ImageNet's own procedure (arXiv:1902.10811); this is the 
 --config.data.name=imagenet_v2/threshold-0.7 and imagenet_v2/topimages are the other two.
 
 Expected: 62.94% top-1, 84.25% top-5 (timm's results table, results-imagenetv2-matched-frequency.csv). Not reproduced
-here for want of weights and photographs.
+here: weights and photographs were not available.
 """
 
 import ml_collections

@@ -20,7 +20,7 @@ def report_full_disk(directory: str) -> Iterator[None]:
     """Turns what a full disk makes anything inside raise into one message.
 
     Raises:
-        UserError: something inside could not be written to `directory` for want of room.
+        UserError: something inside could not be written to `directory` because the disk is full.
     """
     try:
         yield

@@ -23,7 +23,6 @@ def test_parameter_count_is_exact(name):
 
 def test_the_table_has_every_promised_name():
     assert set(VARIANTS) >= NAMES_USERS_RELY_ON
-    assert set(VARIANTS) - NAMES_USERS_RELY_ON == {"densenet_bc_22_12", "densenet_bc_40_12"}
 
 
 @pytest.mark.parametrize("row", VARIANTS.values(), ids=lambda row: row.name)
