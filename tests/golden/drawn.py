@@ -36,7 +36,7 @@ def draw(key, shape, seed=SEED):
 
 
 def draw_images(batch, side_px, seed=SEED):
-    """Normalised images float32[b, 3, h, w], in PyTorch's layout."""
+    """Normalized images float32[b, 3, h, w], in PyTorch's layout."""
     return (
         generator(f"images {batch} {side_px}", seed).normal(0.0, 1.0, (batch, 3, side_px, side_px)).astype(np.float32)
     )

@@ -34,7 +34,7 @@ NUDGED_RUNS = 9
 
 
 def prepare(images, dtype):
-    """Normalised [b, c, h, w]."""
+    """Normalized [b, c, h, w]."""
     scaled = (torch.from_numpy(images).to(torch.float64) / 255.0 - case.MEAN[0]) / case.STD[0]
     return scaled.permute(0, 3, 1, 2).to(dtype).contiguous()
 
