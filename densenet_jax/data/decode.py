@@ -1,6 +1,7 @@
-"""Encoded image files to uint8 pixels: JPEG by libjpeg-turbo, everything else by Pillow."""
+"""Decodes image files: JPEG by libjpeg-turbo, most others by Pillow, with the bits that they have."""
 
 import io
+import logging
 import struct
 import zlib
 
@@ -9,13 +10,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from densenet_jax.data import rare_formats
+from densenet_jax.data.pixels import Stored, to_pixels, widen
 from densenet_jax.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
 MAX_PIXELS = 80_000_000  # larger images are refused before memory is spent on them; ImageNet's largest has 32 million
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # Pillow knows more, some of which start programs
 _ORIENTATION = 0x0112  # the EXIF tag
 _SMALL_BYTES = 4096
 _EXACT_JPEG = {"fastdct": False, "fastupsample": False}  # the pixels that Pillow gives
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class DamagedImage(UserError):  # noqa: N818  (what it is, in the data set's words)
@@ -28,32 +34,45 @@ class DamagedImage(UserError):  # noqa: N818  (what it is, in the data set's wor
 
 
 def decode_image(
-    data: bytes, channels: int = 3, *, name: str = "image", apply_exif_orientation: bool = False
+    data: bytes,
+    channels: int = 3,
+    *,
+    name: str = "image",
+    apply_exif_orientation: bool = False,
+    pixel_range: tuple[float, ...] = (),
+    bits: int = 8,
 ) -> np.ndarray:
-    """Decodes an image file of one of `FORMATS`, with the pixels that Pillow gives; of an animation the first frame.
+    """Decodes an image file; of an animation or several pages the first. docs/data.md has a table of every kind.
 
     Args:
-        data: the file's bytes.
-        channels: 3 for RGB, 1 for gray. Alpha is dropped, palettes are looked up, CMYK is converted, 16 bits are
-            scaled to 8.
+        data: a JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY file.
+        channels: 3 for RGB, 1 for gray, else the number that the file has; 0 takes any. Alpha is dropped and palettes
+            are looked up.
         name: what a message calls the image.
         apply_exif_orientation: turn the image as its camera said. Off for data sets: the published ImageNet weights
             were trained and evaluated on pixels as they are stored.
+        pixel_range: stored values that become black and white; (): those of the file's own type.
+        bits: of the result's numbers: 8, 16, or 0 for 16 where the file has more than 8.
 
     Returns:
-        uint8[height, width, channels].
+        uint8 or uint16 [height, width, channels].
 
     Raises:
-        DamagedImage: the file is truncated, no image, or has more than `MAX_PIXELS` pixels.
+        DamagedImage: the file is truncated, no image, has more than `MAX_PIXELS` pixels, another number of channels,
+            or values that mean no brightness.
     """
     try:
         if size := _declared_size(data):
             check_size(*size, name)
-        pixels = _decode_jpeg(data, channels, name) if data[:2] == b"\xff\xd8" else None
+        pixels = None
+        if not channels and data[:2] == b"\xff\xd8":
+            channels = 3
+        if not pixel_range and channels in (1, 3):
+            pixels = _decode_jpeg(data, channels, name) if data[:2] == b"\xff\xd8" else None
+            pixels = _decode_small_png(data, channels) if pixels is None else pixels
         if pixels is None:
-            pixels = _decode_small_png(data, channels)
-        if pixels is None:
-            pixels = _decode_with_pillow(data, channels, name)
+            pixels = to_pixels(_decode_stored(data, channels, name), channels, pixel_range)
+        pixels = _with_bits(pixels, bits, name)
         return _oriented(pixels, data) if apply_exif_orientation else pixels
     except DamagedImage:
         raise
@@ -61,19 +80,39 @@ def decode_image(
         raise DamagedImage(name, _reason(error)) from error
 
 
+def _with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
+    if bits == 16:
+        return widen(pixels)
+    if bits == 8 and pixels.dtype == np.uint16:
+        _warn_of_lost_bits(name)
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return pixels
+
+
+_warned: list[str] = []
+
+
+def _warn_of_lost_bits(name: str) -> None:
+    if not _warned:
+        _warned.append(name)
+        logger.warning(
+            "%s has more than 8 bits, of which 8 are kept; config.data.pixel_range=(0, 65535) keeps 16 of all.", name
+        )
+
+
 def is_image_start(head: bytes) -> bool:
-    """Returns whether a file that begins with these 32 bytes is meant to be one of `FORMATS`."""
+    """Returns whether a file that begins with these 32 bytes is meant to be an image that is read."""
     if head[:2] == b"BM":  # a text may begin so too: the size of the second header tells
         return head[14:18] in (bytes((size, 0, 0, 0)) for size in (12, 40, 52, 56, 64, 108, 124))
     if head[:1] == b"P":
-        return head[1:2] in b"123456" and head[2:3] in (b" ", b"\n", b"\r", b"\t")
-    starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        return head[1:2] in b"123456f" and head[2:3] in (b" ", b"\n", b"\r", b"\t")
+    starts = (b"\xff\xd8\xff", _PNG, b"GIF87a", b"GIF89a", rare_formats.NPY_MAGIC, *_TIFF)
     return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        return f"it is no {', '.join(FORMATS)} or NPY image"
     return first_line(error).rstrip(".")
 
 
@@ -84,7 +123,7 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
-    """(width, height) as the file's first bytes say; decodes nothing.
+    """Reads (width, height) from the file's first bytes; decodes nothing.
 
     Raises:
         DamagedImage: it is no image, or one that is too large to be decoded.
@@ -94,8 +133,16 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     if size := _declared_size(data):
         check_size(*size, name)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+        if data.startswith(rare_formats.NPY_MAGIC):
+            width, height = rare_formats.npy_size(data)
+        else:
+            try:
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    width, height = image.size
+            except UnidentifiedImageError:
+                if not data.startswith(_TIFF) or (facts := rare_formats.tiff_facts(data)) is None:
+                    raise
+                width, height = facts.width, facts.height
     except Exception as error:
         raise DamagedImage(name, _reason(error)) from error
     check_size(width, height, name)
@@ -107,7 +154,7 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
 
     Pillow checks sizes too, but of WebP only after the memory for the whole canvas was asked for.
     """
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+    if data[:8] == _PNG and len(data) >= 24:
         return struct.unpack(">II", data[16:24])
     if data[:4] == b"GIF8" and len(data) >= 10:
         return struct.unpack("<HH", data[6:10])
@@ -123,7 +170,7 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """(height, width) as the file's first bytes say, or None where it is no JPEG.
+    """Reads (height, width) from the file's first bytes; None where it is no JPEG.
 
     Raises:
         DamagedImage: the image is too large to be decoded.
@@ -136,6 +183,18 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
         return None
     check_size(width, height, name)
     return height, width
+
+
+def has_wide_pixels(data: bytes) -> bool:
+    """Returns whether a file has more than 8 bits a pixel and channel, by its first bytes."""
+    if data[:8] == _PNG:
+        return data[24:25] == b"\x10"
+    if data.startswith(rare_formats.NPY_MAGIC):
+        return rare_formats.npy_bits(data) > 8
+    if data[:2] in (b"P5", b"P6", b"P2", b"P3", b"Pf"):
+        return rare_formats.pnm_white(data) > 255
+    facts = rare_formats.tiff_facts(data) if data.startswith(_TIFF) else None
+    return facts is not None and facts.bits > 8
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
@@ -175,24 +234,41 @@ def _is_whole_png(data: bytes) -> bool:
     return False
 
 
-def _decode_with_pillow(data: bytes, channels: int, name: str) -> np.ndarray:
+def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
+    """Decodes to the numbers of the file, except where Pillow's conversion to 8-bit gray or RGB says it all."""
+    if data.startswith(rare_formats.NPY_MAGIC):
+        check_size(*rare_formats.npy_size(data), name)
+        return rare_formats.decode_npy(data)
+    if data[:8] == _PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # of these Pillow keeps 8 bits
+        if not _is_whole_png(data):
+            raise ValueError("the PNG file is damaged or cut off")
+        return rare_formats.decode_with_opencv(data)
+    if data[:2] == b"P6" and (white := rare_formats.pnm_white(data)) > 255:
+        image_size(data, name)
+        return rare_formats.decode_ppm(data, white)
+    if data.startswith(_TIFF):
+        data = rare_formats.without_orientation(data)  # Pillow would turn it, and nothing else
+        if (facts := rare_formats.tiff_facts(data)) is not None and rare_formats.pillow_loses(facts, channels):
+            check_size(facts.width, facts.height, name)
+            return rare_formats.decode_tiff(data)
+    return _decode_with_pillow(data, channels, name)
+
+
+def _decode_with_pillow(data: bytes, channels: int, name: str) -> Stored:
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         image: Image.Image = opened
         check_size(*image.size, name)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
-            return _from_wide(np.asarray(image), channels, image.mode.startswith("I;16"))
+            return rare_formats.from_wide_mode(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns where transparency is lost on the direct way
-        converted = image.convert("L" if channels == 1 else "RGB")
-    return np.array(converted).reshape(converted.height, converted.width, channels)
-
-
-def _from_wide(pixels: np.ndarray, channels: int, is_16_bit: bool) -> np.ndarray:
-    """Gray of 16 bits (some files hold it as 32) to 8 bits; Pillow's own conversion would clip at 255."""
-    wide = pixels.astype(np.float64)
-    scaled = wide / 257 if is_16_bit or wide.max(initial=0) > 255 else wide
-    return np.repeat(np.clip(np.round(scaled), 0, 255).astype(np.uint8)[:, :, None], channels, axis=2)
+        if channels in (1, 3):
+            image = image.convert("L" if channels == 1 else "RGB")
+        elif image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        values = np.array(image).reshape(image.height, image.width, -1)
+        return Stored(values, white=255, alpha=image.mode in ("LA", "RGBA"))
 
 
 def exif_orientation(data: bytes) -> int:
@@ -203,7 +279,7 @@ def exif_orientation(data: bytes) -> int:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data is no reason to refuse the pixels
-        return 1
+        return rare_formats.tiff_orientation(data) if data.startswith(_TIFF) else 1
     return orientation if orientation in range(1, 9) else 1
 
 

@@ -1,0 +1,108 @@
+"""Stored numbers to pixels: what becomes black and white, and which channels a model is given."""
+
+import dataclasses
+
+import numpy as np
+
+MAX_CHANNELS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Numbers as a file holds them.
+
+    Attributes:
+        values: [height, width, channels] of any real type.
+        white: the value that is white where 0 is black; None where only the user knows.
+        alpha: the last channel is transparency.
+        negative: 0 is white and `white` is black.
+    """
+
+    values: np.ndarray
+    white: float | None
+    alpha: bool = False
+    negative: bool = False
+
+
+def stored_array(values: np.ndarray) -> Stored:
+    """An array without a file: integers from 0 to their type's largest and floats from 0 to 1 are black to white.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim != 3 or not 1 <= values.shape[2] <= MAX_CHANNELS:
+        raise ValueError(f"its shape is {values.shape}, expected [height, width] or [height, width, channels]")
+    if values.dtype == np.bool_:
+        return Stored(values.astype(np.uint8) * np.uint8(255), white=255)
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"its dtype is {values.dtype}, expected uint8, uint16 or floats in [0, 1]")
+    return Stored(values, white=white_of(values.dtype))
+
+
+def white_of(dtype: np.dtype) -> float | None:
+    """The value that is white of a type, None where that is not known: signed numbers and whole ones of 32 bits."""
+    if dtype.kind == "f":
+        return 1.0
+    return float(np.iinfo(dtype).max) if dtype.kind == "u" and dtype.itemsize <= 2 else None
+
+
+def to_pixels(stored: Stored, channels: int, pixel_range: tuple[float, ...] = ()) -> np.ndarray:
+    """Makes pixels of stored numbers.
+
+    Args:
+        stored: what the file holds.
+        channels: 1 (color is made gray as Pillow does it), 3 (gray is repeated), or as many as there are; 0: those.
+        pixel_range: stored values that become black and white; (): those of the type.
+
+    Returns:
+        uint8 where 8 bits say it all, else uint16; [height, width, channels].
+
+    Raises:
+        ValueError: the values mean no brightness, or there is another number of channels.
+    """
+    values, alpha = stored.values, None
+    if stored.alpha:
+        values, alpha = values[:, :, :-1], values[:, :, -1:]
+    pixels = _scale(values, stored.white, pixel_range)
+    if stored.negative and not pixel_range:
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    have = values.shape[2]
+    if channels in (0, have):
+        return pixels
+    if alpha is not None and have + 1 == channels:
+        opaque = _scale(alpha, stored.white, ())
+        return np.concatenate([pixels, widen(opaque) if pixels.dtype == np.uint16 else opaque], axis=2)
+    if have == 1 and channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    if have == 3 and channels == 1:
+        red, green, blue = (pixels[:, :, channel : channel + 1].astype(np.uint64) for channel in range(3))
+        return ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).astype(pixels.dtype)
+    raise ValueError(f"it has {have} channels, config.data.channels is {channels}")
+
+
+def widen(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 8 bits as the same brightness in 16."""
+    return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
+
+
+def _scale(values: np.ndarray, white: float | None, pixel_range: tuple[float, ...]) -> np.ndarray:
+    if not pixel_range and values.dtype == np.uint8 and white == 255:
+        return values
+    if not pixel_range and values.dtype == np.uint16 and white == 65535:
+        return values.astype(np.uint16)  # in the machine's byte order
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("it has pixels that are not finite numbers")
+    low, high = (float(number(values)) if values.size else 0.0 for number in (np.min, np.max))
+    if pixel_range:
+        black, top = pixel_range
+    elif white is None or low < 0 or high > white:
+        raise ValueError(
+            f"its pixels are {values.dtype} from {low:g} to {high:g}; set config.data.pixel_range to the two numbers "
+            "that are black and white"
+        )
+    else:
+        black, top = 0.0, white
+    shares = (values.astype(np.float64) - black) / (top - black)
+    return np.rint(np.clip(shares, 0.0, 1.0) * 65535).astype(np.uint16)

@@ -1,0 +1,213 @@
+"""Files with more than 8 bits or other than 1 or 3 channels: NPY arrays, TIFF, PNM, and 16-bit PNG in color."""
+
+import dataclasses
+import io
+import re
+import struct
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from densenet_jax.data.pixels import MAX_CHANNELS, Stored, stored_array, white_of
+
+NPY_MAGIC = b"\x93NUMPY"
+_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's sample formats
+_CIE_LAB, _PLANES = 8, 2  # a photometric interpretation and a planar configuration
+_MAX_VALUES = 320_000_000  # numbers that are decoded at most: four channels of the largest image
+_PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
+
+
+def decode_npy(data: bytes) -> Stored:
+    """Reads an array [height, width] or [height, width, channels]; runs nothing that the file holds.
+
+    Raises:
+        ValueError: it is damaged or has another shape or type.
+    """
+    return stored_array(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and not 1 <= shape[2] <= MAX_CHANNELS):
+        raise ValueError(f"its shape is {shape}, expected [height, width] or [height, width, channels]")
+    return shape, dtype
+
+
+def npy_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an NPY file."""
+    shape, _ = _npy_header(data)
+    return shape[1], shape[0]
+
+
+def npy_bits(data: bytes) -> int:
+    """Bits of a number of an NPY file."""
+    return 8 * _npy_header(data)[1].itemsize
+
+
+def pnm_white(data: bytes) -> int:
+    """The largest value that a PGM or PPM file declares; floats (PFM) count as 65535."""
+    if data[:2] == b"Pf":
+        return 65535
+    numbers = re.match(_PNM_NUMBERS, data[:1024])
+    return int(numbers[3]) if numbers else 255
+
+
+def decode_ppm(data: bytes, white: int) -> Stored:
+    """Reads RGB of 16 bits, of which Pillow keeps 8.
+
+    Raises:
+        ValueError: it is cut off.
+    """
+    numbers = re.match(_PNM_NUMBERS, data[:1024])
+    assert numbers is not None
+    width, height = int(numbers[1]), int(numbers[2])
+    values = np.frombuffer(data, ">u2", width * height * 3, numbers.end())
+    return Stored(values.reshape(height, width, 3).astype(np.uint16), white=white)
+
+
+def decode_with_opencv(data: bytes) -> Stored:
+    """Reads PNG or TIFF of up to four channels as they are stored.
+
+    Raises:
+        ValueError: OpenCV can't.
+    """
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise ValueError("it is damaged or of a kind that is not read")
+    values = values.reshape(*values.shape[:2], -1)
+    alpha = values.shape[2] == 4
+    if values.shape[2] >= 3:
+        values = values[:, :, [2, 1, 0, 3][: values.shape[2]]]
+    return Stored(values, white_of(values.dtype), alpha=alpha)
+
+
+def from_wide_mode(image: Image.Image) -> Stored:
+    """The numbers of a loaded image of Pillow's modes I, I;16 and F, which have one channel."""
+    tags: Any = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    bits = (tags.get(258) or (0,))[0]
+    if image.mode.startswith("I;16"):
+        white: float | None = 2**bits - 1 if 8 < bits < 16 else 65535
+        values = values.astype(np.uint16)
+    elif image.mode == "F":
+        white = 1.0
+    else:  # PNM files, which Pillow scales to 16 bits, and TIFF files of signed or 32-bit numbers
+        white = 65535 if image.format == "PPM" else None
+    return Stored(values[:, :, None], white, negative=tags.get(262) == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TiffFacts:
+    """The first page of a TIFF file, and how many there are; `bits` are those of a sample."""
+
+    width: int
+    height: int
+    samples: int
+    bits: int
+    sample_format: int
+    photometric: int
+    pages: int
+
+
+def tiff_facts(data: bytes) -> TiffFacts | None:
+    """Reads the tags of a TIFF file; None where it is damaged."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page: Any = file.pages[0]
+            bits = page.bitspersample
+            return TiffFacts(
+                width=int(page.imagewidth),
+                height=int(page.imagelength),
+                samples=int(page.samplesperpixel),
+                bits=max(bits) if isinstance(bits, tuple) else int(bits),
+                sample_format=int(page.sampleformat or _UNSIGNED),
+                photometric=int(page.photometric),
+                pages=len(file.pages),
+            )
+    except Exception:  # tifffile raises nearly anything on garbage; Pillow may still read it
+        return None
+
+
+def pillow_loses(facts: TiffFacts, channels: int) -> bool:
+    """Returns whether Pillow would lose bits or channels of a TIFF file, or not read it at all."""
+    return (
+        (channels not in (0, 1, 3) and facts.samples == 1 and facts.pages == channels)
+        or facts.samples not in (1, 3, 4)
+        or facts.photometric == _CIE_LAB
+        or (facts.sample_format == _SIGNED and facts.bits == 8)
+        or (facts.sample_format == _FLOAT and facts.bits != 32)
+        or facts.bits > (32 if facts.samples == 1 else 8)
+    )
+
+
+def decode_tiff(data: bytes) -> Stored:
+    """Reads what Pillow can't: wide color, many channels or pages as channels, signed bytes, halves and doubles.
+
+    Raises:
+        ValueError: it is damaged, compressed in a way that is not read, or has another shape or type.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        pages: list[Any] = [file.pages[0]]
+        page, samples = pages[0], int(pages[0].samplesperpixel)
+        if samples == 1 and 1 < len(file.pages) <= MAX_CHANNELS:
+            pages = list(file.pages)
+        if int(page.photometric) == _CIE_LAB:
+            raise ValueError("its colors are CIE Lab; save it as RGB")
+        if samples > MAX_CHANNELS or page.imagewidth * page.imagelength * samples * len(pages) > _MAX_VALUES:
+            raise ValueError(f"it has {samples} channels of {page.imagewidth}x{page.imagelength} pixels")
+        try:
+            layers = [one.asarray() for one in pages]
+        except ValueError:
+            if len(pages) > 1:
+                raise
+            return decode_with_opencv(data)  # which knows more compressions
+        if len({layer.shape for layer in layers}) > 1:
+            raise ValueError("its pages are of different sizes")
+        values = layers[0] if len(layers) == 1 else np.stack(layers, axis=-1)
+        if values.ndim == 3 and len(layers) == 1 and int(page.planarconfig) == _PLANES:
+            values = np.moveaxis(values, 0, -1)
+        stored = stored_array(values)
+        alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2) and samples in (2, 4)
+        return dataclasses.replace(stored, alpha=alpha, negative=int(page.photometric) == 0)
+
+
+def _orientation_place(data: bytes) -> tuple[int, str] | None:
+    """Where a TIFF file's first directory has the orientation, and the byte order."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    try:
+        (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, place)
+        size, value, first = (20, 12, place + 8) if big else (12, 8, place + 2)
+        for entry in range(first, first + size * min(count, 4096), size):
+            if struct.unpack_from(order + "HH", data, entry) == (0x0112, 3):
+                return entry + value, order
+    except struct.error:
+        pass
+    return None
+
+
+def tiff_orientation(data: bytes) -> int:
+    """How a TIFF file says that its pixels are turned, 1 to 8."""
+    if (place := _orientation_place(data)) is None:
+        return 1
+    (orientation,) = struct.unpack_from(place[1] + "H", data, place[0])
+    return orientation if orientation in range(1, 9) else 1
+
+
+def without_orientation(data: bytes) -> bytes:
+    """The same TIFF file, but said to be upright: decoders then leave the pixels as they are stored."""
+    if (place := _orientation_place(data)) is None:
+        return data
+    upright = bytearray(data)
+    struct.pack_into(place[1] + "H", upright, place[0], 1)
+    return bytes(upright)
