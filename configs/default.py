@@ -39,7 +39,9 @@ def get_config() -> ml_collections.ConfigDict:
     data.class_order = "text"  # of class folders; "natural": numbers by value, as timm; or a file with a name a line
     data.allow_changed = False  # True: go on although files of the data set came or went, or classes were renamed
     data.image_size_px = 224  # side of the square that the model is trained on
-    data.channels = 3  # 1 reads images as gray
+    data.channels = 3  # 1 reads images as gray; others up to 64: files that have so many
+    data.pixel_range = ()  # two stored values that become black and white; (): those of the file's own type
+    data.exif_orientation = False  # True: turn images of data sets as their camera said; prediction always does
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size
     data.crop_area = (0.08, 1.0)  # share of the image's area that a random crop covers
     data.crop_aspect = (3 / 4, 4 / 3)  # width over height of a random crop

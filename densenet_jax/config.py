@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,9 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 # Settings that older runs don't have, with the values that they were made with.
-ADDED_LATER: dict[str, Any] = {"data": {"class_order": "text", "allow_changed": False}}
+ADDED_LATER: dict[str, Any] = {
+    "data": {"class_order": "text", "allow_changed": False, "pixel_range": (), "exif_orientation": False}
+}
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
@@ -75,7 +78,11 @@ _RULES: dict[str, _Rule] = {
     ),
     "model.kernels": _one_of(*KERNELS_WANTED),
     "data.image_size_px": ("more than 0", _POSITIVE),
-    "data.channels": _one_of(1, 3),
+    "data.channels": ("a number from 1 to 64", lambda value: 1 <= value <= 64),
+    "data.pixel_range": (
+        "two different numbers, or ()",
+        lambda value: not value or (len(value) == 2 and all(map(math.isfinite, value)) and value[0] != value[1]),
+    ),
     "data.class_order": (
         "text, natural or a file with a class name a line",
         lambda value: value in ("text", "natural") or os.path.isfile(value),

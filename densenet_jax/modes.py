@@ -202,7 +202,10 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it."""
     del workdir, command  # data sets lie in config.data.dir
-    return {"name": config.data.name, "splits": prepare_and_verify(config.data.name, config.data.dir)}
+    return {
+        "name": config.data.name,
+        "splits": prepare_and_verify(config.data.name, config.data.dir, tuple(config.data.pixel_range)),
+    }
 
 
 def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8, UInt16
 
 
 def uniforms(keys: Key[Array, " b"], count: int) -> Float[Array, "b {count}"]:
@@ -22,13 +22,23 @@ def whole_below(numbers: Float[Array, "..."], limits: Int[Array, "..."] | int) -
     return jnp.floor(numbers * limits).astype(jnp.int32)
 
 
-def to_float(images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Bytes as float32 in [0, 1]; floats stay as they are."""
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
+# Pixels of 8 or 16 bits, or floats in [0, 1].
+Pixels = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"] | Float[Array, "b h w c"]
+
+
+def white_of(images: jax.Array) -> float:
+    """The value of white: 255, 65535, or 1 for floats."""
+    return float(jnp.iinfo(images.dtype).max) if jnp.issubdtype(images.dtype, jnp.unsignedinteger) else 1.0
+
+
+def to_float(images: Pixels) -> Float[Array, "b h w c"]:
+    """Converts whole numbers to float32 in [0, 1]; returns floats as they are."""
+    white = white_of(images)
+    return images if white == 1.0 else images.astype(jnp.float32) / white
 
 
 def normalize(
-    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    images: Pixels,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -36,13 +46,13 @@ def normalize(
     """Images as the model wants them: (image - mean) / std for each channel.
 
     Args:
-        images: bytes, or floats in [0, 1].
+        images: of 8 or 16 bits, or floats in [0, 1].
         mean: of each channel, in [0, 1].
         std: of each channel, in the same unit.
         dtype: of the result; the arithmetic is float32 (float64 where dtype is).
     """
     exact = jnp.promote_types(dtype, jnp.float32)
-    scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+    scale = white_of(images)
     shape = (1, 1, 1, len(mean))
     mean_array = np.asarray(mean, np.float64).reshape(shape) * scale
     std_array = np.asarray(std, np.float64).reshape(shape) * scale

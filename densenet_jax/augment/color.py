@@ -1,16 +1,16 @@
 """Random brightness, contrast and saturation on the accelerator."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-from densenet_jax.augment.basic import to_float, uniforms
+from densenet_jax.augment.basic import Pixels, to_float, uniforms
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
 def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Gray of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); one channel is its own gray."""
-    if images.shape[-1] == 1:
+    """Gray of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); channels that are not RGB are their own gray."""
+    if images.shape[-1] != 3:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
     return 0.2989 * red + 0.587 * green + 0.114 * blue
@@ -37,7 +37,7 @@ def adjust_color(
 
 
 def color_jitter(
-    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    images: Pixels,
     keys: Key[Array, " b"],
     *,
     brightness: float = 0.4,
@@ -47,7 +47,7 @@ def color_jitter(
     """Changes brightness, contrast and saturation of each image in a random order (torchvision's ColorJitter).
 
     Args:
-        images: bytes, or floats in [0, 1], of one or three channels; one channel has no saturation.
+        images: of 8 or 16 bits, or floats in [0, 1]; only three channels have a saturation.
         keys: one an example.
         brightness: strength v; the factor is uniform in [max(0, 1 - v), 1 + v].
         contrast: likewise.

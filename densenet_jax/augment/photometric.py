@@ -88,8 +88,8 @@ def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
 
 
 def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Pillow's conversion to "L", exact in float32; one channel is its own gray."""
-    if images.shape[-1] == 1:
+    """Pillow's conversion to "L", exact in float32; channels that are not RGB are their own gray."""
+    if images.shape[-1] != 3:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
     return jnp.floor((red * 19595.0 + green * 38470.0 + blue * 7471.0 + 32768.0) / 65536.0)

@@ -72,7 +72,7 @@ def decode_image(
             pixels = _decode_small_png(data, channels) if pixels is None else pixels
         if pixels is None:
             pixels = to_pixels(_decode_stored(data, channels, name), channels, pixel_range)
-        pixels = _with_bits(pixels, bits, name)
+        pixels = with_bits(pixels, bits, name)
         return _oriented(pixels, data) if apply_exif_orientation else pixels
     except DamagedImage:
         raise
@@ -80,7 +80,8 @@ def decode_image(
         raise DamagedImage(name, _reason(error)) from error
 
 
-def _with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
+def with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
+    """Converts pixels to 8 or 16 bits, or not at all for 0; warns once where bits are lost."""
     if bits == 16:
         return widen(pixels)
     if bits == 8 and pixels.dtype == np.uint16:

@@ -4,6 +4,7 @@ What training sees is a pure function of (seed, step): neither threads nor proce
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def train_batches(
             `Order`. Must divide `global_batch_size`.
 
     Returns:
-        iterator of {"image": uint8[b, h, w, c], "label": int32[b]}, b being this process's share.
+        iterator of {"image": uint8 or uint16 [b, h, w, c], "label": int32[b]}, b being this process's share.
 
     Raises:
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
@@ -89,7 +90,7 @@ def eval_batches(
     images are masked out as well, and counted. Arguments as for `train_batches`.
 
     Returns:
-        iterator of {"image": uint8[b, h, w, c] (or [b, crops, h, w, c], as the transform gives), "label": int32[b],
+        iterator of {"image": uint8 or uint16 [b, h, w, c] (or [b, crops, h, w, c]), "label": int32[b],
         "mask": bool[b]}; of a source with `label_sets` also {"label_set": bool[b, classes]}, True for every right
         class, of which an example may have none.
     """
@@ -148,8 +149,8 @@ class _Kept(_Fresh):
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         super().__init__(source, transform, damaged)
         shape = (len(source), *transform.shape)
-        fits = int(np.prod(shape, dtype=np.int64)) <= _KEEP_BYTES
-        self._images = np.empty(shape if fits else (0,), np.uint8)
+        fits = int(np.prod(shape, dtype=np.int64)) * transform.dtype.itemsize <= _KEEP_BYTES
+        self._images = np.empty(shape if fits else (0,), transform.dtype)
         self._labels = np.empty(len(self._images), np.int32)
         self._have = np.zeros(len(self._images), bool)
         self._lock = threading.Lock()
@@ -168,8 +169,8 @@ class _Kept(_Fresh):
         return None
 
 
-def _arrays(share: int, transform: Transform) -> dict[str, tuple[tuple[int, ...], type]]:
-    return {"image": ((share, *transform.shape), np.uint8), "label": ((share,), np.int32)}
+def _arrays(share: int, transform: Transform) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {"image": ((share, *transform.shape), transform.dtype), "label": ((share,), np.int32)}
 
 
 def _share(global_batch_size: int, process_count: int) -> int:

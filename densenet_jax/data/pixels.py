@@ -1,6 +1,7 @@
 """Stored numbers to pixels: what becomes black and white, and which channels a model is given."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -85,6 +86,12 @@ def to_pixels(stored: Stored, channels: int, pixel_range: tuple[float, ...] = ()
 def widen(pixels: np.ndarray) -> np.ndarray:
     """Pixels of 8 bits as the same brightness in 16."""
     return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
+
+
+def join(images: Sequence[np.ndarray], joined: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack) -> np.ndarray:
+    """Stacks pixels of 8 and 16 bits (or joins them by np.concatenate): of 16 bits where one of them is."""
+    wide = any(image.dtype == np.uint16 for image in images)
+    return joined([widen(image) for image in images] if wide else images)
 
 
 def _scale(values: np.ndarray, white: float | None, pixel_range: tuple[float, ...]) -> np.ndarray:

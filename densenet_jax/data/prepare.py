@@ -1,6 +1,7 @@
 """Makes a data set ready to train on, and proves it: counts, classes, and every image decodes."""
 
 import dataclasses
+import functools
 import glob
 import os
 import shutil
@@ -85,6 +86,7 @@ def prepare_dataset(
     progress: Progress = _silent,
     workers: int = 0,
     verify: bool = True,
+    pixel_range: tuple[float, ...] = (),
 ) -> list[SplitReport]:
     """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
 
@@ -99,6 +101,7 @@ def prepare_dataset(
         progress: is called with (what is being done, how much is done, of how much).
         workers: threads that convert and verify; 0: one a core.
         verify: False leaves the verification out.
+        pixel_range: see `densenet_jax.data.decode.decode_image`.
 
     Returns:
         a report for each split.
@@ -119,13 +122,20 @@ def prepare_dataset(
     if not verify:
         return []
     return [
-        verify_split(sources.open_source(name, directory, split), split, known.get(split), progress, workers)
+        verify_split(
+            sources.open_source(name, directory, split), split, known.get(split), progress, workers, pixel_range
+        )
         for split in splits
     ]
 
 
 def verify_split(
-    source: Source, split: str, expected: int | None = None, progress: Progress = _silent, workers: int = 0
+    source: Source,
+    split: str,
+    expected: int | None = None,
+    progress: Progress = _silent,
+    workers: int = 0,
+    pixel_range: tuple[float, ...] = (),
 ) -> SplitReport:
     """Decodes every image of `source`; needs memory for the images in flight only."""
     total = len(source)
@@ -133,15 +143,16 @@ def verify_split(
     damaged: list[tuple[str, str]] = []
     blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
     done = 0
-    for labels, found in _in_order(lambda block: _check(source, block), blocks, workers or available_cores()):
+    check = functools.partial(_check, source, pixel_range=pixel_range)
+    for labels, refused in _in_order(check, blocks, workers or available_cores()):
         counts += np.bincount(labels, minlength=source.num_classes)
-        damaged += found
+        damaged += refused
         done = min(done + _BLOCK, total)
         progress(f"verify {split}", done, total)
     return SplitReport(split, total, expected, tuple(damaged), counts)
 
 
-def _check(source: Source, block: range) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def _check(source: Source, block: range, pixel_range: tuple[float, ...]) -> tuple[np.ndarray, list[tuple[str, str]]]:
     labels, damaged = [], []
     for index in block:
         try:
@@ -149,7 +160,7 @@ def _check(source: Source, block: range) -> tuple[np.ndarray, list[tuple[str, st
             if not 0 <= record.label < source.num_classes:
                 raise DamagedImage(record.name, f"its label {record.label} is none of {source.num_classes} classes")
             labels.append(record.label)
-            decode_image(record.image, name=record.name)
+            decode_image(record.image, 0, name=record.name, pixel_range=pixel_range, bits=0)
         except DamagedImage as error:
             damaged.append((error.name, error.why))
     return np.array(labels, np.int64), damaged

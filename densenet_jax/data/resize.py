@@ -28,12 +28,23 @@ def resize(
 ) -> np.ndarray:
     """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
 
+    Args:
+        pixels: uint8 or uint16 [h, w, channels].
+        height: of the result.
+        width: of the result.
+        interpolation: "bilinear" or "bicubic".
+        antialias: average over all pixels that an output pixel covers.
+        box: the part; None: all.
+
     Returns:
-        uint8[height, width, channels]; with `antialias` the values of Pillow's resize.
+        [height, width, channels] of the same type; with `antialias` the values of Pillow's resize.
     """
     if box is None and pixels.shape[:2] == (height, width):
         return pixels
     channels = pixels.shape[2]
+    if channels not in (1, 3) or pixels.dtype != np.uint8:
+        layers = [_resize_layer(pixels[:, :, i], height, width, interpolation, antialias, box) for i in range(channels)]
+        return np.stack(layers, axis=2)
     if not antialias and box is None:
         return cv2.resize(pixels, (width, height), interpolation=_OPENCV[interpolation]).reshape(
             height, width, channels
@@ -42,12 +53,32 @@ def resize(
     return np.asarray(image.resize((width, height), PILLOW[interpolation], box)).reshape(height, width, channels)
 
 
-def resize_closely(pixels: np.ndarray, out_px: int, interpolation: str) -> np.ndarray:
-    """Resizes uint8[height, width, channels] to a square, antialiased, within one level of what Pillow gives.
+def _resize_layer(
+    layer: np.ndarray,
+    height: int,
+    width: int,
+    interpolation: str,
+    antialias: bool,
+    box: tuple[float, float, float, float] | None,
+) -> np.ndarray:
+    """Resizes one channel of any type in single precision, rounded once."""
+    if not antialias and box is None:
+        exact = cv2.resize(layer.astype(np.float32), (width, height), interpolation=_OPENCV[interpolation])
+    else:
+        exact = np.asarray(
+            Image.fromarray(layer.astype(np.float32)).resize((width, height), PILLOW[interpolation], box)
+        )
+    return np.clip(np.rint(exact), 0, np.iinfo(layer.dtype).max).astype(layer.dtype)
 
-    Pillow itself does it where cykooz_resizer is not installed, and bicubic, of which that strays two levels.
+
+def resize_closely(pixels: np.ndarray, out_px: int, interpolation: str) -> np.ndarray:
+    """Resizes [height, width, channels] to a square, antialiased, within one level of what Pillow gives.
+
+    Pillow itself does it where cykooz_resizer is not installed, for bicubic (that strays two levels), and for other
+    than 1 or 3 channels of 8 bits.
     """
-    if _simd is None or interpolation != "bilinear" or pixels.shape[:2] == (out_px, out_px):
+    is_usual = pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3)
+    if _simd is None or interpolation != "bilinear" or pixels.shape[:2] == (out_px, out_px) or not is_usual:
         return resize(pixels, out_px, out_px, interpolation, True)
     height, width, channels = pixels.shape
     kind = _simd.PixelType.U8 if channels == 1 else _simd.PixelType.U8x3

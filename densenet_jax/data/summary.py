@@ -1,5 +1,6 @@
 """What a data set holds and how fast it is read: numbers and a picture for a page that a person looks at."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from densenet_jax.data.batches import Batches
-from densenet_jax.data.decode import DamagedImage, image_size
+from densenet_jax.data.decode import DamagedImage, decode_image, exif_orientation, has_wide_pixels, image_size
 from densenet_jax.data.records import Source
 
+_LOOKED_AT = 32  # images whose bits are looked at before anything is read
 _SAMPLE = 2000  # images whose size is looked at; spread evenly over the split
 
 
@@ -71,6 +73,36 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
     labels = source.labels()
     counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
     return SplitSummary(total, counts, np.array(widths), np.array(heights), np.array(sizes), tuple(damaged))
+
+
+def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[str, str]]:
+    """Looks at up to `sample` images, spread evenly over the split.
+
+    Returns:
+        How many bits of the pixels to carry (16 where one of the images has more than 8, else 8), and warnings of what
+        is easily read wrong, by kind.
+    """
+    wide, turned, highest = 0, 0, 0
+    places = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)).tolist()
+    for index in places:
+        with contextlib.suppress(DamagedImage):
+            record = source[index]
+            turned += exif_orientation(record.image) != 1
+            if has_wide_pixels(record.image):
+                wide += 1
+                highest = max(highest, int(decode_image(record.image, 0, name=record.name, bits=16).max(initial=0)))
+    warnings = {}
+    if wide and highest < 65536 // 16:
+        warnings["dark"] = (
+            f"{wide} of {len(places)} sampled images have 16 bits and no value above {highest} of 65535: they are "
+            f"almost black; config.data.pixel_range=(0, {max(highest, 1)}) makes the brightest white."
+        )
+    if turned:
+        warnings["turned"] = (
+            f"{turned} of {len(places)} sampled images have an EXIF orientation, which training and evaluation ignore "
+            "and prediction follows; config.data.exif_orientation=True turns all of them."
+        )
+    return (16 if wide else 8), warnings
 
 
 def measure_speed(batches: Batches, seconds: float = 5.0, warmup_batches: int = 2) -> float:

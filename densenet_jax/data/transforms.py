@@ -1,16 +1,17 @@
-"""Encoded images to squares of one size: the crops of training and evaluation, on the host, in uint8.
+"""Crops and resizes encoded images to squares of one size, for training and evaluation, on the host.
 
-Everything random comes in as draws, so that a transform is a pure function.
+All randomness is passed in as draws, so that a transform is a pure function.
 """
 
 import dataclasses
 import math
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
 from densenet_jax.data.decode import check_size, decode_image, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
+from densenet_jax.data.pixels import MAX_CHANNELS
 from densenet_jax.data.resize import PILLOW, resize, resize_closely
 from densenet_jax.errors import UserError
 
@@ -18,15 +19,19 @@ _TRIES = 10  # of a random crop that fits, as in the references
 
 
 class Transform(Protocol):
-    """One encoded image to uint8[shape]."""
+    """Maps one encoded image to an array of `shape` and `dtype`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the result: height, width and channels, or the crops of one image before them."""
+        """Height, width and channels of the result, or the crops of one image before them."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the result: uint8 or uint16."""
 
     @property
     def draws(self) -> int:
-        """Uniform numbers in [0, 1) that one example needs; 0 where the result is always the same."""
+        """Count of uniform numbers in [0, 1) that one example needs; 0 where the result is always the same."""
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
@@ -45,26 +50,33 @@ def train_transform(
     aspect_range: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bilinear",
     antialias: bool = True,
+    pixel_range: tuple[float, ...] = (),
+    bits: int = 8,
+    apply_exif_orientation: bool = False,
 ) -> Transform:
-    """What training does to an image on the host.
+    """Makes the transform of training images.
 
     Args:
         kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
             image, resized where its size is another.
         image_size_px: side of the result.
-        channels: 3 for RGB, 1 for gray.
+        channels: 3 for RGB, 1 for gray, else the number that the files have.
         area_range: share of the image's area that a crop covers.
         aspect_range: width over height of a crop, drawn evenly in its logarithm.
         interpolation: "bilinear" or "bicubic".
         antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
             ones, as OpenCV and tf.image do, which is faster and gives other pixels.
+        pixel_range: see `decode_image`.
+        bits: likewise.
+        apply_exif_orientation: likewise.
     """
     _check(image_size_px, channels, interpolation)
-    if kind == "none":
-        return Whole(image_size_px, channels, interpolation, antialias)
-    if kind != "random_resized_crop":
+    if kind not in ("none", "random_resized_crop"):
         raise UserError(f"config.data.crop is {kind!r}; expected random_resized_crop or none.")
-    return RandomResizedCrop(image_size_px, channels, interpolation, antialias, tuple(area_range), tuple(aspect_range))
+    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation)
+    if kind == "none":
+        return Whole(*common, antialias)
+    return RandomResizedCrop(*common, antialias, tuple(area_range), tuple(aspect_range))
 
 
 def eval_transform(
@@ -75,46 +87,86 @@ def eval_transform(
     interpolation: str = "bilinear",
     apply_exif_orientation: bool = False,
     crops: int = 1,
-) -> "ResizedCentreCrop":
-    """Short side to `resize_px`, then the central square: Pillow's antialiased pixels, as torchvision and timm give.
+    pixel_range: tuple[float, ...] = (),
+    bits: int = 8,
+) -> "ResizedCenterCrop":
+    """Makes the transform of evaluation: short side to `resize_px`, then the central square.
+
+    The pixels are Pillow's antialiased ones, as torchvision and timm give.
 
     Args:
         image_size_px: side of the result.
         resize_px: length of the short side before the crop, at least `image_size_px`.
-        channels: 3 for RGB, 1 for gray.
+        channels: 3 for RGB, 1 for gray, else the number that the files have.
         interpolation: "bilinear" or "bicubic".
         apply_exif_orientation: turn photographs as their camera said; see `decode_image`.
-        crops: 1, or 5 for the four corners and the middle, of which the result then has an axis in front.
+        crops: 1, or 5 for the four corners and the middle, which are then the first axis of the result.
+        pixel_range: see `decode_image`.
+        bits: likewise; 0: as many as the file has.
     """
     _check(image_size_px, channels, interpolation)
     if resize_px < image_size_px:
         raise UserError(f"The resized short side ({resize_px} px) is below the crop ({image_size_px} px).")
-    if crops == 5:
-        return FiveCrops(image_size_px, channels, interpolation, resize_px, apply_exif_orientation)
-    return ResizedCentreCrop(image_size_px, channels, interpolation, resize_px, apply_exif_orientation)
+    kind = FiveCrops if crops == 5 else ResizedCenterCrop
+    return kind(image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, resize_px)
 
 
 def _check(image_size_px: int, channels: int, interpolation: str) -> None:
     if image_size_px < 1:
         raise UserError(f"config.data.image_size_px is {image_size_px}; expected more than 0.")
-    if channels not in (1, 3):
-        raise UserError(f"config.data.channels is {channels}; expected 1 or 3.")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(f"config.data.channels is {channels}; expected 1 to {MAX_CHANNELS}.")
     if interpolation not in PILLOW:
         raise UserError(f"config.data.interpolation is {interpolation!r}; expected {' or '.join(PILLOW)}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Square:
-    """What all have in common."""
+    """Settings that all transforms share."""
 
     image_size_px: int
     channels: int
     interpolation: str
+    pixel_range: tuple[float, ...]
+    bits: int
+    apply_exif_orientation: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """See `Transform`."""
         return self.image_size_px, self.image_size_px, self.channels
+
+    @property
+    def dtype(self) -> np.dtype:
+        """See `Transform`; of `bits` 0 the type of files that have no more than 8."""
+        return np.dtype(np.uint16 if self.bits == 16 else np.uint8)
+
+    def with_fixed_bits(self) -> Self:
+        """The same, but giving `dtype` whatever the file has."""
+        return dataclasses.replace(self, bits=8 * self.dtype.itemsize)
+
+    def decode(self, data: bytes, name: str) -> np.ndarray:
+        """Decodes all of an image.
+
+        Raises:
+            DamagedImage: it can't be.
+        """
+        return decode_image(
+            data,
+            self.channels,
+            name=name,
+            apply_exif_orientation=self.apply_exif_orientation,
+            pixel_range=self.pixel_range,
+            bits=self.bits,
+        )
+
+    def native_size(self, data: bytes, name: str) -> tuple[int, int] | None:
+        """(height, width) of a JPEG where the compiled helper gives what `decode` would."""
+        if self.channels != 3 or self.pixel_range or self.bits == 16 or not native.available():
+            return None
+        if self.apply_exif_orientation and exif_orientation(data) != 1:
+            return None
+        return jpeg_size(data, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +181,12 @@ class RandomResizedCrop(_Square):
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         pixels = None
-        if size := _native_size(data, self.channels, name):
+        if size := self.native_size(data, name):
             box = random_crop_box(*size, self.area_range, self.aspect_range, draws)
             pixels = _native_crop(data, box, self.image_size_px, self.interpolation, self.antialias)
         if pixels is not None:
             return pixels
-        whole = decode_image(data, self.channels, name=name)
+        whole = self.decode(data, name)
         top, left, height, width = random_crop_box(
             whole.shape[0], whole.shape[1], self.area_range, self.aspect_range, draws
         )
@@ -154,36 +206,34 @@ class Whole(_Square):
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
-        pixels = decode_image(data, self.channels, name=name)
+        pixels = self.decode(data, name)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)
-class ResizedCentreCrop(_Square):
+class ResizedCenterCrop(_Square):
     """The middle of the image after its short side was resized."""
 
     resize_px: int
-    apply_exif_orientation: bool = False
     draws: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
-        upright = not self.apply_exif_orientation or exif_orientation(data) == 1
-        if upright and (size := _native_size(data, self.channels, name)):
-            box = centre_box(*size, self.resize_px, self.image_size_px)
+        if size := self.native_size(data, name):
+            box = center_box(*size, self.resize_px, self.image_size_px)
             if (result := _native_resize(data, size, box, self.image_size_px, self.interpolation)) is not None:
                 return result
-        return self.of_pixels(decode_image(data, self.channels, name=name, apply_exif_orientation=not upright))
+        return self.of_pixels(self.decode(data, name))
 
     def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """The same for an image that is decoded: uint8[height, width, channels] to uint8[shape]."""
-        box = centre_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
+        """Transforms a decoded image [height, width, channels]."""
+        box = center_box(pixels.shape[0], pixels.shape[1], self.resize_px, self.image_size_px)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
 
 
 @dataclasses.dataclass(frozen=True)
-class FiveCrops(ResizedCentreCrop):
+class FiveCrops(ResizedCenterCrop):
     """The corners (top left, top right, bottom left, bottom right) and the middle of the resized image."""
 
     @property
@@ -194,11 +244,10 @@ class FiveCrops(ResizedCentreCrop):
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
         del draws
-        turn = self.apply_exif_orientation
-        return self.of_pixels(decode_image(data, self.channels, name=name, apply_exif_orientation=turn))
+        return self.of_pixels(self.decode(data, name))
 
     def of_pixels(self, stored: np.ndarray) -> np.ndarray:
-        """See `ResizedCentreCrop`."""
+        """See `ResizedCenterCrop`."""
         height, width = resized_size(stored.shape[0], stored.shape[1], self.resize_px)
         check_size(width, height, "of five crops")  # a line of pixels would be enlarged without measure
         pixels = resize(stored, height, width, self.interpolation, True)
@@ -237,7 +286,7 @@ def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
     return (resize_px, resized_long) if height <= width else (resized_long, resize_px)
 
 
-def centre_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
+def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in the stored image of the central crop that is taken after the resize.
 
     Rounds as torchvision's Resize and CenterCrop do, so that the crop has the same pixels without computing others.
@@ -248,15 +297,10 @@ def centre_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[f
     return left * right, top * down, min((left + crop_px) * right, width), min((top + crop_px) * down, height)
 
 
-def _native_size(data: bytes, channels: int, name: str) -> tuple[int, int] | None:
-    """(height, width) where the compiled helper is there and may be able to decode this file."""
-    return jpeg_size(data, name) if channels == 3 and native.available() else None
-
-
 def _native_crop(
     data: bytes, box: tuple[int, int, int, int], out_px: int, interpolation: str, antialias: bool
 ) -> np.ndarray | None:
-    """What decoding the whole image, cutting and `resize` give, or None where the helper leaves the file to them."""
+    """Decodes, cuts and resizes by the compiled helper; None where it leaves the file to others."""
     top, left, height, width = box
     pixels = native.decode_part(data, left, top, width, height, rgbx=antialias)
     if pixels is None:
@@ -269,7 +313,7 @@ def _native_crop(
 def _native_resize(
     data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
 ) -> np.ndarray | None:
-    """The same for a box that may fall between pixels; decodes only what the resize looks at."""
+    """Resizes a box that may fall between pixels, decoding only what that reads; None as for `_native_crop`."""
     cubic = interpolation == "bicubic"
     single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
     x0, y0 = single[:2].tolist()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any
 
@@ -11,9 +12,12 @@ from densenet_jax.data.identity import Identity, check_identity, identify
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
 from densenet_jax.data.sources import Source, is_prepared, open_source
-from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform, train_transform
+from densenet_jax.data.summary import look_at_pixels
+from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.published import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Data:
 
     config: Any
     preprocessing: Preprocessing
+    _warned: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     @functools.cached_property
     def train_source(self) -> Source:
@@ -76,7 +81,7 @@ class Data:
         splits = {self.config.data.eval_split: self.eval_source}
         if train:
             splits[self.config.data.train_split] = self.train_source
-        return identify(self.config.data.name, splits)
+        return identify(self.config.data.name, splits) | {"bits": max(self.eval_bits, self.train_bits if train else 0)}
 
     def check_same(self, saved: Identity | None, where: str, *, train: bool = False) -> Identity:
         """Checks that this is the data set that a checkpoint was trained on, and returns its identity.
@@ -94,6 +99,16 @@ class Data:
             check_identity(saved, current, where, self.config.data.allow_changed)
         return current
 
+    @functools.cached_property
+    def train_bits(self) -> int:
+        """Bits of the pixels that are trained on: 16 where a sample of the files has more than 8."""
+        return self._look_at(self.train_source)
+
+    @functools.cached_property
+    def eval_bits(self) -> int:
+        """Bits of the pixels that are evaluated, likewise."""
+        return self._look_at(self.eval_source)
+
     @property
     def train_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of what the model is trained on."""
@@ -110,7 +125,7 @@ class Data:
     def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a global batch of evaluation, whose arrays are those of `eval_batches`."""
         size = self.eval_batch_size
-        shapes = {"image": (size, *self.eval_transform().shape), "label": (size,), "mask": (size,)}
+        shapes = {"image": (size, *self.transform(8, False).shape), "label": (size,), "mask": (size,)}
         if self.eval_source.label_sets:
             shapes["label_set"] = (size, self.eval_source.num_classes)
         return shapes
@@ -162,6 +177,9 @@ class Data:
         """This process's shares of the global batches from `start_step` on, without end."""
         config = self.config
         transform = train_transform(
+            bits=self.train_bits,
+            pixel_range=tuple(config.data.pixel_range),
+            apply_exif_orientation=config.data.exif_orientation,
             kind=config.data.crop,
             image_size_px=config.data.image_size_px,
             channels=config.data.channels,
@@ -190,8 +208,12 @@ class Data:
             **self._reading(),
         )
 
-    def eval_transform(self, *, apply_exif_orientation: bool = False) -> ResizedCentreCrop:
-        """What evaluation does to an image on the host; for users' photographs, turned as their camera said."""
+    def eval_transform(self) -> ResizedCenterCrop:
+        """What evaluation does to an image on the host."""
+        return self.transform(self.eval_bits, self.config.data.exif_orientation)
+
+    def transform(self, bits: int, apply_exif_orientation: bool) -> ResizedCenterCrop:
+        """What evaluation does, with these bits (see `decode_image`) and perhaps turned as a camera said."""
         config = self.config
         side = self.eval_shape[0]
         return eval_transform(
@@ -200,8 +222,21 @@ class Data:
             channels=config.data.channels,
             interpolation=config.eval.interpolation or self.preprocessing.interpolation,
             apply_exif_orientation=apply_exif_orientation,
+            bits=bits,
+            pixel_range=tuple(config.data.pixel_range),
             crops=5 if config.eval.crops == 10 else 1,  # their mirror images are made on the accelerator
         )
+
+    def _look_at(self, source: Source) -> int:
+        bits, warnings = look_at_pixels(source)
+        if self.config.data.pixel_range:
+            bits, _ = 16, warnings.pop("dark", None)
+        if self.config.data.exif_orientation:
+            warnings.pop("turned", None)
+        for kind in warnings.keys() - self._warned:
+            logger.warning("%s", warnings[kind])
+            self._warned.add(kind)
+        return bits
 
     def _open(self, split: str) -> Source:
         config = self.config

@@ -250,7 +250,7 @@ class Experiment:
             average_decay=config.train.average_decay,
             mesh=self.mesh if config.train.sharding == "fsdp" else None,
         )
-        batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape)
+        batch = self._abstract_batch(config.train.global_batch_size, self.data.train_shape, self._train_bits)
         everywhere = sharding.replicated(self.mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings_of(self.abstract_state), everywhere))
         return jitted.lower(self.abstract_state, batch)
@@ -271,7 +271,12 @@ class Experiment:
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
         step = make_eval_step(self.model, normalize, classes=self.data.allowed_classes, confusion=confusion)
         over_data = sharding.over_data(self.mesh)
-        dtypes = {"image": jnp.uint8, "label": jnp.int32, "mask": jnp.bool_, "label_set": jnp.bool_}
+        dtypes = {
+            "image": self.data.eval_transform().dtype,
+            "label": jnp.int32,
+            "mask": jnp.bool_,
+            "label_set": jnp.bool_,
+        }
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=over_data)
             for name, shape in self.data.eval_batch_shapes.items()
@@ -307,10 +312,18 @@ class Experiment:
                 )
         return lines or [f"no published figure of {config.model.pretrained} on {config.data.name} is known"]
 
-    def _abstract_batch(self, size: int, image_shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    @property
+    def _train_bits(self) -> int:
+        """Bits of a pixel; where chips are planned for, the data set need not be here."""
+        return 8 if self.absent_devices is not None and not self.config.data.pixel_range else self.data.train_bits
+
+    def _abstract_batch(
+        self, size: int, image_shape: tuple[int, int, int], bits: int
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         over_data = sharding.over_data(self.mesh)
+        pixel = jnp.uint16 if bits == 16 else jnp.uint8
         return {
-            "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=over_data),
+            "image": jax.ShapeDtypeStruct((size, *image_shape), pixel, sharding=over_data),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over_data),
         }
 

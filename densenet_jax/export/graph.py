@@ -48,6 +48,7 @@ class Graph:
     std: tuple[float, ...]
     classes: int
     info: dict[str, str]
+    pixel_dtype: Any = np.uint8
 
     def function(self, images: jax.Array) -> jax.Array:
         """Maps images of `input_dtype` [b, h, w, c] to the output named `output_name`, float32 [b, k]."""
@@ -59,7 +60,7 @@ class Graph:
     @property
     def input_dtype(self) -> Any:
         """Dtype of the input images."""
-        return np.float32 if self.preprocessed else np.uint8
+        return np.float32 if self.preprocessed else self.pixel_dtype
 
     @property
     def output_name(self) -> str:
@@ -85,7 +86,8 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
     if len(model.transform.shape) != 3:
         raise UserError("config.eval.crops is 10, but an exported file takes a single crop; set it to 1.")
     module, variables = fold_batch_norm(to_float32(model.module), model.variables)
-    mean, std = (255 * np.asarray(values, np.float32).reshape(1, 1, 1, -1) for values in (model.mean, model.std))
+    white = np.iinfo(model.transform.dtype).max
+    mean, std = (white * np.asarray(values, np.float32).reshape(1, 1, 1, -1) for values in (model.mean, model.std))
 
     def logits(images: jax.Array) -> jax.Array:
         if preprocess:
@@ -108,6 +110,7 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
             "weights": model.source,
             "class_names": format_labels(model.class_names).rstrip("\n"),
         },
+        pixel_dtype=model.transform.dtype.type,
     )
 
 

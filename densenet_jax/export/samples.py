@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.pixels import widen
 from densenet_jax.data.records import Source
 from densenet_jax.data.sources import is_prepared
-from densenet_jax.data.transforms import ResizedCentreCrop
+from densenet_jax.data.transforms import ResizedCenterCrop
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.predict.files import check_places, find_images
@@ -51,24 +52,24 @@ class Samples:
         if not self.places and self._prepared():
             Experiment(self.config).data.check_same(model.dataset, model.source)
 
-    def to_check(self, transform: ResizedCentreCrop, most: int) -> CheckImages:
+    def to_check(self, transform: ResizedCenterCrop, most: int) -> CheckImages:
         """Returns up to `most` images: given ones, else spread over the evaluated split, else generated ones.
 
         Raises:
             UserError: a given image can't be read, or the data set can't.
         """
-        config = self.config
+        config, transform = self.config, transform.with_fixed_bits()
         if self.places:
             return CheckImages(self._given(transform, most), None, "the given images", True)
         if not self._prepared():
             source = f"generated images, since {config.data.name} is not prepared"
-            return CheckImages(generate_images(most, transform.shape), None, source, False)
+            return CheckImages(generate_images(most, transform.shape, transform.dtype), None, source, False)
         records = Experiment(config).data.eval_source
         images, labels = _spread(records, transform, most)
         known = None if records.label_sets else labels
         return CheckImages(images, known, f"images of {config.data.name} {config.data.eval_split}", True)
 
-    def representative(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
+    def representative(self, transform: ResizedCenterCrop, most: int) -> np.ndarray:
         """Returns up to `most` training images uint8 [n, h, w, c], preprocessed as in evaluation, to calibrate int8.
 
         If the data set is not prepared, they are the given images.
@@ -76,11 +77,12 @@ class Samples:
         Raises:
             UserError: there are no images, or they can't be read.
         """
+        transform = transform.with_fixed_bits()
         if self.places and not self._prepared():
             return self._given(transform, most)
         return _spread(Experiment(self.config).data.train_source, transform, most)[0]
 
-    def _given(self, transform: ResizedCentreCrop, most: int) -> np.ndarray:
+    def _given(self, transform: ResizedCenterCrop, most: int) -> np.ndarray:
         check_places(self.places)
         paths = (image.path for image in itertools.islice(find_images(self.places), most))
         return np.stack([transform(read_file(path), name=path) for path in paths])
@@ -92,8 +94,8 @@ class Samples:
         return data.name == "folder" or is_prepared(data.name, data.dir)
 
 
-def generate_images(count: int, shape: Sequence[int]) -> np.ndarray:
-    """Generates smooth color patterns with noise, always the same ones: uint8 [count, *shape]."""
+def generate_images(count: int, shape: Sequence[int], dtype: Any = np.uint8) -> np.ndarray:
+    """Generates smooth color patterns with noise, always the same ones: uint8 or uint16 [count, *shape]."""
     rng = np.random.default_rng(7)
     height, width, channels = shape
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
@@ -103,10 +105,10 @@ def generate_images(count: int, shape: Sequence[int]) -> np.ndarray:
         for channel, (down, across, phase) in enumerate(waves):
             pattern = 127 + 90 * np.sin(down * y * 3 + across * x * 3 + phase) + rng.normal(0, 15, (height, width))
             image[:, :, channel] = np.clip(pattern, 0, 255)
-    return images
+    return widen(images) if dtype == np.uint16 else images
 
 
-def _spread(source: Source, transform: ResizedCentreCrop, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _spread(source: Source, transform: ResizedCenterCrop, most: int) -> tuple[np.ndarray, np.ndarray]:
     indices = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int))
     images, labels = [], []
     for index in indices:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from densenet_jax.data.batches import available_cores
+from densenet_jax.data.pixels import join
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotation_path
@@ -190,7 +191,7 @@ class _Run:
 
     def _dispatch(self, pixels: list[np.ndarray]) -> dict[str, jax.Array]:
         classes = np.full(len(pixels), BEST_CLASS, np.int32) if self._options.explain else None
-        return self._predictor.dispatch(np.stack(pixels), self._options.features, classes)
+        return self._predictor.dispatch(join(pixels), self._options.features, classes)
 
     def _prepare(self, candidate: Candidate) -> _Prepared:
         try:

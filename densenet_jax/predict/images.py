@@ -1,6 +1,6 @@
-"""Images from outside: files, bytes and arrays that nobody has checked before, to pixels or to one clear reason.
+"""Turns unchecked files, bytes and arrays into pixels, or refuses them with one clear reason.
 
-Everything that can be told from the first bytes is checked before anything is decoded.
+Everything that the first bytes tell is checked before anything is decoded.
 """
 
 import dataclasses
@@ -9,10 +9,10 @@ import stat
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image
 
-from densenet_jax.data.decode import MAX_PIXELS, DamagedImage, decode_image, image_size
-from densenet_jax.errors import UserError
+from densenet_jax.data.decode import MAX_PIXELS, DamagedImage, decode_image, image_size, with_bits
+from densenet_jax.data.pixels import Stored, stored_array, to_pixels
+from densenet_jax.errors import UserError, first_line
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray
 _JPEG_SCANS = 100  # progressive encoders write about ten; each costs a pass over all pixels
@@ -119,55 +119,66 @@ def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) 
         raise ImageError(name, f"it has {width}x{height} pixels, at most {limits.max_pixels} are decoded")
 
 
-def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> None:
+def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> Stored:
     """Checks pixels that came decoded.
 
     Args:
-        array: should be uint8[height, width], [height, width, 1] (gray) or [height, width, 3] (RGB).
+        array: [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
         name: for messages.
         limits: of its pixels.
 
     Raises:
         ImageError: it is not.
     """
-    if array.dtype != np.uint8:
-        raise ImageError(name, f"its dtype is {array.dtype}, expected uint8")
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
-        raise ImageError(name, f"its shape is {array.shape}, expected (height, width), or 1 or 3 channels besides")
+    try:
+        stored = stored_array(array)
+    except ValueError as error:
+        raise ImageError(name, str(error)) from error
     _check_pixel_count(array.shape[1], array.shape[0], name, limits)
+    return stored
 
 
 def load_image(
-    source: ImageSource, channels: int = 3, *, name: str = "", limits: ImageLimits = DEFAULT_LIMITS
+    source: ImageSource,
+    channels: int = 3,
+    *,
+    name: str = "",
+    limits: ImageLimits = DEFAULT_LIMITS,
+    pixel_range: tuple[float, ...] = (),
+    bits: int = 8,
 ) -> np.ndarray:
-    """The upright pixels of an image from outside.
+    """Decodes an image from outside, upright.
 
     Args:
-        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM or TIFF; of an animation the first frame
-            counts), or uint8[height, width], [height, width, 1] or [height, width, 3].
-        channels: 3 for RGB, 1 for gray.
+        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY; of an animation the first
+            frame counts), or an array as `check_array` takes it.
+        channels: 3 for RGB, 1 for gray, else the number that the image has.
         name: what messages call the image; "" is its path.
         limits: what it may cost.
+        pixel_range: see `densenet_jax.data.decode.decode_image`.
+        bits: likewise.
 
     Returns:
-        uint8[height, width, channels], turned as its EXIF data say.
+        uint8 or uint16 [height, width, channels], turned as its EXIF data say.
 
     Raises:
         ImageError: it is refused; the message says why.
     """
     name = name or name_of(source)
-    if isinstance(source, np.ndarray):
-        check_array(source, name, limits)
-        return with_channels(source, channels)
-    data = encoded(source, name, limits)
     try:
-        return decode_image(data, channels, name=name, apply_exif_orientation=True)
+        if isinstance(source, np.ndarray):
+            pixels = to_pixels(check_array(source, name, limits), channels, pixel_range)
+            return with_bits(pixels, bits, name)
+        data = encoded(source, name, limits)
+        return decode_image(data, channels, name=name, apply_exif_orientation=True, pixel_range=pixel_range, bits=bits)
     except DamagedImage as error:
         raise ImageError(name, error.why) from error
+    except ValueError as error:
+        raise ImageError(name, first_line(error)) from error
 
 
 def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
-    """The checked bytes of a path or of bytes.
+    """Returns the checked bytes of a path or of bytes.
 
     Raises:
         ImageError: they are refused, or `source` is neither.
@@ -178,14 +189,4 @@ def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
         return data
     if isinstance(source, str | os.PathLike):
         return read_file(source, limits)
-    raise ImageError(name, f"it is a {type(source).__name__}, expected a path, bytes or a uint8 array")
-
-
-def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Checked pixels as uint8[height, width, channels], RGB made gray as Pillow does it."""
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if pixels.shape[2] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=2)
-    return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+    raise ImageError(name, f"it is a {type(source).__name__}, expected a path, bytes or an array")

@@ -15,7 +15,7 @@ from densenet_jax.config import ADDED_LATER, check_config
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
 from densenet_jax.data.sources import is_prepared
-from densenet_jax.data.transforms import ResizedCentreCrop, eval_transform
+from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
@@ -50,7 +50,7 @@ class Deployed:
     source: str
     module: nn.Module
     variables: dict[str, Any]
-    transform: ResizedCentreCrop
+    transform: ResizedCenterCrop
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: Any
@@ -110,7 +110,7 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
         source=source,
         module=experiment.model,
         variables=variables,
-        transform=experiment.data.eval_transform(apply_exif_orientation=True),
+        transform=experiment.data.transform(_bits(config, dataset), apply_exif_orientation=True),
         mean=tuple(mean),
         std=tuple(std),
         dtype=experiment.policy.compute_dtype,
@@ -142,6 +142,7 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
         channels=variant.channels,
         interpolation=seen.interpolation,
         apply_exif_orientation=True,
+        bits=0,
     )
     module = create_model(name, num_classes=count, dtype=dtype)
     names = imagenet_labels() if count == 1000 else _numbers(count)
@@ -149,6 +150,11 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
         names = read_labels(labels)
         check_count(names, count, labels)
     return Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, dtype, names)
+
+
+def _bits(config: Any, dataset: Identity | None) -> int:
+    """Of pixels: 16 where the model was trained so, else as many as an image has."""
+    return 16 if config.data.pixel_range or (dataset or {}).get("bits") == 16 else 0
 
 
 def _restore(workdir: str, which: str) -> tuple[int, dict[str, Any]]:

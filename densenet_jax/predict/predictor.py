@@ -18,6 +18,7 @@ import numpy as np
 from densenet_jax.augment.basic import normalize
 from densenet_jax.data.batches import available_cores
 from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.pixels import join
 from densenet_jax.errors import UserError
 from densenet_jax.predict.explain import Explanation, activation_maps
 from densenet_jax.predict.images import (
@@ -25,10 +26,9 @@ from densenet_jax.predict.images import (
     ImageError,
     ImageLimits,
     ImageSource,
-    check_array,
     encoded,
+    load_image,
     name_of,
-    with_channels,
 )
 from densenet_jax.predict.model import (
     Deployed,
@@ -118,6 +118,10 @@ class Predictor:
         return cls(deployed_from_pretrained(name, source, labels), **options)
 
     @property
+    def _dtype(self) -> np.dtype:
+        return self.model.transform.dtype
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Name of each class."""
         return self.model.class_names
@@ -131,7 +135,7 @@ class Predictor:
         """Predicts the `topk` most probable classes of each image, best first.
 
         Args:
-            images: paths, encoded bytes, or uint8 arrays [h, w], [h, w, 1] or [h, w, 3].
+            images: paths, encoded bytes, or arrays [h, w] or [h, w, c] of uint8, uint16 or floats in [0, 1].
             topk: number of classes to return.
 
         Raises:
@@ -182,10 +186,12 @@ class Predictor:
         ]
 
     def preprocess(self, image: ImageSource, name: str = "") -> np.ndarray:
-        """Decodes, resizes and crops an image to uint8 [image_shape]; normalization happens in the model.
+        """Decodes, resizes and crops an image to uint8 or uint16 [image_shape]; the model normalizes it.
+
+        Images of more than 8 bits, and all images for a model that was trained on such, give uint16.
 
         Args:
-            image: a path, encoded bytes, or a uint8 array [h, w], [h, w, 1] or [h, w, 3].
+            image: a path, encoded bytes, or an array [h, w] or [h, w, c] of uint8, uint16 or floats in [0, 1].
             name: name of the image in messages; "" uses its path.
 
         Raises:
@@ -194,8 +200,16 @@ class Predictor:
         name, transform = name or name_of(image), self.model.transform
         try:
             if isinstance(image, np.ndarray):
-                check_array(image, name, self.limits)
-                return transform.of_pixels(with_channels(image, transform.channels))
+                return transform.of_pixels(
+                    load_image(
+                        image,
+                        transform.channels,
+                        name=name,
+                        limits=self.limits,
+                        pixel_range=transform.pixel_range,
+                        bits=transform.bits,
+                    )
+                )
             return transform(encoded(image, name, self.limits), name=name)
         except DamagedImage as error:
             raise ImageError(name, error.why) from error
@@ -203,7 +217,7 @@ class Predictor:
             raise ImageError(name, "there is not enough memory to decode it") from error
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Predicts preprocessed images uint8 [b, *image_shape] of any b: probabilities float32 [b, classes].
+        """Predicts preprocessed images [b, *image_shape] of any b: probabilities float32 [b, classes].
 
         Raises:
             UserError: the array has another shape or dtype.
@@ -214,7 +228,7 @@ class Predictor:
         """Compiles every batch size, so that later calls don't wait for it."""
         for size in self.batch_sizes:
             classes = np.full(size, BEST_CLASS, np.int32) if explain else None
-            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), np.uint8), features, classes))
+            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), self._dtype), features, classes))
 
     def dispatch(
         self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
@@ -222,7 +236,7 @@ class Predictor:
         """Starts computing one batch and returns without waiting, so that the caller can read the next one.
 
         Args:
-            images: uint8 [b, *image_shape], where b is at most the largest of `batch_sizes`.
+            images: uint8 or uint16 [b, *image_shape], where b is at most the largest of `batch_sizes`.
             features: also computes "pooled" or "pyramid"; "" computes probabilities only.
             classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
                 for `BEST_CLASS`.
@@ -239,7 +253,7 @@ class Predictor:
         if size is None or not len(images):
             raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
         if size > len(images):
-            padding = np.zeros((size - len(images), *self.image_shape), np.uint8)
+            padding = np.zeros((size - len(images), *self.image_shape), images.dtype)
             images = np.concatenate([images, padding])
         if classes is not None:
             classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
@@ -247,7 +261,7 @@ class Predictor:
 
     def output_shapes(self, features: str = "", *, explain: bool = False) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the outputs of `dispatch` without the batch dimension; compiles nothing."""
-        images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), self._dtype)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32) if explain else None
         answer = functools.partial(self._answer, features=features)
         shapes = jax.eval_shape(answer, self._variables, images, classes)
@@ -263,7 +277,7 @@ class Predictor:
     def _preprocess_all(self, images: Iterable[ImageSource]) -> np.ndarray:
         with ThreadPoolExecutor(available_cores()) as pool:
             done = list(pool.map(self.preprocess, images))
-        return np.stack(done) if done else np.zeros((0, *self.image_shape), np.uint8)
+        return join(done) if done else np.zeros((0, *self.image_shape), self._dtype)
 
     def _in_chunks(
         self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
@@ -282,9 +296,9 @@ class Predictor:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _check_batch(self, images: np.ndarray, features: str, classes: np.ndarray | None) -> None:
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+        if images.dtype not in (np.uint8, np.uint16) or images.shape[1:] != self.image_shape:
             raise UserError(
-                f"images are {images.dtype}{list(images.shape)}; expected uint8{['b', *self.image_shape]}, "
+                f"images are {images.dtype}{list(images.shape)}; expected uint8 or uint16 {['b', *self.image_shape]}, "
                 "as preprocess gives them."
             )
         if features and features not in FEATURES:

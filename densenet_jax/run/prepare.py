@@ -5,7 +5,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.system.console import Bar, print_status
 
 
-def prepare_and_verify(name: str, directory: str) -> dict[str, int]:
+def prepare_and_verify(name: str, directory: str, pixel_range: tuple[float, ...] = ()) -> dict[str, int]:
     """Prepares what is not yet prepared, decodes every image and says what it found.
 
     Returns:
@@ -25,7 +25,7 @@ def prepare_and_verify(name: str, directory: str) -> dict[str, int]:
         bars[what].move_to(done)
 
     try:
-        reports = prepare_dataset(name, directory, progress=progress)
+        reports = prepare_dataset(name, directory, progress=progress, pixel_range=pixel_range)
     finally:
         for bar in bars.values():
             bar.close()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from densenet_jax.data.pixels import join
 from densenet_jax.errors import UserError
 
 PIXELS, ENCODED = "image", "image_bytes"
@@ -113,7 +114,7 @@ class Reader:
         if not isinstance(pictures, list) or len(pictures) != shape[0]:
             count = len(pictures) if isinstance(pictures, list) else "no list of"
             raise RequestError(f"{ENCODED} has {count} values; its shape {list(shape)} takes {shape[0]}")
-        return np.stack([self._picture(number, picture, tensor.is_base64) for number, picture in enumerate(pictures)])
+        return join([self._picture(number, picture, tensor.is_base64) for number, picture in enumerate(pictures)])
 
     def _picture(self, number: int, picture: Any, is_base64: bool) -> np.ndarray:
         if isinstance(picture, list) and len(picture) == 1:  # of the shape [n, 1]

@@ -15,6 +15,7 @@ from mlserver.errors import InferenceError
 from mlserver.types import Datatype, MetadataTensor, Parameters
 from prometheus_client import Counter
 
+from densenet_jax.data.pixels import join
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.batches import in_batches
 from densenet_jax.serve.queue import WorkQueue
@@ -83,7 +84,7 @@ class ImageClassifier(MLModel):
         return found
 
     def _compute_all(self, requests: Sequence[np.ndarray]) -> list[np.ndarray]:
-        images = requests[0] if len(requests) == 1 else np.concatenate(requests)
+        images = requests[0] if len(requests) == 1 else join(requests, np.concatenate)
         rows = in_batches(images, self._predictor.batch_sizes, self._predictor.probabilities)
         BATCHES.inc()
         IMAGES.inc(len(images))

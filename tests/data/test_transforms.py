@@ -11,7 +11,7 @@ from skimage import data as photographs
 from densenet_jax.data import resize, transforms
 from densenet_jax.data.native import crop as native
 from densenet_jax.data.sampler import Draws
-from densenet_jax.data.transforms import centre_box, eval_transform, random_crop_box, train_transform
+from densenet_jax.data.transforms import center_box, eval_transform, random_crop_box, train_transform
 from densenet_jax.errors import UserError
 
 PHOTOGRAPHS = ("astronaut", "cat", "chelsea", "coffee", "rocket", "brick")
@@ -161,7 +161,7 @@ def test_whole_images_stay_as_they_are():
 
 def test_the_central_box_lies_inside():
     for height, width in [(1, 1), (3, 1000), (375, 500), (500, 375), (224, 224), (7, 5)]:
-        left, top, right, bottom = centre_box(height, width, 256, 224)
+        left, top, right, bottom = center_box(height, width, 256, 224)
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
 
