@@ -1,4 +1,4 @@
-"""Writes the files of `tests.inputs.pixels` with their right pixels and right.json: `python -m tests.inputs.make DIR`."""
+"""Writes the files of `tests.inputs.pixels`, their right pixels and right.json: `python -m tests.inputs.make DIR`."""
 
 import json
 import pathlib
