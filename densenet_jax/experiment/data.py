@@ -4,17 +4,21 @@ import dataclasses
 import functools
 import logging
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from densenet_jax.data.identity import Identity, check_identity, identify
+from densenet_jax.data.class_names import order_classes, orders_differ
+from densenet_jax.data.identity import Identity, check_identity, identify, is_contradiction
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
 from densenet_jax.data.sources import Source, is_prepared, open_source
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
+from densenet_jax.models.pretrained import read_class_names
 from densenet_jax.models.published import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -98,6 +102,33 @@ class Data:
         if saved is not None:
             check_identity(saved, current, where, self.config.data.allow_changed)
         return current
+
+    def check_weights(self, weights: str) -> None:
+        """Compares the order of the classes with that of the weights in a file, as far as it is known.
+
+        Raises:
+            UserError: the file names the classes in another order.
+        """
+        names, classes = read_class_names(weights), self.eval_source.class_names
+        if names and is_contradiction(names, classes) and len(names) == len(classes):
+            if not self.config.data.allow_changed:
+                raise UserError(
+                    f"{weights} has the classes {_first(names)}, but the data set {_first(classes)}; name a file with "
+                    "the weights' order as config.data.class_order, or set config.data.allow_changed=True."
+                )
+        elif names and len(names) == len(classes) and names != tuple(classes):
+            self._warn_once("weights", f"{weights} has the classes {_first(names)}, the data set {_first(classes)}.")
+        elif not names and os.path.isfile(weights) and self._is_order_doubtful():
+            natural = order_classes(classes, "natural")
+            self._warn_once(
+                "order",
+                f"{weights} doesn't name its classes; this data set's are in text order ({_first(classes)}), timm's "
+                f"would be in natural order ({_first(natural)}): config.data.class_order=natural.",
+            )
+
+    def _is_order_doubtful(self) -> bool:
+        is_text = self.config.data.name == "folder" and self.config.data.class_order == "text"
+        return is_text and orders_differ(self.eval_source.class_names)
 
     @functools.cached_property
     def train_bits(self) -> int:
@@ -233,10 +264,14 @@ class Data:
             bits, _ = 16, warnings.pop("dark", None)
         if self.config.data.exif_orientation:
             warnings.pop("turned", None)
-        for kind in warnings.keys() - self._warned:
-            logger.warning("%s", warnings[kind])
-            self._warned.add(kind)
+        for kind, text in warnings.items():
+            self._warn_once(kind, text)
         return bits
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            logger.warning("%s", text)
+        self._warned.add(kind)
 
     def _open(self, split: str) -> Source:
         config = self.config
@@ -256,3 +291,7 @@ class Data:
             "reader_threads": config.data.reader_threads,
             "prefetch_batches": config.data.prefetch_batches,
         }
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")

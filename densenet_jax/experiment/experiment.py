@@ -200,6 +200,7 @@ class Experiment:
             UserError: they can't be had, or are of another model.
         """
         config = self.config
+        self.data.check_weights(config.model.pretrained)
         variables = load_pretrained(
             config.model.name,
             config.model.pretrained,

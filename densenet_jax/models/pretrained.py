@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from densenet_jax.dtypes import DType
@@ -31,6 +32,7 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_ENDINGS = (".pth", ".pt", ".bin", ".pth.tar")
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5", ".keras", ".pdparams", ".json")
+_CLASS_NAMES = "class_names"  # of a file's metadata
 _HEAD = ("classifier.weight", "classifier.bias")
 
 
@@ -122,7 +124,12 @@ def _make_head(shape: tuple[int, ...], param_dtype: DType, seed: int) -> dict[st
     return dict(head.init(jax.random.key(seed), jnp.zeros((1, shape[0])))["params"])
 
 
-def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[str], name: str | None = None) -> None:
+def save_torch_state_dict(
+    variables: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    class_names: Sequence[str] = (),
+) -> None:
     """Writes a file that timm (and torchvision, for its four DenseNets) loads strictly.
 
     Args:
@@ -130,13 +137,16 @@ def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[
       path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed. It is replaced
         in one step, never half-written.
       name: check the variables against this variant first, whatever the class count and channels.
+      class_names: of the classes in order, kept in a .safetensors file and compared when it is used on a data set.
 
     Raises:
-      UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, or the
-        file cannot be written.
+      UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, have
+        another number of classes than names, or the file cannot be written.
     """
-    save = _make_writer(os.fspath(path))
+    save = _make_writer(os.fspath(path), class_names)
     state = to_torch(variables)
+    if class_names and len(class_names) != (count := _class_count(state)):
+        raise UserError(f"class_names has {len(class_names)} names, but the model has {count} classes; give one each")
     if name is not None:
         _check_fits(state, name)
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
@@ -151,9 +161,20 @@ def save_torch_state_dict(variables: Mapping[str, Any], path: str | os.PathLike[
         temporary.unlink(missing_ok=True)
 
 
-def _make_writer(path: str) -> Callable[[Mapping[str, np.ndarray], Path], None]:
+def read_class_names(source: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Reads the class names that `save_torch_state_dict` kept in a local .safetensors file; () where there are none."""
+    try:
+        with safe_open(source, "numpy") as file:
+            names = json.loads((file.metadata() or {})[_CLASS_NAMES])
+    except (OSError, ValueError, LookupError, SafetensorError):
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _make_writer(path: str, class_names: Sequence[str] = ()) -> Callable[[Mapping[str, np.ndarray], Path], None]:
     if path.endswith(".safetensors"):
-        return lambda state, file: save_file(dict(state), file, metadata={"format": "pt"})
+        metadata = {"format": "pt"} | ({_CLASS_NAMES: json.dumps(list(class_names))} if class_names else {})
+        return lambda state, file: save_file(dict(state), file, metadata=metadata)
     if not path.endswith(_TORCH_ENDINGS):
         raise UserError(f"cannot write {path}: expected an ending of .safetensors, {', '.join(_TORCH_ENDINGS)}")
     try:

@@ -19,7 +19,7 @@ from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
-from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.pretrained import load_pretrained, read_class_names
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
 from densenet_jax.training.checkpoint import find_checkpoint
@@ -145,7 +145,7 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
         bits=0,
     )
     module = create_model(name, num_classes=count, dtype=dtype)
-    names = imagenet_labels() if count == 1000 else _numbers(count)
+    names = read_class_names(source) or (imagenet_labels() if count == 1000 else _numbers(count))
     if labels:
         names = read_labels(labels)
         check_count(names, count, labels)
@@ -181,6 +181,8 @@ def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Ide
             logger.warning("%s contradicts the checkpoint, whose own class names are used.", where)
             names = tuple(dataset["classes"])
         names = make_readable(names)
+    elif not workdir and (own := read_class_names(data_source := experiment.config.model.pretrained)):
+        names, where = make_readable(own), data_source
     elif dataset is not None:
         names, where = make_readable(tuple(dataset["classes"])), "the checkpoint"
     elif count == 1000 and (not workdir or data.name.startswith("imagenet")):

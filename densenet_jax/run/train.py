@@ -207,6 +207,8 @@ def _check_dataset(experiment: Experiment, workdir: str) -> tuple[Identity, bool
     steps = finished_steps(os.path.join(workdir, "checkpoints"))
     saved = read_identity(workdir, steps[-1]) if steps else None
     where = f"step {steps[-1]} of {workdir}" if steps else ""
+    if experiment.config.model.pretrained and not steps:
+        experiment.data.check_weights(experiment.config.model.pretrained)
     current = experiment.data.check_same(saved, where, train=True)
     return current, saved is not None and (not saved["splits"] or saved["classes"] == current["classes"])
 

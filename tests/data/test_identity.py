@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from configs import digits
 from densenet_jax.config import check_config
@@ -13,6 +14,7 @@ from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import check_identity, is_contradiction
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
+from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset
 from densenet_jax.workdir import write_labels
@@ -190,3 +192,57 @@ def test_labels_never_contradict_the_checkpoint(run, tmp_path, caplog):
     assert Predictor.from_workdir(tmp_path / "run").class_names == ("eins", "zwei")
     (tmp_path / "run" / "labels.txt").unlink()
     assert Predictor.from_workdir(tmp_path / "run").class_names == ("# one", "two")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    arrays = {"classifier.weight": np.zeros((2, 3), np.float32)}
+
+    def write(name, *classes):
+        metadata = {"class_names": json.dumps(classes)} if classes else {}
+        save_file(arrays, folder / name, metadata={"format": "pt"} | metadata)
+        return str(folder / name)
+
+    return {
+        "same": write("same.safetensors", "# one", "two"),
+        "turned": write("turned.safetensors", "two", "# one"),
+        "others": write("others.safetensors", "ant", "bee"),
+        "unnamed": write("unnamed.safetensors"),
+    }
+
+
+def test_classes_of_weights_are_compared(run, weights, caplog):
+    root, settings = run
+    data = experiment_on(root / "data", settings).data
+    for which in ("same", "unnamed"):
+        data.check_weights(weights[which])
+    assert caplog.messages == []
+    data.check_weights(weights["others"])
+    assert "has the classes 'ant', 'bee', the data set '# one', 'two'" in caplog.text
+    with pytest.raises(UserError, match=r"turned.safetensors has the classes 'two', '# one', but .*class_order"):
+        data.check_weights(weights["turned"])
+    experiment_on(root / "data", settings, data__allow_changed=True).data.check_weights(weights["turned"])
+
+
+@pytest.mark.parametrize(("order", "warned"), [("text", True), ("natural", False)])
+def test_doubtful_orders_are_reported_once(tmp_path, run, weights, caplog, order, warned):
+    for name in ("2", "10"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "val" / name / "0.png")
+    data = experiment_on(tmp_path, run[1], data__class_order=order).data
+    for _ in range(2):
+        data.check_weights(weights["unnamed"])
+    assert ("in text order ('10', '2'), timm's would be in natural order ('2', '10')" in caplog.text) == warned
+    assert len(caplog.messages) == warned
+
+
+def test_class_names_stay_with_the_weights(tmp_path):
+    variables = {"params": {"classifier": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}, "batch_stats": {}}
+    path = tmp_path / "weights.safetensors"
+    save_torch_state_dict(variables, path, class_names=("# one", "日本"))
+    assert read_class_names(path) == ("# one", "日本")
+    with pytest.raises(UserError, match="class_names has 1 names, but the model has 2 classes"):
+        save_torch_state_dict(variables, path, class_names=("one",))
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    assert read_class_names(tmp_path / "no.safetensors") == read_class_names("timm/densenet121") == ()
