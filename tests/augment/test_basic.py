@@ -77,3 +77,13 @@ def test_sharded_batch_sees_the_same_pixels_without_moving_them():
     lines = compiled.as_text().splitlines()
     for collective in (" all-gather", " all-to-all", " collective-permute", " all-reduce"):
         assert not [line for line in lines if collective in line and ",8,8," in line]
+
+
+def test_16_bits_are_the_same_brightness():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
+    wide = pixels.astype(np.uint16) * 257
+    mean, std = (0.4,) * 5, (0.2,) * 5
+    np.testing.assert_allclose(
+        normalize(jnp.asarray(wide), mean, std), normalize(jnp.asarray(pixels), mean, std), atol=2e-6
+    )
+    np.testing.assert_allclose(to_float(jnp.asarray(wide)), pixels / np.float32(255), atol=1e-6)

@@ -14,6 +14,7 @@ from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import check_identity, is_contradiction
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
+from densenet_jax.export.graph import make_graph
 from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset
@@ -91,15 +92,16 @@ def test_contradictions(names, wrong):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on two class folders; one of them has a name that a plain line of labels.txt can't hold."""
+    """A run on two class folders of 12-bit images; one has a name that a plain line of labels.txt can't hold."""
     root = tmp_path_factory.mktemp("identity")
     for part, count in (("train", 9), ("val", 8)):
         for name in ("# one", "two"):
             (root / "data" / part / name).mkdir(parents=True)
             for index in range(count):
-                pixels = np.full((8, 8), 20 * index, np.uint8)
+                pixels = np.random.default_rng(index).integers(0, 4096, (8, 8), np.uint16)
                 Image.fromarray(pixels).save(root / "data" / part / name / f"{index}.png")
     settings = {"data__name": "folder", "data__eval_split": "val", "data__mean": (0.5,), "data__std": (0.5,)}
+    settings["data__pixel_range"] = (0, 4095)
     make_run(root / "run", root / "data", **settings)
     return root, settings
 
@@ -179,8 +181,22 @@ def test_an_older_checkpoint_is_compared_by_its_labels(run, tmp_path):
         _check_dataset(experiment_on(changed_copy(root, tmp_path, rename), settings), str(tmp_path / "run"))
 
 
-def test_any_name_comes_back_from_the_run(run):
-    assert Predictor.from_workdir(run[0] / "run").class_names == ("# one", "two")
+def test_every_path_sees_the_same_16_bits(run):
+    root, settings = run
+    predictor = Predictor.from_workdir(root / "run", batch_sizes=(16,))
+    assert predictor.class_names == ("# one", "two")
+    data = experiment_on(root / "data", settings).data
+    with data.eval_batches() as batches:
+        images = next(batches)["image"]
+    assert images.dtype == np.uint16
+    assert len(np.unique(images)) > 256
+    files = sorted((root / "data" / "val").rglob("*.png"))
+    np.testing.assert_array_equal(images, [predictor.preprocess(path) for path in files])
+    as_array = np.asarray(Image.open(files[0]))
+    np.testing.assert_array_equal(predictor.preprocess(as_array), images[0])
+    graph = make_graph(predictor.model)
+    assert graph.input_dtype == np.uint16
+    np.testing.assert_allclose(graph.function(images), predictor.probabilities(images), atol=1e-5)
 
 
 def test_labels_never_contradict_the_checkpoint(run, tmp_path, caplog):

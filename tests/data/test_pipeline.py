@@ -47,6 +47,7 @@ class Show:
     """A transform that writes what it was given into the pixels."""
 
     shape = (2, 2, 1)
+    dtype = np.dtype(np.uint8)
 
     def __init__(self, draws=4):
         self.draws = draws

@@ -171,7 +171,7 @@ def test_the_central_box_lies_inside():
     [
         ({"kind": "mosaic"}, "mosaic"),
         ({"interpolation": "lanczos"}, "lanczos"),
-        ({"channels": 4}, "channels is 4"),
+        ({"channels": 65}, "channels is 65; expected 1 to 64"),
         ({"image_size_px": 0}, "image_size_px is 0"),
     ],
 )

@@ -73,8 +73,8 @@ def test_arrays(shape, channels):
 @pytest.mark.parametrize(
     ("array", "why"),
     [
-        (np.zeros((4, 4), np.float32), "its dtype is float32, expected uint8"),
-        (np.zeros((4, 4, 4), np.uint8), r"its shape is \(4, 4, 4\)"),
+        (np.full((4, 4), 2, np.float32), "its pixels are float32 from 2 to 2; set config.data.pixel_range"),
+        (np.zeros((4, 4, 4), np.uint8), "it has 4 channels, config.data.channels is 3"),
         (np.zeros(4, np.uint8), r"its shape is \(4,\)"),
         (np.zeros((0, 4), np.uint8), "4x0 pixels"),
         (np.zeros((20, 20), np.uint8), "20x20 pixels, at most 100"),

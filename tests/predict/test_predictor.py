@@ -121,7 +121,7 @@ def test_ten_crops(digits):
 def test_what_is_refused(predictor):
     with pytest.raises(ImageError, match="photo: it is no JPEG"):
         predictor.preprocess(b"hello", name="photo")
-    with pytest.raises(UserError, match=r"images are uint8\[2, 9, 8, 1\]; expected uint8\['b', 8, 8, 1\]"):
+    with pytest.raises(UserError, match=r"images are uint8\[2, 9, 8, 1\]; expected uint8 or uint16 \['b', 8, 8, 1\]"):
         predictor.probabilities(np.zeros((2, 9, 8, 1), np.uint8))
     with pytest.raises(UserError, match="features is 'deep'; expected pooled or pyramid"):
         predictor.features([], "deep")
