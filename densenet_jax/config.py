@@ -37,7 +37,7 @@ MAY_CHANGE_ON_RESUME = (
 
 # Settings that older runs don't have, with the values that they were made with.
 ADDED_LATER: dict[str, Any] = {
-    "data": {"class_order": "text", "allow_changed": False, "pixel_range": (), "exif_orientation": False}
+    "data": {"class_order": "text", "allow_changed": False, "pixel_range": [], "exif_orientation": False}
 }
 
 _POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from densenet_jax.data.class_names import LABELS_FILE, read_labels
@@ -83,7 +83,8 @@ def _moved(old: Sequence[str], new: Sequence[str]) -> list[str]:
 def _class_changes(saved: Identity, current: Identity) -> list[str]:
     old, new = saved["classes"], current["classes"]
     gone, came = [name for name in old if name not in set(new)], [name for name in new if name not in set(old)]
-    had, have = (_files_by_class(identity) for identity in (saved, current))
+    both = saved["splits"].keys() & current["splits"].keys()
+    had, have = (_files_by_class(identity, both) for identity in (saved, current))
     renamed = []
     for before in gone:
         same_files = [after for after in came if had.get(before) and had[before] == have.get(after)]
@@ -104,10 +105,11 @@ def _class_changes(saved: Identity, current: Identity) -> list[str]:
     return changes
 
 
-def _files_by_class(identity: Identity) -> dict[str, list[Any]]:
-    """The files of each class in all splits, as far as they are known."""
+def _files_by_class(identity: Identity, splits: Iterable[str]) -> dict[str, list[Any]]:
+    """The files of each class in these splits, as far as they are known."""
     files: dict[str, list[Any]] = {}
-    for split, known in sorted(identity["splits"].items()):
+    for split in sorted(splits):
+        known = identity["splits"][split]
         for name, (count, digest) in zip(identity["classes"], known["files"], strict=False):
             if digest:
                 files.setdefault(name, []).append((split, count, digest))

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from densenet_jax.training.losses import cross_entropy, label_set_cross_entropy
 from densenet_jax.training.metrics import ClassificationSums, best_of_set, confusion_counts
 
 Batch = dict[str, Array]
-Normalize = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+Normalize = Callable[[UInt[Array, "b h w c"]], Float[Array, "b h w c"]]
 
 
 @flax.struct.dataclass
@@ -77,12 +77,12 @@ def batch_logits(
     model: nn.Module,
     normalize: Normalize,
     variables: dict[str, Any],
-    images: UInt8[Array, "b h w c"] | UInt8[Array, "b n h w c"],
+    images: UInt[Array, "b h w c"] | UInt[Array, "b n h w c"],
     classes: Sequence[int] | None,
 ) -> Float[Array, "b k"]:
     """The logits that an evaluation goes by: of whole images or averaged over crops, among `classes` only if given."""
 
-    def logits_of(images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
+    def logits_of(images: UInt[Array, "b h w c"]) -> Float[Array, "b k"]:
         return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
 
     logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
@@ -90,7 +90,7 @@ def batch_logits(
 
 
 def mean_logits(
-    logits_of: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b k"]], images: UInt8[Array, "b n h w c"]
+    logits_of: Callable[[UInt[Array, "b h w c"]], Float[Array, "b k"]], images: UInt[Array, "b n h w c"]
 ) -> Float[Array, "b k"]:
     """The mean of the logits of n crops of each image and of their mirror images: with five crops, ten-crop evaluation.
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -196,7 +197,7 @@ def test_every_path_sees_the_same_16_bits(run):
     np.testing.assert_array_equal(predictor.preprocess(as_array), images[0])
     graph = make_graph(predictor.model)
     assert graph.input_dtype == np.uint16
-    np.testing.assert_allclose(graph.function(images), predictor.probabilities(images), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(graph.function)(images), predictor.probabilities(images), atol=1e-5)
 
 
 def test_labels_never_contradict_the_checkpoint(run, tmp_path, caplog):
