@@ -43,7 +43,6 @@ class FolderSource:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
         """
         self._root = _split_folder(directory, split)
-        self._split = split
         own = _subfolders(self._root)
         train = os.path.join(directory, "train")
         self.class_names = order_classes(_subfolders(train) if os.path.isdir(train) else own, class_order)
@@ -79,7 +78,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         start = int(self._ends[index - 1]) if index else 0
         path = self._names[start : self._ends[index]].tobytes()
-        name = f"{self._split}/{path.decode('utf-8', 'backslashreplace')}"
+        name = f"{os.path.basename(self._root)}/{path.decode('utf-8', 'backslashreplace')}"
         try:
             with open(os.path.join(os.fsencode(self._root), path), "rb") as file:
                 image = file.read()

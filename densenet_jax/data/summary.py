@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -116,59 +113,3 @@ def measure_speed(batches: Batches, seconds: float = 5.0, warmup_batches: int = 
             if time.perf_counter() - began >= seconds:
                 break
         return images / (time.perf_counter() - began)
-
-
-def image_grid(
-    images: Sequence[np.ndarray],
-    titles: Sequence[str],
-    columns: int = 8,
-    *,
-    show: Callable[[np.ndarray], np.ndarray] = np.asarray,
-) -> bytes:
-    """A PNG of images in rows with a title above each.
-
-    Args:
-        images: arrays [h, w, 1 or 3] that `show` turns into uint8 or into floats in [0, 1].
-        titles: one for each image, such as its class.
-        columns: images in a row.
-        show: undoes a normalization, for images as the model sees them.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.5 * columns, 1.7 * rows))
-    FigureCanvasAgg(figure)
-    for place, (image, title) in enumerate(zip(images, titles, strict=True)):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        pixels = show(image)
-        axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, cmap="gray", interpolation="nearest")
-        axes.set_title(title[:22], fontsize=7, parse_math=False)
-        axes.axis("off")
-    figure.tight_layout(pad=0.4)
-    return _png(figure)
-
-
-def class_balance_chart(summaries: dict[str, SplitSummary]) -> bytes:
-    """A PNG with the examples of every class, most first, a line for each split."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 2.6))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for split, summary in summaries.items():
-        counts = np.sort(summary.class_counts)[::-1]
-        axes.step(np.arange(len(counts)), counts, where="mid", label=split)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("classes, largest first")
-    axes.set_ylabel("examples")
-    axes.legend()
-    figure.tight_layout()
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()

@@ -74,7 +74,7 @@ def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
     heat = Image.fromarray(positive / max(float(positive.max()), np.finfo(np.float32).tiny))
     shares = np.clip(np.asarray(heat.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
     colors = 255 * colormaps["turbo"](shares[..., 0])[..., :3]
-    opacity = _STRONGEST * np.sqrt(shares)
+    opacity = _STRONGEST * shares
     return Image.fromarray(np.rint((1 - opacity) * np.asarray(image) + opacity * colors).astype(np.uint8))
 
 

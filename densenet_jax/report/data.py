@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from densenet_jax.data.summary import SplitSummary, class_balance_chart, measure_speed, summarize
+from densenet_jax.data.summary import SplitSummary, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.report import page
-from densenet_jax.report.plots import picture
+from densenet_jax.report.plots import DARK, LIGHT, balance_chart, picture
 from densenet_jax.report.write import write_page
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import to_devices
@@ -42,7 +42,9 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         "augmented": _grid("data_augmented", samples.images, samples.titles),
         "evaluated": _grid("data_evaluated", shown, titles),
     }
-    balance = page.Picture("class_balance", class_balance_chart(splits), "examples of each class")
+    counts = {name: summary.class_counts for name, summary in splits.items()}
+    light, dark = (balance_chart(counts, names, theme=theme) for theme in (LIGHT, DARK))
+    balance = page.Picture("class_balance", light, "examples of each class, largest first", dark)
     content = page.document(
         f"{data_name} as the model sees it",
         page.tiles(
@@ -53,7 +55,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         ),
         page.text(_verdict(pipeline, model)),
         page.section("Splits", _split_table(splits)),
-        page.section("Class balance", page.charts([("examples of every class, largest first", balance)])),
+        page.section("Class balance", page.charts([("Examples of each class, largest first", balance)])),
         page.section("Augmented training images", page.images(pictures["augmented"], enlarged=enlarged)),
         page.section("Evaluated images", page.images(pictures["evaluated"], enlarged=enlarged)),
     )

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from densenet_jax.report.per_class import ClassScores
+from densenet_jax.report.reliability import Reliability
 from densenet_jax.system.console import Bar
 from densenet_jax.training.sharding import to_devices
 
@@ -22,6 +24,7 @@ class Mistake:
         index: position in the split.
         confidence: probability of `predicted`.
         label_probability: probability of `label`, the true class.
+        activation_map: float32 [h, w], class activation map of `predicted`; None if the step has none.
     """
 
     image: np.ndarray
@@ -30,6 +33,7 @@ class Mistake:
     predicted: int
     confidence: float
     label_probability: float
+    activation_map: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,12 @@ class Answers:
     Attributes:
         pairs: number of examples by (true class, predicted class).
         mistakes: the most confident ones in this process's share, most confident first.
+        reliability: accuracy by confidence.
     """
 
     pairs: dict[tuple[int, int], int]
     mistakes: tuple[Mistake, ...]
+    reliability: Reliability = dataclasses.field(default_factory=Reliability)
 
     @property
     def examples(self) -> int:
@@ -62,6 +68,15 @@ class Answers:
     def class_total(self, true: int) -> int:
         """Counts the examples of one class."""
         return sum(count for (label, _), count in self.pairs.items() if label == true)
+
+    def scores(self, num_classes: int) -> ClassScores:
+        """Computes precision, recall and F1 of each class."""
+        examples, predicted, right = np.zeros((3, num_classes), np.int64)
+        for (true, answer), count in self.pairs.items():
+            examples[true] += count
+            predicted[answer] += count
+            right[true] += count * (true == answer)
+        return ClassScores.from_counts(examples, predicted, right)
 
     def matrix(self, num_classes: int) -> np.ndarray:
         """Returns the confusion matrix, int64 [k, k]: true classes in rows, predicted ones in columns."""
@@ -85,7 +100,8 @@ def gather_answers(
     If an example has a set of right classes, any of them is correct; an empty set excludes the example.
 
     Args:
-        predict_step: jitted result of `densenet_jax.training.predict_step.make_predict_step`, replicated outputs.
+        predict_step: jitted result of `densenet_jax.training.predict_step.make_predict_step` with replicated outputs,
+            which may also have "map", float32 [b, h, w], for the mistakes.
         variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches, in the order of the split.
         batch_count: number of batches, for the progress bar.
@@ -93,26 +109,29 @@ def gather_answers(
     """
     pairs: dict[tuple[int, int], int] = {}
     surest: list[tuple[float, int, Mistake]] = []
+    reliability = Reliability()
     bar = Bar("predicting", batch_count)
     try:
         for number, batch in enumerate(batches):
             answers = jax.device_get(predict_step(variables, to_devices(batch, mesh)))
             labels, predicted, counted = _judge(answers)
             _count(pairs, labels[counted], predicted[counted])
+            reliability.add(answers["probability"].max(axis=-1)[counted], (labels == predicted)[counted])
             wrong = np.flatnonzero(counted & (labels != predicted))
             share = len(batch["label"])
             first = jax.process_index() * share
             for row in wrong[(wrong >= first) & (wrong < first + share)].tolist():
                 place, confidence = number * len(labels) + row, float(answers["probability"][row, predicted[row]])
                 if len(surest) < most_mistakes or (confidence, -place) > surest[0][:2]:
-                    found = _mistake(batch["image"][row - first], place, answers["probability"][row], labels[row])
-                    heapq.heappush(surest, (confidence, -place, found))
+                    of_row = {name: array[row] for name, array in answers.items()}
+                    mistake = _make_mistake(batch["image"][row - first], place, of_row, labels[row])
+                    heapq.heappush(surest, (confidence, -place, mistake))
                 if len(surest) > most_mistakes:
                     heapq.heappop(surest)
             bar.advance()
     finally:
         bar.close()
-    return Answers(pairs, tuple(mistake for _, _, mistake in sorted(surest, reverse=True)))
+    return Answers(pairs, tuple(mistake for _, _, mistake in sorted(surest, reverse=True)), reliability)
 
 
 def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,12 +146,13 @@ def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _count(pairs: dict[tuple[int, int], int], labels: np.ndarray, predicted: np.ndarray) -> None:
-    found, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
-    for true, answer, count in zip(*found.tolist(), counts.tolist(), strict=True):
+    distinct, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
+    for true, answer, count in zip(*distinct.tolist(), counts.tolist(), strict=True):
         pairs[true, answer] = pairs.get((true, answer), 0) + count
 
 
-def _mistake(image: np.ndarray, place: int, probabilities: np.ndarray, label: np.integer) -> Mistake:
+def _make_mistake(image: np.ndarray, place: int, answer: dict[str, np.ndarray], label: np.integer) -> Mistake:
+    probabilities = answer["probability"]
     predicted = int(np.argmax(probabilities))
     return Mistake(
         image=(image if image.ndim == 3 else image[-1]).copy(),  # a view would keep the whole batch in memory
@@ -141,4 +161,5 @@ def _mistake(image: np.ndarray, place: int, probabilities: np.ndarray, label: np
         predicted=predicted,
         confidence=float(probabilities[predicted]),
         label_probability=float(probabilities[label]),
+        activation_map=answer["map"].copy() if "map" in answer else None,
     )

@@ -31,7 +31,8 @@ figure img { display: block; width: 100%; height: auto; }
 .charts figure { max-width: 34rem; }
 .images img { image-rendering: pixelated; border-radius: 0.3rem; }
 .images.smooth { grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); }
-.images.smooth img { image-rendering: auto; }
+.images.smooth img, .images.wide img { image-rendering: auto; }
+.images.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .charts figcaption { font-weight: 600; color: var(--ink); margin-bottom: 0.2rem; }
 .images figcaption { font-size: 0.85rem; line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }
 .images figcaption b { color: var(--ink); }
@@ -129,19 +130,21 @@ def charts(entries: Iterable[tuple[str, Picture]]) -> str:
     return f'<div class="charts">{"".join(inner)}</div>'
 
 
-def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool) -> str:
+def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool = False, wide: bool = False) -> str:
     """Returns a grid of small images.
 
     Args:
         entries: (picture, heading, further text) of each image.
         enlarged: whether to show sharp pixels instead of smoothing them.
+        wide: whether the pictures need the room of two.
     """
     inner = (
         f"<figure>{_image(picture)}<figcaption><b>{html.escape(heading)}</b>"
         f"{f'<br>{html.escape(more)}' if more else ''}</figcaption></figure>"
         for picture, heading, more in entries
     )
-    return f'<div class="images{"" if enlarged else " smooth"}">{"".join(inner)}</div>'
+    kind = " wide" if wide else "" if enlarged else " smooth"
+    return f'<div class="images{kind}">{"".join(inner)}</div>'
 
 
 def _image(picture: Picture) -> str:

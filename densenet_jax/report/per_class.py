@@ -2,21 +2,47 @@
 
 import csv
 import dataclasses
+import io
 import os
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from densenet_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassTables:
-    """Where the two tables go; "" leaves one out.
+class ClassScores(NamedTuple):
+    """Counts and scores of each class; a score without examples or predictions to judge by is NaN.
 
     Attributes:
-        per_class: a line a class: its number and name, its examples, how many were predicted right, their share.
-        confusion: a line a true class, a column a predicted one, the examples in the cells.
+        examples: int64 [k].
+        right: int64 [k], examples predicted correctly.
+        precision: float64 [k], share of the predictions of a class that are right.
+        recall: float64 [k], share of the examples of a class that are found, the accuracy of the class.
+        f1: float64 [k], harmonic mean of precision and recall.
+    """
+
+    examples: np.ndarray
+    right: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+    @classmethod
+    def from_counts(cls, examples: np.ndarray, predicted: np.ndarray, right: np.ndarray) -> "ClassScores":
+        """Computes the scores from int [k] counts of examples, of predictions and of those that are both."""
+        with np.errstate(invalid="ignore"):
+            return cls(examples, right, right / predicted, right / examples, 2 * right / (examples + predicted))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTables:
+    """Paths of the two tables; "" leaves one out.
+
+    Attributes:
+        per_class: table with a row a class, see `per_class_rows`.
+        confusion: table with a row a true class and a column a predicted one, counting examples.
     """
 
     per_class: str = ""
@@ -28,7 +54,7 @@ class ClassTables:
         return bool(self.per_class or self.confusion)
 
     def check(self) -> None:
-        """Makes the directories, so that a wrong path shows before the work and not after it.
+        """Makes the directories, so that a wrong path shows before the work.
 
         Raises:
             UserError: a file can't be written there; the message names it.
@@ -38,33 +64,43 @@ class ClassTables:
             try:
                 os.makedirs(directory, exist_ok=True)
             except OSError as error:
-                raise _cannot(path, error) from error
+                raise _write_error(path, error) from error
             if os.path.isdir(path) or not os.access(directory, os.W_OK):
-                raise _cannot(path, "it is a directory or in one that may not be written")
+                raise _write_error(path, "it is a directory or in one that may not be written")
 
     def write(self, counts: np.ndarray, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        """Writes what is wanted.
+        """Writes the tables.
 
         Args:
-            counts: int[k, k], examples of each true class (rows) by predicted class.
-            names: of the k classes.
-            classes: those to write; None: all.
+            counts: int [k, k], examples of each true class (rows) by predicted class.
+            names: names of the k classes.
+            classes: classes to write; None writes all.
 
         Raises:
             UserError: a file can't be written.
         """
         chosen = range(len(names)) if classes is None else classes
         if self.per_class:
-            _write(self.per_class, _per_class_rows(counts, names, chosen))
+            scores = ClassScores.from_counts(counts.sum(axis=1), counts.sum(axis=0), np.diag(counts))
+            _write(self.per_class, to_csv(per_class_rows(scores, names, chosen)))
         if self.confusion:
-            _write(self.confusion, _confusion_rows(counts, names, chosen))
+            _write(self.confusion, to_csv(_confusion_rows(counts, names, chosen)))
 
 
-def _per_class_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[int]) -> Iterable[list[object]]:
-    yield ["class_id", "class", "examples", "correct", "accuracy"]
+def per_class_rows(scores: ClassScores, names: Sequence[str], classes: Sequence[int]) -> Iterable[list[object]]:
+    """Yields a heading and a row a class; a score that is NaN is an empty cell."""
+    yield ["class_id", "class", "examples", "correct", "accuracy", "precision", "recall", "f1"]
     for number in classes:
-        examples, correct = int(counts[number].sum()), int(counts[number, number])
-        yield [number, names[number], examples, correct, round(correct / examples, 6) if examples else ""]
+        cells = (scores.recall[number], scores.precision[number], scores.recall[number], scores.f1[number])
+        rounded = ["" if np.isnan(cell) else round(float(cell), 6) for cell in cells]
+        yield [number, names[number], int(scores.examples[number]), int(scores.right[number]), *rounded]
+
+
+def to_csv(rows: Iterable[list[object]]) -> bytes:
+    """Formats rows as CSV in UTF-8."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _confusion_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[int]) -> Iterable[list[object]]:
@@ -73,13 +109,13 @@ def _confusion_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[
         yield [names[row], *counts[row, list(classes)].tolist()]
 
 
-def _write(path: str, rows: Iterable[list[object]]) -> None:
+def _write(path: str, content: bytes) -> None:
     try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        with open(path, "wb") as file:
+            file.write(content)
     except OSError as error:
-        raise _cannot(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _cannot(path: str, why: object) -> UserError:
+def _write_error(path: str, why: object) -> UserError:
     return UserError(f"{path} can't be written ({why}); change config.eval.per_class_output or .confusion_output.")

@@ -6,14 +6,19 @@ Lines differ in color (Okabe and Ito's palette), dash and marker at once.
 import dataclasses
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from densenet_jax.predict.explain import draw_overlay, to_rgb
+from densenet_jax.report.reliability import Reliability
+
 _SIZE_INCHES = (5.4, 3.4)
 _DPI = 150
+_MOST_BARS = 40  # classes up to which the balance chart has a bar for each
+_GAP_PX = 4  # between two images in one picture
 _MOST_NUMBERED = 16  # classes up to which confusion counts fit into their cells
 _SHORTEST_PX = 160  # smaller images are enlarged to about this
 _LONGEST_PX = 224  # larger ones are reduced to this
@@ -97,7 +102,7 @@ def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Th
     # The square root makes rare mistakes visible.
     shades = np.sqrt(shares)
     axes.imshow(shades, cmap="cividis", vmin=0, vmax=1)
-    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(_plain, class_names)]
+    names = list(map(_shorten, class_names))
     places = range(len(names))
     axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
@@ -108,6 +113,82 @@ def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Th
             color = "black" if shades[row, column] > 0.55 else "white"
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
     return _png(figure)
+
+
+def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT) -> bytes:
+    """Draws accuracy over confidence, and below it the share of images at each confidence, as a PNG."""
+    figure, (upper, lower) = _axes(theme, (5.4, 4.4), rows=2, height_ratios=(3, 1))
+    counts, bins = reliability.counts, len(reliability.counts)
+    centers, shown = (np.arange(bins) + 0.5) / bins, reliability.counts > 0
+    accuracy = reliability.right[shown] / counts[shown]
+    upper.bar(centers[shown], accuracy, width=0.9 / bins, color=theme.lines[0], label="accuracy")
+    upper.plot((0, 1), (0, 1), color=theme.lines[1], linestyle="--", linewidth=1.4, label="perfectly calibrated")
+    upper.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="upper left")
+    upper.set_ylabel("accuracy")
+    lower.bar(centers, counts / max(1, counts.sum()), width=0.9 / bins, color=theme.lines[2])
+    lower.set_ylabel("images")
+    lower.set_xlabel("confidence of the prediction")
+    upper.set_ylim(0, 1)
+    for axes in (upper, lower):
+        axes.set_xlim(0, 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        axes.grid(color=theme.grid, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return _png(figure)
+
+
+def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
+    """Draws the examples of each class as a PNG, the largest class first.
+
+    Up to 40 classes are bars with their names; more are a curve on which the largest and the smallest are named.
+
+    Args:
+        counts: int [k] by split; the first split decides the order.
+    """
+    order = np.argsort(-next(iter(counts.values())), kind="stable")
+    names = [_shorten(class_names[number]) for number in order]
+    if len(order) <= _MOST_BARS:
+        figure, axes = _axes(theme, (5.4, 1.0 + 0.19 * len(order) * len(counts)))
+        height = 0.8 / len(counts)
+        for place, (split, values) in enumerate(counts.items()):
+            ys = np.arange(len(order)) + height * (place - (len(counts) - 1) / 2)
+            axes.barh(ys, values[order], height=0.92 * height, color=theme.lines[place], label=split)
+        axes.set_yticks(range(len(order)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("examples")
+    else:
+        figure, axes = _axes(theme)
+        for place, (split, values) in enumerate(counts.items()):
+            axes.step(np.arange(len(order)), values[order], where="mid", color=theme.lines[place], label=split)
+        axes.set_xticks((0, len(order) - 1), (f"largest: {names[0]}", f"smallest: {names[-1]}"))
+        for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+            label.set_horizontalalignment(side)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("examples")
+    axes.grid(color=theme.grid, linewidth=0.6, axis="x" if len(order) <= _MOST_BARS else "y")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
+    return _png(figure)
+
+
+def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
+    """Draws an image beside the same image with a class activation map over it, as a PNG.
+
+    Args:
+        image: integer [h, w, c].
+        activation_map: float [h, w].
+    """
+    plain, overlay = to_rgb(image), draw_overlay(image, activation_map)
+    smooth = max(plain.size) >= _SHORTEST_PX
+    height = min(_LONGEST_PX, max(_SHORTEST_PX, plain.height))
+    size = (max(1, round(plain.width * height / plain.height)), height)
+    both = Image.new("RGB", (2 * size[0] + _GAP_PX, height), (127, 127, 127))
+    both.paste(plain.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST))
+    both.paste(overlay.resize(size, Image.Resampling.LANCZOS), (size[0] + _GAP_PX, 0))
+    file = io.BytesIO()
+    both.save(file, format="png", optimize=True)
+    return file.getvalue()
 
 
 def picture(image: np.ndarray) -> bytes:
@@ -143,13 +224,20 @@ def readme_curves(accuracy: Sequence[Line], loss: Sequence[Line]) -> bytes:
     return _png(figure, dpi=110)
 
 
-def _axes(theme: Theme, size: tuple[float, float] = _SIZE_INCHES, columns: int = 1) -> tuple[Any, Any]:
+def _axes(
+    theme: Theme,
+    size: tuple[float, float] = _SIZE_INCHES,
+    *,
+    columns: int = 1,
+    rows: int = 1,
+    height_ratios: Sequence[float] | None = None,
+) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, facecolor=theme.page, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).ravel()
     for one in axes:
         one.set_facecolor(theme.page)
         one.tick_params(colors=theme.ink, labelsize=9)
@@ -158,7 +246,7 @@ def _axes(theme: Theme, size: tuple[float, float] = _SIZE_INCHES, columns: int =
         for name, spine in one.spines.items():
             spine.set_color(theme.ink)
             spine.set_visible(name in ("left", "bottom"))
-    return figure, axes if columns > 1 else axes[0]
+    return figure, axes if len(axes) > 1 else axes[0]
 
 
 def _draw(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
@@ -177,6 +265,11 @@ def _draw(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
         )
     axes.grid(color=theme.grid, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _shorten(name: str) -> str:
+    """Cuts a class name to the room that an axis has."""
+    return _plain(name if len(name) <= 14 else f"{name[:13]}…")
 
 
 def _plain(text: str) -> str:

@@ -1,59 +1,44 @@
-"""From a run to its page."""
+"""Report page about one run."""
 
-import dataclasses
-import logging
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from densenet_jax.errors import UserError
-from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samples
-from densenet_jax.flags import Command
+from densenet_jax.experiment import Experiment
+from densenet_jax.flags import Command, program_words
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE, Record, curve, final_figures, run_charts
-from densenet_jax.report.gather import Answers, gather_answers
+from densenet_jax.report.look import Look, look_at
 from densenet_jax.report.machine import hardware, versions
-from densenet_jax.report.plots import DARK, LIGHT, confusion_chart, picture, readme_curves
+from densenet_jax.report.per_class import per_class_rows, to_csv
+from densenet_jax.report.plots import (
+    DARK,
+    LIGHT,
+    confusion_chart,
+    evidence_picture,
+    picture,
+    readme_curves,
+    reliability_chart,
+)
 from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.workdir import read_settings
 
-logger = logging.getLogger(__name__)
-_MOST_DRAWN = 30  # classes up to which the whole confusion matrix is drawn
-_MOST_PAIRS = 20  # confused pairs named
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """What was seen with the model and the data; None for what could not be had, which `missing` explains.
-
-    Attributes:
-        step: of the checkpoint whose answers these are.
-        answers: to the evaluated split.
-        names: of the examples with the mistakes, in their order.
-        class_names: one a class.
-        samples: augmented training images.
-        total_steps: how long the whole run is.
-        missing: why something is None, in sentences.
-    """
-
-    step: int | None = None
-    answers: Answers | None = None
-    names: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
-    samples: AugmentedSamples | None = None
-    total_steps: int | None = None
-    missing: tuple[str, ...] = ()
+_MOST_DRAWN = 30  # classes up to which the whole confusion matrix is drawn and the class table is open
+_MOST_PAIRS = 20  # confused pairs listed
+Section = tuple[list[page.Picture], str]
 
 
 def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
-    """Writes `workdir/report/index.html` with its pictures and returns its path.
+    """Writes `workdir/report/index.html` with pictures and per_class.csv, and returns the page's path.
 
-    What can't be had (no checkpoint yet, the data elsewhere) is left out, with the reason on the page. All processes
-    call this; the first one writes.
+    Without a checkpoint or the data set, their sections are left out and the page says why. All processes must call
+    this; process 0 writes.
 
     Raises:
         UserError: `workdir` is not a run's directory, or can't be written to.
@@ -64,46 +49,19 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
     if jax.process_index() == 0:
         with spinner("drawing the report"):
             pictures, content = run_page(workdir, settings, records, look, command)
-            path = write_page(workdir, "index.html", content, pictures)
+            tables = {}
+            if look.answers is not None:
+                rows = per_class_rows(look.scores(), look.class_names, range(len(look.class_names)))
+                tables["per_class.csv"] = to_csv(rows)
+            path = write_page(workdir, "index.html", content, pictures, tables)
         print_status(f"report: {path}")
     return path
-
-
-def look_at(experiment: Experiment, workdir: str) -> Look:
-    """Asks the saved model about the evaluated split and augments some training images."""
-    look, missing = Look(), []
-    try:
-        look = dataclasses.replace(
-            look, samples=augmented_samples(experiment), total_steps=experiment.timeline.total_steps
-        )
-    except UserError as error:
-        missing.append(f"No augmented training images: {error}")
-    try:
-        step, variables = experiment.saved_variables(workdir)
-        data = experiment.data
-        with data.eval_batches() as batches:
-            answers = gather_answers(
-                experiment.compile_predict_step(),
-                variables,
-                batches,
-                experiment.mesh,
-                batch_count=data.eval_batch_count,
-            )
-        names = tuple(data.eval_source[mistake.index].name for mistake in answers.mistakes)
-        look = dataclasses.replace(
-            look, step=step, answers=answers, names=names, class_names=tuple(data.eval_source.class_names)
-        )
-    except UserError as error:
-        missing.append(f"No predictions: {error}")
-    for why in missing:
-        logger.warning("%s", why)
-    return dataclasses.replace(look, missing=tuple(missing))
 
 
 def run_page(
     workdir: str, settings: dict[str, Any], records: Sequence[Record], look: Look, command: Command
 ) -> tuple[list[page.Picture], str]:
-    """The page about one run and the pictures on it."""
+    """Builds the page about a run and returns its pictures and content."""
     augment = settings.get("augment", {})
     charts = [
         chart.render()
@@ -116,42 +74,48 @@ def run_page(
         page.tiles((what, value) for what, value in final_figures(records) if value != NONE),
         page.section("Curves", page.charts(charts) if charts else page.text("No metrics have been written yet.")),
     ]
-    for part in (_confusion(look), _mistakes(look), _augmented(look)):
-        if part is not None:
-            pictures += part[0]
-            blocks.append(part[1])
+    sections = []
+    if look.answers is not None:
+        sections += [_confusion(look), _classes(look), _reliability(look), _mistakes(look)]
+    if look.samples is not None:
+        sections.append(_augmented(look))
+    for drawn, block in sections:
+        pictures += drawn
+        blocks.append(block)
     blocks += [
         _settings(settings, command),
         page.section(
             "Versions and hardware",
-            page.text("Of the process that wrote this page.", quiet=True),
+            page.text("From the process that wrote this page.", quiet=True),
             page.table(("what", "which"), [*versions(), *hardware()]),
         ),
-        _commands(workdir, command),
+        _commands(workdir, command, records, look),
     ]
     model, data = settings.get("model", {}).get("name", "?"), settings.get("data", {}).get("name", "?")
     return pictures, page.document(f"{model} on {data}", *blocks)
 
 
 def _how_far(records: Sequence[Record], look: Look) -> str:
-    step = max((record["step"] for record in records), default=0)
+    step = _last_step(records)
     if look.total_steps is None:
         return f"{step:,} steps done."
     if step >= look.total_steps:
         return f"All {step:,} steps are done."
-    return f"{step:,} of {look.total_steps:,} steps are reported: the run is under way or was stopped."
+    return f"{step:,} of {look.total_steps:,} steps are done: the run is under way or was stopped."
 
 
-def _confusion(look: Look) -> tuple[list[page.Picture], str] | None:
+def _last_step(records: Sequence[Record]) -> int:
+    return max((record["step"] for record in records), default=0)
+
+
+def _confusion(look: Look) -> Section:
     answers, names = look.answers, look.class_names
-    if answers is None:
-        return None
+    assert answers is not None
     pictures, blocks = [], []
-    wrong = answers.examples - answers.right
     blocks.append(
         page.text(
-            f"Answers of step {look.step:,} to {answers.examples:,} evaluated images: {answers.right:,} right, "
-            f"{wrong:,} wrong."
+            f"Predictions of step {look.step:,} for {answers.examples:,} evaluated images: {answers.right:,} right, "
+            f"{answers.examples - answers.right:,} wrong."
         )
     )
     if len(names) <= _MOST_DRAWN:
@@ -165,37 +129,86 @@ def _confusion(look: Look) -> tuple[list[page.Picture], str] | None:
         for true, predicted, count in answers.confused(_MOST_PAIRS)
     ]
     if rows:
-        headings = ("true class", "taken for", "images", "share of the class")
+        headings = ("true class", "predicted as", "images", "share of the class")
         blocks.append(page.table(headings, rows, numbers=(2, 3)))
     return pictures, page.section("Confusion", *blocks)
 
 
-def _mistakes(look: Look) -> tuple[list[page.Picture], str] | None:
-    if look.answers is None or not look.answers.mistakes:
-        return None
-    entries, names = [], look.class_names
-    for number, (mistake, name) in enumerate(zip(look.answers.mistakes, look.names, strict=True), start=1):
-        alt = f"a {names[mistake.label]} taken for {names[mistake.predicted]}"
-        shown = page.Picture(f"mistake_{number:02d}", picture(mistake.image), alt)
-        heading = f"{names[mistake.label]} taken for {names[mistake.predicted]}"
-        more = f"{mistake.confidence:.1%} sure; {mistake.label_probability:.1%} for the label. {name}"
-        entries.append((shown, heading, more))
-    enlarged = look.answers.mistakes[0].image.shape[1] < 100
-    return [entry[0] for entry in entries], page.section(
-        "Most confident mistakes", page.images(entries, enlarged=enlarged)
+def _classes(look: Look) -> Section:
+    scores, names = look.scores(), look.class_names
+    assert look.answers is not None
+    present = scores.examples > 0
+    accuracy = look.answers.right / max(1, look.answers.examples)
+    words = (
+        f"Accuracy {accuracy:.2%}; means over the {np.count_nonzero(present):,} classes with images: "
+        f"recall {_mean(scores.recall[present])}, F1 {_mean(scores.f1[present])}. "
+        "Precision is the share of a class's predictions that are right, recall the share of its images that are "
+        "found. Worst class first; per_class.csv beside this page has the same figures."
     )
+    # The worst first; classes without images, whose F1 says little, come last.
+    order = sorted(range(len(names)), key=lambda number: (not present[number], np.nan_to_num(scores.f1[number])))
+    rows = [
+        (
+            names[number],
+            f"{scores.examples[number]:,}",
+            *(NONE if np.isnan(each[number]) else f"{each[number]:.1%}" for each in scores[2:]),
+        )
+        for number in order
+    ]
+    headings, numbers = ("class", "images", "precision", "recall", "F1"), range(1, 5)
+    blocks = [page.text(words), page.table(headings, rows[:_MOST_DRAWN], numbers=numbers)]
+    if len(rows) > _MOST_DRAWN:
+        blocks.append(page.folded("All classes", page.table(headings, rows, numbers=numbers)))
+    return [], page.section("Classes", *blocks)
 
 
-def _augmented(look: Look) -> tuple[list[page.Picture], str] | None:
-    if look.samples is None:
-        return None
+def _mean(values: np.ndarray) -> str:
+    return f"{values.mean():.2%}" if len(values) else NONE
+
+
+def _reliability(look: Look) -> Section:
+    assert look.answers is not None
+    reliability = look.answers.reliability
+    light, dark = (reliability_chart(reliability, theme=theme) for theme in (LIGHT, DARK))
+    drawn = page.Picture("reliability", light, "accuracy of the predictions at each confidence", dark)
+    words = (
+        f"Expected calibration error (ECE) {reliability.expected_calibration_error:.2%}, in {len(reliability.counts)} "
+        "bins. Bars below the line: the model is surer than it should be; above: it is right more often than it says."
+    )
+    title = "How often a prediction is right, by its confidence"
+    return [drawn], page.section("Reliability", page.text(words), page.charts([(title, drawn)]))
+
+
+def _mistakes(look: Look) -> Section:
+    assert look.answers is not None
+    entries, names, mistakes = [], look.class_names, look.answers.mistakes
+    explained = any(mistake.activation_map is not None for mistake in mistakes)
+    for number, (mistake, name) in enumerate(zip(mistakes, look.names, strict=True), start=1):
+        heading = f"{names[mistake.label]} predicted as {names[mistake.predicted]}"
+        png = picture(mistake.image)
+        if mistake.activation_map is not None:
+            png = evidence_picture(mistake.image, mistake.activation_map)
+        shown = page.Picture(f"mistake_{number:02d}", png, heading)
+        more = f"{mistake.confidence:.1%} sure; {mistake.label_probability:.1%} for the true class. {name}"
+        entries.append((shown, heading, more))
+    if not entries:
+        return [], page.section("Most confident mistakes", page.text("There are none."))
+    enlarged = mistakes[0].image.shape[1] < 100
+    words = "Right: the evidence for the predicted class (its class activation map, red most, clear none)."
+    blocks = [page.text(words, quiet=True)] if explained else []
+    blocks.append(page.images(entries, enlarged=enlarged and not explained, wide=explained))
+    return [entry[0] for entry in entries], page.section("Most confident mistakes", *blocks)
+
+
+def _augmented(look: Look) -> Section:
+    assert look.samples is not None
     entries = [
         (page.Picture(f"augmented_{number:02d}", picture(image), f"augmented image of {title}"), title, "")
         for number, (image, title) in enumerate(zip(look.samples.images, look.samples.titles, strict=True), start=1)
     ]
     return [entry[0] for entry in entries], page.section(
         "Augmented training images",
-        page.text("The first images of step 0 as the model is given them.", quiet=True),
+        page.text("The first images of step 0 as the model sees them.", quiet=True),
         page.images(entries, enlarged=look.samples.images.shape[2] < 100),
     )
 
@@ -204,24 +217,40 @@ def _settings(settings: dict[str, Any], command: Command) -> str:
     changed = changed_settings(command.defaults, settings)
     return page.section(
         "Settings",
-        page.text("What differs from configs/default.py:" if changed else "All as in configs/default.py."),
+        page.text("Differences from configs/default.py:" if changed else "All as in configs/default.py."),
         *([page.table(("setting", "this run", "default"), changed)] if changed else []),
         page.folded("All settings", page.table(("setting", "value"), every_setting(settings))),
     )
 
 
-def _commands(workdir: str, command: Command) -> str:
-    return page.section(
-        "Commands",
-        page.command("Continue this run to its end:", command.line(workdir)),
-        page.command("Evaluate its newest checkpoint:", command.line(workdir, "eval")),
-        page.command("Evaluate its best checkpoint:", command.line(workdir, "eval", eval__checkpoint="best")),
-        page.command("Write this page again:", command.line(workdir, "report")),
-    )
+def _commands(workdir: str, command: Command, records: Sequence[Record], look: Look) -> str:
+    """Lists the commands that make sense now: those for a finished model only once it is finished."""
+
+    def line(mode: str, *words: str) -> str:
+        return shlex.join([*program_words(), "--mode", mode, "--workdir", workdir, *words])
+
+    best = ("--checkpoint", "best") if any(record["split"] == "validation" for record in records) else ()
+    again = ("Write this page again:", line("report"))
+    if look.total_steps is not None and _last_step(records) >= look.total_steps:
+        which = "best" if best else "last"
+        entries = [
+            (f"Evaluate the {which} checkpoint:", line("eval", *best)),
+            ("Predict images:", line("predict", *best, "--images", "PATH", "--output", "predictions.csv")),
+            ("Export the model, to ONNX for example:", line("export", *best, "--format", "onnx")),
+            ("Serve it over REST and gRPC:", line("serve", *best)),
+            again,
+        ]
+    else:
+        entries = [
+            ("Continue this run to its end:", command.line(workdir)),
+            ("Evaluate its newest checkpoint:", line("eval")),
+            again,
+        ]
+    return page.section("Commands", *(page.command(what, words) for what, words in entries))
 
 
 def write_readme_curves(workdir: str, path: str) -> None:
-    """Draws accuracy and loss of the run in `workdir` into the PNG file `path`; see `plots.readme_curves`."""
+    """Draws accuracy and loss of a run into the PNG file `path`; see `plots.readme_curves`."""
     records = read_metrics(workdir)
     accuracy, loss = (
         [curve(records, split, key, style) for style, split in enumerate(("train", "validation"))]

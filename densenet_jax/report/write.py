@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from densenet_jax.errors import UserError
 from densenet_jax.report.page import Picture
@@ -11,8 +11,10 @@ DIRECTORY = "report"
 _NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # the next page may have fewer of these
 
 
-def write_page(workdir: str, name: str, page: str, pictures: Iterable[Picture]) -> str:
-    """Writes `workdir/report/NAME` and its pictures as PNG files beside it, and returns the page's path.
+def write_page(
+    workdir: str, name: str, page: str, pictures: Iterable[Picture], tables: Mapping[str, bytes] = {}
+) -> str:
+    """Writes `workdir/report/NAME`, its pictures as PNG files and `tables` beside it, and returns the page's path.
 
     The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one.
 
@@ -23,7 +25,7 @@ def write_page(workdir: str, name: str, page: str, pictures: Iterable[Picture]) 
     files = {file: content for picture in pictures for file, content in picture.files().items()}
     try:
         os.makedirs(directory, exist_ok=True)
-        for file, content in {**files, name: page.encode("utf-8")}.items():
+        for file, content in {**files, **tables, name: page.encode("utf-8")}.items():
             _replace(os.path.join(directory, file), content)
         if name == "index.html":
             for file in os.listdir(directory):

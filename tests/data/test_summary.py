@@ -48,18 +48,3 @@ def test_speed_is_measured_for_endless_and_short_batches(source):
         source, global_batch_size=8, transform=eval_transform(image_size_px=16, resize_px=16), on_damaged="skip"
     )
     assert summary.measure_speed(once, seconds=100) > 8
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_grid_is_a_picture(channels):
-    images = [np.full((8, 8, channels), shade, np.uint8) for shade in (0, 100, 255)]
-    picture = Image.open(io.BytesIO(summary.image_grid(images, ["black", "gray", "white"], columns=2)))
-    assert picture.format == "PNG"
-    assert picture.width > 200
-    scaled = summary.image_grid([image / 255 for image in images], ["a", "b", "c"], show=lambda image: image * 0.5)
-    assert Image.open(io.BytesIO(scaled)).format == "PNG"
-
-
-def test_class_balance_is_drawn(source):
-    chart = summary.class_balance_chart({"train": summary.summarize(source)})
-    assert Image.open(io.BytesIO(chart)).width > 300

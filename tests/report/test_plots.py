@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 
 from densenet_jax.report import plots
-from densenet_jax.report.plots import DARK, LIGHT, Line, confusion_chart, line_chart, picture
+from densenet_jax.report.plots import (
+    DARK,
+    LIGHT,
+    Line,
+    balance_chart,
+    confusion_chart,
+    evidence_picture,
+    line_chart,
+    picture,
+    reliability_chart,
+)
+from densenet_jax.report.reliability import Reliability
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -77,3 +88,43 @@ def test_small_picture_is_enlarged_without_smoothing_and_large_one_reduced():
     np.testing.assert_array_equal(large[:, :, :1], image.repeat(20, axis=0).repeat(20, axis=1))
     assert pixels(picture(np.zeros((300, 600, 3), np.uint8))).shape == (112, 224, 3)
     assert pixels(picture(np.zeros((224, 224, 3), np.uint8))).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.parametrize("classes", [1, 3, 40, 41])
+def test_balance_names_its_classes(monkeypatch, theme, classes):
+    written = []
+    monkeypatch.setattr(plots, "_shorten", lambda name: written.append(name) or name)
+    counts = np.arange(classes)
+    names = [f"class {number}" for number in range(classes)]
+    image = pixels(balance_chart({"train": counts, "evaluated": counts // 2}, names, theme=theme))
+    assert written == names[::-1]  # the largest first
+    assert has(image, theme.lines[0]) or classes == 1
+    assert (image[0, 0] == rgb(theme.page)).all()
+
+
+def test_reliability_shows_accuracy_at_each_confidence():
+    reliability = Reliability(bins=10)
+    reliability.add(np.full(4, 0.95), np.array([True, True, True, False]))
+    image = pixels(reliability_chart(reliability))
+    bar = np.abs(image.astype(int) - rgb(LIGHT.lines[0])).max(axis=-1) <= 2
+    bar[:, :-200] = False  # the legend's
+    height = bar.any(axis=1).sum()
+    half = Reliability(bins=10)
+    half.add(np.full(2, 0.95), np.array([True, False]))
+    bar = np.abs(pixels(reliability_chart(half)).astype(int) - rgb(LIGHT.lines[0])).max(axis=-1) <= 2
+    bar[:, :-200] = False
+    assert abs(bar.any(axis=1).sum() / height - 0.5 / 0.75) < 0.05
+    reliability_chart(Reliability())  # nothing to show, but no error
+
+
+@pytest.mark.parametrize(("side", "shape"), [(8, (160, 324, 3)), (200, (200, 404, 3)), (600, (224, 452, 3))])
+def test_evidence_stands_beside_the_image(side, shape):
+    image, evidence = np.full((side, side, 1), 90, np.uint8), np.zeros((4, 4), np.float32)
+    evidence[0, 0] = 1
+    drawn = pixels(evidence_picture(image, evidence))
+    assert drawn.shape == shape
+    width = (shape[1] - 4) // 2
+    assert (drawn[:, :width] == 90).all()
+    assert (drawn[-20:, -20:] == 90).all()
+    assert not (drawn[:20, width + 4 : width + 24] == 90).all()

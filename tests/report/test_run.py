@@ -1,7 +1,10 @@
 """The page of a run: from made-up answers, and through the entry point."""
 
+import csv
+import html
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from densenet_jax.experiment import AugmentedSamples
 from densenet_jax.experiment.samples import _title
 from densenet_jax.flags import Command
 from densenet_jax.report.gather import Answers, Mistake
-from densenet_jax.report.run import Look, run_page, write_readme_curves
+from densenet_jax.report.look import Look
+from densenet_jax.report.reliability import Reliability
+from densenet_jax.report.run import run_page, write_readme_curves
 from tests.report.reading import Page, records
 from tests.running import last_line, run_main
 
@@ -20,36 +25,66 @@ SETTINGS = {"seed": 3, "model": {"name": "tiny"}, "data": {"name": EVIL}, "augme
 DEFAULTS = {**SETTINGS, "seed": 0}
 
 
-def look(classes: int, side: int, channels: int) -> Look:
+def look(classes: int, side: int, channels: int, explained: bool = True, total_steps: int = 6) -> Look:
     image = np.zeros((side, side, channels), np.uint8)
     names = tuple(f"{EVIL} {number}" for number in range(classes))
-    mistakes = (Mistake(image, 7, 0, 1, 0.9, 0.05), Mistake(image, 3, 1, 0, 0.8, 0.2))
+    evidence = np.ones((2, 2), np.float32) if explained else None
+    mistakes = (Mistake(image, 7, 0, 1, 0.9, 0.05, evidence), Mistake(image, 3, 1, 0, 0.8, 0.2, evidence))
     pairs = {(0, 0): 3, (0, 1): 1, (1, 0): 2, (1, 1): 2}
     samples = AugmentedSamples(np.stack([image] * 3), (EVIL, "two", "three"))
-    return Look(5, Answers(pairs, mistakes), (EVIL, "file"), names, samples, total_steps=6)
+    reliability = Reliability()
+    reliability.add(np.array([0.9, 0.6]), np.array([True, False]))
+    return Look(5, Answers(pairs, mistakes, reliability), (EVIL, "file"), names, samples, total_steps)
 
 
-@pytest.mark.parametrize(("classes", "side", "channels", "drawn"), [(2, 8, 1, 2), (1000, 224, 3, 0)])
-def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn):
+@pytest.mark.parametrize(
+    ("classes", "side", "channels", "drawn", "explained"), [(2, 8, 1, 2, True), (1000, 224, 3, 0, False)]
+)
+def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, explained):
     command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
-    pictures, content = run_page(f"runs/{EVIL}", SETTINGS, records(3), look(classes, side, channels), command)
+    pictures, content = run_page(
+        f"runs/{EVIL}", SETTINGS, records(3), look(classes, side, channels, explained), command
+    )
     page = Page(content)
     assert "script" not in page.tags
     assert f"tiny on {EVIL}" in page.text
     assert "All 6 steps are done." in page.text
     assert "8 evaluated images: 5 right, 3 wrong" in page.text
     assert f"{EVIL} 1 {EVIL} 0 2 50.0%" in page.text
-    assert f"{EVIL} 0 taken for {EVIL} 1" in page.text
-    assert "90.0% sure; 5.0% for the label" in page.text
+    assert f"{EVIL} 0 predicted as {EVIL} 1" in page.text
+    assert "90.0% sure; 5.0% for the true class" in page.text
+    assert ("class activation map" in page.text) == explained
+    assert "Expected calibration error (ECE) 35.00%" in page.text
+    assert f"{EVIL} 0 4 60.0% 75.0% 66.7%" in page.text
+    assert "recall 62.50%, F1 61.90%" in page.text
     assert "config.seed 3 0" in page.text
     assert "jax " in page.text
     assert "1 × cpu" in page.text or "8 × cpu" in page.text
-    run = f"python main.py --config configs/digits.py --workdir 'runs/{EVIL}'"
-    assert f"{run} '--config.data.dir=a b' --config.seed=3" in page.text
-    assert f"{run} --mode eval '--config.data.dir=a b' --config.seed=3 --config.eval.checkpoint=best" in page.text
-    assert len(page.pictures) == 10 + drawn + 2 + 3
+    assert len(page.pictures) == 10 + drawn + 2 + 2 + 3
     assert ("confusion" in {picture.name for picture in pictures}) == bool(drawn)
     assert len(page.pictures) == sum(len(picture.files()) for picture in pictures)
+
+
+def test_commands_fit_the_state():
+    def commands(total_steps, recorded):
+        command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
+        _, content = run_page("runs/x y", {}, recorded, look(2, 8, 1, total_steps=total_steps), command)
+        return re.findall(r"(python main.py [^<]*?|densenet-jax [^<]*?)</code>", html.unescape(content))
+
+    place = "--workdir 'runs/x y'"
+    assert [line.partition("--mode ")[2] for line in commands(6, records(3))] == [
+        f"eval {place} --checkpoint best",
+        f"predict {place} --checkpoint best --images PATH --output predictions.csv",
+        f"export {place} --checkpoint best --format onnx",
+        f"serve {place} --checkpoint best",
+        f"report {place}",
+    ]
+    assert "best" not in " ".join(commands(6, records(3, validated=False)))
+    assert commands(7, records(3)) == [
+        f"python main.py --config configs/digits.py {place} '--config.data.dir=a b' --config.seed=3",
+        f"python main.py --mode eval {place}",
+        f"python main.py --mode report {place}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -98,10 +133,14 @@ def test_training_ends_with_a_page_that_agrees_with_its_validation(finished):
     assert "All 7 steps are done." in page.text
     reports = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     right = round(reports[-1]["top1"] * 360)
-    assert f"Answers of step 7 to 360 evaluated images: {right} right, {360 - right} wrong." in page.text
+    assert f"Predictions of step 7 for 360 evaluated images: {right} right, {360 - right} wrong." in page.text
     assert "config.train.epochs 0.3 300.0" in page.text
-    assert f"python main.py --config configs/digits.py --workdir {finished} --config.train.epochs=0.3" in page.text
-    for name in ("loss.png", "top1_dark.png", "confusion.png", "mistake_12.png", "augmented_16.png"):
+    assert f"--mode serve --workdir {finished} --checkpoint best" in page.text
+    with open(finished / "report" / "per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == [str(digit) for digit in range(10)]
+    assert sum(int(row["correct"]) for row in rows) == right
+    for name in ("reliability.png", "loss.png", "top1_dark.png", "confusion.png", "mistake_12.png", "augmented_16.png"):
         assert (finished / "report" / name).is_file()
     assert len(page.pictures) == len(list((finished / "report").glob("*.png")))
 
@@ -138,7 +177,7 @@ def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finish
     _, errors = run_main(*QUICK, "--mode=report", f"--workdir={stopped}", **user)
     assert "warning: No predictions: " in errors
     text = Page((stopped / "report" / "index.html").read_text()).text
-    assert "3 of 7 steps are reported" in text
+    assert "3 of 7 steps are done" in text
     assert "No predictions: " in text
     assert sorted(os.listdir(stopped)) == ["config.json", "metrics.jsonl", "report"]
 

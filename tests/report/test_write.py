@@ -20,7 +20,7 @@ def test_later_page_replaces_the_earlier_and_its_surplus_images(tmp_path):
     (tmp_path / "report" / "notes.png").write_bytes(b"a person's own")
     write_page(str(tmp_path), "compare.html", "beside", [])
     assert len(os.listdir(tmp_path / "report")) == 8
-    write_page(str(tmp_path), "index.html", "né", many[:1])
+    write_page(str(tmp_path), "index.html", "né", many[:1], {"per_class.csv": b"a,b"})
     assert sorted(os.listdir(tmp_path / "report")) == [
         "compare.html",
         "index.html",
@@ -28,6 +28,7 @@ def test_later_page_replaces_the_earlier_and_its_surplus_images(tmp_path):
         "loss_dark.png",
         "mistake_00.png",
         "notes.png",
+        "per_class.csv",
     ]
     assert (tmp_path / "report" / "index.html").read_text("utf-8") == "né"
     assert os.listdir(tmp_path) == ["report"]

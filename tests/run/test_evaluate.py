@@ -170,7 +170,7 @@ def test_table_that_can_not_be_written_is_said_before_the_work(tmp_path):
 def test_class_without_examples_has_no_accuracy(tmp_path):
     path = tmp_path / "classes.csv"
     ClassTables(per_class=str(path)).write(np.array([[2, 1], [0, 0]]), ("a", "b"))
-    assert path.read_text().splitlines()[1:] == ["0,a,3,2,0.666667", "1,b,0,0,"]
+    assert path.read_text().splitlines()[1:] == ["0,a,3,2,0.666667,1.0,0.666667,0.8", "1,b,0,0,,0.0,,0.0"]
 
 
 def test_mixing_does_not_pair_the_copies_of_an_image():
