@@ -13,7 +13,8 @@ from densenet_jax.dtypes import wide
 from densenet_jax.errors import UserError
 
 _LEAST_PX = 320  # shorter side of an overlay
-_STRONGEST = 0.65  # opacity of the overlay at the highest value
+_STRONGEST = 0.75  # opacity of the overlay at the highest value
+_COLOR = np.array([213, 94, 0], np.float32)  # vermilion, which color-blind people can tell from gray
 
 
 class Explanation(NamedTuple):
@@ -57,14 +58,12 @@ def activation_maps(
 
 
 def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
-    """Draws the positive part of a class activation map over an image.
+    """Draws the positive part of a class activation map over an image: the more evidence, the redder.
 
     Args:
         pixels: uint8 [height, width, c], as the model is given it.
         activation_map: float [h, w].
     """
-    from matplotlib import colormaps
-
     image = to_rgb(pixels)
     scale = max(1, -(-_LEAST_PX // min(image.size)))
     small = min(image.size) < _LEAST_PX // 4
@@ -73,9 +72,8 @@ def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
     positive = np.maximum(activation_map, 0).astype(np.float32)
     heat = Image.fromarray(positive / max(float(positive.max()), np.finfo(np.float32).tiny))
     shares = np.clip(np.asarray(heat.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
-    colors = 255 * colormaps["turbo"](shares[..., 0])[..., :3]
     opacity = _STRONGEST * shares
-    return Image.fromarray(np.rint((1 - opacity) * np.asarray(image) + opacity * colors).astype(np.uint8))
+    return Image.fromarray(np.rint((1 - opacity) * np.asarray(image) + opacity * _COLOR).astype(np.uint8))
 
 
 def to_rgb(pixels: np.ndarray) -> Image.Image:

@@ -123,7 +123,7 @@ def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT) -> byte
     accuracy = reliability.right[shown] / counts[shown]
     upper.bar(centers[shown], accuracy, width=0.9 / bins, color=theme.lines[0], label="accuracy")
     upper.plot((0, 1), (0, 1), color=theme.lines[1], linestyle="--", linewidth=1.4, label="perfectly calibrated")
-    upper.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="upper left")
+    figure.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="outside upper left", ncols=2)
     upper.set_ylabel("accuracy")
     lower.bar(centers, counts / max(1, counts.sum()), width=0.9 / bins, color=theme.lines[2])
     lower.set_ylabel("images")

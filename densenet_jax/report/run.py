@@ -194,7 +194,7 @@ def _mistakes(look: Look) -> Section:
     if not entries:
         return [], page.section("Most confident mistakes", page.text("There are none."))
     enlarged = mistakes[0].image.shape[1] < 100
-    words = "Right: the evidence for the predicted class (its class activation map, red most, clear none)."
+    words = "Right: the evidence for the predicted class (its class activation map: the redder, the more)."
     blocks = [page.text(words, quiet=True)] if explained else []
     blocks.append(page.images(entries, enlarged=enlarged and not explained, wide=explained))
     return [entry[0] for entry in entries], page.section("Most confident mistakes", *blocks)
