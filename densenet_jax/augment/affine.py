@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 
 def rotation(degrees: Float[Array, " b"], height: int, width: int) -> Float[Array, "b 6"]:
-    """Coefficients of a counter-clockwise rotation about the middle of the image."""
+    """Returns the coefficients of a counter-clockwise rotation about the middle of the image."""
     angle = jnp.deg2rad(degrees)
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     x, y = width / 2.0, height / 2.0
@@ -18,13 +18,12 @@ def rotation(degrees: Float[Array, " b"], height: int, width: int) -> Float[Arra
 def warp(
     images: Float[Array, "b h w c"], coefficients: Float[Array, "b 6"], fill: Float[Array, " c"]
 ) -> Float[Array, "b h w c"]:
-    """Bilinear affine transformation: the output at (x, y) is the input at (a x + b y + c, d x + e y + f).
+    """Transforms images affinely and bilinearly: output (x, y) is input (a x + b y + c, d x + e y + f).
 
     Coordinates are of pixel centers at halves, as in Pillow's Image.transform; the identity changes nothing, to the
     bit.
 
     Args:
-        images: any values.
         coefficients: a to f of each image.
         fill: what lies outside the image, for each channel.
     """
@@ -48,5 +47,5 @@ def warp(
     lower_left, lower_right = pixels(left, top + 1), pixels(left + 1, top + 1)
     upper = upper_left + (upper_right - upper_left) * share_x
     lower = lower_left + (lower_right - lower_left) * share_x
-    found = upper + (lower - upper) * share_y
-    return jnp.where(inside[..., None], found, fill[None, None, None, :])
+    mixed = upper + (lower - upper) * share_y
+    return jnp.where(inside[..., None], mixed, fill[None, None, None, :])

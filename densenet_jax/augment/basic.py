@@ -1,4 +1,4 @@
-"""What happens to images on the accelerator, inside the jitted step.
+"""Normalizes, flips and crops images on the accelerator, inside the jitted step.
 
 Every random choice is a function of one key an example, so an image looks the same on any number of devices and in a
 run that was resumed.
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int, Key, Shaped, UInt8, UInt16
 
 
 def uniforms(keys: Key[Array, " b"], count: int) -> Float[Array, "b {count}"]:
-    """`count` float32 numbers in [0, 1) for each key: all that an augmentation needs in one draw, which is cheap."""
+    """Draws `count` float32 numbers in [0, 1) for each key; one draw for a whole augmentation is cheap."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 def whole_below(numbers: Float[Array, "..."], limits: Int[Array, "..."] | int) -> Int[Array, "..."]:
-    """Numbers in [0, 1) as whole numbers in [0, limit), all equally likely; limits up to some thousands."""
+    """Converts numbers in [0, 1) to equally likely integers in [0, limit), for limits up to some thousands."""
     return jnp.floor(numbers * limits).astype(jnp.int32)
 
 
@@ -27,7 +27,7 @@ Pixels = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"] | Float[Array, "b h 
 
 
 def white_of(images: jax.Array) -> float:
-    """The value of white: 255, 65535, or 1 for floats."""
+    """Returns the value of white: 255, 65535, or 1 for floats."""
     return float(jnp.iinfo(images.dtype).max) if jnp.issubdtype(images.dtype, jnp.unsignedinteger) else 1.0
 
 
@@ -43,7 +43,7 @@ def normalize(
     std: Sequence[float],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "b h w c"]:
-    """Images as the model wants them: (image - mean) / std for each channel.
+    """Computes (image - mean) / std for each channel.
 
     Args:
         images: of 8 or 16 bits, or floats in [0, 1].
@@ -70,7 +70,6 @@ def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_p
     """Pads every side with zeros and cuts the original size back out at a random place (CIFAR's, with 4 pixels).
 
     Args:
-        images: of any dtype.
         keys: one an example.
         pad_px: pixels on each side; all (2 pad_px + 1)^2 places are equally likely.
     """

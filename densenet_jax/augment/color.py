@@ -9,7 +9,7 @@ BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
 def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Gray of ITU-R 601 (0.2989, 0.587, 0.114 of red, green and blue); channels that are not RGB are their own gray."""
+    """Computes ITU-R 601 gray (0.2989, 0.587, 0.114 of red, green, blue); returns non-RGB channels as they are."""
     if images.shape[-1] != 3:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
@@ -19,7 +19,7 @@ def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
 def adjust_color(
     images: Float[Array, "b h w c"], operations: Int[Array, " b"], factors: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """One color operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
+    """Applies one color operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
 
     The reference is black (BRIGHTNESS), the mean of the image's gray (CONTRAST) or the gray image (SATURATION), as in
     torchvision's adjust_brightness, adjust_contrast and adjust_saturation.

@@ -44,7 +44,7 @@ def erase_boxes(
 
 
 def inside_boxes(boxes: Int[Array, "b 4"], height: int, width: int) -> Bool[Array, "b h w 1"]:
-    """True for the pixels of each example's box of top, left, height and width."""
+    """Returns a mask of the pixels in each example's box (top, left, height, width)."""
     top, left, box_height, box_width = (boxes[:, part, None] for part in range(4))
     rows, columns = jnp.arange(height)[None, :], jnp.arange(width)[None, :]
     in_rows = (rows >= top) & (rows < top + box_height)

@@ -11,7 +11,7 @@ from densenet_jax.rng import example_keys
 
 
 def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, "b ..."]:
-    """Each example's partner: neighboring blocks of `distance` examples change places.
+    """Returns each example's partner by swapping neighboring blocks of `distance` examples.
 
     The order of examples is random already, so that pairing neighbors is as good as turning the batch around, and
     no example has to leave its device as long as a device holds a multiple of `2 * distance` examples.
@@ -32,7 +32,7 @@ def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, 
 def cut_boxes(
     centers: Int[Array, "b 2"], shares: Float[Array, " b"], height: int, width: int
 ) -> tuple[Int[Array, "b 4"], Float[Array, " b"]]:
-    """Boxes around `centers` (row, column) whose sides are sqrt(1 - share) of the image's, cut off at its border.
+    """Computes boxes around `centers` (row, column) with sides sqrt(1 - share) of the image's, cut off at its border.
 
     Returns:
         Top, left, height and width of each box, and the share of the image that lies outside the box.

@@ -1,4 +1,4 @@
-"""Pillow's tone and blend operations on the accelerator, on whole numbers 0 to 255 held as float32.
+"""Computes Pillow's tone and blend operations on the accelerator, on integers 0 to 255 held as float32.
 
 Every operation is computed for the batch at once, each example with its own parameters; what an example does not ask
 for is the identity, to the bit.
@@ -13,7 +13,7 @@ Images = Float[Array, "b h w c"]
 
 
 def histogram(images: Float[Array, "b h w c"]) -> Float[Array, "b c 256"]:
-    """How often each value 0 to 255 occurs in each channel of each image.
+    """Counts how often each value 0 to 255 occurs in each channel of each image.
 
     On accelerators a value is 16 * high + low, and counting pairs (high, low) is a product of two narrow one-hot
     matrices, which runs on matrix units and needs no scatter. On a CPU the scatter is ten times as fast.
@@ -38,11 +38,10 @@ def _histogram_by_scatter(flat: Int[Array, "b p c"]) -> Float[Array, "b c 256"]:
 
 
 def look_up(images: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]) -> Float[Array, "b h w c"]:
-    """Each value replaced by its channel's table entry."""
+    """Replaces each value by its channel's table entry."""
     size, height, width, channels = images.shape
     places = images.reshape(size, height * width, channels).astype(jnp.int32)
-    found = jnp.take_along_axis(jnp.swapaxes(tables, 1, 2), places, axis=1)
-    return found.reshape(images.shape)
+    return jnp.take_along_axis(jnp.swapaxes(tables, 1, 2), places, axis=1).reshape(images.shape)
 
 
 def _values() -> Float[Array, "1 1 256"]:
@@ -72,13 +71,13 @@ def equalize_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 256"]:
 
 
 def posterize_tables(bits: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
-    """Keeps so many of the highest bits (ImageOps.posterize)."""
+    """Keeps the `bits` highest bits (ImageOps.posterize)."""
     lost = jnp.exp2(8.0 - bits)[:, None, None]
     return jnp.floor(_values() / lost) * lost
 
 
 def solarize_tables(thresholds: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
-    """Turns values from the threshold on into their negative (ImageOps.solarize)."""
+    """Inverts values from the threshold on (ImageOps.solarize)."""
     return jnp.where(_values() < thresholds[:, None, None], _values(), 255.0 - _values())
 
 
@@ -88,7 +87,7 @@ def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
 
 
 def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Pillow's conversion to "L", exact in float32; channels that are not RGB are their own gray."""
+    """Converts to gray as Pillow does, exactly in float32; other than three channels stay as they are."""
     if images.shape[-1] != 3:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
@@ -96,7 +95,7 @@ def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
 
 
 def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Pillow's SMOOTH filter: weights 1 around 5, over 13; the border stays as it is."""
+    """Applies Pillow's SMOOTH filter (weights 1 around 5, over 13); the border stays as it is."""
     height, width = images.shape[1:3]
     if min(height, width) < 3:
         return images
@@ -109,11 +108,11 @@ def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 def blend(
     references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Pillow's Image.blend: reference + factor * (image - reference), clipped and cut to whole numbers."""
+    """Blends like Pillow: reference + factor * (image - reference), clipped and cut to integers."""
     blended = references + factors[:, None, None, None] * (images - references)
     return jnp.floor(jnp.clip(blended, 0.0, 255.0))
 
 
 def choose(which: Int[Array, " b"], index: int, ndim: int) -> Bool[Array, "..."]:
-    """Where `which` is `index`, shaped to broadcast over arrays of `ndim` axes."""
+    """Returns where `which` is `index`, shaped to broadcast over arrays of `ndim` axes."""
     return (which == index).reshape((-1,) + (1,) * (ndim - 1))

@@ -1,4 +1,4 @@
-"""RandAugment on the accelerator (arXiv:1909.13719): timm's "rand-m9-mstd0.5-inc1" set of operations.
+"""Computes RandAugment on the accelerator (arXiv:1909.13719), with timm's "rand-m9-mstd0.5-inc1" operations.
 
 An accelerator computes every branch of a choice that differs between examples, so fifteen operations an example would
 cost fifteen passes. They are three instead: a table look-up (six operations), a blend (four) and an affine warp (five);
@@ -39,7 +39,7 @@ HIGHEST_LEVEL = 10.0
 
 
 def _pick(operations: Int[Array, " b"], choices: dict[str, Array], otherwise: Array) -> Array:
-    """For each example the array of its operation, else `otherwise`."""
+    """Selects for each example the array of its operation, else `otherwise`."""
     result = otherwise
     for name, array in choices.items():
         result = jnp.where(tones.choose(operations, OPERATIONS.index(name), otherwise.ndim), array, result)
@@ -109,7 +109,7 @@ def apply_operations(
     signs: Float[Array, " b"],
     fill: Sequence[float],
 ) -> UInt8[Array, "b h w c"]:
-    """One operation an image, within one level of Pillow's (sampling rounds differently now and then).
+    """Applies one operation an image, within one level of Pillow's (sampling rounds differently now and then).
 
     Args:
         images: bytes of one or three channels.

@@ -1,1 +1,1 @@
-"""Where records lie, bytes to uint8 crops, and the order in which batches come."""
+"""Data sets: reads records, decodes and crops images, and orders them into batches."""

@@ -1,4 +1,4 @@
-"""Batches that threads decode ahead, over Grain.
+"""Decodes batches ahead in threads, over Grain.
 
 One Grain element is a part of a batch: large enough that threads need little of the interpreter, small enough that all
 threads work on the batch that is needed next and that memory does not grow with their number.
@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Damaged:
-    """Names of the images that could not be decoded, each once, in the order in which they were met."""
+    """Collects the names of images that can't be decoded, each once, in order."""
 
     def __init__(self, skip: bool) -> None:
         self._skip = skip
@@ -29,7 +29,7 @@ class Damaged:
         self._lock = threading.Lock()
 
     def add(self, error: DamagedImage) -> None:
-        """Notes the image of `error`, or raises it where nothing may be skipped."""
+        """Records the image of `error`, or raises it if nothing may be skipped."""
         if not self._skip:
             raise DamagedImage(error.name, f"{error.why} (mend it, or set config.data.on_damaged=skip)") from error
         with self._lock:
@@ -37,7 +37,7 @@ class Damaged:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What was noted so far."""
+        """Names recorded so far."""
         with self._lock:
             return tuple(self._names)
 
@@ -47,7 +47,7 @@ class Stopped(Exception):  # noqa: N818  (no error: ends a read that nobody wait
 
 
 class Rows:
-    """A stretch of one batch that one thread fills."""
+    """Consecutive rows of one batch, filled by one thread."""
 
     def __init__(self, step: int, rows: range, batch: Batch, stopped: threading.Event) -> None:
         self.step = step
@@ -57,14 +57,14 @@ class Rows:
 
     @property
     def first(self) -> int:
-        """Place of the first row in the process's batch."""
+        """Index of the first row in the process's batch."""
         return self._rows.start
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[int]:
-        """0 to len - 1; ends early where nobody waits for the batch any more."""
+        """Yields 0 to len - 1; raises `Stopped` once the batches are closed."""
         for row in range(len(self._rows)):
             if self._stopped.is_set():
                 raise Stopped
@@ -105,7 +105,7 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(parts.to_iter_dataset(options))
 
     def start(self) -> None:
-        """Begins to read ahead without waiting for a batch."""
+        """Starts reading ahead without waiting for a batch."""
         self._iterator.start_prefetch()
 
     def __next__(self) -> Batch:
@@ -116,7 +116,7 @@ class Batches(Iterator[Batch]):
 
     @property
     def damaged(self) -> tuple[str, ...]:
-        """Names of the images that were skipped so far, those of batches that are read ahead among them."""
+        """Names of the images skipped so far, including those in batches that are read ahead."""
         return self._damaged.names
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class _PartBuilder:
         return step, batch
 
     def forget(self, step: int) -> None:
-        """Lets go of the arrays of a finished batch."""
+        """Releases the arrays of a finished batch."""
         with self._lock:
             del self._open[step]
 
@@ -173,5 +173,5 @@ class _PartBuilder:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Names of classes: the order of their folders, and the file that lists them."""
+"""Orders class folders, and reads and writes the file of class names."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
 
 
 def order_classes(folders: Iterable[str], class_order: str) -> tuple[str, ...]:
-    """The classes of a data set, in the order of their numbers.
+    """Returns the classes of a data set in the order of their numbers.
 
     Args:
         folders: names of the class folders.
@@ -87,5 +87,5 @@ def order_classes(folders: Iterable[str], class_order: str) -> tuple[str, ...]:
 
 
 def orders_differ(folders: Sequence[str]) -> bool:
-    """Whether text order and natural order number these classes differently."""
+    """Returns whether text order and natural order number these classes differently."""
     return order_classes(folders, "text") != order_classes(folders, "natural")

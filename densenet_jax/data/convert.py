@@ -1,4 +1,4 @@
-"""TFRecord files of a prepared tfds set, copied once to ArrayRecord beside them, which has random access."""
+"""Copies the TFRecord files of a prepared tfds set to ArrayRecord files, which have random access."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ _INFO = "dataset_info.json"
 
 
 def stored_formats(directory: str) -> tuple[str, ...]:
-    """Names of the file formats that the prepared set in `directory` is stored in; () where none is there."""
+    """Returns the file formats of the prepared set in `directory`; () if there is none."""
     from etils import epath
 
     try:
@@ -52,7 +52,7 @@ def convert_to_array_record(directory: str, progress: Progress, workers: int = 4
 
 
 def _shards(split: Any) -> Iterator[tuple[str, str, int]]:
-    """(TFRecord file, ArrayRecord file, number of records) of every shard."""
+    """Yields (TFRecord file, ArrayRecord file, number of records) of every shard."""
     target = split.filename_template.replace(filetype_suffix="array_record")
     targets = target.sharded_filepaths(len(split.shard_lengths))
     for source, destination, length in zip(split.filepaths, targets, split.shard_lengths, strict=True):
@@ -97,7 +97,7 @@ def _count(file: str) -> int:
 
 
 def _announce(directory: str) -> None:
-    """Adds the format to dataset_info.json, whole at every moment."""
+    """Adds the format to dataset_info.json atomically."""
     path = os.path.join(directory, _INFO)
     with open(path, encoding="utf-8") as file:
         info = json.load(file)

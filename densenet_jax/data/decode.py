@@ -151,7 +151,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
 
 
 def _declared_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a PNG, WebP or GIF by its first bytes alone; None of other files.
+    """Reads (width, height) of a PNG, WebP or GIF from its first bytes; None for other files.
 
     Pillow checks sizes too, but of WebP only after the memory for the whole canvas was asked for.
     """
@@ -199,7 +199,7 @@ def has_wide_pixels(data: bytes) -> bool:
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
-    """None where libjpeg-turbo's simple call has no opinion: Pillow then judges."""
+    """Decodes by libjpeg-turbo's simple call; returns None where that fails, and Pillow then judges."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height, name)
@@ -211,7 +211,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
 
 
 def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
-    """Gray 8-bit PNGs, as the digits and MNIST have them, ten times as fast as through Pillow."""
+    """Decodes gray 8-bit PNGs, such as digits and MNIST, ten times as fast as Pillow; None for other files."""
     plain_gray = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < _SMALL_BYTES
     if not plain_gray or b"tRNS" in data or data[28:29] != b"\x00" or not _is_whole_png(data):
         return None
@@ -222,7 +222,7 @@ def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Whether all its parts are there and have their checksums; OpenCV would make up what is missing."""
+    """Returns whether all chunks are there with right checksums; OpenCV would make up what is missing."""
     place = 8
     while place + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
@@ -236,7 +236,7 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
-    """Decodes to the numbers of the file, except where Pillow's conversion to 8-bit gray or RGB says it all."""
+    """Decodes to the numbers that the file holds; 8-bit files by Pillow to gray or RGB at once."""
     if data.startswith(rare_formats.NPY_MAGIC):
         check_size(*rare_formats.npy_size(data), name)
         return rare_formats.decode_npy(data)
@@ -273,7 +273,7 @@ def _decode_with_pillow(data: bytes, channels: int, name: str) -> Stored:
 
 
 def exif_orientation(data: bytes) -> int:
-    """How a camera says the stored pixels are turned, 1 to 8; 1, upright, where nothing readable is said."""
+    """Reads the EXIF orientation, 1 to 8; 1 (upright) where it is missing or unreadable."""
     if data[:2] == b"\xff\xd8" and b"Exif" not in data and b":Orientation" not in data:
         return 1  # most photographs of the web: spares Pillow's look at every marker
     try:

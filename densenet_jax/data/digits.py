@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a tfds data set: 1,797 real 8x8 images that need no download."""
+"""Prepares scikit-learn's handwritten digits as a tfds data set: 1,797 real 8x8 images, no download."""
 
 import contextlib
 import io
@@ -61,7 +61,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def stratified_test_indices(labels: np.ndarray, count: int) -> np.ndarray:
-    """int[count], sorted: a fixed choice with every class at its share, largest remainders first."""
+    """Chooses `count` examples, always the same, with every class at its share (largest remainders first).
+
+    Returns:
+        int [count], sorted.
+    """
     classes, sizes = np.unique(labels, return_counts=True)
     quotas = count * sizes / sizes.sum()
     shares = np.floor(quotas).astype(int)

@@ -1,4 +1,4 @@
-"""A tree of class folders: DIRECTORY/train/CLASS/* and DIRECTORY/val/CLASS/*, listed once and then kept as an index."""
+"""Reads a tree of class folders, DIRECTORY/train/CLASS/* and DIRECTORY/val/CLASS/*, and keeps an index of it."""
 
 import collections
 import contextlib
@@ -27,7 +27,7 @@ _NAMED = 5  # classes that a message lists
 
 
 class FolderSource:
-    """The images below one split's class folders."""
+    """Source of the images below one split's class folders."""
 
     def __init__(self, directory: str, split: str, class_order: str = "text") -> None:
         """Lists DIRECTORY/SPLIT, or reads the index of an earlier listing if no folder changed since.
@@ -87,11 +87,11 @@ class FolderSource:
         return Record(image=image, label=int(self._labels[index]), name=name)
 
     def labels(self) -> np.ndarray:
-        """int32[n]: every label."""
+        """Returns every label, int32 [n]."""
         return self._labels
 
     def identity(self) -> list[tuple[int, str]]:
-        """The number of images of each class, and a digest of their paths below its folder."""
+        """Returns the image count of each class and a digest of the paths below its folder."""
         starts = np.concatenate([[0], self._ends[:-1]]).astype(np.int64)
         classes = []
         for label, name in enumerate(self.class_names):
@@ -153,7 +153,7 @@ def _load_or_list(directory: str, root: str, folders: list[str], class_names: tu
 
 
 def index_files(directory: str, root: str) -> list[str]:
-    """Where the index of `root` may lie: beside the data, else in the user's cache."""
+    """Returns where the index of `root` may lie: beside the data, else in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
     return [
@@ -182,7 +182,7 @@ def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[
 
 
 def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], collections.Counter[str]]:
-    """Images below one class folder as sorted paths from `root`, when each folder last changed, and skipped files."""
+    """Lists one class folder: sorted image paths from `root`, each folder's time of change, and skipped files."""
     images, times, pending = [], {}, [folder]
     skipped: collections.Counter[str] = collections.Counter()
     while pending:
@@ -239,7 +239,7 @@ def report_skipped(root: str, skipped: dict[str, int]) -> None:
 
 
 def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
-    """Writes the index so that the file is whole at every moment."""
+    """Writes the index atomically."""
     os.makedirs(os.path.dirname(file), exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(file), prefix=".index-", suffix=".tmp")
     try:
@@ -255,7 +255,7 @@ def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
 
 
 def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
-    """The index, or None where there is none or a folder changed since."""
+    """Reads the index; returns None if there is none or a folder changed since."""
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             stamp = json.loads(stored["stamp"].tobytes())

@@ -15,7 +15,7 @@ _NAMED = 5  # differences of each kind that a message lists
 
 
 def identify(name: str, sources: Mapping[str, Source]) -> Identity:
-    """What a checkpoint keeps of its data set, ready for JSON."""
+    """Describes a data set for a checkpoint, ready for JSON."""
     splits = {
         split: {"examples": len(source), "files": [list(entry) for entry in source.identity()]}
         for split, source in sources.items()
@@ -106,7 +106,7 @@ def _class_changes(saved: Identity, current: Identity) -> list[str]:
 
 
 def _files_by_class(identity: Identity, splits: Iterable[str]) -> dict[str, list[Any]]:
-    """The files of each class in these splits, as far as they are known."""
+    """Collects what is known of the files of each class in these splits."""
     files: dict[str, list[Any]] = {}
     for split in sorted(splits):
         known = identity["splits"][split]

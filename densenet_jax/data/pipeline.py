@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: which examples, transformed how, shared between processes.
+"""Makes batches for training and evaluation, shared between processes.
 
 What training sees is a pure function of (seed, step): neither threads nor processes nor an interruption change it.
 """
@@ -32,18 +32,15 @@ def train_batches(
     on_damaged: str = "error",
     repeats: int = 1,
 ) -> Batches:
-    """Endless training batches from `start_step` on; starting late costs no more than starting early.
+    """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
     Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share.
 
     Args:
-        source: the training split.
         seed: with the step, all that order and crops depend on.
         global_batch_size: examples a step, over all processes.
         transform: of `train_transform`.
-        process_index: which share is this process's.
-        process_count: how many processes there are; must divide `global_batch_size`.
-        start_step: step of the first batch.
+        process_count: must divide `global_batch_size`.
         reader_threads: threads that read and decode; 0: one a core.
         prefetch_batches: batches that wait in memory at most, besides the ones in use.
         on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set and counts.
@@ -84,7 +81,7 @@ def eval_batches(
     prefetch_batches: int = 4,
     on_damaged: str = "error",
 ) -> Batches:
-    """Every example once, in the order of the files; all processes get the same number of batches.
+    """Makes evaluation batches: every example once, in file order, the same number of batches in all processes.
 
     The last batch is filled up with black images of class 0 whose mask is False. With `on_damaged="skip"` damaged
     images are masked out as well, and counted. Arguments as for `train_batches`.
@@ -125,7 +122,7 @@ def eval_batches(
 
 
 class _Fresh:
-    """Reads and transforms an example, or where it is damaged and may be skipped the next one that is whole."""
+    """Reads and transforms an example, or the next undamaged one if damaged images may be skipped."""
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         self._source, self._transform, self._damaged = source, transform, damaged
@@ -144,7 +141,7 @@ class _Fresh:
 
 
 class _Kept(_Fresh):
-    """The same for a transform without draws: a small data set is decoded once and then copied from memory."""
+    """Keeps examples of a transform without draws in memory, if the data set is small enough."""
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         super().__init__(source, transform, damaged)

@@ -1,4 +1,4 @@
-"""Stored numbers to pixels: what becomes black and white, and which channels a model is given."""
+"""Converts stored numbers to pixels: which become black and white, and which channels a model gets."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Stored:
 
 
 def stored_array(values: np.ndarray) -> Stored:
-    """An array without a file: integers from 0 to their type's largest and floats from 0 to 1 are black to white.
+    """Wraps an array: integers from 0 to their type's largest and floats from 0 to 1 are black to white.
 
     Raises:
         ValueError: another shape or type.
@@ -43,7 +43,7 @@ def stored_array(values: np.ndarray) -> Stored:
 
 
 def white_of(dtype: np.dtype) -> float | None:
-    """The value that is white of a type, None where that is not known: signed numbers and whole ones of 32 bits."""
+    """Returns the value of white for a type; None for signed and for 32- or 64-bit integers."""
     if dtype.kind == "f":
         return 1.0
     return float(np.iinfo(dtype).max) if dtype.kind == "u" and dtype.itemsize <= 2 else None
@@ -84,12 +84,12 @@ def to_pixels(stored: Stored, channels: int, pixel_range: tuple[float, ...] = ()
 
 
 def widen(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of 8 bits as the same brightness in 16."""
+    """Converts 8-bit pixels to the same brightness in 16 bits."""
     return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
 
 
 def join(images: Sequence[np.ndarray], joined: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack) -> np.ndarray:
-    """Stacks pixels of 8 and 16 bits (or joins them by np.concatenate): of 16 bits where one of them is."""
+    """Stacks (or concatenates) pixels of 8 and 16 bits; the result has 16 if one of them has."""
     wide = any(image.dtype == np.uint16 for image in images)
     return joined([widen(image) for image in images] if wide else images)
 

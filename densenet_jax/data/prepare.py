@@ -1,4 +1,4 @@
-"""Makes a data set ready to train on, and proves it: counts, classes, and every image decodes."""
+"""Prepares a data set and verifies its counts, its classes and that every image decodes."""
 
 import dataclasses
 import functools
@@ -49,11 +49,9 @@ _BLOCK = 64  # images that a thread checks at a time
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-    """What a verification found in one split.
+    """Result of verifying one split.
 
     Attributes:
-        split: its name.
-        examples: how many records there are.
         expected: how many a complete data set has; None where that is not known.
         damaged: (name, why) of every image that can't be decoded, in the order of the files.
         class_counts: int64[classes], whole and damaged ones.
@@ -67,7 +65,7 @@ class SplitReport:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong, one line each; () where nothing is."""
+        """One line for each thing that is wrong."""
         lines = [f"{self.split}: image {name} can't be decoded: {why}" for name, why in self.damaged]
         if self.expected not in (None, self.examples):
             lines.insert(0, f"{self.split}: {self.examples} images, expected {self.expected}")
@@ -188,7 +186,7 @@ def _split_names(path: str) -> tuple[str, ...]:
 
 
 def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -> str:
-    """Directory of the prepared set, which has ArrayRecord files when this returns."""
+    """Prepares a tfds set as ArrayRecord files and returns its directory."""
     set_name = name.partition("/")[0].partition(":")[0]
     if "://" in directory:
         raise UserError(f"{directory} is on object storage; prepare in a local directory and copy the files there.")

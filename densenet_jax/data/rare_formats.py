@@ -1,4 +1,4 @@
-"""Files with more than 8 bits or other than 1 or 3 channels: NPY arrays, TIFF, PNM, and 16-bit PNG in color."""
+"""Reads files of more than 8 bits or of other than 1 or 3 channels: NPY, TIFF, PNM, and 16-bit PNG in color."""
 
 import dataclasses
 import io
@@ -39,18 +39,18 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def npy_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an NPY file."""
+    """Reads (width, height) of an NPY file."""
     shape, _ = _npy_header(data)
     return shape[1], shape[0]
 
 
 def npy_bits(data: bytes) -> int:
-    """Bits of a number of an NPY file."""
+    """Reads how many bits a number of an NPY file has."""
     return 8 * _npy_header(data)[1].itemsize
 
 
 def pnm_white(data: bytes) -> int:
-    """The largest value that a PGM or PPM file declares; floats (PFM) count as 65535."""
+    """Reads the largest value that a PGM or PPM file declares; 65535 for floats (PFM)."""
     if data[:2] == b"Pf":
         return 65535
     numbers = re.match(_PNM_NUMBERS, data[:1024])
@@ -87,7 +87,7 @@ def decode_with_opencv(data: bytes) -> Stored:
 
 
 def from_wide_mode(image: Image.Image) -> Stored:
-    """The numbers of a loaded image of Pillow's modes I, I;16 and F, which have one channel."""
+    """Wraps a loaded image of Pillow's modes I, I;16 and F, which have one channel."""
     tags: Any = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     bits = (tags.get(258) or (0,))[0]
@@ -181,7 +181,7 @@ def decode_tiff(data: bytes) -> Stored:
 
 
 def _orientation_place(data: bytes) -> tuple[int, str] | None:
-    """Where a TIFF file's first directory has the orientation, and the byte order."""
+    """Finds the orientation in a TIFF file's first directory: its offset, and the byte order."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     try:
@@ -197,7 +197,7 @@ def _orientation_place(data: bytes) -> tuple[int, str] | None:
 
 
 def tiff_orientation(data: bytes) -> int:
-    """How a TIFF file says that its pixels are turned, 1 to 8."""
+    """Reads the orientation of a TIFF file, 1 to 8."""
     if (place := _orientation_place(data)) is None:
         return 1
     (orientation,) = struct.unpack_from(place[1] + "H", data, place[0])
@@ -205,7 +205,7 @@ def tiff_orientation(data: bytes) -> int:
 
 
 def without_orientation(data: bytes) -> bytes:
-    """The same TIFF file, but said to be upright: decoders then leave the pixels as they are stored."""
+    """Sets the orientation of a TIFF file to upright, so that decoders leave the pixels as they are stored."""
     if (place := _orientation_place(data)) is None:
         return data
     upright = bytearray(data)

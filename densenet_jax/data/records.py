@@ -1,4 +1,4 @@
-"""What a source of examples gives."""
+"""Records, and the protocol of a source of them."""
 
 import dataclasses
 from typing import Protocol
@@ -42,14 +42,14 @@ class Source(Protocol):
         """Number of examples."""
 
     def __getitem__(self, index: int) -> Record:
-        """The example at `index`, 0 <= index < len.
+        """Reads the example at `index`, 0 <= index < len.
 
         Raises:
             DamagedImage: it can't be read.
         """
 
     def labels(self) -> np.ndarray:
-        """int32[n]: every label, without reading images where the files allow that."""
+        """Returns every label, int32 [n], without reading images where the files allow that."""
 
     def identity(self) -> list[tuple[int, str]]:
-        """The number of examples of each class and a digest of their names; [] where only their total is known."""
+        """Returns the count of each class and a digest of its names; [] if only the total is known."""

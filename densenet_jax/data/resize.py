@@ -1,4 +1,4 @@
-"""Pixels to another size: Pillow's antialiased resize, one that is close to it and faster, and a plain one."""
+"""Resizes pixels: as Pillow does, antialiased; close to it and faster; or plainly."""
 
 import contextlib
 from typing import Any
@@ -93,5 +93,5 @@ def resize_closely(pixels: np.ndarray, out_px: int, interpolation: str) -> np.nd
 
 
 def vertical_first(height: int, width: int, out_px: int) -> bool:
-    """Pillow's rule for images of which much more is lost in height than in width: that pass comes first."""
+    """Returns whether Pillow resizes vertically first: for images that lose much more height than width."""
     return height > out_px and height - out_px > 2 * (width - out_px)

@@ -1,4 +1,4 @@
-"""Which example comes when, and which random numbers it gets: pure functions of (seed, position).
+"""Order of examples and their random numbers, as pure functions of (seed, position).
 
 A position counts the examples that training has used since its start, over all processes.
 """
@@ -13,7 +13,7 @@ _WORDS = 4  # random words that one count of Philox gives
 
 
 class Order:
-    """The endless order of training: every example once an epoch, each epoch in another order.
+    """Endless order of training: every example once an epoch, each epoch in another order.
 
     Epochs follow each other without a gap, so the last examples of one that fill no batch begin the next batch.
     Any stretch costs its own length, wherever it begins, and nothing of the size of the data set is kept.
@@ -30,7 +30,7 @@ class Order:
         self._epoch_seed = functools.lru_cache(4)(lambda epoch: _hash(seed, _ORDER, epoch))
 
     def stretch(self, start: int, count: int) -> list[int]:
-        """The examples at positions `start` to `start + count - 1`."""
+        """Returns the examples at positions `start` to `start + count - 1`."""
         last = self._size - 1
         indices = []
         for position in range(start, start + count):
@@ -50,12 +50,12 @@ class Draws:
         self._per_example = per_example
 
     def stretch(self, start: int, count: int) -> np.ndarray:
-        """float64[count, per_example] in [0, 1): the numbers of positions `start` to `start + count - 1`."""
+        """Returns the numbers of positions `start` to `start + count - 1`: float64 [count, per_example] in [0, 1)."""
         generator = np.random.Philox(key=self._key, counter=start * self._per_example // _WORDS)
         words = np.asarray(generator.random_raw(count * self._per_example), np.uint64)
         return (words >> np.uint64(11)).reshape(count, self._per_example) * 2.0**-53
 
 
 def _hash(*words: int) -> int:
-    """32 bits in which numbers that are close together have nothing in common."""
+    """Hashes numbers to 32 bits, so that close ones have nothing in common."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Where records lie: random access to encoded images and labels, whatever the files look like."""
+"""Opens data sets with random access to encoded images and labels."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
-# What only a person can download.
+# Archives that only a person can download.
 MANUAL_ARCHIVES: dict[str, tuple[str, ...]] = {
     "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
     "imagenet2012_real": ("ILSVRC2012_img_val.tar",),
@@ -22,7 +22,7 @@ _HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never ch
 
 
 def default_directory() -> str:
-    """Where tfds keeps data sets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns where tfds keeps data sets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
 
 
@@ -79,7 +79,7 @@ def _hold_out(source: Source, holdout: float, part: str) -> Source:
 
 
 class SubsetSource:
-    """The examples of `source` at `indices`, in that order."""
+    """Source of the examples of another one at `indices`, in that order."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self._source = source
@@ -95,11 +95,11 @@ class SubsetSource:
         return self._source[int(self._indices[index])]
 
     def labels(self) -> np.ndarray:
-        """int32[n]: the labels of the chosen examples."""
+        """Returns the labels of the chosen examples, int32 [n]."""
         return self._source.labels()[self._indices]
 
     def identity(self) -> list[tuple[int, str]]:
-        """Identity of the source that these are chosen from."""
+        """Returns the identity of the source that these are chosen from."""
         return self._source.identity()
 
 
@@ -151,7 +151,7 @@ class ArrayRecordSource:
         )
 
     def labels(self) -> np.ndarray:
-        """int32[n]: every label. Reads the whole split on the first call."""
+        """Returns every label, int32 [n]; reads the whole split on the first call."""
         with self._labels_lock:
             if self._labels is None:
                 self._labels = np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
@@ -191,7 +191,7 @@ def _example_parser() -> Callable[[bytes], Any]:
 
 
 def _feature_keys(features: Any, directory: str) -> tuple[str, str, str]:
-    """Keys of the image, the label and the file name ("" where there is none)."""
+    """Finds the keys of the image, the label and the file name ("" if there is none)."""
     import tensorflow_datasets as tfds
 
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
@@ -209,7 +209,7 @@ def _feature_keys(features: Any, directory: str) -> tuple[str, str, str]:
 
 
 def _label_set_key(features: Any) -> str:
-    """Key of the classes that are right beside the one label, as imagenet2012_real has them; "" where there is none."""
+    """Finds the key of further right classes, as imagenet2012_real has them; "" if there is none."""
     import tensorflow_datasets as tfds
 
     sequences = {key: value for key, value in features.items() if isinstance(value, tfds.features.Sequence)}
@@ -217,7 +217,7 @@ def _label_set_key(features: Any) -> str:
 
 
 def find_prepared(name: str, directory: str) -> str:
-    """The directory of the newest prepared version of tfds set `name`.
+    """Finds the directory of the newest prepared version of tfds set `name`.
 
     Raises:
         UserError: none is there; the message says how to get it.
@@ -248,7 +248,7 @@ def find_prepared(name: str, directory: str) -> str:
 
 
 def is_prepared(name: str, directory: str = "") -> bool:
-    """Whether tfds set `name` is in `directory`, whatever state it is in."""
+    """Returns whether tfds set `name` is in `directory`, in whatever state."""
     try:
         find_prepared(name, directory or default_directory())
     except UserError:
@@ -257,7 +257,7 @@ def is_prepared(name: str, directory: str = "") -> bool:
 
 
 def not_prepared_message(set_name: str, name: str, directory: str) -> str:
-    """What to download, where to put it and the one command that prepares it, as one line."""
+    """Says in one line what to download, where to put it and how to prepare it."""
     command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"
     start = f"Data set {name} is not prepared in {directory}"
     if archives := MANUAL_ARCHIVES.get(set_name):

@@ -1,4 +1,4 @@
-"""What a data set holds and how fast it is read: numbers and a picture for a page that a person looks at."""
+"""Summarizes what a data set holds and how fast it is read, in numbers and pictures."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,9 @@ _SAMPLE = 2000  # images whose size is looked at; spread evenly over the split
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """A split in numbers.
+    """Figures of a split.
 
     Attributes:
-        examples: how many there are.
         class_counts: int64[classes].
         widths: int64[sample], in pixels, of images that are spread evenly over the split.
         heights: int64[sample], likewise.
@@ -36,7 +35,7 @@ class SplitSummary:
     damaged: tuple[str, ...]
 
     def as_dict(self) -> dict[str, float | int]:
-        """The same as plain numbers for a table: counts, class balance, and quartiles of the sizes."""
+        """Returns plain numbers for a table: counts, class balance, and ranges of the sizes."""
         counts, used = self.class_counts, self.class_counts[self.class_counts > 0]
         table: dict[str, float | int] = {
             "examples": self.examples,
@@ -103,7 +102,7 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
 
 
 def measure_speed(batches: Batches, seconds: float = 5.0, warmup_batches: int = 2) -> float:
-    """Images a second of this process that `batches` gives with nobody computing beside; closes `batches`."""
+    """Measures images a second of `batches` in this process with nothing else computing; closes `batches`."""
     with batches:
         for _ in itertools.islice(batches, warmup_batches):
             pass

@@ -59,7 +59,6 @@ def train_transform(
     Args:
         kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
             image, resized where its size is another.
-        image_size_px: side of the result.
         channels: 3 for RGB, 1 for gray, else the number that the files have.
         area_range: share of the image's area that a crop covers.
         aspect_range: width over height of a crop, drawn evenly in its logarithm.
@@ -95,7 +94,6 @@ def eval_transform(
     The pixels are Pillow's antialiased ones, as torchvision and timm give.
 
     Args:
-        image_size_px: side of the result.
         resize_px: length of the short side before the crop, at least `image_size_px`.
         channels: 3 for RGB, 1 for gray, else the number that the files have.
         interpolation: "bilinear" or "bicubic".
@@ -142,7 +140,7 @@ class _Square:
         return np.dtype(np.uint16 if self.bits == 16 else np.uint8)
 
     def with_fixed_bits(self) -> Self:
-        """The same, but giving `dtype` whatever the file has."""
+        """Returns the transform that always gives `dtype`, whatever the file has."""
         return dataclasses.replace(self, bits=8 * self.dtype.itemsize)
 
     def decode(self, data: bytes, name: str) -> np.ndarray:
@@ -161,7 +159,7 @@ class _Square:
         )
 
     def native_size(self, data: bytes, name: str) -> tuple[int, int] | None:
-        """(height, width) of a JPEG where the compiled helper gives what `decode` would."""
+        """Returns (height, width) of a JPEG that the compiled helper decodes like `decode`, else None."""
         if self.channels != 3 or self.pixel_range or self.bits == 16 or not native.available():
             return None
         if self.apply_exif_orientation and exif_orientation(data) != 1:
@@ -171,7 +169,7 @@ class _Square:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(_Square):
-    """A random part of the image, resized to a square."""
+    """Cuts a random part of the image and resizes it to a square."""
 
     antialias: bool
     area_range: tuple[float, ...]
@@ -198,7 +196,7 @@ class RandomResizedCrop(_Square):
 
 @dataclasses.dataclass(frozen=True)
 class Whole(_Square):
-    """The stored image, squeezed to the square where it has another shape."""
+    """Resizes the whole image to the square, whatever its shape."""
 
     antialias: bool
     draws: ClassVar[int] = 0
@@ -212,7 +210,7 @@ class Whole(_Square):
 
 @dataclasses.dataclass(frozen=True)
 class ResizedCenterCrop(_Square):
-    """The middle of the image after its short side was resized."""
+    """Resizes the short side and cuts the middle."""
 
     resize_px: int
     draws: ClassVar[int] = 0
@@ -234,7 +232,7 @@ class ResizedCenterCrop(_Square):
 
 @dataclasses.dataclass(frozen=True)
 class FiveCrops(ResizedCenterCrop):
-    """The corners (top left, top right, bottom left, bottom right) and the middle of the resized image."""
+    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle of the resized image."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -260,7 +258,7 @@ class FiveCrops(ResizedCenterCrop):
 def random_crop_box(
     height: int, width: int, area_range: tuple[float, ...], aspect_range: tuple[float, ...], draws: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the first of ten tries that fits, else the largest central crop in range.
+    """Draws (top, left, height, width): the first of ten tries that fits, else the largest central crop in range.
 
     The boxes are distributed as those of torchvision's RandomResizedCrop. `draws` is float64[40] in [0, 1).
     """
@@ -281,13 +279,13 @@ def random_crop_box(
 
 
 def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
-    """(height, width) of an image whose short side becomes `resize_px`, rounded as torchvision's Resize does."""
+    """Returns (height, width) after resizing the short side to `resize_px`, rounded as torchvision's Resize does."""
     resized_long = int(resize_px * max(height, width) / min(height, width))
     return (resize_px, resized_long) if height <= width else (resized_long, resize_px)
 
 
 def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in the stored image of the central crop that is taken after the resize.
+    """Returns (left, top, right, bottom) in the stored image of the central crop taken after the resize.
 
     Rounds as torchvision's Resize and CenterCrop do, so that the crop has the same pixels without computing others.
     """

@@ -6,6 +6,7 @@ for answers in predictor(["three.png", "eight.png"]):
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from densenet_jax.predict.model import (
 from densenet_jax.training import sharding
 from densenet_jax.training.predict_step import make_predict_step
 
+logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 4, 16, 64)
 FEATURES = ("pooled", "pyramid")
 BEST_CLASS = -1  # stands for the most probable class of an image
@@ -77,6 +79,7 @@ class Predictor:
         if not batch_sizes or min(batch_sizes) < 1:
             raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
         self.model, self.limits = model, limits
+        self._has_warned = False
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
@@ -210,11 +213,23 @@ class Predictor:
                         bits=transform.bits,
                     )
                 )
-            return transform(encoded(image, name, self.limits), name=name)
+            pixels = transform(encoded(image, name, self.limits), name=name)
+            if pixels.dtype == np.uint16 and not transform.pixel_range and 0 < (highest := pixels.max()) < 65536 // 16:
+                self._warn_of_dark(name, int(highest))
+            return pixels
         except DamagedImage as error:
             raise ImageError(name, error.why) from error
         except MemoryError as error:
             raise ImageError(name, "there is not enough memory to decode it") from error
+
+    def _warn_of_dark(self, name: str, highest: int) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "%s has 16 bits and no value above %d of 65535, so that it is almost black; "
+                "config.data.pixel_range names the stored values that are black and white.",
+                *(name, highest),
+            )
+        self._has_warned = True
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Predicts preprocessed images [b, *image_shape] of any b: probabilities float32 [b, classes].

@@ -1,5 +1,6 @@
 """A data set that is not the one of the checkpoint is told with its differences, before anything is computed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -182,10 +183,11 @@ def test_an_older_checkpoint_is_compared_by_its_labels(run, tmp_path):
         _check_dataset(experiment_on(changed_copy(root, tmp_path, rename), settings), str(tmp_path / "run"))
 
 
-def test_every_path_sees_the_same_16_bits(run):
+def test_every_path_sees_the_same_16_bits(run, caplog):
     root, settings = run
     predictor = Predictor.from_workdir(root / "run", batch_sizes=(16,))
     assert predictor.class_names == ("# one", "two")
+    transform = predictor.model.transform
     data = experiment_on(root / "data", settings).data
     with data.eval_batches() as batches:
         images = next(batches)["image"]
@@ -195,6 +197,11 @@ def test_every_path_sees_the_same_16_bits(run):
     np.testing.assert_array_equal(images, [predictor.preprocess(path) for path in files])
     as_array = np.asarray(Image.open(files[0]))
     np.testing.assert_array_equal(predictor.preprocess(as_array), images[0])
+    assert not caplog.messages
+    Predictor(
+        dataclasses.replace(predictor.model, transform=dataclasses.replace(transform, pixel_range=()))
+    ).preprocess(files[0])
+    assert "of 65535, so that it is almost black" in caplog.text
     graph = make_graph(predictor.model)
     assert graph.input_dtype == np.uint16
     np.testing.assert_allclose(jax.jit(graph.function)(images), predictor.probabilities(images), atol=1e-5)

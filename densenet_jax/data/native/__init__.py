@@ -1,1 +1,1 @@
-"""The optional compiled helper: decodes of a JPEG file only what a crop needs. See `build`."""
+"""Optional compiled helper that decodes only the part of a JPEG that a crop needs; see `build`."""

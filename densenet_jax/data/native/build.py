@@ -16,7 +16,7 @@ _FLAGS = ("-O3", "-shared", "-fPIC")
 
 
 def library_paths() -> list[pathlib.Path]:
-    """Where the compiled helper may lie: beside this file, else in the user's cache, named by the source."""
+    """Returns where the compiled helper may lie: beside this file, else in the user's cache, named by the source."""
     return library_places(_SOURCE, f"{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]}-{platform.machine()}")
 
 

@@ -1,4 +1,4 @@
-"""The compiled helper's calls, with numpy arrays for memory. ctypes lets go of the interpreter while they run."""
+"""Calls the compiled helper with numpy arrays for memory; ctypes releases the interpreter lock meanwhile."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ _BITS = 22  # behind the point of a weight, as in Pillow
 
 
 class _Taps(ctypes.Structure):
-    """The inputs that every output sums, and their weights; `taps` in crop_decode.c."""
+    """Inputs that every output sums, and their weights; `taps` in crop_decode.c."""
 
     _fields_ = (
         ("first", ctypes.c_void_p), ("count", ctypes.c_void_p), ("weights", ctypes.c_void_p),
@@ -25,7 +25,7 @@ class _Taps(ctypes.Structure):
     )  # fmt: skip
 
     def __init__(self, first: np.ndarray, count: np.ndarray) -> None:
-        """Makes room for the weights; `first` and `count` are int32[outputs]."""
+        """Allocates the weights; `first` and `count` are int32 [outputs]."""
         size = int(count.max())
         self._memory = (first, count, np.empty((len(first), size), np.int32))
         super().__init__(*(array.ctypes.data for array in self._memory), size, len(first))
@@ -34,7 +34,7 @@ class _Taps(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled helper; None where it was not built, or DENSENET_JAX_NATIVE=0 forbids it."""
+    """Loads the compiled helper; None if it was not built, or DENSENET_JAX_NATIVE=0 forbids it."""
     if os.environ.get("DENSENET_JAX_NATIVE") == "0":
         return None
     pointer, number, taps = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Taps)
@@ -53,12 +53,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether the compiled helper is there."""
+    """Returns whether the compiled helper is there."""
     return _library() is not None
 
 
 def decode_part(data: bytes, left: int, top: int, width: int, height: int, *, rgbx: bool = False) -> np.ndarray | None:
-    """The pixels of a part of a JPEG file, the same as of the whole image decoded.
+    """Decodes a part of a JPEG file to the pixels that the whole image has there.
 
     Returns:
         uint8[height, width, 3], or [height, width, 4] with `rgbx`, a view; None where the file is of a kind that
@@ -123,8 +123,9 @@ def resize(
 
 @functools.lru_cache(maxsize=1024)  # crops have few sizes; 10 kB each
 def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: bool) -> _Taps:
-    """Taps of `out_px` outputs that lie evenly between low and high among `size` inputs, of which we have those from
-    `have` on. In the order of Pillow's operations, so that the weights are its own to the last bit.
+    """Computes the taps of `out_px` outputs that lie evenly between low and high among `size` inputs.
+
+    Only inputs from `have` on are in memory. Operations come in Pillow's order, for weights equal to the last bit.
     """
     library = _library()
     assert library is not None, "call available() first"
@@ -141,6 +142,6 @@ def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: boo
 
 
 def window(low: float, high: float, out_px: int, size: int, *, cubic: bool) -> tuple[int, int]:
-    """First and last + 1 of the `size` pixels that resizing low..high to `out_px` looks at, and a few more."""
+    """Returns first and last + 1 of the `size` pixels that resizing low..high to `out_px` reads, with a margin."""
     reach = (2 if cubic else 1) * max((high - low) / out_px, 1) + 2
     return max(0, math.floor(low - reach)), min(size, math.ceil(high + reach))
