@@ -1,7 +1,6 @@
 """The command line's words to one call of a mode, and a user's mistake to one line."""
 
 import difflib
-import json
 import os
 import sys
 from typing import Any
@@ -17,6 +16,7 @@ from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.flags import MODES, Command
 from densenet_jax.predict.model import settings_of_run
+from densenet_jax.workdir import to_json
 
 # What absl, ml_collections and recipes raise.
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
@@ -112,5 +112,5 @@ def main(arguments: list[str]) -> int:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     if processes.is_first():
-        print(json.dumps(result), flush=True)
+        print(to_json(result), flush=True)
     return 3 if result.get("refused") else 0

@@ -5,15 +5,18 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, first_line
 from densenet_jax.kernels.select import KERNELS_WANTED
 from densenet_jax.system.profiler import is_profile
+from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.precision import POLICIES
+from densenet_jax.training.schedules import SCHEDULES
 
 # A run may be continued with other values of these: they change where or how fast it computes, not what.
 MAY_CHANGE_ON_RESUME = (
@@ -40,21 +43,8 @@ ADDED_LATER: dict[str, Any] = {
     "data": {"class_order": "text", "allow_changed": False, "pixel_range": [], "exif_orientation": False}
 }
 
-_POSITIVE: Callable[[Any], bool] = lambda value: value > 0  # noqa: E731
-_NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value >= 0  # noqa: E731
-_SHARE: Callable[[Any], bool] = lambda value: 0 <= value <= 1  # noqa: E731
-_RATE: Callable[[Any], bool] = lambda value: 0 <= value < 1  # noqa: E731
-
-
-def _is_regular_expression(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
-
-
-_Rule = tuple[str, Callable[[Any], bool]]  # what is expected, check
+_Rule = tuple[str, Callable[[Any], bool]]  # what is expected, check; a check that raises has found another type
+_LARGEST = 3.4e38  # of float32
 
 
 def _one_of(*values: str | int) -> _Rule:
@@ -62,27 +52,84 @@ def _one_of(*values: str | int) -> _Rule:
     return f"{', '.join(most)} or {last}", lambda value: value in values
 
 
-_RULES: dict[str, _Rule] = {
+def _number(expected: str, accepts: Callable[[float], bool]) -> _Rule:
+    return expected, lambda value: not isinstance(value, bool | str) and accepts(value)
+
+
+def _whole(low: int, high: int = 2**31 - 1, expected: str = "") -> _Rule:
+    limits = f"a whole number from {low} on" if high == 2**31 - 1 else f"a whole number from {low} to {high}"
+    return expected or limits, lambda value: type(value) is int and low <= value <= high
+
+
+def _each(expected: str, accepts: Callable[[float], bool], count: int = 0) -> _Rule:
+    """For a tuple of numbers; `count` of them, 0: any."""
+    right = _number("", accepts)[1]
+    return expected, lambda value: len(value) in (count or len(value),) and all(map(right, value))
+
+
+def _is_regular_expression(value: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_pairs(value: Any) -> bool:
+    return all(
+        len(pair) == 2 and _is_regular_expression(pair[0]) and 0 <= pair[1] <= _LARGEST and not isinstance(pair, str)
+        for pair in value
+    )
+
+
+_TEXT: _Rule = ("text", lambda value: isinstance(value, str) and "\0" not in value)
+_NAME: _Rule = ("a name", lambda value: bool(value) and _TEXT[1](value))
+_SWITCH: _Rule = ("True or False", lambda value: isinstance(value, bool))
+_POSITIVE = _number("more than 0", lambda value: value > 0)
+_NOT_NEGATIVE = _number("0 or more", lambda value: value >= 0)
+_SHARE = _number("a share in [0, 1]", lambda value: 0 <= value <= 1)
+_BELOW_1 = _number("a share in [0, 1)", lambda value: 0 <= value < 1)
+_RATE = _number("a rate in [0, 1)", lambda value: 0 <= value < 1)
+_EPOCHS = _number("0 or more, at most a million", lambda value: 0 <= value <= 1e6)
+_STEPS = _whole(0)
+_SIDE = 2**14  # pixels: more than any image of a data set, less than what overflows
+
+# In the order of configs/default.py.
+RULES: dict[str, _Rule] = {
     "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
-    "seed": ("a whole number from 0 on", _NOT_NEGATIVE),
+    "seed": _whole(0, 2**63 - 1, "a whole number from 0 on"),
+    "model.name": _NAME,
+    "model.pretrained": _TEXT,
     "model.pretrained_average": _one_of("auto", "raw", "average"),
-    "model.num_classes": ("0 or more", _NOT_NEGATIVE),
+    "model.num_classes": _whole(0, 2**20),
     "model.dtype": _one_of(*POLICIES),
-    "model.classifier_dropout": ("a rate in [0, 1)", _RATE),
-    "model.layer_dropout": ("a rate in [0, 1)", _RATE),
-    "model.batch_norm_momentum": ("a share in [0, 1)", _RATE),
-    "model.batch_norm_group_size": ("0 or more", _NOT_NEGATIVE),
+    "model.classifier_dropout": _RATE,
+    "model.layer_dropout": _RATE,
+    "model.batch_norm_momentum": _BELOW_1,
+    "model.batch_norm_epsilon": _NOT_NEGATIVE,
+    "model.batch_norm_group_size": _whole(0),
+    "model.unbiased_running_variance": _SWITCH,
+    "model.remat": _SWITCH,
     "model.block_form": (
         "normalize_once, plain, or normalize_once_cpu, _tpu or _gpu",
         lambda value: value == "plain" or re.fullmatch("normalize_once(_cpu|_tpu|_gpu)?", value) is not None,
     ),
     "model.kernels": _one_of(*KERNELS_WANTED),
-    "data.image_size_px": ("more than 0", _POSITIVE),
-    "data.channels": ("a number from 1 to 64", lambda value: 1 <= value <= 64),
+    "data.name": _NAME,
+    "data.dir": _TEXT,
+    "data.train_split": _NAME,
+    "data.eval_split": _NAME,
+    "data.holdout": _number(
+        "a share below 1 or a number of images", lambda value: 0 <= value < 1 or value == int(value) > 0
+    ),
+    "data.image_size_px": _whole(1, _SIDE),
+    "data.channels": _whole(1, 64),
     "data.pixel_range": (
         "two different numbers, or ()",
         lambda value: not value or (len(value) == 2 and all(map(math.isfinite, value)) and value[0] != value[1]),
     ),
+    "data.exif_orientation": _SWITCH,
     "data.class_order": (
         "text, natural or a file with a class name a line",
         lambda value: value in ("text", "natural") or os.path.isfile(value),
@@ -94,52 +141,85 @@ _RULES: dict[str, _Rule] = {
     ),
     "data.crop_aspect": ("two ratios 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1]),
     "data.interpolation": _one_of("bilinear", "bicubic"),
-    "augment.repeats": ("more than 0", _POSITIVE),
-    "augment.pad_px": ("0 or more", _NOT_NEGATIVE),
-    "augment.color_jitter": ("three strengths", lambda value: len(value) == 3 and min(value) >= 0),
-    "augment.erase": ("a share in [0, 1]", _SHARE),
-    "augment.erase_mode": _one_of("zero", "color", "pixel"),
-    "augment.rand_layers": ("0 or more", _NOT_NEGATIVE),
-    "augment.rand_magnitude": ("a strength from 0 to 10", lambda value: 0 <= value <= 10),
-    "augment.mixup_alpha": ("0 or more", _NOT_NEGATIVE),
-    "augment.cutmix_alpha": ("0 or more", _NOT_NEGATIVE),
-    "augment.mix_probability": ("a share in [0, 1]", _SHARE),
-    "augment.cutmix_share": ("a share in [0, 1]", _SHARE),
-    "data.holdout": ("a share below 1 or a number of images", lambda value: 0 <= value < 1 or value == int(value)),
+    "data.mean": _each("one number in [0, 1] a channel, or ()", lambda value: 0 <= value <= 1),
+    "data.std": _each("one number above 0 a channel, or ()", lambda value: value > 0),
     "data.on_damaged": _one_of("error", "skip"),
-    "model.batch_norm_epsilon": ("0 or more", _NOT_NEGATIVE),
+    "data.allow_changed": _SWITCH,
+    "data.antialias": _SWITCH,
+    "data.reader_threads": _whole(0, 1024),
+    "data.prefetch_batches": _whole(1, 2**16),
+    "augment.flip": _SWITCH,
+    "augment.pad_px": _whole(0, _SIDE),
+    "augment.color_jitter": _each("three strengths from 0 on", lambda value: value >= 0, count=3),
+    "augment.rand_layers": _whole(0, 64),
+    "augment.rand_magnitude": _number("a strength from 0 to 10", lambda value: 0 <= value <= 10),
+    "augment.erase_mode": _one_of("zero", "color", "pixel"),
+    "augment.erase": _SHARE,
+    "augment.repeats": _whole(1),
+    "augment.mixup_alpha": _NOT_NEGATIVE,
+    "augment.cutmix_alpha": _NOT_NEGATIVE,
+    "augment.mix_probability": _SHARE,
+    "augment.cutmix_share": _SHARE,
+    "train.epochs": _number("more than 0, at most a million", lambda value: 0 < value <= 1e6),
+    "train.global_batch_size": _whole(1, expected="more than 0"),
+    "train.microbatches": _whole(1),
     "train.sharding": _one_of("replicated", "fsdp"),
-    "train.microbatches": ("more than 0", _POSITIVE),
-    "train.average_decay": ("a share in [0, 1)", _RATE),
-    "optim.base_batch_size": ("0 or more", _NOT_NEGATIVE),
+    "train.average_decay": _BELOW_1,
+    "train.label_smoothing": _BELOW_1,
+    "train.log_every_steps": _whole(1),
+    "train.stall_secs": _number("a time from 0 on", lambda value: 0 <= value <= 1e9),
+    "optim.name": _one_of(*OPTIMIZERS),
+    "optim.learning_rate": _POSITIVE,
+    "optim.base_batch_size": _whole(0),
+    "optim.momentum": _BELOW_1,
+    "optim.nesterov": _SWITCH,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.decay_norm_and_bias": _SWITCH,
+    "optim.clip_grad_norm": _NOT_NEGATIVE,
+    "optim.betas": _each("two shares in [0, 1), such as (0.9, 0.999)", lambda value: 0 <= value < 1, count=2),
+    "optim.rms_decay": _BELOW_1,
+    "optim.epsilon": _NOT_NEGATIVE,
     "optim.freeze": ("a regular expression", _is_regular_expression),
-    "optim.clip_grad_norm": ("0 or more", _NOT_NEGATIVE),
-    "data.mean": ("one number a channel, or ()", lambda value: all(0 <= entry <= 1 for entry in value)),
-    "data.std": ("one number above 0 a channel, or ()", lambda value: all(entry > 0 for entry in value)),
-    "data.reader_threads": ("0 or more", _NOT_NEGATIVE),
-    "data.prefetch_batches": ("more than 0", _POSITIVE),
-    "train.epochs": ("more than 0", _POSITIVE),
-    "train.global_batch_size": ("more than 0", _POSITIVE),
-    "train.label_smoothing": ("a share in [0, 1)", _RATE),
-    "train.stall_secs": ("0 or more", _NOT_NEGATIVE),
-    "train.log_every_steps": ("more than 0", _POSITIVE),
-    "optim.learning_rate": ("more than 0", _POSITIVE),
-    "optim.momentum": ("a share in [0, 1)", _RATE),
-    "optim.weight_decay": ("0 or more", _NOT_NEGATIVE),
-    "optim.warmup_epochs": ("0 or more", _NOT_NEGATIVE),
-    "optim.warmup_steps": ("0 or more", _NOT_NEGATIVE),
-    "eval.every_epochs": ("more than 0", _POSITIVE),
-    "eval.batch_size": ("0 or more", _NOT_NEGATIVE),
-    "eval.image_size_px": ("0 or more", _NOT_NEGATIVE),
-    "eval.crop_fraction": ("a share in [0, 1]", _SHARE),
+    "optim.rate_multipliers": ('pairs with brackets around each, such as (("^params/classifier", 1.0),)', _is_pairs),
+    "optim.schedule": _one_of(*SCHEDULES),
+    "optim.milestone_epochs": _each("epochs above 0, at most a million", lambda value: 0 < value <= 1e6),
+    "optim.milestone_steps": ("whole numbers from 1 on", lambda value: all(map(_whole(1)[1], value))),
+    "optim.milestone_rates": _each("rates from 0 on", lambda value: value >= 0),
+    "optim.decay_factor": _number("more than 0", lambda value: value > 0),
+    "optim.decay_epochs": _EPOCHS,
+    "optim.decay_steps": _STEPS,
+    "optim.staircase": _SWITCH,
+    "optim.end_learning_rate": _NOT_NEGATIVE,
+    "optim.cycle_epochs": _EPOCHS,
+    "optim.cycle_steps": _STEPS,
+    "optim.cycle_multiplier": _number("1 to 1000", lambda value: 1 <= value <= 1000),
+    "optim.cycle_decay": _number("a factor in (0, 1]", lambda value: 0 < value <= 1),
+    "optim.rise_fraction": _number("a share in (0, 1)", lambda value: 0 < value < 1),
+    "optim.start_divisor": _number("1 or more", lambda value: value >= 1),
+    "optim.end_divisor": _number("1 or more", lambda value: value >= 1),
+    "optim.warmup_epochs": _EPOCHS,
+    "optim.warmup_steps": _STEPS,
+    "optim.warmup_learning_rate": _NOT_NEGATIVE,
+    "eval.every_epochs": _number("more than 0", lambda value: value > 0),
+    "eval.batch_size": _whole(0),
+    "eval.image_size_px": _whole(0, _SIDE),
+    "eval.crop_fraction": _SHARE,
     "eval.interpolation": ("bilinear, bicubic or empty", lambda value: value in ("", "bilinear", "bicubic")),
     "eval.crops": _one_of(1, 10),
     "eval.class_map": ("present or empty", lambda value: value in ("", "present")),
-    "eval.checkpoint": ("latest, best or a step", lambda value: value in ("latest", "best") or str(value).isdigit()),
-    "checkpoint.every_steps": ("more than 0", _POSITIVE),
-    "checkpoint.max_to_keep": ("more than 0", _POSITIVE),
-    "serve.batch_sizes": ("sizes from 1 to 1024", lambda value: value and 1 <= min(value) <= max(value) <= 1024),
-    "serve.batch_wait_secs": ("a time from 0 to 10", lambda value: 0 <= value <= 10),
+    "eval.per_class_output": _TEXT,
+    "eval.confusion_output": _TEXT,
+    "eval.checkpoint": (
+        "latest, best or a step",
+        lambda value: value in ("latest", "best") or (str(value).isdecimal() and str(value).isascii()),
+    ),
+    "checkpoint.every_steps": _whole(1),
+    "checkpoint.max_to_keep": _whole(1),
+    "serve.batch_sizes": (
+        "sizes from 1 to 1024",
+        lambda value: bool(value) and all(map(_whole(1, 1024)[1], value)),
+    ),
+    "serve.batch_wait_secs": _number("a time from 0 to 10", lambda value: 0 <= value <= 10),
 }
 
 
@@ -183,6 +263,15 @@ def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.Conf
     return f"--{name} is not a flag{nearest(plain, keys, '--config.')}=VALUE."
 
 
+# What the flags' parsers raise, and what they mean.
+_EXPECTED_BY_PARSERS = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+    "is not an integer in the range": "a whole number in its range",
+}
+
+
 def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
     """One sentence for what absl, ml_collections or a recipe raised while the command line was read.
 
@@ -191,8 +280,14 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
         arguments: the command line.
         known: settings with every valid key, to find the nearest one to a misspelt key.
     """
+    if wrong := re.match(r"flag --(\S+?)=(.*?): (.*)", str(error), re.DOTALL):
+        name, value, why = wrong.groups()
+        for part, expected in _EXPECTED_BY_PARSERS.items():
+            if part in why:
+                shown = name if name.startswith("config.") else f"--{name}"
+                return f"{shown} is {value!r}; expected {expected}."
     if not isinstance(error, AttributeError | KeyError):
-        return f"{error}".replace("flag --", "--")
+        return first_line(error).replace("flag --", "--")
     found = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
     name = found.group(1) if found else str(error)
     keys = [key for key, _ in flatten(known)]
@@ -203,6 +298,14 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
     return f"the recipe sets or reads {name}, which is not a setting{nearest(name, keys, 'config.')}."
 
 
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from _floats(entry)
+
+
 def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """Checks every value on its own and freezes the settings.
 
@@ -210,9 +313,15 @@ def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConf
         UserError: a value is out of its range; the message names the key, the value and what is expected.
     """
     for key, value in flatten(config):
-        expected, accepts = _RULES.get(key, ("", lambda _: True))
-        if not accepts(value):
+        expected, accepts = RULES.get(key, ("", lambda _: True))
+        try:
+            right = accepts(value)
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
+            right = False
+        if not right:
             raise UserError(f"config.{key} is {value!r}; expected {expected}.")
+        if not all(abs(number) <= _LARGEST for number in _floats(value)):
+            raise UserError(f"config.{key} is {value!r}; expected numbers that float32 can hold.")
     return ml_collections.FrozenConfigDict(config)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,9 +93,22 @@ def started_from(workdir: str, pretrained: str) -> bool:
         return False
 
 
+def to_json(content: Any, **options: Any) -> str:
+    """Returns `content` as JSON by the standard, which knows neither NaN nor Infinity: these become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), allow_nan=False, **options)
+
+
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes `content` so that the file is whole at every moment: to a neighbor first, then moved into place."""
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
+    _write_whole(path, to_json(content, indent=2) + "\n")
 
 
 def _write_whole(path: str, text: str) -> None:

@@ -25,7 +25,7 @@ from tests.running import run_main
         (["--epochs", "3"], "--epochs is not a flag; the nearest is --config.train.epochs=VALUE."),
         (["--confg=x"], "--confg is not a flag; the nearest is --config."),
         (["--toppk=3"], "--toppk is not a flag; the nearest is --topk."),
-        (["--config.optim.learning_rate=fast"], "could not convert string to float: 'fast'"),
+        (["--config.optim.learning_rate=fast"], "config.optim.learning_rate is 'fast'; expected a number."),
         (["--config=configs/nothing.py"], "--config configs/nothing.py: there is no such recipe or file"),
         (["--config=digts"], "--config digts: there is no such recipe or file; the nearest is digits,"),
         (["--mode=trian"], "trian"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import report_full_disk
+from densenet_jax.workdir import to_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,6 +46,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
         if not {"step", "epoch", "split", "loss", "top1", "top5"} <= record.keys():
             raise ValueError("step, epoch, split, loss, top1 or top5 is missing")
+        record |= {name: math.nan for name in ("loss", "top1", "top5") if record[name] is None}  # JSON has no NaN
         if not isinstance(record["split"], str) or type(record["step"]) is not int:
             raise ValueError("step is not a whole number or split not a text")
         for name, value in record.items():
@@ -76,7 +79,7 @@ class Writers:
         kept = [record for record in read_metrics(workdir) if record["step"] <= resumed_step] if resumed_step else []
         temporary = f"{path}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.writelines(to_json(record) + "\n" for record in kept)
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         # Written at once and not by EventFileWriter's thread, whose errors nobody could catch.
@@ -100,7 +103,7 @@ class Writers:
             if isinstance(value, int | float)
         ]
         with report_full_disk(self._directory):
-            self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._file.write(to_json({"step": step, "split": split, **values}) + "\n")
             self._file.flush()
             self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
 
