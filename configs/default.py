@@ -74,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
     train.label_smoothing = 0.0  # spread this much evenly over all classes
-    train.log_every_steps = 50  # steps between reports
+    train.log_every_steps = 0  # steps between reports; 0: 50, fewer in a run of less than 1,000 steps
     train.stall_secs = 600.0  # tell, with stack traces of all threads, when nothing moves for so long; 0: never
 
     optim = config.optim = ml_collections.ConfigDict()

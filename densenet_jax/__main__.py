@@ -14,8 +14,9 @@ import os
 import sys
 from typing import NoReturn
 
-# Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal, and XLA's errors
+# come as exceptions as well.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from densenet_jax.flags import MODES, describe

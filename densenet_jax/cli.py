@@ -16,6 +16,7 @@ from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.flags import MODES, Command
 from densenet_jax.predict.model import settings_of_run
+from densenet_jax.system.console import drop, print_status
 from densenet_jax.workdir import to_json
 
 # What absl, ml_collections and recipes raise.
@@ -106,11 +107,14 @@ def main(arguments: list[str]) -> int:
         with processes.join(_cluster(command), stops_together=command.mode == "train"):
             result = modes.run(command.mode, config, command.workdir, command)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_status(f"error: {' '.join(str(error).split())}", everywhere=True)
         return 2
     except (Preempted, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        print_status(str(stop) or "interrupted", everywhere=True)
         return 130
     if processes.is_first():
-        print(to_json(result), flush=True)
+        try:
+            print(to_json(result), flush=True)
+        except (OSError, ValueError, AttributeError):  # nobody reads it any more: what it tells of is done all the same
+            drop(sys.stdout)
     return 3 if result.get("refused") else 0

@@ -38,11 +38,6 @@ MAY_CHANGE_ON_RESUME = (
     "serve.",
 )
 
-# Settings that older runs don't have, with the values that they were made with.
-ADDED_LATER: dict[str, Any] = {
-    "data": {"class_order": "text", "allow_changed": False, "pixel_range": [], "exif_orientation": False}
-}
-
 _Rule = tuple[str, Callable[[Any], bool]]  # what is expected, check; a check that raises has found another type
 _LARGEST = 3.4e38  # of float32
 
@@ -166,7 +161,7 @@ RULES: dict[str, _Rule] = {
     "train.sharding": _one_of("replicated", "fsdp"),
     "train.average_decay": _BELOW_1,
     "train.label_smoothing": _BELOW_1,
-    "train.log_every_steps": _whole(1),
+    "train.log_every_steps": _whole(0),
     "train.stall_secs": _number("a time from 0 on", lambda value: 0 <= value <= 1e9),
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.learning_rate": _POSITIVE,

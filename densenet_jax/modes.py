@@ -33,6 +33,7 @@ from densenet_jax.serve.serve import LIMITS, Address, check_installed, listen, s
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import without_late_answers
 from densenet_jax.system.host import has_nvidia
+from densenet_jax.training.checkpoint import describe_checkpoints
 from densenet_jax.workdir import check_settings, started_from
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not kno
 
 def _set_up_logging() -> None:
     """Our warnings are said to the person at the terminal; of the libraries only errors are."""
-    for library in ("jax", "grain", "jax2onnx"):
+    for library in ("jax", "grain", "jax2onnx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -104,6 +105,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     else:
         step, variables = experiment.saved_variables(workdir)
         what = f"step {step} of {workdir}"
+        print_status(describe_checkpoints(workdir))
     print_status(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
     with spinner("compiling"):
         eval_step = experiment.compile_eval_step(confusion=tables.wanted)

@@ -17,7 +17,9 @@ from densenet_jax.data.class_names import LABELS_FILE, format_labels, read_label
 from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
+from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
+from densenet_jax.training.integrity import finished_steps
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
     if not processes.is_first():
         yield lambda: None
         return
+    is_new = not os.path.isdir(workdir)
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
@@ -55,6 +58,11 @@ def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
 
     try:
         yield check
+    except UserError:
+        if is_new and os.path.isdir(workdir) and os.listdir(workdir) == [".lock"]:
+            os.unlink(os.path.join(workdir, ".lock"))  # a refused command leaves nothing behind
+            os.rmdir(workdir)
+        raise
     finally:
         for lock in locks:
             os.close(lock)
@@ -181,7 +189,8 @@ def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None
 def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
 
-    Of several processes the first one writes; the others see whether they share the directory with it.
+    A directory without a finished checkpoint holds nothing worth keeping and is taken over by other settings. Of
+    several processes the first one writes; the others see whether they share the directory with it.
 
     Raises:
         UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`
@@ -190,8 +199,13 @@ def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None 
     path = os.path.join(workdir, "config.json")
     current = to_dict(config)
     if processes.is_first():
-        if os.path.exists(path):
+        if os.path.exists(path) and finished_steps(os.path.join(workdir, "checkpoints")):
             check_settings(workdir, config, defaults)
+            before, now = (settings["model"]["dtype"] for settings in (read_settings(workdir), current))
+            if before != now:
+                print_status(f"continuing in {now} what {before} began")
+        elif os.path.exists(path) and (changed := differences(read_settings(workdir), current, defaults)):
+            print_status(f"{workdir} has no finished checkpoint and is started anew ({'; '.join(changed)})")
         if not os.path.exists(path) or read_settings(workdir) != current:
             with report_full_disk(workdir):
                 write_json(path, current)

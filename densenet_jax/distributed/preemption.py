@@ -14,7 +14,7 @@ class Preempted(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C until the step under way is done; a second Ctrl-C stops at once.
+    """Remembers SIGTERM, SIGHUP (a lost terminal) and Ctrl-C until the step is done; a second Ctrl-C stops at once.
 
     Of several processes any one may be asked. JAX's own handler of SIGTERM then makes all of them agree on the next
     step that none has passed; a Ctrl-C is handed on to it.
@@ -26,7 +26,10 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGINT, *([] if self._together else [signal.SIGTERM])]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._remember)
         return self
 

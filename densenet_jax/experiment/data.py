@@ -37,6 +37,20 @@ class Data:
         """The records that are trained on."""
         return self._open(self.config.data.train_split)
 
+    def check_batch(self) -> None:
+        """Checks that a training batch is not larger than the data set.
+
+        Raises:
+            UserError: it is.
+        """
+        config, examples = self.config, len(self.train_source)
+        distinct = config.train.global_batch_size // config.augment.repeats
+        if distinct > examples:
+            raise UserError(
+                f"config.train.global_batch_size is {config.train.global_batch_size}, but {config.data.name} has "
+                f"{examples:,} training images; take {examples * config.augment.repeats} or less."
+            )
+
     def count_train_examples(self) -> tuple[int, bool]:
         """How many images are trained on, and whether they were counted.
 

@@ -21,6 +21,8 @@ from densenet_jax.kernels.select import check_wanted
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.models.variants import Variant, get_variant
+from densenet_jax.system.console import print_status
+from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.eval_step import EvalSums, make_eval_step
@@ -188,10 +190,34 @@ class Experiment:
         """Shapes, dtypes and layout of the state."""
         return self.state_recipe.abstract(self.layout)
 
+    def check(self, workdir: str, *, starts: bool) -> None:
+        """Checks all that training needs, the cheapest first, before anything is compiled or written.
+
+        Args:
+            workdir: where checkpoints are to go; need not exist yet.
+            starts: there is no checkpoint, so that pretrained weights are needed where the settings name some.
+
+        Raises:
+            UserError: something in the settings, the data, the weights or the machine is not as it should be.
+        """
+        self.data.check_batch()
+        self.data.mean_std()
+        self.check_kernels()
+        self.mesh, self.schedule, self.optimizer, self.model  # noqa: B018 - each checks its settings
+        if starts and self.config.model.pretrained:
+            self._start_variables  # noqa: B018 - kept until the state is made
+        leaves = jax.tree.leaves(self.abstract_state)
+        check_room(workdir, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+
     def initial_state(self) -> TrainState:
         """The state before the first step, from pretrained weights where the settings name some."""
-        variables = self.pretrained_variables() if self.config.model.pretrained else None
+        variables = self._start_variables if self.config.model.pretrained else None
+        self.__dict__.pop("_start_variables", None)  # not in memory beside the state
         return self.state_recipe.create(self.layout, variables)
+
+    @functools.cached_property
+    def _start_variables(self) -> dict[str, Any]:
+        return self.pretrained_variables()
 
     def pretrained_variables(self) -> dict[str, Any]:
         """The weights that `config.model.pretrained` names, with a new head where the classes differ.
@@ -201,6 +227,7 @@ class Experiment:
         """
         config = self.config
         self.data.check_weights(config.model.pretrained)
+        print_status(f"reading the weights {config.model.pretrained}")
         variables = load_pretrained(
             config.model.name,
             config.model.pretrained,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from densenet_jax.config import ADDED_LATER, check_config
+from densenet_jax import recipes
+from densenet_jax.config import check_config
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
 from densenet_jax.data.sources import is_prepared
@@ -71,7 +72,7 @@ def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: M
         UserError: there is no run, its settings can't be read, or a value is out of range.
     """
     try:
-        settings = ml_collections.ConfigDict(dict(defaults) or ADDED_LATER)
+        settings = ml_collections.ConfigDict(dict(defaults) or recipes.defaults().to_dict())
         with settings.ignore_type():  # JSON has no tuples
             settings.update(read_settings(workdir))
             settings.update_from_flattened_dict(dict(overrides))

@@ -18,7 +18,7 @@ from densenet_jax.system.console import Bar, print_status, spinner
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.system.host import memory_used
 from densenet_jax.system.profiler import Profile
-from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.checkpoint import Checkpoints, describe_checkpoints
 from densenet_jax.training.integrity import finished_steps
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
@@ -163,8 +163,12 @@ class Trainer:
         self._writers.write(self._step, "train", values)
         mixed = " of mixed images" if self._experiment.mixes else ""
         bar.figures(
-            f"epoch {epoch:.1f}  loss {figures['loss']:.4f}  top-1{mixed} {figures['top1']:.2%}  lr {rate:.4g}  "
-            f"{speed['images_per_sec']:.0f} images/s  waiting {speed['data_wait_fraction']:.0%}"
+            f"loss {figures['loss']:.4f}",
+            f"{speed['images_per_sec']:.0f} images/s",
+            f"lr {rate:.4g}",
+            f"top-1{mixed} {figures['top1']:.2%}",
+            f"epoch {epoch:.1f}",
+            f"waiting {speed['data_wait_fraction']:.0%}",
         )
 
     def _validate(self, record: bool = True) -> dict[str, Any]:
@@ -228,10 +232,9 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
         Preempted: SIGTERM or Ctrl-C; the state is saved.
         UserError: a mistake that the user can mend, or a full disk.
     """
+    experiment.check(workdir, starts=not finished_steps(os.path.join(workdir, "checkpoints")))
+    profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
     with only_run_in(workdir) as check_workdir, report_full_disk(workdir), StopRequest() as stop:
-        experiment.mesh, experiment.model, experiment.schedule, experiment.optimizer  # noqa: B018 - mistakes first
-        experiment.check_kernels()
-        profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
         dataset, same_classes = _check_dataset(experiment, workdir)
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, dataset["classes"], keep_others=same_classes)
@@ -247,4 +250,6 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
             processes.try_for(_CLOSING_SECS, trainer.close)
             raise
         trainer.close()
+        if processes.is_first():
+            print_status(describe_checkpoints(workdir))
         return figures

@@ -1,20 +1,57 @@
 """What a person sees while a run goes on, on standard error: a bar on a terminal, else a line a report."""
 
 import contextlib
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from typing import IO, Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_WIDE = 110  # columns from which on there is room for a bar beside the figures
+_LONG_SECS = 60.0  # of a compilation, until it is explained
 
 
-def print_status(message: str) -> None:
-    """Prints one line for a person; only the first process speaks."""
-    if jax.process_index() == 0:
+class _StandardError:
+    """Today's sys.stderr; when nobody reads it any more, or its disk is full, what is written is dropped."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(AttributeError, ValueError):  # closed before or after Python's start
+            try:
+                sys.stderr.write(text)
+            except OSError:
+                drop(sys.stderr)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(AttributeError, ValueError):
+            try:
+                sys.stderr.flush()
+            except OSError:
+                drop(sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def drop(stream: IO[str]) -> None:
+    """Points a standard stream that can't be written to at nothing, so that no later write and no exit fails of it."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+_console = Console(file=_StandardError(), highlight=False, emoji=False, soft_wrap=True)  # type: ignore[arg-type]
+
+
+def print_status(message: str, *, everywhere: bool = False) -> None:
+    """Prints one line for a person; only the first process speaks, unless it is to be said `everywhere`."""
+    if everywhere or jax.process_index() == 0:
         _console.print(message, markup=False)
 
 
@@ -28,17 +65,24 @@ def duration(secs: float) -> str:
 def spinner(what: str) -> Iterator[None]:
     """Shows that `what` is under way, and afterwards how long it took."""
     start = time.perf_counter()
-    if _console.is_terminal and jax.process_index() == 0:
-        with _console.status(what):
+    note = f"{what} takes long: large networks take minutes the first time, and the next start reads what was compiled"
+    explain = threading.Timer(_LONG_SECS, print_status, [note])
+    explain.daemon = True
+    explain.start()
+    try:
+        if _console.is_terminal and jax.process_index() == 0:
+            with _console.status(what):
+                yield
+        else:
+            print_status(f"{what} ...")
             yield
-    else:
-        print_status(f"{what} ...")
-        yield
+    finally:
+        explain.cancel()
     print_status(f"{what}: {time.perf_counter() - start:.1f} s")
 
 
 class Bar:
-    """A bar over `total` steps with a line of figures beside it."""
+    """A bar over `total` steps with figures beside it."""
 
     def __init__(self, what: str, total: int, done: int = 0):
         """Starts at `done` steps of `total`."""
@@ -48,16 +92,10 @@ class Bar:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if _console.is_terminal and jax.process_index() == 0:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=_console,
-                transient=True,
-            )
+            bar = [BarColumn(bar_width=20)] if _console.width >= _WIDE else []
+            counts = TextColumn("{task.description} {task.completed}/{task.total}")
+            figures = TextColumn("{task.fields[figures]}", markup=False)
+            self._progress = Progress(SpinnerColumn(), counts, *bar, figures, console=_console, transient=True)
             self._task = self._progress.add_task(what, total=total, completed=done, figures="")
             self._progress.start()
 
@@ -78,17 +116,24 @@ class Bar:
             return float("inf")
         return (time.perf_counter() - self._started) / done * (self._total - self._done)
 
-    def figures(self, text: str) -> None:
-        """Shows the newest figures beside the bar, or as a line of their own where there is no terminal."""
+    def figures(self, *texts: str) -> None:
+        """Shows the newest figures and the time left beside the bar, or as a line where there is no terminal.
+
+        Args:
+            *texts: the most important first; a narrow terminal leaves out the last.
+        """
         left = self.time_left_secs()
-        text = f"{text}  left {duration(left)}" if left != float("inf") else text
-        if self._progress is not None:
-            self._progress.update(self._task, figures=text)
-        else:
-            print_status(f"{self._what} {self._done}/{self._total}  {text}")
+        parts = [f"left {duration(left)}", *texts] if left != float("inf") else list(texts)
+        if self._progress is None:
+            print_status(f"{self._what} {self._done}/{self._total}  {'  '.join([*parts[1:], parts[0]])}")
+            return
+        taken = len(f"{self._what} {self._total}/{self._total}") + 4 + (21 if _console.width >= _WIDE else 0)
+        while len(parts) > 1 and taken + len("  ".join(parts)) > _console.width:
+            parts.pop()
+        self._progress.update(self._task, figures="  ".join(parts))
 
     def close(self) -> None:
         """Takes the bar off the screen."""
         if self._progress is not None:
             self._progress.stop()
-            sys.stderr.flush()
+            _console.file.flush()

@@ -39,6 +39,23 @@ def report_full_disk(directory: str) -> Iterator[None]:
         ) from error
 
 
+def check_room(directory: str, byte_count: int) -> None:
+    """Checks that the disk of a directory, which need not exist yet, has room for `byte_count` bytes.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    place = os.path.abspath(directory)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if free < byte_count:
+        raise UserError(
+            f"{directory} can't be written to: a checkpoint needs up to {byte_count / 2**20:,.1f} MiB and "
+            f"{free / 2**20:,.1f} MiB are free there; make room or choose another --workdir."
+        )
+
+
 def without_late_answers(said: Any) -> None:
     """A `sys.unraisablehook` that drops what a failed save leaves behind.
 

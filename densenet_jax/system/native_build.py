@@ -1,5 +1,11 @@
-"""Small libraries of our own, compiled on the machine that they are for: where they lie, and the call of a compiler."""
+"""Small libraries of our own, compiled on the machine that they are for, at first use or by a command.
 
+DENSENET_JAX_NATIVE=0 forbids their use, DENSENET_JAX_BUILD=0 only that they are compiled without being asked for.
+"""
+
+import contextlib
+import fcntl
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -7,7 +13,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+
+from densenet_jax.system.console import print_status
+
+_BUILD_SECS = 300.0  # zig compiles its own C++ library the first time: two minutes
 
 
 def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
@@ -22,15 +33,69 @@ def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
     return [source.with_name(name), cache / "densenet_jax" / name]
 
 
-def find_compiler(variable: str, usual: str, language: str) -> str:
-    """The compiler that an environment variable names, else the usual one.
+def find_compiler(variable: str, usual: str, language: str) -> list[str]:
+    """Returns the command of the compiler that an environment variable names, else the usual one, else zig's.
+
+    Args:
+        variable: CC or CXX.
+        usual: what the compiler is called where the variable is not set.
+        language: for the message.
 
     Raises:
         RuntimeError: there is none.
     """
     if compiler := shutil.which(os.environ.get(variable, usual)):
-        return compiler
-    raise RuntimeError(f"No {language} compiler was found ({variable} names none and there is no {usual}).")
+        return [compiler]
+    if variable not in os.environ and importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", usual]  # "cc" and "c++" are its subcommands, too
+    raise RuntimeError(
+        f"No {language} compiler was found ({variable} names none and there is no {usual}); "
+        "`pip install ziglang` brings one."
+    )
+
+
+def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callable[[], pathlib.Path]) -> None:
+    """Compiles a library that is not there yet, once on this machine; says so in one line, and never fails.
+
+    Of several processes one compiles and the others wait. A failure is remembered beside where the library would be,
+    and not tried again before the sources change.
+
+    Args:
+        what: the library, for the line.
+        places: where it may lie, as `library_places` gives them.
+        build: compiles it.
+    """
+    if "0" in (os.environ.get("DENSENET_JAX_BUILD"), os.environ.get("DENSENET_JAX_NATIVE")):
+        return
+    if any(place.exists() for place in places):
+        return
+    failed = places[-1].with_suffix(".failed")
+    with contextlib.suppress(OSError):
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        with open(failed.with_suffix(".lock"), "a", encoding="utf-8") as lock:
+            if not _locked(lock.fileno()) or failed.exists() or any(place.exists() for place in places):
+                return
+            start = time.perf_counter()
+            try:
+                build()
+                print_status(f"compiled {what} for this machine, once: {time.perf_counter() - start:.0f} s")
+            except RuntimeError as error:
+                why = " ".join(str(error).split())[:300]
+                failed.write_text(f"{why}\n", encoding="utf-8")
+                print_status(f"{what} can't be compiled here, so it is slower: {why} (remove {failed} to try again)")
+
+
+def _locked(file: int) -> bool:
+    """Waits for the lock, as long as another process may compile."""
+    end = time.monotonic() + _BUILD_SECS
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return True
+    return False
 
 
 def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> pathlib.Path:
@@ -48,7 +113,12 @@ def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> p
         raise RuntimeError("Neither the package nor the user's cache can be written.")
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         compiled = pathlib.Path(folder) / place.name
-        result = subprocess.run([*command, "-o", str(compiled)], capture_output=True, text=True, check=False)
+        try:
+            result = subprocess.run(
+                [*command, "-o", str(compiled)], capture_output=True, text=True, check=False, timeout=_BUILD_SECS
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"{command[0]} failed: {error}") from error
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]
             why = next((line for line in lines if "error" in line), lines[0])

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import (
     CHECKSUMS_MARK,
@@ -106,7 +107,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        position = {"next_step": step, "window": window, CHECKSUMS_MARK: True}
+        position = {"next_step": step, "window": window, CHECKSUMS_MARK: True, "devices": jax.device_count()}
         position |= {"dataset": dataset} if dataset else {}
         self._last_saved = step
         with self._report_lost_files():
@@ -208,6 +209,8 @@ class Checkpoints:
             raise kind(f"{path} can't be restored: {first_line(error)}") from error
         if restored["data"]["next_step"] != step:
             raise DamagedCheckpointError(f"{path} is damaged: it was saved at step {restored['data']['next_step']}")
+        if (devices := restored["data"].get("devices", jax.device_count())) != jax.device_count():
+            print_status(f"continuing on {jax.device_count()} devices what {devices} began")
         state, wanted = restored["state"], like.loss_scale
         if (state.loss_scale is None) != (wanted is None):
             scale = None if wanted is None else jax.device_put(LossScale.create(), shardings_of(wanted))
@@ -328,6 +331,24 @@ def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         return checkpoints.directory, checkpoints.resolve(which)
+    finally:
+        checkpoints.close()
+
+
+def describe_checkpoints(workdir: str) -> str:
+    """Returns which checkpoints of a run are its latest and its best, for people.
+
+    Raises:
+        UserError: there are none.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        latest, best = checkpoints.resolve("latest"), checkpoints.best_step()
+        if best is None:
+            return f"the latest checkpoint is step {latest}; none was validated"
+        score = saved_score(os.path.join(checkpoints.directory, str(best)), _BEST_METRIC)
+        which = "also the best" if best == latest else f"the best is step {best}"
+        return f"the latest checkpoint is step {latest}, {which} (validation top-1 {score:.2%})"
     finally:
         checkpoints.close()
 

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.training.integrity import check_files
+from densenet_jax.training.integrity import DamagedCheckpointError, check_files, finished_steps
 
 
 @contextlib.contextmanager
@@ -54,6 +54,15 @@ def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
             )
 
 
+def _newest_whole(directory: str, damaged: int) -> int | None:
+    """The newest other step whose files are what was written."""
+    for step in reversed(finished_steps(directory)):
+        with contextlib.suppress(DamagedCheckpointError):
+            if step != damaged and check_files(os.path.join(directory, str(step))):
+                return step
+    return None
+
+
 def restore_variables(
     directory: str, step: int, sharding: jax.sharding.Sharding, averaged: bool = True
 ) -> dict[str, Any]:
@@ -67,7 +76,12 @@ def restore_variables(
         UserError: the checkpoint can't be read.
     """
     path = os.path.join(directory, str(step), "state")
-    check_files(os.path.dirname(path))
+    try:
+        check_files(os.path.dirname(path))
+    except DamagedCheckpointError as error:
+        good = _newest_whole(directory, step)
+        advice = "no other checkpoint is whole" if good is None else f"step {good} is whole: --checkpoint={good}"
+        raise DamagedCheckpointError(f"{error}; {advice}.") from error
     try:
         with orbax_errors_only(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree

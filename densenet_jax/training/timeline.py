@@ -14,7 +14,8 @@ class Timeline:
         epochs: passes over the split; fractions are allowed.
         eval_every_epochs: epochs between validations; there is one at the end as well.
         save_every_steps: steps between checkpoints; every validation saves as well.
-        report_every_steps: steps between reports; the last step reports as well.
+        report_every_steps: steps between reports; the last step reports as well. 0: 50, in a short run fewer, so that
+            its curves have at least twenty points where it has as many steps.
     """
 
     examples: int
@@ -55,4 +56,5 @@ class Timeline:
 
     def is_report_step(self, step: int) -> bool:
         """Whether a report is due after `step` steps."""
-        return step % self.report_every_steps == 0 or step == self.total_steps
+        every = self.report_every_steps or max(1, min(50, self.total_steps // 20))
+        return step % every == 0 or step == self.total_steps

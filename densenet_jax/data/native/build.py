@@ -1,7 +1,8 @@
 """Compiles the helper: `python -m densenet_jax.data.native.build`.
 
-Needs a C compiler and libjpeg-turbo's headers (Debian: `apt-get install gcc libjpeg-dev`; macOS: Xcode's tools and
-`brew install jpeg-turbo`). Without the helper everything works, with the wheels' decoders and at their speed.
+Reading JPEG files does the same at its first use. Needs a C compiler and libjpeg-turbo's headers (Debian: `apt-get
+install gcc libjpeg-dev`; macOS: Xcode's tools and `brew install jpeg-turbo`). Without the helper everything works, with
+the wheels' decoders and at their speed.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ def build() -> pathlib.Path:
         RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.
     """
     extra = os.environ.get("CFLAGS", "").split()
-    command = [find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg"]
+    command = [*find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg"]
     return compile_library(library_paths(), command)
 
 

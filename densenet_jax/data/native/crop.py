@@ -8,8 +8,9 @@ import os
 import cv2
 import numpy as np
 
-from densenet_jax.data.native.build import library_paths
+from densenet_jax.data.native.build import build, library_paths
 from densenet_jax.data.resize import vertical_first
+from densenet_jax.system.native_build import build_at_first_use
 
 _SIDE_MARGIN = 160  # pixels beside a part that decoding may write as well
 _EIGHT_PIXELS = 32  # bytes; eight lines are resized across at the same time
@@ -37,6 +38,7 @@ def _library() -> ctypes.CDLL | None:
     """Loads the compiled helper; None if it was not built, or DENSENET_JAX_NATIVE=0 forbids it."""
     if os.environ.get("DENSENET_JAX_NATIVE") == "0":
         return None
+    build_at_first_use("the JPEG helper", library_paths(), build)
     pointer, number, taps = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Taps)
     for path in library_paths():
         try:

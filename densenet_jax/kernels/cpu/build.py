@@ -1,7 +1,8 @@
 """Compiles the CPU kernels: `python -m densenet_jax.kernels.cpu.build`.
 
-Needs a C++17 compiler (Debian: `apt-get install g++`; macOS: Xcode's tools); XLA's headers come with jaxlib. Without
-them everything works, at the speed of XLA's own convolutions.
+Training on a CPU does the same at its first use. Needs a C++17 compiler (Debian: `apt-get install g++`; macOS: Xcode's
+tools; anywhere: `pip install ziglang`); XLA's headers come with jaxlib. Without the library everything works, at the
+speed of XLA's own convolutions.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def build() -> pathlib.Path:
     """
     extra = os.environ.get("CXXFLAGS", "").split()
     compiler, include = find_compiler("CXX", "c++", "C++"), f"-I{jax.ffi.include_dir()}"
-    command = [compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, str(_SOURCE)]
+    command = [*compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, str(_SOURCE)]
     return compile_library(library_paths(), command)
 
 

@@ -8,6 +8,8 @@ import os
 
 import jax
 
+from densenet_jax.system.native_build import build_at_first_use
+
 # Call: symbol in the library.
 _CALLS = {
     "output": "DensenetConvolution",
@@ -28,10 +30,11 @@ def target_names() -> dict[str, str]:
 
     A name contains the library's own, so that a program compiled with one library is not run with another.
     """
-    from densenet_jax.kernels.cpu.build import library_paths  # not at load: `python -m` runs that module
+    from densenet_jax.kernels.cpu.build import build, library_paths  # not at load: `python -m` runs that module
 
     if os.environ.get("DENSENET_JAX_NATIVE") == "0":
         return {}
+    build_at_first_use("the CPU kernels", library_paths(), build)
     for path in library_paths():
         try:
             library = ctypes.CDLL(os.fspath(path))
