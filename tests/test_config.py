@@ -120,10 +120,18 @@ DEFAULTS = to_dict(default.get_config())
 
 def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
     claim_workdir(str(tmp_path), frozen(), DEFAULTS)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"config.optim.learning_rate: 0.1 -> 0.2"):
         claim_workdir(str(tmp_path), frozen(**{"optim.learning_rate": 0.2}), DEFAULTS)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_workdir_without_a_checkpoint_is_taken_over(tmp_path, capsys):
+    claim_workdir(str(tmp_path), frozen(), DEFAULTS)
+    claim_workdir(str(tmp_path), frozen(**{"optim.learning_rate": 0.2}), DEFAULTS)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 0.2
+    assert "has no finished checkpoint and is started anew" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_change_the_run_may_differ(tmp_path):
@@ -136,6 +144,7 @@ def test_setting_that_an_older_run_does_not_know_had_its_default(tmp_path):
     older = to_dict(frozen())
     del older["augment"]["repeats"], older["eval"]
     (tmp_path / "config.json").write_text(json.dumps(older))
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(UserError, match=r"\(config.augment.repeats: 1 -> 2\)"):
         claim_workdir(str(tmp_path), frozen(**{"augment.repeats": 2}), DEFAULTS)
     claim_workdir(str(tmp_path), frozen(), DEFAULTS)

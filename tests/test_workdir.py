@@ -1,61 +1,99 @@
-"""The work directory is held by one run, and what happens to it during a run is noticed."""
+"""Mistakes cost nothing: nothing is written before all is right, and a work directory of an older version opens."""
 
+import hashlib
+import json
 import os
+import pathlib
 import shutil
+import tarfile
+from collections import namedtuple
 
+import numpy as np
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.workdir import only_run_in, write_labels
+from densenet_jax.system import disk
+from densenet_jax.workdir import only_run_in
+from tests.ended_runs import checkpoint_steps, saved_arrays
+from tests.in_process import run_here
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+SHORT = ("--config=digits", "--config.train.epochs=0.2", "--config.optim.warmup_epochs=0")
 
 
-def test_a_second_run_is_refused_and_the_lock_ends_with_the_first(tmp_path):
-    with (
-        only_run_in(str(tmp_path)),
-        pytest.raises(UserError, match="in use by another run"),
-        only_run_in(str(tmp_path)),
-    ):
-        pass
-    with only_run_in(str(tmp_path)):
-        pass
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.global_batch_size=4000", "but digits has 1,437 training images; take 1437 or less"),
+        ("train.global_batch_size=12", "which 8 devices don't divide"),
+        ("model.pretrained=nothing.safetensors", "no weights at 'nothing.safetensors'"),
+        ("data.mean=(0.1,0.2)", "config.data.mean has 2 numbers"),
+        ("optim.freeze=^params/nothing", "matches 0 of"),
+        ("optim.warmup_epochs=3", "config.optim.warmup_steps is"),
+        ("profile=9:9", "which ends at step 17; the run has 5 steps"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(setting, message, user, tmp_path):
+    _, errors = run_here(*SHORT, f"--workdir={tmp_path}/run", f"--config.{setting}", expect=2, **user)
+    assert message in errors.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_follows_no_link(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "precious").write_text("content")
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.lock: a link, which is not followed"), only_run_in(str(tmp_path / "run")):
-        pass
-    assert (tmp_path / "precious").read_text() == "content"
+def test_room_on_the_disk_is_looked_at_first(user, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(2**18))
+    _, errors = run_here(*SHORT, f"--workdir={tmp_path}/a/run", expect=2, **user)
+    assert "a checkpoint needs up to 0.5 MiB and 0.2 MiB are free there; make room" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_removed_lock_is_taken_again(tmp_path, caplog):
-    (tmp_path / "config.json").write_text("{}")
-    with only_run_in(str(tmp_path)) as check:
-        check()
-        assert not caplog.records
-        os.remove(tmp_path / ".lock")
-        check()
-        assert "was removed during the run" in caplog.text
-        with pytest.raises(UserError, match="in use by another run"), only_run_in(str(tmp_path)):
-            pass
-        os.remove(tmp_path / ".lock")
-        with only_run_in(str(tmp_path)), pytest.raises(UserError, match="in use by another run"):
-            check()
+def test_a_refused_command_leaves_no_directory(tmp_path):
+    with pytest.raises(UserError), only_run_in(str(tmp_path / "run")):
+        raise UserError("a mistake")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(UserError), only_run_in(str(tmp_path / "kept")):
+        raise UserError("a mistake")
+    assert (tmp_path / "kept").is_dir()
 
 
-@pytest.mark.parametrize("remove", [shutil.rmtree, lambda path: os.remove(path / "config.json")])
-def test_a_work_directory_that_is_removed_or_emptied_during_the_run_is_a_users_error(remove, tmp_path):
-    workdir = tmp_path / "run"
-    with only_run_in(str(workdir)) as check:
-        (workdir / "config.json").write_text("{}")
-        check()
-        remove(workdir)
-        with pytest.raises(UserError, match="was removed or emptied during the run"):
-            check()
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """A run that an earlier version was stopped in; see fixtures/make_old_run.py."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(FIXTURES / "old_run.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "old_run", json.loads((FIXTURES / "old_run.json").read_text())
 
 
-def test_an_empty_file_of_labels_is_written_again(tmp_path):
-    (tmp_path / "labels.txt").touch()
-    write_labels(str(tmp_path), ["cat", "dog"])
-    assert (tmp_path / "labels.txt").read_text() == "cat\ndog\n"
+def test_an_older_run_is_restored_bit_for_bit(old_run):
+    workdir, expected = old_run
+    arrays = saved_arrays(workdir, expected["step"])
+    digests = {name: hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for name, each in arrays.items()}
+    assert digests == expected["arrays"]
+
+
+def test_an_older_run_is_evaluated_alike_and_continued_to_its_end(old_run, user, tmp_path):
+    workdir, expected = old_run
+    output, errors = run_here("eval", f"--workdir={workdir}", **user)
+    result = json.loads(output)
+    assert result.keys() == expected["eval"].keys()
+    assert result == pytest.approx(expected["eval"], rel=1e-4)
+    assert f"the latest checkpoint is step {expected['step']}; none was validated" in errors
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    output, errors = run_here("train", f"--workdir={copy}", **user)
+    assert f"continuing after step {expected['step']}" in errors
+    assert "the latest checkpoint is step 23, also the best" in errors
+    assert json.loads(output)["step"] == expected["end"]["step"] == checkpoint_steps(copy)[-1]
+    assert json.loads(output)["loss"] == pytest.approx(expected["end"]["loss"], rel=0.02)
+
+
+def test_a_damaged_checkpoint_names_one_that_is_whole(digits, tmp_path):
+    workdir = shutil.copytree(digits[0], tmp_path / "run")
+    good = next((workdir / "checkpoints").glob("[0-9]*"))
+    bad = shutil.copytree(good, workdir / "checkpoints" / "7")
+    data = max(bad.rglob("*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(bytes(os.path.getsize(data)))
+    _, errors = run_here("eval", f"--workdir={workdir}", "--checkpoint=7", expect=2)
+    assert f"is damaged: {data.relative_to(bad)}" in errors
+    assert f"step {good.name} is whole: --checkpoint={good.name}." in errors

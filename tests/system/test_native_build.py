@@ -1,0 +1,62 @@
+"""Native code is compiled by itself: once, told in one line, and nothing fails because of it."""
+
+import concurrent.futures
+import pathlib
+
+import pytest
+
+from densenet_jax.system import native_build
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """Where the library may lie, and a list with an entry for each time that it was compiled."""
+    monkeypatch.setenv("DENSENET_JAX_BUILD", "1")
+    monkeypatch.delenv("DENSENET_JAX_NATIVE", raising=False)
+    return [tmp_path / "package" / "x.so", tmp_path / "cache" / "x.so"], []
+
+
+def builder(places: list[pathlib.Path], calls: list[int], error: str = ""):
+    def build() -> pathlib.Path:
+        calls.append(1)
+        if error:
+            raise RuntimeError(error)
+        places[1].write_text("compiled")
+        return places[1]
+
+    return build
+
+
+def test_it_is_compiled_once_by_many_at_the_same_time_and_said_once(built, capsys):
+    places, calls = built
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: native_build.build_at_first_use("it", places, builder(places, calls)), range(4)))
+    assert len(calls) == 1
+    assert capsys.readouterr().err == "compiled it for this machine, once: 0 s\n"
+
+
+def test_a_failure_is_said_once_and_not_tried_again(built, capsys):
+    places, calls = built
+    for _ in range(2):
+        native_build.build_at_first_use("it", places, builder(places, calls, "no\ncompiler"))
+    assert len(calls) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("it can't be compiled here, so it is slower: no compiler")
+
+
+@pytest.mark.parametrize("variable", ["DENSENET_JAX_BUILD", "DENSENET_JAX_NATIVE"])
+def test_it_can_be_switched_off(built, monkeypatch, variable):
+    places, calls = built
+    monkeypatch.setenv(variable, "0")
+    native_build.build_at_first_use("it", places, builder(places, calls))
+    assert calls == []
+
+
+def test_a_wheel_brings_a_compiler_where_there_is_none(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert native_build.find_compiler("CXX", "c++", "C++")[1:] == ["-m", "ziglang", "c++"]
+    monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"No C\+\+ compiler was found .* `pip install ziglang` brings one"):
+        native_build.find_compiler("CXX", "c++", "C++")
