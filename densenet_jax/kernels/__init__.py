@@ -1,1 +1,1 @@
-"""Kernels for what compilers leave on the table, each with a twin in plain JAX."""
+"""Kernels for what compilers do worse, each with a reference in plain JAX."""

@@ -1,4 +1,4 @@
-"""Training of one network in several forms, and how far their results lie apart."""
+"""Trains one network in several implementations and compares the results."""
 
 import functools
 

@@ -30,17 +30,17 @@ CASES = {
     "biased variance": ("densenet_bc_22_12", {"unbiased_running_variance": False, "batch_norm_momentum": 0.5}),
     "frozen": ("densenet_bc_22_12", {"frozen_norms": "params/(?!classifier)"}),
     "frozen block": ("densenet_bc_22_12", {"frozen_norms": "denseblock1/|transition1"}),
-    "frozen readers after the block": ("densenet_bc_22_12", {"frozen_norms": "transition1|norm5"}),
+    "frozen norms after the block": ("densenet_bc_22_12", {"frozen_norms": "transition1|norm5"}),
     "frozen here and there": ("densenet_bc_22_12", {"frozen_norms": "layer1/norm2|layer2/norm1"}),
 }
-QUICK = ("no bottleneck", "dropout", "frozen readers after the block")
+QUICK = ("no bottleneck", "dropout", "frozen norms after the block")
 THOROUGH = ("bottleneck", "dropout, no bottleneck", "remat")
 EVERY_CASE = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
-def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
-    """Every platform's form on the structures; each other option on the one whose turn it is."""
+def test_outputs_statistics_and_every_gradient_are_the_plain_ones(case):
+    """Tests every platform on the structures, and each other option on one platform, by turns."""
     name, options = CASES[case]
     turn = PLATFORMS[list(CASES).index(case) % len(PLATFORMS)]
     with jax.enable_x64(True):
@@ -66,7 +66,7 @@ THINNED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "platform"), [(name, platform) for (_, platform), name in THINNED.items()])
-def test_every_variant_is_the_plain_form_s(name, platform):
+def test_every_variant_is_the_plain_one(name, platform):
     """With its own stem, transitions and bottleneck."""
     with jax.enable_x64(True):
         run = training_case(name, jnp.float64, side_px=33, batch=2, **_thinned(name))
@@ -95,7 +95,7 @@ def _block_gradients(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_form(platform):
+def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform):
     """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
     once = (f"normalize_once_{platform}", jnp.bfloat16)
     forms = [
@@ -125,7 +125,7 @@ def _distance(found, exact):
 
 @pytest.mark.parametrize("form", ["normalize_once_cpu", "normalize_once_tpu"])
 def test_devices_agree_on_the_statistics_of_each_map_once(form):
-    """Forward: one all-reduce for the moments of each map; what the compiler joins counts as one."""
+    """Forward: one all-reduce for the statistics of each feature map; what the compiler joins counts as one."""
     mesh = make_mesh()
     module, variables = _block(form, layers=3)
     x = jax.random.normal(jax.random.key(0), (8, 6, 6, 8))
@@ -136,7 +136,7 @@ def test_devices_agree_on_the_statistics_of_each_map_once(form):
     compiled = jax.jit(run, in_shardings=(replicated(mesh), over_data(mesh))).lower(variables, x).compile()
     reduced = re.findall(r"= (\S+|\(.*?\)) all-reduce(?:-start)?\(", compiled.as_text())
     channels = sum(int(count) for shapes in reduced for count in re.findall(r"f32\[(?:1,)?(\d+)\]", shapes))
-    # A mean and a variance a channel: the input's 8, three layers' 16 hidden and 4 new ones.
+    # A mean and a variance a channel: the input's 8, three layers' 16 bottleneck and 4 new ones.
     assert channels == 2 * (8 + 3 * (16 + 4))
     found = compiled(variables, jax.device_put(x, over_data(mesh)))
     assert largest_error(found, jax.jit(run)(variables, x)) < 1e-4
@@ -169,5 +169,5 @@ def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less(monkeypa
         assert stored(layers, remat=True) == 8 + 4 * layers
         assert stored(layers) <= stored(layers, "plain", remat=True) + 4
         assert stored(layers, "normalize_once_tpu") == stored(layers)
-    monkeypatch.setattr(select, "_ON_CHIP_BYTES", 0)  # hidden maps that a TPU would have to keep in memory
+    monkeypatch.setattr(select, "_ON_CHIP_BYTES", 0)  # bottlenecks that a TPU would have to keep in memory
     assert stored(5, "normalize_once_tpu") == stored(5, remat=True)

@@ -35,8 +35,8 @@ THOROUGH = ("one kernel for both paths", "a kernel each")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_statistics_and_every_gradient_are_the_plain_form_s(case):
-    """Every platform's form on the two structures; each option on the one whose turn it is."""
+def test_outputs_statistics_and_every_gradient_are_the_plain_ones(case):
+    """Tests every platform on the two structures, and each option on one platform, by turns."""
     name, options = CASES[case]
     turn = PLATFORMS[list(CASES).index(case) % len(PLATFORMS)]
     with jax.enable_x64(True):
@@ -51,7 +51,7 @@ DUAL_PATHS = [name for name, variant in VARIANTS.items() if isinstance(variant.a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DUAL_PATHS)
-def test_every_variant_is_the_plain_form_s(name):
+def test_every_variant_is_the_plain_one(name):
     """With its own stem, paths, increments and projections; fewer and thinner blocks.
 
     With a narrower stem all of its rectifiers are open or closed throughout; its bias' gradient is then 0 but for
@@ -106,7 +106,7 @@ def _gradients(module, variables, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_form(platform):
+def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform):
     """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
     once = (f"normalize_once_{platform}", jnp.bfloat16)
     forms = [
@@ -141,7 +141,7 @@ def test_devices_agree_on_the_statistics_of_each_map_once():
     compiled = jax.jit(run, in_shardings=(replicated(mesh), over_data(mesh))).lower(variables, images).compile()
     reduced = re.findall(r"= (\S+|\(.*?\)) all-reduce(?:-start)?\(", compiled.as_text())
     channels = sum(int(count) for shapes in reduced for count in re.findall(r"f32\[(?:1,)?(\d+)\]", shapes))
-    # Stem and input; of three blocks two hidden maps, the residual sum, 4 new channels; the shortcut's 8; no head's.
+    # Stem and input; of three blocks two bottlenecks, the residual sum, 4 new channels; the shortcut's 8; no head's.
     assert channels == 2 * (8 + 8 + 3 * (8 + 8 + 64 + 4) + 8)
     found = compiled(variables, jax.device_put(images, over_data(mesh)))
     assert largest_error(found, jax.jit(run)(variables, images)) < 1e-4
@@ -157,7 +157,7 @@ def test_gradients_are_the_same_over_eight_devices():
     assert largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
 
 
-def test_what_is_stored_is_each_sum_the_dense_path_and_two_hidden_maps_a_block():
+def test_what_is_stored_is_each_sum_the_dense_path_and_two_bottlenecks_a_block():
     def stored(blocks, **options):
         module, variables = _network("normalize_once_tpu", blocks=blocks, **options)
 
@@ -173,6 +173,6 @@ def test_what_is_stored_is_each_sum_the_dense_path_and_two_hidden_maps_a_block()
 
     for blocks in (2, 5):
         dense = 4 * (blocks + 2)
-        # The input, the stem's maxima before the norm; of each block the residual sum, two hidden maps; the dense path.
+        # The input, the stem's maxima before the norm; of each block the residual sum, two bottlenecks; the dense path.
         assert stored(blocks) == {8: 2 + 2 * blocks, 64: blocks, dense: 1}
         assert stored(blocks, remat=True) == {8: 2, 64: blocks, dense: 1}

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -263,8 +262,8 @@ class Backend:
         activation = norm_relu(x, conv.scale, conv.bias)
         grad_activation = self._input_gradient(gradient, conv.kernel)
         kernel = self._kernel_gradient(activation, gradient, conv.kernel.shape[0])
-        found = norm_relu_gradients(grad_activation, activation, x, conv.scale, groups)
-        return grad_activation, Gradients(*found, kernel)
+        grads = norm_relu_gradients(grad_activation, activation, x, conv.scale, groups)
+        return grad_activation, Gradients(*grads, kernel)
 
     def accumulate_grads(
         self,
@@ -326,9 +325,15 @@ class Backend:
         assert saved.bottleneck_norm is not None
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
         x_hat = norm.apply(bottleneck)
-        grads = self.norm_relu_conv_grads(bottleneck, conv, gradient, norm.stats.mean.shape[0], norm)
+        grads = self._second_conv_grads(bottleneck, x_hat, norm, conv, gradient)
         grad_bottleneck = norm.gradient(grads.x, x_hat, sums_from_gradients(conv.scale, grads.scale, grads.bias))
         return grad_bottleneck, grads.of_parameters(conv)
+
+    def _second_conv_grads(
+        self, bottleneck: Array, x_hat: Array, norm: Normalization, conv: NormReluConv, gradient: Array
+    ) -> Gradients:
+        """Computes `norm_relu_conv_grads` of the bottleneck, whose x_hat is known."""
+        return self.norm_relu_conv_grads(bottleneck, conv, gradient, norm.stats.mean.shape[0], norm)
 
     # The stem's maximum.
 
@@ -344,26 +349,6 @@ class Backend:
         """The derivative of `max_pool`."""
         del saved
         return jax.vjp(self.max_pool, x)[1](gradient)[0]
-
-
-class ListBuffers:
-    """Keeps a block's feature maps in one array a layer and concatenates them where they are read."""
-
-    def new_buffer(self, first: Array, width: int) -> Buffer:
-        """Makes a buffer that begins with the first feature maps."""
-        del width
-        return (first,)
-
-    def append(self, buffer: Buffer, new: Array, start: int) -> Buffer:
-        """Returns the buffer with new feature maps at its end."""
-        del start
-        return (*buffer, new)
-
-    def channels(self, buffer: Buffer, start: int, end: int) -> Array:
-        """Returns channels start to end, which must be whole appended pieces."""
-        ends = np.cumsum([piece.shape[-1] for piece in buffer])
-        first, last = (int(np.searchsorted(ends, edge, "right")) for edge in (start, end - 1))
-        return jnp.concatenate(buffer[first : last + 1], axis=-1)
 
 
 def share_of_device(shape: BlockShape, group_size: int, mesh: Mesh | None) -> tuple[BlockShape, int] | None:

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -17,14 +18,11 @@ from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul, norm_rel
 from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients, add_gradients_kernel
 from densenet_jax.kernels.select import BlockShape, choose
 from densenet_jax.kernels.shard import on_each_device
-from densenet_jax.models.fused.backend import Backend, Buffer, ListBuffers, share_of_device
+from densenet_jax.models.fused.backend import Backend, Buffer, share_of_device
 from densenet_jax.models.fused.norm import Normalization
 from densenet_jax.models.fused.norm_relu_conv import (
-    DENSE,
     Gradients,
     NormReluConv,
-    Window,
-    apply_norm,
     norm_relu,
     norm_relu_gradients,
 )
@@ -40,6 +38,26 @@ class ConvBackend(Backend):
     def is_dot(self, x: Array, kernel: Array) -> bool:
         """No convolution is a product of matrices."""
         return False
+
+
+class ListBuffers:
+    """Keeps a block's feature maps in one array a layer and concatenates them where they are read."""
+
+    def new_buffer(self, first: Array, width: int) -> Buffer:
+        """Makes a buffer that begins with the first feature maps."""
+        del width
+        return (first,)
+
+    def append(self, buffer: Buffer, new: Array, start: int) -> Buffer:
+        """Returns the buffer with new feature maps at its end."""
+        del start
+        return (*buffer, new)
+
+    def channels(self, buffer: Buffer, start: int, end: int) -> Array:
+        """Returns channels start to end, which must be whole appended pieces."""
+        ends = np.cumsum([piece.shape[-1] for piece in buffer])
+        first, last = (int(np.searchsorted(ends, edge, "right")) for edge in (start, end - 1))
+        return jnp.concatenate(buffer[first : last + 1], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -102,21 +120,15 @@ class GpuKernelBackend(ConvBackend):
         stats = BatchStats(mean + shift.astype(mean.dtype)[None, :], jnp.maximum(square - jnp.square(mean), 0))
         return out.reshape(*buffer.shape[:3], -1), stats
 
-    def norm_relu_conv_grads(
-        self,
-        x: Array,
-        conv: NormReluConv,
-        gradient: Array,
-        groups: int,
-        norm: Normalization | None = None,
-        window: Window = DENSE,
+    def _second_conv_grads(
+        self, bottleneck: Array, x_hat: Array, norm: Normalization, conv: NormReluConv, gradient: Array
     ) -> Gradients:
-        """Masks the gradient of the second convolution twice, for the sums and for x: XLA would store it for both."""
-        x = apply_norm(x, norm)
-        grad_activation, grads = self._grads_before_relu(x, conv, gradient, groups)
+        """Masks the gradient twice, for the sums and for x: XLA would store the masked gradient for both."""
+        groups = norm.stats.mean.shape[0]
+        grad_activation, grads = self._grads_before_relu(x_hat, conv, gradient, groups)
         grad_activation = lax.optimization_barrier(grad_activation)
-        activation = norm_relu(x, conv.scale, conv.bias)
-        return grads._replace(x=norm_relu_gradients(grad_activation, activation, x, conv.scale, groups)[0])
+        activation = norm_relu(x_hat, conv.scale, conv.bias)
+        return grads._replace(x=norm_relu_gradients(grad_activation, activation, x_hat, conv.scale, groups)[0])
 
     def accumulate_grads(
         self,

@@ -105,7 +105,7 @@ def fused_dense_block(
     arrays = tuple(_arrays(layer, pair, options) for layer, pair in zip(layers, norms, strict=True))
     outputs = _block(Config(options, backend), x, arrays, _shifts(norms, layers[0].growth_rate), key)
     if train:
-        _update_running(layers, norms, outputs, x.size // x.shape[-1])
+        _update_running(layers, norms, outputs)
     return FeatureMap(outputs.values, None if are_frozen else outputs.stats)
 
 
@@ -142,9 +142,8 @@ def _shifts(norms: Sequence[LayerNorms], growth: int) -> Shifts:
     return Shifts(means[0], bottlenecks, (*outputs, jnp.zeros_like(means[0], shape=(growth,))))
 
 
-def _update_running(
-    layers: Sequence[densenet.DenseLayer], norms: Sequence[LayerNorms], outputs: Outputs, positions: int
-) -> None:
+def _update_running(layers: Sequence[densenet.DenseLayer], norms: Sequence[LayerNorms], outputs: Outputs) -> None:
+    positions = outputs.values.size // outputs.values.shape[-1]
     bottleneck_stats = iter(outputs.bottleneck_stats)
     stats = []
     for first, second in norms:

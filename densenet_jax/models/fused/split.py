@@ -126,15 +126,15 @@ def split_conv_grads(
         totals: added to the gradients of each part's channels, in place where nothing else reads them; for one kernel,
             or where the backend computes in place.
     """
-    found = [
+    grads = [
         _part_grads(part, own, gradients, groups, backend, norm, total)
         for (part, own), total in zip(_split(parts, conv), totals, strict=False)
     ]
     return SplitGradients(
-        tuple(one.x[0] for one in found),
-        jnp.concatenate([one.scale for one in found], axis=-1),
-        jnp.concatenate([one.bias for one in found], axis=-1),
-        tuple(jnp.concatenate(kernels, axis=2) for kernels in zip(*(one.kernels for one in found), strict=True)),
+        tuple(one.x[0] for one in grads),
+        jnp.concatenate([one.scale for one in grads], axis=-1),
+        jnp.concatenate([one.bias for one in grads], axis=-1),
+        tuple(jnp.concatenate(kernels, axis=2) for kernels in zip(*(one.kernels for one in grads), strict=True)),
     )
 
 
@@ -149,15 +149,15 @@ def _part_grads(
 ) -> SplitGradients:
     convs = [NormReluConv(conv.scale, conv.bias, kernel) for kernel in conv.kernels]
     if backend.in_place or len(convs) == 1:
-        found: list[Gradients] = []
+        grads: list[Gradients] = []
         for one, gradient in zip(convs, gradients, strict=True):
             if total is None:
-                found.append(backend.norm_relu_conv_grads(x, one, gradient, groups, norm))
+                grads.append(backend.norm_relu_conv_grads(x, one, gradient, groups, norm))
             else:
-                found.append(backend.accumulate_grads(total, x, one, gradient, groups, norm))
-            total = found[-1].x
-        scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in found), strict=True))
-        return SplitGradients((found[-1].x,), scale, bias, tuple(one.kernel for one in found))
+                grads.append(backend.accumulate_grads(total, x, one, gradient, groups, norm))
+            total = grads[-1].x
+        scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in grads), strict=True))
+        return SplitGradients((grads[-1].x,), scale, bias, tuple(one.kernel for one in grads))
     assert total is None
     # The kernels' gradients of x are added before they are masked and summed, once.
     x = apply_norm(x, norm)[..., : conv.scale.shape[0]]
