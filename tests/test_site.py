@@ -1,5 +1,6 @@
 """The site is built without a warning, holds every guide and module, and loads nothing from another host."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -32,6 +33,17 @@ def test_every_guide_is_in_the_navigation():
     navigation = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     guides = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert guides == set(navigation) - {"changelog.md", "contributing.md"}
+
+
+def test_every_module_is_in_the_tree_of_the_architecture_page():
+    spec = importlib.util.spec_from_file_location("tree", ROOT / "docs/site/tree.py")
+    tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tree)
+    page = tree.PAGE.read_text()
+    listed, made = (text.split("<!-- tree -->")[1].split("<!-- /tree -->")[0] for text in (page, tree.write_tree(page)))
+    names, expected = ([line[: tree.NAME_WIDTH].rstrip() for line in text.splitlines()] for text in (listed, made))
+    assert names == expected, "run `python docs/site/tree.py`"
+    assert sum(name.endswith(".py") for name in names) > 100
 
 
 def find_loads(site: pathlib.Path) -> list[str]:
