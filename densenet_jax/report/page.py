@@ -39,8 +39,7 @@ figure img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; min-width: 4.5rem; }
-td:first-child, th { overflow-wrap: break-word; }
+  vertical-align: top; overflow-wrap: break-word; min-width: 4.5rem; max-width: 26rem; }
 @media (max-width: 40rem) { table { font-size: 0.85rem; } }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.88rem; }

@@ -168,7 +168,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
         axes.set_ylabel("examples")
     axes.grid(color=theme.grid, linewidth=0.6, axis="x" if len(order) <= _MOST_BARS else "y")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
+    figure.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="outside upper left", ncols=len(counts))
     return _png(figure)
 
 

@@ -46,6 +46,7 @@ def test_images_and_labels_in_a_fixed_order(tree):
 def test_labels_mean_the_same_in_every_split(tree, split):
     source = open_source("folder", str(tree), split)
     assert source.class_names == ("ant", "bee", "zebra")
+    assert names(source)[0] == "val/ant/ant_0.JPEG"  # the folder there is, whatever the split is called
     assert [(source[index].label, source[index].image) for index in range(4)] == [
         (0, b"val ant 0"), (0, b"val ant 1"), (2, b"val zebra 0"), (2, b"val zebra 1"),
     ]  # fmt: skip
