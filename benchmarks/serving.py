@@ -211,7 +211,7 @@ def main() -> None:
         rows += [row_of(*case, results) for case, results in found.items()]
     show(rows)
     if arguments.output:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "mlserver", "uvicorn", "grpcio")}
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "uvicorn", "grpcio")}
         content = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",

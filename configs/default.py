@@ -130,5 +130,12 @@ def get_config() -> ml_collections.ConfigDict:
     serve = config.serve = ml_collections.ConfigDict()
     serve.batch_sizes = (1, 4, 16, 64)  # images that a compiled program takes; (1,): each request by itself
     serve.batch_wait_secs = 0.0  # how long a request waits for others while the device is idle
+    serve.request_secs = 30.0  # after which a request is given up and its client told so
+    serve.stop_secs = 10.0  # in which requests under way may end when the server is stopped
+    serve.max_request_pixels = 200_000_000  # of all pictures of a request together, before they are resized
+    serve.hosts = ()  # names, besides localhost, that clients may call the server by
+    serve.token_file = ""  # a file with a token that every request has to bring; "": nobody has to log in
+    serve.tls_certificate = ""  # a PEM file with the certificate for TLS; "": no encryption
+    serve.tls_key = ""  # a PEM file with its key
 
     return config.lock()

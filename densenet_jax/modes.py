@@ -29,7 +29,8 @@ from densenet_jax.report.schedule import plot_schedule
 from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.run.prepare import prepare_and_verify
 from densenet_jax.run.train import train
-from densenet_jax.serve.serve import LIMITS, Address, check_installed, listen, serve
+from densenet_jax.serve.limits import LIMITS, Access
+from densenet_jax.serve.serve import Address, check_installed, listen, serve
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import without_late_answers
 from densenet_jax.system.host import has_nvidia
@@ -154,10 +155,11 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     address = Address(command.host, command.port, command.grpc_port)
     with listen(address) as listener:
         config = _as_trained(config, workdir, command)
+        access = Access.from_config(config, address.host)
         deployed = deployed_from_settings(config, workdir, command.labels)
         print_status(f"serving {deployed.source}")
         predictor = Predictor(deployed, batch_sizes=config.serve.batch_sizes, limits=LIMITS)
-        return serve(predictor, listener, address, batch_wait_secs=config.serve.batch_wait_secs)
+        return serve(predictor, listener, address, access, config)
 
 
 def _as_trained(config: Config, workdir: str, command: Command) -> Config:

@@ -62,7 +62,7 @@ def decode_image(
             or values that mean no brightness.
     """
     try:
-        if size := _declared_size(data):
+        if size := declared_size(data):
             check_size(*size, name)
         pixels = None
         if not channels and data[:2] == b"\xff\xd8":
@@ -131,7 +131,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     """
     if size := jpeg_size(data, name):
         return size[1], size[0]
-    if size := _declared_size(data):
+    if size := declared_size(data):
         check_size(*size, name)
     try:
         if data.startswith(rare_formats.NPY_MAGIC):
@@ -150,7 +150,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     return width, height
 
 
-def _declared_size(data: bytes) -> tuple[int, int] | None:
+def declared_size(data: bytes) -> tuple[int, int] | None:
     """Reads (width, height) of a PNG, WebP or GIF from its first bytes; None for other files.
 
     Pillow checks sizes too, but of WebP only after the memory for the whole canvas was asked for.

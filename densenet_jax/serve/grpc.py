@@ -1,67 +1,255 @@
-"""The protocol over gRPC: MLServer's servicer, with every mistake of a client answered by a status that says so."""
+"""The protocol over gRPC: every mistake of a client is answered by a status that says so.
 
-from typing import Any
+The messages are the published definitions of the Open Inference Protocol, as Triton's client ships them. A message is
+parsed by us, and a large one in a thread: grpcio would parse it on the event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
-from mlserver.errors import MLServerError
-from mlserver.grpc import dataplane_pb2 as pb
-from mlserver.grpc.converters import ModelMetadataResponseConverter
-from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from mlserver.grpc.server import GRPCServer
-from mlserver.grpc.servicers import InferenceServicer
-from mlserver.settings import Settings
+from google.protobuf.message import DecodeError
+from prometheus_client import Counter, Histogram
+from tritonclient.grpc import service_pb2 as pb
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.serve.dataplane import CheckedDataPlane
-from densenet_jax.serve.grpc_methods import answered
-from densenet_jax.serve.requests import Request, Tensor, pack_strings
-from densenet_jax.serve.runtime import OUTPUTS
+from densenet_jax.serve.limits import MAX_BODY_BYTES, Access, BodyMemory
+from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array, shorten
+from densenet_jax.serve.runtime import VERSION, Classifier, Outputs
+from densenet_jax.version import __version__
 
-MAX_METADATA_BYTES = 16384
+logger = logging.getLogger(__name__)
+SERVICE = "inference.GRPCInferenceService"
+LABELS = ("grpc_type", "grpc_service", "grpc_method")
+STARTED = Counter("grpc_server_started", "Requests that were begun.", LABELS)
+HANDLED = Counter("grpc_server_handled", "Requests that were answered, well or not.", (*LABELS, "grpc_code"))
+DURATION = Histogram("grpc_server_handling_seconds", "How long answering took.", LABELS)
+STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+MAX_FIELDS = 2000  # of a message and those in it, without the numbers of a tensor
+MAX_NUMBERS_BYTES = 4 * 2**20  # of a tensor whose numbers are not in raw contents
 CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+    ("grpc.max_metadata_size", 16384),
+    ("grpc.absolute_max_metadata_size", 65536),
+    ("grpc.max_concurrent_streams", 128),
+    ("grpc.so_reuseport", 0),  # else two servers would share a port, and each get half of the requests
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 60_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+Method = Callable[[bytes], Awaitable[Any]]
 
 
-async def left_out(self: Any, request: Any, context: grpc.aio.ServicerContext) -> None:
-    """Stands for a method that this server does not offer."""
-    del self, request, context
-    raise MLServerError("this server serves one model, request by request", 501)
-
-
-@answered
-class Servicer(InferenceServicer):
-    """Health, metadata and inference; loading and unloading of models and streams are left out."""
-
-    RepositoryIndex = RepositoryModelLoad = RepositoryModelUnload = ModelStreamInfer = left_out
-
-    async def ModelMetadata(  # noqa: N802 - the protocol's name
-        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ModelMetadataResponse:
-        """Inputs and outputs."""
-        del context
-        found = await self._data_plane.model_metadata(name=request.name, version=request.version)
-        return ModelMetadataResponseConverter.from_types(found)
-
-    async def ModelInfer(  # noqa: N802 - the protocol's name
-        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ModelInferResponse:
-        """Answers a request for inference, in raw contents where it came in raw contents."""
-        del context
-        asked = as_request(request)
-        outputs = await self._data_plane.answer(asked)
-        return as_response(asked, self._data_plane.version, outputs, raw=bool(request.raw_input_contents))
-
-
-def as_request(message: pb.ModelInferRequest) -> Request:
-    """The message as the runtime takes it; raw contents stay bytes, where MLServer would make a number of each byte.
+def make_server(
+    model: Classifier, access: Access, memory: BodyMemory, host: str, port: int, most: int
+) -> tuple[grpc.aio.Server, int]:
+    """Makes a server for at most `most` connections on an address that is its own; returns it and its port.
 
     Raises:
-        MLServerError: inputs and raw contents don't belong together.
+        UserError: the address is in use.
+    """
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", most)])
+    service = Service(model, memory)
+    methods = {name: getattr(service, name) for name in dir(service) if name[0].isupper()}
+    handlers = {name: _handler(name, method, access) for name, method in methods.items()}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if access.certificate:
+            with open(access.key, "rb") as key, open(access.certificate, "rb") as certificate:
+                credentials = grpc.ssl_server_credentials([(key.read(), certificate.read())])
+            return server, server.add_secure_port(where, credentials)
+        return server, server.add_insecure_port(where)
+    except RuntimeError as error:
+        raise UserError(
+            f"--grpc_port {port} of {host} can't be used ({first_line(error)}); give another one."
+        ) from error
+
+
+def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler:
+    """Makes the handler of a method: what it raises becomes a status, and is counted."""
+    labels = ("UNARY", SERVICE, name)
+    started, duration = STARTED.labels(*labels), DURATION.labels(*labels)
+
+    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        begun = time.perf_counter()
+        started.inc()
+        code = grpc.StatusCode.CANCELLED  # as it stays where the client has gone
+        try:
+            if access.token:
+                access.check_token(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
+            answer = await method(data)
+            code = grpc.StatusCode.OK
+            return answer
+        except RequestError as error:
+            code = STATUS.get(error.status, grpc.StatusCode.FAILED_PRECONDITION)
+            await context.abort(code, str(error))
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("a gRPC request failed")
+            code = grpc.StatusCode.INTERNAL
+            await context.abort(code, "the server is at fault; its log says why")
+        finally:
+            HANDLED.labels(*labels, code.name).inc()
+            duration.observe(time.perf_counter() - begun)
+
+    return grpc.unary_unary_rpc_method_handler(call, None, lambda message: message.SerializeToString())
+
+
+class Service:
+    """The methods of the protocol; each takes the bytes of its message."""
+
+    def __init__(self, model: Classifier, memory: BodyMemory):
+        self._model, self._memory = model, memory
+
+    async def ServerLive(self, data: bytes) -> pb.ServerLiveResponse:  # noqa: N802 - the protocol's names
+        """Says that the process runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, data: bytes) -> pb.ServerReadyResponse:  # noqa: N802
+        """Says whether requests are answered."""
+        return pb.ServerReadyResponse(ready=self._model.is_ready and not self._model.is_stopping)
+
+    async def ModelReady(self, data: bytes) -> pb.ModelReadyResponse:  # noqa: N802
+        """Says whether the model is compiled."""
+        message = parse(pb.ModelReadyRequest, data)
+        self._model.check_name(message.name, message.version)
+        return pb.ModelReadyResponse(ready=self._model.is_ready)
+
+    async def ServerMetadata(self, data: bytes) -> pb.ServerMetadataResponse:  # noqa: N802
+        """Names the server."""
+        return pb.ServerMetadataResponse(name="densenet_jax", version=__version__)
+
+    async def ModelMetadata(self, data: bytes) -> pb.ModelMetadataResponse:  # noqa: N802
+        """Describes inputs and outputs."""
+        message = parse(pb.ModelMetadataRequest, data)
+        self._model.check_name(message.name, message.version)
+        return pb.ModelMetadataResponse(**self._model.metadata())
+
+    async def RepositoryIndex(self, data: bytes) -> pb.RepositoryIndexResponse:  # noqa: N802
+        """Lists the one model."""
+        response = pb.RepositoryIndexResponse()
+        if self._model.is_ready or not parse(pb.RepositoryIndexRequest, data).ready:
+            state = "READY" if self._model.is_ready else "LOADING"
+            response.models.add(name=self._model.name, version=VERSION, state=state)
+        return response
+
+    async def RepositoryModelLoad(self, data: bytes) -> NoReturn:  # noqa: N802
+        """Is refused."""
+        raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
+
+    RepositoryModelUnload = RepositoryModelLoad
+
+    async def ModelInfer(self, data: bytes) -> pb.ModelInferResponse:  # noqa: N802
+        """Answers a request for inference, in raw contents where it came in raw contents."""
+        is_raw = False
+
+        def read() -> Request:
+            nonlocal is_raw
+            message = parse(pb.ModelInferRequest, data)
+            self._model.check_name(message.model_name, message.model_version)
+            is_raw = bool(message.raw_input_contents)
+            return read_request(message)
+
+        self._memory.seen += len(data)
+        request, outputs = await self._model.infer(read, len(data))
+        return write_answer(self._model.name, request, outputs, is_raw)
+
+
+def parse(kind: type, data: bytes) -> Any:
+    """Parses a message of `kind`.
+
+    Raises:
+        RequestError: it is none, or would take much more memory than its bytes.
+    """
+    try:
+        check_fields(data)
+        return kind.FromString(data)  # type: ignore[attr-defined]
+    except (DecodeError, IndexError, ValueError) as error:
+        raise RequestError("the message is malformed") from error
+
+
+def check_fields(data: bytes) -> None:
+    """Counts the fields of a message, of its inputs (5) and of their contents (5): each costs far more than its bytes.
+
+    Raises:
+        RequestError: there are too many.
+        IndexError, ValueError: the message is malformed.
+    """
+    levels = [(memoryview(data), 0)]
+    count = 0
+    while levels:
+        part, depth = levels.pop()
+        for number, content in read_fields(part):
+            count += 1
+            if count > MAX_FIELDS:
+                raise RequestError(f"the message has more than {MAX_FIELDS} fields", 413)
+            if number == 5 and depth < 2:
+                levels.append((content, depth + 1))
+            elif depth == 2 and number != 8 and len(content) > MAX_NUMBERS_BYTES:
+                raise RequestError("a tensor has too many numbers; send them in raw contents", 413)
+
+
+def read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yields number and content of each field of a message, the content empty where it is a number."""
+    place = 0
+
+    def read_varint() -> int:
+        nonlocal place
+        value, shift = 0, 0
+        while shift < 70:
+            byte = data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise ValueError("a number without an end")
+
+    while place < len(data):
+        key = read_varint()
+        kind, size = key & 7, 0
+        if kind == 0:
+            read_varint()
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
+        elif kind == 2:
+            size = read_varint()
+            place += size
+        else:
+            raise ValueError("an unknown kind of field")
+        if place > len(data):
+            raise ValueError("a field ends after the message")
+        yield key >> 3, data[place - size : place]
+
+
+def read_request(message: pb.ModelInferRequest) -> Request:
+    """Reads the message; raw contents stay bytes.
+
+    Raises:
+        RequestError: inputs and raw contents don't belong together.
     """
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
-        raise MLServerError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
-    contents = raw or [contents_of(tensor.contents) for tensor in message.inputs]
+        raise RequestError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
+    contents = raw or [read_contents(tensor.contents) for tensor in message.inputs]
     tensors = [
         Tensor(
             name=tensor.name,
@@ -73,77 +261,38 @@ def as_request(message: pb.ModelInferRequest) -> Request:
         )
         for tensor, data in zip(message.inputs, contents, strict=True)
     ]
-    outputs = [output.name for output in message.outputs]
-    return Request(message.model_name, message.model_version, message.id or None, tensors, outputs or None)
+    outputs = []
+    for output in message.outputs:
+        classes = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
+        outputs.append(Wanted(output.name, classes))
+    return Request(tensors, outputs, message.id or None)
 
 
-def as_response(request: Request, version: str, outputs: dict[str, np.ndarray], raw: bool) -> pb.ModelInferResponse:
-    """The message for the outputs of `request`, in raw contents or in those of each datatype."""
-    response = pb.ModelInferResponse(model_name=request.model, model_version=version, id=request.request_id)
-    for name, values in outputs.items():
-        output = response.outputs.add(name=name, datatype=OUTPUTS[name], shape=values.shape)
-        strings = [text.encode() for text in values.flat] if OUTPUTS[name] == "BYTES" else None
-        if strings is not None:
-            output.parameters["content_type"].string_param = "str"
-        if raw:
-            response.raw_output_contents.append(
-                values.astype(values.dtype.newbyteorder("<")).tobytes() if strings is None else pack_strings(strings)
-            )
-        elif strings is not None:
-            output.contents.bytes_contents.extend(strings)
-        else:
-            getattr(output.contents, CONTENTS[OUTPUTS[name]]).extend(values.ravel().tolist())
-    return response
-
-
-def contents_of(contents: pb.InferTensorContents) -> list[Any] | bytes:
-    """The values of a tensor, whichever field they are in; of small whole numbers the bytes."""
+def read_contents(contents: pb.InferTensorContents) -> list[Any] | bytes:
+    """Reads the values of a tensor, whichever field they are in; of small whole numbers the bytes."""
     fields = contents.ListFields()
     if len(fields) != 1:
-        raise MLServerError(f"a tensor has contents of {len(fields)} datatypes; expected one")
+        raise RequestError(f"a tensor has contents of {len(fields)} datatypes; expected one")
     descriptor, values = fields[0]
     if descriptor.name != "uint_contents":
         return list(values)
     numbers = np.fromiter(values, np.uint32, len(values))
     if numbers.max() > 255:
-        raise MLServerError("the values of a tensor are not all whole numbers from 0 to 255")
+        raise RequestError(f"the value {shorten(numbers.max())} of a tensor is not a whole number from 0 to 255")
     return numbers.astype(np.uint8).tobytes()
 
 
-class BoundGRPCServer(GRPCServer):
-    """MLServer's gRPC server with our servicer and limits, on an address that is its own."""
-
-    def __init__(self, settings: Settings, data_plane: CheckedDataPlane, *, max_requests: int):
-        """Serves at most `max_requests` at once."""
-        super().__init__(settings, data_plane, None)
-        self._max_requests = max_requests
-        self.port = settings.grpc_port
-
-    def bind(self) -> None:
-        """Takes the address; a port of 0 becomes a free one, told by `port`.
-
-        Raises:
-            UserError: it is in use.
-        """
-        size = self._settings.grpc_max_message_length
-        self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=self._max_requests,
-            options=[
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.so_reuseport", 0),  # else two servers would share a port, and each get half of the requests
-            ],
-        )
-        add_GRPCInferenceServiceServicer_to_server(Servicer(self._data_plane, None), self._server)
-        try:
-            self.port = self._server.add_insecure_port(f"{self._settings.host}:{self._settings.grpc_port}")
-        except RuntimeError as error:
-            raise UserError(
-                f"--grpc_port {self._settings.grpc_port} of {self._settings.host} can't be used ({first_line(error)}); "
-                "give another one."
-            ) from error
-
-    async def start(self) -> None:
-        """Serves until it is stopped."""
-        await self._server.start()
-        await self._server.wait_for_termination()
+def write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:
+    """Writes the message, in raw contents or in those of each datatype."""
+    response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.request_id or "")
+    for wanted, datatype, values in outputs:
+        output = response.outputs.add(name=wanted.name, datatype=datatype, shape=values.shape)
+        if datatype == "BYTES":
+            output.parameters["content_type"].string_param = "str"
+        if is_raw:
+            response.raw_output_contents.append(pack_array(values))
+        elif datatype == "BYTES":
+            output.contents.bytes_contents.extend(text.encode() for text in values.flat)
+        else:
+            getattr(output.contents, CONTENTS[datatype]).extend(values.ravel().tolist())
+    return response

@@ -1,4 +1,4 @@
-"""What a client sent, checked and turned into pixels before it may join a batch.
+"""Requests for inference: what a client sent, checked before any of it may cost much or join a batch.
 
 The input of a request is one tensor of the Open Inference Protocol: `image`, UINT8 [n, h, w, c], pixels as the model
 is given them; or `image_bytes`, BYTES [n], encoded pictures of any size.
@@ -9,21 +9,28 @@ import binascii
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from densenet_jax.data.pixels import join
-from densenet_jax.errors import UserError
+from densenet_jax.data.decode import DamagedImage, declared_size, image_size
 
 PIXELS, ENCODED = "image", "image_bytes"
-# Of a request's id, which comes back in the answer.
-MAX_ID_LENGTH = 128
+MAX_PICTURE_PIXELS = 50_000_000
+MAX_ID_LENGTH = 128  # of a request's id, which comes back in the answer
 
 
 class RequestError(Exception):
-    """A mistake in one request; the message is for its sender."""
+    """A request that is refused; the message is for its sender.
+
+    Attributes:
+        status: of HTTP; gRPC has an equivalent of each.
+    """
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Tensor:
         name: which input it is.
         datatype: a name of the protocol, such as "UINT8".
         shape: as the client states it.
-        data: a list, nested or flat; or bytes, little-endian, as gRPC's raw contents.
+        data: a list, nested or flat; or bytes, little-endian, as raw contents hold them.
         is_base64: whether strings of bytes are in base64, as JSON needs.
     """
 
@@ -46,99 +53,140 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An output that a request asks for.
+
+    Attributes:
+        name: which output.
+        classes: of the classification extension: as many of the best as "probability:number:label"; 0: the tensor.
+        is_binary: whether it follows the JSON of a REST answer instead of standing in it.
+    """
+
+    name: str
+    classes: int = 0
+    is_binary: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """A request for inference, of either protocol.
 
     Attributes:
-        model: the name it asks for.
-        version: of the model; "" is any.
-        request_id: comes back in the answer; None: there is none.
         tensors: its inputs.
-        outputs: names of those it wants; None: all.
+        outputs: those it wants; none: all.
+        request_id: comes back in the answer; None: there is none.
+        is_binary: for outputs that are not named.
     """
 
-    model: str
-    version: str
-    request_id: str | None
     tensors: Sequence[Tensor]
-    outputs: Sequence[str] | None
+    outputs: Sequence[Wanted] = ()
+    request_id: str | None = None
+    is_binary: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """Turns requests into pixels.
+class Picture:
+    """An encoded picture, and how many pixels its header says it has."""
+
+    data: bytes
+    name: str
+    pixels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InputChecker:
+    """Checks the input of a request and costs it.
 
     Attributes:
         image_shape: of what the model looks at, (h, w, c), or (crops, h, w, c).
         max_images: most images of a request.
-        decode: an encoded picture, and what errors call it, to uint8[image_shape]; raises `UserError`.
+        max_pixels: most pixels of all its pictures, before they are resized.
     """
 
     image_shape: tuple[int, ...]
     max_images: int
-    decode: Callable[[bytes, str], np.ndarray]
+    max_pixels: int
 
-    def read(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        """The images of a request, uint8 [n, h, w, c].
+    def check(self, request: Request) -> np.ndarray | list[Picture]:
+        """Returns the pixels of a request, uint8 [n, h, w, c], or its pictures, none of which is decoded yet.
 
         Raises:
-            RequestError: the request is not one that can be answered; the message says why.
+            RequestError: the request is not one that can be answered.
         """
+        check_id(request.request_id)
+        tensors = request.tensors
         if len(tensors) != 1 or tensors[0].name not in (PIXELS, ENCODED):
-            names = ", ".join(shortened(tensor.name) for tensor in tensors[:4]) or "none"
+            names = ", ".join(shorten(tensor.name) for tensor in tensors[:4]) or "none"
             raise RequestError(f"the inputs are {names}; expected one of {PIXELS} (UINT8) and {ENCODED} (BYTES)")
-        tensor = tensors[0]
-        return self._pixels(tensor) if tensor.name == PIXELS else self._encoded(tensor)
+        return self._pixels(tensors[0]) if tensors[0].name == PIXELS else self._pictures(tensors[0])
 
     def _pixels(self, tensor: Tensor) -> np.ndarray:
-        expect_datatype(tensor, "UINT8")
+        check_datatype(tensor, "UINT8")
         shape = tuple(tensor.shape)
         if not shape or shape[1:] != tuple(self.image_shape):
             expected = ", ".join(map(str, ("n", *self.image_shape)))
-            raise RequestError(f"{PIXELS} has the shape {shortened(list(shape))}; expected [{expected}]")
-        self._expect_count(shape[0])
-        data = tensor.data if isinstance(tensor.data, bytes) else as_bytes(tensor.data, shape)
+            raise RequestError(f"{PIXELS} has the shape {shorten(list(shape))}; expected [{expected}]")
+        self._check_count(shape[0])
+        data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape)
         if len(data) != math.prod(shape):
             raise RequestError(f"{PIXELS} has {len(data)} values; its shape {list(shape)} takes {math.prod(shape)}")
         return np.frombuffer(data, np.uint8).reshape(shape)
 
-    def _encoded(self, tensor: Tensor) -> np.ndarray:
-        expect_datatype(tensor, "BYTES")
+    def _pictures(self, tensor: Tensor) -> list[Picture]:
+        check_datatype(tensor, "BYTES")
         shape = tuple(tensor.shape)
         if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
-            raise RequestError(f"{ENCODED} has the shape {shortened(list(shape))}; expected [n]")
-        self._expect_count(shape[0])
-        pictures = tensor.data
-        if isinstance(pictures, bytes):
-            pictures = unpack_strings(pictures, most=shape[0])
-        if not isinstance(pictures, list) or len(pictures) != shape[0]:
-            count = len(pictures) if isinstance(pictures, list) else "no list of"
+            raise RequestError(f"{ENCODED} has the shape {shorten(list(shape))}; expected [n]")
+        self._check_count(shape[0])
+        data = tensor.data
+        if isinstance(data, bytes):
+            data = unpack_strings(data, most=shape[0])
+        if not isinstance(data, list) or len(data) != shape[0]:
+            count = len(data) if isinstance(data, list) else "no list of"
             raise RequestError(f"{ENCODED} has {count} values; its shape {list(shape)} takes {shape[0]}")
-        return join([self._picture(number, picture, tensor.is_base64) for number, picture in enumerate(pictures)])
+        pictures, left = [], self.max_pixels
+        for number, value in enumerate(data):
+            pictures.append(make_picture(value, f"{ENCODED}[{number}]", tensor.is_base64))
+            left -= pictures[-1].pixels
+            if left < 0:
+                raise RequestError(f"the pictures have more than {self.max_pixels:,} pixels together; send fewer", 413)
+        return pictures
 
-    def _picture(self, number: int, picture: Any, is_base64: bool) -> np.ndarray:
-        if isinstance(picture, list) and len(picture) == 1:  # of the shape [n, 1]
-            picture = picture[0]
-        if isinstance(picture, str) or is_base64:
-            picture = from_base64(picture, number)
-        try:
-            return self.decode(picture, f"{ENCODED}[{number}]")
-        except UserError as error:
-            raise RequestError(str(error)) from error
-
-    def _expect_count(self, count: int) -> None:
+    def _check_count(self, count: int) -> None:
         if not 1 <= count <= self.max_images:
-            raise RequestError(f"{shortened(count)} images in a request; expected 1 to {self.max_images}")
+            raise RequestError(f"{shorten(count)} images in a request; expected 1 to {self.max_images}")
 
 
-def expect_datatype(tensor: Tensor, datatype: str) -> None:
-    """Checks that the tensor says it is of `datatype`."""
+def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
+    """Reads the size of an encoded picture from its first bytes.
+
+    Raises:
+        RequestError: it is no picture, or too large.
+    """
+    if isinstance(value, list) and len(value) == 1:  # of the shape [n, 1]
+        value = value[0]
+    if isinstance(value, str) or is_base64:
+        try:
+            value = base64.b64decode(value, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise RequestError(f"{name} is not base64 ({error})") from error
+    try:
+        width, height = declared_size(value) or image_size(value, name)
+    except DamagedImage as error:
+        raise RequestError(f"{name}: {error.why}") from error
+    if width * height > MAX_PICTURE_PIXELS:
+        raise RequestError(f"{name}: it has {width}x{height} pixels, at most {MAX_PICTURE_PIXELS} are decoded")
+    return Picture(value, name, width * height)
+
+
+def check_datatype(tensor: Tensor, datatype: str) -> None:
+    """Raises RequestError where the tensor is not of `datatype`."""
     if tensor.datatype != datatype:
-        raise RequestError(f"{tensor.name} is of the datatype {shortened(tensor.datatype)}; expected {datatype}")
+        raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
 
 
-def as_bytes(values: Any, shape: tuple[int, ...]) -> bytes:
-    """A list of numbers from 0 to 255, flat or nested as `shape` says, as bytes.
+def pack_pixels(values: Any, shape: tuple[int, ...]) -> bytes:
+    """Packs a list of numbers from 0 to 255, flat or nested as `shape` says.
 
     NumPy would make the array, but of strings and ragged lists too, at any cost in memory.
     """
@@ -155,16 +203,8 @@ def as_bytes(values: Any, shape: tuple[int, ...]) -> bytes:
         raise RequestError(f"the data of {PIXELS} is not all whole numbers from 0 to 255") from error
 
 
-def from_base64(text: Any, number: int) -> bytes:
-    """The bytes that `text` stands for."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise RequestError(f"{ENCODED}[{number}] is not base64 ({error})") from error
-
-
 def unpack_strings(raw: bytes, most: int) -> list[bytes]:
-    """Strings after their lengths (32 bits, little-endian), as raw contents hold them; at most one over `most`."""
+    """Splits raw contents: strings after their lengths (32 bits, little-endian); at most one over `most`."""
     strings: list[bytes] = []
     start = 0
     while start < len(raw) and len(strings) <= most:
@@ -176,35 +216,24 @@ def unpack_strings(raw: bytes, most: int) -> list[bytes]:
     return strings
 
 
-def pack_strings(strings: Sequence[bytes]) -> bytes:
-    """The reverse of `unpack_strings`."""
-    return b"".join(len(string).to_bytes(4, "little") + string for string in strings)
+def pack_array(values: np.ndarray) -> bytes:
+    """Packs an output as raw contents hold it; strings as `unpack_strings` takes them."""
+    if values.dtype != object:
+        return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    texts = [text.encode() for text in values.flat]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
 
-def check_id(request_id: Any) -> None:
-    """Checks what comes back in the answer.
-
-    Raises:
-        RequestError: it is too long, or has other characters than printable ASCII.
-    """
-    fine = isinstance(request_id, str) and len(request_id) <= MAX_ID_LENGTH
-    if not fine or not (request_id.isascii() and request_id.isprintable()):
+def check_id(request_id: str | None) -> None:
+    """Raises RequestError where an id is too long to come back, or has other characters than printable ASCII."""
+    fine = request_id is None or (
+        len(request_id) <= MAX_ID_LENGTH and request_id.isascii() and request_id.isprintable()
+    )
+    if not fine:
         raise RequestError(f"the request's id is not of at most {MAX_ID_LENGTH} printable ASCII characters")
 
 
-def wanted_outputs(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
-    """The outputs that a request asks for, in its order; all where it names none.
-
-    Raises:
-        RequestError: there is no such output.
-    """
-    for name in names or ():
-        if name not in known:
-            raise RequestError(f"there is no output {shortened(name)}; expected some of {', '.join(known)}")
-    return list(dict.fromkeys(names or known))
-
-
-def shortened(value: Any, most: int = 60) -> str:
-    """What a client sent, fit to be said back in an error."""
+def shorten(value: Any, most: int = 60) -> str:
+    """Returns what a client sent as an error may repeat it."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

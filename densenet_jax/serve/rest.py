@@ -1,94 +1,296 @@
-"""Inference over REST: an ASGI application that answers it, and leaves everything else to another.
+"""The protocol over REST: an ASGI application that answers all of it, with a page, metrics and a description."""
 
-MLServer's own route takes a request through FastAPI's and its own data classes, which costs more than a small model.
-"""
-
+import asyncio
+import html
+import importlib.resources
 import logging
-from typing import Any
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
-from mlserver.errors import MLServerError
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 
-from densenet_jax.serve.dataplane import CheckedDataPlane
-from densenet_jax.serve.http import Application, Receive, Scope, Send, answer
-from densenet_jax.serve.requests import Request, RequestError, Tensor
-from densenet_jax.serve.runtime import OUTPUTS
+from densenet_jax.serve.limits import BODY_SECS, MAX_BODY_BYTES, MAX_JSON_BYTES, Access, BodyMemory, check_json, header
+from densenet_jax.serve.requests import ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
+from densenet_jax.serve.runtime import MAX_IMAGES, VERSION, Classifier, Outputs
+from densenet_jax.version import __version__
 
 logger = logging.getLogger(__name__)
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers: TypeAlias = dict[bytes, bytes]
+Reply: TypeAlias = tuple[bytes, dict[str, str]]  # body, headers
+
+METHODS = ("GET", "HEAD", "POST")
+PATHS = (
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/metrics",
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/repository/index",
+)
+READ_ON_FACTOR = 4  # a client that sends too much still reads the answer, where it stops at this multiple of the limit
+# The pages may run what stands in them and speak to this server, and nothing else.
+PAGE_POLICY = (
+    "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+EXTENSIONS = ["binary_tensor_data", "classification", "model_repository"]
+JSON = "application/json"
+JSON_LENGTH = "Inference-Header-Content-Length"
+REQUESTS = Counter("rest_server_requests", "Requests over REST.", ("method", "path", "status_code"))
+DURATION = Histogram("rest_server_request_duration_seconds", "How long answering took.", ("path",))
 
 
-class Inference:
-    """Answers `POST /v2/models/NAME[/versions/VERSION]/infer`; bodies come whole, from `Limited`."""
+class Gone(Exception):  # noqa: N818 - a client, not an error
+    """The client has closed the connection."""
 
-    def __init__(self, application: Application, data_plane: CheckedDataPlane):
-        """Wraps `application`."""
-        self._application = application
-        self._data_plane = data_plane
+
+class Rest:
+    """The ASGI application."""
+
+    def __init__(self, model: Classifier, access: Access, memory: BodyMemory):
+        self._model, self._access, self._memory = model, access, memory
+        shown = html.escape(model.name, quote=True)
+        files = importlib.resources.files("densenet_jax.serve")
+        self._openapi = files.joinpath("openapi.json").read_bytes().replace(b"MODEL_NAME", model.name.encode())
+        self._page = files.joinpath("page.html").read_text("utf-8").replace("MODEL_NAME", shown).encode()
+        self._docs = files.joinpath("docs.html").read_bytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        found = model_of(scope["path"]) if scope["type"] == "http" else None
-        if found is None:
-            await self._application(scope, receive, send)
-        elif scope["method"] != "POST":
-            await answer(send, 405, "inference is asked for with POST")
-        else:
-            await self._infer(*found, (await receive())["body"], send)
-
-    async def _infer(self, model: str, version: str, body: bytes, send: Send) -> None:
+        """Answers one request, as ASGI has it."""
+        started = time.perf_counter()
+        scope["state"]["task"] = asyncio.current_task()  # what a lost connection cancels
+        status, closes = 200, False
         try:
-            request = as_request(model, version, body)
-            content = as_json(request, self._data_plane.version, await self._data_plane.answer(request))
+            reply = await self._route(scope, dict(scope["headers"]), receive)
         except RequestError as error:
-            await answer(send, 400, f"the request is malformed: {error}", close=False)
-        except MLServerError as error:
-            await answer(send, error.status_code, str(error), close=False)
+            status, reply = error.status, to_json({"error": str(error)})
+            closes = status not in (400, 404)  # something may be unread
+        except (Gone, asyncio.CancelledError):
+            return
         except Exception:
             logger.exception("a REST request failed")
-            await answer(send, 500, "the server is at fault; its log says why")
-        else:
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": content})
+            status, reply, closes = 500, to_json({"error": "the server is at fault; its log says why"}), True
+        body, given = reply
+        given |= {"content-length": str(len(body))} | ({"connection": "close"} if closes else {})
+        if status in (401, 503):
+            given |= {"WWW-Authenticate": 'Bearer, Basic realm="model"'} if status == 401 else {"Retry-After": "1"}
+        pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
+        method, route = scope["method"] if scope["method"] in METHODS else "other", scope["state"].get("route", "")
+        REQUESTS.labels(method, route, status).inc()
+        DURATION.labels(route).observe(time.perf_counter() - started)
+
+    async def _route(self, scope: Scope, headers: Headers, receive: Receive) -> Reply:
+        if scope["method"] not in METHODS:
+            raise RequestError(f"the method is not one of {', '.join(METHODS)}", 405)
+        if b"host" in headers or scope["http_version"] == "1.1":
+            self._access.check_host(header(headers, b"host"))
+        self._access.check_token(header(headers, b"authorization"))
+        model = self._model
+        parts = scope["path"].split("/")[1:]
+        if parts[:2] == ["v2", "models"] and len(parts) > 2:
+            version = parts[4] if parts[3:4] == ["versions"] and len(parts) > 4 else ""
+            rest = parts[5:] if version else parts[3:]
+            if rest == ["infer"]:
+                require(scope, "POST")
+                model.check_name(parts[2], version)
+                scope["state"]["route"] = "/v2/models/infer"
+                return await self._infer(headers, receive)
+            if rest in ([], ["ready"]):
+                require(scope, "GET")
+                model.check_name(parts[2], version)
+                return self._state(model.is_ready) if rest else to_json(model.metadata())
+        scope["state"]["route"] = scope["path"] if scope["path"] in PATHS else ""  # metrics keep every name for good
+        match parts:
+            case [""]:
+                return (self._page, page_headers("text/html; charset=utf-8"))
+            case ["docs"]:
+                return (self._docs, page_headers("text/html; charset=utf-8"))
+            case ["openapi.json"]:
+                return (self._openapi, page_headers(JSON))
+            case ["metrics"]:
+                return (generate_latest(), {"content-type": CONTENT_TYPE_LATEST})
+            case ["v2"]:
+                return to_json({"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS})
+            case ["v2", "health", "live"]:
+                return self._state(True)
+            case ["v2", "health", "ready"]:
+                return self._state(model.is_ready and not model.is_stopping)
+            case ["v2", "repository", "index"]:
+                require(scope, "POST")
+                return to_json(self._index(await self._body(headers, receive)))
+            case ["v2", "repository", "models", name, "load" | "unload"]:
+                require(scope, "POST")
+                model.check_name(name)
+                raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
+        raise RequestError("there is nothing at this address; /docs tells what there is", 404)
+
+    def _state(self, is_good: bool) -> Reply:
+        if not is_good:
+            raise RequestError("not ready")  # the protocol's status is 4xx
+        return to_json({})
+
+    def _index(self, body: bytes | bytearray) -> list[dict[str, str]]:
+        check_json(body)
+        only_ready = parse_json(body).get("ready", False) if body else False
+        state = "READY" if self._model.is_ready else "LOADING"
+        one = {"name": self._model.name, "version": VERSION, "state": state, "reason": ""}
+        return [one] if self._model.is_ready or not only_ready else []
+
+    async def _infer(self, headers: Headers, receive: Receive) -> Reply:
+        # What is small when packed may be of any size unpacked.
+        if header(headers, b"content-encoding") not in ("", "identity"):
+            raise RequestError("bodies with a Content-Encoding are not taken; send it unpacked", 415)
+        kind, _, options = header(headers, b"content-type").partition(";")
+        kind, length = kind.strip().lower(), header(headers, JSON_LENGTH.lower().encode())
+        body: bytes | bytearray = b""
+        held = [0]
+        try:
+            most = MAX_JSON_BYTES if kind in ("", JSON) and not length else MAX_BODY_BYTES
+            body = await self._body(headers, receive, held, most)
+            if kind == "multipart/form-data":
+                read = lambda: read_files(body, options)  # noqa: E731
+            elif kind.startswith("image/"):
+                read = lambda: request_of_pictures([bytes(body)])  # noqa: E731
+            elif kind in ("", JSON) or (kind == "application/octet-stream" and length):
+                read = lambda: read_json(body, length)  # noqa: E731
+            else:
+                raise RequestError("expected the Content-Type application/json, multipart/form-data or image/...", 415)
+            request, outputs = await self._model.infer(read, len(body))
+        finally:
+            self._memory.used -= held[0]
+        return write_answer(self._model.name, request, outputs)
+
+    async def _body(
+        self, headers: Headers, receive: Receive, held: list[int] | None = None, most: int = MAX_JSON_BYTES
+    ) -> bytearray:
+        """Returns the whole body; `held` gets what it takes of the memory, which the caller gives back."""
+        length = header(headers, b"content-length")
+        announced = int(length) if length.isdecimal() and len(length) < 20 else 0
+        try:
+            async with asyncio.timeout(BODY_SECS):
+                return await self._read(receive, announced, [0] if held is None else held, most)
+        except TimeoutError as error:
+            raise RequestError(f"the body did not arrive within {BODY_SECS:.0f} seconds", 408) from error
+
+    async def _read(self, receive: Receive, announced: int, held: list[int], most: int) -> bytearray:
+        body, size = bytearray(), 0
+        too_large = RequestError(f"the body is larger than {most} bytes", 413)
+        refused = too_large if announced > most else None
+        while refused is None or max(size, announced) <= READ_ON_FACTOR * MAX_BODY_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            part = message.get("body", b"")
+            size += len(part)
+            if refused is None and size > most:
+                refused = too_large
+            if refused is None:
+                try:
+                    self._memory.take(len(part), size)
+                    held[0] += len(part)
+                    body += part
+                except RequestError as error:
+                    refused = error
+            if refused is not None:
+                body = bytearray()
+            if not message.get("more_body", False):
+                break
+        if refused is not None:
+            raise refused
+        return body
 
 
-def model_of(path: str) -> tuple[str, str] | None:
-    """Model and version that an address of inference names, "" being any version; None: it is another address."""
-    match path.split("/"):
-        case ["", "v2", "models", model, "infer"]:
-            return model, ""
-        case ["", "v2", "models", model, "versions", version, "infer"]:
-            return model, version
-    return None
+def require(scope: Scope, method: str) -> None:
+    """Raises RequestError (405) where a request has another method; HEAD counts as GET."""
+    if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
+        raise RequestError(f"expected the method {method}", 405)
 
 
-def as_request(model: str, version: str, body: bytes) -> Request:
-    """The request that `body` holds.
+def page_headers(kind: str) -> dict[str, str]:
+    """Returns the headers of a page."""
+    return {"content-type": kind, "Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+
+
+def to_json(content: Any) -> Reply:
+    """Makes an answer of `content`."""
+    return orjson.dumps(content), {"content-type": JSON}
+
+
+def parse_json(text: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """Returns the object that `text` is.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        tree = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the request is malformed: it is not JSON ({error.msg})") from error
+    if not isinstance(tree, dict):
+        raise RequestError("the request is malformed: it is not an object")
+    return tree
+
+
+def read_json(body: bytes | bytearray, json_length: str = "") -> Request:
+    """Reads a request in JSON, after whose `json_length` bytes binary tensors may follow.
 
     Raises:
         RequestError: it is no JSON, or not what the protocol says.
     """
-    try:
-        tree = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"it is not JSON ({error.msg})") from error
-    inputs, outputs = field(tree, "inputs", list), field(tree, "outputs", list, None)
-    tensors = [
-        Tensor(
-            name=field(given, "name", str, where=f"inputs.{number}."),
-            datatype=field(given, "datatype", str, where=f"inputs.{number}."),
-            shape=shape_of(given, number),
-            data=field(given, "data", list, where=f"inputs.{number}."),
+    if json_length and not (json_length.isdecimal() and len(json_length) < 10 and int(json_length) <= len(body)):
+        raise RequestError(f"{JSON_LENGTH} is {shorten(json_length)}; the body has {len(body)} bytes")
+    end = int(json_length) if json_length else len(body)
+    text = memoryview(body)[:end]
+    check_json(text if json_length else body)
+    tree = parse_json(text)
+    tensors, place = [], end
+    for number, given in enumerate(field(tree, "inputs", list)):
+        where = f"inputs.{number}."
+        shape = field(given, "shape", list, where=where)
+        if not all(type(size) is int for size in shape):
+            raise RequestError(f"the request is malformed: {where}shape is not a list of whole numbers")
+        size = field(field(given, "parameters", dict, {}, where=where), "binary_data_size", int, -1, where=where)
+        if size >= 0:
+            data: Any = bytes(memoryview(body)[place : place + size])
+            place += size
+        else:
+            data = field(given, "data", list, where=where)
+        name, datatype = (field(given, key, str, where=where) for key in ("name", "datatype"))
+        tensors.append(Tensor(name, datatype, shape, data, is_base64=size < 0))
+    if place != len(body):
+        raise RequestError(
+            f"the binary data have {len(body) - end} bytes; the inputs' binary_data_size say {place - end}"
         )
-        for number, given in enumerate(inputs)
+    parameters = field(tree, "parameters", dict, {})
+    is_binary = field(parameters, "binary_data_output", bool, False)
+    outputs = [
+        read_output(given, f"outputs.{number}.", is_binary)
+        for number, given in enumerate(field(tree, "outputs", list, []))
     ]
-    names = [field(wanted, "name", str, where=f"outputs.{number}.") for number, wanted in enumerate(outputs or ())]
-    return Request(model, version, field(tree, "id", str, None), tensors, names or None)
+    return Request(tensors, outputs, field(tree, "id", str, None), is_binary)
+
+
+def read_output(given: Any, where: str, is_binary: bool) -> Wanted:
+    """Reads one entry of a request's outputs."""
+    parameters = field(given, "parameters", dict, {}, where=where)
+    classes = field(parameters, "classification", int, 0, where=where)
+    is_binary = field(parameters, "binary_data", bool, is_binary, where=where)
+    return Wanted(field(given, "name", str, where=where), classes, is_binary)
 
 
 def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
-    """A value of an object.
+    """Returns a value of an object, checked for its type.
 
     Args:
         tree: the object.
@@ -104,31 +306,60 @@ def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> A
     if value is None and default:
         return default[0]
     if type(value) is not kind:
-        told = "a list" if kind is list else "a string"
-        raise RequestError(f"{where}{name} is {'missing' if value is None else f'not {told}'}; expected {told}")
+        kinds = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+        problem = "missing" if value is None else f"not {kinds[kind]}"
+        raise RequestError(f"the request is malformed: {where}{name} is {problem}; expected {kinds[kind]}")
     return value
 
 
-def shape_of(given: Any, number: int) -> list[int]:
-    """The shape of an input.
+def read_files(body: bytes | bytearray, options: str) -> Request:
+    """Reads the files of a form as pictures.
 
     Raises:
-        RequestError: it is not a list of whole numbers.
+        RequestError: it is no form, or has other fields.
     """
-    shape = field(given, "shape", list, where=f"inputs.{number}.")
-    if not all(type(size) is int for size in shape):
-        raise RequestError(f"inputs.{number}.shape is not a list of whole numbers")
-    return shape
+    boundary = re.search(r'boundary="?([^";,\s]{1,70})"?', options)
+    if boundary is None:
+        raise RequestError("the form is malformed: its Content-Type has no boundary")
+    line = b"\r\n--" + boundary[1].encode("latin-1")
+    _, *parts = (b"\r\n" + body).split(line, MAX_IMAGES + 2)
+    if not parts or not parts[-1].startswith(b"--"):
+        raise RequestError(f"the form is malformed, or has more than {MAX_IMAGES} files")
+    files = []
+    for part in parts[:-1]:
+        head, found, content = part.partition(b"\r\n\r\n")
+        if not found or b"filename=" not in head[:4096]:
+            raise RequestError(
+                "the form has a field that is no file; expected pictures, as curl -F image=@FILE sends them"
+            )
+        files.append(bytes(content))
+    return request_of_pictures(files)
 
 
-def as_json(request: Request, version: str, outputs: dict[str, np.ndarray]) -> bytes:
-    """The body of the answer to `request` by the model's `version`."""
+def request_of_pictures(pictures: list[bytes]) -> Request:
+    """Makes the request that pictures alone stand for."""
+    return Request([Tensor(ENCODED, "BYTES", [len(pictures)], pictures, is_base64=False)])
+
+
+def write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
+    """Writes the answer, in JSON and, where asked for, with binary tensors after it."""
     told: list[dict[str, Any]] = []
-    for name, values in outputs.items():
-        output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": OUTPUTS[name]}
-        if OUTPUTS[name] == "BYTES":
+    binary: list[bytes] = []
+    for wanted, datatype, values in outputs:
+        output: dict[str, Any] = {"name": wanted.name, "shape": list(values.shape), "datatype": datatype}
+        if wanted.is_binary:
+            binary.append(pack_array(values))
+            told.append(output | {"parameters": {"binary_data_size": len(binary[-1])}})
+            continue
+        if datatype == "BYTES":
             output["parameters"] = {"content_type": "str"}
-        told.append(output | {"data": values.ravel().tolist() if values.dtype == object else values.ravel()})
-    content: dict[str, Any] = {"model_name": request.model, "model_version": version, "outputs": told}
+        told.append(
+            output
+            | {"data": values.ravel().tolist() if values.dtype == object else np.ascontiguousarray(values).ravel()}
+        )
+    content: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": told}
     content |= {"id": request.request_id} if request.request_id is not None else {}
-    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    text = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not binary:
+        return text, {"content-type": JSON}
+    return b"".join([text, *binary]), {"content-type": "application/octet-stream", JSON_LENGTH: str(len(text))}

@@ -1,126 +1,265 @@
-"""The model as MLServer's runtime: requests are checked and decoded one by one, and computed together.
+"""From a checked request to its outputs: pictures are decoded one by one, and images of all requests computed together.
 
-MLServer's adaptive batcher joins requests as they come and waits for more, so that a bad one, or a client that goes
-away, fails all that share its batch, and one that is alone waits for nobody. Here checked pixels only are joined:
-those that have come while the device was busy.
+A bad request, or a client that goes away, fails by itself. What costs more than a moment runs in threads, in turns
+between the requests.
 """
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Sequence
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
-from mlserver import MLModel, ModelSettings
-from mlserver.errors import InferenceError
-from mlserver.types import Datatype, MetadataTensor, Parameters
-from prometheus_client import Counter
+from prometheus_client import Counter, Summary
 
 from densenet_jax.data.pixels import join
+from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
-from densenet_jax.serve.batches import in_batches
-from densenet_jax.serve.queue import WorkQueue
-from densenet_jax.serve.requests import ENCODED, PIXELS, Reader, Request, RequestError, Tensor, wanted_outputs
+from densenet_jax.serve.batching import FairQueue, compute_in_batches
+from densenet_jax.serve.requests import (
+    ENCODED,
+    PIXELS,
+    InputChecker,
+    Picture,
+    Request,
+    RequestError,
+    Wanted,
+    shorten,
+)
 
 PROBABILITIES = "probabilities"
+OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
 BEST = 5  # classes in the outputs that name the best
-DECODING_THREADS = 2
-DECODED_TOGETHER = 16  # requests: handing one to a thread costs as much as decoding a small picture
+VERSION = "1"  # of the model; a server has one
+MAX_IMAGES = 64  # in one request
+MAX_REQUESTS = 256  # under way at once; more are told to come again
+INLINE_BYTES = 256 * 2**10  # a smaller request is parsed on the event loop: a thread would cost more
+DECODED_TOGETHER = 16  # pictures: handing one to a thread costs as much as decoding a small one
+LARGE_PIXELS = 2_000_000  # pictures from here on have threads of their own
 BATCHES = Counter("served_batches", "Batches that were computed, each of one or more requests.")
 IMAGES = Counter("served_images", "Images that were computed.")
+_LABELS = ("model", "version")
+SUCCESSES = Counter("model_infer_request_success", "Requests for inference that were answered.", _LABELS)
+FAILURES = Counter("model_infer_request_failure", "Requests for inference that were refused or failed.", _LABELS)
+DURATION = Summary("model_infer_request_duration", "Seconds that a request for inference took.", _LABELS)
+
+Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; strings are objects
 
 
-class ImageClassifier(MLModel):
-    """The runtime: from a request of the protocol to its outputs."""
+class Classifier:
+    """The model as both protocols ask it.
+
+    Attributes:
+        name: which requests have to give.
+        is_ready: whether it is compiled.
+        is_stopping: whether new requests are refused.
+        requests_served, images_served: since the start.
+    """
 
     def __init__(
-        self, settings: ModelSettings, predictor: Predictor, *, max_images: int, batch_wait_secs: float
-    ) -> None:
-        """Compiles nothing yet; `serve` says what the arguments mean."""
-        super().__init__(settings)
-        self._predictor = predictor
-        self._best = functools.partial(predictor.best, topk=BEST)
-        self._reader = Reader(predictor.image_shape, max_images, predictor.preprocess)
-        self._decode = WorkQueue(self._read_all, name="decode", most=DECODED_TOGETHER, workers=DECODING_THREADS)
-        self._compute = WorkQueue(
-            self._compute_all, name="device", most=predictor.batch_sizes[-1], size=len, wait_secs=batch_wait_secs
-        )
+        self,
+        predictor: Predictor,
+        *,
+        batch_wait_secs: float = 0.0,
+        request_secs: float = 30.0,
+        max_pixels: int = 2 * 10**8,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            predictor: the model.
+            batch_wait_secs: how long a request waits for others while the device is idle.
+            request_secs: after which a request is given up.
+            max_pixels: of all pictures of a request.
+        """
+        self.name = predictor.model.name
+        self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
-        self.failure: Exception | None = None
+        self._predictor, self._request_secs = predictor, request_secs
+        self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, max_pixels)
+        self._read = FairQueue(_call_all, name="read")
+        cores = os.cpu_count() or 1
+        self._decode = FairQueue(self._decode_all, name="decode", most=DECODED_TOGETHER, workers=2)
+        self._decode_large = FairQueue(self._decode_all, name="decode-large", workers=max(1, cores // 2))
+        self._compute = FairQueue(
+            self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=batch_wait_secs
+        )
+        self._under_way: set[asyncio.Timeout] = set()
+        labels = {"model": self.name, "version": VERSION}
+        self._successes, self._failures = SUCCESSES.labels(**labels), FAILURES.labels(**labels)
+        self._duration = DURATION.labels(**labels)
 
-    async def load(self) -> bool:
-        """Compiles; MLServer reports ready only afterwards. It hides what went wrong, which stands in `failure`."""
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, self._predictor.compile)
-        except Exception as error:
-            self.failure = error
-            raise
-        return True
+    async def compile(self) -> None:
+        """Compiles every batch size, after which the model is ready."""
+        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
-    async def answer(self, request: Request) -> dict[str, np.ndarray]:
-        """The outputs that a request asks for, by name: arrays of the datatypes of `OUTPUTS`.
+        def work() -> None:
+            try:
+                self._predictor.compile()
+                error = None
+            except Exception as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(done.set_result, error)
+
+        threading.Thread(target=work, daemon=True).start()
+        if (error := await done) is not None:
+            raise error
+        gc.freeze()  # later collections don't look at what has been there from the start
+        self.is_ready = True
+
+    def check_name(self, name: str, version: str = "") -> None:
+        """Raises RequestError (404) where a client asks for another model."""
+        if name != self.name or version not in ("", VERSION):
+            which = f" of version {shorten(version)}" if version else ""
+            raise RequestError(f"there is no model {shorten(name)}{which}", 404)
+
+    def metadata(self) -> dict[str, Any]:
+        """Describes inputs and outputs as the protocol does; -1 is any number of images."""
+        classes = len(self._predictor.class_names)
+        best = len(self._predictor.best(np.zeros(classes, np.float32), BEST))
+        return {
+            "name": self.name,
+            "versions": [VERSION],
+            "platform": "densenet_jax",
+            "inputs": [
+                {"name": PIXELS, "datatype": "UINT8", "shape": [-1, *self._predictor.image_shape]},
+                {"name": ENCODED, "datatype": "BYTES", "shape": [-1]},
+            ],
+            "outputs": [
+                {"name": name, "datatype": datatype, "shape": [-1, classes if name == PROBABILITIES else best]}
+                for name, datatype in OUTPUTS.items()
+            ],
+        }
+
+    async def infer(self, read: Callable[[], Request], size: int) -> tuple[Request, Outputs]:
+        """Answers a request.
+
+        Args:
+            read: parses it; called in a thread where the request is large.
+            size: its bytes.
 
         Raises:
-            InferenceError: the request is at fault: status 400, gRPC's INVALID_ARGUMENT.
+            RequestError: it is refused (400, 404, 413), the server has too much to do or stops (503), or it took too
+                long (504).
         """
-        try:
-            names = wanted_outputs(request.outputs, OUTPUTS)
-            # Raw pixels take no time; everything else is kept away from the event loop.
-            is_raw = all(tensor.name == PIXELS and isinstance(tensor.data, bytes) for tensor in request.tensors)
-            images = self._reader.read(request.tensors) if is_raw else await self._decode(request.tensors)
-        except RequestError as error:
-            raise InferenceError(str(error)) from error
-        rows = await self._compute(images)
+        with self._duration.time(), self._failures.count_exceptions():
+            with self._admit() as deadline:
+                try:
+                    async with deadline:
+                        request, rows, outputs = await self._answer(read, size)
+                except TimeoutError as error:
+                    if self.is_stopping:
+                        raise RequestError("the server is stopping", 503) from error
+                    raise RequestError(f"it took more than {self._request_secs:g} seconds", 504) from error
+            answer = [self._output(wanted, rows) for wanted in outputs]
+        self._successes.inc()
         self.requests_served += 1
-        self.images_served += len(images)
-        return self._outputs(rows, names)
+        self.images_served += len(rows)
+        return request, answer
 
-    def _read_all(self, requests: Sequence[Sequence[Tensor]]) -> list[np.ndarray | Exception]:
-        found: list[np.ndarray | Exception] = []
-        for tensors in requests:
+    @contextlib.contextmanager
+    def _admit(self) -> Iterator[asyncio.Timeout]:
+        if self.is_stopping or not self.is_ready:
+            raise RequestError(f"the server is {'stopping' if self.is_stopping else 'not ready yet'}", 503)
+        if len(self._under_way) >= MAX_REQUESTS:
+            raise RequestError(f"{MAX_REQUESTS} requests are under way; come again", 503)
+        deadline = asyncio.timeout(self._request_secs)
+        self._under_way.add(deadline)
+        try:
+            yield deadline
+        finally:
+            self._under_way.discard(deadline)
+
+    async def stop(self, secs: float) -> None:
+        """Refuses new requests, and gives up those that are not answered within `secs`."""
+        self.is_stopping = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + secs
+        while self._under_way and loop.time() < end:
+            await asyncio.sleep(0.02)
+        for deadline in self._under_way:
+            deadline.reschedule(loop.time())
+
+    async def _answer(self, read: Callable[[], Request], size: int) -> tuple[Request, np.ndarray, list[Wanted]]:
+        def prepare() -> tuple[Request, np.ndarray | list[Picture]]:
+            request = read()
+            return request, self._checker.check(request)
+
+        request, images = prepare() if size <= INLINE_BYTES else (await self._read([prepare]))[0]
+        outputs = select_outputs(request)
+        if isinstance(images, list):
+            images = await self._decode_pictures(images)
+        return request, np.stack(await self._compute(list(images))), outputs
+
+    async def _decode_pictures(self, pictures: list[Picture]) -> list[np.ndarray]:
+        is_large = [picture.pixels > LARGE_PIXELS for picture in pictures]
+        lanes = [(self._decode, False), (self._decode_large, True)]
+        shares = [
+            (lane, [number for number, large in enumerate(is_large) if large == takes_large])
+            for lane, takes_large in lanes
+        ]
+        decoded: dict[int, np.ndarray] = {}
+        for lane, numbers in shares:
+            if numbers:
+                decoded |= zip(numbers, await lane([pictures[number] for number in numbers]), strict=True)
+        return [decoded[number] for number in range(len(pictures))]
+
+    def _decode_all(self, pictures: Sequence[Picture]) -> list[np.ndarray | Exception]:
+        def decode(picture: Picture) -> np.ndarray:
             try:
-                found.append(self._reader.read(tensors))
-            except Exception as error:
-                found.append(error)
-        return found
+                return self._predictor.preprocess(picture.data, picture.name)
+            except UserError as error:
+                raise RequestError(str(error)) from error
 
-    def _compute_all(self, requests: Sequence[np.ndarray]) -> list[np.ndarray]:
-        images = requests[0] if len(requests) == 1 else join(requests, np.concatenate)
-        rows = in_batches(images, self._predictor.batch_sizes, self._predictor.probabilities)
+        return _call_all([functools.partial(decode, picture) for picture in pictures])
+
+    def _compute_all(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        rows = compute_in_batches(join(images), self._predictor.batch_sizes, self._predictor.probabilities)
         BATCHES.inc()
         IMAGES.inc(len(images))
-        return np.split(rows, np.cumsum([len(request) for request in requests[:-1]]))
+        return list(rows)
 
-    def _outputs(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        if names == [PROBABILITIES]:
-            return {PROBABILITIES: rows}
-        best = [self._best(row) for row in rows]
-        values = {
-            PROBABILITIES: rows,
-            "class_ids": np.asarray([[one.class_id for one in row] for row in best], np.int32),
-            "labels": np.asarray([[one.label for one in row] for row in best], dtype=object),
-            "top_probabilities": np.asarray([[one.probability for one in row] for row in best], np.float32),
-        }
-        return {name: values[name] for name in names}
-
-
-# Outputs and their datatypes.
-OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
+    def _output(self, wanted: Wanted, rows: np.ndarray) -> tuple[Wanted, str, np.ndarray]:
+        if wanted.name == PROBABILITIES and not wanted.classes:
+            return wanted, OUTPUTS[PROBABILITIES], rows
+        best = [self._predictor.best(row, wanted.classes or BEST) for row in rows]
+        if wanted.classes:
+            texts = [[f"{one.probability:.6f}:{one.class_id}:{one.label}" for one in row] for row in best]
+            return wanted, "BYTES", np.asarray(texts, dtype=object)
+        fields = {"class_ids": ("class_id", np.int32), "labels": ("label", object)}
+        field, dtype = fields.get(wanted.name, ("probability", np.float32))
+        return wanted, OUTPUTS[wanted.name], np.asarray([[getattr(one, field) for one in row] for row in best], dtype)
 
 
-def metadata(predictor: Predictor) -> dict[str, list[MetadataTensor]]:
-    """Inputs and outputs as the protocol tells them; -1 is any number of images."""
-    classes = len(predictor.class_names)
-    best = len(predictor.best(np.zeros(classes, np.float32), BEST))
-    base64 = Parameters(content_type="base64")
-    return {
-        "inputs": [
-            MetadataTensor(name=PIXELS, datatype=Datatype.UINT8, shape=[-1, *predictor.image_shape]),
-            MetadataTensor(name=ENCODED, datatype=Datatype.BYTES, shape=[-1], parameters=base64),
-        ],
-        "outputs": [
-            MetadataTensor(
-                name=name, datatype=Datatype(datatype), shape=[-1, classes if name == PROBABILITIES else best]
+def _call_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Calls each job; an exception stands for the result of the one that raised it."""
+    results: list[Any] = []
+    for job in jobs:
+        try:
+            results.append(job())
+        except Exception as error:
+            # Where it was raised matters of our own faults only, and holds the memory of the request.
+            results.append(error.with_traceback(None) if isinstance(error, RequestError) else error)
+    return results
+
+
+def select_outputs(request: Request) -> list[Wanted]:
+    """Returns the outputs that a request asks for, in its order; all where it names none.
+
+    Raises:
+        RequestError: there is no such output, or classes of one that has none.
+    """
+    for wanted in request.outputs:
+        if wanted.name not in OUTPUTS:
+            raise RequestError(f"there is no output {shorten(wanted.name)}; expected some of {', '.join(OUTPUTS)}")
+        if wanted.classes and (wanted.name != PROBABILITIES or wanted.classes < 0):
+            raise RequestError(
+                f"a classification of {wanted.name} is not offered; expected a count for {PROBABILITIES}"
             )
-            for name, datatype in OUTPUTS.items()
-        ],
-    }
+    named = {wanted.name: wanted for wanted in request.outputs}
+    return list(named.values()) or [Wanted(name, is_binary=request.is_binary) for name in OUTPUTS]

@@ -1,24 +1,17 @@
-"""A classifier behind MLServer: the Open Inference Protocol v2 over REST and gRPC, metrics, and a page to try it on."""
+"""A classifier behind REST and gRPC: the Open Inference Protocol v2, metrics, and a page to try it on."""
 
 import asyncio
 import dataclasses
 import importlib.util
-import logging
-import os
 import socket
 from typing import Any
 
 from densenet_jax.errors import UserError
-from densenet_jax.predict.images import ImageLimits
 from densenet_jax.predict.predictor import Predictor
+from densenet_jax.serve.limits import Access
 from densenet_jax.system.console import print_status, spinner
-from densenet_jax.version import __version__
 
-MAX_IMAGES = 64  # in one request
-MAX_BODY_BYTES = 32 * 2**20  # of one request
-LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=50_000_000)  # of one picture
-POLL_SECS = 0.05
-VERSION = "1"  # of the protocol's models; a server has one
+NEEDED = ("uvicorn", "httptools", "orjson", "grpc", "tritonclient", "prometheus_client")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +29,9 @@ def check_installed() -> None:
     Raises:
         UserError: it is not installed.
     """
-    if importlib.util.find_spec("mlserver") is None:
-        raise UserError("--mode serve needs MLServer; run: pip install -r requirements-serve.txt")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--mode serve needs {', '.join(missing)}; run: pip install -r requirements-serve.txt")
 
 
 def listen(address: Address) -> socket.socket:
@@ -46,11 +40,11 @@ def listen(address: Address) -> socket.socket:
     Raises:
         UserError: one of them is in use, or is not of this machine.
     """
-    _bound("--grpc_port", address.host, address.grpc_port).close()
-    return _bound("--port", address.host, address.port)
+    _bind("--grpc_port", address.host, address.grpc_port).close()
+    return _bind("--port", address.host, address.port)
 
 
-def _bound(flag: str, host: str, port: int) -> socket.socket:
+def _bind(flag: str, host: str, port: int) -> socket.socket:
     bound = None
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -68,11 +62,7 @@ def _bound(flag: str, host: str, port: int) -> socket.socket:
 
 
 def serve(
-    predictor: Predictor,
-    listener: socket.socket,
-    address: Address,
-    *,
-    batch_wait_secs: float,
+    predictor: Predictor, listener: socket.socket, address: Address, access: Access, config: Any
 ) -> dict[str, Any]:
     """Serves until SIGTERM or Ctrl-C, which ends what is under way first.
 
@@ -80,75 +70,47 @@ def serve(
         predictor: what is served.
         listener: from `listen`.
         address: as given to `listen`.
-        batch_wait_secs: how long a request waits for others while the device is idle; while it is busy, requests
-            gather anyhow.
+        access: who may ask.
+        config: all settings.
 
     Returns:
         How many requests and images were answered.
 
     Raises:
-        UserError: the gRPC address was taken meanwhile.
+        UserError: the gRPC address was taken meanwhile, or too few files may be open.
     """
-    import mlserver.utils
+    import uvloop
 
-    for library in ("mlserver", "uvicorn.error", "uvicorn"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # another MLServer's, maybe
-    mlserver.utils.install_uvloop_event_loop()
-    return asyncio.run(_serve(predictor, listener, address, batch_wait_secs))
+    return uvloop.run(_serve(predictor, listener, address, access, config))
 
 
 async def _serve(
-    predictor: Predictor,
-    listener: socket.socket,
-    address: Address,
-    batch_wait_secs: float,
+    predictor: Predictor, listener: socket.socket, address: Address, access: Access, config: Any
 ) -> dict[str, Any]:
-    from mlserver import ModelSettings, Settings
-    from mlserver.settings import ModelParameters
+    from densenet_jax.serve.runtime import Classifier
+    from densenet_jax.serve.server import Server
 
-    from densenet_jax.serve.runtime import ImageClassifier, metadata
-    from densenet_jax.serve.server import OneModelServer
-
-    name = predictor.model.name
-    described = ModelSettings(
-        name=name,
-        implementation=ImageClassifier,
-        platform="densenet_jax",
-        versions=[VERSION],
-        parameters=ModelParameters(version=VERSION),
-        **metadata(predictor),
+    model = Classifier(
+        predictor,
+        batch_wait_secs=config.serve.batch_wait_secs,
+        request_secs=config.serve.request_secs,
+        max_pixels=config.serve.max_request_pixels,
     )
-    sizes = predictor.batch_sizes
-    model = ImageClassifier(described, predictor, max_images=MAX_IMAGES, batch_wait_secs=batch_wait_secs)
-    settings = Settings(
-        debug=False,
-        host=address.host,
-        http_port=listener.getsockname()[1],
-        grpc_port=address.grpc_port,
-        grpc_max_message_length=MAX_BODY_BYTES,
-        parallel_workers=0,
-        metrics_endpoint="/metrics",
-        server_name="densenet_jax",
-        server_version=__version__,
-        gzip_enabled=False,
-    )
-    server = OneModelServer(settings, model, listener, MAX_BODY_BYTES)
-    running = asyncio.create_task(server.start([described]))
-    with spinner(f"compiling for {', '.join(map(str, sizes))} images"):
-        while not (model.ready or running.done()):
-            await asyncio.wait([running], timeout=POLL_SECS)
-    if model.ready and not running.done():
-        where = f"{bracketed(address.host)}:{settings.http_port}"
-        print_status(f"{name} is ready: REST and a page on http://{where}/, metrics on http://{where}/metrics")
-        print_status(f"gRPC on {bracketed(address.host)}:{server.grpc_port}; Ctrl-C or SIGTERM stops")
-    await running
-    if model.failure is not None:
-        raise model.failure
+    server = Server(model, access, listener, address.host, address.grpc_port)
+    await server.start()
+    stopped = asyncio.create_task(server.stopped())
+    compiling = asyncio.create_task(model.compile())
+    with spinner(f"compiling for {', '.join(map(str, predictor.batch_sizes))} images"):
+        await asyncio.wait([stopped, compiling], return_when=asyncio.FIRST_COMPLETED)
+    if compiling.done():
+        compiling.result()
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        where = f"{'https' if access.certificate else 'http'}://{host}:{server.port}"
+        if not access.is_loopback and not access.token:
+            print_status(f"anybody who reaches {host} may ask: there is no login; config.serve.token_file sets one")
+        print_status(f"{model.name} is ready: REST and a page on {where}/, metrics on {where}/metrics")
+        print_status(f"gRPC on {host}:{server.grpc_port}; Ctrl-C or SIGTERM stops")
+    await stopped
+    await server.stop(config.serve.stop_secs)
     print_status(f"stopped after {model.requests_served:,} requests with {model.images_served:,} images")
     return {"requests": model.requests_served, "images": model.images_served}
-
-
-def bracketed(host: str) -> str:
-    """A host as it stands in an address."""
-    return f"[{host}]" if ":" in host else host

@@ -1,152 +1,103 @@
-"""MLServer with one fixed model: the routes it keeps, the limits it is given, where its log goes."""
+"""Both servers in one event loop: started, watched over, and ended in time."""
 
-import contextlib
+import asyncio
 import functools
-import html
-import importlib.resources
+import logging
+import signal
 import socket
-from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from mlserver import MLServer, ModelSettings, Settings
-from mlserver.metrics.prometheus import PrometheusEndpoint
-from mlserver.model import MLModel
-from mlserver.registry import MultiModelRegistry
-from mlserver.rest.server import RESTServer
-from starlette.exceptions import HTTPException
+from prometheus_client import Gauge
+from uvicorn.server import ServerState
 
-from densenet_jax.serve.dataplane import CheckedDataPlane
-from densenet_jax.serve.grpc import BoundGRPCServer
-from densenet_jax.serve.http import Limited
-from densenet_jax.serve.requests import shortened
-from densenet_jax.serve.rest import Inference
-from densenet_jax.serve.runtime import ImageClassifier
+from densenet_jax.serve.connections import HEAD_SECS, IDLE_SECS, LimitedProtocol
+from densenet_jax.serve.grpc import make_server
+from densenet_jax.serve.limits import Access, BodyMemory, allow_connections, open_files, return_memory, shed_quiet
+from densenet_jax.serve.rest import Rest
+from densenet_jax.serve.runtime import Classifier
 
-BODY_SECS = 30.0  # in which a request's body has to arrive
-MAX_REQUESTS = 256  # under way at once, of each protocol; more are told to come again
-STOP_SECS = 5  # in which requests under way may end
-MODEL = "/v2/models/{model_name}"
-# All else of MLServer's routes would let anybody load and unload models, or brings pages that need another host.
-ROUTES = {"/v2", "/v2/health/live", "/v2/health/ready"} | {
-    f"{model}{what}" for model in (MODEL, MODEL + "/versions/{model_version}") for what in ("", "/ready")
-}
-# The page may run what stands in it and speak to this server, and nothing else.
-PAGE_POLICY = (
-    "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+WATCH_SECS = 0.05
+RETURN_MEMORY_TICKS = 20  # between two times that freed memory is given back
+STALL = Gauge("event_loop_longest_stall_seconds", "How long the event loop has been kept from its work at most.")
+FLUSH_SECS = 2.0  # for the last answers to leave
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to MLServer."""
+class Server:
+    """REST and gRPC for one model.
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    Attributes:
+        port, grpc_port: where they listen.
+    """
 
-
-class BoundRESTServer(RESTServer):
-    """MLServer's REST server on a socket that is bound already, with our page and limits and fewer routes."""
-
-    def __init__(
-        self, settings: Settings, data_plane: CheckedDataPlane, *, listener: socket.socket, max_body_bytes: int
-    ):
-        super().__init__(settings, data_plane, None)
-        self._listener = listener
-        self._max_body_bytes = max_body_bytes
-        self._checked = data_plane
-        keep_routes(self._app)
-        add_error_handlers(self._app)
-        self._app.add_route("/metrics", PrometheusEndpoint(settings).handle_metrics)
-
-    def add_page(self, model: str) -> None:
-        """Serves the page at /."""
-        text = page(model)
-        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-        self._app.add_route("/", lambda request: HTMLResponse(text, headers=headers))
-
-    async def start(self) -> None:
-        """Serves until it is stopped."""
-        inference = Inference(self._app, self._checked)
-        limited = Limited(inference, max_body_bytes=self._max_body_bytes, body_secs=BODY_SECS)
-        settings = uvicorn.Config(
-            limited,
-            access_log=False,
-            log_config=None,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            limit_concurrency=MAX_REQUESTS,
-            timeout_graceful_shutdown=STOP_SECS,
-        )
-        self._server = _Uvicorn(settings)
-        await self._server.serve(sockets=[self._listener])
-
-
-def page(model: str) -> str:
-    """The page on which a person tries the model."""
-    text = importlib.resources.files("densenet_jax.serve").joinpath("page.html").read_text("utf-8")
-    return text.replace("MODEL_NAME", html.escape(model, quote=True))
-
-
-def keep_routes(app: FastAPI) -> None:
-    """Takes away every route that is not among `ROUTES`."""
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Makes every error `{"error": "..."}`, and none of them repeat the request."""
-
-    async def malformed(_: Request, error: Exception) -> JSONResponse:
-        first = error.errors()[0] if isinstance(error, RequestValidationError) and error.errors() else {}
-        where = ".".join(str(part) for part in first.get("loc", ()) if part != "body")
-        what = shortened(first.get("ctx", {}).get("error", first.get("msg", "it is malformed")), 120)
-        return JSONResponse({"error": f"the request is malformed: {f'{where}: ' if where else ''}{what}"}, 400)
-
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        status = error.status_code if isinstance(error, HTTPException) else 400
-        return JSONResponse({"error": str(getattr(error, "detail", error))}, status)
-
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, refused)
-
-
-class OneModelServer(MLServer):
-    """MLServer that serves `model` and is told by its maker where to listen."""
-
-    def __init__(self, settings: Settings, model: ImageClassifier, listener: socket.socket, max_body_bytes: int):
-        """Takes the gRPC address, too.
+    def __init__(self, model: Classifier, access: Access, listener: socket.socket, host: str, grpc_port: int):
+        """Takes the gRPC address; `listener` is bound to that of REST.
 
         Raises:
-            UserError: it is in use.
+            UserError: it is in use, or too few files may be open.
         """
-        self._model = model
-        self._make_rest = functools.partial(BoundRESTServer, listener=listener, max_body_bytes=max_body_bytes)
-        super().__init__(settings)
-        self._rest_server.add_page(model.name)
-        self._grpc_server.bind()
+        for library in ("uvicorn.error", "uvicorn", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        self._model, self._access, self._listener = model, access, listener
+        self._memory = BodyMemory()
+        self._most, self._most_grpc = allow_connections()
+        self._state = ServerState()
+        self._stop = asyncio.Event()
+        self.port = listener.getsockname()[1]
+        self._grpc, self.grpc_port = make_server(model, access, self._memory, host, grpc_port, self._most_grpc)
 
-    @property
-    def grpc_port(self) -> int:
-        """Where gRPC listens."""
-        return self._grpc_server.port
+    async def start(self) -> None:
+        """Listens; until the model is ready it says that it isn't."""
+        application = Rest(self._model, self._access, self._memory)
+        config = uvicorn.Config(
+            application,
+            http=LimitedProtocol,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            interface="asgi3",
+            timeout_keep_alive=int(IDLE_SECS),
+        )
+        config.load()
+        make = functools.partial(LimitedProtocol, config, self._state, {}, most=self._most)
+        loop, tls = asyncio.get_running_loop(), self._access.tls()
+        handshake_secs = HEAD_SECS if tls else None
+        self._rest = await loop.create_server(
+            make, sock=self._listener, ssl=tls, backlog=256, ssl_handshake_timeout=handshake_secs
+        )
+        await self._grpc.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._watching = asyncio.create_task(self._watch())
 
-    def _create_model_registry(self) -> MultiModelRegistry:
-        def made(settings: ModelSettings) -> MLModel:
-            del settings
-            return self._model
+    async def stopped(self) -> None:
+        """Waits for SIGTERM or Ctrl-C."""
+        await self._stop.wait()
 
-        return MultiModelRegistry(model_initialiser=made)
+    async def stop(self, secs: float) -> None:
+        """Takes nothing new, finishes what is done within `secs`, answers 503 to the rest, and closes."""
+        self._rest.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        closing = asyncio.create_task(self._grpc.stop(secs + FLUSH_SECS / 2))
+        await self._model.stop(secs)
+        await asyncio.wait([closing, *self._state.tasks], timeout=FLUSH_SECS)
+        self._watching.cancel()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        await asyncio.sleep(0)  # lets transports flush what they can at once
 
-    def _configure_logger(self) -> None:
-        """Leaves logging alone: MLServer would write to standard output, which belongs to the last line."""
-
-    def _create_servers(self) -> None:
-        self._metrics_server = None  # the metrics are served beside the model
-        self._kafka_server = None
-        checked = CheckedDataPlane(self._data_plane, self._model_registry, self._model)
-        self._rest_server = self._make_rest(self._settings, checked)
-        self._grpc_server = BoundGRPCServer(self._settings, checked, max_requests=MAX_REQUESTS)
+    async def _watch(self) -> None:
+        """Makes room for gRPC's newcomers, gives memory back after large requests, and times the event loop."""
+        loop, tick, longest = asyncio.get_running_loop(), 0, 0.0
+        while True:
+            started = loop.time()
+            await asyncio.sleep(WATCH_SECS)
+            longest = max(longest, loop.time() - started - WATCH_SECS)
+            STALL.set(longest)
+            tick += 1
+            if len(open_files()) - len(self._state.connections) > self._most_grpc // 2:
+                await asyncio.to_thread(shed_quiet, self.grpc_port, self._most_grpc)
+            if self._memory.seen > 2**20 and tick % RETURN_MEMORY_TICKS == 0:
+                self._memory.seen = self._memory.used
+                await asyncio.to_thread(return_memory)

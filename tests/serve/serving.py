@@ -4,6 +4,7 @@ import base64
 import contextlib
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import requests
 
 from tests.running import start_main
 
@@ -35,7 +37,7 @@ class Server:
         assert self._ready.wait(240), "".join(self.said)
         assert process.poll() is None, "".join(self.said)
         text = "".join(self.said)
-        self.url = re.search(r"page on (http://[\d.:]+)/", text)[1]
+        self.url = re.search(r"page on (https?://[\d.:]+)/", text)[1]
         self.grpc = re.search(r"gRPC on ([\d.:]+);", text)[1]
 
     def _listen(self) -> None:
@@ -54,6 +56,11 @@ class Server:
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
+    def longest_stall_secs(self) -> float:
+        """How long the event loop has been kept from its work at most, since the start."""
+        text = requests.get(f"{self.url}/metrics", timeout=9).text
+        return float(re.search(r"^event_loop_longest_stall_seconds (.*)$", text, re.M)[1])
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Asks it to stop; returns its exit status and standard output."""
         self.process.send_signal(number)
@@ -64,11 +71,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(workdir: pathlib.Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """Serves the run in `workdir` on free ports."""
+def serving(workdir: pathlib.Path, *arguments: str, files: int = 0, **environment: str) -> Iterator[Server]:
+    """Serves the run in `workdir` on free ports, in a process that may open so many files."""
     ports = ("--port", "0", "--grpc_port", "0")
     digits = ("--config", "configs/digits.py", "--workdir", str(workdir), "--mode", "serve")
     with start_main(*digits, *ports, *arguments, **environment) as process:
+        if files:
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
         try:
             yield Server(process)
         finally:

@@ -9,7 +9,7 @@ import requests
 from tests.extras import needs
 from tests.serve.browser import browser_page, find_browser
 
-needs_server = needs("mlserver", "aiohttp")
+needs_server = needs("uvicorn", "aiohttp")
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium, which is not installed here")
 
 DONE = "!document.getElementById('classes').hidden || document.getElementById('status').className === 'bad'"
@@ -32,11 +32,12 @@ def dropping(data: bytes, name: str) -> str:
 
 @needs_server
 def test_the_page_brings_everything_with_it(server):
-    answer = requests.get(server.url + "/", timeout=9)
-    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-    assert "http://" not in answer.text
-    assert "https://" not in answer.text
+    for path in ("/", "/docs"):
+        answer = requests.get(server.url + path, timeout=9)
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert "http://" not in answer.text
+        assert "https://" not in answer.text
 
 
 @needs_server

@@ -1,29 +1,27 @@
 """Requests are checked before they may share a batch: what is refused, and what the pixels of the rest are."""
 
-import asyncio
 import base64
-import json
 
 import numpy as np
 import pytest
 
+from configs import default
 from densenet_jax.errors import UserError
 from densenet_jax.serve import serve
-from densenet_jax.serve.batches import cover, in_batches
-from densenet_jax.serve.http import Limited
-from densenet_jax.serve.requests import Reader, RequestError, Tensor, check_id, wanted_outputs
+from densenet_jax.serve.limits import Access
+from densenet_jax.serve.requests import InputChecker, Request, RequestError, Tensor, check_id
+from tests.predict.files import png
 
 SHAPE = (2, 3, 1)
 PIXELS = np.arange(12, dtype=np.uint8).reshape(2, *SHAPE)
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
-    if not data.isdigit():
-        raise UserError(f"{name}: no image")
-    return np.full(SHAPE, int(data), np.uint8)
+CHECKER = InputChecker(SHAPE, max_images=4, max_pixels=1000)
+PICTURES = [png(7, 9, b""), png(9, 5, b"")]
 
 
-READER = Reader(SHAPE, max_images=4, decode=decode)
+def check(*tensors):
+    return CHECKER.check(Request(tensors))
 
 
 def pixels(data, shape=PIXELS.shape, datatype="UINT8", name="image"):
@@ -40,24 +38,29 @@ def in_base64(*values: bytes) -> list[str]:
 
 @pytest.mark.parametrize("data", [PIXELS.tolist(), PIXELS.reshape(-1).tolist(), PIXELS.tobytes()])
 def test_pixels_come_nested_flat_or_raw(data):
-    np.testing.assert_array_equal(READER.read([pixels(data)]), PIXELS)
+    np.testing.assert_array_equal(check(pixels(data)), PIXELS)
 
 
 def test_pictures_come_in_base64_as_bytes_or_raw():
-    want = np.stack([decode(b"7", ""), decode(b"9", "")])
-    raw = b"\x01\0\0\x007\x01\0\0\x009"
+    raw = b"".join(len(one).to_bytes(4, "little") + one for one in PICTURES)
     for tensor in (
-        pictures(in_base64(b"7", b"9"), (2,)),
-        pictures([[text] for text in in_base64(b"7", b"9")], (2, 1)),
-        pictures([b"7", b"9"], (2,), is_base64=False),
+        pictures(in_base64(*PICTURES), (2,)),
+        pictures([[text] for text in in_base64(*PICTURES)], (2, 1)),
+        pictures(PICTURES, (2,), is_base64=False),
         pictures(raw, (2,), is_base64=False),
     ):
-        np.testing.assert_array_equal(READER.read([tensor]), want)
+        assert [(one.data, one.pixels) for one in check(tensor)] == [(PICTURES[0], 63), (PICTURES[1], 45)]
+
+
+def test_pixels_of_a_request_are_counted_before_any_is_decoded():
+    with pytest.raises(RequestError, match="more than 1,000 pixels together") as raised:
+        check(pictures([png(30, 30, b""), png(11, 10, b"")], (2,), is_base64=False))
+    assert raised.value.status == 413
 
 
 REFUSED = {
     "no input": ([], "inputs are none"),
-    "two inputs": ([pictures(in_base64(b"1")), pixels(PIXELS.tolist())], "expected one of"),
+    "two inputs": ([pictures(in_base64(PICTURES[0])), pixels(PIXELS.tolist())], "expected one of"),
     "unknown input": ([pixels([], name="../../etc/passwd")], "etc/passwd"),
     "wrong datatype": ([pixels(PIXELS.tolist(), datatype="FP32")], "'FP32'; expected UINT8"),
     "wrong shape": ([pixels(PIXELS.tolist(), (2, 3, 2, 1))], r"expected \[n, 2, 3, 1\]"),
@@ -78,8 +81,8 @@ REFUSED = {
     "no base64": ([pictures(["?" * 8])], "not base64"),
     "letters that base64 does not know": ([pictures(["é"])], "not base64"),
     "a number for a picture": ([pictures([7])], "not base64"),
-    "no picture": ([pictures(in_base64(b"x"))], r"image_bytes\[0\]: no image"),
-    "the second is no picture": ([pictures(in_base64(b"1", b"x"), (2,))], r"image_bytes\[1\]: no image"),
+    "no picture": ([pictures(in_base64(b"x"))], r"image_bytes\[0\]: it is no JPEG"),
+    "the second is no picture": ([pictures(in_base64(PICTURES[0], b"x"), (2,))], r"image_bytes\[1\]: it is no JPEG"),
     "a string for a list": ([pictures("a" * 4, (4,))], "no list of values"),
     "fewer pictures": ([pictures(in_base64(b"1"), (2,))], "1 values"),
     "raw that ends early": ([pictures(b"\x09\0\0\0a", is_base64=False)], "end within a string"),
@@ -93,89 +96,57 @@ REFUSED = {
 def test_it_is_refused(case):
     tensors, why = REFUSED[case]
     with pytest.raises(RequestError, match=why) as raised:
-        READER.read(tensors)
+        check(*tensors)
     assert len(str(raised.value)) < 300
 
 
 def test_ids_come_back_in_headers():
     check_id("a-1 b")
-    for wrong in ("a\r\nSet-Cookie: x", "é", "a" * 129, 7):
+    for wrong in ("a\r\nSet-Cookie: x", "é", "a" * 129):
         with pytest.raises(RequestError, match="printable ASCII"):
             check_id(wrong)
 
 
-def test_outputs_are_chosen_by_name():
-    assert wanted_outputs(None, {"a": 1, "b": 2}) == ["a", "b"]
-    assert wanted_outputs(["b", "b"], {"a": 1, "b": 2}) == ["b"]
-    with pytest.raises(RequestError, match="no output 'c'; expected some of a, b"):
-        wanted_outputs(["c"], {"a": 1, "b": 2})
+def make_access(host="127.0.0.1", **settings) -> Access:
+    config = default.get_config()
+    config.serve.update(settings)
+    return Access.from_config(config, host)
 
 
-@pytest.mark.parametrize(
-    ("count", "batches"),
-    [(1, [1]), (2, [4]), (3, [4]), (5, [4, 1]), (9, [16]), (18, [16, 4]), (64, [64]), (70, [64, 4, 4])],
-)
-def test_few_sizes_cover_any_number(count, batches):
-    assert cover(count, (1, 4, 16, 64)) == batches
+def test_hosts_are_checked():
+    for host in ("localhost:8080", "127.0.0.1", "[::1]:80", "LOCALHOST"):
+        make_access().check_host(host)
+    for host in ("evil.example", "192.0.2.1:80", "", "localhost.evil.example"):
+        with pytest.raises(RequestError, match=r"config\.serve\.hosts"):
+            make_access().check_host(host)
+    make_access("0.0.0.0").check_host("192.0.2.1:80")  # an address can't be bound to another name
+    with pytest.raises(RequestError, match="not served here"):
+        make_access("0.0.0.0").check_host("evil.example")
+    make_access("0.0.0.0", hosts=("models.example",)).check_host("Models.example:80")
 
 
-def test_every_image_is_computed_once():
-    sizes = []
-
-    def compute(batch):
-        sizes.append(len(batch))
-        return batch * 2.0
-
-    images = np.arange(23, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(in_batches(images, (8, 16), compute), images * 2)
-    assert sizes == [16, 7]
-
-
-def exchange(limited: Limited, *messages: dict, method: str = "POST", **headers: str) -> tuple[int, dict]:
-    """What the limits answer to a request whose body comes in `messages`."""
-    sent: list[dict] = []
-    waiting = list(messages)
-
-    async def receive():
-        if not waiting:
-            await asyncio.sleep(60)
-        return waiting.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    given = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    scope = {
-        "type": "http",
-        "method": method,
-        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
-    }
-    asyncio.run(limited(scope, receive, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])
+def test_a_token_is_asked_for(tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    access = make_access(token_file=str(tmp_path / "token"))
+    access.check_token("Bearer secret")
+    access.check_token("Basic " + base64.b64encode(b"me:secret").decode())
+    for wrong in ("", "secret", "Bearer ", "Bearer secreT", "Basic secret", "Bearer sécret"):
+        with pytest.raises(RequestError, match="token is missing or wrong") as raised:
+            access.check_token(wrong)
+        assert raised.value.status == 401
 
 
-async def echo(scope, receive, send):
-    message = await receive()
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": json.dumps(message["body"].decode()).encode()})
-
-
-def part(body: bytes, more: bool = False) -> dict:
-    return {"type": "http.request", "body": body, "more_body": more}
-
-
-def test_bodies_are_limited_before_they_are_parsed():
-    limited = Limited(echo, max_body_bytes=10, body_secs=0.2)
-    assert exchange(limited, part(b"12345", more=True), part(b"67890")) == (200, "1234567890")
-    assert exchange(limited, part(b"12345", more=True), part(b"678901"))[0] == 413
-    assert exchange(limited, content_length="11")[0] == 408  # it still reads what was announced
-    assert exchange(limited, content_length="1000000")[0] == 413  # but not any amount
-    assert exchange(limited, *[part(b"1" * 9, more=True)] * 9)[0] == 413
-    assert exchange(limited, part(b"12345", more=True))[0] == 408
-    assert exchange(limited, part(b"1"), content_encoding="gzip")[0] == 415
-    assert exchange(limited, part(b"1"), content_type="text/plain")[0] == 415
-    assert exchange(limited, part(b"1"), method="DELETE")[0] == 405
-    assert "error" in exchange(limited, part(b"1"), method="DELETE")[1]
+def test_files_that_are_no_token_or_certificate_are_told(tmp_path):
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    for settings, why in (
+        ({"token_file": str(empty)}, "has no token"),
+        ({"token_file": str(tmp_path / "none")}, "can't be read"),
+        ({"tls_key": str(empty)}, "belong together"),
+        ({"tls_key": str(empty), "tls_certificate": str(empty)}, "in PEM"),
+    ):
+        with pytest.raises(UserError, match=why):
+            make_access(**settings)
 
 
 def test_a_missing_extra_is_told_with_its_command(monkeypatch):

@@ -21,7 +21,7 @@ from tests.serve.serving import MODEL, pictures_input, pixels_input, request_of,
 # The compiler orders sums differently for batches of different sizes.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 LOAD_SECS = 30
-needs_server = needs("mlserver")
+needs_server = needs("uvicorn", "tritonclient")
 
 
 def post(server, body, **options) -> requests.Response:
@@ -64,7 +64,10 @@ def test_it_tells_of_itself(server):
         "labels": [-1, 5],
         "top_probabilities": [-1, 5],
     }
+    listed = requests.post(f"{server.url}/v2/repository/index", timeout=9).json()
+    assert listed == [{"name": MODEL, "version": "1", "state": "READY", "reason": ""}]
     client = grpc_client(server)
+    assert [model.name for model in client.get_model_repository_index().models] == [MODEL]
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(MODEL)
@@ -132,19 +135,20 @@ def test_mistakes_are_told_and_harm_nobody(server, pictures):
         assert requests.post(server.infer_url, data=text, headers=headers, timeout=9).status_code == 400
     huge = requests.post(server.infer_url, data=b" " * (33 * 2**20), headers=headers, timeout=60)
     assert huge.status_code == 413
-    packed = requests.post(server.infer_url, data=b"1", headers={**headers, "Content-Encoding": "gzip"}, timeout=9)
-    assert packed.status_code == 415
+    for odd in ({"Content-Encoding": "gzip"}, {"Content-Type": "text/plain"}):
+        assert requests.post(server.infer_url, data=b"1", headers={**headers, **odd}, timeout=9).status_code == 415
+    assert requests.delete(server.infer_url, timeout=9).status_code == 405
     for path in (
         "/v2/models/other/infer",
         f"/v2/models/{MODEL}/versions/7/infer",
         "/v2/models/..%2f..%2fetc/infer",
-        f"/v2/repository/models/{MODEL}/unload",
-        "/v2/repository/index",
         f"/v2/models/{MODEL}/infer_stream",
         "/../../etc/passwd",
-        "/openapi.json",
+        f"/v2/repository/models/{MODEL}/load/x",
     ):
         assert requests.post(server.url + path, json=request_of(good), timeout=9).status_code == 404, path
+    unload = requests.post(f"{server.url}/v2/repository/models/{MODEL}/unload", timeout=9)
+    assert unload.status_code == 501
     assert post(server, request_of(good)).status_code == 200
 
 
@@ -166,7 +170,7 @@ def test_mistakes_over_grpc_are_told(server, pixels):
             lambda: client.get_model_metadata("other"),
         ],
         "RESOURCE_EXHAUSTED": [lambda: client.infer(MODEL, [huge])],
-        "UNIMPLEMENTED": [lambda: client.unload_model(MODEL), client.get_model_repository_index],
+        "UNIMPLEMENTED": [lambda: client.unload_model(MODEL), lambda: client.load_model(MODEL)],
     }
     for status, calls in wrong.items():
         counted = answers_over_grpc(server, status)
@@ -282,7 +286,7 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
 
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(over_rest if index % 3 else over_grpc, index) for index in range(12)]
-            while computed(short)[1] < 3 + 8:
+            while computed(short)[1] < 3 + 2 * 64:
                 time.sleep(0.01)
             status, output = short.stop(number)
             assert status == 0, "".join(short.said)

@@ -1,11 +1,12 @@
-"""Items that queue while a worker is busy are worked on together; nobody waits where nobody works."""
+"""Items that queue while a worker is busy are worked on together, in turns between their callers."""
 
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 
-from densenet_jax.serve.queue import WorkQueue
+from densenet_jax.serve.batching import FairQueue, compute_in_batches, cover
 
 
 class Worker:
@@ -37,8 +38,8 @@ def run(case):
     return asyncio.run(limited())
 
 
-def queue_of(worker, **options):
-    return WorkQueue(worker, name="test", **{"most": 4, **options})
+def make_queue(worker, **options):
+    return FairQueue(worker, name="test", **{"most": 4, **options})
 
 
 def test_an_idle_worker_begins_at_once(monkeypatch):
@@ -52,23 +53,23 @@ def test_an_idle_worker_begins_at_once(monkeypatch):
         raise AssertionError("it waits although nothing is worked on")
 
     async def case():
-        queue = WorkQueue(work, name="test", most=4)
+        queue = FairQueue(work, name="test", most=4)
         monkeypatch.setattr(asyncio, "sleep", waits)
-        asked = asyncio.create_task(queue(3))
+        asked = asyncio.create_task(queue([3]))
         assert await asyncio.to_thread(began.wait, 20)
         return await asked
 
-    assert run(case()) == 3
+    assert run(case()) == [3]
 
 
 def test_who_asks_again_the_moment_the_answer_comes_is_answered():
     """The worker that has just run out of work has not gone yet, as the event loop sees it."""
 
     async def case():
-        queue = WorkQueue(lambda items: items, name="test", most=4)
+        queue = FairQueue(lambda items: items, name="test", most=4)
 
         async def caller(number):
-            return [await queue(10 * number + item) for item in range(10)]
+            return [(await queue([10 * number + item]))[0] for item in range(10)]
 
         alone = await caller(0)
         together = await asyncio.gather(*map(caller, (1, 2, 3)))
@@ -81,13 +82,13 @@ def test_what_queues_while_the_worker_is_busy_is_one_group():
     worker = Worker()
 
     async def case():
-        queue = queue_of(worker)
-        first = asyncio.create_task(queue(1))
+        queue = make_queue(worker)
+        first = asyncio.create_task(queue([1]))
         await begun(worker, 1)
-        rest = [asyncio.create_task(queue(item)) for item in (2, 3, 4, 5, 6)]
+        rest = [asyncio.create_task(queue([item])) for item in (2, 3, 4, 5, 6)]
         await asyncio.sleep(0.01)
         worker.free.release(3)
-        return [await task for task in (first, *rest)]
+        return [(await task)[0] for task in (first, *rest)]
 
     assert run(case()) == [2, 4, 6, 8, 10, 12]
     assert worker.groups == [[1], [2, 3, 4, 5], [6]]
@@ -98,10 +99,10 @@ def test_groups_are_limited_by_size_and_a_larger_item_goes_alone():
     worker.free.release(9)
 
     async def case():
-        queue = queue_of(worker, size=lambda item: item, wait_secs=0.05)
-        return await asyncio.gather(*map(queue, (1, 2, 2, 9, 1)))
+        queue = make_queue(worker, size=lambda item: item, wait_secs=0.05)
+        return await asyncio.gather(*[queue([item]) for item in (1, 2, 2, 9, 1)])
 
-    assert run(case()) == [2, 4, 4, 18, 2]
+    assert run(case()) == [[2], [4], [4], [18], [2]]
     assert worker.groups == [[1, 2], [2], [9], [1]]
 
 
@@ -110,11 +111,11 @@ def test_a_bad_item_fails_alone():
     worker.free.release(9)
 
     async def case():
-        queue = queue_of(worker, wait_secs=0.05)
-        return await asyncio.gather(*map(queue, (1, -1, 2)), return_exceptions=True)
+        queue = make_queue(worker, wait_secs=0.05)
+        return await asyncio.gather(*[queue([item]) for item in (1, -1, 2)], return_exceptions=True)
 
     first, bad, last = run(case())
-    assert (first, last) == (2, 4)
+    assert (first, last) == ([2], [4])
     assert isinstance(bad, ValueError)
     assert worker.groups == [[1, -1, 2]]
 
@@ -126,24 +127,24 @@ def test_what_the_work_raises_goes_to_its_group_and_the_next_one_is_worked_on():
         return items
 
     async def case():
-        queue = WorkQueue(work, name="test", most=2, wait_secs=0.05)
-        return await asyncio.gather(*map(queue, (0, 1, 2)), return_exceptions=True)
+        queue = FairQueue(work, name="test", most=2, wait_secs=0.05)
+        return await asyncio.gather(*[queue([item]) for item in (0, 1, 2)], return_exceptions=True)
 
     first, second, third = run(case())
     assert isinstance(first, ZeroDivisionError)
     assert isinstance(second, ZeroDivisionError)
-    assert third == 2
+    assert third == [2]
 
 
 def test_who_goes_away_while_waiting_is_not_worked_for_and_harms_nobody():
     worker = Worker()
 
     async def case():
-        queue = queue_of(worker)
-        under_way = asyncio.create_task(queue(1))
+        queue = make_queue(worker)
+        under_way = asyncio.create_task(queue([1]))
         await begun(worker, 1)
-        waiting = asyncio.create_task(queue(2))
-        other = asyncio.create_task(queue(3))
+        waiting = asyncio.create_task(queue([2]))
+        other = asyncio.create_task(queue([3]))
         await asyncio.sleep(0.01)
         under_way.cancel()
         waiting.cancel()
@@ -152,7 +153,7 @@ def test_who_goes_away_while_waiting_is_not_worked_for_and_harms_nobody():
             await under_way
         return await other
 
-    assert run(case()) == 6
+    assert run(case()) == [6]
     assert worker.groups == [[1], [3]]
 
 
@@ -160,13 +161,50 @@ def test_workers_share_the_queue():
     worker = Worker()
 
     async def case():
-        queue = queue_of(worker, workers=2)
-        tasks = [asyncio.create_task(queue(item)) for item in (1, 2)]
+        queue = make_queue(worker, workers=2)
+        tasks = [asyncio.create_task(queue([item])) for item in (1, 2)]
         await begun(worker, 1)
-        tasks += [asyncio.create_task(queue(3))]
+        tasks += [asyncio.create_task(queue([3]))]
         await begun(worker, 2)  # although nothing is done yet
         worker.free.release(2)
-        return [await task for task in tasks]
+        return [(await task)[0] for task in tasks]
 
     assert run(case()) == [2, 4, 6]
     assert sorted(map(len, worker.groups)) == [1, 2]
+
+
+def test_callers_take_turns():
+    worker = Worker()
+
+    async def case():
+        queue = make_queue(worker, most=2)
+        large = asyncio.create_task(queue([1, 2, 3, 4, 5]))
+        await begun(worker, 1)
+        small = asyncio.create_task(queue([9]))
+        await asyncio.sleep(0.01)
+        worker.free.release(9)
+        done, _ = await asyncio.wait([large, small], return_when=asyncio.FIRST_COMPLETED)
+        return done == {small}, await large, await small
+
+    assert run(case()) == (True, [2, 4, 6, 8, 10], [18])
+    assert worker.groups == [[1, 2], [3, 9], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("count", "batches"),
+    [(1, [1]), (2, [4]), (3, [4]), (5, [4, 1]), (9, [16]), (18, [16, 4]), (64, [64]), (70, [64, 4, 4])],
+)
+def test_few_sizes_cover_any_number(count, batches):
+    assert cover(count, (1, 4, 16, 64)) == batches
+
+
+def test_every_image_is_computed_once():
+    sizes = []
+
+    def compute(batch):
+        sizes.append(len(batch))
+        return batch * 2.0
+
+    images = np.arange(23, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(compute_in_batches(images, (8, 16), compute), images * 2)
+    assert sizes == [16, 7]

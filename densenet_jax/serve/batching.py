@@ -1,0 +1,172 @@
+"""Work shared between requests: threads take what has gathered, one item of each request in turn."""
+
+import asyncio
+import collections
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class DaemonThreads(concurrent.futures.Executor):
+    """An executor whose threads don't keep the process alive: a slow decoder must not delay its end."""
+
+    def __init__(self, count: int, name: str):
+        self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]]] = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable, /, *args: Any, **options: Any) -> concurrent.futures.Future:
+        """Queues a call."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self._jobs.put((future, lambda: work(*args, **options)))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, job  # else the thread keeps the last result while it waits
+
+
+class _Call(Generic[Item, Result]):
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.next = self.done = 0
+        self.results: list[Any] = [None] * len(items)
+        self.future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+
+
+class FairQueue(Generic[Item, Result]):
+    """Hands items in groups to worker threads, and the results of each call to its caller.
+
+    A free worker takes at once what is there; while all are busy, items gather for the next one. So nobody waits
+    where there is nothing to do, and groups grow with the load. A group has one item of each call in turn: a call
+    with few items doesn't wait for one with many. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        *,
+        name: str,
+        most: int = 1,
+        size: Callable[[Item], int] = lambda item: 1,
+        workers: int = 1,
+        wait_secs: float = 0.0,
+    ):
+        """Starts the threads.
+
+        Args:
+            work: takes a group, gives a result for each item, or the exception that this item's caller gets; what it
+                raises all of the group's callers get. Called in a worker thread.
+            name: of the threads.
+            most: the largest group by `size`; an item that is larger forms a group of its own.
+            size: of an item.
+            workers: how many groups are worked on at a time.
+            wait_secs: how long a free worker waits for a group to fill.
+        """
+        self._work, self._most, self._size = work, most, size
+        self._workers, self._wait_secs = workers, wait_secs
+        self._threads = DaemonThreads(workers, name)
+        self._calls: collections.deque[_Call[Item, Result]] = collections.deque()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, items: Sequence[Item]) -> list[Result]:
+        """Returns the results of `items`. A caller that is canceled takes those that still wait out of the queue.
+
+        Raises:
+            Exception: what `work` gave for one of the items, or raised.
+        """
+        call: _Call[Item, Result] = _Call(items)
+        self._calls.append(call)
+        if len(self._running) < self._workers:
+            self._running.add(asyncio.create_task(self._run()))
+        try:
+            return await call.future
+        finally:
+            del call  # an exception would hold this frame, which held the exception
+
+    async def _run(self) -> None:
+        try:
+            if self._wait_secs and self._waiting() < self._most:
+                await asyncio.sleep(self._wait_secs)
+            while group := self._take():
+                await self._work_on(group)
+        finally:
+            # At once, and not when the loop comes to it: what is queued meanwhile would wait for a worker that is gone.
+            self._running.discard(asyncio.current_task())
+
+    def _waiting(self) -> int:
+        return sum(self._size(item) for call in self._calls for item in call.items[call.next :])
+
+    def _take(self) -> list[tuple[_Call[Item, Result], int]]:
+        group: list[tuple[_Call[Item, Result], int]] = []
+        size = 0
+        while self._calls:
+            call = self._calls[0]
+            if not call.future.done():
+                size += self._size(call.items[call.next])
+                if group and size > self._most:
+                    break
+                group.append((call, call.next))
+                call.next += 1
+            self._calls.popleft()
+            if not call.future.done() and call.next < len(call.items):
+                self._calls.append(call)
+        return group
+
+    async def _work_on(self, group: Sequence[tuple[_Call[Item, Result], int]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            items = [call.items[number] for call, number in group]
+            results = await loop.run_in_executor(self._threads, self._work, items)
+        except Exception as error:
+            results = [error] * len(group)
+        for (call, number), result in zip(group, results, strict=True):
+            if call.future.done():  # its caller is gone, or has been given an error
+                continue
+            if isinstance(result, Exception):
+                call.future.set_exception(result)
+                continue
+            call.results[number] = result
+            call.done += 1
+            if call.done == len(call.items):
+                call.future.set_result(call.results)
+
+
+def cover(count: int, sizes: Sequence[int]) -> list[int]:
+    """Chooses compiled sizes that together take `count` images, at most half of each one padding.
+
+    Args:
+        count: images, at least 1.
+        sizes: what is compiled, rising.
+
+    Returns:
+        For (1, 4, 16, 64): 3 -> [4], 6 -> [4, 4], 9 -> [16], 18 -> [16, 4], 100 -> [64, 64].
+    """
+    batches: list[int] = []
+    while count > 0:
+        enough = next((size for size in sizes if size >= count), sizes[-1])
+        fits = [size for size in sizes if size <= count]
+        batches.append(enough if count >= enough / 2 or not fits else fits[-1])
+        count -= batches[-1]
+    return batches
+
+
+def compute_in_batches(
+    images: np.ndarray, sizes: Sequence[int], compute: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Computes [n, ...] -> [n, k] in as many calls of `compute`, [b, ...] -> [b, k], as `cover` says."""
+    ends = np.cumsum(cover(len(images), sizes)[:-1])
+    return np.concatenate([compute(batch) for batch in np.split(images, ends)])

@@ -1,0 +1,246 @@
+"""What is refused before anything is parsed: too many files or bytes, foreign hosts, and who has no token."""
+
+import base64
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import hmac
+import ipaddress
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from densenet_jax.errors import UserError, first_line
+from densenet_jax.predict.images import ImageLimits
+from densenet_jax.serve.requests import MAX_PICTURE_PIXELS, RequestError, shorten
+
+MAX_CONNECTIONS = 1000  # of each protocol, or fewer where the process may not open as many files
+SPARE_FILES = 128  # left to everything else when connections have taken their share
+MAX_BODY_BYTES = 32 * 2**20  # of one request
+MAX_JSON_BYTES = 16 * 2**20  # of the part of it that is JSON
+MAX_JSON_VALUES, MAX_JSON_CONTAINERS = 1_000_000, 200_000
+BODY_SECS = 30.0  # in which a request's body has to arrive
+SMALL_BODY_BYTES = 2**20  # bodies up to here are taken whatever others send
+ALL_BODIES_BYTES = 256 * 2**20  # of all larger ones together
+LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=MAX_PICTURE_PIXELS)  # of one picture
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        hosts: names that a Host header may have; IP addresses besides, unless the server listens on loopback.
+        is_loopback: whether only this machine reaches the server.
+        token: that every request has to bring; "": none.
+        certificate, key: files for TLS; "": none.
+    """
+
+    hosts: tuple[str, ...] = LOOPBACK
+    is_loopback: bool = True
+    token: str = ""
+    certificate: str = ""
+    key: str = ""
+
+    @classmethod
+    def from_config(cls, config: Any, host: str) -> "Access":
+        """Reads the files that `config.serve` names, for a server that listens on `host`.
+
+        Raises:
+            UserError: one of them can't be used.
+        """
+        certificate, key = config.serve.tls_certificate, config.serve.tls_key
+        if bool(certificate) != bool(key):
+            raise UserError("config.serve.tls_certificate and config.serve.tls_key belong together; set both or none.")
+        token = _read_token(config.serve.token_file) if config.serve.token_file else ""
+        is_loopback = host in LOOPBACK or host.startswith("127.")
+        access = cls(
+            (*LOOPBACK, host.lower(), *map(str.lower, config.serve.hosts)), is_loopback, token, certificate, key
+        )
+        access.tls()
+        return access
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Makes the context of TLS; None: there is none.
+
+        Raises:
+            UserError: the files are no certificate and its key.
+        """
+        if not self.certificate:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+        except (OSError, ValueError) as error:  # of OpenSSL's, too
+            raise UserError(
+                f"config.serve.tls_certificate {self.certificate} and config.serve.tls_key {self.key} can't be used "
+                f"({first_line(error)}); expected a certificate and its key without a password, in PEM."
+            ) from error
+        return context
+
+    def check_host(self, host: str) -> None:
+        """Checks a Host header: a page of another name that leads here may not ask from a visitor's browser.
+
+        Raises:
+            RequestError: 421, it is not one of ours.
+        """
+        name = host.lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        if name in self.hosts:
+            return
+        with contextlib.suppress(ValueError):
+            if not self.is_loopback and ipaddress.ip_address(name):
+                return
+        raise RequestError(f"the host {shorten(name)} is not served here; config.serve.hosts adds names", 421)
+
+    def check_token(self, authorization: str) -> None:
+        """Checks what the client brought as `Bearer TOKEN`, or as browsers ask for it, as the password of `Basic`.
+
+        Raises:
+            RequestError: 401, it is not the token.
+        """
+        if not self.token:
+            return
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+            except ValueError:
+                given = ""
+        if scheme.lower() not in ("bearer", "basic") or not hmac.compare_digest(given.encode(), self.token.encode()):
+            raise RequestError("the token is missing or wrong; expected Authorization: Bearer TOKEN", 401)
+
+
+def _read_token(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            token = file.read(10_000).strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.serve.token_file {path} can't be read ({first_line(error)}).") from error
+    if not token or not token.isprintable() or " " in token:
+        raise UserError(f"config.serve.token_file {path} has no token; expected one line of printable ASCII.")
+    return token
+
+
+class BodyMemory:
+    """The memory that bodies of requests take, of which large ones have a share in common.
+
+    Attributes:
+        used: bytes of large bodies at the moment.
+        seen: bytes of large bodies since somebody set it to 0.
+    """
+
+    def __init__(self) -> None:
+        self.used = self.seen = 0
+
+    def take(self, count: int, size: int) -> None:
+        """Counts `count` bytes more of a body that has `size` now; whoever takes them gives them back.
+
+        Raises:
+            RequestError: 503, there is no room.
+        """
+        if size > SMALL_BODY_BYTES and self.used + count > ALL_BODIES_BYTES:
+            raise RequestError("the server has no memory for so large a request at the moment; come again", 503)
+        self.used += count
+        self.seen += count
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def allow_connections() -> tuple[int, int]:
+    """Raises the limit of open files as far as it goes; returns how many connections REST and gRPC may have.
+
+    gRPC gets more of them: REST makes room for a newcomer at once.
+
+    Raises:
+        UserError: it is too low.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS + 4 * SPARE_FILES
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        soft = max(soft, wanted if hard == resource.RLIM_INFINITY else min(hard, wanted))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    opened = len(open_files())
+    left = soft - opened - SPARE_FILES
+    if left < 96:
+        raise UserError(f"at most {soft} files may be open, {opened} are; run ulimit -n 1024 first.")
+    return min(MAX_CONNECTIONS, left // 3), min(MAX_CONNECTIONS, left - left // 3)
+
+
+def open_files() -> list[int]:
+    """Returns the numbers of this process's open files; none where there is no /proc."""
+    return list(map(int, os.listdir("/proc/self/fd"))) if os.path.isdir("/proc/self/fd") else []
+
+
+def shed_quiet(port: int, most: int) -> int:
+    """Shuts down the quietest connections to `port` of this process where they are more than half of `most`.
+
+    gRPC closes connections that don't speak by a clock only, and refuses new ones meanwhile. The kernel knows how
+    long each is quiet. Does nothing where there is no /proc.
+
+    Returns:
+        How many were shut down.
+    """
+    quiet: list[tuple[bool, int, int, Any]] = []
+    for number in open_files():
+        with contextlib.suppress(OSError), _borrow_socket(number) as given:  # closed meanwhile, no socket, or listening
+            peer = given.getpeername()
+            if not isinstance(peer, tuple) or given.getsockname()[1] != port:
+                continue
+            # Of struct tcp_info: milliseconds since the last data in either direction, bytes received.
+            information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+            sent, received = (struct.unpack_from("=I", information, place)[0] for place in (44, 52))
+            has_spoken = struct.unpack_from("=Q", information, 128)[0] > 256  # more than a greeting
+            quiet.append((has_spoken, -min(sent, received), number, peer))
+    if len(quiet) <= most // 2:
+        return 0
+    shed = sorted(quiet)[: len(quiet) - most // 4]
+    for _, _, number, peer in shed:
+        with contextlib.suppress(OSError), _borrow_socket(number) as given:
+            if given.getpeername() == peer:  # the number may stand for another connection by now
+                given.shutdown(socket.SHUT_RDWR)
+    return len(shed)
+
+
+@contextlib.contextmanager
+def _borrow_socket(number: int) -> Iterator[socket.socket]:
+    """Gives a socket that is left open; a copy would keep gRPC's poller from noticing that it is closed."""
+    borrowed = socket.socket(fileno=number)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()
+
+
+def check_json(text: bytes | bytearray | memoryview) -> None:
+    """Refuses JSON that would take long to parse, or much memory, before it is parsed.
+
+    Raises:
+        RequestError: 413.
+    """
+    text = bytes(text) if isinstance(text, memoryview) else text
+    if len(text) > MAX_JSON_BYTES:
+        raise RequestError(f"the JSON is larger than {MAX_JSON_BYTES} bytes; send the data in binary", 413)
+    if text.count(b",") > MAX_JSON_VALUES or text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:
+        raise RequestError(
+            f"the JSON has more than {MAX_JSON_VALUES:,} values or {MAX_JSON_CONTAINERS:,} lists; "
+            "send the data in binary",
+            413,
+        )
+
+
+def header(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    """Returns a header's value; "" where there is none."""
+    return headers.get(name, b"").decode("latin-1").strip()
