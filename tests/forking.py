@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
+import jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 # Read when they are needed, so that each process can have its own; all others must be as in the server.
-_READ_LATE = ("TFDS_DATA_DIR", "XDG_CACHE_HOME", "XLA_FLAGS", "COLUMNS", "PYTEST_CURRENT_TEST")
+_READ_LATE = re.compile("TFDS_DATA_DIR|XDG_CACHE_HOME|XLA_FLAGS|COLUMNS|PYTEST_CURRENT_TEST|JAX_ENABLE_X64|SLURM_.*")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
 _server_environment: dict[str, str] = {}
@@ -26,7 +29,7 @@ _server_environment: dict[str, str] = {}
 
 def can_fork(environment: dict[str, str]) -> bool:
     """Whether a forked process can have this environment; the first one asked for becomes the server's."""
-    fixed = {key: value for key, value in environment.items() if key not in _READ_LATE}
+    fixed = {key: value for key, value in environment.items() if not _READ_LATE.fullmatch(key)}
     if not _server_environment:
         _server_environment.update(fixed)
     return fixed == _server_environment
@@ -109,6 +112,7 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str], output: Connec
         connection.close()
     os.environ.clear()
     os.environ.update(environment)
+    jax.config.update("jax_enable_x64", environment.get("JAX_ENABLE_X64") == "1")
     os.chdir(ROOT)
     sys.argv = ["main.py", *arguments]
     sys.path[0] = str(ROOT)
