@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from densenet_jax.models.densenet import PLAIN, BlockOptions, DenseBlock
 from densenet_jax.models.layers import NormOptions
@@ -30,9 +31,10 @@ def results(implementation, dtype, options, shardings=None, batch=4, layers=2):
     module = DenseBlock(layers, 4, options=options, param_dtype=dtype, implementation=implementation)
     x = jax.random.normal(jax.random.key(0), (batch, 3, 3, 8)).astype(dtype)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    variables = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape).astype(leaf.dtype), shapes)
-    variables["batch_stats"] = jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1, variables["batch_stats"])
+    chance = np.random.default_rng(1)
+    variables = jax.tree.map(lambda leaf: chance.standard_normal(leaf.shape), shapes)
+    variables["batch_stats"] = jax.tree.map(lambda leaf: np.abs(leaf) + 0.1, variables["batch_stats"])
+    variables = jax.tree.map(lambda leaf, drawn: jnp.asarray(drawn, leaf.dtype), shapes, variables)
 
     def loss(params, x):
         features, mutated = module.apply(

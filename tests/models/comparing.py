@@ -11,14 +11,14 @@ from densenet_jax.models.create import create_model
 
 def drawn(shapes, seed, dtype):
     """Random values for a tree of shapes; variances and everything else that must be positive is."""
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-    return jax.tree.map(lambda leaf: (jax.random.normal(next(keys), leaf.shape) ** 2 / 4 + 0.1).astype(dtype), shapes)
+    chance = np.random.default_rng(seed)  # NumPy's, which compiles nothing
+    return jax.tree.map(lambda leaf: jnp.asarray(chance.standard_normal(leaf.shape) ** 2 / 4 + 0.1, dtype), shapes)
 
 
 def signed(leaf):
     """Kernels of both signs; scales too, so that rectifiers close."""
     signs = np.where(np.arange(leaf.size) % 3 == 1, -1, 1).reshape(leaf.shape)
-    return leaf * signs
+    return jnp.asarray(np.asarray(leaf) * signs, leaf.dtype)
 
 
 def train(model, variables, images):
