@@ -63,7 +63,8 @@ class FolderSource:
         listed = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
         if empty and is_train:
             raise UserError(
-                f"{self._root} has {len(empty)} classes without images: {listed}; add images or remove the folders."
+                f"{self._root} has no images of {len(empty)} of {self.num_classes} classes: {listed}; add images or "
+                "remove the folders."
             )
         if empty:
             logger.warning(
@@ -183,16 +184,19 @@ def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[
 
 def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], collections.Counter[str]]:
     """Lists one class folder: sorted image paths from `root`, each folder's time of change, and skipped files."""
-    images, times, pending = [], {}, [folder]
+    images, times, pending = [], {}, [(folder, frozenset[tuple[int, int]]())]
     skipped: collections.Counter[str] = collections.Counter()
     while pending:
-        here = pending.pop()
+        here, above = pending.pop()
         try:
-            times[here] = os.stat(os.path.join(root, here)).st_mtime_ns
+            status = os.stat(os.path.join(root, here))
+            times[here] = status.st_mtime_ns
+            if (identity := (status.st_dev, status.st_ino)) in above:
+                raise UserError(f"Folder {os.path.join(root, here)} is a link to a folder that it lies in; remove it.")
             with os.scandir(os.path.join(root, here)) as entries:
                 for entry in entries:
                     if entry.is_dir():
-                        pending.append(os.path.join(here, entry.name))
+                        pending.append((os.path.join(here, entry.name), above | {identity}))
                     elif entry.name.startswith("."):
                         continue
                     elif is_image_file(entry):
@@ -224,10 +228,19 @@ def _kind_of(entry: "os.DirEntry[str]") -> str:
 
 
 def _count_loose_files(root: str) -> collections.Counter[str]:
-    """Counts images that lie beside the class folders."""
+    """Counts images beside the class folders, and in folders that are passed over since their names begin with "."."""
+    counts: collections.Counter[str] = collections.Counter()
+    for folder, kind in [(root, "outside of class folders"), *_hidden_folders(root)]:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            if images := sum(not entry.name.startswith(".") and is_image_file(entry) for entry in entries):
+                counts[kind] = images
+    return counts
+
+
+def _hidden_folders(root: str) -> list[tuple[str, str]]:
     with os.scandir(root) as entries:
-        loose = sum(not entry.name.startswith(".") and is_image_file(entry) for entry in entries)
-    return collections.Counter({"outside of class folders": loose} if loose else {})
+        hidden = sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
+    return [(os.path.join(root, name), f"in the hidden folder {name!r}") for name in hidden]
 
 
 def report_skipped(root: str, skipped: dict[str, int]) -> None:

@@ -141,11 +141,25 @@ def test_every_kind_is_known_by_its_first_bytes(kind):
 
 def test_a_class_without_images_is_refused(tree, caplog):
     (tree / "train" / "cow").mkdir()
-    with pytest.raises(UserError, match="1 classes without images: 'cow'"):
+    with pytest.raises(UserError, match="no images of 1 of 4 classes: 'cow'"):
         open_source("folder", str(tree), "train")
     source = open_source("folder", str(tree), "val")  # says it, and evaluates
     assert source.class_names == ("ant", "bee", "cow", "zebra")
     assert "no images of 2 of 4 classes: 'bee', 'cow'" in caplog.text
+
+
+def test_a_folder_that_contains_itself_is_named(tree):
+    (tree / "train" / "ant" / "loop").symlink_to("..")
+    with pytest.raises(UserError, match=r"is a link to a folder that it lies in"):
+        open_source("folder", str(tree), "train")
+
+
+def test_images_in_hidden_folders_are_reported(tree, caplog):
+    (tree / "train" / ".cow").mkdir()
+    (tree / "train" / ".cow" / "0.png").write_bytes(b"")
+    (tree / "train" / ".git").mkdir()
+    assert open_source("folder", str(tree), "train").num_classes == 3
+    assert "1 in the hidden folder '.cow'" in caplog.text
 
 
 def test_one_class_is_reported(tmp_path, caplog):
@@ -193,7 +207,7 @@ def test_class_order(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "why"),
     [("1\n2\n10\n12\nb\n", "lacks 1 class folders: A"), ("1\n2\n2\n10\n12\nb\nA\n", "a name twice: 2"),
-     ("1\n2\n10\n12\nb\nA\nC\n", "without images: 'C'")],
+     ("1\n2\n10\n12\nb\nA\nC\n", "no images of 1 of 7 classes: 'C'")],
 )  # fmt: skip
 def test_a_class_order_that_does_not_fit(tmp_path, lines, why):
     root = numbered(tmp_path)
