@@ -88,6 +88,13 @@ def widen(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
 
 
+def to_picture(pixels: np.ndarray) -> np.ndarray:
+    """Converts pixels for people: 8 bits, and the mean of the channels as gray where they are not 1 or 3."""
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    return pixels if pixels.shape[-1] in (1, 3) else pixels.mean(axis=-1, keepdims=True).astype(pixels.dtype)
+
+
 def join(images: Sequence[np.ndarray], joined: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack) -> np.ndarray:
     """Stacks (or concatenates) pixels of 8 and 16 bits; the result has 16 if one of them has."""
     wide = any(image.dtype == np.uint16 for image in images)

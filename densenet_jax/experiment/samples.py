@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from densenet_jax.data.pixels import to_picture
 from densenet_jax.experiment.experiment import Experiment
 
 _NAMED_SHARE = 0.005  # of a mixed label; less than this is not named
@@ -33,15 +34,10 @@ def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSample
         batch = next(batches)
     images, labels = jax.jit(experiment.augment)(batch["image"][:most], batch["label"][:most], np.int32(0))
     mean, std = (np.asarray(values, np.float32) for values in experiment.data.mean_std())
-    pixels = viewable(255 * (np.asarray(images, np.float32) * std + mean))
+    pixels = to_picture(255 * (np.asarray(images, np.float32) * std + mean))
     names = experiment.data.train_source.class_names
     titles = tuple(_title(label, names) for label in np.asarray(labels))
     return AugmentedSamples(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), titles)
-
-
-def viewable(pixels: np.ndarray) -> np.ndarray:
-    """Images [..., channels] as a person can see them: of two channels or more than three the mean, as gray."""
-    return pixels if pixels.shape[-1] in (1, 3) else pixels.mean(axis=-1, keepdims=True)
 
 
 def _title(label: np.ndarray, names: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from densenet_jax.data.pixels import to_picture
 from densenet_jax.predict.explain import draw_overlay, to_rgb
 from densenet_jax.report.reliability import Reliability
 
@@ -193,6 +194,7 @@ def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
 
 def picture(image: np.ndarray) -> bytes:
     """Encodes uint8 [h, w, 1 or 3] as a PNG, enlarging small images by a whole factor and reducing large ones."""
+    image = to_picture(image)
     pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     longest = max(pixels.size)
     if longest > _LONGEST_PX:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from densenet_jax.data import decode
 from densenet_jax.data.decode import DamagedImage, decode_image, exif_orientation, has_wide_pixels, is_image_start
-from densenet_jax.data.pixels import join, widen
+from densenet_jax.data.pixels import join, to_picture, widen
 from densenet_jax.data.records import Record
 from densenet_jax.data.resize import resize
 from densenet_jax.data.summary import look_at_pixels
@@ -162,6 +162,15 @@ def test_pixels_of_both_depths_are_joined_as_the_same_brightness():
     np.testing.assert_array_equal(joined[0], joined[1])
     assert join([GRAY, GRAY]).dtype == np.uint8
     assert join([GRAY, widen(GRAY)], np.concatenate).shape == (14, 5)
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, 1), (2, 1), (3, 3), (6, 1)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_pictures_for_people(channels, kept, dtype):
+    pixels = np.full((2, 3, channels), 60000 if dtype == np.uint16 else 200, dtype)
+    picture = to_picture(pixels)
+    assert picture.shape == (2, 3, kept)
+    assert picture.max() == (234 if dtype == np.uint16 else 200)
 
 
 @pytest.mark.parametrize(
