@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from densenet_jax.errors import UserError
+from densenet_jax.predict.explain import to_rgb
 from densenet_jax.predict.files import digest
 from densenet_jax.predict.images import ImageLimits, load_image
 from densenet_jax.predict.predictor import ClassProbability
@@ -31,14 +32,21 @@ def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, .
     return os.path.join(directory, *parts, name if name.lower().endswith(suffixes) else f"{name}{suffixes[0]}")
 
 
-def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits) -> None:
+def annotate(
+    path: str,
+    target: str,
+    answers: Sequence[ClassProbability],
+    limits: ImageLimits,
+    pixel_range: tuple[float, ...] = (),
+) -> None:
     """Writes the image at `path` with a bar for each of `answers` below it, as a JPEG to `target`.
 
     Raises:
         ImageError: the image can no longer be read.
         UserError: `target` can't be written.
     """
-    picture = draw_answers(load_image(path, limits=limits), answers)
+    pixels = to_rgb(load_image(path, 0, limits=limits, pixel_range=pixel_range, bits=0))
+    picture = draw_answers(np.asarray(pixels), answers)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         picture.save(target, "JPEG", quality=_QUALITY)

@@ -232,7 +232,7 @@ class _Run:
     def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
         target = annotation_path(self._options.annotate, path, self._root)
         try:
-            annotate(path, target, answers, self._predictor.limits)
+            annotate(path, target, answers, self._predictor.limits, self._predictor.model.transform.pixel_range)
         except ImageError as error:
             logger.warning("%s can't be annotated: %s", error.name, error.why)
 

@@ -14,7 +14,9 @@ from densenet_jax.data.records import Record
 from densenet_jax.data.resize import resize
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.transforms import eval_transform, train_transform
-from densenet_jax.predict.images import ImageError, check_bytes, load_image
+from densenet_jax.predict.annotate import annotate
+from densenet_jax.predict.images import DEFAULT_LIMITS, ImageError, check_bytes, load_image
+from densenet_jax.predict.predictor import ClassProbability
 from tests.inputs import make
 from tests.inputs.pixels import CASES, GRAY, TWELVE, WIDE, npy, oriented, pillow, tiff
 
@@ -264,3 +266,12 @@ def test_a_tiff_bomb_costs_no_memory():
 def test_the_folder_of_inputs_is_written(tmp_path):
     assert make.write(tmp_path) == len(CASES)
     assert (tmp_path / "gray_16_bit.png").read_bytes() == CASES["gray_16_bit.png"].data
+
+
+@pytest.mark.parametrize("name", ["six_channels.npy", "signed_16_bit_ranged.tif", "gray_16_bit.png", "palette.gif"])
+def test_any_image_can_be_annotated(tmp_path, name):
+    (tmp_path / name).write_bytes(CASES[name].data)
+    answers = [ClassProbability(0, "two\nlines", 0.5)]
+    target = tmp_path / "annotated.jpg"
+    annotate(str(tmp_path / name), str(target), answers, DEFAULT_LIMITS, CASES[name].pixel_range)
+    assert Image.open(target).width == 320
