@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.name = "densenet121"  # a name of densenet_jax.list_models()
     model.pretrained = ""  # start from these weights: a hub id or a file (safetensors, PyTorch, Keras, Paddle)
     model.pretrained_average = "auto"  # of a file with both: the averaged weights; "raw" or "average" insists
+    model.growth_rate = 0  # feature maps that a dense layer adds; 0: the variant's own
+    model.block_sizes = ()  # layers of each block, such as (6, 12, 24, 16); (): the variant's own
     model.num_classes = 0  # 0: as many as the data set has
     model.dtype = "float32"  # or bfloat16, float16, float64: of activations and products; parameters stay float32
     model.classifier_dropout = 0.0  # rate before the classifier
@@ -69,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     train = config.train = ml_collections.ConfigDict()
     train.epochs = 300.0  # passes over the training split; fractions are allowed
+    train.patience_epochs = 0.0  # stop when validation top-1 has not risen for so long; 0: never
     train.global_batch_size = 256  # examples a step, over all devices
     train.microbatches = 1  # the batch is computed in so many parts, to save memory
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use

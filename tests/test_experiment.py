@@ -3,11 +3,14 @@
 import math
 
 import pytest
+from PIL import Image
 
 from configs import default, densenet121, digits, finetune
 from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
+from densenet_jax.run.train import Trainer
+from densenet_jax.training.timeline import Timeline
 
 
 def experiment(recipe=default, **changes) -> Experiment:
@@ -84,3 +87,47 @@ def test_training_with_kernels_that_are_not_there_is_refused(monkeypatch, tmp_pa
     made = experiment(digits, **{"data.dir": str(tmp_path), "model.kernels": "pallas"}, **changes)
     with pytest.raises(UserError, match=message):
         made.check_kernels()
+
+
+def test_growth_and_blocks_of_a_variant_can_be_changed(tmp_path):
+    changes = {"data.dir": str(tmp_path), "model.growth_rate": 4, "model.block_sizes": (1, 2)}
+    model = experiment(digits, **changes).model
+    assert (model.growth_rate, model.block_sizes) == (4, (1, 2))
+    assert experiment(digits, **{"data.dir": str(tmp_path)}).model.block_sizes == (3, 3, 3)
+    with pytest.raises(UserError, match="has no setting 'growth_rate'"):
+        _ = experiment(digits, **changes, **{"model.name": "dpn68"}).model
+
+
+def test_class_folders_without_splits_are_split_by_holdout(tmp_path):
+    for number in range(10):
+        folder = tmp_path / "photos" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number}.png")
+    changes = {"data.dir": str(tmp_path / "photos"), "data.holdout": 0.2, "data.eval_split": "holdout"}
+    data = experiment(finetune, **{"data.name": "folder", **changes}).data
+    assert data.train_source.class_names == ("cat", "dog")
+    assert (len(data.train_source), len(data.eval_source)) == (8, 2)
+    missing = experiment(finetune, **{"data.name": "folder", **changes, "data.eval_split": "validation"}).data
+    with pytest.raises(UserError, match=r"photos/validation or .*photos/val does not exist.*--config.data.holdout=0.2"):
+        _ = missing.eval_source
+    changes["data.dir"] = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config.data.dir is '.*nowhere', which does not exist"):
+        _ = experiment(finetune, **{"data.name": "folder", **changes}).data.train_source
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "stalled"),
+    [
+        ({10: 0.5, 20: 0.6, 30: 0.6, 40: 0.55}, 2.0, True),
+        ({10: 0.5, 20: 0.6, 30: 0.6, 40: 0.55}, 3.0, False),
+        ({10: 0.5, 20: 0.6, 30: 0.6, 40: 0.61}, 2.0, False),
+        ({10: 0.5, 20: 0.4, 30: 0.4}, 2.0, False),  # validated before this step, not at it
+        ({10: 0.6, 20: 0.6, 30: 0.6, 40: 0.6}, 0.0, False),
+    ],
+)
+def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience, stalled):
+    trainer = object.__new__(Trainer)
+    trainer._experiment = experiment(digits, **{"train.patience_epochs": patience})
+    trainer._timeline = Timeline(10, 1, 100.0, 1.0, 1000, 10)
+    trainer._scores, trainer._step = scores, 40
+    assert trainer._has_stalled() is stalled

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Files with these endings are images; of others the first bytes decide.
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "val": ("val", "validation")}
+_ALL_SPLIT_FOLDERS = ("train", "validation", "val", "test")
 _VERSION = 2  # of the index's format
 _LISTING_THREADS = 16  # listing waits for the disk or the network, not for a core
 _NAMED = 5  # classes that a message lists
@@ -32,7 +33,8 @@ class FolderSource:
     def __init__(self, directory: str, split: str, class_order: str = "text") -> None:
         """Lists DIRECTORY/SPLIT, or reads the index of an earlier listing if no folder changed since.
 
-        Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split.
+        Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split. In a
+        directory that has no split's folder "train" is the directory itself, with one folder of images for each class.
 
         Args:
             directory: holds a folder for each split.
@@ -42,9 +44,11 @@ class FolderSource:
         Raises:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
         """
-        self._root = _split_folder(directory, split)
-        own = _subfolders(self._root)
         train = os.path.join(directory, "train")
+        if split == "train" and not any(os.path.isdir(os.path.join(directory, name)) for name in _ALL_SPLIT_FOLDERS):
+            train = directory  # class folders without splits; config.data.holdout makes two of them
+        self._root = train if split == "train" and train == directory else _split_folder(directory, split)
+        own = _subfolders(self._root)
         self.class_names = order_classes(_subfolders(train) if os.path.isdir(train) else own, class_order)
         if unknown := sorted(set(own) - set(self.class_names)):
             raise UserError(f"{self._root} has class folders that {train} lacks: {', '.join(unknown[:_NAMED])}.")
@@ -117,9 +121,13 @@ def _split_folder(directory: str, split: str) -> str:
         logger.warning("%s is there besides %s and is not read.", there[1], there[0])
     if there:
         return there[0]
+    if not os.path.isdir(directory):
+        raise UserError(f"config.data.dir is {directory!r}, which does not exist; name the folder of your images.")
+    looked_for = " or ".join(os.path.join(directory, folder) for folder in folders)
     raise UserError(
-        f"Folder {os.path.join(directory, folders[0])} does not exist; config.data.dir must hold a folder for each "
-        f"split, with one folder of images for each class: train/CLASS/IMAGE, val/CLASS/IMAGE."
+        f"Folder {looked_for} does not exist; config.data.dir must hold a folder for each split, with one folder of "
+        "images for each class (train/CLASS/IMAGE, val/CLASS/IMAGE), or the class folders alone, with "
+        "--config.data.holdout=0.2 --config.data.eval_split=holdout."
     )
 
 

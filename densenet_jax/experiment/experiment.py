@@ -117,7 +117,15 @@ class Experiment:
             batch_norm_group_size=config.model.batch_norm_group_size,
             unbiased_running_variance=config.model.unbiased_running_variance,
             frozen_norms=config.optim.freeze,
+            **self.architecture,
         )
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What differs from the variant's own architecture, as `create_model` takes it."""
+        model = self.config.model
+        changes = {"growth_rate": model.growth_rate, "block_sizes": tuple(model.block_sizes)}
+        return {name: value for name, value in changes.items() if value}
 
     @property
     def _block_form(self) -> str:
@@ -235,6 +243,7 @@ class Experiment:
             channels=config.data.channels,
             head_seed=config.seed,
             average=config.model.pretrained_average,
+            **self.architecture,
         )
         return self._laid_out(variables)
 

@@ -99,7 +99,10 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         source, workdir = config.model.pretrained, ""
         average = config.model.pretrained_average
-        variables = load_pretrained(config.model.name, source, channels=config.data.channels, average=average)
+        changes = Experiment(config).architecture
+        variables = load_pretrained(
+            config.model.name, source, channels=config.data.channels, average=average, **changes
+        )
     else:
         step, variables = _restore(workdir, str(config.eval.checkpoint))
         source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)

@@ -78,7 +78,7 @@ class Trainer:
         validated = {
             record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
         }
-        self._best = max(validated.values(), default=0.0)
+        self._scores = {step: top1 for step, top1 in validated.items() if step <= self._step}
         self._validated = self._step in validated
 
     def run(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Trainer:
         if self._step and self._timeline.is_eval_step(self._step):
             result = self._validate(record=not self._validated)
             self._checkpoints.add_metrics(self._step, result)
-        if self._step == self._timeline.total_steps:
+        if self._step == self._timeline.total_steps or self._has_stalled():
             print_status("nothing left to train")
             return result
         batches = experiment.data.train_batches(self._step)
@@ -134,6 +134,8 @@ class Trainer:
                         self._checkpoints.save(
                             self._step, self._state, self._config, window.begun(), result or None, self._dataset
                         )
+                if self._has_stalled():
+                    break
                 if stopping:
                     raise Preempted(f"stopped and saved after step {self._step}; the same command continues it")
         finally:
@@ -181,13 +183,28 @@ class Trainer:
         epoch = round(self._timeline.epochs_done(self._step), 4)
         if record:
             self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures), **beside})
-        self._best = max(self._best, figures["top1"])
+        self._scores[self._step] = figures["top1"]
         raw_note = f"  (raw weights: top-1 {raw['top1']:.2%})" if beside else ""
         print_status(
             f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
-            f"top-5 {figures['top5']:.2%}  (best {self._best:.2%}){raw_note}"
+            f"top-5 {figures['top5']:.2%}  (best {max(self._scores.values()):.2%}){raw_note}"
         )
         return {"step": self._step, **figures}
+
+    def _has_stalled(self) -> bool:
+        """Whether config.train.patience_epochs have passed since validation was at its best; by the reports alone."""
+        patience = self._experiment.config.train.patience_epochs
+        if not patience or self._step not in self._scores or self._step == self._timeline.total_steps:
+            return False
+        best = max(self._scores, key=lambda step: (self._scores[step], -step))
+        waited = self._timeline.epochs_done(self._step) - self._timeline.epochs_done(best)
+        if round(waited, 6) < patience:
+            return False
+        print_status(
+            f"stopping early after step {self._step}: validation top-1 has not risen for {waited:.1f} epochs, since "
+            f"step {best} ({self._scores[best]:.2%})"
+        )
+        return True
 
     def _evaluate(self, variables: dict[str, Any]) -> dict[str, float]:
         data = self._experiment.data
