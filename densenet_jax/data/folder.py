@@ -44,6 +44,8 @@ class FolderSource:
         Raises:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
         """
+        if not os.path.isdir(directory):
+            raise UserError(f"config.data.dir is {directory!r}, which does not exist; name the folder of your images.")
         train = os.path.join(directory, "train")
         if split == "train" and not any(os.path.isdir(os.path.join(directory, name)) for name in _ALL_SPLIT_FOLDERS):
             train = directory  # class folders without splits; config.data.holdout makes two of them
@@ -121,8 +123,6 @@ def _split_folder(directory: str, split: str) -> str:
         logger.warning("%s is there besides %s and is not read.", there[1], there[0])
     if there:
         return there[0]
-    if not os.path.isdir(directory):
-        raise UserError(f"config.data.dir is {directory!r}, which does not exist; name the folder of your images.")
     looked_for = " or ".join(os.path.join(directory, folder) for folder in folders)
     raise UserError(
         f"Folder {looked_for} does not exist; config.data.dir must hold a folder for each split, with one folder of "

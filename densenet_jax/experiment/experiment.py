@@ -123,8 +123,8 @@ class Experiment:
     @property
     def architecture(self) -> dict[str, Any]:
         """What differs from the variant's own architecture, as `create_model` takes it."""
-        model = self.config.model
-        changes = {"growth_rate": model.growth_rate, "block_sizes": tuple(model.block_sizes)}
+        config = self.config
+        changes = {"growth_rate": config.model.growth_rate, "block_sizes": tuple(config.model.block_sizes)}
         return {name: value for name, value in changes.items() if value}
 
     @property
