@@ -3,15 +3,13 @@
 The expected values are tests/golden/*.npz, made by tests/golden/make_golden.py in float64.
 """
 
-import hashlib
-
 import jax
 import numpy as np
 import pytest
 
 from densenet_jax.models import layers
 from densenet_jax.models.torch_weights import to_torch
-from tests.golden.drawn import draw, key_lines, relative_error, summarize
+from tests.golden.drawn import draw, relative_error, summarize
 from tests.models import golden
 
 NAMES = (
@@ -46,15 +44,6 @@ def test_every_stage_equals_the_reference():
 def test_every_stage_equals_the_reference_at_full_size(name, side_px, dtype):
     errors = _largest_error(name, side_px, 1, dtype)
     assert max(errors.values()) < TOLERANCES[dtype], errors
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_state_dict_keys_and_shapes_are_the_reference_s(name):
-    expected = golden.golden(name)
-    shapes = golden.torch_shapes(golden.abstract_variables(name))
-    assert hashlib.sha256(key_lines(shapes).encode()).hexdigest() == str(expected["keys_sha256"])
-    norms = sum(key.endswith("running_mean") for key in shapes)
-    assert len(shapes) + norms == int(expected["key_count"])
 
 
 @pytest.mark.parametrize("name", ["small_densenet_blur", "small_dpn"])

@@ -1,11 +1,14 @@
 """Every row of the table: its exact parameter count, and that what it states is usable."""
 
+import hashlib
+
 import jax
 import pytest
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.variants import VARIANTS, get_variant, list_models
-from tests.models.golden import abstract_variables
+from tests.golden.drawn import key_lines
+from tests.models import golden
 
 NAMES_USERS_RELY_ON = {
     *("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet264_k48", "densenet264d"),
@@ -17,8 +20,18 @@ NAMES_USERS_RELY_ON = {
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_parameter_count_is_exact(name):
-    params = abstract_variables(name)["params"]
+    params = golden.abstract_variables(name)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == VARIANTS[name].parameter_count
+
+
+# Beside the counts, which are of the same traced networks.
+@pytest.mark.parametrize("name", sorted(path.stem for path in golden.GOLDEN.glob("d*.npz")))
+def test_state_dict_keys_and_shapes_are_the_reference_s(name):
+    expected = golden.golden(name)
+    shapes = golden.torch_shapes(golden.abstract_variables(name))
+    assert hashlib.sha256(key_lines(shapes).encode()).hexdigest() == str(expected["keys_sha256"])
+    norms = sum(key.endswith("running_mean") for key in shapes)
+    assert len(shapes) + norms == int(expected["key_count"])
 
 
 def test_the_table_has_every_promised_name():
