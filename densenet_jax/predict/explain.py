@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from densenet_jax.data.pixels import to_picture
 from densenet_jax.dtypes import wide
 from densenet_jax.errors import UserError
 
@@ -78,12 +79,8 @@ def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
 
 def to_rgb(pixels: np.ndarray) -> Image.Image:
     """Converts integer pixels [h, w, c] of any number of channels to a color image; others than 3 become gray."""
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    if pixels.shape[2] != 3:
-        gray = pixels.mean(axis=2).round().astype(np.uint8)
-        pixels = np.repeat(gray[..., None], 3, axis=2)
-    return Image.fromarray(pixels)
+    pixels = to_picture(pixels)
+    return Image.fromarray(np.repeat(pixels, 3 // pixels.shape[2], axis=2))
 
 
 def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, activation_map: np.ndarray) -> None:

@@ -193,7 +193,7 @@ def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
 
 
 def picture(image: np.ndarray) -> bytes:
-    """Encodes uint8 [h, w, 1 or 3] as a PNG, enlarging small images by a whole factor and reducing large ones."""
+    """Encodes uint8 or uint16 [h, w, c] as a PNG, enlarging small images by a whole factor and reducing large ones."""
     image = to_picture(image)
     pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     longest = max(pixels.size)

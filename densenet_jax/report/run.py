@@ -185,9 +185,8 @@ def _mistakes(look: Look) -> Section:
     explained = any(mistake.activation_map is not None for mistake in mistakes)
     for number, (mistake, name) in enumerate(zip(mistakes, look.names, strict=True), start=1):
         heading = f"{names[mistake.label]} predicted as {names[mistake.predicted]}"
-        png = picture(mistake.image)
-        if mistake.activation_map is not None:
-            png = evidence_picture(mistake.image, mistake.activation_map)
+        evidence = mistake.activation_map
+        png = picture(mistake.image) if evidence is None else evidence_picture(mistake.image, evidence)
         shown = page.Picture(f"mistake_{number:02d}", png, heading)
         more = f"{mistake.confidence:.1%} sure; {mistake.label_probability:.1%} for the true class. {name}"
         entries.append((shown, heading, more))

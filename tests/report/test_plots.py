@@ -81,6 +81,13 @@ def test_class_names_of_any_script_and_classes_without_examples_are_drawn():
     confusion_chart(np.zeros((3, 3), int), ["猫", "собака", "🐟"])
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint16), (3, np.uint16), (4, np.uint8), (64, np.uint16)])
+def test_pictures_of_any_channels_and_depth(channels, dtype):
+    image = np.full((8, 8, channels), np.iinfo(dtype).max // 2, dtype)
+    assert (pixels(picture(image)) == 127).all()
+    assert (pixels(evidence_picture(image, np.zeros((2, 2))))[:, :160] == 127).all()
+
+
 def test_small_picture_is_enlarged_without_smoothing_and_large_one_reduced():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     large = pixels(picture(image))
