@@ -274,4 +274,5 @@ def test_any_image_can_be_annotated(tmp_path, name):
     answers = [ClassProbability(0, "two\nlines", 0.5)]
     target = tmp_path / "annotated.jpg"
     annotate(str(tmp_path / name), str(target), answers, DEFAULT_LIMITS, CASES[name].pixel_range)
-    assert Image.open(target).width == 320
+    with Image.open(target) as picture:
+        assert picture.width == 320
