@@ -49,7 +49,7 @@ case $what in
     git -C "$(dirname "$0")/.." archive --format tar.gz -o "$archive" HEAD
     gcloud_tpu scp "$archive" "$TPU:densenet_jax.tar.gz" --worker=all
     if [[ -n ${DISK:-} ]]; then
-      on_all "sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/run && sudo mount $DISK /mnt/run && sudo chmod 777 /mnt/run"
+      on_all "sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/run && sudo mount $DISK /mnt/run && sudo chown \$(id -u):\$(id -g) /mnt/run && sudo chmod 750 /mnt/run"
     fi
     # Python 3.11 or newer: the images' own may be older.
     on_all "mkdir -p densenet_jax && tar -xzf densenet_jax.tar.gz -C densenet_jax && cd densenet_jax && pip install uv && python3 -m uv venv --python 3.11 && python3 -m uv pip install -r requirements.txt 'jax[tpu]'"

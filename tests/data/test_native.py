@@ -1,5 +1,6 @@
 """Training and evaluation get the same pixels with and without the compiled helper. Skipped where it can not be had."""
 
+import ctypes
 import io
 import os
 import shutil
@@ -241,6 +242,29 @@ def test_less_than_the_box_looks_at_is_refused(helper):
     for corner in ((0, 0), (10, 0), (12, 12)):
         with pytest.raises(ValueError, match="30x20 pixels"):
             helper.resize(pixels, 8, box, cubic=False, whole=(100, 100), corner=corner)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((20, 30, 4), np.float32), np.zeros((20, 30, 3), np.uint8), np.zeros((20, 60, 4), np.uint8)[:, ::2]],
+)
+def test_pixels_that_the_helper_would_misread_are_refused(helper, pixels):
+    with pytest.raises(ValueError, match=r"expected uint8\[height, width, 4\]"):
+        helper.resize(pixels, 8, (0.0, 0.0, 30.0, 20.0), cubic=False)
+
+
+def test_the_helper_itself_refuses_parts_and_taps_that_do_not_fit(helper):
+    library, data = helper._library(), encoded(photographs.chelsea())
+    lines = np.zeros((300, 700, 3), np.uint8)
+    for part in ((-1, 0, 9, 9), (0, -1, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0), (2**31 - 1, 0, 2**31 - 1, 9)):
+        numbers = (ctypes.c_int * 4)(*part)
+        assert library.decode_part(data, len(data), numbers, False, lines.strides[0], lines.ctypes.data) == -1
+    for first, count in ((-1, 2), (3, 2), (0, 0)):
+        taps = helper._Taps(np.array([first], np.int32), np.array([count], np.int32))
+        taps.size = 2
+        arguments = (lines.ctypes.data, 16, 4, 16, taps, lines[9:].ctypes.data)
+        assert library.down(*arguments) == 0
+        assert library.across(*(*arguments[:3], 4, *arguments[4:]), lines[99:].ctypes.data) == 0
 
 
 def test_the_box_of_a_crop_is_the_same_with_and_without(helper, without):

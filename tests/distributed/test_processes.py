@@ -330,3 +330,12 @@ def test_tpu_launcher_shows_its_commands():
     assert words[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice", "--worker=all"]
     there = shlex.split(words[words.index("--command") + 1])
     assert there[-5:] == ["main.py", *command[3:]]
+
+
+def test_tpu_launcher_makes_no_shared_folder_writable_for_all():
+    names = {"TPU": "slice", "ZONE": "us-west4-a", "DISK": "10.0.0.2:/share"}
+    command = ["launch/tpu_vm.sh", "--dry_run", "install"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(**names), capture_output=True, text=True, check=True)
+    (mount,) = (line for line in result.stdout.splitlines() if "nfs-common" in line)
+    there = shlex.split(mount)[-3]
+    assert there.endswith("sudo chown $(id -u):$(id -g) /mnt/run && sudo chmod 750 /mnt/run")

@@ -30,7 +30,6 @@ class _Taps(ctypes.Structure):
         size = int(count.max())
         self._memory = (first, count, np.empty((len(first), size), np.int32))
         super().__init__(*(array.ctypes.data for array in self._memory), size, len(first))
-        self.start, self.end = int(first.min()), int((first + count).max())
 
 
 @functools.cache
@@ -46,10 +45,10 @@ def _library() -> ctypes.CDLL | None:
         except OSError:
             continue
         library.decode_part.argtypes = (ctypes.c_char_p, ctypes.c_ulong, pointer, number, number, pointer)
-        library.down.argtypes = (pointer, number, number, taps, pointer)
-        library.across.argtypes = (pointer, number, number, taps, pointer, pointer)
+        library.down.argtypes = (pointer, number, number, number, taps, pointer)
+        library.across.argtypes = (pointer, number, number, number, taps, pointer, pointer)
         library.weigh.argtypes = (taps, pointer, ctypes.c_double, number)
-        library.down.restype = library.across.restype = library.weigh.restype = None
+        library.weigh.restype = None
         return library
     return None
 
@@ -107,19 +106,23 @@ def resize(
     whole = whole or (height, width)
     x = _taps(whole[1], corner[1], box[0], box[2], out_px, cubic)
     y = _taps(whole[0], corner[0], box[1], box[3], out_px, cubic)
-    if min(x.start, y.start) < 0 or x.end > width or y.end > height:
-        raise ValueError(f"{width}x{height} pixels from {corner} on are less than resizing {box} looks at")
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (4,) or pixels.strides[1:] != (4, 1):
+        raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}, expected uint8[height, width, 4] in lines")
     full = np.empty((out_px, out_px, 4), np.uint8)
     turned = np.empty((width + out_px) * _EIGHT_PIXELS, np.uint8)
     source, result, work = pixels.ctypes.data, full.ctypes.data, turned.ctypes.data
     if vertical_first(*whole, out_px):
         half = np.empty((out_px, width, 4), np.uint8)
-        library.down(source, pixels.strides[0], 4 * width, y, half.ctypes.data)
-        library.across(half.ctypes.data, half.strides[0], out_px, x, result, work)
+        done = library.down(source, pixels.strides[0], height, 4 * width, y, half.ctypes.data) and library.across(
+            half.ctypes.data, half.strides[0], out_px, width, x, result, work
+        )
     else:
         half = np.empty((height, out_px, 4), np.uint8)
-        library.across(source, pixels.strides[0], height, x, half.ctypes.data, work)
-        library.down(half.ctypes.data, half.strides[0], half.strides[0], y, result)
+        done = library.across(source, pixels.strides[0], height, width, x, half.ctypes.data, work) and library.down(
+            half.ctypes.data, half.strides[0], height, half.strides[0], y, result
+        )
+    if not done:
+        raise ValueError(f"{width}x{height} pixels from {corner} on are less than resizing {box} looks at")
     return cv2.cvtColor(full, cv2.COLOR_RGBA2RGB)
 
 

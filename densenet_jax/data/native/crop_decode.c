@@ -40,13 +40,15 @@ int decode_part(const uint8_t *data, unsigned long size, const int *part, int rg
   info.err = jpeg_std_error(&errors.base);
   errors.base.error_exit = leave;
   errors.base.emit_message = warn;
+  if (part[0] < 0 || part[1] < 0 || part[2] < 1 || part[3] < 1 || pitch < 1) return -1;
   if (setjmp(errors.out)) goto end;
   jpeg_create_decompress(&info);
   jpeg_mem_src(&info, data, size);
   jpeg_read_header(&info, TRUE);
   if (info.jpeg_color_space != JCS_YCbCr && info.jpeg_color_space != JCS_GRAYSCALE) goto end;
   if (info.max_h_samp_factor > 2) goto end;
-  if (part[0] + part[2] > (int)info.image_width || part[1] + part[3] > (int)info.image_height) goto end;
+  /* Sides of JPEG files are below 65,536, so that no sum overflows. */
+  if (part[0] > (int)info.image_width - part[2] || part[1] > (int)info.image_height - part[3]) goto end;
   info.out_color_space = rgbx ? JCS_EXT_RGBX : JCS_RGB;
   jpeg_start_decompress(&info);
   /* 32 pixels at each side: chroma beside the part counts in upsampling. */
@@ -90,8 +92,14 @@ static inline void sum(const uint8_t *lines, int pitch, int count, const int32_t
   for (int j = 0; j < wide; j++) result[j] = to_byte(sums[j]);
 }
 
-/* Every line of the result is a sum of lines of `width` bytes. */
-FAST void down(const uint8_t *in, int pitch, int width, const taps *t, uint8_t *result) {
+/* Whether every output sums some of the `have` inputs, and has room for its weights. */
+static int fits(const taps *t, int have) {
+  for (int i = 0; i < t->out; i++)
+    if (t->count[i] < 1 || t->count[i] > t->size || t->first[i] < 0 || t->first[i] > have - t->count[i]) return 0;
+  return t->out > 0;
+}
+
+static FAST void sum_lines(const uint8_t *in, int pitch, int width, const taps *t, uint8_t *result) {
   for (int i = 0; i < t->out; i++, result += width) {
     const uint8_t *lines = in + (size_t)t->first[i] * pitch;
     const int32_t *weights = t->weights + (size_t)i * t->size;
@@ -101,18 +109,35 @@ FAST void down(const uint8_t *in, int pitch, int width, const taps *t, uint8_t *
   }
 }
 
-/* The same for the RGBX pixels of lines: eight lines, turned by a right angle, are work for `down`. `work` has room for
-   eight times the pixels of a line of `in` and of the result. */
-FAST void across(const uint8_t *in, int pitch, int rows, const taps *t, uint8_t *result, uint8_t *work) {
-  const int from = t->first[0], to = t->first[t->out - 1] + t->count[t->out - 1];
+/* Every line of the result is a sum of some of `rows` lines of `width` bytes. Returns 0 where the taps ask for others. */
+int down(const uint8_t *in, int pitch, int rows, int width, const taps *t, uint8_t *result) {
+  if (pitch < width || width < 1 || !fits(t, rows)) return 0;
+  sum_lines(in, pitch, width, t, result);
+  return 1;
+}
+
+static FAST void turn(const uint8_t *in, int pitch, int rows, const taps *t, uint8_t *result, uint8_t *work) {
+  int from = t->first[0], to = from + t->count[0];
+  for (int i = 1; i < t->out; i++) {
+    if (t->first[i] < from) from = t->first[i];
+    if (t->first[i] + t->count[i] > to) to = t->first[i] + t->count[i];
+  }
   uint32_t *column = (uint32_t *)work, *turned = column + LINES * (size_t)to;
   for (int left = rows; left > 0; left -= LINES, in += LINES * (size_t)pitch) {
     const uint32_t *lines[LINES]; /* of fewer the last again */
     for (int l = 0; l < LINES; l++) lines[l] = (const uint32_t *)(in + (size_t)(l < left ? l : left - 1) * pitch);
     for (int i = from; i < to; i++)
       for (int l = 0; l < LINES; l++) column[LINES * i + l] = lines[l][i];
-    down(work, WIDE, WIDE, t, (uint8_t *)turned);
+    sum_lines(work, WIDE, WIDE, t, (uint8_t *)turned);
     for (int l = 0; l < LINES && l < left; l++, result += 4 * t->out)
       for (int i = 0; i < t->out; i++) ((uint32_t *)result)[i] = turned[LINES * i + l];
   }
+}
+
+/* The same for the RGBX pixels of lines: eight lines, turned by a right angle, are work for `down`. `work` has room for
+   eight times the pixels of a line of `in`, of which there are `width`, and of the result. */
+int across(const uint8_t *in, int pitch, int rows, int width, const taps *t, uint8_t *result, uint8_t *work) {
+  if (width < 1 || pitch / 4 < width || !fits(t, width)) return 0;
+  turn(in, pitch, rows, t, result, work);
+  return 1;
 }

@@ -6,7 +6,9 @@
 // are neighbors, its channels innermost), so the sum is kernel_height runs of kernel_width * channels values, whatever
 // the kernel's size. Borders are zeros in a copy of the few input rows at hand, which stays in cache.
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "input_rows.h"
 #include "kernel_gradient.h"
@@ -27,6 +29,7 @@ ffi::Error Invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvali
 bool Fit(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, int64_t kernel_width, int64_t stride,
          int64_t padding) {
   if (x.size() != 4 || y.size() != 4 || stride < 1 || padding < 0 || channels > x[3]) return false;
+  if (x[0] < 0 || std::min({x[1], x[2], channels, y[1], y[2], y[3], kernel_height, kernel_width}) < 1) return false;
   s = {x[0], x[1], x[2], channels, y[1], y[2], y[3], kernel_height, kernel_width, stride, padding};
   return y[0] == s.batch && s.out_height == (s.height + 2 * padding - kernel_height) / stride + 1 &&
          s.out_width == (s.width + 2 * padding - kernel_width) / stride + 1;
@@ -36,7 +39,7 @@ bool Fit(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, in
 // normalized already.
 bool FitReader(Shape x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal, ffi::AnyBuffer scale, ffi::AnyBuffer bias) {
   const auto channels = scale.element_count();
-  return x.size() == 4 && scale.dimensions().size() == 1 && bias.element_count() == channels &&
+  return x.size() == 4 && scale.dimensions().size() == 1 && channels > 0 && bias.element_count() == channels &&
          (mean.element_count() == channels || mean.element_count() == 0) &&
          reciprocal.element_count() == mean.element_count() && static_cast<int64_t>(channels) <= x[3];
 }
@@ -63,12 +66,15 @@ Source<T> Read(ffi::AnyBuffer x, ffi::AnyBuffer mean, ffi::AnyBuffer reciprocal,
           x.dimensions()[3]};
 }
 
-// Calls run with a zero of the buffer's type.
+// Calls run with a zero of the buffers' type, which must be that of all of them.
 template <typename F>
-ffi::Error ForType(ffi::AnyBuffer buffer, F run) {
-  if (buffer.element_type() == ffi::F32) {
+ffi::Error ForType(std::initializer_list<ffi::AnyBuffer> buffers, F run) {
+  const auto type = buffers.begin()->element_type();
+  for (const ffi::AnyBuffer& buffer : buffers)
+    if (buffer.element_type() != type) return Invalid("operands of different types");
+  if (type == ffi::F32) {
     run(float{});
-  } else if (buffer.element_type() == ffi::F64) {
+  } else if (type == ffi::F64) {
     run(double{});
   } else {
     return Invalid("expected float32 or float64");
@@ -88,7 +94,7 @@ ffi::Error OutputCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, 
     return Invalid("shapes of a convolution do not fit");
   const int64_t blocks = CutIntoBlocks(s, k, groups, together);
   if (blocks == 0) return Invalid("groups of a convolution do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, w, *y}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, transposed};
     Output<T>(pool, s, blocks, Plain<T>(x), kernel, y->typed_data<T>());
@@ -105,7 +111,7 @@ ffi::Error KernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
     return Invalid("shapes of a convolution's gradient do not fit");
   const int64_t blocks = CutIntoBlocks(s, k, groups, together);
   if (blocks == 0) return Invalid("groups of a convolution's gradient do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
     KernelGradient<T>(pool, s, blocks, together, Plain<T>(x), g.typed_data<T>(), dw->typed_data<T>());
   });
@@ -131,7 +137,7 @@ ffi::Error ReadCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer mean,
   const int64_t blocks =
       FitRead(s, x, mean, reciprocal, scale, bias, k, y->dimensions(), stride, padding, groups, together);
   if (blocks == 0) return Invalid("shapes of a reader do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, mean, reciprocal, scale, bias, w, *y}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
     Output<T>(pool, s, blocks, Read<T>(x, mean, reciprocal, scale, bias), kernel, y->typed_data<T>());
@@ -152,7 +158,7 @@ ffi::Error ReadMomentsOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (blocks == 0 || shift.element_count() != outputs || sum.element_count() != outputs ||
       square.element_count() != outputs)
     return Invalid("shapes of a reader with moments do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, mean, reciprocal, scale, bias, w, shift, y, sum, square}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
     OutputWithMoments<kAdd, T>(pool, s, blocks, Read<T>(x, mean, reciprocal, scale, bias), kernel,
@@ -199,7 +205,7 @@ ffi::Error ReadGradientOf(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffe
   s.out_channels = groups * k[2];
   const int64_t blocks = CutIntoBlocks(s, k, groups, together);
   if (blocks == 0) return Invalid("groups of a reader's gradient do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, mean, reciprocal, scale, bias, w, g, dx, dscale, dbias}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, true};
     ReadGradient<kAdd, T>(pool, s, blocks, Plain<T>(g), kernel, Read<T>(x, mean, reciprocal, scale, bias),
@@ -234,7 +240,7 @@ ffi::Error ReadKernelGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::A
   const int64_t blocks = FitRead(s, x, mean, reciprocal, scale, bias, dw->dimensions(), g.dimensions(), stride,
                                  padding, groups, together);
   if (blocks == 0) return Invalid("shapes of a reader's kernel gradient do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, mean, reciprocal, scale, bias, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
     KernelGradient<T>(pool, s, blocks, together, Read<T>(x, mean, reciprocal, scale, bias), g.typed_data<T>(),
                       dw->typed_data<T>());
@@ -249,7 +255,7 @@ ffi::Error PoolGradientCall(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
   if (shape.size() != 4 || padding >= window || dx->element_count() != x.element_count() ||
       !Fit(s, shape, shape[3], g.dimensions(), window, window, stride, padding) || s.out_channels != s.channels)
     return Invalid("shapes of a pooling's gradient do not fit");
-  return ForType(x, [&](auto zero) {
+  return ForType({x, g, *dx}, [&](auto zero) {
     using T = decltype(zero);
     PoolGradient<T>(pool, s, x.typed_data<T>(), g.typed_data<T>(), dx->typed_data<T>());
   });

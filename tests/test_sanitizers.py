@@ -1,0 +1,38 @@
+"""Both native libraries pass their tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# What reads or writes memory; the rest of these files is about Python or about whole networks.
+WANTED = "convolution or reader or norm_relu_conv or pooling or refuse or part or crop or passes or crash or tiny"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["tests/kernels/test_cpu.py", "tests/data/test_native.py"])
+def test_a_native_library_s_tests_pass_under_sanitizers(file):
+    compiler = shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs gcc's sanitizers")
+    names = ("libasan.so", "libubsan.so")
+    runtimes = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
+    if not all(os.path.isabs(path) for path in runtimes):
+        pytest.skip("gcc has no sanitizers here")
+    environment = os.environ | {
+        **{"CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
+        "LD_PRELOAD": ":".join(runtimes),
+        # Python and XLA keep memory to their end; XLA's own compilers mix allocators.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "FUZZ_ROUNDS": "30",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", WANTED, file]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
