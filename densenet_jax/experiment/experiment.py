@@ -25,9 +25,8 @@ from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import find_checkpoint
-from densenet_jax.training.eval_step import EvalSums, make_eval_step
+from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_predict_step
 from densenet_jax.training.precision import Policy, get_policy
-from densenet_jax.training.predict_step import make_predict_step
 from densenet_jax.training.restore import check_same_shapes, restore_variables
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.state import StateRecipe, TrainState

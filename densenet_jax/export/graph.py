@@ -17,8 +17,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.predict.model import Deployed
-from densenet_jax.training.eval_step import restrict
-from densenet_jax.training.predict_step import make_predict_step
+from densenet_jax.training.eval_step import make_predict_step, restrict
 
 
 @dataclasses.dataclass(frozen=True)

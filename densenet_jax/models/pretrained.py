@@ -50,26 +50,26 @@ def load_pretrained(
     """Loads published or local weights into a variant's variables.
 
     Args:
-      name: one of list_models().
-      source: a Hugging Face hub id ("timm/densenet121.ra_in1k", a revision may follow an "@"), or a file of
-        safetensors, PyTorch, Keras (needs h5py) or Paddle; its content decides, not its ending. The hub's cache and
-        HF_HUB_OFFLINE work as always. Nothing in a file is executed.
-      num_classes: None keeps the file's head; any other count than the file's keeps the body and starts a new head as
-        create_model draws it, and logs that it did.
-      param_dtype: of the parameters.
-      channels: of the images, 1 to 64; None is the file's own. Weights for another number are adapted as timm does,
-        which is logged.
-      head_seed: seed of a new head.
-      average: "auto", "raw" or "average": which weights of a training checkpoint that holds raw and averaged ones;
-        "auto" takes the averaged, which is logged.
-      **architecture: the overrides that create_model was given, if any.
+        name: one of list_models().
+        source: a Hugging Face hub id ("timm/densenet121.ra_in1k", a revision may follow an "@"), or a file of
+            safetensors, PyTorch, Keras (needs h5py) or Paddle; its content decides, not its ending. The hub's cache and
+            HF_HUB_OFFLINE work as always. Nothing in a file is executed.
+        num_classes: None keeps the file's head; any other count than the file's keeps the body and starts a new head as
+            create_model draws it, and logs that it did.
+        param_dtype: of the parameters.
+        channels: of the images, 1 to 64; None is the file's own. Weights for another number are adapted as timm does,
+            which is logged.
+        head_seed: seed of a new head.
+        average: "auto", "raw" or "average": which weights of a training checkpoint that holds raw and averaged ones;
+            "auto" takes the averaged, which is logged.
+        **architecture: the overrides that create_model was given, if any.
 
     Returns:
-      {"params", "batch_stats"} for `create_model(name, num_classes=...).apply`.
+        {"params", "batch_stats"} for `create_model(name, num_classes=...).apply`.
 
     Raises:
-      UserError: the source is not found or unreadable, or does not fit the variant; ten of the keys that are missing,
-        left over or of another shape are listed with both shapes. Nothing is loaded in part.
+        UserError: the source is not found or unreadable, or does not fit the variant; ten of the keys that are missing,
+            left over or of another shape are listed with both shapes. Nothing is loaded in part.
     """
     row = get_variant(name)
     state = translate(read_state_dict(source, average))
@@ -94,7 +94,7 @@ def load_pretrained(
 def _with_channels(
     state: dict[str, np.ndarray], wanted: int | None, usual: int, source: Any
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The weights with a first convolution for `wanted` channels, and that number."""
+    """Returns the weights with a first convolution for `wanted` channels, and that number."""
     if wanted is not None and not 1 <= wanted <= MAX_CHANNELS:
         raise UserError(f"channels={wanted}: expected 1 to {MAX_CHANNELS}")
     stem = stem_of(state)
@@ -133,15 +133,15 @@ def save_torch_state_dict(
     """Writes a file that timm (and torchvision, for its four DenseNets) loads strictly.
 
     Args:
-      variables: {"params", "batch_stats"} of a model made by create_model.
-      path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed. It is replaced
-        in one step, never half-written.
-      name: check the variables against this variant first, whatever the class count and channels.
-      class_names: of the classes in order, kept in a .safetensors file and compared when it is used on a data set.
+        variables: {"params", "batch_stats"} of a model made by create_model.
+        path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed. It is replaced
+            in one step, never half-written.
+        name: check the variables against this variant first, whatever the class count and channels.
+        class_names: of the classes in order, kept in a .safetensors file and compared when it is used on a data set.
 
     Raises:
-      UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, have
-        another number of classes than names, or the file cannot be written.
+        UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, have
+            another number of classes than names, or the file cannot be written.
     """
     save = _make_writer(os.fspath(path), class_names)
     state = to_torch(variables)
@@ -202,14 +202,14 @@ def _check_fits(state: Mapping[str, np.ndarray], name: str) -> None:
 
 
 def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> dict[str, np.ndarray]:
-    """The arrays of a hub id or a file, by the names that they have there.
+    """Reads the arrays of a hub id or a file, by the names that they have there.
 
     Args:
-      source: as load_pretrained takes it.
-      average: likewise.
+        source: as load_pretrained takes it.
+        average: likewise.
 
     Raises:
-      UserError: no such source, no network, or the file is damaged or of another kind.
+        UserError: no such source, no network, or the file is damaged or of another kind.
     """
     path = Path(source)
     if path.is_file():

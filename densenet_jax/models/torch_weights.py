@@ -29,24 +29,24 @@ _LISTED = 10
 
 
 def torch_name(path: Path) -> str:
-    """The state-dict key of one leaf of {"params", "batch_stats"}."""
+    """Returns the state-dict key of one leaf of {"params", "batch_stats"}."""
     collection, *modules, leaf = path
     prefix = [] if modules[0] == "classifier" else ["features"]
     return ".".join([*prefix, *modules, _LEAVES[collection, leaf]])
 
 
 def is_dual_path(paths: Mapping[Path, Any]) -> bool:
-    """Whether the leaves are a Dual Path Network's, whose classifier is a 1x1 convolution in PyTorch."""
+    """Returns whether the leaves are a Dual Path Network's, whose classifier is a 1x1 convolution in PyTorch."""
     return any(path[1] == "conv1_1" for path in paths)
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
-    """{"params", "batch_stats"} as one flat dict; other collections are left out."""
+    """Flattens {"params", "batch_stats"} into one dict; leaves other collections out."""
     return traverse_util.flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
 
 
 def torch_shape(path: Path, shape: Shape, dual_path: bool) -> Shape:
-    """The shape PyTorch keeps a leaf of this shape in."""
+    """Returns the shape that a leaf has in PyTorch."""
     if path[-1] != "kernel":
         return shape
     if len(shape) == 4:
@@ -55,7 +55,7 @@ def torch_shape(path: Path, shape: Shape, dual_path: bool) -> Shape:
 
 
 def to_torch_array(path: Path, value: Any, dual_path: bool) -> np.ndarray:
-    """One leaf in PyTorch's layout: convolutions [out, in, h, w], classifiers [classes, features(, 1, 1)]."""
+    """Lays out one leaf as PyTorch does: convolutions [out, in, h, w], classifiers [classes, features(, 1, 1)]."""
     array = np.asarray(value)
     if array.dtype.name == "bfloat16":  # numpy's safetensors has no such type
         array = array.astype(np.float32)
@@ -65,7 +65,7 @@ def to_torch_array(path: Path, value: Any, dual_path: bool) -> np.ndarray:
 
 
 def from_torch_array(path: Path, array: np.ndarray) -> np.ndarray:
-    """One state-dict entry in our layout: convolutions [h, w, in, out], classifiers [features, classes]."""
+    """Lays out one state-dict entry as ours: convolutions [h, w, in, out], classifiers [features, classes]."""
     if path[-1] != "kernel":
         return array
     if path[1] == "classifier":
@@ -74,16 +74,16 @@ def from_torch_array(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A state dict that timm and torchvision load strictly.
+    """Makes a state dict that timm and torchvision load strictly.
 
     Args:
-      variables: {"params", "batch_stats"} of a DenseNet or a Dual Path Network.
+        variables: {"params", "batch_stats"} of a DenseNet or a Dual Path Network.
 
     Returns:
-      Arrays by state-dict key, `num_batches_tracked` (zero) included.
+        Arrays by state-dict key, `num_batches_tracked` (zero) included.
 
     Raises:
-      UserError: the variables are not those of one of our networks.
+        UserError: the variables are not those of one of our networks.
     """
     try:
         leaves = flatten(variables)
@@ -99,18 +99,18 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return state
 
 
-def _shape_fits(name: str, found: Shape, expected: Shape) -> bool:
-    if name == "classifier.weight":  # a linear layer and a 1x1 convolution say the same
-        return found[:2] == expected[:2] and set(found[2:]) <= {1} and len(found) in (2, 4)
-    return found == expected
+def _shape_fits(name: str, shape: Shape, expected: Shape) -> bool:
+    if name == "classifier.weight":  # a linear layer or a 1x1 convolution
+        return shape[:2] == expected[:2] and set(shape[2:]) <= {1} and len(shape) in (2, 4)
+    return shape == expected
 
 
 def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list[str]:
-    """Every difference between a state dict's shapes and what a model expects, one line each; empty where it fits.
+    """Lists every difference between a state dict's shapes and a model's, one line each.
 
     Args:
-      shapes: by today's names, without counters.
-      template: {"params", "batch_stats"} of arrays or shape structs.
+        shapes: by today's names, without counters.
+        template: {"params", "batch_stats"} of arrays or shape structs.
     """
     leaves = flatten(template)
     dual_path = is_dual_path(leaves)
@@ -128,16 +128,16 @@ def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list
 
 
 def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], origin: str = "the state dict") -> dict:
-    """{"params", "batch_stats"} of a state dict, in the template's shapes and dtypes; all of it or nothing.
+    """Makes {"params", "batch_stats"} of a state dict, in the template's shapes and dtypes; all of it or nothing.
 
     Args:
-      state: arrays by state-dict key, either spelling.
-      template: the model's variables, or their shape structs.
-      origin: what errors call the state dict.
+        state: arrays by state-dict key, either spelling.
+        template: the model's variables, or their shape structs.
+        origin: what errors call the state dict.
 
     Raises:
-      UserError: keys are missing, left over or of another shape (ten are listed, with both shapes), or values are not
-        finite floating point numbers.
+        UserError: keys are missing, left over or of another shape (ten are listed, with both shapes), or values are not
+            finite floating point numbers.
     """
     state = modern_names(state)
     _check_dtypes(state, origin)

@@ -38,7 +38,7 @@ from densenet_jax.predict.model import (
     settings_of_run,
 )
 from densenet_jax.training import sharding
-from densenet_jax.training.predict_step import make_predict_step
+from densenet_jax.training.eval_step import make_predict_step
 
 logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 4, 16, 64)

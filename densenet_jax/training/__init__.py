@@ -1,1 +1,1 @@
-"""Pure functions of training: schedules, losses, metrics, augmentation, state, steps; and checkpoints."""
+"""Pure functions of training: schedules, losses, metrics, state, steps; and checkpoints."""

@@ -1,4 +1,4 @@
-"""A large batch as several small ones: the same mean gradient in a fraction of the memory."""
+"""Computes a large batch as several small ones: the same mean gradient with a fraction of the memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,24 +15,24 @@ GradientFunction = Callable[[Any, Any, Any, Int[Array, ""]], tuple[Any, Any, Any
 
 
 def split_batch(array: Shaped[Array, "b ..."], count: int) -> Shaped[Array, "{count} m ..."]:
-    """[b, ...] to [count, b / count, ...]: microbatch j holds the examples whose number is j modulo count.
+    """Splits [b, ...] into [count, b / count, ...]: microbatch j holds the examples whose number is j modulo count.
 
-    Dealt out like cards, not cut into stretches: a batch that is split over devices in stretches then gives every
-    device its share of every microbatch without moving an example.
+    A batch that is split over devices in contiguous parts then gives every device its share of every microbatch
+    without moving an example.
     """
     dealt = array.reshape(array.shape[0] // count, count, *array.shape[1:])
     return jnp.swapaxes(dealt, 0, 1)
 
 
 def join_batch(array: Shaped[Array, "n m ..."]) -> Shaped[Array, "b ..."]:
-    """The inverse of `split_batch`."""
+    """Inverts `split_batch`."""
     return jnp.swapaxes(array, 0, 1).reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
 
 def accumulate_gradients(
     gradient_function: GradientFunction, params: Any, batch_stats: Any, batch: Any, count: int
 ) -> tuple[Any, Any, Any]:
-    """Gradients of the mean loss over the whole batch, computed over `count` microbatches one after the other.
+    """Computes gradients of the mean loss over the whole batch, in `count` microbatches one after the other.
 
     Equal to the large batch up to rounding, with one difference: batch norm normalizes each microbatch by its own
     statistics (as `model.batch_norm_group_size` of b / count does within one large batch) and moves its running
@@ -41,10 +41,10 @@ def accumulate_gradients(
     Args:
         gradient_function: called once a microbatch; see `GradientFunction`. It must not see the running statistics
             in its loss, as batch norm in training doesn't. Dropout keys should depend on the microbatch's number.
-        params: the parameters, the same for all microbatches.
+        params: the same for all microbatches.
         batch_stats: threaded from one microbatch to the next.
         batch: a tree of arrays [b, ...].
-        count: of microbatches; 1 computes the batch as it is.
+        count: microbatches; 1 computes the batch as it is.
 
     Returns:
         Gradients, batch statistics after the last microbatch, and the outputs as [b, ...] in the batch's order.

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Int
 
 
 def ema_decay(updates: Int[Array, ""] | int, decay: float, warmup: bool = True) -> Float[Array, ""]:
-    """How much of the average the next update keeps.
+    """The share of the average that the next update keeps.
 
     Args:
         updates: updates of the average so far, t.
-        decay: in [0, 1); the value in the long run.
+        decay: the share in the long run, in [0, 1).
         warmup: min(decay, (1 + t) / (10 + t)), TensorFlow's ExponentialMovingAverage: the first values, which are
             mostly the random initial weights, are forgotten quickly.
     """
@@ -28,7 +28,7 @@ def update_ema(average: Any, current: Any, decay: Float[Array, ""] | float) -> A
     Args:
         average: any tree of arrays; start with a copy of the initial {"params", "batch_stats"}. Averaging the batch
             statistics with the parameters keeps the two in step, which a raw copy of either would not.
-        current: the same tree after a training step. Leaves that are no floats are taken over as they are.
+        current: the same tree after a training step. Leaves that are not floats are copied.
         decay: kept share, from `ema_decay`.
 
     Returns:
@@ -38,7 +38,7 @@ def update_ema(average: Any, current: Any, decay: Float[Array, ""] | float) -> A
     def updated(old: Array, new: Array) -> Array:
         if not jnp.issubdtype(old.dtype, jnp.floating):
             return new
-        # This form leaves the average untouched where both are equal, to the last bit.
+        # Written so that equal values leave the average unchanged to the last bit.
         step = (1.0 - jnp.asarray(decay)).astype(jnp.promote_types(old.dtype, jnp.float32))
         return (old + step * (new - old)).astype(old.dtype)
 

@@ -1,4 +1,4 @@
-"""The evaluation step: a pure function of weights and a batch, whose sums add up over batches."""
+"""The evaluation and prediction steps: pure functions of weights and a batch; sums add up over batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ Normalize = Callable[[UInt[Array, "b h w c"]], Float[Array, "b h w c"]]
 
 @flax.struct.dataclass
 class EvalSums:
-    """What was counted over examples.
+    """Counts over examples.
 
     Attributes:
         sums: over the examples that have a right class.
-        seen: all examples that are not padding, those without a right class among them.
-        confusion: examples of each true class (rows) by predicted class (columns); None where nobody asked.
+        seen: all examples that are not padding, with or without a right class.
+        confusion: examples of each true class (rows) by predicted class (columns); None unless requested.
     """
 
     sums: ClassificationSums
@@ -32,7 +32,7 @@ class EvalSums:
     confusion: Int[Array | np.ndarray, "k k"] | None = None
 
     def merge(self, other: "EvalSums") -> "EvalSums":
-        """The counts over the examples of both."""
+        """Adds the counts of other examples."""
         both = None if self.confusion is None or other.confusion is None else self.confusion + other.confusion
         return EvalSums(sums=self.sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
 
@@ -73,6 +73,23 @@ def make_eval_step(
     return eval_step
 
 
+def make_predict_step(
+    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None
+) -> Callable[[dict[str, Any], Batch], Batch]:
+    """Builds `step(variables, batch) -> answers`, with the same logits as `make_eval_step` for the same arguments.
+
+    Returns:
+        A step whose result has "probability" float32 [b, k] and everything in the batch but its images.
+    """
+
+    def predict_step(variables: dict[str, Any], batch: Batch) -> Batch:
+        logits = batch_logits(model, normalize, variables, batch["image"], classes)
+        rest = {name: array for name, array in batch.items() if name != "image"}
+        return {**rest, "probability": jax.nn.softmax(logits.astype(jnp.float32))}
+
+    return predict_step
+
+
 def batch_logits(
     model: nn.Module,
     normalize: Normalize,
@@ -80,7 +97,7 @@ def batch_logits(
     images: UInt[Array, "b h w c"] | UInt[Array, "b n h w c"],
     classes: Sequence[int] | None,
 ) -> Float[Array, "b k"]:
-    """The logits that an evaluation goes by: of whole images or averaged over crops, among `classes` only if given."""
+    """Computes the logits of whole images, or their mean over crops, restricted to `classes` if given."""
 
     def logits_of(images: UInt[Array, "b h w c"]) -> Float[Array, "b k"]:
         return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
@@ -92,7 +109,7 @@ def batch_logits(
 def mean_logits(
     logits_of: Callable[[UInt[Array, "b h w c"]], Float[Array, "b k"]], images: UInt[Array, "b n h w c"]
 ) -> Float[Array, "b k"]:
-    """The mean of the logits of n crops of each image and of their mirror images: with five crops, ten-crop evaluation.
+    """Averages the logits of n crops of each image and of their mirror images; five crops give ten-crop evaluation.
 
     The DenseNet paper's code derives from fb.resnet.torch, which adds the outputs of the last linear layer (its line
     that would exponentiate them is commented out); so the logits are averaged, not the probabilities.
@@ -110,7 +127,7 @@ def mean_logits(
 
 
 def restrict(logits: Float[Array, "b k"], classes: Sequence[int]) -> Float[Array, "b k"]:
-    """The logits of `classes` and minus infinity elsewhere: no other class has a probability or is predicted."""
+    """Sets the logits of all other classes to minus infinity, so that none has a probability or is predicted."""
     allowed = np.zeros((1, logits.shape[-1]), bool)
     allowed[0, list(classes)] = True
     return jnp.where(allowed, logits, -jnp.inf)

@@ -1,4 +1,4 @@
-"""The loss of classification, one value an example, in float32 or better."""
+"""Losses of classification, one value an example, in float32 or better."""
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ def cross_entropy(
     if labels.ndim == 1:
         # A class number outside the range gives NaN here, which stops the run, rather than a quiet zero.
         labels = jnp.where(labels < 0, num_classes, labels)
-        found = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1, mode="fill")[:, 0]
+        own = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1, mode="fill")[:, 0]
     else:
-        found = jnp.sum(labels.astype(log_probabilities.dtype) * log_probabilities, axis=-1)
+        own = jnp.sum(labels.astype(log_probabilities.dtype) * log_probabilities, axis=-1)
     if label_smoothing == 0.0:
-        return -found
-    return -(1.0 - label_smoothing) * found - label_smoothing * jnp.mean(log_probabilities, axis=-1)
+        return -own
+    return -(1.0 - label_smoothing) * own - label_smoothing * jnp.mean(log_probabilities, axis=-1)
 
 
 def label_set_cross_entropy(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Float[Array, " b"]:
-    """Minus the logarithm of the probability that all right classes have together.
+    """Cross entropy with the probability of all right classes together.
 
     Args:
         logits: any float dtype; computed in float32, or in float64 where the logits are.

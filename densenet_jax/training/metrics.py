@@ -1,4 +1,4 @@
-"""Metrics as sums and counts: exact when merged over batches, devices and processes, divided only when printed."""
+"""Metrics as sums and counts, exact when merged over batches, devices and processes; divided only when printed."""
 
 import flax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Array, " b"]:
-    """How many classes are placed before the true one; 0 where the prediction is right.
+    """Counts the classes that are placed before the true one: 0 if the prediction is right.
 
     Equal logits are placed by class number, as `jnp.argmax` and `jax.lax.top_k` place them. A row with a NaN predicts
     nothing: its rank is k.
@@ -20,9 +20,7 @@ def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Ar
 
 
 def best_of_set(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Int[Array, " b"]:
-    """Of the right classes the one that is placed first.
-
-    Whoever counts it as the true class counts an answer as right that is any of them.
+    """Returns the right class that is placed first; an answer is right if it is any of the set.
 
     Args:
         logits: any float dtype.
@@ -33,10 +31,7 @@ def best_of_set(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Int[A
 
 @flax.struct.dataclass
 class ClassificationSums:
-    """Loss and right answers summed over examples.
-
-    Counts are int32, exact up to 2,147,483,647 examples.
-    """
+    """Loss and right answers summed over examples; counts are int32."""
 
     loss: Float[Array | np.ndarray, ""]
     top1: Int[Array | np.ndarray, ""]
@@ -45,7 +40,7 @@ class ClassificationSums:
 
     @classmethod
     def zeros(cls) -> "ClassificationSums":
-        """The sums over no example."""
+        """Sums over no example."""
         nothing = jnp.zeros((), jnp.int32)
         return cls(loss=jnp.zeros((), jnp.float32), top1=nothing, top5=nothing, examples=nothing)
 
@@ -82,7 +77,7 @@ class ClassificationSums:
         )
 
     def merge(self, other: "ClassificationSums") -> "ClassificationSums":
-        """The sums over the examples of both."""
+        """Adds the sums over other examples."""
         return ClassificationSums(
             loss=self.loss + other.loss,
             top1=self.top1 + other.top1,
@@ -91,7 +86,7 @@ class ClassificationSums:
         )
 
     def compute(self) -> dict[str, float]:
-        """Means over the examples on the host: "loss", "top1", "top5" (fractions) and "examples" (a count).
+        """Computes means on the host: "loss", "top1", "top5" (fractions) and "examples" (a count).
 
         Raises:
             ValueError: there is no example to average over.
@@ -110,7 +105,7 @@ class ClassificationSums:
 def confusion_counts(
     logits: Float[Array, "b k"], labels: Int[Array, " b"], mask: Bool[Array, " b"] | None = None
 ) -> Int[Array, "k k"]:
-    """Examples of each true class (rows) by predicted class (columns), int32; counts of batches add up.
+    """Counts examples of each true class (rows) by predicted class (columns); counts of batches add up.
 
     Args:
         logits: any float dtype; the prediction is the first of the largest.

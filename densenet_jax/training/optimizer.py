@@ -1,5 +1,11 @@
-"""Optimizers by name: optax chains, and which parameters the weight decay touches."""
+"""Optimizers by name as optax chains, and the parameters that weight decay, freezing and rate factors touch.
 
+A pattern of parameters is a regular expression that is searched in the path of each, which is what
+`flax.traverse_util.flatten_dict(..., sep="/")` gives, the collection first:
+`params/denseblock1/denselayer1/norm1/scale`. So `^params/(?!classifier)` names everything but the classifier.
+"""
+
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +13,10 @@ import jax
 import optax
 
 from densenet_jax.errors import UserError
-from densenet_jax.training.freeze import freeze_mask_function, rate_factors
 from densenet_jax.training.schedules import Schedule
 
 OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
+_FREEZE_KEY = "config.optim.freeze"
 _USUAL_EPSILON = {"adamw": 1e-8, "lamb": 1e-6, "rmsprop": 1e-8}
 
 
@@ -26,6 +32,74 @@ def decay_mask(params: Any, decay_norm_and_bias: bool) -> Any:
         return decay_norm_and_bias or (path[-1].key not in ("scale", "bias") and len(leaf.shape) >= 2)
 
     return jax.tree_util.tree_map_with_path(touched, params)
+
+
+def path_name(path: tuple[Any, ...], collection: str = "params") -> str:
+    """Names a leaf of a collection by its key path there."""
+    return f"{collection}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+
+
+def _compile(pattern: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key} is {pattern!r}, which is no regular expression ({error}).") from error
+
+
+def _check_some_but_not_all(matched: int, total: int, pattern: str, example: str) -> None:
+    if 0 < matched < total:
+        return
+    raise UserError(
+        f"{_FREEZE_KEY} is {pattern!r}, which matches {matched} of {total} parameters; expected some, but not all; "
+        f"a parameter is called, for example, {example}."
+    )
+
+
+def frozen_mask(params: Any, pattern: str) -> Any:
+    """True for each parameter that is frozen, as a tree of the same shape.
+
+    Args:
+        params: the parameters, or their abstract shapes.
+        pattern: see the module; "" freezes nothing.
+
+    Raises:
+        UserError: no regular expression, or one that matches no parameter or all of them.
+    """
+    if not pattern:
+        return jax.tree.map(lambda _: False, params)
+    expression = _compile(pattern, _FREEZE_KEY)
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: bool(expression.search(path_name(path))), params)
+    flags = jax.tree.leaves(mask)
+    first = path_name(jax.tree_util.tree_leaves_with_path(params)[0][0])
+    _check_some_but_not_all(sum(flags), len(flags), pattern, first)
+    return mask
+
+
+def rate_factors(params: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
+    """The factor of each parameter's learning rate, as a tree of the same shape.
+
+    Args:
+        params: the parameters, or their abstract shapes.
+        multipliers: (pattern, factor) pairs; the first that matches counts, 1 where none does.
+
+    Raises:
+        UserError: no regular expression, or one that matches no parameter.
+    """
+    key = "config.optim.rate_multipliers"
+    expressions = [(_compile(pattern, key), factor) for pattern, factor in multipliers]
+    for expression, _ in expressions:
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if not any(map(expression.search, names)):
+            raise UserError(
+                f"{key} has {expression.pattern!r}, which matches no parameter; "
+                f"a parameter is called, for example, {names[0]}."
+            )
+
+    def factor_of(path: tuple[Any, ...], _: Any) -> float:
+        name = path_name(path)
+        return next((factor for expression, factor in expressions if expression.search(name)), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor_of, params)
 
 
 def make_optimizer(
@@ -63,7 +137,7 @@ def make_optimizer(
         betas: kept shares of adamw's and lamb's first and second moments.
         rms_decay: kept share of rmsprop's squared gradient.
         epsilon: against division by zero; 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
-        freeze: pattern of parameters that stand still, see `densenet_jax.training.freeze`; no decay either.
+        freeze: pattern of parameters that are frozen, see the module; they do not decay either.
         rate_multipliers: (pattern, factor) pairs, the factor of the learning rate of the parameters that match.
 
     Raises:
@@ -86,7 +160,9 @@ def make_optimizer(
         if name == "lamb":
             body.append(optax.masked(optax.scale_by_trust_ratio(), mask))
     # Zeroing comes twice: first, so that frozen gradients count in no norm; last, because of weight decay.
-    zero_frozen = optax.masked(optax.set_to_zero(), freeze_mask_function(freeze)) if freeze else optax.identity()
+    zero_frozen = (
+        optax.masked(optax.set_to_zero(), lambda params: frozen_mask(params, freeze)) if freeze else optax.identity()
+    )
     clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else optax.identity()
     rate = optax.scale_by_learning_rate(schedule)
     return optax.chain(zero_frozen, clip, *body, rate, _scale_by_path(rate_multipliers), zero_frozen)

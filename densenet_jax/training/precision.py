@@ -1,7 +1,7 @@
 """Precision by one name, and the dynamic loss scaling that float16 needs.
 
-Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy says in which
-type activations and matrix products are.
+Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy sets the type of
+activations and matrix products.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from densenet_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What a precision means.
+    """A precision.
 
     Attributes:
         name: "float32", "bfloat16", "float16" or "float64".
@@ -39,18 +39,18 @@ POLICIES = {
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name.
+    """Looks up a policy.
 
-    float64 is for comparisons: with it a run on other devices, whose sums are in another order, stays the same run.
+    float64 is for comparisons: a run on other devices, which sum in another order, then stays the same run.
 
     Raises:
-        UserError: there is none; or it is float64, and JAX was started without.
+        UserError: the name is unknown; or it is float64, and JAX was started without x64.
     """
     if name not in POLICIES:
         raise UserError(f"config.model.dtype is {name!r}; expected one of {', '.join(POLICIES)}.")
     if name == "float64" and jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
         raise UserError(
-            "config.model.dtype is 'float64', which JAX rounds to float32 unless told otherwise; set "
+            "config.model.dtype is 'float64', which JAX rounds to float32 by default; set "
             "JAX_ENABLE_X64=1 in the environment."
         )
     return POLICIES[name]
@@ -81,16 +81,16 @@ class LossScale:
 
     @classmethod
     def create(cls, initial: float = 2.0**16) -> "LossScale":
-        """The scale before the first step."""
+        """Makes the scale before the first step."""
         nothing = jnp.zeros((), jnp.int32)
         return cls(scale=jnp.asarray(initial, jnp.float32), good_steps=nothing, skipped_steps=nothing)
 
     def scale_loss(self, loss: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The loss times the scale."""
+        """Multiplies the loss by the scale."""
         return loss * self.scale.astype(loss.dtype)
 
     def unscale(self, gradients: Any) -> Any:
-        """Gradients of the scaled loss over the scale, leaf by leaf."""
+        """Divides gradients of the scaled loss by the scale."""
         return jax.tree.map(lambda leaf: leaf * (1.0 / self.scale).astype(leaf.dtype), gradients)
 
     def update(
@@ -101,7 +101,7 @@ class LossScale:
         smallest: float = 1.0,
         largest: float = 2.0**24,
     ) -> "LossScale":
-        """The scale for the next step: halved after a skipped step, doubled after so many good ones in a row."""
+        """Halves the scale after a skipped step; doubles it after `growth_interval_steps` good ones in a row."""
         good = jnp.where(finite, self.good_steps + 1, 0)
         grows = good >= growth_interval_steps
         factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
@@ -113,10 +113,10 @@ class LossScale:
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every number of every leaf is finite."""
+    """Returns whether every number of every leaf is finite."""
     return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def select(use_new: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The tree `new` where `use_new`, else `old`; both are computed, nothing branches."""
+    """Selects the tree `new` if `use_new`, else `old`, without branching."""
     return jax.tree.map(lambda a, b: jnp.where(use_new, a, b), new, old)

@@ -1,4 +1,4 @@
-"""How arrays lie on the devices: the batch split over one data axis, the state whole or split over the same axis."""
+"""Lays arrays out on devices: the batch split over one data axis, the state replicated or split over the same axis."""
 
 import math
 from collections.abc import Callable
@@ -11,33 +11,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from densenet_jax.errors import UserError
 
 DATA_AXIS = "data"
-_LARGE = 2**12  # elements from which on an array is split: of smaller ones the exchange costs more than the memory
+_LARGE = 2**12  # elements; smaller arrays are not split, since the exchange costs more than the memory saves
 
-# where an array of that shape and dtype lies
+# shape and dtype -> where such an array lies
 Layout: TypeAlias = Callable[[jax.ShapeDtypeStruct], NamedSharding]
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh over `devices`, by default over all devices of all processes."""
+    """Makes a one-axis mesh over `devices`, by default over all devices of all processes."""
     chosen = np.asarray(jax.devices() if devices is None else devices)
     return Mesh(chosen, (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices, the others whole."""
+    """Splits the first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(mesh: Mesh) -> Layout:
-    """Large arrays split over the devices along their longest axis that these divide, the others whole on each.
+    """Splits large arrays over the devices along the longest axis that their number divides; replicates the others.
 
-    Laid out so, parameters and what the optimizer keeps of them take a device 1/devices of the memory (ZeRO,
-    arXiv:1910.02054; PyTorch's FSDP). A step gathers the parameters where it uses them; see `gathered`.
+    Parameters and optimizer state then take 1/devices of the memory on each device (ZeRO, arXiv:1910.02054; PyTorch's
+    FSDP). A step gathers the parameters where it uses them; see `gather`.
     """
 
     def lay_out(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -51,17 +51,17 @@ def spread(mesh: Mesh) -> Layout:
 
 
 def layout_of(name: str, mesh: Mesh) -> Layout:
-    """The layout of a state that the settings call "replicated" or "fsdp"."""
+    """Makes the layout of a state from its setting, "replicated" or "fsdp"."""
     return spread(mesh) if name == "fsdp" else lambda _: replicated(mesh)
 
 
-def gathered(tree: Any, mesh: Mesh) -> Any:
-    """Inside a jitted function: the same arrays, whole on every device while they are used."""
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Replicates arrays inside a jitted function while they are used."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def check_batch_size(key: str, global_batch_size: int, mesh: Mesh) -> None:
-    """Checks that the devices of a mesh divide a batch evenly; see `check_divides`."""
+    """Checks that a mesh divides a batch evenly; see `check_divides`."""
     check_divides(key, global_batch_size, mesh.size)
 
 
@@ -84,7 +84,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
-    """The same tree of shapes and dtypes, each leaf to be laid out by `sharding`."""
+    """Adds to a tree of shapes and dtypes where each leaf is to lie."""
 
     def laid_out(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -94,5 +94,5 @@ def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
 
 
 def shardings_of(abstract: Any) -> Any:
-    """The tree of the shardings alone."""
+    """Returns the tree of the leaves' shardings."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)

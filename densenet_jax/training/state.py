@@ -1,4 +1,4 @@
-"""What a training run is at one moment: described abstractly first, then made where it will live."""
+"""The state of a training run: described abstractly first, then made where it will live."""
 
 import dataclasses
 from typing import Any
@@ -17,15 +17,12 @@ from densenet_jax.training.sharding import Layout, shardings_of, with_sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, statistics and optimizer state after `step` steps; with the seed, all that a run is.
+    """Parameters, statistics and optimizer state after `step` steps; with the seed they determine the run.
 
     Attributes:
         step: steps done, skipped ones included.
-        params: the model's parameters.
-        batch_stats: its running statistics.
-        opt_state: the optimizer's.
-        average: {"params", "batch_stats"} averaged over steps; None where the run keeps no average.
-        loss_scale: None where the precision needs none.
+        average: {"params", "batch_stats"} averaged over steps; None if the run keeps no average.
+        loss_scale: None if the precision needs none.
     """
 
     step: Any  # int32[]; untyped like the rest, since trees of this form also hold shapes, layouts and names
@@ -37,19 +34,17 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is applied to."""
+        """The model's variables."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 @dataclasses.dataclass(frozen=True)
 class StateRecipe:
-    """How the state before the first step is made, a pure function of the seed.
+    """Makes the state before the first step, a pure function of the seed.
 
     Attributes:
         model: called as `model.init(key, images, train=False)`.
-        optimizer: any optax transformation.
-        seed: the run's seed.
-        image_shape: height, width and channels that the model is trained on.
+        image_shape: height, width and channels of training images.
         averages: keep a moving average of parameters and batch statistics.
         scales_loss: keep a loss scale.
     """
@@ -62,12 +57,12 @@ class StateRecipe:
     scales_loss: bool = False
 
     def init_variables(self) -> Any:
-        """Random {"params", "batch_stats"}."""
+        """Draws {"params", "batch_stats"}."""
         images = jnp.zeros((1, *self.image_shape), jnp.float32)
         return self.model.init(step_key(self.seed, Purpose.INIT, 0), images, train=False)
 
     def start_from(self, variables: Any) -> TrainState:
-        """The state before the first step with `variables`, {"params", "batch_stats"}."""
+        """Makes the state before the first step of `variables`, {"params", "batch_stats"}."""
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -80,11 +75,11 @@ class StateRecipe:
         )
 
     def abstract(self, sharding: NamedSharding | Layout) -> TrainState:
-        """Shapes, dtypes and layout of the state without any memory."""
+        """Describes shapes, dtypes and layout of the state, using no memory."""
         return with_sharding(jax.eval_shape(lambda: self.start_from(self.init_variables())), sharding)
 
     def create(self, sharding: NamedSharding | Layout, variables: Any = None) -> TrainState:
-        """The state, made directly where `sharding` says, from `variables` where they are given."""
+        """Makes the state where `sharding` puts it, from `variables` if given."""
         given = () if variables is None else (variables,)
 
         def begin(*variables: Any) -> TrainState:

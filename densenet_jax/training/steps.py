@@ -20,7 +20,7 @@ from densenet_jax.training.losses import cross_entropy
 from densenet_jax.training.metrics import ClassificationSums
 from densenet_jax.training.nonfinite import not_finite
 from densenet_jax.training.precision import LossScale, all_finite, select
-from densenet_jax.training.sharding import gathered
+from densenet_jax.training.sharding import gather
 from densenet_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -30,14 +30,14 @@ Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 @flax.struct.dataclass
 class StepReport:
-    """What a step tells.
+    """Figures of one step.
 
     Attributes:
-        sums: over its batch; under mixup, of the mixed examples.
-        grad_norm: of the gradient before clipping; it shows a fault a step before the loss does. 0 in a skipped step.
-        skipped: 1 where the step changed nothing because a scaled gradient was not finite.
-        faulty_gradients: one flag a parameter, up where its gradient is not finite.
-        faulty_statistics: one flag for each of the new running statistics, likewise.
+        sums: over its batch; under mixup, over the mixed examples.
+        grad_norm: before clipping, 0 in a skipped step; shows a fault a step before the loss does.
+        skipped: 1 if the step changed nothing because a scaled gradient was not finite.
+        faulty_gradients: one flag for each parameter, True if its gradient is not finite.
+        faulty_statistics: one flag for each running statistic.
     """
 
     sums: ClassificationSums
@@ -58,12 +58,12 @@ class TrainStep:
     Attributes:
         model: called as `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=...)`.
         optimizer: any optax transformation.
-        augment: what happens to images and labels before the model sees them.
+        augment: makes the model's inputs and targets of a batch's images and labels.
         seed: the run's seed, for dropout.
         label_smoothing: share of the target spread evenly over all classes.
-        microbatches: the batch is computed in so many parts, one after the other.
-        average_decay: kept share of the moving average; used where the state has one.
-        mesh: where the state is split over devices, the mesh on which the model gathers the parameters to use them.
+        microbatches: number of parts in which the batch is computed, one after the other.
+        average_decay: kept share of the moving average; unused if the state has none.
+        mesh: gathers the parameters of a state that is split over its devices; None if the state is replicated.
     """
 
     model: nn.Module
@@ -116,7 +116,7 @@ class TrainStep:
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             if self.mesh is not None:
-                params = gathered(params, self.mesh)
+                params = gather(params, self.mesh)
             logits, mutated = self.model.apply(
                 {"params": params, "batch_stats": batch_stats},
                 images,

@@ -1,4 +1,4 @@
-"""What is due when: epochs to steps and back, with batches that may span two epochs."""
+"""Converts epochs to steps and back, and tells which events are due; a batch may span two epochs."""
 
 import dataclasses
 import math
@@ -6,10 +6,10 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The length of a run and its regular events, all counted in steps done.
+    """The length of a run and its regular events, in steps done.
 
-    Args:
-        examples: examples in the training split.
+    Attributes:
+        examples: in the training split.
         global_batch_size: examples a step.
         epochs: passes over the split; fractions are allowed.
         eval_every_epochs: epochs between validations; there is one at the end as well.
@@ -27,7 +27,7 @@ class Timeline:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps a pass takes; a fraction, since a batch may span two passes."""
+        """Steps of one pass; a fraction, since a batch may span two passes."""
         return self.examples / self.global_batch_size
 
     @property
@@ -41,20 +41,20 @@ class Timeline:
         return math.ceil(round(epochs * self.steps_per_epoch, 6))
 
     def epochs_done(self, step: int) -> float:
-        """Passes over the training split that `step` steps amount to."""
+        """Passes over the training split after `step` steps."""
         return step / self.steps_per_epoch
 
     def is_eval_step(self, step: int) -> bool:
-        """Whether validation is due after `step` steps."""
+        """Returns whether validation is due after `step` steps."""
         nth = round(self.epochs_done(step) / self.eval_every_epochs)
         due = (self.steps_of(n * self.eval_every_epochs) for n in (nth - 1, nth) if n > 0)
         return step == self.total_steps or step in due
 
     def is_save_step(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
+        """Returns whether a checkpoint is due after `step` steps."""
         return step % self.save_every_steps == 0 or self.is_eval_step(step)
 
     def is_report_step(self, step: int) -> bool:
-        """Whether a report is due after `step` steps."""
+        """Returns whether a report is due after `step` steps."""
         every = self.report_every_steps or max(1, min(50, self.total_steps // 20))
         return step % every == 0 or step == self.total_steps

@@ -1,5 +1,7 @@
 """Evaluation counts what it says, exactly: padding, crops, allowed classes, several right classes, confusion."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from densenet_jax.training import sharding
-from densenet_jax.training.eval_step import EvalSums, make_eval_step, mean_logits, restrict
+from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_predict_step, mean_logits, restrict
 from densenet_jax.training.losses import cross_entropy, label_set_cross_entropy
 from densenet_jax.training.metrics import best_of_set
 
@@ -18,9 +20,11 @@ BATCH, CLASSES, SHAPE = 16, 7, (4, 4, 1)
 class Linear(nn.Module):
     """One product with all pixels, so that mirroring and each crop change the logits."""
 
+    dtype: Any = jnp.float32
+
     @nn.compact
     def __call__(self, images, train):
-        return nn.Dense(CLASSES)(images.reshape(images.shape[0], -1))
+        return nn.Dense(CLASSES, dtype=self.dtype)(images.reshape(images.shape[0], -1))
 
 
 def scale(images):
@@ -136,3 +140,29 @@ def test_a_set_of_one_is_an_ordinary_label():
     one = jax.nn.one_hot(labels, CLASSES, dtype=bool)
     np.testing.assert_allclose(label_set_cross_entropy(logits, one), cross_entropy(logits, labels), rtol=1e-5)
     assert best_of_set(logits, one).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(("crops", "classes"), [((), None), ((5,), None), ((), (1, 4, 6))])
+def test_answers_are_those_that_evaluation_counts(crops, classes):
+    chance = np.random.default_rng(0)
+    batch = {
+        "image": chance.integers(0, 256, (BATCH, *crops, *SHAPE), np.uint8),
+        "label": chance.choice(classes or CLASSES, BATCH).astype(np.int32),
+        "mask": chance.uniform(size=BATCH) < 0.8,
+    }
+    model = Linear(jnp.bfloat16)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+    answers = jax.device_get(jax.jit(make_predict_step(model, scale, classes=classes))(variables, batch))
+    counts = jax.jit(make_eval_step(model, scale, classes=classes, confusion=True))(variables, batch)
+
+    assert set(answers) == {"probability", "label", "mask"}
+    probabilities = answers["probability"]
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    allowed = np.isin(np.arange(CLASSES), classes or np.arange(CLASSES))
+    assert (probabilities[:, ~allowed] == 0).all()
+    confusion = np.zeros((CLASSES, CLASSES), int)
+    np.add.at(confusion, (batch["label"][batch["mask"]], probabilities.argmax(axis=1)[batch["mask"]]), 1)
+    np.testing.assert_array_equal(counts.confusion, confusion)
+    own = probabilities[np.arange(BATCH), batch["label"]][batch["mask"]]
+    assert -np.log(own).sum() == pytest.approx(float(counts.sums.loss), rel=2e-3)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.training.optimizer import OPTIMIZERS, decay_mask, make_optimizer
+from densenet_jax.training.optimizer import OPTIMIZERS, decay_mask, frozen_mask, make_optimizer
 
 STEPS = 6
 PARAMS = {
@@ -179,3 +179,19 @@ def test_patterns_that_fit_nothing_are_refused(key, settings):
 def test_unknown_name():
     with pytest.raises(UserError, match=r"config\.optim\.name is 'adam'"):
         make_optimizer("adam", rate)
+
+
+LAYERS = {
+    "norm0": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+    "denseblock1": {"denselayer1": {"norm1": {"scale": jnp.ones(2)}, "conv1": {"kernel": jnp.ones((2, 2))}}},
+    "norm5": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+}
+FROZEN = "^params/(norm0|denseblock1)/"
+
+
+def test_parameters_by_pattern():
+    assert frozen_mask(LAYERS, FROZEN) == {
+        "norm0": {"scale": True, "bias": True},
+        "denseblock1": {"denselayer1": {"norm1": {"scale": True}, "conv1": {"kernel": True}}},
+        "norm5": {"scale": False, "bias": False},
+    }
