@@ -1,19 +1,24 @@
-"""Makes dialects/*.npz and dialects/*.pth beside this script: names, shapes and logits of other programs' DenseNets.
+"""Makes what is in dialects/ beside this script: names, shapes and logits of other programs' DenseNets.
 
     KERAS_BACKEND=jax python tests/golden/make_dialects.py
 
-needs torch 2.13, timm 1.0.31, monai 1.6, torchxrayvision 1.5, keras 3.15 and h5py. Run it again only when a case is
+needs torch 2.13, timm 1.0.31, monai 1.6, torchxrayvision 1.5, keras 3.15, h5py, paddlepaddle 3.3 and
+paddleclas 2.6 (without what it depends on). Run it again only when a case is
 added or the drawing in drawn.py changes; review the difference, since the files say what the references compute.
 """
 
 import argparse
+import importlib.util
+import re
 import tempfile
+import types
 from pathlib import Path
 
 import h5py
 import jax
 import keras
 import numpy as np
+import paddle
 import torch
 from drawn import draw, draw_images
 from keras.src.applications.densenet import DenseNet as KerasDenseNet
@@ -79,6 +84,31 @@ def keras_key(name, count):
     return name + {("2", 4): ".running_mean", ("3", 4): ".running_var", ("1", 4): ".bias"}.get((name[-1], count), "")
 
 
+def paddle_network():
+    """PaddleClas's DenseNet with fewer layers: its file alone, whose table of layers is cut, without its package."""
+    source = Path(importlib.util.find_spec("paddleclas").submodule_search_locations[0])
+    text = (source / "ppcls" / "arch" / "backbone" / "model_zoo" / "densenet.py").read_text()
+    text = re.sub(r"from \S+save_load import .*", "", text)
+    text, count = re.subn(r"121: \(64, 32, \[6, 12, 24, 16\]\)", "121: (8, 4, [2, 1])", text)
+    assert count == 1
+    module = types.ModuleType("densenet")
+    exec(text, module.__dict__)
+    return module.DenseNet(121, class_num=5)
+
+
+def paddle_case():
+    model = paddle_network()
+    state = model.state_dict()
+    for key, value in state.items():
+        name = key.replace("_variance", "running_var").replace("_mean", "running_mean")
+        value.set_value(draw(name, tuple(value.shape)))
+    paddle.save(state, str(HERE / "paddle.pdparams"))
+    model.to(dtype="float64")
+    model.eval()
+    logits = model(paddle.to_tensor(draw_images(BATCH, SIDE_PX).astype(np.float64))).numpy()
+    save("paddle", {}, logits)
+
+
 def first_convolutions():
     kernel = draw("conv0.weight", (4, 3, 3, 3))
     arrays = {str(n): adapt_input_conv(n, torch.from_numpy(kernel)).numpy() for n in (1, 2, 4, 6, 64)}
@@ -108,6 +138,7 @@ def main():
     torch_case("monai", MonaiDenseNet(spatial_dims=2, in_channels=3, out_channels=5, init_features=8, **small))
     torch_case("torchxrayvision", xray(num_init_features=8, **small), channels=1)
     keras_case()
+    paddle_case()
     first_convolutions()
     torch_files()
 
