@@ -26,6 +26,7 @@ from densenet_jax.training.integrity import (
     find_missing_file,
     finished_steps,
     saved_score,
+    set_aside,
     write_checksums,
 )
 from densenet_jax.training.precision import LossScale
@@ -58,7 +59,7 @@ class Checkpoints:
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"--workdir {workdir} has no checkpoints; train there first, or name a run's directory.")
         if not read_only:
-            self._set_aside_unjudged()
+            set_aside(self.directory, _find_unreadable_scores(self.directory))
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(max_to_keep),
@@ -236,39 +237,10 @@ class Checkpoints:
                 logger.warning("%s; going back to the one before it.", error)
                 damaged.append(step)
             else:
-                self._set_aside(damaged)
+                set_aside(self.directory, damaged)
                 self._manager.reload()
                 return restored
         return None
-
-    def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints to `damaged_checkpoints`, out of the way of new ones; deletes nothing."""
-        if not steps:
-            return
-        aside = os.path.join(os.path.dirname(self.directory), "damaged_checkpoints")
-        if jax.process_index() == 0:
-            os.makedirs(aside, exist_ok=True)
-            for step in steps:
-                source, target = self._path(step), os.path.join(aside, str(step))
-                while os.path.exists(target):
-                    target += "_again"
-                os.rename(source, target)
-        multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-
-    def _set_aside_unjudged(self) -> None:
-        """Sets aside checkpoints whose validation can't be read, with which Orbax can't open the directory."""
-        damaged: list[int] = []
-        steps = finished_steps(self.directory)
-        for step in steps:
-            try:
-                saved_score(self._path(step), _BEST_METRIC)
-            except DamagedCheckpointError as error:
-                if len(damaged) == len(steps) - 1:
-                    raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
-                logger.warning("%s; it is set aside.", error)
-                damaged.append(step)
-        multihost_utils.sync_global_devices("all processes have looked at the checkpoints")
-        self._set_aside(damaged)
 
     def _add_checksums(self) -> None:
         """Writes the checksums of a checkpoint that is complete, but not yet renamed; Orbax calls this."""
@@ -320,6 +292,22 @@ class Checkpoints:
             f"{self.directory} was removed during the run, and what was saved there with it; bring it back from a "
             "copy, or train again"
         )
+
+
+def _find_unreadable_scores(directory: str) -> list[int]:
+    """Steps whose validation can't be read, with which Orbax can't open the directory."""
+    damaged: list[int] = []
+    steps = finished_steps(directory)
+    for step in steps:
+        try:
+            saved_score(os.path.join(directory, str(step)), _BEST_METRIC)
+        except DamagedCheckpointError as error:
+            if len(damaged) == len(steps) - 1:
+                raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
+            logger.warning("%s; it is set aside.", error)
+            damaged.append(step)
+    multihost_utils.sync_global_devices("all processes have looked at the checkpoints")
+    return damaged
 
 
 def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:

@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 
+import jax
+from jax.experimental import multihost_utils
+
 from densenet_jax.errors import UserError, first_line
 
 CHECKSUMS_FILE = "checksums.json"
@@ -94,6 +97,21 @@ def finished_steps(directory: str) -> list[int]:
     """Steps of the checkpoints in `directory` that have their final name, oldest first."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def set_aside(directory: str, steps: list[int]) -> None:
+    """Moves checkpoints to `damaged_checkpoints`, out of the way of new ones; deletes nothing."""
+    if not steps:
+        return
+    aside = os.path.join(os.path.dirname(directory), "damaged_checkpoints")
+    if jax.process_index() == 0:
+        os.makedirs(aside, exist_ok=True)
+        for step in steps:
+            target = os.path.join(aside, str(step))
+            while os.path.exists(target):
+                target += "_again"
+            os.rename(os.path.join(directory, str(step)), target)
+    multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
 
 
 def saved_score(path: str, metric: str) -> float | None:

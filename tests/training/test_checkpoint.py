@@ -1,6 +1,7 @@
-"""What is saved comes back, and what is damaged is passed over by name."""
+"""Checkpoints are restored to the bit, and damaged ones are named and passed over."""
 
 import dataclasses
+import functools
 import functools
 import pathlib
 import shutil
