@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import functools
 import pathlib
 import shutil
 
