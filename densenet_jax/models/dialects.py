@@ -117,6 +117,56 @@ def from_keras(layers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     return state
 
 
+def to_keras(state: Mapping[str, np.ndarray]) -> dict[str, tuple[str, list[np.ndarray]]]:
+    """Lays out a state dict as Keras's .weights.h5 file of its DenseNet.
+
+    Returns:
+        The group of each layer ("layers/conv2d_1/vars"), with the layer's name and its variables in order.
+    """
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in state.items():
+        module, _, leaf = key.removeprefix("features.").rpartition(".")
+        modules.setdefault(module, {})[leaf] = value
+    groups: dict[str, tuple[str, list[np.ndarray]]] = {}
+    counts: dict[str, int] = {}
+    for module in sorted(modules, key=_forward_order):
+        leaves = modules[module]
+        kind = "batch_normalization" if "running_var" in leaves else "conv2d" if "conv" in module else "dense"
+        values = [leaves[leaf] for leaf in _KERAS_VARIABLES[4] if leaf in leaves]
+        values = [value.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim, range(value.ndim))) for value in values]
+        if kind == "batch_normalization":
+            values[-1] = np.maximum(values[-1] - values[-1].dtype.type(_KERAS_EPSILON - _EPSILON), 0)
+        number = counts.get(kind, 0)
+        counts[kind] = number + 1
+        groups[f"layers/{kind}{f'_{number}' if number else ''}/vars"] = (_to_keras_name(module), values)
+    return groups
+
+
+def _forward_order(module: str) -> tuple[int, ...]:
+    """Sorts modules of a DenseNet in the order in which they are called."""
+    numbers = [int(number) for number in re.findall(r"\d+", module)]
+    if match := re.match(r"denseblock(\d+)\.denselayer(\d+)\.(norm|conv)(\d)$", module):
+        return int(match[1]), 0, int(match[2]), int(match[4]), match[3] == "conv"
+    if module.startswith("transition"):
+        return numbers[0], 1, module.endswith("conv")
+    return {"conv0": (0, 0), "norm0": (0, 1), "norm5": (1000, 0), "classifier": (1000, 1)}.get(module, (2000,))
+
+
+def _to_keras_name(module: str) -> str:
+    if match := re.match(r"denseblock(\d+)\.denselayer(\d+)\.(\w+)$", module):
+        part = next(keras for keras, ours in _KERAS_PARTS.items() if ours == match[3])
+        return f"conv{int(match[1]) + 1}_block{match[2]}_{part}"
+    if match := re.match(r"transition(\d+)\.(norm|conv)$", module):
+        return f"pool{int(match[1]) + 1}_{'bn' if match[2] == 'norm' else 'conv'}"
+    return {"conv0": "conv1_conv", "norm0": "conv1_bn", "norm5": "bn", "classifier": "predictions"}.get(module, module)
+
+
+def to_monai(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames a state dict to the names of MONAI's 2-D DenseNets."""
+    renamed = {re.sub(r"(denselayer\d+\.)", r"\1layers.", key): value for key, value in state.items()}
+    return {re.sub(r"^classifier\.", "class_layers.out.", key): value for key, value in renamed.items()}
+
+
 def _keras_name(layer: str, values: list[np.ndarray]) -> str:
     layer = layer.replace("/", "_")
     if match := _KERAS_LAYER.match(layer):

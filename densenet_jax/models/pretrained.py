@@ -20,17 +20,18 @@ from safetensors.numpy import save_file
 from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dialects import MAX_CHANNELS, adapt_channels, modern_names, stem_of, translate
+from densenet_jax.models.dialects import MAX_CHANNELS, adapt_channels, modern_names, stem_of, to_monai, translate
 from densenet_jax.models.head import Classifier
 from densenet_jax.models.torch_weights import from_torch, join_lines, mismatches, to_torch
 from densenet_jax.models.variants import get_variant
-from densenet_jax.models.weight_files import read_arrays
+from densenet_jax.models.weight_files import read_arrays, write_keras
 
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_ENDINGS = (".pth", ".pt", ".bin", ".pth.tar")
+_KERAS_ENDING = ".weights.h5"
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5", ".keras", ".pdparams", ".json")
 _CLASS_NAMES = "class_names"  # of a file's metadata
 _HEAD = ("classifier.weight", "classifier.bias")
@@ -129,15 +130,17 @@ def save_torch_state_dict(
     path: str | os.PathLike[str],
     name: str | None = None,
     class_names: Sequence[str] = (),
+    dialect: str = "torchvision",
 ) -> None:
-    """Writes a file that timm (and torchvision, for its four DenseNets) loads strictly.
+    """Writes a file that timm (and torchvision, for its four DenseNets), MONAI or Keras loads strictly.
 
     Args:
         variables: {"params", "batch_stats"} of a model made by create_model.
-        path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed. It is replaced
-            in one step, never half-written.
+        path: the file; .safetensors, or .pth, .pt, .bin or .pth.tar, for which torch must be installed, or .weights.h5
+            for Keras's DenseNets. It is replaced in one step, never half-written.
         name: check the variables against this variant first, whatever the class count and channels.
         class_names: of the classes in order, kept in a .safetensors file and compared when it is used on a data set.
+        dialect: "torchvision", whose names timm shares, or "monai" for the names of its 2-D DenseNets.
 
     Raises:
         UserError: another ending, torch is missing, the variables are not a model's, do not fit the named variant, have
@@ -149,6 +152,10 @@ def save_torch_state_dict(
         raise UserError(f"class_names has {len(class_names)} names, but the model has {count} classes; give one each")
     if name is not None:
         _check_fits(state, name)
+    if dialect not in ("torchvision", "monai"):
+        raise UserError(f"dialect={dialect!r}: expected torchvision or monai; a .weights.h5 file is Keras's")
+    if dialect == "monai":
+        state = to_monai(state)
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
     try:
         save(state, temporary)
@@ -175,8 +182,11 @@ def _make_writer(path: str, class_names: Sequence[str] = ()) -> Callable[[Mappin
     if path.endswith(".safetensors"):
         metadata = {"format": "pt"} | ({_CLASS_NAMES: json.dumps(list(class_names))} if class_names else {})
         return lambda state, file: save_file(dict(state), file, metadata=metadata)
+    if path.endswith(_KERAS_ENDING):
+        return write_keras
     if not path.endswith(_TORCH_ENDINGS):
-        raise UserError(f"cannot write {path}: expected an ending of .safetensors, {', '.join(_TORCH_ENDINGS)}")
+        endings = ", ".join((*_TORCH_ENDINGS, _KERAS_ENDING))
+        raise UserError(f"cannot write {path}: expected an ending of .safetensors, {endings}")
     try:
         import torch
     except ImportError as error:

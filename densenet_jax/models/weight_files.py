@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.models.dialects import from_keras
+from densenet_jax.models.dialects import COUNTER, from_keras, to_keras
 from densenet_jax.models.pickles import Array, Stranger, Tensor, read_pickle
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,24 @@ def _read_keras(path: Path, average: str) -> Arrays:
             f"{path} has no named layers with weights: save them again with model.save_weights of Keras 3.6 or newer"
         )
     return from_keras(layers)
+
+
+def write_keras(state: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a state dict as a .weights.h5 file that Keras's DenseNet of the same layers loads.
+
+    Raises:
+        UserError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"cannot write {path}: a Keras file needs h5py: pip install h5py") from error
+    with h5py.File(path, "w") as file:
+        for place, (name, values) in to_keras({k: v for k, v in state.items() if not k.endswith(COUNTER)}).items():
+            group = file.create_group(place)
+            group.attrs["name"] = name
+            for number, value in enumerate(values):
+                group[str(number)] = value
 
 
 def _keras_layers(file: Any) -> dict[str, list[np.ndarray]]:

@@ -6,12 +6,12 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
 from densenet_jax.models.dialects import adapt_channels, common_prefix, modern_names, translate
-from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
 from densenet_jax.models.torch_weights import to_torch
 from tests.golden.drawn import draw, draw_images
 from tests.models import golden
@@ -61,6 +61,31 @@ def test_the_logits_are_the_other_program_s(case, tmp_path):
     model = create_model("densenet121", num_classes=expected.shape[1], **CASES[case])
     found = jax.jit(model.apply)(variables, images)
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+def test_keras_files_are_written_as_keras_lays_them_out(tmp_path):
+    _write_keras(tmp_path / "theirs.weights.h5", "keras")
+    variables = load_pretrained("densenet121", tmp_path / "theirs.weights.h5", **CASES["keras"])
+    save_torch_state_dict(variables, tmp_path / "ours.weights.h5")
+    with h5py.File(tmp_path / "theirs.weights.h5") as theirs, h5py.File(tmp_path / "ours.weights.h5") as ours:
+        for place_and_name, shape in _shapes("keras").items():
+            place, name = place_and_name.split(" ")
+            assert ours[place].attrs["name"] == name.split("/")[0]
+            number = name.split("/")[1]
+            assert ours[place][number].shape == shape
+            np.testing.assert_allclose(ours[place][number], theirs[place][number], rtol=1e-6, atol=1e-9)
+
+
+def test_monai_s_names_are_written_as_monai_has_them(tmp_path):
+    _write_state_dict(tmp_path / "theirs.safetensors", "monai")
+    variables = load_pretrained("densenet121", tmp_path / "theirs.safetensors", **SMALL)
+    save_torch_state_dict(variables, tmp_path / "ours.safetensors", dialect="monai")
+    ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors")
+    assert {key for key in ours if "num_batches" not in key} == set(theirs)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], value)
+    with pytest.raises(UserError, match="expected torchvision or monai"):
+        save_torch_state_dict(variables, tmp_path / "x.safetensors", dialect="jax")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6, 64])
