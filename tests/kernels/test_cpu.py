@@ -309,14 +309,14 @@ def test_the_library_is_for_programs_of_one_cpu_device():
 
 @pytest.mark.parametrize(
     ("width", "dtype", "message"),
-    [(0, np.float32, "shapes of a convolution do not fit"), (4, np.float64, "operands of different types")],
+    [(0, np.float32, "shapes of a convolution's gradient"), (4, np.float64, "operands of different types")],
 )
 def test_the_library_itself_refuses_operands_that_do_not_fit(width, dtype, message):
-    call = jax.ffi.ffi_call(library.target_names()["output"], jax.ShapeDtypeStruct((1, 4, width, 2), np.float32))
+    call = jax.ffi.ffi_call(library.target_names()["kernel_gradient"], jax.ShapeDtypeStruct((1, 1, 3, 2), np.float32))
     sizes = {name: np.int64(value) for name, value in (("stride", 1), ("padding", 0), ("groups", 1), ("together", 1))}
-    x, kernel = jnp.ones((1, 4, width, 3), np.float32), jnp.ones((1, 1, 3, 2), dtype)
+    x, g = jnp.ones((1, 4, width, 3), np.float32), jnp.ones((1, 4, width, 2), dtype)
     with pytest.raises(Exception, match=message):
-        jax.block_until_ready(call(x, kernel, transposed=False, **sizes))
+        jax.block_until_ready(call(x, g, **sizes))
 
 
 def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
