@@ -359,6 +359,22 @@ def test_a_network_evaluated(bottleneck_width):
     assert jnp.abs(pullback(found)[0]).max() > 1e-3
 
 
+def test_a_dual_path_network_evaluated():
+    """By the kernels, from buffers of its dense paths; the answers are the plain implementation's."""
+    options = {"reduction_width": 8, "groups": 2, "block_sizes": (1, 2), "dense_increments": (2, 3), "num_classes": 3}
+    model, reference = (
+        densenet_jax.create_model("dpn68", **options, dtype=jnp.float64, block_form=form)
+        for form in ("normalize_once", "plain")
+    )
+    images = draw(2, 16, 16, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda leaf: jnp.abs(draw(*leaf.shape)) + 0.1, variables)
+    answer = jax.jit(model.apply)
+    assert "@densenet_norm_relu_conv" in answer.lower(variables, images).as_text()
+    expected = jax.jit(reference.apply)(variables, images)
+    assert_same(answer(variables, images), expected, 1e-12 * jnp.abs(expected).max())
+
+
 @pytest.mark.slow
 def test_a_network_and_its_gradients():
     model = densenet_jax.create_model("densenet121", dtype=jnp.float64, block_sizes=(2, 2), num_classes=3)
