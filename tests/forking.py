@@ -76,7 +76,8 @@ class ForkedMain:
         texts = ["", ""]
 
         def read(index: int, stream: io.TextIOWrapper) -> None:
-            texts[index] = stream.read()
+            with stream:
+                texts[index] = stream.read()
 
         threads = [
             threading.Thread(target=read, args=(index, stream), daemon=True)

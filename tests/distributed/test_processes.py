@@ -29,6 +29,7 @@ from tests.running import (
     start_main,
     start_processes,
 )
+from tests.xla_flags import QUICK_COMPILING
 
 STEPS = 9
 QUICK = (
@@ -103,7 +104,7 @@ def together(exact_user, tmp_path_factory) -> pathlib.Path:
     result = subprocess.run(
         ["launch/local.sh", "2", *EXACT, f"--workdir={workdir}"],
         cwd=ROOT,
-        env=environment(**exact_user, DEVICES="2", XLA_FLAGS="", PYTHON=sys.executable),
+        env=environment(**exact_user, DEVICES="2", XLA_FLAGS=QUICK_COMPILING, PYTHON=sys.executable),
         capture_output=True,
         text=True,
         timeout=500,
