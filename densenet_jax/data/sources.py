@@ -1,5 +1,6 @@
 """Opens data sets with random access to encoded images and labels."""
 
+import logging
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
 # Archives that only a person can download.
 MANUAL_ARCHIVES: dict[str, tuple[str, ...]] = {
     "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
@@ -50,7 +52,17 @@ def open_source(
     source = _open_whole(name, directory or default_directory(), wanted, class_order)
     if wanted != "train" or (split != "holdout" and not holdout):
         return source
-    return _hold_out(source, holdout, part=split)
+    part = _hold_out(source, holdout, part=split)
+    if name == "folder":
+        _warn_of_missing_classes(part, split)
+    return part
+
+
+def _warn_of_missing_classes(source: Source, split: str) -> None:
+    counts = np.bincount(source.labels(), minlength=source.num_classes)
+    if missing := [name for name, count in zip(source.class_names, counts, strict=True) if not count]:
+        listed = ", ".join(map(repr, missing[:5]))
+        logger.warning("%s has no images of %d of %d classes: %s.", split, len(missing), source.num_classes, listed)
 
 
 def _open_whole(name: str, directory: str, split: str, class_order: str) -> Source:

@@ -243,6 +243,11 @@ def test_a_held_out_part(tree):
     assert sorted(names(part) + names(rest)) == sorted(names(open_source("folder", str(tree), "train")))
 
 
+def test_a_class_missing_from_the_held_out_part_is_reported(tree, caplog):
+    open_source("folder", str(tree), "holdout", holdout=1)
+    assert "holdout has no images of 2 of 3 classes" in caplog.text
+
+
 def test_what_is_missing_is_named(tree, tmp_path):
     with pytest.raises(UserError, match=r"config.data.dir is '.*elsewhere', which does not exist"):
         open_source("folder", str(tmp_path / "elsewhere"), "train")
