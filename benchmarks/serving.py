@@ -60,11 +60,13 @@ def write_run(directory: pathlib.Path, model: str, image_size_px: int, channels:
 
 
 @contextlib.contextmanager
-def server(flags: list[str], batch_sizes: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+def server(
+    flags: list[str], batch_sizes: tuple[int, ...], root: str = str(ROOT), python: str = sys.executable
+) -> Iterator[tuple[str, str, int]]:
     """A server's REST and gRPC addresses and its process, once it is ready."""
-    command = [sys.executable, str(ROOT / "main.py"), *flags, "--mode", "serve", "--port", "0", "--grpc_port", "0"]
+    command = [python, os.path.join(root, "main.py"), *flags, "--mode", "serve", "--port", "0", "--grpc_port", "0"]
     command += [f"--config.serve.batch_sizes={batch_sizes}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         try:
             said = ""
             for line in process.stderr:
@@ -189,6 +191,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--secs", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each row, taken in turns")
+    parser.add_argument(
+        "--against", nargs=2, metavar=("TREE", "PYTHON"), help="another version's batched server, by turns with these"
+    )
     parser.add_argument("--output", help="write the rows to this JSON file")
     arguments = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -197,8 +202,10 @@ def main() -> None:
         flags = write_run(pathlib.Path(directory), model, *size)
         rows = compute_rows(flags, arguments.rounds)
         servers = {kind: stack.enter_context(server(flags, sizes)) for kind, sizes in KINDS.items()}
+        if arguments.against:
+            servers["against"] = stack.enter_context(server(flags, KINDS["batched"], *arguments.against))
         messages = requests_of(model, *size)
-        cases = [(protocol, kind, count) for count in arguments.clients for protocol in messages for kind in KINDS]
+        cases = [(protocol, kind, count) for count in arguments.clients for protocol in messages for kind in servers]
         found: dict[tuple, list] = {case: [] for case in cases}
         for _ in range(arguments.rounds):
             for protocol, kind, count in cases:

@@ -221,7 +221,7 @@ RULES: dict[str, _Rule] = {
     "serve.batch_wait_secs": _number("a time from 0 to 10", lambda value: 0 <= value <= 10),
     "serve.request_secs": _POSITIVE,
     "serve.stop_secs": _number("a time from 0 to 600", lambda value: 0 <= value <= 600),
-    "serve.max_request_pixels": _whole(1),
+    "serve.max_request_pixels": _whole(1, 10**12),
     "serve.hosts": ("host names", lambda value: all(isinstance(name, str) and name for name in value)),
     "serve.token_file": _TEXT,
     "serve.tls_certificate": _TEXT,

@@ -17,7 +17,7 @@ from prometheus_client import Counter, Histogram
 from tritonclient.grpc import service_pb2 as pb
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.serve.limits import MAX_BODY_BYTES, Access, BodyMemory
+from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access, BodyMemory
 from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array, shorten
 from densenet_jax.serve.runtime import VERSION, Classifier, Outputs
 from densenet_jax.version import __version__
@@ -168,8 +168,10 @@ class Service:
             is_raw = bool(message.raw_input_contents)
             return read_request(message)
 
-        self._memory.seen += len(data)
-        request, outputs = await self._model.infer(read, len(data))
+        try:
+            request, outputs = await self._model.infer(read, len(data))
+        finally:
+            self._memory.seen += len(data) if len(data) > SMALL_BODY_BYTES else 0
         return write_answer(self._model.name, request, outputs, is_raw)
 
 

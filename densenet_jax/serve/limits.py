@@ -1,4 +1,4 @@
-"""What is refused before anything is parsed: too many files or bytes, foreign hosts, and who has no token."""
+"""Limits that hold before anything is parsed: of files, bytes, hosts and tokens."""
 
 import base64
 import contextlib
@@ -32,16 +32,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Who may ask; an empty token or certificate is none."""
 
-    Attributes:
-        hosts: names that a Host header may have; IP addresses besides, unless the server listens on loopback.
-        is_loopback: whether only this machine reaches the server.
-        token: that every request has to bring; "": none.
-        certificate, key: files for TLS; "": none.
-    """
-
-    hosts: tuple[str, ...] = LOOPBACK
+    hosts: tuple[str, ...] = LOOPBACK  # that a Host header may name, besides IP addresses where not on loopback
     is_loopback: bool = True
     token: str = ""
     certificate: str = ""
@@ -128,12 +121,7 @@ def _read_token(path: str) -> str:
 
 
 class BodyMemory:
-    """The memory that bodies of requests take, of which large ones have a share in common.
-
-    Attributes:
-        used: bytes of large bodies at the moment.
-        seen: bytes of large bodies since somebody set it to 0.
-    """
+    """The memory that bodies of requests take: `used` now, `seen` of large ones since memory was given back."""
 
     def __init__(self) -> None:
         self.used = self.seen = 0
@@ -147,7 +135,7 @@ class BodyMemory:
         if size > SMALL_BODY_BYTES and self.used + count > ALL_BODIES_BYTES:
             raise RequestError("the server has no memory for so large a request at the moment; come again", 503)
         self.used += count
-        self.seen += count
+        self.seen += count if size > SMALL_BODY_BYTES else 0
 
 
 def return_memory() -> None:

@@ -35,53 +35,32 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input as it came.
-
-    Attributes:
-        name: which input it is.
-        datatype: a name of the protocol, such as "UINT8".
-        shape: as the client states it.
-        data: a list, nested or flat; or bytes, little-endian, as raw contents hold them.
-        is_base64: whether strings of bytes are in base64, as JSON needs.
-    """
+    """An input as it came."""
 
     name: str
     datatype: str
-    shape: Sequence[int]
-    data: Any
-    is_base64: bool = True
+    shape: Sequence[int]  # as the client states it
+    data: Any  # a list, nested or flat; or bytes, little-endian, as raw contents hold them
+    is_base64: bool = True  # strings of bytes, as JSON needs it
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """An output that a request asks for.
-
-    Attributes:
-        name: which output.
-        classes: of the classification extension: as many of the best as "probability:number:label"; 0: the tensor.
-        is_binary: whether it follows the JSON of a REST answer instead of standing in it.
-    """
+    """An output that a request asks for."""
 
     name: str
-    classes: int = 0
-    is_binary: bool = False
+    classes: int = 0  # of the classification extension: so many of the best as "probability:number:label"
+    is_binary: bool = False  # follows the JSON of a REST answer instead of standing in it
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request for inference, of either protocol.
-
-    Attributes:
-        tensors: its inputs.
-        outputs: those it wants; none: all.
-        request_id: comes back in the answer; None: there is none.
-        is_binary: for outputs that are not named.
-    """
+    """A request for inference, of either protocol."""
 
     tensors: Sequence[Tensor]
-    outputs: Sequence[Wanted] = ()
-    request_id: str | None = None
-    is_binary: bool = False
+    outputs: Sequence[Wanted] = ()  # none: all
+    request_id: str | None = None  # comes back in the answer
+    is_binary: bool = False  # for outputs that are not named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +74,11 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class InputChecker:
-    """Checks the input of a request and costs it.
+    """Checks the input of a request and adds up its cost."""
 
-    Attributes:
-        image_shape: of what the model looks at, (h, w, c), or (crops, h, w, c).
-        max_images: most images of a request.
-        max_pixels: most pixels of all its pictures, before they are resized.
-    """
-
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]  # (h, w, c), or (crops, h, w, c)
     max_images: int
-    max_pixels: int
+    max_pixels: int  # of all pictures of a request, before they are resized
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
         """Returns the pixels of a request, uint8 [n, h, w, c], or its pictures, none of which is decoded yet.

@@ -290,17 +290,10 @@ def read_output(given: Any, where: str, is_binary: bool) -> Wanted:
 
 
 def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
-    """Returns a value of an object, checked for its type.
-
-    Args:
-        tree: the object.
-        name: of the value.
-        kind: its type.
-        *default: in place of a value that is not there, or null.
-        where: what stands before `name` in an error.
+    """Returns `tree[name]`, or the default where it is missing or null.
 
     Raises:
-        RequestError: there is no such value, or it is of another type.
+        RequestError: there is no such value, or it is not of `kind`; `where` stands before its name.
     """
     value = tree.get(name) if isinstance(tree, dict) else None
     if value is None and default:

@@ -1,6 +1,6 @@
-"""From a checked request to its outputs: pictures are decoded one by one, and images of all requests computed together.
+"""Answers requests: pictures are decoded one by one, and the images of all requests computed together.
 
-A bad request, or a client that goes away, fails by itself. What costs more than a moment runs in threads, in turns
+A bad request, or a client that goes away, fails by itself. Whatever costs more than a moment runs in threads, in turns
 between the requests.
 """
 
@@ -51,14 +51,7 @@ Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; 
 
 
 class Classifier:
-    """The model as both protocols ask it.
-
-    Attributes:
-        name: which requests have to give.
-        is_ready: whether it is compiled.
-        is_stopping: whether new requests are refused.
-        requests_served, images_served: since the start.
-    """
+    """The model as both protocols ask it."""
 
     def __init__(
         self,
@@ -68,14 +61,7 @@ class Classifier:
         request_secs: float = 30.0,
         max_pixels: int = 2 * 10**8,
     ):
-        """Compiles nothing yet.
-
-        Args:
-            predictor: the model.
-            batch_wait_secs: how long a request waits for others while the device is idle.
-            request_secs: after which a request is given up.
-            max_pixels: of all pictures of a request.
-        """
+        """Compiles nothing yet; the settings are those of `config.serve`."""
         self.name = predictor.model.name
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0

@@ -5,6 +5,7 @@ import functools
 import logging
 import signal
 import socket
+import time
 
 import uvicorn
 from prometheus_client import Gauge
@@ -12,7 +13,15 @@ from uvicorn.server import ServerState
 
 from densenet_jax.serve.connections import HEAD_SECS, IDLE_SECS, LimitedProtocol
 from densenet_jax.serve.grpc import make_server
-from densenet_jax.serve.limits import Access, BodyMemory, allow_connections, open_files, return_memory, shed_quiet
+from densenet_jax.serve.limits import (
+    SMALL_BODY_BYTES,
+    Access,
+    BodyMemory,
+    allow_connections,
+    open_files,
+    return_memory,
+    shed_quiet,
+)
 from densenet_jax.serve.rest import Rest
 from densenet_jax.serve.runtime import Classifier
 
@@ -91,13 +100,15 @@ class Server:
         """Makes room for gRPC's newcomers, gives memory back after large requests, and times the event loop."""
         loop, tick, longest = asyncio.get_running_loop(), 0, 0.0
         while True:
-            started = loop.time()
+            started, worked = loop.time(), time.process_time()
             await asyncio.sleep(WATCH_SECS)
-            longest = max(longest, loop.time() - started - WATCH_SECS)
+            # Not more than this process has worked: another one's work is not a stall of ours.
+            worked = time.process_time() - worked
+            longest = max(longest, min(worked, loop.time() - started - WATCH_SECS))
             STALL.set(longest)
             tick += 1
             if len(open_files()) - len(self._state.connections) > self._most_grpc // 2:
                 await asyncio.to_thread(shed_quiet, self.grpc_port, self._most_grpc)
-            if self._memory.seen > 2**20 and tick % RETURN_MEMORY_TICKS == 0:
-                self._memory.seen = self._memory.used
+            if self._memory.seen and tick % RETURN_MEMORY_TICKS == 0:
+                self._memory.seen = self._memory.used if self._memory.used > SMALL_BODY_BYTES else 0
                 await asyncio.to_thread(return_memory)
