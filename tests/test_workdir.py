@@ -73,7 +73,7 @@ def test_an_older_run_is_restored_bit_for_bit(old_run):
     assert digests == expected["arrays"]
 
 
-def test_an_older_run_is_evaluated_alike_and_continued_to_its_end(old_run, user, tmp_path):
+def test_an_older_run_is_evaluated_alike(old_run, user):
     workdir, expected = old_run
     output, errors = run_here("eval", f"--workdir={workdir}", **user)
     result = json.loads(output)
@@ -81,6 +81,11 @@ def test_an_older_run_is_evaluated_alike_and_continued_to_its_end(old_run, user,
     for name in ("step", "examples", "loss", "top1", "top5"):
         assert result[name] == pytest.approx(expected["eval"][name], rel=1e-4), name
     assert f"the latest checkpoint is step {expected['step']}; none was validated" in errors
+
+
+@pytest.mark.slow
+def test_an_older_run_is_continued_to_its_end(old_run, user, tmp_path):
+    workdir, expected = old_run
     copy = shutil.copytree(workdir, tmp_path / "copy")
     output, errors = run_here("train", f"--workdir={copy}", **user)
     assert f"continuing after step {expected['step']}" in errors
