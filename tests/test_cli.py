@@ -1,10 +1,11 @@
 """The command line's words, in this process: recipes by name, a mistake as one line, help."""
 
+import contextlib
 import pathlib
 
 import pytest
 
-from densenet_jax import modes, recipes
+from densenet_jax import cli, modes, recipes
 from densenet_jax.__main__ import help_or_version
 from densenet_jax.cli import parse
 from densenet_jax.flags import MODES, Command
@@ -108,6 +109,13 @@ def test_the_example_of_each_mode_is_accepted(mode):
     command, _ = parse(["densenet-jax", *MODES[mode].example.replace("'", "").split()])
     command.check_mode()
     assert command.mode == mode
+
+
+def test_a_lost_standard_output_fails_no_finished_mode(monkeypatch):
+    monkeypatch.setattr(modes, "run", lambda *_: {"mode": "train", "loss": float("nan")})
+    with open("/dev/full", "w", encoding="utf-8") as full, contextlib.redirect_stdout(full):
+        assert cli.main(["densenet-jax", "--config=digits"]) == 0
+        full.write("what comes later is dropped, too")
 
 
 def test_every_mode_has_a_function():
