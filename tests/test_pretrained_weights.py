@@ -70,7 +70,7 @@ def test_new_classes_keep_the_body_and_a_frozen_one_stays_bit_for_bit(seven_clas
     ("changes", "said"),
     [
         (["--config.model.pretrained=nowhere.safetensors"], "nowhere.safetensors"),
-        (["--config.model.name=densenet_bc_40_12"], "denseblock1"),
+        (["--config.model.name=densenet_bc_40_12"], "seven.safetensors does not fit the model: features.denseblock"),
         (["--config.optim.freeze=^params/nothing"], "config.optim.freeze"),
         (["--config.optim.freeze=("], "expected a regular expression"),
     ],
