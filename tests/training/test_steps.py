@@ -138,3 +138,15 @@ def test_step_is_a_function_of_seed_and_step_alone(one):
     with jax.enable_x64(True):
         states, reports = one.run(2)
     assert_close((states, reports), (one.states[:3], one.reports[:2]), 0)
+
+
+def test_dropout_is_drawn_anew_at_every_step(one):
+    batch = batch_of(0)
+    batch["image"][:] = 9 * np.arange(BATCH, dtype=np.uint8)[:, None, None, None]  # the same when they are mirrored
+
+    def loss_at(step: int) -> float:
+        state = one.on_devices[0].replace(step=jax.device_put(np.int32(step), one.everywhere))
+        return float(one.step(state, sharding.to_devices(batch, one.mesh))[1].sums.loss)
+
+    with jax.enable_x64(True):
+        assert loss_at(0) == loss_at(0) != loss_at(1)
