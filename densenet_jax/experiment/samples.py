@@ -13,15 +13,10 @@ _NAMED_SHARE = 0.005  # of a mixed label; less than this is not named
 
 @dataclasses.dataclass(frozen=True)
 class AugmentedSamples:
-    """The first images of step 0, cropped and augmented.
+    """The first images of step 0, cropped and augmented."""
 
-    Attributes:
-        images: uint8 [n, h, w, c].
-        titles: each image's class, or the classes that are mixed in it with their shares.
-    """
-
-    images: np.ndarray
-    titles: tuple[str, ...]
+    images: np.ndarray  # uint8 [n, h, w, c]
+    titles: tuple[str, ...]  # each image's class, or the classes that are mixed in it with their shares
 
 
 def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSamples:

@@ -36,19 +36,12 @@ class _Writer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file format.
+    """A file format."""
 
-    Attributes:
-        module: module with `write` and `load`.
-        suffix: ending of the default file name.
-        needs: modules that must be importable.
-        install: command that installs them.
-    """
-
-    module: str
-    suffix: str
+    module: str  # module with `write` and `load`
+    suffix: str  # ending of the default file name
     precisions: tuple[str, ...]
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # modules that must be importable
     install: str
 
     def load_writer(self, name: str) -> Any:
@@ -76,23 +69,14 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Options of `--mode export`.
-
-    Attributes:
-        format: a name of `FORMATS`.
-        output: path to write; "" uses `default_output` with the format's suffix.
-        precision: one of `PRECISIONS`.
-        preprocess: whether to include normalization and softmax.
-        batch_size: fixed batch size; 0 accepts any.
-        overwrite: whether to replace an existing file.
-    """
+    """Options of `--mode export`."""
 
     format: str = ""
-    output: str = ""
+    output: str = ""  # path to write; "" uses `default_output` with the format's suffix
     default_output: str = ""
     precision: str = "float32"
-    preprocess: bool = True
-    batch_size: int = 0
+    preprocess: bool = True  # whether to include normalization and softmax
+    batch_size: int = 0  # fixed batch size; 0 accepts any
     overwrite: bool = False
 
 

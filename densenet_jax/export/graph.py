@@ -22,30 +22,19 @@ from densenet_jax.training.eval_step import make_predict_step, restrict
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """The function to export.
+    """The function to export."""
 
-    Attributes:
-        logits: maps images [b, h, w, c] of `input_dtype` to logits float32 [b, k]; holds the weights. Bytes may also
-            be float32 in [0, 255].
-        allowed_classes: the only classes that get a probability; None allows all.
-        image_shape: (h, w, c).
-        batch_size: fixed batch size; 0 accepts any.
-        preprocessed: whether the input is normalized float32 (see `prepare`) and the output logits, instead of uint8
-            and probabilities.
-        mean: mean of each channel, for images in [0, 1].
-        std: standard deviation of each channel.
-        classes: k, the width of the output.
-        info: metadata of the file.
-    """
-
+    # Maps images [b, h, w, c] of `input_dtype` to logits float32 [b, k]; holds the weights. Bytes may also be float32
+    # in [0, 255].
     logits: Callable[[jax.Array], jax.Array]
-    allowed_classes: tuple[int, ...] | None
-    image_shape: tuple[int, int, int]
-    batch_size: int
+    allowed_classes: tuple[int, ...] | None  # the only classes that get a probability; None allows all
+    image_shape: tuple[int, int, int]  # (h, w, c)
+    batch_size: int  # fixed batch size; 0 accepts any
+    # Whether the input is normalized float32 (see `prepare`) and the output logits, instead of uint8 and probabilities.
     preprocessed: bool
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: int
+    std: tuple[float, ...]  # as `mean`, of images in [0, 1]
+    classes: int  # k, the width of the output
     info: dict[str, str]
     pixel_dtype: Any = np.uint8
 

@@ -21,19 +21,12 @@ from densenet_jax.predict.model import Deployed
 
 @dataclasses.dataclass(frozen=True)
 class CheckImages:
-    """Preprocessed images.
+    """Preprocessed images."""
 
-    Attributes:
-        images: uint8 [n, h, w, c].
-        labels: int32 [n]; None if unknown.
-        source: description for messages.
-        real: False for generated images.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    source: str
-    real: bool
+    images: np.ndarray  # uint8 [n, h, w, c]
+    labels: np.ndarray | None  # int32 [n]; None if unknown
+    source: str  # description for messages
+    real: bool  # False for generated images
 
 
 @dataclasses.dataclass(frozen=True)

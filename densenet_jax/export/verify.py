@@ -16,21 +16,13 @@ _CHUNK = 24  # not a divisor of the usual counts, so that the last chunk tries a
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Differences between the outputs of a file and of the model.
-
-    Attributes:
-        examples: number of images compared.
-        max_abs_difference: largest difference of any output.
-        scale: largest output of the model, at least 1.
-        agreement: share of images with the same most probable class.
-        accuracy: top-1 accuracy of model and file; None without labels.
-    """
+    """Differences between the outputs of a file and of the model."""
 
     examples: int
-    max_abs_difference: float
-    scale: float
-    agreement: float
-    accuracy: tuple[float, float] | None
+    max_abs_difference: float  # largest difference of any output
+    scale: float  # largest output of the model, at least 1
+    agreement: float  # share of images with the same most probable class
+    accuracy: tuple[float, float] | None  # top-1 accuracy of model and file; None without labels
 
     def describe(self) -> str:
         """Formats the comparison as one line."""

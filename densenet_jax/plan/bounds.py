@@ -9,16 +9,11 @@ from densenet_jax.plan.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Least seconds for a step with each resource at its published peak.
+    """Least seconds for a step with each resource at its published peak."""
 
-    Attributes:
-        arithmetic: operations over the bfloat16 peak; None if the operations are unknown.
-        memory: bytes of memory traffic over the bandwidth.
-        interconnect: bytes that a chip sends over the bandwidth of all its links, ignoring latency and slower networks.
-    """
-
-    arithmetic: float | None
-    memory: float
+    arithmetic: float | None  # operations over the bfloat16 peak; None if the operations are unknown
+    memory: float  # bytes of memory traffic over the bandwidth
+    # Bytes that a chip sends over the bandwidth of all its links, ignoring latency and slower networks.
     interconnect: float
 
     @property

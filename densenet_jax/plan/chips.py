@@ -8,29 +8,17 @@ GB, GIB = 10**9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of chip.
+    """A kind of chip."""
 
-    Attributes:
-        name: as in a topology, "v5e" in "v5e:16x16".
-        compiler: libtpu ("tpu") or XLA's CUDA plugin ("cuda").
-        flops: peak bfloat16 operations a second, without sparsity.
-        memory_bytes: capacity of its HBM.
-        memory_bytes_per_sec: peak bandwidth of its HBM.
-        link_bytes_per_sec: peak bandwidth of all links together, in one direction.
-        chips_per_host: chips in a host of a multi-host slice.
-        axes: dimensions of a topology's shape.
-        source: URL of the figures.
-    """
-
-    name: str
-    compiler: Literal["tpu", "cuda"]
-    flops: float
-    memory_bytes: int
-    memory_bytes_per_sec: float
-    link_bytes_per_sec: float
-    chips_per_host: int
+    name: str  # as in a topology, "v5e" in "v5e:16x16"
+    compiler: Literal["tpu", "cuda"]  # libtpu or XLA's CUDA plugin
+    flops: float  # peak bfloat16 operations a second, without sparsity
+    memory_bytes: int  # capacity of its HBM
+    memory_bytes_per_sec: float  # peak bandwidth of its HBM
+    link_bytes_per_sec: float  # peak bandwidth of all links together, in one direction
+    chips_per_host: int  # chips in a host of a multi-host slice
     axes: int
-    source: str
+    source: str  # URL of the figures
 
 
 _CLOUD = "https://cloud.google.com/tpu/docs"

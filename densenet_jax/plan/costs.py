@@ -24,22 +24,13 @@ class DoesNotFitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Costs of one run of a compiled program for one chip.
+    """Costs of one run of a compiled program for one chip."""
 
-    Attributes:
-        memory_bytes: peak memory of arguments, results, temporaries and program; donated memory counts once.
-        temp_bytes: memory of temporaries alone.
-        flops: operations; None if the compiler does not report them.
-        traffic_bytes: bytes that instructions read and write, including memory on the chip.
-        memory_traffic_bytes: bytes moved between the chip and its main memory.
-        collectives: transfers between chips.
-    """
-
-    memory_bytes: int
+    memory_bytes: int  # peak memory of arguments, results, temporaries and program; donated memory counts once
     temp_bytes: int
-    flops: float | None
-    traffic_bytes: float
-    memory_traffic_bytes: float
+    flops: float | None  # operations; None if the compiler does not report them
+    traffic_bytes: float  # bytes that instructions read and write, including memory on the chip
+    memory_traffic_bytes: float  # bytes moved between the chip and its main memory
     collectives: tuple[Collective, ...]
 
 

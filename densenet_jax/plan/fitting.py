@@ -9,19 +9,12 @@ RESOLUTION = 0.01  # relative to the batch; each halving would cost another comp
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A batch size that was compiled.
+    """A batch size that was compiled."""
 
-    Attributes:
-        units: size, in the smallest steps that a batch can change by.
-        fits: whether it fits.
-        memory_bytes: memory needed on a chip; None if the compiler does not report it.
-        limit_bytes: memory of a chip, counted as for `memory_bytes`: a compiler that fails counts differently from one
-            that succeeds.
-    """
-
-    units: int
+    units: int  # size, in the smallest steps that a batch can change by
     fits: bool
-    memory_bytes: int | None
+    memory_bytes: int | None  # memory needed on a chip; None if the compiler does not report it
+    # Memory of a chip, counted as for `memory_bytes`: a compiler that fails counts differently from one that succeeds.
     limit_bytes: int
 
     @property

@@ -32,29 +32,18 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
-
-    Attributes:
-        sizes: bytes of the arrays in its result.
-        on_chip: whether each of these arrays lies in memory on the chip.
-        operands: names of its operands.
-        called: names of the computations it runs.
-        trips: how often it runs them.
-        is_root: whether its result is that of the computation.
-        number: number of a parameter, else -1.
-        reported: bytes that a kernel reports it moves, 0 if it does not.
-    """
+    """One line of a computation."""
 
     name: str
     opcode: str
-    sizes: tuple[int, ...]
-    on_chip: tuple[bool, ...]
+    sizes: tuple[int, ...]  # bytes of the arrays in its result
+    on_chip: tuple[bool, ...]  # whether each of these arrays lies in memory on the chip
     operands: tuple[str, ...]
-    called: tuple[str, ...]
-    trips: int
-    is_root: bool
-    number: int
-    reported: int
+    called: tuple[str, ...]  # names of the computations it runs
+    trips: int  # how often it runs them
+    is_root: bool  # whether its result is that of the computation
+    number: int  # number of a parameter, else -1
+    reported: int  # bytes that a kernel reports it moves, 0 if it does not
 
     @property
     def size(self) -> int:

@@ -15,17 +15,11 @@ _CUBE, _LARGEST_SIDE = 4, 24
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips to plan for.
+    """Chips to plan for."""
 
-    Attributes:
-        name: as given, such as "v5e:16x16".
-        chip: kind of chip.
-        shape: chips along each axis; for GPUs: slices, hosts in a slice, GPUs in a host.
-    """
-
-    name: str
+    name: str  # as given, such as "v5e:16x16"
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips along each axis; for GPUs: slices, hosts in a slice, GPUs in a host
 
     @property
     def chips(self) -> int:

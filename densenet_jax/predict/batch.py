@@ -36,25 +36,15 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
-    """Options of `--mode predict`.
-
-    Attributes:
-        images: files, folders and patterns.
-        output: file to write: .jsonl, .csv or .parquet.
-        topk: number of classes listed for an image; 0 lists all.
-        annotate: directory for annotated images; "" writes none.
-        explain: directory for class activation maps; "" writes none.
-        features: "pooled" or "pyramid", written to an archive beside the predictions; "" writes none.
-        largest_batch: images computed at a time; 0 means 64.
-    """
+    """Options of `--mode predict`."""
 
     images: tuple[str, ...]
-    output: str
-    topk: int = 5
-    annotate: str = ""
-    explain: str = ""
-    features: str = ""
-    largest_batch: int = 0
+    output: str  # file to write: .jsonl, .csv or .parquet
+    topk: int = 5  # number of classes listed for an image; 0 lists all
+    annotate: str = ""  # directory for annotated images; "" writes none
+    explain: str = ""  # directory for class activation maps; "" writes none
+    features: str = ""  # "pooled" or "pyramid", written to an archive beside the predictions; "" writes none
+    largest_batch: int = 0  # images computed at a time; 0 means 64
 
     def check(self) -> None:
         """Checks the values without touching files.

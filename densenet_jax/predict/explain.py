@@ -19,21 +19,14 @@ _COLOR = np.array([213, 94, 0], np.float32)  # vermilion, which color-blind peop
 
 
 class Explanation(NamedTuple):
-    """A class and the evidence for it in an image.
-
-    Attributes:
-        class_id: number of the class.
-        label: name of the class.
-        probability: in [0, 1].
-        activation_map: float32 [h, w], over the image as the model is given it; its mean plus `bias` is the logit.
-        bias: the classifier's bias of the class.
-    """
+    """A class and the evidence for it in an image."""
 
     class_id: int
     label: str
-    probability: float
+    probability: float  # in [0, 1]
+    # float32 [h, w], over the image as the model is given it; its mean plus `bias` is the logit.
     activation_map: np.ndarray
-    bias: float
+    bias: float  # the classifier's bias of the class
 
 
 def activation_maps(

@@ -41,15 +41,10 @@ class ImageError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost before it is refused.
+    """What an image may cost before it is refused."""
 
-    Attributes:
-        max_bytes: of the encoded file.
-        max_pixels: of the decoded image; `densenet_jax.data.decode.MAX_PIXELS` holds besides.
-    """
-
-    max_bytes: int = 64 * 2**20
-    max_pixels: int = MAX_PIXELS
+    max_bytes: int = 64 * 2**20  # of the encoded file
+    max_pixels: int = MAX_PIXELS  # of the decoded image; `densenet_jax.data.decode.MAX_PIXELS` holds besides
 
 
 DEFAULT_LIMITS = ImageLimits()

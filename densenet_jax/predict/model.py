@@ -32,31 +32,20 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Deployed:
-    """A model ready to predict, without settings or data set.
-
-    Attributes:
-        name: variant.
-        source: origin of the weights for messages, such as "step 1200 of runs/digits" or a hub id.
-        module: flax module; `module.clone(output="pooled")` returns features.
-        variables: {"params", "batch_stats"} on this process's first device.
-        transform: maps an encoded image (or pixels: `of_pixels`) to uint8 [transform.shape] as in evaluation, after
-            applying its EXIF orientation.
-        mean: mean of each channel, for inputs in [0, 1].
-        std: standard deviation of each channel.
-        dtype: dtype of activations.
-        allowed_classes: the only classes that may be predicted; None allows all.
-    """
+    """A model ready to predict, without settings or data set."""
 
     name: str
-    source: str
-    module: nn.Module
-    variables: dict[str, Any]
+    source: str  # origin of the weights for messages, such as "step 1200 of runs/digits" or a hub id
+    module: nn.Module  # flax module; `module.clone(output="pooled")` returns features
+    variables: dict[str, Any]  # {"params", "batch_stats"} on this process's first device
+    # Maps an encoded image (or pixels: `of_pixels`) to uint8 [transform.shape] as in evaluation, after applying its
+    # EXIF orientation.
     transform: ResizedCenterCrop
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[float, ...]  # as `mean`, of inputs in [0, 1]
     dtype: Any
     class_names: tuple[str, ...]
-    allowed_classes: tuple[int, ...] | None = None
+    allowed_classes: tuple[int, ...] | None = None  # the only classes that may be predicted; None allows all
     dataset: Identity | None = None
 
 

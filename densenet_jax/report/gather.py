@@ -17,38 +17,25 @@ from densenet_jax.training.sharding import to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction.
+    """A wrong prediction."""
 
-    Attributes:
-        image: uint8 [h, w, c] as given to the model; the center crop if there are several.
-        index: position in the split.
-        confidence: probability of `predicted`.
-        label_probability: probability of `label`, the true class.
-        activation_map: float32 [h, w], class activation map of `predicted`; None if the step has none.
-    """
-
-    image: np.ndarray
-    index: int
+    image: np.ndarray  # uint8 [h, w, c] as given to the model; the center crop if there are several
+    index: int  # position in the split
     label: int
     predicted: int
-    confidence: float
-    label_probability: float
+    confidence: float  # probability of `predicted`
+    label_probability: float  # probability of `label`, the true class
+    # float32 [h, w], class activation map of `predicted`; None if the step has none.
     activation_map: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Predictions of a split, summed up.
+    """Predictions of a split, summed up."""
 
-    Attributes:
-        pairs: number of examples by (true class, predicted class).
-        mistakes: the most confident ones in this process's share, most confident first.
-        reliability: accuracy by confidence.
-    """
-
-    pairs: dict[tuple[int, int], int]
-    mistakes: tuple[Mistake, ...]
-    reliability: Reliability = dataclasses.field(default_factory=Reliability)
+    pairs: dict[tuple[int, int], int]  # number of examples by (true class, predicted class)
+    mistakes: tuple[Mistake, ...]  # the most confident ones in this process's share, most confident first
+    reliability: Reliability = dataclasses.field(default_factory=Reliability)  # accuracy by confidence
 
     @property
     def examples(self) -> int:

@@ -21,25 +21,15 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Results of the model and samples of the data; what is None could not be had.
+    """Results of the model and samples of the data; what is None could not be had."""
 
-    Attributes:
-        step: checkpoint that was used.
-        answers: predictions of the evaluated split.
-        names: image of each mistake.
-        class_names: all classes.
-        samples: augmented training images.
-        total_steps: length of the whole run.
-        missing: reasons for what is None, in sentences.
-    """
-
-    step: int | None = None
-    answers: Answers | None = None
-    names: tuple[str, ...] = ()
+    step: int | None = None  # checkpoint that was used
+    answers: Answers | None = None  # predictions of the evaluated split
+    names: tuple[str, ...] = ()  # image of each mistake
     class_names: tuple[str, ...] = ()
     samples: AugmentedSamples | None = None
-    total_steps: int | None = None
-    missing: tuple[str, ...] = ()
+    total_steps: int | None = None  # length of the whole run
+    missing: tuple[str, ...] = ()  # reasons for what is None, in sentences
 
     def scores(self) -> ClassScores:
         """Computes precision, recall and F1 of each class; needs `answers`."""

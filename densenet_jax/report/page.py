@@ -51,18 +51,12 @@ summary { cursor: pointer; margin: 0.8rem 0; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture on the page, also written as a file beside it.
+    """A picture on the page, also written as a file beside it."""
 
-    Attributes:
-        name: file name without extension.
-        alt: description for screen readers.
-        dark_png: version for dark pages; None uses `png` for both.
-    """
-
-    name: str
+    name: str  # file name without extension
     png: bytes
-    alt: str
-    dark_png: bytes | None = None
+    alt: str  # description for screen readers
+    dark_png: bytes | None = None  # version for dark pages; None uses `png` for both
 
     def files(self) -> dict[str, bytes]:
         """Returns the content of each file by its name."""

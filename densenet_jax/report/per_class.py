@@ -13,21 +13,13 @@ from densenet_jax.errors import UserError
 
 
 class ClassScores(NamedTuple):
-    """Counts and scores of each class; a score without examples or predictions to judge by is NaN.
+    """Counts and scores of each class; a score without examples or predictions to judge by is NaN."""
 
-    Attributes:
-        examples: int64 [k].
-        right: int64 [k], examples predicted correctly.
-        precision: float64 [k], share of the predictions of a class that are right.
-        recall: float64 [k], share of the examples of a class that are found, the accuracy of the class.
-        f1: float64 [k], harmonic mean of precision and recall.
-    """
-
-    examples: np.ndarray
-    right: np.ndarray
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
+    examples: np.ndarray  # int64 [k]
+    right: np.ndarray  # int64 [k], examples predicted correctly
+    precision: np.ndarray  # float64 [k], share of the predictions of a class that are right
+    recall: np.ndarray  # float64 [k], share of the examples of a class that are found, the accuracy of the class
+    f1: np.ndarray  # float64 [k], harmonic mean of precision and recall
 
     @classmethod
     def from_counts(cls, examples: np.ndarray, predicted: np.ndarray, right: np.ndarray) -> "ClassScores":
@@ -38,15 +30,10 @@ class ClassScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClassTables:
-    """Paths of the two tables; "" leaves one out.
+    """Paths of the two tables; "" leaves one out."""
 
-    Attributes:
-        per_class: table with a row a class, see `per_class_rows`.
-        confusion: table with a row a true class and a column a predicted one, counting examples.
-    """
-
-    per_class: str = ""
-    confusion: str = ""
+    per_class: str = ""  # table with a row a class, see `per_class_rows`
+    confusion: str = ""  # table with a row a true class and a column a predicted one, counting examples
 
     @property
     def wanted(self) -> bool:

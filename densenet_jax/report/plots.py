@@ -42,19 +42,13 @@ DARK = Theme("#16181d", "#e8e8e8", "#3c4048", ("#56B4E9", "#E69F00", "#009E73", 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of a chart.
-
-    Attributes:
-        ys: values; one that is not finite leaves a gap.
-        marked: whether each value gets a marker.
-        style: number of its color, dash and marker; a number looks the same in every chart.
-    """
+    """One line of a chart."""
 
     label: str
     xs: Sequence[float]
-    ys: Sequence[float]
-    marked: bool = False
-    style: int = 0
+    ys: Sequence[float]  # values; one that is not finite leaves a gap
+    marked: bool = False  # whether each value gets a marker
+    style: int = 0  # number of its color, dash and marker; a number looks the same in every chart
 
 
 def line_chart(
