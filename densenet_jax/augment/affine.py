@@ -20,12 +20,8 @@ def warp(
 ) -> Float[Array, "b h w c"]:
     """Transforms images affinely and bilinearly: output (x, y) is input (a x + b y + c, d x + e y + f).
 
-    Coordinates are of pixel centers at halves, as in Pillow's Image.transform; the identity changes nothing, to the
-    bit.
-
-    Args:
-        coefficients: a to f of each image.
-        fill: what lies outside the image, for each channel.
+    Pixel centers lie at halves, as in Pillow's Image.transform; the identity changes no bit. `coefficients` are a to f
+    of each image; `fill` is the color outside the image.
     """
     size, height, width, channels = images.shape
     x = jnp.arange(width, dtype=jnp.float32)[None, None, :] + 0.5

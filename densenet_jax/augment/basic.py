@@ -1,7 +1,7 @@
 """Normalizes, flips and crops images on the accelerator, inside the jitted step.
 
-Every random choice is a function of one key an example, so an image looks the same on any number of devices and in a
-run that was resumed.
+Every random choice depends on one key per example, so an image looks the same on any number of devices and after a
+resume.
 """
 
 from collections.abc import Sequence
@@ -43,13 +43,9 @@ def normalize(
     std: Sequence[float],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "b h w c"]:
-    """Computes (image - mean) / std for each channel.
+    """Computes (image - mean) / std for each channel; mean and std are for images in [0, 1].
 
-    Args:
-        images: of 8 or 16 bits, or floats in [0, 1].
-        mean: of each channel, in [0, 1].
-        std: of each channel, in the same unit.
-        dtype: of the result; the arithmetic is float32 (float64 where dtype is).
+    Computes in float32, or in float64 where `dtype`, the result's, is.
     """
     exact = jnp.promote_types(dtype, jnp.float32)
     scale = white_of(images)
@@ -67,11 +63,9 @@ def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Sha
 
 
 def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_px: int) -> Shaped[Array, "b h w c"]:
-    """Pads every side with zeros and cuts the original size back out at a random place (CIFAR's, with 4 pixels).
+    """Pads every side with `pad_px` zeros and cuts the original size back out at a random place (CIFAR's, with 4).
 
-    Args:
-        keys: one an example.
-        pad_px: pixels on each side; all (2 pad_px + 1)^2 places are equally likely.
+    All (2 pad_px + 1)^2 places are equally likely.
     """
     padded = jnp.pad(images, ((0, 0), (pad_px, pad_px), (pad_px, pad_px), (0, 0)))
 

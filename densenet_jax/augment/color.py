@@ -19,15 +19,11 @@ def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
 def adjust_color(
     images: Float[Array, "b h w c"], operations: Int[Array, " b"], factors: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Applies one color operation an image: factor * image + (1 - factor) * reference, clipped to [0, 1].
+    """Applies one color operation per image: factor * image + (1 - factor) * reference, clipped to [0, 1].
 
     The reference is black (BRIGHTNESS), the mean of the image's gray (CONTRAST) or the gray image (SATURATION), as in
-    torchvision's adjust_brightness, adjust_contrast and adjust_saturation.
-
-    Args:
-        images: in [0, 1], of one or three channels.
-        operations: BRIGHTNESS, CONTRAST or SATURATION for each image.
-        factors: 1 changes nothing.
+    torchvision's adjust_brightness, adjust_contrast and adjust_saturation. Images are in [0, 1], of one or three
+    channels.
     """
     operation, factor = (per_image[:, None, None, None] for per_image in (operations, factors))
     gray = luma(images)
@@ -46,15 +42,8 @@ def color_jitter(
 ) -> Float[Array, "b h w c"]:
     """Changes brightness, contrast and saturation of each image in a random order (torchvision's ColorJitter).
 
-    Args:
-        images: of 8 or 16 bits, or floats in [0, 1]; only three channels have a saturation.
-        keys: one an example.
-        brightness: strength v; the factor is uniform in [max(0, 1 - v), 1 + v].
-        contrast: likewise.
-        saturation: likewise.
-
-    Returns:
-        Floats in [0, 1].
+    Each strength v draws a factor uniform in [max(0, 1 - v), 1 + v]; only three channels have a saturation. Returns
+    floats in [0, 1].
     """
     strengths = jnp.asarray((brightness, contrast, saturation), jnp.float32)[None, :]
     numbers = uniforms(keys, 6)

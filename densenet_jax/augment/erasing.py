@@ -22,10 +22,10 @@ def erase_boxes(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> Int[Array, "b 4"]:
-    """Draws one box an example: top, left, height, width in pixels; height and width 0 where nothing is erased.
+    """Draws one box per example: top, left, height, width in pixels; height and width 0 where nothing is erased.
 
-    As in timm and torchvision: the area is uniform, the aspect (height over width) log-uniform, a box that is as high
-    or as wide as the image is drawn again, up to ten times, and then given up.
+    As in timm and torchvision, the area is uniform and the aspect (height over width) log-uniform; a box as high or as
+    wide as the image is redrawn up to ten times, then dropped.
     """
     numbers = uniforms(keys, 2 * _ATTEMPTS + 3)
     share = area[0] + (area[1] - area[0]) * numbers[:, :_ATTEMPTS]
@@ -61,11 +61,9 @@ def random_erase(
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
     mode: str = "pixel",
 ) -> Float[Array, "b h w c"]:
-    """Overwrites a random rectangle of some images.
+    """Overwrites a random rectangle of some images, which are normalized: the noise has mean 0 and variance 1.
 
     Args:
-        images: normalized, as the reference trainers erase; the noise has mean 0 and variance 1.
-        keys: one an example.
         probability: that an image loses a rectangle.
         area: the rectangle's share of the image, lowest and highest.
         aspect: its height over its width, lowest and highest.

@@ -1,4 +1,4 @@
-"""Mixup and cutmix on the accelerator: pairs of examples become one, and so do their labels."""
+"""Mixup and cutmix on the accelerator: mixes pairs of examples and their labels."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from densenet_jax.rng import example_keys
 def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, "b ..."]:
     """Returns each example's partner by swapping neighboring blocks of `distance` examples.
 
-    The order of examples is random already, so that pairing neighbors is as good as turning the batch around, and
-    no example has to leave its device as long as a device holds a multiple of `2 * distance` examples.
+    The order of examples is random already, and no example has to leave its device as long as a device holds a multiple
+    of `2 * distance` examples.
 
     Raises:
         UserError: `2 * distance` does not divide the batch.
@@ -34,8 +34,7 @@ def cut_boxes(
 ) -> tuple[Int[Array, "b 4"], Float[Array, " b"]]:
     """Computes boxes around `centers` (row, column) with sides sqrt(1 - share) of the image's, cut off at its border.
 
-    Returns:
-        Top, left, height and width of each box, and the share of the image that lies outside the box.
+    Returns top, left, height and width of each box, and the share of the image outside it.
     """
     size = jnp.asarray((height, width), jnp.int32)[None, :]
     half = (size * jnp.sqrt(1.0 - shares)[:, None]).astype(jnp.int32) // 2
@@ -59,23 +58,18 @@ def mix(
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
     """Mixes each example with its partner by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899), as timm does.
 
-    With share l ~ Beta(alpha, alpha), mixup gives l * own + (1 - l) * partner; cutmix puts the partner's pixels into
-    a box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l.
+    With share l ~ Beta(alpha, alpha), mixup gives l * own + (1 - l) * partner; cutmix puts the partner's pixels into a
+    box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l. Images are
+    floats, mixed in float32 at least and returned in their dtype, with the class probabilities, float32 [b, k],
+    unsmoothed.
 
     Args:
-        images: bytes do not mix: floats, normalized or not; mixed in float32 at least, given back in their dtype.
-        labels: class numbers.
-        key: of the step.
-        num_classes: k.
-        mixup_alpha: of mixup's Beta distribution; 0 turns mixup off.
-        cutmix_alpha: of cutmix's; 0 turns cutmix off.
+        mixup_alpha: 0 turns mixup off.
+        cutmix_alpha: 0 turns cutmix off.
         probability: that anything is mixed at all.
         cutmix_share: where both are on, how often it is cutmix.
         per_example: draws everything for each example instead of once a batch.
         pair_distance: see `partners`; more than 1 where neighbors are copies of one image (repeated augmentation).
-
-    Returns:
-        Mixed images, and the probability of each class, float32 [b, k]; label smoothing is the loss's business.
     """
     size, height, width, _ = images.shape
     targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)

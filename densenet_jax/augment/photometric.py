@@ -1,7 +1,6 @@
-"""Computes Pillow's tone and blend operations on the accelerator, on integers 0 to 255 held as float32.
+"""Pillow's tone and blend operations on the accelerator, on integers 0 to 255 held as float32.
 
-Every operation is computed for the batch at once, each example with its own parameters; what an example does not ask
-for is the identity, to the bit.
+Every operation is computed for the whole batch; for examples that don't use it, it is exactly the identity.
 """
 
 import jax
@@ -15,8 +14,8 @@ Images = Float[Array, "b h w c"]
 def histogram(images: Float[Array, "b h w c"]) -> Float[Array, "b c 256"]:
     """Counts how often each value 0 to 255 occurs in each channel of each image.
 
-    On accelerators a value is 16 * high + low, and counting pairs (high, low) is a product of two narrow one-hot
-    matrices, which runs on matrix units and needs no scatter. On a CPU the scatter is ten times as fast.
+    On accelerators a value is 16 * high + low, and counting pairs is a product of two narrow one-hot matrices, which
+    needs no scatter. On a CPU the scatter is ten times as fast.
     """
     size, height, width, channels = images.shape
     flat = images.reshape(size, height * width, channels).astype(jnp.int32)
@@ -60,7 +59,7 @@ def auto_contrast_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 2
 
 
 def equalize_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 256"]:
-    """Makes the histogram flat (ImageOps.equalize)."""
+    """Flattens the histogram (ImageOps.equalize)."""
     last = LEVELS - 1 - jnp.argmax((counts > 0)[..., ::-1], axis=-1)
     total = jnp.sum(counts, axis=-1)
     of_last = jnp.take_along_axis(counts, last[..., None], axis=-1)[..., 0]
@@ -87,7 +86,7 @@ def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
 
 
 def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Converts to gray as Pillow does, exactly in float32; other than three channels stay as they are."""
+    """Converts RGB to gray as Pillow does, exactly in float32; returns other channel counts as they are."""
     if images.shape[-1] != 3:
         return images
     red, green, blue = (images[..., channel : channel + 1] for channel in range(3))
@@ -95,7 +94,7 @@ def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
 
 
 def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Applies Pillow's SMOOTH filter (weights 1 around 5, over 13); the border stays as it is."""
+    """Applies Pillow's SMOOTH filter (weights 1 around 5, over 13), except at the border."""
     height, width = images.shape[1:3]
     if min(height, width) < 3:
         return images
@@ -108,7 +107,7 @@ def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 def blend(
     references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Blends like Pillow: reference + factor * (image - reference), clipped and cut to integers."""
+    """Blends like Pillow: reference + factor * (image - reference), clipped and truncated to integers."""
     blended = references + factors[:, None, None, None] * (images - references)
     return jnp.floor(jnp.clip(blended, 0.0, 255.0))
 

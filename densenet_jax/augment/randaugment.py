@@ -1,9 +1,9 @@
-"""Computes RandAugment on the accelerator (arXiv:1909.13719), with timm's "rand-m9-mstd0.5-inc1" operations.
+"""RandAugment on the accelerator (arXiv:1909.13719), with timm's "rand-m9-mstd0.5-inc1" operations.
 
-An accelerator computes every branch of a choice that differs between examples, so fifteen operations an example would
-cost fifteen passes. They are three instead: a table look-up (six operations), a blend (four) and an affine warp (five);
-an example goes through all three, and those that it did not draw are the identity. Two layers at 224 px cost 26 ms an
-image on two busy CPU cores; not measured on accelerators.
+An accelerator computes every branch of a choice that differs between examples, so fifteen operations would cost fifteen
+passes. They are three instead: a table look-up (six operations), a blend (four) and an affine warp (five), each the
+identity for examples that did not draw it. Two layers at 224 px cost 26 ms an image on two busy CPU cores; not measured
+on accelerators.
 """
 
 from collections.abc import Sequence
@@ -109,14 +109,13 @@ def apply_operations(
     signs: Float[Array, " b"],
     fill: Sequence[float],
 ) -> UInt8[Array, "b h w c"]:
-    """Applies one operation an image, within one level of Pillow's (sampling rounds differently now and then).
+    """Applies one operation per image, within one level of Pillow's (sampling rounds differently now and then).
 
     Args:
-        images: bytes of one or three channels.
         operations: index into `OPERATIONS`; `NOTHING` changes nothing.
         levels: strength in [0, 10].
         signs: 1 or -1: the direction of warps, more or less of blends.
-        fill: what warps show outside the image, for each channel, 0 to 255.
+        fill: color outside the image for warps, 0 to 255.
     """
     floats = images.astype(jnp.float32)
     share = levels / HIGHEST_LEVEL
@@ -136,16 +135,13 @@ def rand_augment(
     probability: float = 0.5,
     fill: Sequence[float] = (124.0, 116.0, 104.0),
 ) -> UInt8[Array, "b h w c"]:
-    """Applies `num_layers` random operations to each image, one after the other.
+    """Applies `num_layers` random operations, drawn with repetition, to each image of one or three channels.
 
     Args:
-        images: bytes of one or three channels.
-        keys: one an example.
-        num_layers: operations an image, drawn with repetition from `OPERATIONS`.
         magnitude: mean strength, in [0, 10]; every operation gets stronger with it.
         magnitude_std: standard deviation of the strength, which is cut to [0, 10].
         probability: that a drawn operation is applied at all.
-        fill: what warps show outside the image, 0 to 255, for each channel; timm's is the data's mean.
+        fill: color outside the image for warps, 0 to 255; timm's is the data's mean.
 
     Raises:
         UserError: a magnitude outside [0, 10].

@@ -17,8 +17,7 @@ GradientFunction = Callable[[Any, Any, Any, Int[Array, ""]], tuple[Any, Any, Any
 def split_batch(array: Shaped[Array, "b ..."], count: int) -> Shaped[Array, "{count} m ..."]:
     """Splits [b, ...] into [count, b / count, ...]: microbatch j holds the examples whose number is j modulo count.
 
-    A batch that is split over devices in contiguous parts then gives every device its share of every microbatch
-    without moving an example.
+    A batch split over devices in contiguous parts then gives each device its share of every microbatch in place.
     """
     dealt = array.reshape(array.shape[0] // count, count, *array.shape[1:])
     return jnp.swapaxes(dealt, 0, 1)
@@ -41,10 +40,7 @@ def accumulate_gradients(
     Args:
         gradient_function: called once a microbatch; see `GradientFunction`. It must not see the running statistics
             in its loss, as batch norm in training doesn't. Dropout keys should depend on the microbatch's number.
-        params: the same for all microbatches.
-        batch_stats: threaded from one microbatch to the next.
         batch: a tree of arrays [b, ...].
-        count: microbatches; 1 computes the batch as it is.
 
     Returns:
         Gradients, batch statistics after the last microbatch, and the outputs as [b, ...] in the batch's order.

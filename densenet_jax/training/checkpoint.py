@@ -1,7 +1,7 @@
-"""Saves a run and restores it, by Orbax.
+"""Saves and restores a run with Orbax.
 
-A checkpoint at step s is `DIR/checkpoints/s/` and holds the state after s steps, the position in the data order
-(s again, since the order is a function of the step) and the resolved settings.
+A checkpoint at step s is `DIR/checkpoints/s/`: the state after s steps (which also gives the position in the data
+order) and the resolved settings.
 """
 
 import contextlib
@@ -44,16 +44,10 @@ _BEST_METRIC = "top1"
 
 
 class Checkpoints:
-    """The checkpoints of one work directory, newest few and the best by validation accuracy."""
+    """The checkpoints of one work directory: the newest few and the best by validation top-1."""
 
     def __init__(self, workdir: str, *, max_to_keep: int = 10, read_only: bool = False):
-        """Opens `workdir/checkpoints`.
-
-        Args:
-            workdir: the run's directory.
-            max_to_keep: newest checkpoints kept; the best by validation top-1 is kept besides.
-            read_only: changes nothing on disk, not even by creating a directory.
-        """
+        """Opens `workdir/checkpoints`; `read_only` creates and changes nothing on disk, not even a directory."""
         self._last_saved: int | None = None
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         if read_only and not os.path.isdir(self.directory):
@@ -96,12 +90,9 @@ class Checkpoints:
         """Starts writing `state`; returns once it is safe to donate it to the next step.
 
         Args:
-            step: steps done, equal to `state.step`.
-            state: what to save.
-            config: the resolved settings.
-            window: sums of the report under way, so that the next report is whole after a restart, too.
-            metrics: validation metrics at this step, with "top1", where there are some.
-            dataset: what it is trained on, as `densenet_jax.data.identity.identify` gives it.
+            window: sums of the current log interval, so that its report is whole after a restart.
+            metrics: validation metrics at this step, with "top1"; None if it was not validated.
+            dataset: the training data, from `densenet_jax.data.identity.identify`.
 
         Raises:
             UserError: the disk is full, now or in the save before; or the directory was removed.
@@ -123,7 +114,7 @@ class Checkpoints:
             )
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a validation to the finished checkpoint of `step`, so that it can be the best.
+        """Adds validation metrics to the finished checkpoint of `step`, so that it can be the best.
 
         Raises:
             UserError: the disk is full.
@@ -140,14 +131,14 @@ class Checkpoints:
         self._manager.reload()
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoint is finished and has lost no file, oldest first."""
+        """Returns the steps whose checkpoint is finished and has lost no file, oldest first."""
         return [step for step in self._all_steps() if not find_missing_file(self._path(step))]
 
     def _all_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest validation top-1, the newest of equals; None if none was validated."""
+        """Returns the step with the highest validation top-1, the newest of equals; None if none was validated."""
         scores: dict[int, float] = {}
         for step in self.steps():
             try:
@@ -159,7 +150,7 @@ class Checkpoints:
         return max(scores, key=lambda step: (scores[step], step)) if scores else None
 
     def resolve(self, which: str) -> int:
-        """The step that "latest", "best" or a number names.
+        """Returns the step that "latest", "best" or a number names.
 
         Raises:
             UserError: there is none, or the newest has lost files.
@@ -182,10 +173,10 @@ class Checkpoints:
         raise UserError(f"{self.directory} has no step {which}; it has {', '.join(map(str, steps)) or 'none'}.")
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """Restores the state saved at `step`, laid out like the abstract state, and the sums of the report under way.
+        """Restores the state saved at `step`, laid out like the abstract state, and the sums of its log interval.
 
-        A loss scale that only `like` has begins anew, and one that only the checkpoint has is dropped: the precision
-        was changed.
+        If the precision was changed, a loss scale that only `like` has starts anew and one only in the checkpoint is
+        dropped.
 
         Raises:
             DamagedCheckpointError: the checkpoint is not what was written.
@@ -219,10 +210,9 @@ class Checkpoints:
         return state, restored["data"]["window"]
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, dict[str, float]] | None:
-        """Restores the newest checkpoint that can be read; damaged ones are named and set aside.
+        """Restores the newest readable checkpoint as `restore` does; reports damaged ones and sets them aside.
 
-        Returns:
-            As `restore`; None if nothing was saved.
+        Returns None if nothing was saved.
 
         Raises:
             UserError: there are checkpoints, but all are damaged; or one that is whole is of another model.
@@ -243,7 +233,7 @@ class Checkpoints:
         return None
 
     def _add_checksums(self) -> None:
-        """Writes the checksums of a checkpoint that is complete, but not yet renamed; Orbax calls this."""
+        """Writes the checksums of a complete checkpoint before Orbax, which calls this, renames it."""
         if jax.process_index() == 0:
             for name in os.listdir(self.directory):
                 if ".orbax-checkpoint-tmp" in name:
@@ -263,7 +253,7 @@ class Checkpoints:
         self._check_last_save()
 
     def close(self) -> None:
-        """Waits as `wait` does, and closes the manager."""
+        """Waits as `wait` does, then closes the manager."""
         with self._report_lost_files():
             self._manager.close()
         self._check_last_save()
@@ -274,7 +264,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _report_lost_files(self) -> Iterator[None]:
-        """Reports a full disk, or that somebody removed the directory, whatever Orbax makes of it."""
+        """Reports a full disk or a removed directory, whatever error Orbax raises for it."""
         if not os.path.isdir(self.directory):
             raise UserError(self._lost_files())
         try:
@@ -295,7 +285,7 @@ class Checkpoints:
 
 
 def _find_unreadable_scores(directory: str) -> list[int]:
-    """Steps whose validation can't be read, with which Orbax can't open the directory."""
+    """Lists the steps whose metrics can't be read, which would keep Orbax from opening the directory."""
     damaged: list[int] = []
     steps = finished_steps(directory)
     for step in steps:
@@ -324,7 +314,7 @@ def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:
 
 
 def describe_checkpoints(workdir: str) -> str:
-    """Returns which checkpoints of a run are its latest and its best, for people.
+    """Describes a run's latest and best checkpoints in one line.
 
     Raises:
         UserError: there are none.
@@ -344,10 +334,7 @@ def describe_checkpoints(workdir: str) -> str:
 def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True) -> dict[str, Any]:
     """Loads {"params", "batch_stats"} of a run onto the default device, without its model or settings.
 
-    Args:
-        workdir: the run's directory.
-        step: None takes the newest.
-        averaged: take the moving average where the run keeps one, as validation does.
+    Takes the newest step by default and, if `averaged`, the moving average where the run keeps one, as validation does.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.

@@ -8,13 +8,10 @@ from jaxtyping import Array, Float, Int
 
 
 def ema_decay(updates: Int[Array, ""] | int, decay: float, warmup: bool = True) -> Float[Array, ""]:
-    """The share of the average that the next update keeps.
+    """Returns the share of the average that the next update keeps.
 
-    Args:
-        updates: updates of the average so far, t.
-        decay: the share in the long run, in [0, 1).
-        warmup: min(decay, (1 + t) / (10 + t)), TensorFlow's ExponentialMovingAverage: the first values, which are
-            mostly the random initial weights, are forgotten quickly.
+    With `warmup` it is min(decay, (1 + t) / (10 + t)) after t updates, as in TensorFlow's ExponentialMovingAverage: the
+    first values, mostly the random initial weights, are forgotten quickly.
     """
     if not warmup:
         return jnp.asarray(decay, jnp.float32)
@@ -23,16 +20,10 @@ def ema_decay(updates: Int[Array, ""] | int, decay: float, warmup: bool = True) 
 
 
 def update_ema(average: Any, current: Any, decay: Float[Array, ""] | float) -> Any:
-    """Moves the average: decay * average + (1 - decay) * current, leaf by leaf.
+    """Moves the average: decay * average + (1 - decay) * current, leaf by leaf, in the average's dtypes.
 
-    Args:
-        average: any tree of arrays; start with a copy of the initial {"params", "batch_stats"}. Averaging the batch
-            statistics with the parameters keeps the two in step, which a raw copy of either would not.
-        current: the same tree after a training step. Leaves that are not floats are copied.
-        decay: kept share, from `ema_decay`.
-
-    Returns:
-        The new average, in the average's dtypes.
+    Start with a copy of the initial {"params", "batch_stats"}: averaging both keeps the statistics in step with the
+    parameters. Leaves of `current` that are not floats are copied.
     """
 
     def updated(old: Array, new: Array) -> Array:

@@ -43,15 +43,10 @@ def make_eval_step(
     """Builds `step(variables, batch) -> sums` over the examples that the batch's mask names.
 
     The batch has "image" uint8 [b, h, w, c], or [b, crops, h, w, c] for evaluation by crops and their mirror images
-    (`mean_logits`), "label" int32 [b] and "mask" bool [b]; an example whose mask is False is padding and counts
-    nowhere. Where it has "label_set" bool [b, k] too, an answer is right that is any of the set (ImageNet ReaL,
-    arXiv:2006.07159), and an example whose set is empty is seen, but left out of the sums.
-
-    Args:
-        model: called as `model.apply(variables, images, train=False)`.
-        normalize: bytes to what the model is given.
-        classes: the answers that are allowed, as class numbers; None: all.
-        confusion: whether to count predictions by true class; not for batches with label sets.
+    (`mean_logits`), "label" int32 [b] and "mask" bool [b], False for padding. With "label_set" bool [b, k] an answer is
+    right if it is any of the set (ImageNet ReaL, arXiv:2006.07159); an example with an empty set is seen, but left out
+    of the sums. `confusion`, not for label sets, counts predictions by true class. `classes`, if given, are the only
+    class numbers that can be predicted.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> EvalSums:
@@ -78,8 +73,7 @@ def make_predict_step(
 ) -> Callable[[dict[str, Any], Batch], Batch]:
     """Builds `step(variables, batch) -> answers`, with the same logits as `make_eval_step` for the same arguments.
 
-    Returns:
-        A step whose result has "probability" float32 [b, k] and everything in the batch but its images.
+    The answers are "probability" float32 [b, k] and everything in the batch but its images.
     """
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> Batch:
@@ -111,10 +105,8 @@ def mean_logits(
 ) -> Float[Array, "b k"]:
     """Averages the logits of n crops of each image and of their mirror images; five crops give ten-crop evaluation.
 
-    The DenseNet paper's code derives from fb.resnet.torch, which adds the outputs of the last linear layer (its line
-    that would exponentiate them is commented out); so the logits are averaged, not the probabilities.
-
-    One crop of the whole batch is computed after the other: memory is that of single-crop evaluation.
+    Logits rather than probabilities, as in fb.resnet.torch, from which the DenseNet paper's code derives. One crop of
+    the whole batch follows the other, so memory is that of single-crop evaluation.
     """
     count = images.shape[1]
 

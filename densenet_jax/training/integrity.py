@@ -1,9 +1,8 @@
 """Checksums of a checkpoint's files, for damage that Orbax and TensorStore do not notice.
 
-Flipped bytes in numbers of `data/metadata` or a lost `metrics` item come back from Orbax without an error (tried on
-every file of a checkpoint). So the SHA-256 of every file is written while the checkpoint still has its temporary name:
-a finished checkpoint always has them, and says so in its data item, so that a copy without them is noticed. Checkpoints
-that were written before the mark existed may have none and are then read unchecked.
+Orbax restores flipped bytes in numbers of `data/metadata`, or without a lost `metrics` item, and raises no error. So
+the SHA-256 of every file is written before the checkpoint gets its final name, and its data item records that, so that
+missing checksums are noticed. Checkpoints from before that mark may have none and are then read unchecked.
 """
 
 import hashlib
@@ -25,16 +24,13 @@ _NEEDED = ("data/metadata", "state/_METADATA")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what was written; names the file."""
+    """A checkpoint that differs from what was written; the message names the file."""
 
 
 def write_checksums(path: str, item: str = "") -> None:
     """Writes the checksums of a checkpoint's files beside them.
 
-    Args:
-        path: the checkpoint's directory.
-        item: only files of this subdirectory are new; the other checksums stay, and where there are none, none are
-            written. "" for all.
+    With `item`, only files of that subdirectory are new: other checksums stay, and without any, none are written.
     """
     sums = _read_checksums(path) if item else {}
     if sums is None:
@@ -49,14 +45,9 @@ def write_checksums(path: str, item: str = "") -> None:
 
 
 def check_files(path: str, item: str = "") -> bool:
-    """Compares a checkpoint's files with their checksums.
+    """Compares a checkpoint's files (only those of the subdirectory `item`, if given) with their checksums.
 
-    Args:
-        path: the checkpoint's directory.
-        item: only files of this subdirectory; "" for all.
-
-    Returns:
-        False where the checkpoint was written before there were checksums.
+    Returns False where the checkpoint was written before there were checksums.
 
     Raises:
         DamagedCheckpointError: a file is missing or has another content; the message names it.
@@ -80,10 +71,7 @@ def check_files(path: str, item: str = "") -> bool:
 
 
 def find_missing_file(path: str) -> str:
-    """The name of a file that the checkpoint in the directory `path` has lost; "" where all are there.
-
-    Contents are not looked at.
-    """
+    """Returns the name of a file that the checkpoint at `path` has lost, "" if none; contents are not checked."""
     try:
         names = _read_checksums(path) or ()
     except DamagedCheckpointError:
@@ -94,7 +82,7 @@ def find_missing_file(path: str) -> str:
 
 
 def finished_steps(directory: str) -> list[int]:
-    """Steps of the checkpoints in `directory` that have their final name, oldest first."""
+    """Lists the steps in `directory` whose checkpoints have their final name, oldest first."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -115,7 +103,7 @@ def set_aside(directory: str, steps: list[int]) -> None:
 
 
 def saved_score(path: str, metric: str) -> float | None:
-    """The validation's `metric` in the checkpoint at `path`; None where it was not validated.
+    """Returns the validation `metric` in the checkpoint at `path`; None where it was not validated.
 
     Raises:
         DamagedCheckpointError: it can't be read or is not what was written.

@@ -1,4 +1,4 @@
-"""Losses of classification, one value an example, in float32 or better."""
+"""Classification losses: one value per example, in float32 or better."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,12 @@ def cross_entropy(
     labels: Int[Array, " b"] | Float[Array, "b k"],
     label_smoothing: float = 0.0,
 ) -> Float[Array, " b"]:
-    """Softmax cross entropy of each example.
+    """Softmax cross entropy in nats, per example; computed in float32, or in float64 where the logits are.
 
     Args:
-        logits: any float dtype; computed in float32, or in float64 where the logits are.
         labels: class numbers in [0, k), or the probability of each class (mixed examples), each row summing to 1.
         label_smoothing: share eps in [0, 1) of the target that is spread evenly over all k classes, eps/k each, the
-            true one included (arXiv:1512.00567, torch's form; not eps/(k-1)).
-
-    Returns:
-        One loss an example, in nats.
+            true one included (arXiv:1512.00567 as torch computes it; not eps/(k-1)).
     """
     num_classes = logits.shape[-1]
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
@@ -35,14 +31,9 @@ def cross_entropy(
 
 
 def label_set_cross_entropy(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Float[Array, " b"]:
-    """Cross entropy with the probability of all right classes together.
+    """Cross entropy of the total probability of all right classes, in nats, per example.
 
-    Args:
-        logits: any float dtype; computed in float32, or in float64 where the logits are.
-        right: True for every right class of an example; with one it is `cross_entropy`.
-
-    Returns:
-        One loss an example, in nats; infinity for an example without a right class.
+    `right` is True for every right class; with one it is `cross_entropy`, with none it is infinity.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     return -jax.nn.logsumexp(log_probabilities, axis=-1, where=right)

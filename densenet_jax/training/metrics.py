@@ -7,10 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Array, " b"]:
-    """Counts the classes that are placed before the true one: 0 if the prediction is right.
+    """Counts the classes ranked before the true one: 0 if the prediction is right.
 
-    Equal logits are placed by class number, as `jnp.argmax` and `jax.lax.top_k` place them. A row with a NaN predicts
-    nothing: its rank is k.
+    Ties go by class number, as in `jnp.argmax` and `jax.lax.top_k`. A row with a NaN predicts nothing: its rank is k.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     classes = jnp.arange(logits.shape[-1])[None, :]
@@ -20,18 +19,13 @@ def class_ranks(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Ar
 
 
 def best_of_set(logits: Float[Array, "b k"], right: Bool[Array, "b k"]) -> Int[Array, " b"]:
-    """Returns the right class that is placed first; an answer is right if it is any of the set.
-
-    Args:
-        logits: any float dtype.
-        right: True for every right class; in a row without one the result means nothing.
-    """
+    """Returns the right class with the largest logit; meaningless for a row without a right class."""
     return jnp.argmax(jnp.where(right, logits, -jnp.inf), axis=-1)
 
 
 @flax.struct.dataclass
 class ClassificationSums:
-    """Loss and right answers summed over examples; counts are int32."""
+    """Loss and correct predictions summed over examples; counts are int32."""
 
     loss: Float[Array | np.ndarray, ""]
     top1: Int[Array | np.ndarray, ""]
@@ -40,7 +34,7 @@ class ClassificationSums:
 
     @classmethod
     def zeros(cls) -> "ClassificationSums":
-        """Sums over no example."""
+        """Returns the sums over no examples."""
         nothing = jnp.zeros((), jnp.int32)
         return cls(loss=jnp.zeros((), jnp.float32), top1=nothing, top5=nothing, examples=nothing)
 
@@ -52,17 +46,14 @@ class ClassificationSums:
         losses: Float[Array, " b"],
         mask: Bool[Array, " b"] | None = None,
     ) -> "ClassificationSums":
-        """Sums over one batch.
+        """Sums over one batch; top-5 of fewer than five classes is 1.0.
 
         Args:
-            logits: any float dtype.
-            labels: class numbers, or class probabilities of mixed examples, where an answer is right if it is the
-                class with the largest share (the lower number of two equal ones); accuracy on mixed examples is
-                therefore low by nature and not comparable with validation.
-            losses: one an example, as `cross_entropy` gives them.
+            labels: class numbers, or class probabilities of mixed examples. An answer is then right if it is the class
+                with the largest share (the lower number of two equal ones), so accuracy is low by nature and not
+                comparable with validation.
+            losses: one per example, from `cross_entropy`.
             mask: False for padding, which counts nowhere, not even with a NaN; None counts every example.
-
-        Top-5 is top-k where there are only k < 5 classes, so 1.0.
         """
         if labels.ndim == 2:
             labels = jnp.argmax(labels, axis=-1)
@@ -107,10 +98,7 @@ def confusion_counts(
 ) -> Int[Array, "k k"]:
     """Counts examples of each true class (rows) by predicted class (columns); counts of batches add up.
 
-    Args:
-        logits: any float dtype; the prediction is the first of the largest.
-        labels: class numbers.
-        mask: False for padding, which is not counted.
+    The prediction is the first of the largest logits; examples whose `mask` is False are padding and not counted.
     """
     num_classes = logits.shape[-1]
     weights = jnp.ones(labels.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
@@ -119,6 +107,6 @@ def confusion_counts(
 
 
 def per_class_accuracy(confusion: Int[Array, "k k"]) -> Float[Array, " k"]:
-    """Share of each true class that was predicted right (its recall); NaN for a class without examples."""
+    """Returns the recall of each class; NaN for a class without examples."""
     totals = jnp.sum(confusion, axis=1)
     return jnp.where(totals > 0, jnp.diagonal(confusion) / jnp.maximum(totals, 1), jnp.nan)

@@ -1,4 +1,4 @@
-"""Finds where numbers stopped being finite: flags computed in the step, and their description."""
+"""Finds where numbers stopped being finite: flags computed in the step, and a description of them."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool
 def not_finite(tree: Any) -> Bool[Array, " n"]:
     """Flags each leaf whose sum of squares is not finite, in the order of `jax.tree.leaves`.
 
-    The gradient's norm needs the same sums, so the compiler computes them once.
+    The gradient's norm needs these sums too, so the compiler computes them once.
     """
     wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)]
     sums = [jnp.sum(jnp.square(leaf)) for leaf in wide]
@@ -28,10 +28,8 @@ def leaf_names(tree: Any) -> list[str]:
 def describe(what: str, flags: Bool[Array | np.ndarray, " n"], names: list[str]) -> str:
     """Describes which flags are set: "3 of 70 parameters, first conv0/kernel"; "" if none is.
 
-    Args:
-        what: the leaves' kind, such as "parameters".
-        flags: from `not_finite`.
-        names: from `leaf_names` for the same tree; sorted by name, numbers as numbers.
+    `what` is the leaves' kind, such as "parameters"; `names` come from `leaf_names` for the same tree. The first is by
+    name, numbers as numbers.
     """
     faulty = sorted((name for name, flag in zip(names, flags, strict=True) if flag), key=_natural)
     return f"{len(faulty)} of {len(names)} {what}, first {faulty[0]}" if faulty else ""

@@ -1,8 +1,8 @@
 """Optimizers by name as optax chains, and the parameters that weight decay, freezing and rate factors touch.
 
-A pattern of parameters is a regular expression that is searched in the path of each, which is what
-`flax.traverse_util.flatten_dict(..., sep="/")` gives, the collection first:
-`params/denseblock1/denselayer1/norm1/scale`. So `^params/(?!classifier)` names everything but the classifier.
+A parameter pattern is a regular expression searched in each path that `flax.traverse_util.flatten_dict(..., sep="/")`
+gives, collection first: `params/denseblock1/denselayer1/norm1/scale`. `^params/(?!classifier)` names all but the
+classifier.
 """
 
 import re
@@ -21,11 +21,9 @@ _USUAL_EPSILON = {"adamw": 1e-8, "lamb": 1e-6, "rmsprop": 1e-8}
 
 
 def decay_mask(params: Any, decay_norm_and_bias: bool) -> Any:
-    """True for each parameter that weight decay touches, as a tree of the same shape.
+    """Returns a tree that is True for each parameter that weight decay touches.
 
-    Args:
-        params: the parameters, or their abstract shapes.
-        decay_norm_and_bias: False spares whatever is named "scale" or "bias" or has fewer than two axes.
+    `decay_norm_and_bias` False spares whatever is named "scale" or "bias" or has fewer than two axes.
     """
 
     def touched(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -35,7 +33,7 @@ def decay_mask(params: Any, decay_norm_and_bias: bool) -> Any:
 
 
 def path_name(path: tuple[Any, ...], collection: str = "params") -> str:
-    """Names a leaf of a collection by its key path there."""
+    """Joins a leaf's key path in a collection to its name."""
     return f"{collection}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
 
 
@@ -56,11 +54,7 @@ def _check_some_but_not_all(matched: int, total: int, pattern: str, example: str
 
 
 def frozen_mask(params: Any, pattern: str) -> Any:
-    """True for each parameter that is frozen, as a tree of the same shape.
-
-    Args:
-        params: the parameters, or their abstract shapes.
-        pattern: see the module; "" freezes nothing.
+    """Returns a tree that is True for each parameter that `pattern` freezes; "" freezes nothing.
 
     Raises:
         UserError: no regular expression, or one that matches no parameter or all of them.
@@ -76,11 +70,7 @@ def frozen_mask(params: Any, pattern: str) -> Any:
 
 
 def rate_factors(params: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
-    """The factor of each parameter's learning rate, as a tree of the same shape.
-
-    Args:
-        params: the parameters, or their abstract shapes.
-        multipliers: (pattern, factor) pairs; the first that matches counts, 1 where none does.
+    """Returns a tree of each parameter's learning-rate factor: the first pattern that matches counts, else 1.
 
     Raises:
         UserError: no regular expression, or one that matches no parameter.
@@ -117,28 +107,25 @@ def make_optimizer(
     freeze: str = "",
     rate_multipliers: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
-    """Builds the optimizer; its state lies in the parameters' dtype, and the schedule counts its updates.
+    """Builds the optimizer; its state has the parameters' dtype, and the schedule counts its updates.
 
     Args:
         name: one of `OPTIMIZERS`:
-            "sgd" in torch's form: weight decay is added to the gradient, then momentum accumulates it without
-            dampening, and the rate multiplies the result, so that the buffer knows nothing of the rate.
+            "sgd" as in torch: weight decay is added to the gradient, momentum accumulates it without dampening, and
+            the rate multiplies the result, so that the buffer knows nothing of the rate.
             "adamw": decay beside the adaptive step (arXiv:1711.05101), multiplied by the rate as in torch.
             "lamb": adamw's step scaled per parameter by its norm over the step's (arXiv:1904.00962); parameters that
             weight decay spares are spared the scaling as well.
-            "rmsprop" in torch's form: decay is added to the gradient, epsilon stands outside the root, momentum
+            "rmsprop" as in torch: decay is added to the gradient, epsilon stands outside the root, momentum
             accumulates the scaled gradient.
-        schedule: update number -> learning rate.
-        momentum: of sgd and rmsprop, in [0, 1); 0 keeps no buffer.
-        nesterov: sgd looks ahead by one step of momentum.
-        weight_decay: factor of the parameters in the step.
+        momentum: for sgd and rmsprop, in [0, 1); 0 keeps no buffer.
         decay_norm_and_bias: False spares batch-norm scales and all biases.
         clip_grad_norm: the gradient's norm over all parameters that move is cut to this first; 0 leaves it.
         betas: kept shares of adamw's and lamb's first and second moments.
         rms_decay: kept share of rmsprop's squared gradient.
-        epsilon: against division by zero; 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
+        epsilon: 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
         freeze: pattern of parameters that are frozen, see the module; they do not decay either.
-        rate_multipliers: (pattern, factor) pairs, the factor of the learning rate of the parameters that match.
+        rate_multipliers: (pattern, learning-rate factor) pairs.
 
     Raises:
         UserError: an unknown name; from the optimizer's init, a pattern that fits no parameter.

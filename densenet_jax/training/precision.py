@@ -1,6 +1,6 @@
-"""Precision by one name, and the dynamic loss scaling that float16 needs.
+"""Precision policies by name, and the dynamic loss scaling that float16 needs.
 
-Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy sets the type of
+Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy sets the dtype of
 activations and matrix products.
 """
 
@@ -17,13 +17,7 @@ from densenet_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A precision.
-
-    Attributes:
-        name: "float32", "bfloat16", "float16" or "float64".
-        compute_dtype: of activations and matrix products.
-        scales_loss: float16's gradients underflow without loss scaling; the others have float32's range.
-    """
+    """A precision policy; float16 scales the loss because its gradients underflow."""
 
     name: str
     compute_dtype: Any
@@ -39,9 +33,7 @@ POLICIES = {
 
 
 def get_policy(name: str) -> Policy:
-    """Looks up a policy.
-
-    float64 is for comparisons: a run on other devices, which sum in another order, then stays the same run.
+    """Looks up a policy; float64 is for comparing runs on devices that sum in different orders.
 
     Raises:
         UserError: the name is unknown; or it is float64, and JAX was started without x64.
@@ -60,8 +52,8 @@ def get_policy(name: str) -> Policy:
 class LossScale:
     """Dynamic loss scaling (arXiv:1710.03740), with the constants of torch's GradScaler.
 
-    A training step multiplies the loss by `scale`, takes the gradient, divides it by `scale` and, where a number of
-    it is not finite, keeps the old parameters, statistics and optimizer state and halves the scale:
+    A training step multiplies the loss by `scale`, divides the gradient by it and, if a gradient is not finite, keeps
+    the old parameters, statistics and optimizer state and halves the scale:
 
         loss_scale.scale_loss(loss)                            # inside the function that is differentiated
         gradients = loss_scale.unscale(gradients)
@@ -70,7 +62,7 @@ class LossScale:
         loss_scale = loss_scale.update(finite)
 
     Attributes:
-        scale: what the loss is multiplied by, a power of two: scaling and unscaling round nothing.
+        scale: a power of two, so that scaling and unscaling round nothing.
         good_steps: finite steps since the scale last changed.
         skipped_steps: steps skipped in the whole run.
     """
@@ -81,7 +73,7 @@ class LossScale:
 
     @classmethod
     def create(cls, initial: float = 2.0**16) -> "LossScale":
-        """Makes the scale before the first step."""
+        """Creates the scale for the first step."""
         nothing = jnp.zeros((), jnp.int32)
         return cls(scale=jnp.asarray(initial, jnp.float32), good_steps=nothing, skipped_steps=nothing)
 

@@ -15,7 +15,7 @@ from densenet_jax.training.integrity import DamagedCheckpointError, check_files,
 
 @contextlib.contextmanager
 def orbax_errors_only() -> Iterator[None]:
-    """Silences Orbax's warnings that a run is opened for reading or restored in part, which is intended."""
+    """Silences Orbax's warnings about partial and read-only restores, which are intended."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(max(level, logging.ERROR))
@@ -26,19 +26,15 @@ def orbax_errors_only() -> Iterator[None]:
 
 
 def read_saved_tree(path: str) -> dict[str, Any]:
-    """Shapes and dtypes of the state in the checkpoint at `path`; None for parts that were not saved."""
+    """Reads shapes and dtypes of the state in the checkpoint at `path`; None for parts that were not saved."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.metadata(os.path.join(path, "state")).item_metadata.tree
 
 
 def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
-    """Compares saved arrays with a model's by name and shape.
+    """Compares the names and shapes of saved arrays with a model's.
 
-    Args:
-        what: begins the message of an error.
-        saved: a tree of arrays or abstract arrays.
-        wanted: the model's.
-        advice: ends the message.
+    `what` begins the error message and `advice` ends it.
 
     Raises:
         UserError: they differ; the message names the first difference.
@@ -55,7 +51,7 @@ def check_same_shapes(what: str, saved: Any, wanted: Any, advice: str) -> None:
 
 
 def _newest_whole(directory: str, damaged: int) -> int | None:
-    """The newest other step whose files are what was written."""
+    """Finds the newest undamaged checkpoint other than `damaged`."""
     for step in reversed(finished_steps(directory)):
         with contextlib.suppress(DamagedCheckpointError):
             if step != damaged and check_files(os.path.join(directory, str(step))):
@@ -66,11 +62,9 @@ def _newest_whole(directory: str, damaged: int) -> int | None:
 def restore_variables(
     directory: str, step: int, sharding: jax.sharding.Sharding, averaged: bool = True
 ) -> dict[str, Any]:
-    """Restores the parameters and batch statistics saved at `step`, each laid out by `sharding`.
+    """Restores the parameters and batch statistics saved at `step` in `directory`, each laid out by `sharding`.
 
-    Args:
-        directory: the run's `checkpoints`.
-        averaged: take the moving average where the run keeps one.
+    If `averaged`, takes the moving average where the run keeps one.
 
     Raises:
         UserError: the checkpoint can't be read.

@@ -40,7 +40,7 @@ def make_schedule(
     start_divisor: float = 25.0,
     end_divisor: float = 1e4,
 ) -> Schedule:
-    """Builds a schedule by name; all lengths are in steps of the optimizer.
+    """Builds a schedule, step -> learning rate, by name; all lengths are in optimizer steps.
 
     Args:
         name: one of `SCHEDULES`:
@@ -48,7 +48,7 @@ def make_schedule(
             "multistep" drops at each milestone, counted from step 0, warmup included.
             "cosine" falls from `learning_rate` at the end of the warmup to `end_learning_rate` at `total_steps`
             (arXiv:1608.03983, one cycle).
-            "exponential" multiplies by `decay_factor` every `decay_steps` after the warmup, in one fall a
+            "exponential" multiplies by `decay_factor` every `decay_steps` after the warmup, in one fall per
             `decay_steps` where `staircase` and smoothly otherwise, and never goes below `end_learning_rate`.
             "cosine_restarts" is cosine over cycles of `cycle_steps`, `cycle_steps * cycle_multiplier`, ... after the
             warmup, each cycle's peak `cycle_decay` times the one before (arXiv:1608.03983).
@@ -59,24 +59,13 @@ def make_schedule(
         total_steps: steps of the whole training, warmup included.
         warmup_steps: steps W of linear warmup in front: the rate at step s < W lies s/W of the way from
             `warmup_learning_rate` to what the schedule starts with at step W.
-        warmup_learning_rate: the rate at step 0 of the warmup.
-        milestone_steps: multistep: the first step of each new rate, increasing.
-        milestone_rates: multistep: the rates themselves, the first equal to `learning_rate`; either one more than
+        milestone_steps: the first step of each new rate, increasing.
+        milestone_rates: the rates of multistep, the first equal to `learning_rate`; either one more than
             milestones, or as many, each then holding until its milestone and the last beyond it. (): each milestone
             multiplies the rate by `decay_factor`.
-        decay_factor: factor of one drop (multistep) or of `decay_steps` (exponential).
-        decay_steps: exponential: steps in which the rate falls by `decay_factor`.
-        staircase: exponential: falls only at whole multiples of `decay_steps`.
         end_learning_rate: floor of cosine, cosine_restarts and exponential.
-        cycle_steps: cosine_restarts: length of the first cycle.
-        cycle_multiplier: cosine_restarts: each cycle's length over the one before, 1 or more.
-        cycle_decay: cosine_restarts: each cycle's peak over the one before.
-        rise_fraction: one_cycle: share of the steps in which the rate rises, in (0, 1).
-        start_divisor: one_cycle: highest rate over first rate.
-        end_divisor: one_cycle: first rate over last rate.
-
-    Returns:
-        The schedule: step -> learning rate.
+        cycle_multiplier: 1 or more.
+        rise_fraction: in (0, 1).
 
     Raises:
         UserError: an unknown name, or values that contradict each other; the message names the key.
@@ -135,7 +124,7 @@ def _multistep_rates(
     factor: float,
     warmup_steps: int,
 ) -> list[float]:
-    """The rate of each stretch, one more than milestones; checks that all agree."""
+    """Returns the rate of each stretch, one more than milestones; checks that all agree."""
     if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
         raise UserError(f"config.optim.milestone_steps is {tuple(milestones)}; expected increasing steps.")
     if milestones and milestones[0] < max(warmup_steps, 1):

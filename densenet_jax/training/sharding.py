@@ -24,17 +24,17 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis over the devices."""
+    """Returns the sharding that splits the first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Puts the whole array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(mesh: Mesh) -> Layout:
-    """Splits large arrays over the devices along the longest axis that their number divides; replicates the others.
+    """Splits large arrays along the longest axis that the number of devices divides; replicates the others.
 
     Parameters and optimizer state then take 1/devices of the memory on each device (ZeRO, arXiv:1910.02054; PyTorch's
     FSDP). A step gathers the parameters where it uses them; see `gather`.
@@ -51,7 +51,7 @@ def spread(mesh: Mesh) -> Layout:
 
 
 def layout_of(name: str, mesh: Mesh) -> Layout:
-    """Makes the layout of a state from its setting, "replicated" or "fsdp"."""
+    """Returns the state layout for the setting "replicated" or "fsdp"."""
     return spread(mesh) if name == "fsdp" else lambda _: replicated(mesh)
 
 
@@ -78,13 +78,13 @@ def check_divides(key: str, global_batch_size: int, count: int) -> None:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's share of a global batch onto its devices; the arrays returned are global."""
+    """Puts this process's share of a global batch onto its devices; returns global arrays."""
     sharding = over_data(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def with_sharding(abstract: Any, sharding: NamedSharding | Layout) -> Any:
-    """Adds to a tree of shapes and dtypes where each leaf is to lie."""
+    """Adds each leaf's sharding to a tree of shapes and dtypes."""
 
     def laid_out(leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,4 +1,4 @@
-"""The state of a training run: described abstractly first, then made where it will live."""
+"""The training state: described abstractly first, then created where it will live."""
 
 import dataclasses
 from typing import Any
@@ -45,8 +45,7 @@ class StateRecipe:
     Attributes:
         model: called as `model.init(key, images, train=False)`.
         image_shape: height, width and channels of training images.
-        averages: keep a moving average of parameters and batch statistics.
-        scales_loss: keep a loss scale.
+        averages: whether to keep a moving average of parameters and batch statistics.
     """
 
     model: nn.Module
@@ -62,7 +61,7 @@ class StateRecipe:
         return self.model.init(step_key(self.seed, Purpose.INIT, 0), images, train=False)
 
     def start_from(self, variables: Any) -> TrainState:
-        """Makes the state before the first step of `variables`, {"params", "batch_stats"}."""
+        """Makes the initial state from `variables`, {"params", "batch_stats"}."""
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -79,7 +78,7 @@ class StateRecipe:
         return with_sharding(jax.eval_shape(lambda: self.start_from(self.init_variables())), sharding)
 
     def create(self, sharding: NamedSharding | Layout, variables: Any = None) -> TrainState:
-        """Makes the state where `sharding` puts it, from `variables` if given."""
+        """Creates the state where `sharding` puts it, from `variables` if given."""
         given = () if variables is None else (variables,)
 
         def begin(*variables: Any) -> TrainState:

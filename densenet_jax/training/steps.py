@@ -33,11 +33,11 @@ class StepReport:
     """Figures of one step.
 
     Attributes:
-        sums: over its batch; under mixup, over the mixed examples.
+        sums: over the batch; under mixup, over the mixed examples.
         grad_norm: before clipping, 0 in a skipped step; shows a fault a step before the loss does.
         skipped: 1 if the step changed nothing because a scaled gradient was not finite.
-        faulty_gradients: one flag for each parameter, True if its gradient is not finite.
-        faulty_statistics: one flag for each running statistic.
+        faulty_gradients: one flag per parameter, True if its gradient is not finite.
+        faulty_statistics: one flag per running statistic.
     """
 
     sums: ClassificationSums
@@ -51,17 +51,14 @@ class StepReport:
 class TrainStep:
     """`step(state, batch) -> (state, report)`, to be jitted with the state donated.
 
-    The batch has "image" uint8 [b, h, w, c] and "label" int32 [b]. It is the global batch, however many devices it is
-    spread over: batch norm's statistics are over all of it (or over the model's groups), and the compiler inserts
-    the collectives.
+    The batch has "image" uint8 [b, h, w, c] and "label" int32 [b] and is global: batch norm's statistics are over all
+    of it (or over the model's groups), and the compiler inserts the collectives.
 
     Attributes:
         model: called as `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=...)`.
-        optimizer: any optax transformation.
-        augment: makes the model's inputs and targets of a batch's images and labels.
+        augment: makes model inputs and targets from a batch's images and labels.
         seed: the run's seed, for dropout.
         label_smoothing: share of the target spread evenly over all classes.
-        microbatches: number of parts in which the batch is computed, one after the other.
         average_decay: kept share of the moving average; unused if the state has none.
         mesh: gathers the parameters of a state that is split over its devices; None if the state is replicated.
     """
@@ -76,7 +73,7 @@ class TrainStep:
     mesh: Mesh | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        """One step."""
+        """Runs one step."""
         images, targets = self.augment(batch["image"], batch["label"], state.step)
         gradients, batch_stats, (losses, logits) = accumulate_gradients(
             lambda *args: self._gradients(state.step, state.loss_scale, *args),

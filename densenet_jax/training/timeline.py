@@ -9,9 +9,7 @@ class Timeline:
     """The length of a run and its regular events, in steps done.
 
     Attributes:
-        examples: in the training split.
-        global_batch_size: examples a step.
-        epochs: passes over the split; fractions are allowed.
+        epochs: passes over the `examples` of the training split; fractions are allowed.
         eval_every_epochs: epochs between validations; there is one at the end as well.
         save_every_steps: steps between checkpoints; every validation saves as well.
         report_every_steps: steps between reports; the last step reports as well. 0: 50, in a short run fewer, so that
@@ -27,7 +25,7 @@ class Timeline:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps of one pass; a fraction, since a batch may span two passes."""
+        """Steps per epoch; a fraction, since a batch may span two epochs."""
         return self.examples / self.global_batch_size
 
     @property
@@ -36,12 +34,12 @@ class Timeline:
         return self.steps_of(self.epochs)
 
     def steps_of(self, epochs: float) -> int:
-        """The first step count at which `epochs` passes are complete."""
+        """Returns the first step count at which `epochs` passes are complete."""
         # Rounded first: 0.1 + 0.2 epochs must not become a step more than 0.3.
         return math.ceil(round(epochs * self.steps_per_epoch, 6))
 
     def epochs_done(self, step: int) -> float:
-        """Passes over the training split after `step` steps."""
+        """Returns the passes over the training split after `step` steps."""
         return step / self.steps_per_epoch
 
     def is_eval_step(self, step: int) -> bool:
