@@ -1,4 +1,4 @@
-"""Operations that one platform computes by a kernel and every other one by a reference in plain JAX.
+"""Defines operations that one platform computes by a kernel and every other one in plain JAX.
 
 The choice is made when a program is compiled: the kernel for a program of one device of its platform, or for what each
 of many does by itself (`jax.shard_map`); the reference for any other platform, for other programs over many devices
@@ -27,11 +27,8 @@ def define(
     """Makes a primitive with the shapes and results of its reference, a function of arrays and static keywords.
 
     Args:
-        name: of the primitive.
-        reference: computes it in plain JAX.
         lowering: a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
         platform: the one with the kernel, "cpu", "cuda" or "tpu".
-        multiple_results: the reference returns a tuple.
     """
     primitive = Primitive(f"densenet_{name}")
     primitive.multiple_results = multiple_results

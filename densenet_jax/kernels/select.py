@@ -28,10 +28,8 @@ class BlockShape(NamedTuple):
 
     Attributes:
         examples, height, width, channels: of its input.
-        layers: number of layers.
         bottleneck: channels after a layer's first convolution, 0 without a bottleneck.
         growth: channels that a layer adds.
-        drops: whether it has dropout.
     """
 
     examples: int
@@ -54,17 +52,12 @@ class BlockShape(NamedTuple):
         return self.channels + self.layers * self.growth
 
     def is_on_chip(self, dtype: Any, channels: int) -> bool:
-        """Whether a TPU's memory on the chip holds so many channels at all positions of all examples."""
+        """Whether a TPU's on-chip memory holds this many channels at all positions of all examples."""
         return self.rows * channels * jnp.dtype(dtype).itemsize <= _ON_CHIP_BYTES
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
     """Checks that the kernels asked for exist.
-
-    Args:
-        wanted: one of KERNELS_WANTED.
-        platform: "cpu", "gpu" or "tpu".
-        dtype: of activations.
 
     Raises:
         UserError: they don't exist for that platform or dtype.
@@ -93,11 +86,9 @@ def choose(
     wanted: str = "auto",
     devices: Sequence[Any] | None = None,
 ) -> Choice:
-    """Chooses what computes a dense layer's 1x1 convolution with its norms and their derivatives on a GPU.
+    """Chooses "pallas" or "xla" for a dense layer's 1x1 convolution with its norms on a GPU.
 
     Args:
-        platform: "cpu" or "gpu".
-        dtype: of activations.
         shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
         wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
         devices: that the program is for; None is JAX's own if it has one, else unknown.
@@ -125,14 +116,11 @@ def _are_measured(devices: Sequence[Any] | None) -> bool:
 def choose_layer_gradients(
     dtype: Any, block: BlockShape, wanted: str = "auto", devices: Sequence[Any] | None = None
 ) -> Choice:
-    """Chooses what computes the backward pass of a dense layer on a TPU.
+    """Chooses "pallas" or "xla" for the backward pass of a dense layer on a TPU.
 
     Args:
-        dtype: of activations.
-        block: as one device has it.
         wanted: "pallas" takes the kernels, on TPUs from v5 on, for blocks whose feature maps and gradients do not stay
             on the chip; "auto" does not take them: they were compiled for TPUs, never run on one.
-        devices: as for `choose`.
 
     Raises:
         UserError: "pallas" is wanted where there is none, on older chips, or for a number of examples that does not
@@ -169,10 +157,6 @@ def should_remat_bottleneck(dtype: Any, block: BlockShape) -> bool:
 
     It does where they do not stay on the chip and a layer reads, on average, no more channels than keeping its
     bottleneck would write and read: in the first block of the ImageNet networks, which has half of all bottlenecks.
-
-    Args:
-        dtype: of activations.
-        block: as one device has it.
     """
     mean_read = (block.channels + block.columns) / 2
     return not block.is_on_chip(dtype, block.layers * block.bottleneck) and mean_read <= 2 * block.bottleneck

@@ -24,12 +24,10 @@ def on_each_device(
     by_example: tuple[bool, ...],
     results: tuple[str, ...],
 ) -> Callable[..., Any]:
-    """Makes a function of arrays whose first axis are examples, or rows of them, run on each device for its own.
+    """Makes a function of arrays, divided along their first axis, run on each device for its own examples.
 
     Args:
-        function: of arrays and groups.
         mesh: has one axis, which divides the examples; None and a single device change nothing.
-        groups: of examples, in all.
         by_example: which operands are divided; the others are whole on every device.
         results: "example" is divided as well; "group" has a row for each group, "whole" is a sum over all examples.
     """

@@ -64,9 +64,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: None is the variant's own.
+        num_classes, batch_norm_epsilon: None is the variant's own.
         dtype: of activations and convolutions; statistics are float32 or wider.
-        param_dtype: of parameters.
         classifier_dropout: rate in [0, 1) between pooling and classifier.
         layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
         dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
@@ -76,14 +75,12 @@ def create_model(
             the last feature map (7 in the references) and take the mean of the windows' average and maximum; 0 is off.
         remat: recompute cheap intermediate values in the backward pass to save memory.
         batch_norm_momentum: share of the old running statistic that an update keeps.
-        batch_norm_epsilon: None is the variant's own.
         batch_norm_group_size: examples that share batch statistics; 0 is the whole batch.
         unbiased_running_variance: torch's n-1 estimate in the running variance.
         frozen_norms: regular expression of the scales ("params/norm0/scale") whose batch norms use their running
             statistics in training too, and leave them as they are; for fine-tuning with a frozen body.
         block_form: the implementation: "normalize_once" (`densenet_jax.models.fused`), "plain" (the readable
-            reference), or "normalize_once_tpu", "..._cpu", "..._gpu", for another platform than this; all are the same
-            function.
+            reference), or "normalize_once_tpu", "..._cpu", "..._gpu", for another platform; all are the same function.
         kernels: "pallas" trains dense blocks with the kernels for GPUs, or for TPUs from v5 on, the same function up to
             rounding; "xla" does without; "auto" takes them where they were measured to be faster, which is on Hopper
             GPUs, in evaluation as well (DenseNet only).

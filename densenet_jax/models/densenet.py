@@ -42,8 +42,6 @@ class BlockOptions:
     """Settings of a dense block and of the transition after it.
 
     Attributes:
-        norm: for every batch norm.
-        dtype: of activations and convolutions.
         dropout_rate: after convolutions, in training only.
         dropout_every_convolution: as in the paper; otherwise after a layer's last convolution only.
         remat: keep only convolution outputs for the backward pass and recompute the rest (1707.06990).
@@ -62,7 +60,7 @@ def concatenate(features: Sequence[Array]) -> Float[Array, "b h w c"]:
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 3x3 convolution; with a bottleneck, norm, ReLU, 1x1 convolution before (section 3).
+    """Norm, ReLU and 3x3 convolution, behind norm, ReLU and 1x1 convolution if there is a bottleneck (section 3).
 
     Parameters norm1, conv1 and, with a bottleneck, norm2, conv2.
     """
@@ -94,8 +92,6 @@ class DenseLayer(nn.Module):
 
         Args:
             features: the block's input and the earlier layers' outputs, each float[b, h, w, *].
-            train: normalize by batch statistics and update the running ones.
-            key: for dropout; None switches it off.
         """
         rate = self.options.dropout_rate
         x = self.conv1(jax.nn.relu(self.norm1(concatenate(features), train)))
@@ -125,9 +121,6 @@ class Plain:
 
         Args:
             layers: convolutions with their norms; without a norm, a convolution is the whole stem (CIFAR).
-            x: images.
-            train: normalize by batch statistics and update the running ones.
-            activation: after each norm.
             blur: pool at stride 1, then blur at stride 2.
         """
         for convolution, norm in layers:
@@ -148,15 +141,7 @@ class Plain:
         key: Array | None,
         options: BlockOptions,
     ) -> FeatureMap:
-        """Concatenates the input and the output of every layer, each of which reads everything before it.
-
-        Args:
-            layers: of the block.
-            x: the block's input.
-            train: normalize by batch statistics and update the running ones.
-            key: for dropout; None switches it off.
-            options: the layers' options.
-        """
+        """Concatenates the input and the output of every layer, each of which reads everything before it."""
         features: tuple[Array, ...] = (x,)
         for index, layer in enumerate(layers):
             features = (*features, layer(features, train, fold_key(key, index)))
@@ -243,14 +228,11 @@ class DenseNet(nn.Module):
     transition{i}/..., norm5, classifier.
 
     Attributes:
-        layer_dropout: rate after convolutions, in training.
         dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense
             layer's last.
         output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's
             stride to its feature map (raw block outputs; the last one after norm and ReLU).
         remat: recompute cheap intermediate values in the backward pass to save memory (1707.06990).
-        dtype: of activations.
-        implementation: computes stem, dense blocks and transitions.
     """
 
     growth_rate: int = 32

@@ -1,8 +1,8 @@
 """Translates the names that other programs give a DenseNet's weights into torchvision's, which ours mirror.
 
 Read: torchvision and timm, today's spelling and the old one; the prefixes of wrappers (`module.`, `_orig_mod.`, ...);
-torchxrayvision; MONAI's 2-D networks; Keras's applications; PaddleClas. What none of the rules knows keeps its name, so
-that it is reported as left over.
+torchxrayvision; MONAI's 2-D networks; Keras's applications; PaddleClas. A name that no rule
+knows stays, and is reported as left over.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def modern_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translate(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames and lays out the arrays of any program listed above as PyTorch's.
+    """Renames and transposes the arrays of any program listed above to PyTorch's names and layout.
 
     Raises:
         UserError: two names are spellings of the same parameter.
@@ -73,7 +73,7 @@ def translate(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def common_prefix(names: list[str]) -> str:
-    """The dotted parts with which all names begin, as `student.`; "" where there is none."""
+    """Returns the dotted prefix that all names share, such as `student.`; "" without one."""
     parts = [name.split(".")[:-1] for name in names]
     count = 0
     while parts and all(len(part) > count and part[count] == parts[0][count] != "features" for part in parts):
@@ -82,7 +82,7 @@ def common_prefix(names: list[str]) -> str:
 
 
 def stem_of(state: Mapping[str, Any]) -> str:
-    """The name of the first convolution's kernel; "" where there is none."""
+    """Returns the name of the first convolution's kernel; "" without one."""
     return next((name for name in _STEMS if name in state and np.ndim(state[name]) == 4), "")
 
 
@@ -103,7 +103,7 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def from_keras(layers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """A state dict of the variables of each layer of Keras's DenseNet.
+    """Makes a state dict of the variables of each layer of Keras's DenseNet.
 
     Keras's epsilon is 1.001e-5; the difference is added to the variances, which gives the same function.
     """

@@ -70,7 +70,7 @@ class NormActivationConvolution(nn.Module):
         self.conv = Convolution(*shape, self.init_fan, *types)
 
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
-        """Normalizes, rectifies and convolves."""
+        """Computes the convolution of relu(norm(x))."""
         return checkpoint_name(self.conv(jax.nn.relu(self.bn(x, train))), SAVED_BY_REMAT)
 
 
@@ -92,7 +92,6 @@ class DualPathBlock(nn.Module):
     Attributes:
         kind: "proj" (projects both paths), "down" (likewise, at stride 2) or "normal".
         width: of the 1x1 and the 3x3 convolution.
-        dense_increment: feature maps added to the dense path.
         split_projection: the b-form.
     """
 
@@ -193,14 +192,7 @@ class Plain(densenet.Plain):
     """Computes stem and stages as the paper defines them."""
 
     def stage(self, blocks: Sequence[DualPathBlock], x: FeatureMap, train: bool, remat: bool) -> FeatureMap:
-        """Applies blocks one after the other.
-
-        Args:
-            blocks: of the stage; the first one has a projection.
-            x: both paths of the stage before, or the stem's output.
-            train: normalize by batch statistics and update the running ones.
-            remat: whether the blocks are rematerialized.
-        """
+        """Applies blocks one after the other; x is both paths of the stage before, or the stem's output."""
         values = x.raw(blocks[0].norm_options.epsilon)
         for block in blocks:
             values = block(values, train)
@@ -220,8 +212,6 @@ class DualPathNetwork(nn.Module):
         output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's
             stride to its feature map (raw stage outputs; the last one normalized and activated).
         remat: recompute norms and concatenations in the backward pass instead of storing them.
-        dtype: of activations.
-        implementation: computes stem and stages.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)

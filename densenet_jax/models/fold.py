@@ -32,14 +32,9 @@ _FOLLOWED_BY = (
 
 
 def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Makes the same network for inference only, with every batch norm folded in float64.
+    """Returns a copy of the network for inference only, with every batch norm folded in float64.
 
-    Args:
-        module: a model of `create_model`.
-        variables: its {"params", "batch_stats"}; left as they are.
-
-    Returns:
-        A module that can only evaluate, and its variables, {"params"} alone, in the parameters' dtypes.
+    Its variables, {"params"} alone, keep the parameters' dtypes; the given ones are left as they are.
     """
     options = module.norm_options
     params, stats = (traverse_util.flatten_dict(dict(variables[kind]), sep="/") for kind in ("params", "batch_stats"))

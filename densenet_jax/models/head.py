@@ -22,10 +22,7 @@ class HeadOptions:
 
     Attributes:
         dropout_rate: between pooling and classifier, in training.
-        test_time_pool_px: in evaluation, classify every window of that side in the last feature map and take the mean
-            of the windows' average and maximum (for inputs larger than those of training; 7 in the references); 0 is
-            off.
-        dtype: of the features.
+        test_time_pool_px: as for `create_model`; 0 is off.
     """
 
     num_classes: int

@@ -22,10 +22,9 @@ SAVED_BY_REMAT = "convolution"  # name of the values that rematerialization keep
 
 @dataclass(frozen=True)
 class NormOptions:
-    """How every batch norm of a network behaves.
+    """Settings of every batch norm of a network.
 
     Attributes:
-        epsilon: added to the variance.
         momentum: share of the old running statistic that an update keeps (0.9 is torch's 0.1).
         group_size: examples that share statistics in training; 0 is the whole batch.
         unbiased_running_variance: update the running variance with the n-1 estimate, as torch does.
@@ -201,7 +200,6 @@ class BatchNorm(nn.Module):
         """Updates the running statistics from a training step's; groups are averaged. None changes nothing.
 
         Args:
-            stats: of the norm's input.
             positions: values a channel in the whole batch.
         """
         if stats is None or self.is_initializing():
@@ -223,7 +221,7 @@ def convolve(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
-    """2-D convolution padded by the same number of zeros on every side (XLA's SAME pads stride 2 unevenly)."""
+    """Convolves in 2-D with the same zero padding on every side (XLA's SAME pads stride 2 unevenly)."""
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -263,7 +261,7 @@ class Convolution(nn.Module):
 
 
 def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool = False) -> Float[Array, "b h2 w2 c"]:
-    """3x3 maximum, padded by one on every side.
+    """Takes the maximum over 3x3 windows, padded by one on every side.
 
     With repeat_border the border is repeated and nothing is padded, for exporters that lose a pooling's padding. The
     result is the same to the bit: a window that reaches over the border holds the border already.
@@ -278,12 +276,12 @@ def max_pool(x: Float[Array, "b h w c"], stride: int = 2, *, repeat_border: bool
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """2x2 mean at stride 2; an odd last row or column is left out, as in the references."""
+    """Takes 2x2 means at stride 2; an odd last row or column is left out, as in the references."""
     return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
 
 
 def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """[1, 2, 1] x [1, 2, 1] / 16 at stride 2 over a border reflected by one (1904.11486)."""
+    """Blurs by [1, 2, 1] x [1, 2, 1] / 16 at stride 2 over a border reflected by one (1904.11486)."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     for axis in (1, 2):
         end = x.shape[axis] - 2
@@ -293,7 +291,7 @@ def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 def global_average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
-    """Mean over all positions, summed in float32 or wider, in x's dtype."""
+    """Returns the mean over all positions, summed in float32 or wider, in x's dtype."""
     return jnp.mean(x, axis=(1, 2), dtype=wide(x.dtype)).astype(x.dtype)
 
 

@@ -15,10 +15,6 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 
     Normalization, activation and pooling are not counted, as in the tables of the papers and of timm ("GMACs") and
     torchvision ("GFLOPS"). In a choice between branches the largest counts.
-
-    Args:
-        function: a function of arrays.
-        arguments: its arguments, arrays or `jax.ShapeDtypeStruct`s.
     """
     with plain_kernels():  # so that convolutions are XLA's
         return _count(jax.make_jaxpr(function)(*arguments).jaxpr)

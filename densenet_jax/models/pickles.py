@@ -106,7 +106,7 @@ class Tensor:
 
     @property
     def value(self) -> np.ndarray:
-        """A copy of the numbers.
+        """Copies the numbers into a NumPy array.
 
         Raises:
             ValueError: the view reaches beyond its storage.
@@ -199,10 +199,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> tuple[Any, list[str]]:
-    """The object in a .pth, .ckpt, .bin or .pdparams file, by whatever name.
+    """Reads the object in a .pth, .ckpt, .bin or .pdparams file, by whatever name.
 
-    Returns:
-        The object, and the names of the classes in it that stand in no table of this file.
+    Returns it with the names of the classes in it that are in no table of this file.
 
     Raises:
         UserError: the file is damaged, or of a kind that is not read.

@@ -57,10 +57,8 @@ def load_pretrained(
             HF_HUB_OFFLINE work as always. Nothing in a file is executed.
         num_classes: None keeps the file's head; any other count than the file's keeps the body and starts a new head as
             create_model draws it, and logs that it did.
-        param_dtype: of the parameters.
         channels: of the images, 1 to 64; None is the file's own. Weights for another number are adapted as timm does,
             which is logged.
-        head_seed: seed of a new head.
         average: "auto", "raw" or "average": which weights of a training checkpoint that holds raw and averaged ones;
             "auto" takes the averaged, which is logged.
         **architecture: the overrides that create_model was given, if any.
@@ -95,7 +93,7 @@ def load_pretrained(
 def _with_channels(
     state: dict[str, np.ndarray], wanted: int | None, usual: int, source: Any
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Returns the weights with a first convolution for `wanted` channels, and that number."""
+    """Adapts the first convolution to `wanted` channels; returns the weights and their channels."""
     if wanted is not None and not 1 <= wanted <= MAX_CHANNELS:
         raise UserError(f"channels={wanted}: expected 1 to {MAX_CHANNELS}")
     stem = stem_of(state)
@@ -212,11 +210,7 @@ def _check_fits(state: Mapping[str, np.ndarray], name: str) -> None:
 
 
 def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> dict[str, np.ndarray]:
-    """Reads the arrays of a hub id or a file, by the names that they have there.
-
-    Args:
-        source: as load_pretrained takes it.
-        average: likewise.
+    """Reads the arrays of a hub id or a file, by the names that they have there; arguments as for `load_pretrained`.
 
     Raises:
         UserError: no such source, no network, or the file is damaged or of another kind.

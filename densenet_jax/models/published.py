@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input.
+    """Preprocessing of a network's images.
 
     Attributes:
         mean, std: one number a channel, of inputs scaled to [0, 1].
@@ -34,7 +34,6 @@ class PublishedResult:
         top1, top5: per cent, of single-crop evaluation; top5 is None where it was not reported.
         source: paper and table, or the checkpoint's page.
         hub_id: the checkpoint on the Hugging Face hub, "" where no weights go with the figure.
-        preprocessing: how the images were prepared.
     """
 
     dataset: str

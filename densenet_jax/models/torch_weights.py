@@ -36,7 +36,7 @@ def torch_name(path: Path) -> str:
 
 
 def is_dual_path(paths: Mapping[Path, Any]) -> bool:
-    """Returns whether the leaves are a Dual Path Network's, whose classifier is a 1x1 convolution in PyTorch."""
+    """Whether the leaves are a Dual Path Network's, whose classifier is a 1x1 convolution in PyTorch."""
     return any(path[1] == "conv1_1" for path in paths)
 
 
@@ -74,13 +74,7 @@ def from_torch_array(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Makes a state dict that timm and torchvision load strictly.
-
-    Args:
-        variables: {"params", "batch_stats"} of a DenseNet or a Dual Path Network.
-
-    Returns:
-        Arrays by state-dict key, `num_batches_tracked` (zero) included.
+    """Makes a state dict that timm and torchvision load strictly, `num_batches_tracked` (zero) included.
 
     Raises:
         UserError: the variables are not those of one of our networks.
@@ -110,7 +104,6 @@ def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list
 
     Args:
         shapes: by today's names, without counters.
-        template: {"params", "batch_stats"} of arrays or shape structs.
     """
     leaves = flatten(template)
     dual_path = is_dual_path(leaves)
@@ -132,8 +125,6 @@ def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], ori
 
     Args:
         state: arrays by state-dict key, either spelling.
-        template: the model's variables, or their shape structs.
-        origin: what errors call the state dict.
 
     Raises:
         UserError: keys are missing, left over or of another shape (ten are listed, with both shapes), or values are not

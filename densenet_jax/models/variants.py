@@ -28,7 +28,6 @@ class DenseNetArchitecture:
         compression: the share of feature maps a transition keeps, in (0, 1].
         blur: where blur pooling replaces strided pooling: "none", "stem" or "all" (transitions too).
         init_fan: "fan_in" (torchvision) or "fan_out" (the paper's Torch code) of the He normal initializer.
-        epsilon: of every batch norm.
     """
 
     growth_rate: int = 32
@@ -50,13 +49,10 @@ class DualPathArchitecture:
         block_sizes: blocks in each of the four stages.
         dense_increments: feature maps that a block of each stage adds to the dense path.
         reduction_width: width of the grouped 3x3 convolution of the first stage (k_r); doubles each stage.
-        groups: of the 3x3 convolution.
-        stem_width: feature maps of the stem.
         small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
         split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
         activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
         init_fan: "fan_in" or "fan_out" of the He normal initializer.
-        epsilon: of every batch norm.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)
@@ -76,7 +72,6 @@ class Variant:
     """One row: a named network, how its input is prepared and its published accuracies.
 
     Attributes:
-        architecture: attributes of the module.
         parameter_count: trainable numbers, counted at num_classes classes and channels input channels.
     """
 

@@ -30,12 +30,11 @@ _NOT_WEIGHTS = {
 
 
 def read_arrays(path: Path, average: str = "auto") -> Arrays:
-    """The arrays of a .safetensors, PyTorch, Keras or Paddle file by the names that it gives them.
+    """Reads the arrays of a .safetensors, PyTorch, Keras or Paddle file by the names in it.
 
     Args:
-        path: the file.
-        average: what to take of a training checkpoint that holds raw and averaged weights: "auto" the averaged ones
-            where there are some, as timm does; "raw" or "average" insists.
+        average: for a training checkpoint with raw and averaged weights: "auto" takes the averaged ones where there
+            are some, as timm does; "raw" or "average" insists.
 
     Raises:
         UserError: the file is damaged, of an unknown kind, or does not hold what `average` asks for.
@@ -112,7 +111,7 @@ def write_keras(state: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def _keras_layers(file: Any) -> dict[str, list[np.ndarray]]:
-    """The variables of each layer by the layer's own name, which Keras 3 keeps as an attribute."""
+    """Collects each layer's variables under its own name, which Keras 3 keeps as an attribute."""
     layers: dict[str, list[np.ndarray]] = {}
     root = file.get("model_weights", file)
     if "layer_names" in root.attrs:  # Keras 2
@@ -184,7 +183,7 @@ def _read_pickled(path: Path, average: str) -> Arrays:
 
 
 def _choose_weights(path: Path, content: Any, average: str) -> Any:
-    """The state dict in a checkpoint, averaged or raw; reports in one line which, where there are both."""
+    """Picks the averaged or the raw state dict of a checkpoint; reports which, where there are both."""
     has_average = False
     while isinstance(content, Mapping):
         averaged, raw = (next((key for key in keys if _is_content(content.get(key))), "") for keys in (_AVERAGED, _RAW))

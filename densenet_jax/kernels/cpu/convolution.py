@@ -1,4 +1,4 @@
-"""Convolution on a CPU: a bilinear primitive whose outputs and gradients the compiled kernels compute.
+"""Convolution on a CPU: a bilinear primitive whose output and gradients the compiled kernels compute.
 
 A group of a Dual Path Network has 3 to 32 channels, less than a vector or two, so as many groups as fill one are taken
 together: one convolution by a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's
@@ -29,7 +29,7 @@ def plain_convolve(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
-    """2-D convolution by XLA, padded by the same number of zeros on every side."""
+    """Convolves in 2-D by XLA, with the same zero padding on every side."""
     return lax.conv_general_dilated(
         x,
         kernel,

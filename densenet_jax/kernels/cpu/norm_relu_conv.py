@@ -1,6 +1,6 @@
 """norm_relu_conv on a CPU: relu(scale * x_hat + bias), convolved, and its gradients, in one pass each.
 
-The compiled kernels normalize and rectify the few rows at hand on their way into the convolution, sum its output for
+The compiled kernels apply norm and ReLU to the few rows at hand on their way into the convolution, sum its output for
 the next batch norm, and mask, scale and sum a gradient's rows while they are in cache: only results go through memory.
 """
 
@@ -156,14 +156,10 @@ def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, g
 
 
 def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **options: Any) -> Any:
-    """Makes a lowering rule that calls a kernel.
+    """Makes a lowering rule that calls a kernel of `library._CALLS`.
 
-    Args:
-        call: a key of `library._CALLS`.
-        kernel: index of the convolution's kernel among the operands; None: it is the result, whose size is given, and
-            the last operand is the output's gradient.
-        transposed: whether the call takes a gradient, and so has no stride.
-        options: of the FFI rule.
+    kernel is the convolution kernel's index among the operands; None: it is the result, and the last operand the
+    output's gradient. A transposed call takes a gradient and has no stride.
     """
 
     def lowering(ctx: Any, *operands: Any, groups: int, size: int = 0, **strided: int) -> Any:

@@ -1,4 +1,4 @@
-"""Operations for which XLA's CPU backend calls the compiled kernels, and every other backend compiles plain JAX."""
+"""Defines operations that the CPU kernels compute on XLA's CPU backend, and plain JAX elsewhere."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ def define(
     """Makes a primitive that a kernel computes in a program of one CPU device, and its reference elsewhere.
 
     Args:
-        name: of the primitive.
-        reference: computes it in plain JAX.
         lowering: a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
-        multiple_results: the reference returns a tuple.
     """
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:

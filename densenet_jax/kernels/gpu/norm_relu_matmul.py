@@ -70,9 +70,6 @@ def norm_relu_matmul(
 
     Args:
         x: rows of positions, w >= c columns.
-        scale: of each channel.
-        bias: of each channel.
-        kernel: of the 1x1 convolution.
         shift: near y's means, so that its sums of squares do not cancel.
         groups: equal numbers of consecutive rows that are summed separately.
 

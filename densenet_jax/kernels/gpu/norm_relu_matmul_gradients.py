@@ -96,15 +96,12 @@ def add_gradients(
     *,
     groups: int = 1,
 ) -> Gradients:
-    """Computes the gradients of `norm_relu_matmul`'s y; that of x is added to what other layers gave.
+    """Computes the gradients of `norm_relu_matmul`'s y, and adds that of x to total, the gradient so far.
 
     On one GPU a kernel, which writes into total where it lies; anywhere else `plain_add_gradients`.
 
     Args:
-        total: the gradient of x so far.
         x: read in its first c columns.
-        scale: of each channel.
-        bias: of each channel.
         kernel: of the 1x1 convolution; o is at most MOST_OUTPUTS for the kernel.
         gradient: of y, in x's dtype.
         groups: equal numbers of consecutive rows that scale's and bias's gradients are wanted for.
@@ -211,11 +208,7 @@ def _masked_products(
 
 
 def _most_ranges(rows: int, outputs: int, blocks: int) -> int:
-    """Returns how many ranges fill the chip, limited so that what they write stays as small as x itself.
-
-    A range writes 8 bytes for each channel and output, x has 2 for each row and channel: with rows / (8 * outputs)
-    ranges, written and read again, those are as much.
-    """
+    """Returns how many ranges fill the chip, limited so that writing and reading their sums moves no more than x."""
     return max(1, min(pl.cdiv(_PROGRAMS, blocks), rows // (8 * outputs)))
 
 

@@ -45,9 +45,7 @@ class RowRanges:
     """Rows in equal groups, each cut into the same number of ranges of whole tiles; a group's last may be cut off.
 
     Attributes:
-        group_rows: rows of a group.
         range_rows: rows of a range, a multiple of the tile's.
-        ranges: in each group.
     """
 
     group_rows: int
@@ -80,9 +78,6 @@ def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = N
     Args:
         tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). A tile with
             more outputs has fewer rows and channels, to fit the chip's shared memory.
-        rows: of the operands.
-        outputs: likewise.
-        most_outputs: of a tile; None is all.
     """
     side = min(power_of_two(outputs), most_outputs or MOST_OUTPUTS)
     tile_rows, channels, warps, stages = next(sides for most, sides in tiles if most is None or rows <= most)

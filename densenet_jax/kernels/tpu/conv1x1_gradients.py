@@ -82,12 +82,7 @@ def conv1x1_gradients(
     On a TPU a kernel, where `fits` says so; anywhere else `plain_conv1x1_gradients`.
 
     Args:
-        total: the gradient of x so far.
         x: read in its first c columns.
-        scale: of each channel.
-        bias: of each channel.
-        kernel: of the 1x1 convolution.
-        masked: from `conv3x3_gradients`.
         coefficients: for each group of examples a, b, c with a * masked + b * output + c the output's gradient.
 
     Returns:

@@ -106,16 +106,8 @@ def conv3x3_gradients(
 
     Args:
         total: the gradient of a block's x_hat; columns start to start + k belong to the layer's output.
-        x: x_hat itself.
         coefficients: for each group of examples a, b, c with a * total + b * x + c the gradient of the convolution's
             output, in those columns.
-        bottleneck: the convolution's input before norm and ReLU.
-        mean: of the bottleneck, for each group.
-        rstd: 1 / its deviation.
-        scale: of each channel.
-        bias: of each channel.
-        kernel: of the convolution.
-        start: the first of the columns.
 
     Returns:
         The gradient before the ReLU, in x's dtype; the gradients of scale and bias for each group and of the kernel, in
@@ -139,7 +131,7 @@ def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: 
 
 
 def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) -> int:
-    """Returns what this many rows need, with the next ones on their way in and the last ones out."""
+    """Counts double-buffered operands and results, and sums."""
     a_row = width * LANES * jnp.dtype(dtype).itemsize
     maps = 2 * a_row * (2 * rows * outputs + 2 * (rows + 2) * new)
     sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * LANES)

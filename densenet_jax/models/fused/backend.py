@@ -39,17 +39,12 @@ class DenseLayer(NamedTuple):
 
 
 class SavedLayer(NamedTuple):
-    """What the backward pass of one layer needs.
+    """Inputs of the backward pass of one layer.
 
     Attributes:
-        layer: its parameters.
-        buffer: x_hat of the block.
-        norm: of all of the block's feature maps.
+        norm: of all of the block's feature maps, whose x_hat the buffer holds.
         sums: of the gradient of x_hat so far.
-        bottleneck: returns the first convolution's output, computed again if it was not kept.
-        bottleneck_norm: of that output.
-        dropout_rate: after convolutions.
-        dropout_keys: for the first convolution and for the second one.
+        bottleneck: returns the first convolution's output, recomputed if it was not kept.
     """
 
     layer: DenseLayer
@@ -63,7 +58,7 @@ class SavedLayer(NamedTuple):
 
     @property
     def channels(self) -> tuple[int, int]:
-        """First channel in the buffer of what the layer made, and the channel after its last."""
+        """First channel in the buffer of the layer's output, and the channel after its last."""
         start = self.layer.first.scale.shape[0]
         return start, start + (self.layer.second or self.layer.first).kernel.shape[-1]
 
@@ -78,8 +73,8 @@ class Backend:
         mesh: divides the batch where kernels compute; each device takes its own part.
         kernels: "auto", "xla", "pallas", or "interpret", which runs kernels step by step on any platform, for tests.
         remat_bottleneck: recompute the bottlenecks' outputs in the backward pass by default.
-        barrier_after_layer: compute all gradients of a layer before those of the next one; otherwise some may wait,
-            and what they are computed from is kept for so long.
+        barrier_after_layer: compute all gradients of a layer before those of the next one; waiting ones keep their
+            operands in memory.
         pool_in_conv: a transition averages in its convolution's kernel instead of before the convolution.
         in_place: kernels read the front of a buffer and add gradients into it where they lie.
     """
@@ -93,11 +88,6 @@ class Backend:
 
     def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
         """Returns the backend for one dense block, with kernels where they exist and are wanted.
-
-        Args:
-            shape: of the block, with all examples.
-            dtype: of activations.
-            group_size: examples that share statistics; 0 is all.
 
         Raises:
             UserError: kernels are wanted that do not exist for the platform, the shape or the dtype.
@@ -129,7 +119,7 @@ class Backend:
         return self.channels(buffer, 0, width)
 
     def finish_buffer(self, buffer: Buffer) -> Buffer:
-        """Called when a block has written its last feature maps."""
+        """Runs when a block has written its last feature maps."""
         return buffer
 
     # Convolutions.
@@ -180,10 +170,7 @@ class Backend:
         """Applies norm, scale and bias, ReLU and convolution to the first c channels of x.
 
         Args:
-            x: the feature map.
-            conv: for c channels.
             norm: makes x_hat of x; None: x is normalized already.
-            window: stride and groups of the convolution.
         """
         x = x[..., : conv.scale.shape[0]]
         activation = norm_relu(apply_norm(x, norm), conv.scale, conv.bias)
@@ -208,13 +195,8 @@ class Backend:
         """Computes `norm_relu_conv`, added to total, and the sum's statistics where a kernel gives them as well.
 
         Args:
-            x: the feature map.
-            conv: for its first channels.
             shift: near the sum's mean, for accurate statistics; None: none are wanted.
-            options: of the norm that the statistics are for.
-            norm: as for `norm_relu_conv`.
             total: added, in place where nothing else reads it; None is nothing.
-            window: as for `norm_relu_conv`; the default with a total.
         """
         del shift, options
         out = self.norm_relu_conv(x, conv, norm, window)
@@ -236,16 +218,7 @@ class Backend:
         norm: Normalization | None = None,
         window: Window = DENSE,
     ) -> Gradients:
-        """The derivative of `norm_relu_conv`.
-
-        Args:
-            x: the feature map.
-            conv: for its first channels.
-            gradient: of the output.
-            groups: of examples that scale and bias gradients are wanted for.
-            norm: as for `norm_relu_conv`.
-            window: likewise.
-        """
+        """Computes the gradients of `norm_relu_conv`; scale's and bias's have a row for each group of examples."""
         x = apply_norm(x, norm)
         if window == DENSE:
             return self._grads_before_relu(x, conv, gradient, groups)[1]
@@ -274,11 +247,7 @@ class Backend:
         groups: int,
         norm: Normalization | None = None,
     ) -> Gradients:
-        """Computes `norm_relu_conv_grads` and adds the gradient of x_hat to total's first c channels.
-
-        Returns:
-            The gradients, of which x is the sum, in total's dtype; it may lack the channels behind the first c.
-        """
+        """Adds the x_hat gradient of `norm_relu_conv_grads` to total's first c channels; later ones may be left out."""
         width = conv.scale.shape[0]
         grads = self.norm_relu_conv_grads(self.readable(buffer, width), conv, gradient, groups, norm)
         added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
@@ -296,15 +265,10 @@ class Backend:
         )
 
     def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
-        """The backward pass of one dense layer.
+        """Computes the backward pass of one dense layer from total, the gradient of x_hat by all that reads it later.
 
-        Args:
-            saved: from the forward pass.
-            total: the gradient of x_hat by everything that reads it after the layer.
-
-        Returns:
-            The gradients of the first convolution, of which x is total with the layer's part added, and the gradients
-            of the layer's parameters.
+        Returns the gradients of the first convolution, whose x is total with the layer's part added, and those of the
+        layer's parameters.
         """
         (first, second), groups = saved.layer, saved.norm.stats.mean.shape[0]
         gradient = self.grad_before_norm(total, saved.buffer, saved.norm, saved.sums, *saved.channels)
@@ -320,7 +284,7 @@ class Backend:
     def _second_conv_backward(
         self, saved: SavedLayer, conv: NormReluConv, gradient: Array
     ) -> tuple[Float[Array, "b h w o"], NormReluConv]:
-        """From the gradient of a layer's output to that of the first convolution's output."""
+        """Backpropagates from the layer's output to the first convolution's output."""
         assert saved.bottleneck is not None
         assert saved.bottleneck_norm is not None
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
@@ -342,11 +306,11 @@ class Backend:
         return layers.max_pool(x, stride)
 
     def max_pool_forward(self, x: Array) -> tuple[Float[Array, "b h2 w2 c"], Any]:
-        """Returns `max_pool` and what `max_pool_backward` needs besides x."""
+        """Returns `max_pool` and the residuals, besides x, for `max_pool_backward`."""
         return self.max_pool(x), None
 
     def max_pool_backward(self, x: Array, saved: Any, gradient: Array) -> Float[Array, "b h w c"]:
-        """The derivative of `max_pool`."""
+        """Computes the gradient of `max_pool`'s input."""
         del saved
         return jax.vjp(self.max_pool, x)[1](gradient)[0]
 

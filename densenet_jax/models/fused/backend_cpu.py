@@ -1,6 +1,6 @@
-"""The CPU's backend: compiled kernels read the front of a buffer, sum what they give and add gradients in place.
+"""The CPU backend: compiled kernels read the front of a buffer, sum their output and add gradients in place.
 
-Where the kernels were not built, or for operands that they do not know, XLA computes.
+XLA computes where the kernels were not built or don't support the operands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CpuBackend(Backend):
     in_place: ClassVar[bool] = True
 
     def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
-        """Refuses kernels that are not there for CPUs."""
+        """Checks that no Pallas kernels are wanted, which CPUs don't have."""
         check_wanted(self.kernels, "cpu", dtype)
         return self
 
@@ -56,7 +56,7 @@ class CpuBackend(Backend):
     def norm_relu_conv(
         self, x: Array, conv: NormReluConv, norm: Normalization | None = None, window: Window = DENSE
     ) -> Float[Array, "b h2 w2 o"]:
-        """Normalizes, rectifies and convolves in one pass."""
+        """Applies norm, ReLU and convolution in one pass."""
         x, norm = _apply_norm_of_groups(x, norm)
         if not cpu.is_usable(x, conv.kernel):
             return super().norm_relu_conv(x, conv, norm, window)
@@ -126,7 +126,7 @@ class CpuBackend(Backend):
 
 
 def _apply_norm_of_groups(x: Array, norm: Normalization | None) -> tuple[Array, Normalization | None]:
-    """Normalizes x if its examples have several norms, which the kernels don't know."""
+    """Normalizes x if its groups have norms of their own, which the kernels don't support."""
     if norm is None or norm.stats.mean.shape[0] == 1:
         return x, norm
     return norm.apply(x), None

@@ -1,4 +1,4 @@
-"""The GPU's backends: XLA's convolutions over an array a layer, or Pallas kernels over the front of one buffer.
+"""The GPU backends: XLA's convolutions over an array a layer, or Pallas kernels over the front of one buffer.
 
 Over a mesh the kernels compute each device's own examples; sums over the batch are added up over the devices.
 """
@@ -82,7 +82,7 @@ class GpuBackend(ListBuffers, ConvBackend):
         return super().convolve_stem(x, kernel, stride)
 
     def max_pool_forward(self, x: Array) -> tuple[Float[Array, "b h2 w2 c"], Array]:
-        """Returns the maxima and where they were."""
+        """Returns the maxima and their index in each window."""
         return max_pool_with_index(x)
 
     def max_pool_backward(self, x: Array, saved: Array, gradient: Array) -> Float[Array, "b h w c"]:

@@ -1,4 +1,4 @@
-"""The TPU's backend: XLA's products over one buffer, and Pallas kernels for a dense layer's backward pass.
+"""The TPU backend: XLA's products over one buffer, and Pallas kernels for a dense layer's backward pass.
 
 Over a mesh the kernels compute each device's own examples; sums over the batch are added up over the devices.
 """
@@ -33,7 +33,6 @@ class TpuBackend(Backend):
 
     Attributes:
         unwritten_buffers: buffers are not filled with zeros first.
-        layer_kernels: the backward pass of layers is by kernels.
     """
 
     unwritten_buffers: bool = False

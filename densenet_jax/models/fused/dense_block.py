@@ -39,10 +39,7 @@ class LayerNorms(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """Running means, about which batch statistics are computed; they change no result but its rounding.
-
-    None for feature maps whose norms are frozen, and for missing bottlenecks.
-    """
+    """Running means, about which statistics are summed for accuracy; None for frozen norms and missing bottlenecks."""
 
     inputs: Array | None
     bottlenecks: tuple[Array | None, ...]
@@ -50,7 +47,7 @@ class Shifts(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What is static: the block's options and what computes it."""
+    """Static configuration: the block's options and its backend."""
 
     options: BlockOptions
     backend: Backend
@@ -65,7 +62,7 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs; a bottleneck that is recomputed is None."""
+    """Values kept for the backward pass; a bottleneck that is recomputed is None."""
 
     buffer: Buffer
     stats: BatchStats
@@ -211,15 +208,7 @@ def _forward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block(config: Config, inputs: Array, layers: tuple[DenseLayer, ...], shifts: Shifts, key: Array | None) -> Outputs:
-    """Computes x_hat of all feature maps with all statistics, differentiable in inputs and layers.
-
-    Args:
-        config: what is static.
-        inputs: float[b, h, w, c], raw, in the dtype of the activations.
-        layers: the layers' arrays.
-        shifts: near the means.
-        key: for dropout.
-    """
+    """Computes x_hat of all feature maps and all statistics from raw inputs, differentiable in inputs and layers."""
     return _forward(config, inputs, layers, shifts, key)[0]
 
 

@@ -46,12 +46,10 @@ class Block(NamedTuple):
 
 
 class PerMap(NamedTuple):
-    """One thing for each feature map that a block makes: its running mean (None: frozen norms), or its statistics.
+    """One value for each feature map that a block makes: its running mean (None: frozen norms) or its statistics.
 
-    Attributes:
-        second, third: the inputs of those convolutions, before their norms.
-        residual: the residual sum after the block.
-        dense: what the block adds to the dense path; in the first block the shortcut's channels are among them.
+    second and third are for those convolutions' inputs, residual for the sum after the block, dense for the block's
+    addition to the dense path (in the first block, with the shortcut's channels).
     """
 
     second: tuple[Any, ...]
@@ -61,13 +59,7 @@ class PerMap(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What is static.
-
-    Attributes:
-        groups: of channels in the 3x3 convolutions.
-        stride: of the first block.
-        remat: keep x_hat of the two paths only and recompute each block's convolutions.
-    """
+    """Static configuration; stride is the first block's, remat keeps x_hat of the paths only."""
 
     norm: NormOptions
     groups: int
@@ -76,13 +68,13 @@ class Config(NamedTuple):
     backend: Backend
 
     def window(self, index: int) -> Window:
-        """Returns stride and groups of a block's second convolution; the first block's has the stage's stride."""
+        """Returns stride and groups of a block's second convolution."""
         return Window(1 if index else self.stride, self.groups)
 
     def normalization(
         self, stats: BatchStats, shift: Array | None, grad_stats: BatchStats | None = None
     ) -> Normalization:
-        """Returns how a feature map became x_hat."""
+        """Returns the normalization that made x_hat of a feature map."""
         return Normalization(stats, None if shift is None else self.norm.epsilon, grad_stats)
 
 
@@ -95,7 +87,7 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs; second and third, outputs of convolutions, are None under remat."""
+    """Values kept for the backward pass; second and third, outputs of convolutions, are None under remat."""
 
     inputs: Array
     residual: tuple[Array, ...]
@@ -118,7 +110,7 @@ def _dense_ends(blocks: Sequence[Block]) -> list[int]:
 def _block_inputs(
     config: Config, inputs: Array, residual: Array | None, dense: Buffer, width: int
 ) -> tuple[Array, ...]:
-    """Returns what a block reads: the stage's input, or the residual sum before it and the dense path so far."""
+    """Returns a block's inputs: the stage's, or the residual sum before it and the dense path so far."""
     if residual is None:
         return (inputs,)
     if isinstance(dense, tuple):
@@ -221,7 +213,7 @@ def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[A
 def _body_backward(
     config: Config, saved: Residuals, index: int, parts: Sequence[Array], gradients: tuple[Array, Array]
 ) -> tuple[Array, NormReluConv, SplitConv]:
-    """From what a block adds to the two paths to the output of its first convolution."""
+    """Backpropagates from a block's part of the two paths to the output of its first convolution."""
     block, backend = saved.blocks[index], config.backend
     second_norm = _second_norm(config, saved, index)
     third_norm = config.normalization(saved.stats.third[index], saved.shifts.third[index])
@@ -240,7 +232,7 @@ def _body_backward(
 def _first_backward(
     config: Config, saved: Residuals, index: int, end: int, gradient: Array, carry: _Carry
 ) -> tuple[_Carry, SplitConv]:
-    """From the output of a later block's first convolution to the two paths before the block."""
+    """Backpropagates from the output of a later block's first convolution to the paths before it."""
     conv = saved.blocks[index].first
     x_hat, stats = saved.residual[index - 1], saved.stats.residual[index - 1]
     width = x_hat.shape[-1]
@@ -264,7 +256,7 @@ def _first_backward(
 def _entry_backward(
     config: Config, saved: Residuals, gradient: Array, shortcut: Array
 ) -> tuple[Array, SplitConv, NormReluConv | None]:
-    """From the outputs of the first block's first convolution and of its shortcut to the stage's input."""
+    """Backpropagates from the first block's first convolution and shortcut to the stage's input."""
     block, inputs, backend = saved.blocks[0], saved.inputs, config.backend
     assert block.projection is not None
     grads = split_conv_grads((inputs,), block.first, (gradient,), 1, backend)

@@ -1,4 +1,4 @@
-"""Normalizing a feature map once, and the derivative of that."""
+"""Normalizes a feature map once: the forward pass and its derivative."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ Sums = tuple[Array, Array]  # each float[g, c], over a group of examples: of a g
 
 
 class Normalization(NamedTuple):
-    """How feature maps x became x_hat.
+    """The normalization that made x_hat of feature maps x.
 
     Attributes:
-        stats: of x.
         epsilon: of the norm; None: the norm is frozen and x_hat is x.
         grad_stats: the gradients of stats, where something else reads them.
     """
@@ -33,15 +32,10 @@ class Normalization(NamedTuple):
     def gradient(
         self, gradient: Float[Array, "b h w c"], x_hat: Float[Array, "b h w c"], sums: Sums
     ) -> Float[Array, "b h w c"]:
-        """Returns the gradient of x: rstd * (g - mean(g) - x_hat * mean(g * x_hat)), plus what comes by the statistics.
+        """Returns the gradient of x: rstd * (g - mean(g) - x_hat * mean(g * x_hat)), plus that through the statistics.
 
-        Args:
-            gradient: g, of x_hat.
-            x_hat: the normalized feature map.
-            sums: of g and of g * x_hat, over each group of examples.
-
-        Returns:
-            The gradient in x_hat's dtype, computed in float32 or wider.
+        g is the gradient of x_hat, sums are of g and of g * x_hat over each group of examples. The result is
+        computed in float32 or wider, in x_hat's dtype.
         """
         if self.epsilon is None:
             return gradient.astype(x_hat.dtype)
@@ -53,12 +47,7 @@ class Normalization(NamedTuple):
         return grad_x.astype(x_hat.dtype)
 
     def gradient_factors(self, sums: Sums, count: int) -> Float[Array, "g 3 c"]:
-        """Returns coefficients a, b, c with gradient(g, x_hat) == a * g + b * x_hat + c.
-
-        Args:
-            sums: as for `gradient`.
-            count: positions of a group's examples.
-        """
+        """Returns a, b, c with gradient(g, x_hat) == a * g + b * x_hat + c; count is a group's positions."""
         if self.epsilon is None:
             one = jnp.ones_like(sums[0])
             return jnp.stack((one, 0 * one, 0 * one), axis=1)
@@ -93,14 +82,10 @@ class Normalization(NamedTuple):
 def normalization_of(
     x: Float[Array, "b h w c"], options: NormOptions, shift: Array | None, stats: BatchStats | None = None
 ) -> Normalization:
-    """Computes how x becomes x_hat.
+    """Computes the normalization of x, from its statistics where they are known.
 
     Args:
-        x: the feature map.
-        options: of its norms.
-        shift: float[c] near the mean, for accurate statistics; None: the norms are frozen and x_hat is x, with
-            statistics that leave it alone.
-        stats: of x, where they are known.
+        shift: float[c] near the mean, for accurate statistics; None: the norms are frozen and x_hat is x.
     """
     if shift is None:
         dtype = wide(x.dtype)

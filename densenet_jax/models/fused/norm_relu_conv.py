@@ -1,4 +1,4 @@
-"""relu(scale * x_hat + bias), convolved: its operands, its gradients and the arithmetic that every backend shares.
+"""relu(scale * x_hat + bias), convolved: its operands, its gradients and the operations that backends share.
 
 The gradients recompute the ReLU's output instead of storing it. The sums over the batch that a batch norm's derivative
 needs, of the gradient of x_hat and of that times x_hat, follow from the gradients of bias and scale.
@@ -26,12 +26,7 @@ class NormReluConv(NamedTuple):
 
 
 class Window(NamedTuple):
-    """How a convolution goes over a feature map.
-
-    Attributes:
-        stride: in both directions.
-        channel_groups: of a grouped convolution.
-    """
+    """Stride and channel groups of a convolution."""
 
     stride: int = 1
     channel_groups: int = 1
@@ -46,7 +41,6 @@ class Gradients(NamedTuple):
     Attributes:
         x: float[b, h, w, c], of x_hat.
         scale, bias: float[g, c], a row for each group of examples; the parameter's gradient is the sum over rows.
-        kernel: shaped like the kernel.
     """
 
     x: Array

@@ -1,4 +1,4 @@
-"""Norm and ReLU together with the pooling behind them, with derivatives that keep nothing of the full size.
+"""Computes norm, ReLU and the pooling behind them, with derivatives that keep nothing of the full size.
 
 A DenseNet pools twice right behind a norm's ReLU: by maximum in the stem, by average in the transitions.
 
@@ -83,7 +83,7 @@ def _norm_relu_gradients(
 
 
 def _pooling_kernel(kernel: Array) -> Float[Array, "2 2 c o"]:
-    """Makes the 2x2 kernel that averages and convolves at once: four times the products, nothing stored between."""
+    """Makes the 2x2 kernel that averages and convolves at once: four times the products, no intermediate."""
     return jnp.tile(kernel * 0.25, (2, 2, 1, 1))
 
 
@@ -116,15 +116,7 @@ _conv_with_pool.defvjp(_conv_with_pool_forward, _conv_with_pool_backward)
 def conv_norm_relu_max_pool(
     convolution: Convolution, norm: BatchNorm, x: Float[Array, "b h w c"], train: bool, backend: Backend
 ) -> Float[Array, "b h2 w2 o"]:
-    """Computes max_pool(relu(norm(convolution(x)))), the maximum first.
-
-    Args:
-        convolution: a bound module.
-        norm: likewise.
-        x: images.
-        train: normalize by batch statistics and update the running ones.
-        backend: computes.
-    """
+    """Computes max_pool(relu(norm(convolution(x)))), the maximum first."""
     x, kernel = x.astype(convolution.dtype), convolution.kernel
     if norm.options.folded:  # whose scale is the kernel's
         y = backend.convolve_stem(x, kernel, convolution.stride)
@@ -213,7 +205,7 @@ def max_pool_with_index(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 
 def max_pool_gradient(
     index: Int8[Array, "b h2 w2 c"], gradient: Float[Array, "b h2 w2 c"], height: int, width: int
 ) -> Float[Array, "b h w c"]:
-    """Returns the gradient of what was pooled, of that size, in the gradient's dtype.
+    """Returns the gradient of the pooled feature map, height x width, in the gradient's dtype.
 
     Along each side an even position lies in the middle of one window, an odd one at the end of a window and at the
     start of the next.

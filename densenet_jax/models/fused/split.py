@@ -1,4 +1,4 @@
-"""`norm_relu_conv` of a feature map that lies in parts, by several 1x1 kernels behind one scale and bias.
+"""norm_relu_conv of a feature map in several parts, by several 1x1 kernels behind one scale and bias.
 
 A product over concatenated channels is the sum of the products over the parts, so nothing has to be concatenated; and
 outputs that go different ways come from kernels of their own, so nothing has to be taken apart.
@@ -39,7 +39,6 @@ class SplitGradients(NamedTuple):
     Attributes:
         x: float[b, h, w, *] of the channels read of each part.
         scale, bias: float[g, c], a row for each group of examples.
-        kernels: shaped like the kernels.
     """
 
     x: tuple[Array, ...]
@@ -53,12 +52,7 @@ class SplitGradients(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where an output goes.
-
-    Attributes:
-        total: added to the output.
-        shift: near the sum's mean, for its statistics; None: none are wanted.
-    """
+    """An output's summand, and a shift near the sum's mean for its statistics (None: no statistics)."""
 
     total: Array | None = None
     shift: Array | None = None
@@ -82,16 +76,7 @@ def split_conv(
     backend: Backend,
     norm: Normalization | None = None,
 ) -> tuple[tuple[Float[Array, "b h w _"], BatchStats | None], ...]:
-    """Returns one output a kernel, and its statistics where they come with it.
-
-    Args:
-        parts: whose channels, one after the other, are the feature map.
-        conv: the parameters.
-        targets: one an output.
-        options: of the norms that the statistics are for.
-        backend: computes.
-        norm: makes x_hat of the feature map, which has one part then; None: it is normalized already.
-    """
+    """Returns an output for each kernel, with its statistics if the backend has them; with a norm there is one part."""
     pieces = list(_split(parts, conv))
     outputs = []
     for number, (total, shift) in enumerate(targets):
@@ -114,15 +99,9 @@ def split_conv_grads(
     norm: Normalization | None = None,
     totals: Sequence[Array | None] = (None, None),
 ) -> SplitGradients:
-    """The derivative of `split_conv`.
+    """Computes the gradients of `split_conv`.
 
     Args:
-        parts: as for `split_conv`.
-        conv: the parameters.
-        gradients: of each output.
-        groups: of examples that scale and bias gradients are wanted for.
-        backend: computes.
-        norm: as for `split_conv`.
         totals: added to the gradients of each part's channels, in place where nothing else reads them; for one kernel,
             or where the backend computes in place.
     """
