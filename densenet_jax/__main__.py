@@ -14,8 +14,7 @@ import os
 import sys
 from typing import NoReturn
 
-# Before anything that loads XLA or TensorBoard: their notes are not for the person at the terminal, and XLA's errors
-# come as exceptions as well.
+# Set before XLA or TensorBoard load: their notes are not for the user, and XLA also raises its errors as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 

@@ -1,4 +1,4 @@
-"""The command line's words to one call of a mode, and a user's mistake to one line."""
+"""Turns the command line into one call of a mode, and a user's mistake into one line."""
 
 import difflib
 import os
@@ -19,18 +19,12 @@ from densenet_jax.predict.model import settings_of_run
 from densenet_jax.system.console import drop, print_status
 from densenet_jax.workdir import to_json
 
-# What absl, ml_collections and recipes raise.
+# Errors of absl, ml_collections and recipes.
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
 
 
 def parse(arguments: list[str]) -> tuple[Command, Any]:
-    """Reads the command line, and the recipe or the settings of the run in the work directory.
-
-    Args:
-        arguments: the program's name and the words after it.
-
-    Returns:
-        The command and its settings, which are not checked yet.
+    """Reads the command line, and the recipe or the settings of the run in the work directory; checks no values yet.
 
     Raises:
         UserError: there is a mistake in any of them.
@@ -44,7 +38,7 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
     try:
         config = recipes.load(recipe or Command.recipe)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[program, *words])
-        values.set_gnu_getopt(True)  # flags may follow --images *.jpg, of which the shell makes many words
+        values.set_gnu_getopt(True)  # flags may follow --images *.jpg, which the shell expands to many words
         left_over = values([program, *words])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in Command.flags()]
@@ -88,18 +82,14 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 
 def _cluster(command: Command) -> Cluster | None:
-    """The processes that this one belongs to; None in modes that are not for several."""
+    """Returns the processes that this one belongs to; None in modes for a single process."""
     if not MODES[command.mode].many_processes:
         return None
     return find_cluster(command.coordinator, command.num_processes, command.process_id)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one mode and returns the exit status.
-
-    Args:
-        arguments: the program's name and the words after it.
-    """
+    """Runs one mode and returns the exit status; `arguments` starts with the program's name."""
     try:
         command, config = parse(arguments)
         command.check_mode()
@@ -115,6 +105,6 @@ def main(arguments: list[str]) -> int:
     if processes.is_first():
         try:
             print(to_json(result), flush=True)
-        except (OSError, ValueError, AttributeError):  # nobody reads it any more: what it tells of is done all the same
+        except (OSError, ValueError, AttributeError):  # nobody reads it any more, but the work is done
             drop(sys.stdout)
     return 3 if result.get("refused") else 0

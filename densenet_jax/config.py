@@ -39,7 +39,7 @@ MAY_CHANGE_ON_RESUME = (
     "serve.",
 )
 
-_Rule = tuple[str, Callable[[Any], bool]]  # what is expected, check; a check that raises has found another type
+_Rule = tuple[str, Callable[[Any], bool]]  # expectation, check; a check that raises met another type
 _LARGEST = 3.4e38  # of float32
 
 
@@ -58,7 +58,7 @@ def _whole(low: int, high: int = 2**31 - 1, expected: str = "") -> _Rule:
 
 
 def _each(expected: str, accepts: Callable[[float], bool], count: int = 0) -> _Rule:
-    """For a tuple of numbers; `count` of them, 0: any."""
+    """Makes the rule for a tuple of `count` numbers (0: any number of them)."""
     right = _number("", accepts)[1]
     return expected, lambda value: len(value) in (count or len(value),) and all(map(right, value))
 
@@ -89,7 +89,7 @@ _BELOW_1 = _number("a share in [0, 1)", lambda value: 0 <= value < 1)
 _RATE = _number("a rate in [0, 1)", lambda value: 0 <= value < 1)
 _EPOCHS = _number("0 or more, at most a million", lambda value: 0 <= value <= 1e6)
 _STEPS = _whole(0)
-_SIDE = 2**14  # pixels: more than any image of a data set, less than what overflows
+_SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
 
 # In the order of configs/default.py.
 RULES: dict[str, _Rule] = {
@@ -239,7 +239,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """The known key that is written most like `name`, whole or by its last part, as the end of an error's sentence."""
+    """Returns the end of an error's sentence that names the known key most like `name`, whole or by its last part."""
 
     def likeness(key: str) -> float:
         own, last = name.split(".")[-1], key.split(".")[-1]
@@ -251,11 +251,10 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 
 def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
-    """One sentence for a flag that does not exist, with the flag or setting that was probably meant.
+    """Returns a sentence about a flag that does not exist, with the flag or setting that was probably meant.
 
     Args:
         name: the flag without its dashes.
-        flags: the flags that exist.
         known: settings with every valid key.
     """
     keys = [key for key, _ in flatten(known)]
@@ -269,7 +268,7 @@ def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.Conf
     return f"--{name} is not a flag{nearest(plain, keys, '--config.')}=VALUE."
 
 
-# What the flags' parsers raise, and what they mean.
+# Errors of the flags' parsers and their meaning.
 _EXPECTED_BY_PARSERS = {
     "invalid literal for int": "a whole number",
     "could not convert string to float": "a number",
@@ -279,12 +278,10 @@ _EXPECTED_BY_PARSERS = {
 
 
 def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
-    """One sentence for what absl, ml_collections or a recipe raised while the command line was read.
+    """Explains in a sentence an error that absl, ml_collections or a recipe raised on the command line.
 
     Args:
-        error: what was raised.
-        arguments: the command line.
-        known: settings with every valid key, to find the nearest one to a misspelt key.
+        known: settings with every valid key, to find the one nearest to a misspelled key.
     """
     if wrong := re.match(r"flag --(\S+?)=(.*?): (.*)", str(error), re.DOTALL):
         name, value, why = wrong.groups()
@@ -332,22 +329,16 @@ def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConf
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain, JSON-ready nested dictionaries; tuples become lists."""
+    """Converts the settings to plain, JSON-ready nested dictionaries; tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def differences(
     stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Settings that make `current` another run than `stored`, each as "config.key: stored -> current".
+    """Lists the settings that make `current` another run than `stored`, each as "config.key: stored -> current".
 
-    Settings that may change on resuming are left out. A setting that did not exist when `stored` was written counts
-    as its default.
-
-    Args:
-        stored: settings of an earlier run, nested.
-        current: those of this one.
-        defaults: every setting with its default, nested.
+    Leaves out settings that may change on resuming. A setting newer than `stored` counts as its value in `defaults`.
     """
     old, new = dict(flatten(defaults or {})) | dict(flatten(stored)), dict(flatten(current))
     return [

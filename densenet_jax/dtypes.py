@@ -1,4 +1,4 @@
-"""Which dtypes the arithmetic uses."""
+"""Chooses the dtypes to compute in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line's modes and flags: name, default, help and modes of each stand here and nowhere else."""
+"""The only table of modes and flags: their names, defaults and help, and the modes that take each flag."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from densenet_jax.errors import UserError
 
 
 class Mode(NamedTuple):
-    """What `--help` tells of a mode, and whether several processes can share it."""
+    """A mode: its `--help`, and whether several processes can share it."""
 
     help: str
     example: str
@@ -59,12 +59,10 @@ MODES: dict[str, Mode] = {
 
 
 def _flag(default: Any, text: str, *modes: str, **limits: Any) -> Any:
-    """A flag as a field of `Command`.
+    """Makes a flag as a field of `Command`, for the given modes or all.
 
     Args:
         default: its type is the flag's; () stands for a flag that may be repeated.
-        text: for --help.
-        *modes: those that have a use for it; none: all.
         **limits: "type" where the default is None, "choices", or "lower" and "upper".
     """
     return dataclasses.field(default=default, metadata={"help": text, "modes": modes, **limits})
@@ -72,9 +70,9 @@ def _flag(default: Any, text: str, *modes: str, **limits: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """The command line beside its resolved settings; each attribute with a help text is a flag of that name."""
+    """The command line and its resolved settings; each attribute with a help text is a flag of that name."""
 
-    recipe: str = "digits"  # as it was given; "": the settings are those of the run in the work directory
+    recipe: str = "digits"  # as given; "" takes the settings of the run in the work directory
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings changed, by "section.key"
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # every setting with its default, nested
     mode: str = _flag("train", "What to do; the first word of the command line does as well.", choices=tuple(MODES))
@@ -118,10 +116,10 @@ class Command:
         return (field for field in dataclasses.fields(Command) if "help" in field.metadata)
 
     def check_mode(self) -> None:
-        """Checks that no flag was given that means nothing in this mode.
+        """Checks that every flag given has a meaning in this mode.
 
         Raises:
-            UserError: one was.
+            UserError: one has none.
         """
         for flag in self.flags():
             value, modes = getattr(self, flag.name), flag.metadata["modes"]
@@ -160,7 +158,7 @@ def describe(mode: str = "") -> str:
 
 
 def _flag_lines(mode: str, indent: str = "  ") -> list[str]:
-    """A line for each flag of one mode alone; "": for those of all modes."""
+    """Returns a line for each flag of one mode alone, or with "" for those of all modes."""
     lines = []
     for flag in Command.flags():
         modes = flag.metadata["modes"]

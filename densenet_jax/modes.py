@@ -1,4 +1,4 @@
-"""What `--mode` names: each takes the checked settings and a work directory and returns the last line's figures."""
+"""The modes: each takes checked settings and a work directory and returns the figures of the last line."""
 
 import logging
 import os
@@ -42,10 +42,10 @@ Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not kno
 
 
 def _set_up_logging() -> None:
-    """Our warnings are said to the person at the terminal; of the libraries only errors are."""
+    """Prints our warnings, but only errors of the libraries."""
     for library in ("jax", "grain", "jax2onnx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    for library in ("absl", "asyncio", "orbax"):  # Orbax logs with many tracebacks what it raises as well
+    for library in ("absl", "asyncio", "orbax"):  # Orbax logs tracebacks of what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = without_late_answers
     logging.getLogger("jax._src.xla_bridge").addFilter(_tells_more_than_that_no_gpu_is_here)
@@ -55,7 +55,7 @@ def _set_up_logging() -> None:
 
 
 def _tells_more_than_that_no_gpu_is_here(record: logging.LogRecord) -> bool:
-    """Drops JAX's traceback at every start where the CUDA plugin is there for `--mode plan` alone."""
+    """Drops JAX's traceback at every start if the CUDA plugin is installed for `--mode plan` alone."""
     is_plugins = record.getMessage().startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage()
     return not is_plugins or has_nvidia()
 
@@ -66,10 +66,7 @@ class _Saying(logging.Handler):
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second start does not compile again.
-
-    The directory is $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache.
-    """
+    """Caches compiled programs in $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "densenet_jax", "compiled"))
@@ -81,7 +78,7 @@ def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     figures = train(experiment, workdir, command.defaults)
     try:
         report_run(experiment, workdir, command)
-    except Exception as error:  # the run is done and saved: whatever is wrong with its page may not fail it
+    except Exception as error:  # the run is done and saved: its page must not fail it
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         logger.warning("the report could not be written (%s); --mode report tries again.", why)
     return figures
@@ -134,7 +131,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Predicts the --images with a checkpoint of `workdir`, or with the weights that config.model.pretrained names."""
-    warnings.filterwarnings("ignore", module="PIL")  # about files that are odd; those that can't be read are named
+    warnings.filterwarnings("ignore", module="PIL")  # warnings about odd files; unreadable ones are reported by name
     config = _as_trained(config, workdir, command)
     options = PredictOptions(
         images=command.images,
@@ -149,7 +146,7 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
 
 
 def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Answers requests over REST and gRPC with what --mode predict would predict with, until it is stopped."""
+    """Answers requests over REST and gRPC with the predictions of --mode predict, until it is stopped."""
     warnings.filterwarnings("ignore", module="PIL")
     check_installed()
     address = Address(command.host, command.port, command.grpc_port)
@@ -163,7 +160,7 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
 
 
 def _as_trained(config: Config, workdir: str, command: Command) -> Config:
-    """The settings of the run in `workdir` with the command line's changes; the given ones for pretrained weights."""
+    """Returns the settings of the run in `workdir` with the command line's changes; `config` for pretrained weights."""
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         return config
     return settings_of_run(workdir, command.overrides, command.defaults)
@@ -219,14 +216,14 @@ def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 
 def plan_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Compiles the step for the chips that --topology names, which need not be there, and tells what it costs."""
+    """Compiles the step for the chips of --topology, which need not be there, and reports its costs."""
     del workdir
-    jax.config.update("jax_platforms", "cpu")  # nothing is run, and chips that are here stay free
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and chips of this machine stay free
     return plan(config, command.topology)
 
 
 def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
-    """Prints the model's parameters as a table, and what one image costs."""
+    """Prints the model's parameters as a table, and the cost of one image."""
     del workdir, command
     table, figures = parameter_table(Experiment(config))
     print_status(table)
@@ -246,7 +243,7 @@ FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "report": report_mode,
     "serve": serve_mode,
 }
-# Settings in which hosts may differ: where data lie and how they are read.
+# Settings in which hosts may differ: where data are and how they are read.
 _OF_THE_HOST = ("data.dir", "data.reader_threads", "data.prefetch_batches")
 
 

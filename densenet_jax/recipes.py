@@ -1,4 +1,4 @@
-"""Finds and loads recipes: those of configs/, by name from any directory, and Python files of the user's own."""
+"""Finds and loads recipes: those of configs/ by name from any directory, and the user's own Python files."""
 
 import ast
 import difflib
@@ -16,7 +16,7 @@ _PACKAGE = pathlib.Path(__file__).parent
 
 
 def directory() -> pathlib.Path:
-    """Returns where the shipped recipes are: configs/ of a checkout, or its copy inside of the installed package."""
+    """Returns the folder of the shipped recipes: configs/ of a checkout, or its copy inside the installed package."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
@@ -36,11 +36,7 @@ def describe() -> str:
 
 
 def split_off(words: list[str]) -> tuple[str, list[str]]:
-    """Takes --config out of a command line.
-
-    Returns:
-        The recipe, "" where none is named, and the other words.
-    """
+    """Splits a command line into the recipe of --config ("" if none) and the other words."""
     for place, word in enumerate(words):
         if word in ("--config", "-config") and place + 1 < len(words):
             return words[place + 1], [*words[:place], *words[place + 2 :]]
@@ -50,10 +46,10 @@ def split_off(words: list[str]) -> tuple[str, list[str]]:
 
 
 def load(recipe: str) -> Any:
-    """Returns the locked settings of a recipe; what follows a colon is given to its `get_config`.
+    """Returns the locked settings of a recipe; text after a colon is passed to its `get_config`.
 
     Args:
-        recipe: the name of a shipped one, or a path; configs/NAME.py means the shipped one where there is no such file.
+        recipe: name of a shipped one, or a path; configs/NAME.py means the shipped one if there is no such file.
 
     Raises:
         UserError: there is no such recipe, or it is not one.
@@ -74,7 +70,7 @@ def defaults() -> Any:
 
 
 def workdir_of(recipe: str) -> str:
-    """Returns the work directory of a run that names none."""
+    """Returns the default work directory of a recipe."""
     return os.path.join("runs", pathlib.Path(recipe.partition(":")[0]).stem)
 
 
@@ -105,7 +101,7 @@ def _module(path: pathlib.Path) -> ModuleType:
 
 
 def _register_configs() -> None:
-    """Lets recipes say `from configs import default`, wherever they and the shipped ones are."""
+    """Lets recipes write `from configs import default`, wherever they and the shipped ones are."""
     here = str(directory())
     package = sys.modules.get("configs")
     if package is not None and here in map(os.path.abspath, package.__path__):

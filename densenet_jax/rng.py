@@ -7,7 +7,7 @@ from jaxtyping import Array, Int, Key
 
 
 class Purpose(enum.IntEnum):
-    """What a random number is for. The numbers are part of a run's identity: never reuse or reorder them."""
+    """Uses of random numbers. The values are part of a run's identity: never reuse or reorder them."""
 
     INIT = 0
     DROPOUT = 1
@@ -20,10 +20,10 @@ class Purpose(enum.IntEnum):
 
 
 def step_key(seed: int, purpose: Purpose, step: Int[Array, ""] | int) -> Key[Array, ""]:
-    """The key of one purpose at one step of the run that `seed` names."""
+    """Makes the key of one purpose at one step of the run with this seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(purpose)), step)
 
 
 def example_keys(key: Key[Array, ""], count: int) -> Key[Array, " b"]:
-    """One key for each example of a global batch, by its index there: the same on any number of devices."""
+    """Makes a key for each example of a global batch by its index there: equal on any number of devices."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.numpy.arange(count))

@@ -1,3 +1,3 @@
-"""The version, alone, so that packaging can read it without importing JAX."""
+"""Version in a file of its own, so that packaging can read it without importing JAX."""
 
 __version__ = "0.1.0"

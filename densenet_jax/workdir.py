@@ -1,4 +1,4 @@
-"""A run's directory: held by one run at a time, and by one set of settings for good."""
+"""Work directories: each held by one run at a time, and bound to one set of settings."""
 
 import contextlib
 import fcntl
@@ -29,7 +29,7 @@ def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
     """Holds the work directory for this run; the lock ends with process 0, however it ends.
 
     Yields:
-        A function that checks that the directory is still there and held; call it before something is saved.
+        A function that checks that the directory is still there and held; call it before saving.
 
     Raises:
         UserError: another run holds it, or the directory can't be made.
@@ -93,7 +93,7 @@ def _is_file_of(descriptor: int, path: str) -> bool:
 
 
 def started_from(workdir: str, pretrained: str) -> bool:
-    """Whether the run in `workdir` began with these pretrained weights, so that its checkpoints continue them."""
+    """Returns whether the run in `workdir` began with these pretrained weights, so its checkpoints continue them."""
     try:
         with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
             return json.load(file)["model"]["pretrained"] == pretrained
@@ -102,7 +102,7 @@ def started_from(workdir: str, pretrained: str) -> bool:
 
 
 def to_json(content: Any, **options: Any) -> str:
-    """Returns `content` as JSON by the standard, which knows neither NaN nor Infinity: these become null."""
+    """Returns `content` as standard JSON, which has no NaN and Infinity: these become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def to_json(content: Any, **options: Any) -> str:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes `content` so that the file is whole at every moment: to a neighbor first, then moved into place."""
+    """Writes `content` atomically: to a neighboring file first, then moved into place."""
     _write_whole(path, to_json(content, indent=2) + "\n")
 
 
@@ -129,7 +129,7 @@ def _write_whole(path: str, text: str) -> None:
 
 
 def labels_path(workdir: str) -> str:
-    """Where a run keeps the names of its classes, for whoever uses its checkpoints without the data set."""
+    """Returns the path of a run's class names, for users of its checkpoints without the data set."""
     return os.path.join(workdir, LABELS_FILE)
 
 
@@ -137,9 +137,7 @@ def write_labels(workdir: str, class_names: Sequence[str], *, keep_others: bool 
     """Writes the names of the classes into `workdir`, one a line.
 
     Args:
-        workdir: the run's directory.
-        class_names: one a class.
-        keep_others: leave names that somebody has put in their place, as long as they don't contradict.
+        keep_others: keep an existing file of other names if they don't contradict.
     """
     path = labels_path(workdir)
     if not processes.is_first():
@@ -153,7 +151,7 @@ def write_labels(workdir: str, class_names: Sequence[str], *, keep_others: bool 
 
 
 def read_settings(workdir: str) -> dict[str, Any]:
-    """The resolved settings of the run in `workdir`.
+    """Reads the resolved settings of the run in `workdir`.
 
     Raises:
         UserError: there is no run, or its `config.json` can't be read.
@@ -174,7 +172,7 @@ def read_settings(workdir: str) -> dict[str, Any]:
 
 
 def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
-    """Checks that the run in `workdir` was started with these settings; one that it does not know had its default.
+    """Checks that the run in `workdir` was started with these settings; settings newer than the run had their defaults.
 
     Raises:
         UserError: there is no run, or it has other settings (the message lists them).
@@ -187,10 +185,10 @@ def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None
 
 
 def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
-    """Writes the resolved settings into `workdir`, or checks that the run there was started with the same ones.
+    """Writes the resolved settings into `workdir`, or checks that the run there was started with equal ones.
 
-    A directory without a finished checkpoint holds nothing worth keeping and is taken over by other settings. Of
-    several processes the first one writes; the others see whether they share the directory with it.
+    A directory without a finished checkpoint holds nothing worth keeping and is taken over by other settings. Process 0
+    writes; the others check whether they share the directory with it.
 
     Raises:
         UserError: the directory belongs to a run with other settings (the message lists them) or its `config.json`

@@ -1,4 +1,4 @@
-"""From checked settings to the parts of a run. Nothing else in the package reads the settings."""
+"""Makes the parts of a run from checked settings, which nothing else in the package reads."""
 
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.experiment.samples import AugmentedSamples, augmented_samples

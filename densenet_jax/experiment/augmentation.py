@@ -1,4 +1,4 @@
-"""`config.augment` to what happens to a batch on the accelerator, inside the jitted step."""
+"""Makes the augmentation of `config.augment`, which runs inside the jitted step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +19,13 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def normalize_with(mean_std: Statistics, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    """What evaluation does to images: bytes to normalized floats."""
+    """Returns a function from bytes to normalized floats, as in evaluation."""
     mean, std = mean_std
     return lambda images: augment.normalize(images, mean, std, dtype)
 
 
 def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) -> Augment:
-    """What training does to images and labels, as a function of (seed, step, example)."""
+    """Returns the augmentation of images and labels in training, as a function of (seed, step, example)."""
     mean, std = mean_std
 
     def apply(images: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""`config.data` and the sizes of batches, to sources and batches."""
+"""Makes sources and batches from `config.data` and the batch sizes."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The splits of a run and their batches, opened on first use: an evaluation never opens the training split."""
+    """Splits of a run and their batches, opened on first use: an evaluation never opens the training split."""
 
     config: Any
     preprocessing: Preprocessing
@@ -34,7 +34,7 @@ class Data:
 
     @functools.cached_property
     def train_source(self) -> Source:
-        """The records that are trained on."""
+        """Records to train on."""
         return self._open(self.config.data.train_split)
 
     def check_batch(self) -> None:
@@ -52,12 +52,12 @@ class Data:
             )
 
     def count_train_examples(self) -> tuple[int, bool]:
-        """How many images are trained on, and whether they were counted.
+        """Returns the number of training images, and whether they were counted.
 
-        Where the data set is not prepared, the number is that of the complete set.
+        If the data set is not prepared, the number is that of the complete set.
 
         Raises:
-            UserError: the data set is not prepared, and how many images it has is not known.
+            UserError: the data set is not prepared, and its size is not known.
         """
         config = self.config
         set_name = config.data.name.partition("/")[0].partition(":")[0]
@@ -71,10 +71,10 @@ class Data:
         return known - int(held_out if held_out >= 1 else round(held_out * known)), False
 
     def count_classes(self) -> int:
-        """How many classes there are: those of the data set here, else of the set of that name, else the settings' own.
+        """Returns the number of classes: of the data set here, else of the set of that name, else of the settings.
 
         Raises:
-            UserError: none of these tells.
+            UserError: none of these has one.
         """
         config = self.config
         known = KNOWN_CLASSES.get(config.data.name.partition("/")[0].partition(":")[0]) or config.model.num_classes
@@ -87,15 +87,11 @@ class Data:
 
     @functools.cached_property
     def eval_source(self) -> Source:
-        """The records that are evaluated; the held-out part of train where `config.data.eval_split` is "holdout"."""
+        """Records to evaluate; the held-out part of train if `config.data.eval_split` is "holdout"."""
         return self._open(self.config.data.eval_split)
 
     def identify(self, *, train: bool) -> Identity:
-        """What makes this data set the same one later: its classes, and the files of the evaluated split.
-
-        Args:
-            train: add the training split.
-        """
+        """Returns the classes and the files of the evaluated split, with `train` of both, to compare data sets by."""
         splits = {self.config.data.eval_split: self.eval_source}
         if train:
             splits[self.config.data.train_split] = self.train_source
@@ -105,12 +101,12 @@ class Data:
         """Checks that this is the data set that a checkpoint was trained on, and returns its identity.
 
         Args:
-            saved: of the checkpoint; None where it doesn't say.
-            where: the checkpoint, for the message.
-            train: compare the training split as well.
+            saved: identity in the checkpoint; None if it has none.
+            where: name of the checkpoint for the message.
+            train: whether to compare the training split as well.
 
         Raises:
-            UserError: it has other classes or files, and config.data.allow_changed doesn't let it.
+            UserError: it has other classes or files, and config.data.allow_changed doesn't permit it.
         """
         current = self.identify(train=train)
         if saved is not None:
@@ -121,7 +117,7 @@ class Data:
         """Compares the order of the classes with that of the weights in a file, as far as it is known.
 
         Raises:
-            UserError: the file names the classes in another order.
+            UserError: the file has the classes in another order.
         """
         names, classes = read_class_names(weights), self.eval_source.class_names
         if names and is_contradiction(names, classes) and len(names) == len(classes):
@@ -146,29 +142,29 @@ class Data:
 
     @functools.cached_property
     def train_bits(self) -> int:
-        """Bits of the pixels that are trained on: 16 where a sample of the files has more than 8."""
+        """Bits of a training pixel: 16 if a sample of the files has more than 8."""
         return self._look_at(self.train_source)
 
     @functools.cached_property
     def eval_bits(self) -> int:
-        """Bits of the pixels that are evaluated, likewise."""
+        """Bits of an evaluated pixel, as for `train_bits`."""
         return self._look_at(self.eval_source)
 
     @property
     def train_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what the model is trained on."""
+        """Height, width and channels of training images as given to the model."""
         side = self.config.data.image_size_px
         return side, side, self.config.data.channels
 
     @property
     def eval_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what is evaluated."""
+        """Height, width and channels of evaluated images as given to the model."""
         side = self.config.eval.image_size_px or self.config.data.image_size_px
         return side, side, self.config.data.channels
 
     @property
     def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of a global batch of evaluation, whose arrays are those of `eval_batches`."""
+        """Shapes of the arrays in a global batch of evaluation."""
         size = self.eval_batch_size
         shapes = {"image": (size, *self.transform(8, False).shape), "label": (size,), "mask": (size,)}
         if self.eval_source.label_sets:
@@ -177,7 +173,7 @@ class Data:
 
     @functools.cached_property
     def allowed_classes(self) -> tuple[int, ...] | None:
-        """The classes among which evaluation judges, None for all. Reads the labels of the split where it must.
+        """Classes that evaluation may predict; None allows all. Reads the labels of the split if it must.
 
         Raises:
             UserError: the data set has several right classes an image.
@@ -194,16 +190,16 @@ class Data:
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples an evaluation step takes, over all devices."""
+        """Examples of an evaluation step over all devices."""
         return self.config.eval.batch_size or self.config.train.global_batch_size
 
     @property
     def eval_batch_count(self) -> int:
-        """Batches of one evaluation."""
+        """Number of batches in an evaluation."""
         return math.ceil(len(self.eval_source) / self.eval_batch_size)
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What images in [0, 1] are normalized by, a number a channel.
+        """Mean and standard deviation of each channel, for normalizing images in [0, 1].
 
         Raises:
             UserError: there are more or fewer numbers than channels.
@@ -219,7 +215,7 @@ class Data:
         return mean, std
 
     def train_batches(self, start_step: int) -> Batches:
-        """This process's shares of the global batches from `start_step` on, without end."""
+        """Yields this process's shares of the global batches from `start_step` on, without end."""
         config = self.config
         transform = train_transform(
             bits=self.train_bits,
@@ -245,7 +241,7 @@ class Data:
         )
 
     def eval_batches(self) -> Batches:
-        """This process's shares of the evaluated split, padded and masked."""
+        """Yields this process's shares of the evaluated split, padded and masked."""
         return eval_batches(
             self.eval_source,
             global_batch_size=self.eval_batch_size,
@@ -254,11 +250,11 @@ class Data:
         )
 
     def eval_transform(self) -> ResizedCenterCrop:
-        """What evaluation does to an image on the host."""
+        """Host-side preprocessing of evaluation."""
         return self.transform(self.eval_bits, self.config.data.exif_orientation)
 
     def transform(self, bits: int, apply_exif_orientation: bool) -> ResizedCenterCrop:
-        """What evaluation does, with these bits (see `decode_image`) and perhaps turned as a camera said."""
+        """Returns the preprocessing of evaluation for pixels of `bits` bits, perhaps applying the EXIF orientation."""
         config = self.config
         side = self.eval_shape[0]
         return eval_transform(
@@ -269,7 +265,7 @@ class Data:
             apply_exif_orientation=apply_exif_orientation,
             bits=bits,
             pixel_range=tuple(config.data.pixel_range),
-            crops=5 if config.eval.crops == 10 else 1,  # their mirror images are made on the accelerator
+            crops=5 if config.eval.crops == 10 else 1,  # mirrored on the accelerator
         )
 
     def _look_at(self, source: Source) -> int:

@@ -1,4 +1,4 @@
-"""The parts of one run, each made from the settings on first use."""
+"""Makes the parts of one run from the settings, each on first use."""
 
 import dataclasses
 import functools
@@ -36,32 +36,32 @@ from densenet_jax.training.timeline import Timeline
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of one run. What they cost (opened files, compiled programs) is paid on first use."""
+    """Parts of one run. Files are opened and programs compiled on first use."""
 
     config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.check_config` has checked
-    # Chips that are only compiled for; the data set then need not be here either. None: those of all processes.
+    # Chips to only compile for, which needs no data set either; None: the devices of all processes.
     absent_devices: tuple[jax.Device, ...] | None = None
-    head_classes: int = 0  # classes of the head where no data set is there to tell; 0: the data set's own
+    head_classes: int = 0  # classes of the head if there is no data set; 0: the data set's own
 
     @functools.cached_property
     def variant(self) -> Variant:
-        """The model's row in the table of variants."""
+        """Row of the model in the table of variants."""
         return get_variant(self.config.model.name)
 
     @functools.cached_property
     def data(self) -> Data:
-        """The splits and their batches."""
+        """Splits and their batches."""
         return Data(self.config, self.variant.preprocessing_of(self.config.model.pretrained))
 
     @functools.cached_property
     def timeline(self) -> Timeline:
-        """What is due when."""
+        """Steps at which something is due."""
         if self.absent_devices is not None:
             return self.timeline_of(self.data.count_train_examples()[0])
         return self.timeline_of(len(self.data.train_source))
 
     def timeline_of(self, examples: int) -> Timeline:
-        """What is due when in training on so many images."""
+        """Makes the timeline of training on this number of images."""
         config = self.config
         return Timeline(
             examples=examples,
@@ -94,12 +94,12 @@ class Experiment:
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The precision."""
+        """Precision policy."""
         return get_policy(self.config.model.dtype)
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The flax module."""
+        """Flax module."""
         config = self.config
         return create_model(
             config.model.name,
@@ -121,54 +121,54 @@ class Experiment:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What differs from the variant's own architecture, as `create_model` takes it."""
+        """Differences from the variant's own architecture, as `create_model` takes them."""
         config = self.config
         changes = {"growth_rate": config.model.growth_rate, "block_sizes": tuple(config.model.block_sizes)}
         return {name: value for name, value in changes.items() if value}
 
     @property
     def _block_form(self) -> str:
-        """The form of dense blocks, for the chips that are planned for where it depends on the chip."""
+        """Implementation of dense blocks, for the planned chips where it depends on the chip."""
         form = self.config.model.block_form
         return f"{form}_{self._platform}" if self.absent_devices and form == "normalize_once" else form
 
     @property
     def _platform(self) -> str:
-        """Of the chips: "cpu", "tpu" or "gpu"."""
+        """Platform of the chips: "cpu", "tpu" or "gpu"."""
         platform = (self.absent_devices or jax.devices())[0].platform
         return platform if platform in ("cpu", "tpu") else "gpu"
 
     def check_kernels(self) -> None:
-        """Checks that training has the kernels that are asked for.
+        """Checks that the kernels asked for exist for training.
 
         Raises:
-            UserError: it hasn't, on these chips or in this precision.
+            UserError: they don't, on these chips or in this precision.
         """
         check_wanted(self.config.model.kernels, self._platform, self.policy.compute_dtype)
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """The learning rate as a function of the step."""
+        """Learning rate as a function of the step."""
         return self.schedule_of(self.timeline)
 
     def schedule_of(self, timeline: Timeline) -> Schedule:
-        """The learning rate as a function of the step, for training of that length."""
+        """Makes the learning rate as a function of the step for this timeline."""
         return schedule_of(self.config, timeline)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """The optax chain."""
+        """Optax optimizer."""
         return optimizer_of(self.config, self.schedule)
 
     @functools.cached_property
     def _all_devices(self) -> Mesh:
-        """The mesh, whatever the batches are: a model is also made where nothing is trained."""
+        """The mesh regardless of batch sizes: models are also made where nothing is trained."""
         absent = self.absent_devices
         return sharding.make_mesh(None if absent is None else list(absent))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """All devices of all processes along one data axis, which divide the batches."""
+        """Mesh of all devices of all processes along one data axis, which must divide the batches."""
         mesh = self._all_devices
         sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
         sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
@@ -177,12 +177,12 @@ class Experiment:
 
     @functools.cached_property
     def layout(self) -> sharding.Layout:
-        """Where each array of the state lies."""
+        """Sharding of each array of the state."""
         return sharding.layout_of(self.config.train.sharding, self.mesh)
 
     @functools.cached_property
     def state_recipe(self) -> StateRecipe:
-        """How the state begins."""
+        """Recipe of the initial state."""
         return StateRecipe(
             self.model,
             self.optimizer,
@@ -198,14 +198,14 @@ class Experiment:
         return self.state_recipe.abstract(self.layout)
 
     def check(self, workdir: str, *, starts: bool) -> None:
-        """Checks all that training needs, the cheapest first, before anything is compiled or written.
+        """Checks everything that training needs, cheapest first, before anything is compiled or written.
 
         Args:
-            workdir: where checkpoints are to go; need not exist yet.
-            starts: there is no checkpoint, so that pretrained weights are needed where the settings name some.
+            workdir: where checkpoints will go; need not exist yet.
+            starts: whether there is no checkpoint, so that pretrained weights are needed if the settings name some.
 
         Raises:
-            UserError: something in the settings, the data, the weights or the machine is not as it should be.
+            UserError: the settings, the data, the weights or the machine are not as they should be.
         """
         self.data.check_batch()
         self.data.mean_std()
@@ -217,7 +217,7 @@ class Experiment:
         check_room(workdir, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, from pretrained weights where the settings name some."""
+        """Makes the state before the first step, from pretrained weights if the settings name some."""
         variables = self._start_variables if self.config.model.pretrained else None
         self.__dict__.pop("_start_variables", None)  # not in memory beside the state
         return self.state_recipe.create(self.layout, variables)
@@ -227,10 +227,10 @@ class Experiment:
         return self.pretrained_variables()
 
     def pretrained_variables(self) -> dict[str, Any]:
-        """The weights that `config.model.pretrained` names, with a new head where the classes differ.
+        """Loads the weights of `config.model.pretrained`, with a new head if the classes differ.
 
         Raises:
-            UserError: they can't be had, or are of another model.
+            UserError: they can't be loaded, or belong to another model.
         """
         config = self.config
         self.data.check_weights(config.model.pretrained)
@@ -247,7 +247,7 @@ class Experiment:
         return self._laid_out(variables)
 
     def saved_variables(self, workdir: str) -> tuple[int, dict[str, Any]]:
-        """The step that `config.eval.checkpoint` names and its weights, their moving average where the run keeps one.
+        """Loads the step of `config.eval.checkpoint` and its weights, their moving average if the run keeps one.
 
         Raises:
             UserError: `workdir` has no such checkpoint, or it is of another model.
@@ -260,20 +260,20 @@ class Experiment:
 
     @property
     def mixes(self) -> bool:
-        """Whether training examples are mixtures, on which accuracy is low by nature."""
+        """Whether training examples are mixtures, on which accuracy is naturally low."""
         return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
 
     @functools.cached_property
     def augment(self) -> Augment:
-        """What training does to a batch of images and labels, as a function of the step."""
+        """Augmentation of a batch of images and labels as a function of the step."""
         return augment_of(self.config, self.data.mean_std(), self.num_classes, self.policy.compute_dtype)
 
     def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
-        """The training step, compiled for this mesh; its state argument is donated."""
+        """Compiles the training step for this mesh; its state argument is donated."""
         return self.lower_train_step().compile()
 
     def lower_train_step(self) -> jax.stages.Lowered:
-        """The training step, traced for this mesh and ready to be compiled."""
+        """Traces the training step for this mesh, ready to be compiled."""
         config = self.config
         self.check_kernels()
         step = TrainStep(
@@ -294,10 +294,10 @@ class Experiment:
     def compile_eval_step(
         self, *, confusion: bool = False
     ) -> Callable[[dict[str, Any], dict[str, jax.Array]], EvalSums]:
-        """The evaluation step, compiled for this mesh; with `confusion` it counts predictions by class.
+        """Compiles the evaluation step for this mesh; with `confusion` it counts predictions by class.
 
         Raises:
-            UserError: predictions can't be counted by class, since the images have several right classes.
+            UserError: images have several right classes, so predictions can't be counted by class.
         """
         if confusion and self.data.eval_source.label_sets:
             raise UserError(
@@ -321,22 +321,22 @@ class Experiment:
         return jitted.lower(self._abstract_variables(), batch).compile()
 
     def compile_predict_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
-        """The step that tells the probabilities of every example, compiled on first use."""
+        """Makes the step that returns the probabilities of every example, compiled on first use."""
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
         step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:
-        """Checks that restored variables are this model's.
+        """Checks that restored variables fit this model.
 
         Raises:
-            UserError: they aren't; the message names the first difference.
+            UserError: they don't; the message names the first difference.
         """
         what = f"{where} is of another model than {self.config.model.name} with {self.num_classes} classes"
         check_same_shapes(what, variables, self._variable_shapes(), "give the run's own --config")
 
     def published_beside(self, figures: dict[str, float]) -> list[str]:
-        """What others have published for the pretrained weights on this data set, a line a figure."""
+        """Returns the published figures for the pretrained weights on this data set, a line a figure."""
         config = self.config
         lines = []
         for result in self.variant.results_of(config.model.pretrained):
@@ -350,7 +350,7 @@ class Experiment:
 
     @property
     def _train_bits(self) -> int:
-        """Bits of a pixel; where chips are planned for, the data set need not be here."""
+        """Bits of a pixel; when planning, 8 unless a pixel range is set, since the data set need not be here."""
         return 8 if self.absent_devices is not None and not self.config.data.pixel_range else self.data.train_bits
 
     def _abstract_batch(

@@ -1,4 +1,4 @@
-"""`config.optim` to a schedule and an optimizer."""
+"""Makes the schedule and the optimizer of `config.optim`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from densenet_jax.training.timeline import Timeline
 
 
 def schedule_of(config: Any, timeline: Timeline) -> Schedule:
-    """The learning rate as a function of the step, scaled to the batch where a base batch size is given."""
+    """Makes the learning rate as a function of the step, scaled to the batch if a base batch size is given."""
 
     def steps(in_steps: int, in_epochs: float) -> int:
         return in_steps or timeline.steps_of(in_epochs)
@@ -41,7 +41,7 @@ def schedule_of(config: Any, timeline: Timeline) -> Schedule:
 
 
 def optimizer_of(config: Any, schedule: Schedule) -> optax.GradientTransformation:
-    """The optax chain."""
+    """Makes the optax optimizer."""
     return make_optimizer(
         config.optim.name,
         schedule,

@@ -1,4 +1,4 @@
-"""Training images as the model is given them, made back into pictures."""
+"""Turns training images, as given to the model, back into pictures."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ _NAMED_SHARE = 0.005  # of a mixed label; less than this is not named
 
 @dataclasses.dataclass(frozen=True)
 class AugmentedSamples:
-    """The first images of step 0, cropped and augmented."""
+    """First images of step 0, cropped and augmented."""
 
     images: np.ndarray  # uint8 [n, h, w, c]
     titles: tuple[str, ...]  # each image's class, or the classes that are mixed in it with their shares

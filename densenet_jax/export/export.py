@@ -108,9 +108,8 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     """Writes the file, compares it with the model, and only then moves it into place.
 
     Args:
-        load_model: loads the model; called after everything that can be checked without it.
+        load_model: called after everything that can be checked without the model.
         samples: images to compare and quantize with.
-        options: what to write and where.
 
     Returns:
         {"format", "path", "max_abs_difference", "examples"}.
@@ -159,11 +158,7 @@ def _compare_with_model(
 
 @contextlib.contextmanager
 def _replace_when_done(path: str, *, overwrite: bool) -> Iterator[str]:
-    """Yields a temporary name beside `path`, moved to `path` on success and removed on failure.
-
-    Raises:
-        UserError: `path` exists and may not be replaced, or can't be written.
-    """
+    """Yields a temporary name beside `path`, moved to `path` on success and removed on failure."""
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"--output {path} exists; add --overwrite to replace it, or choose another.")
     folder, name = os.path.split(path)

@@ -32,8 +32,8 @@ class Graph:
     batch_size: int  # fixed batch size; 0 accepts any
     # Whether the input is normalized float32 (see `prepare`) and the output logits, instead of uint8 and probabilities.
     preprocessed: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]  # as `mean`, of images in [0, 1]
+    mean: tuple[float, ...]  # like `std`, a number a channel for images in [0, 1]
+    std: tuple[float, ...]
     classes: int  # k, the width of the output
     info: dict[str, str]
     pixel_dtype: Any = np.uint8
@@ -64,7 +64,6 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
     """Builds the graph of `model`, always in float32.
 
     Args:
-        model: model to export.
         preprocess: whether to include normalization and softmax.
         batch_size: fixed batch size; 0 accepts any.
 
@@ -109,16 +108,11 @@ def to_float32(module: nn.Module) -> nn.Module:
 
 
 def reference_outputs(model: Deployed, graph: Graph, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
-    """Runs the original model in float32, without folded batch norms, as the reference for a file.
+    """Computes the original model's outputs, float32 [n, k], without folded batch norms, as the reference for a file.
 
     Args:
-        model: the model that `graph` was made from.
         graph: decides between probabilities and logits.
         images: uint8 [n, h, w, c].
-        batch_size: images computed at a time.
-
-    Returns:
-        float32 [n, k].
     """
     module = to_float32(model.module)
 

@@ -15,8 +15,6 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     """Writes an ONNX file with input "images", the graph's output name and its info as metadata.
 
     Args:
-        graph: function to write.
-        path: file to write.
         precision: "float32", or "int8" for weights and activations of convolutions and matrix products, with one
             scale a channel.
         representative: images uint8 [n, h, w, c] that calibrate the activation ranges of int8.

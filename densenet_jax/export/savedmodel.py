@@ -20,12 +20,10 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
 def make_tensorflow_function(
     graph: Graph, function: Callable, dtype: type, batch_size: int, after: Callable = lambda outputs: outputs
 ) -> Callable:
-    """Makes a tf.function from images [b, h, w, c] to {output name: float32 [b, k]}.
+    """Makes a tf.function from images [b, h, w, c] of `dtype` to {output name: float32 [b, k]}.
 
     Args:
-        graph: names and shapes.
         function: JAX function to convert.
-        dtype: dtype of the images.
         batch_size: fixed batch size; 0 accepts any.
         after: TensorFlow operation on the output.
     """

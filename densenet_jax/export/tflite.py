@@ -24,8 +24,6 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     """Writes the TFLite file.
 
     Args:
-        graph: function to write.
-        path: file to write.
         precision: "float32"; "float16" for half-size weights, computed in float32 on devices without float16; "int8"
             for weights and activations, with bytes as input if preprocessing is included.
         representative: images uint8 [n, h, w, c] that calibrate the activation ranges of int8.

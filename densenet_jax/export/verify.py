@@ -59,12 +59,10 @@ class Comparison:
 def run_in_chunks(
     call: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch_size: int, done: Callable[[int], None]
 ) -> np.ndarray:
-    """Computes the outputs of all images in padded batches, or if any size is accepted, of one image and then of many.
+    """Computes the outputs of all images in padded batches; if any size is accepted (0), of one image and then of many.
 
     Args:
         call: the file as a function of one batch.
-        images: input of the file.
-        batch_size: fixed batch size; 0 accepts any.
         done: called with the number of images after each batch.
     """
     starts = list(range(0, len(images), batch_size)) if batch_size else [0, *range(1, len(images), _CHUNK)]

@@ -32,15 +32,11 @@ class Limit:
 
 
 def largest_that_fits(attempt: Callable[[int], Attempt], first: Attempt) -> Limit:
-    """Narrows the limit down to `RESOLUTION` or one unit.
+    """Narrows the limit down to `RESOLUTION` or one unit, starting from an attempt that did not fit.
 
     Memory grows almost linearly with the size, so the next size is where the line through the nearest attempts meets
     the limit, rounded down to a multiple of a power of two. In case memory is not linear, each attempt after the third
     keeps four times more distance from earlier sizes, which ends in bisection.
-
-    Args:
-        attempt: compiles for a number of units; expensive.
-        first: an attempt that did not fit.
     """
     tried = [first]
     low, high = 0, first.units

@@ -1,1 +1,1 @@
-"""Predictions, features and explanations for user images."""
+"""Predicts, explains and extracts features of the user's images."""

@@ -76,7 +76,7 @@ class PredictOptions:
 
 @dataclasses.dataclass
 class _Prepared:
-    """An image ready to be predicted; if it was refused, `pixels` is None and `why` says why."""
+    """An image ready to be predicted; if it was rejected, `pixels` is None and `why` says why."""
 
     path: str
     pixels: np.ndarray | None = None
@@ -84,11 +84,7 @@ class _Prepared:
 
 
 def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, Any]:
-    """Predicts the images that the output lacks.
-
-    Args:
-        load: loads the model; called once images have been found.
-        options: what to predict and where to write.
+    """Predicts the images that the output lacks; `load` is called once images have been found.
 
     Returns:
         {"images": number predicted, "refused": number with an error, "path": output} for the whole file; with

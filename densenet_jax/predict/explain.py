@@ -32,17 +32,11 @@ class Explanation(NamedTuple):
 def activation_maps(
     module: nn.Module, variables: dict[str, Any], inputs: Float[Array, "b height width c"], classes: Int[Array, " b"]
 ) -> Float[Array, "b h w"]:
-    """Computes the class activation map (arXiv:1512.04150) of one class for each image.
+    """Computes the class activation map (arXiv:1512.04150) of one class for each normalized image.
 
     The head averages the last feature map and multiplies it by a matrix, so the order can be exchanged: the mean of the
-    map plus the bias of the class is its logit, up to rounding. With test-time pooling, whose logits are only half
-    made of averages, the maps are those of a plain average.
-
-    Args:
-        module: a network of `create_model`.
-        variables: {"params", "batch_stats"}.
-        inputs: normalized images.
-        classes: class of each image.
+    activation map plus the bias of the class is its logit, up to rounding. With test-time pooling, whose logits are
+    only half made of averages, the maps are those of a plain average.
     """
     features: Any = module.clone(output="map").apply(variables, inputs, train=False)
     kernel = variables["params"]["classifier"]["kernel"]
@@ -52,12 +46,7 @@ def activation_maps(
 
 
 def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:
-    """Draws the positive part of a class activation map over an image: the more evidence, the redder.
-
-    Args:
-        pixels: uint8 [height, width, c], as the model is given it.
-        activation_map: float [h, w].
-    """
+    """Draws the positive part of an activation map, float [h, w], in red over integer pixels [height, width, c]."""
     image = to_rgb(pixels)
     scale = max(1, -(-_LEAST_PX // min(image.size)))
     small = min(image.size) < _LEAST_PX // 4
@@ -77,7 +66,7 @@ def to_rgb(pixels: np.ndarray) -> Image.Image:
 
 
 def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, activation_map: np.ndarray) -> None:
-    """Writes the overlay as a PNG and the map as a .npy file.
+    """Writes the overlay as a PNG and the activation map as a .npy file.
 
     Raises:
         UserError: they can't be written.

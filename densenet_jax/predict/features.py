@@ -22,12 +22,10 @@ class FeatureArchive:
     """
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
-        """Opens the raw files, keeping the rows of earlier runs.
+        """Opens the raw files of the .npz file `path`, keeping the first `rows` rows of earlier runs.
 
         Args:
-            path: .npz file.
             shapes: shape of one row of each array.
-            rows: number of images that earlier runs predicted; rows beyond it are dropped.
 
         Raises:
             UserError: rows are missing, or the files can't be written.
@@ -63,7 +61,6 @@ class FeatureArchive:
 
         Args:
             names: returns the image of each row, in order; called twice.
-            rows: number of rows.
 
         Raises:
             UserError: the archive can't be written.

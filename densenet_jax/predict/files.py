@@ -23,11 +23,11 @@ class Candidate(NamedTuple):
 def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Candidate]:
     """Yields the images of `places` in order, sorted by name within each place, every path once.
 
-    A file is taken whatever its name is. A folder stands for the images at any depth, told by their endings or else
+    A file is taken whatever its name. A folder stands for the images at any depth, recognized by their endings or else
     by their first bytes, without hidden ones; links to folders are not followed. A pattern ("photos/*.jpg",
     "photos/**/*.png") stands for the matching files and folders. A path that does not exist is yielded too, so that
-    reading it reports the error.
-    Memory holds the names of one folder or pattern at a time, and 16 bytes a path where paths may repeat.
+    reading it reports the error. Memory holds the names of one folder or pattern, and 16 bytes for each path that may
+    repeat.
     """
     seen: set[bytes] = set()
     may_repeat = len(places) > 1 or any(map(glob.has_magic, places))
@@ -108,7 +108,7 @@ def _list_folder(folder: str, skipped: Skipped = None) -> Iterator[Candidate]:
         path = os.path.join(folder, name)
         if is_folder:
             yield from _list_folder(path, skipped)
-        elif is_image or name.lower().endswith(EXTENSIONS):  # what is no file is refused by name when it is read
+        elif is_image or name.lower().endswith(EXTENSIONS):  # other things than files are rejected when read
             yield Candidate(path)
         elif skipped is not None:
             skipped[os.path.splitext(name)[1].lower() or "no ending"] += 1

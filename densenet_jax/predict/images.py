@@ -1,6 +1,6 @@
-"""Turns unchecked files, bytes and arrays into pixels, or refuses them with one clear reason.
+"""Turns unchecked files, bytes and arrays into pixels, or rejects them with one clear reason.
 
-Everything that the first bytes tell is checked before anything is decoded.
+Everything that the first bytes reveal is checked before anything is decoded.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ _KINDS = {
 
 
 class ImageError(UserError):
-    """An image that is refused.
+    """A rejected image.
 
     Attributes:
-        name: what the image is called.
+        name: name of the image in messages.
         why: the reason, without the name.
     """
 
@@ -41,9 +41,9 @@ class ImageError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost before it is refused."""
+    """Limits above which an image is rejected."""
 
-    max_bytes: int = 64 * 2**20  # of the encoded file
+    max_bytes: int = 64 * 2**20  # in the encoded file
     max_pixels: int = MAX_PIXELS  # of the decoded image; `densenet_jax.data.decode.MAX_PIXELS` holds besides
 
 
@@ -51,21 +51,21 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 def shown(name: str | os.PathLike[str], most: int = 500) -> str:
-    """A file's name for a terminal or a log: one line, and nothing in it that a terminal would obey."""
+    """Returns a file's name on one line, with no control characters that a terminal would obey."""
     text = os.fspath(name)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 def name_of(source: ImageSource) -> str:
-    """What messages call an image: its path, or that it is bytes or an array."""
+    """Returns the name of an image in messages: its path, or that it is bytes or an array."""
     if isinstance(source, str | os.PathLike):
         return shown(source)
     return "an array" if isinstance(source, np.ndarray) else "the image"
 
 
 def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of a regular file that is not too large; never waits for a pipe and never opens a device.
+    """Reads a regular file that is not too large; never waits for a pipe and never opens a device.
 
     Raises:
         ImageError: it is anything else, or can't be read.
@@ -75,7 +75,7 @@ def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS
         _check_kind(os.stat(path).st_mode, name)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            _check_kind(os.fstat(descriptor).st_mode, name)  # it may have been exchanged meanwhile
+            _check_kind(os.fstat(descriptor).st_mode, name)  # it may have been replaced meanwhile
             data = file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ImageError(name, f"it can't be read ({error.strerror or error})") from error
@@ -91,7 +91,7 @@ def _check_kind(mode: int, name: str) -> None:
 
 
 def check_bytes(data: bytes, name: str = "the image", limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """Checks an encoded image as far as its size and first bytes tell; decodes nothing.
+    """Checks the size and first bytes of an encoded image; decodes nothing.
 
     Raises:
         ImageError: it is empty, no image, or would take too much memory or time to decode.
@@ -115,15 +115,13 @@ def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) 
 
 
 def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> Stored:
-    """Checks pixels that came decoded.
+    """Checks an array of pixels.
 
     Args:
         array: [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
-        name: for messages.
-        limits: of its pixels.
 
     Raises:
-        ImageError: it is not.
+        ImageError: it is not such an array, or too large.
     """
     try:
         stored = stored_array(array)
@@ -142,22 +140,17 @@ def load_image(
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
 ) -> np.ndarray:
-    """Decodes an image from outside, upright.
+    """Decodes an untrusted image to uint8 or uint16 [height, width, channels], turned as its EXIF data say.
 
     Args:
-        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY; of an animation the first
-            frame counts), or an array as `check_array` takes it.
+        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY; an animation's first
+            frame), or an array as in `check_array`.
         channels: 3 for RGB, 1 for gray, else the number that the image has.
-        name: what messages call the image; "" is its path.
-        limits: what it may cost.
-        pixel_range: see `densenet_jax.data.decode.decode_image`.
-        bits: likewise.
-
-    Returns:
-        uint8 or uint16 [height, width, channels], turned as its EXIF data say.
+        name: name of the image in messages; "" uses its path.
+        pixel_range: as for `densenet_jax.data.decode.decode_image`, like `bits`.
 
     Raises:
-        ImageError: it is refused; the message says why.
+        ImageError: it is rejected; the message says why.
     """
     name = name or name_of(source)
     try:
@@ -176,7 +169,7 @@ def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
     """Returns the checked bytes of a path or of bytes.
 
     Raises:
-        ImageError: they are refused, or `source` is neither.
+        ImageError: they are rejected, or `source` is neither.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)

@@ -41,8 +41,8 @@ class Deployed:
     # Maps an encoded image (or pixels: `of_pixels`) to uint8 [transform.shape] as in evaluation, after applying its
     # EXIF orientation.
     transform: ResizedCenterCrop
-    mean: tuple[float, ...]
-    std: tuple[float, ...]  # as `mean`, of inputs in [0, 1]
+    mean: tuple[float, ...]  # like `std`, a number a channel for images in [0, 1]
+    std: tuple[float, ...]
     dtype: Any
     class_names: tuple[str, ...]
     allowed_classes: tuple[int, ...] | None = None  # the only classes that may be predicted; None allows all
@@ -53,7 +53,6 @@ def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: M
     """Reads the settings of the run in `workdir`, checked and frozen.
 
     Args:
-        workdir: the run's directory.
         overrides: new values by "section.key".
         defaults: nested values for settings that are newer than the run.
 
@@ -77,8 +76,6 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
     """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.
 
     Args:
-        config: checked settings.
-        workdir: the run's directory.
         labels: file with one class name a line; "" uses the run's own names.
 
     Raises:
@@ -117,10 +114,8 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
     """Loads a published or local checkpoint with the preprocessing of its publisher.
 
     Args:
-        name: variant.
         source: as in `load_pretrained`.
         labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes, else numbers.
-        dtype: dtype of activations.
 
     Raises:
         UserError: there is no such variant or checkpoint, or the labels don't fit.
@@ -146,7 +141,7 @@ def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: An
 
 
 def _bits(config: Any, dataset: Identity | None) -> int:
-    """Of pixels: 16 where the model was trained so, else as many as an image has."""
+    """Returns the bits of pixels: 16 if the model was trained so, else as many as an image has."""
     return 16 if config.data.pixel_range or (dataset or {}).get("bits") == 16 else 0
 
 

@@ -30,10 +30,6 @@ class PredictionFile:
 
         Lines of an earlier run with the same request are kept. A finished file of another request is replaced.
 
-        Args:
-            path: file to write.
-            request: what was asked for, as JSON.
-
         Raises:
             UserError: the file can't be written, holds something else, or holds unfinished predictions of another
                 request.

@@ -69,7 +69,6 @@ class Predictor:
         """Puts the weights on all devices of this process; compiles nothing yet (see `compile`).
 
         Args:
-            model: model to predict with.
             batch_sizes: sizes to compile, rounded up to multiples of the number of devices.
             limits: sizes above which an image is refused.
 
@@ -93,7 +92,6 @@ class Predictor:
         """Loads the model of a run.
 
         Args:
-            workdir: the run's directory.
             checkpoint: "latest", "best" or a step.
             labels: file with one class name a line; "" uses the run's own names.
             **options: passed to the constructor.
@@ -139,7 +137,6 @@ class Predictor:
 
         Args:
             images: paths, encoded bytes, or arrays [h, w] or [h, w, c] of uint8, uint16 or floats in [0, 1].
-            topk: number of classes to return.
 
         Raises:
             ImageError: an image is refused; the message names it.

@@ -54,12 +54,9 @@ def check_table(path: str) -> None:
 
 
 def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int) -> None:
-    """Writes the JSON lines of a `PredictionFile` as a table, atomically and with the memory of a few rows.
+    """Writes the JSON lines of a `PredictionFile` as a .csv or .parquet table, atomically and in little memory.
 
     Args:
-        path: .csv or .parquet file to write.
-        lines_path: file of predictions.
-        class_names: all classes of the model.
         topk: number of classes of an image; 0 means all, see `column_names`.
 
     Raises:

@@ -44,10 +44,9 @@ class Chart:
 
 
 def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
-    """Returns the charts of one run, without those that would be empty.
+    """Returns the charts of one run's metrics, without those that would be empty.
 
     Args:
-        records: as returned by `densenet_jax.run.metric_writers.read_metrics`.
         mixed: whether training images are mixed (mixup, CutMix), so that training accuracy is not comparable.
     """
     training = "training, mixed images" if mixed else "training"

@@ -87,12 +87,10 @@ def gather_answers(
     If an example has a set of right classes, any of them is correct; an empty set excludes the example.
 
     Args:
-        predict_step: jitted result of `densenet_jax.training.predict_step.make_predict_step` with replicated outputs,
-            which may also have "map", float32 [b, h, w], for the mistakes.
+        predict_step: jitted result of `make_predict_step` with replicated outputs, which may also have "map", float32
+            [b, h, w], for the mistakes.
         variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches, in the order of the split.
-        batch_count: number of batches, for the progress bar.
-        most_mistakes: number of images to keep.
     """
     pairs: dict[tuple[int, int], int] = {}
     surest: list[tuple[float, int, Mistake]] = []

@@ -73,7 +73,7 @@ def compile_explaining_step(
 ) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
     """Extends the prediction step by "map" float32 [b, h, w], the class activation map of the predicted class.
 
-    With ten-crop evaluation the map is that of the center crop.
+    With ten-crop evaluation it is that of the center crop.
     """
     predict_step = experiment.compile_predict_step()
     normalize = normalize_with(experiment.data.mean_std(), experiment.policy.compute_dtype)

@@ -124,10 +124,9 @@ def charts(entries: Iterable[tuple[str, Picture]]) -> str:
 
 
 def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool = False, wide: bool = False) -> str:
-    """Returns a grid of small images.
+    """Returns a grid of small images, each with a heading and further text.
 
     Args:
-        entries: (picture, heading, further text) of each image.
         enlarged: whether to show sharp pixels instead of smoothing them.
         wide: whether the pictures need the room of two.
     """

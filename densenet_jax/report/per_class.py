@@ -56,12 +56,7 @@ class ClassTables:
                 raise _write_error(path, "it is a directory or in one that may not be written")
 
     def write(self, counts: np.ndarray, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        """Writes the tables.
-
-        Args:
-            counts: int [k, k], examples of each true class (rows) by predicted class.
-            names: names of the k classes.
-            classes: classes to write; None writes all.
+        """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all.
 
         Raises:
             UserError: a file can't be written.

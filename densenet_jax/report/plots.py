@@ -65,8 +65,6 @@ def line_chart(
 
     Args:
         lines: those without values are left out.
-        percent: shows values in [0, 1] as percentages.
-        y_from_zero: starts the vertical axis at 0.
         logarithmic: makes the vertical axis logarithmic if all values are positive and span more than a decade.
     """
     figure, axes = _axes(theme)
@@ -87,11 +85,7 @@ def line_chart(
 
 
 def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
-    """Draws a confusion matrix as a PNG: true classes in rows, predicted ones in columns, shaded by share of the row.
-
-    Args:
-        counts: int [k, k].
-    """
+    """Draws a confusion matrix, int [k, k], as a PNG: true classes in rows, predicted in columns, shaded by row."""
     figure, axes = _axes(theme, (5.4, 5.0))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # The square root makes rare mistakes visible.
@@ -168,12 +162,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
 
 
 def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
-    """Draws an image beside the same image with a class activation map over it, as a PNG.
-
-    Args:
-        image: integer [h, w, c].
-        activation_map: float [h, w].
-    """
+    """Draws integer [h, w, c] beside the same image with a class activation map, float [h, w], over it, as a PNG."""
     plain, overlay = to_rgb(image), draw_overlay(image, activation_map)
     smooth = max(plain.size) >= _SHORTEST_PX
     height = min(_LONGEST_PX, max(_SHORTEST_PX, plain.height))

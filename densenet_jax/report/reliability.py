@@ -17,12 +17,7 @@ class Reliability:
         self.confidence = np.zeros(bins)
 
     def add(self, confidence: np.ndarray, right: np.ndarray) -> None:
-        """Adds predictions.
-
-        Args:
-            confidence: float [n], probabilities of the predicted classes.
-            right: bool [n].
-        """
+        """Adds predictions: confidence float [n] of the predicted classes, and whether they are right, bool [n]."""
         bins = len(self.counts)
         places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
         self.counts += np.bincount(places, minlength=bins)

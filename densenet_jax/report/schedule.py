@@ -49,11 +49,9 @@ def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
 
 
 def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
-    """Returns the steps at which the rate starts, jumps, turns, begins to move or rest, and ends.
+    """Returns the steps at which the rate, float [steps], starts, jumps, turns, begins to move or rest, and ends.
 
-    Args:
-        rates: float [steps].
-        most: longest result; a schedule with more jumps (a staircase) is cut before its last step.
+    A schedule with more jumps than `most` (a staircase) is cut before its last step.
     """
     slopes = np.diff(rates)
     size = np.abs(slopes)

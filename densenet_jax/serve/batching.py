@@ -1,4 +1,4 @@
-"""Work shared between requests: threads take what has gathered, one item of each request in turn."""
+"""Shares worker threads between requests, one item of each request in turn."""
 
 import asyncio
 import collections
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class DaemonThreads(concurrent.futures.Executor):
-    """An executor whose threads don't keep the process alive: a slow decoder must not delay its end."""
+    """Executor whose threads don't keep the process alive: a slow decoder must not delay its end."""
 
     def __init__(self, count: int, name: str):
         self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]]] = queue.SimpleQueue()
@@ -50,9 +50,9 @@ class _Call(Generic[Item, Result]):
 class FairQueue(Generic[Item, Result]):
     """Hands items in groups to worker threads, and the results of each call to its caller.
 
-    A free worker takes at once what is there; while all are busy, items gather for the next one. So nobody waits
-    where there is nothing to do, and groups grow with the load. A group has one item of each call in turn: a call
-    with few items doesn't wait for one with many. Belongs to one event loop.
+    A free worker takes what is there at once; while all are busy, items gather for the next one. So nobody waits for an
+    idle worker, and groups grow with the load. A group has one item of each call in turn, so that a call with few items
+    doesn't wait for one with many. Belongs to one event loop.
     """
 
     def __init__(
@@ -68,12 +68,11 @@ class FairQueue(Generic[Item, Result]):
         """Starts the threads.
 
         Args:
-            work: takes a group, gives a result for each item, or the exception that this item's caller gets; what it
-                raises all of the group's callers get. Called in a worker thread.
-            name: of the threads.
-            most: the largest group by `size`; an item that is larger forms a group of its own.
-            size: of an item.
-            workers: how many groups are worked on at a time.
+            work: returns a result for each item of a group, or the exception for this item's caller; an exception that
+                it raises goes to all callers of the group. Called in a worker thread.
+            name: prefix of the threads' names.
+            most: largest group by `size`; a larger item forms a group of its own.
+            workers: number of groups worked on at a time.
             wait_secs: how long a free worker waits for a group to fill.
         """
         self._work, self._most, self._size = work, most, size
@@ -83,10 +82,10 @@ class FairQueue(Generic[Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
 
     async def __call__(self, items: Sequence[Item]) -> list[Result]:
-        """Returns the results of `items`. A caller that is canceled takes those that still wait out of the queue.
+        """Returns the results of `items`. Canceling the caller removes the items that still wait.
 
         Raises:
-            Exception: what `work` gave for one of the items, or raised.
+            Exception: returned by `work` for one of the items, or raised by it.
         """
         call: _Call[Item, Result] = _Call(items)
         self._calls.append(call)
@@ -104,7 +103,7 @@ class FairQueue(Generic[Item, Result]):
             while group := self._take():
                 await self._work_on(group)
         finally:
-            # At once, and not when the loop comes to it: what is queued meanwhile would wait for a worker that is gone.
+            # At once, not when the loop gets to it: items queued meanwhile would wait for a worker that is gone.
             self._running.discard(asyncio.current_task())
 
     def _waiting(self) -> int:
@@ -134,7 +133,7 @@ class FairQueue(Generic[Item, Result]):
         except Exception as error:
             results = [error] * len(group)
         for (call, number), result in zip(group, results, strict=True):
-            if call.future.done():  # its caller is gone, or has been given an error
+            if call.future.done():  # its caller is gone or already has an error
                 continue
             if isinstance(result, Exception):
                 call.future.set_exception(result)
@@ -146,14 +145,9 @@ class FairQueue(Generic[Item, Result]):
 
 
 def cover(count: int, sizes: Sequence[int]) -> list[int]:
-    """Chooses compiled sizes that together take `count` images, at most half of each one padding.
+    """Chooses compiled sizes (in rising order) that together take `count` images, at most half of each one padding.
 
-    Args:
-        count: images, at least 1.
-        sizes: what is compiled, rising.
-
-    Returns:
-        For (1, 4, 16, 64): 3 -> [4], 6 -> [4, 4], 9 -> [16], 18 -> [16, 4], 100 -> [64, 64].
+    Sizes (1, 4, 16, 64) give: 3 -> [4], 6 -> [4, 4], 9 -> [16], 18 -> [16, 4], 100 -> [64, 64].
     """
     batches: list[int] = []
     while count > 0:
@@ -167,6 +161,6 @@ def cover(count: int, sizes: Sequence[int]) -> list[int]:
 def compute_in_batches(
     images: np.ndarray, sizes: Sequence[int], compute: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Computes [n, ...] -> [n, k] in as many calls of `compute`, [b, ...] -> [b, k], as `cover` says."""
+    """Computes [n, ...] -> [n, k] by calls of `compute`, [b, ...] -> [b, k], with the sizes of `cover`."""
     ends = np.cumsum(cover(len(images), sizes)[:-1])
     return np.concatenate([compute(batch) for batch in np.split(images, ends)])

@@ -1,4 +1,4 @@
-"""HTTP connections: how many there are, how long they may be silent, and how much they may say before a request."""
+"""Limits HTTP connections: their number, their silence, and the size of a request's head."""
 
 import asyncio
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 65536  # request line and headers together
-HEAD_SECS = 10.0  # in which they have to arrive
-IDLE_SECS = 60.0  # between two requests of a connection
+HEAD_SECS = 10.0  # for them to arrive
+IDLE_SECS = 60.0  # between requests of a connection
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with limits before a request, and a place for everybody who speaks.
+    """uvicorn's HTTP protocol with limits before a request, and room for newcomers.
 
-    When a connection comes and `most` are there already, the one that has kept the server waiting longest is closed:
-    first of those that never sent a whole request, never one whose answer is being computed.
+    If `most` connections are open when another one comes, the one that has kept the server waiting longest is closed:
+    first those that never sent a whole request, never one whose answer is being computed.
     """
 
     def __init__(self, *arguments: Any, most: int, **options: Any):
@@ -26,7 +26,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._waiting_since = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Makes room, and starts the clock."""
+        """Makes room for the connection and starts its clock."""
         super().connection_made(transport)
         self._start_timer()
         if len(self.connections) > self._most:
@@ -37,7 +37,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(503, "too many connections; come again")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Drops the work of a client that is gone."""
+        """Drops the work of a client that has disconnected."""
         super().connection_lost(exc)
         self._stop_timer()
         if self.cycle is not None and not self.cycle.response_complete:
@@ -46,12 +46,12 @@ class LimitedProtocol(HttpToolsProtocol):
                 task.cancel()
 
     def abort(self) -> None:
-        """Closes at once."""
+        """Closes the connection at once."""
         self.connections.discard(self)
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser no more of a head than it may have."""
+        """Feeds the parser, but no more of a head than is allowed."""
         while data and not self.transport.is_closing() and self.parser is not None:
             was_in_head = self._in_head
             part = data[: self._head_left if was_in_head else HEAD_BYTES]
@@ -71,20 +71,20 @@ class LimitedProtocol(HttpToolsProtocol):
         return True
 
     def on_message_begin(self) -> None:
-        """Begins a head."""
+        """Starts a head."""
         super().on_message_begin()
         self._in_head, self._head_left = True, HEAD_BYTES
         if self._timer is None:
             self._start_timer()
 
     def on_headers_complete(self) -> None:
-        """Begins a request."""
+        """Starts a request."""
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Ends a request, whose answer is computed now."""
+        """Ends a request, so that its answer is computed now."""
         self._has_asked = self._is_answering = True
         super().on_message_complete()
 
@@ -94,11 +94,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Closes an idle connection, even one that does not read its answer."""
+        """Closes an idle connection, even if the client does not read its answer."""
         self.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is not HTTP."""
+        """Answers input that is not HTTP."""
         self._refuse(400, msg)
 
     def _start_timer(self) -> None:

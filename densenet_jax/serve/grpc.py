@@ -1,7 +1,7 @@
-"""The protocol over gRPC: every mistake of a client is answered by a status that says so.
+"""Serves the protocol over gRPC and answers every mistake of a client with the status that fits.
 
-The messages are the published definitions of the Open Inference Protocol, as Triton's client ships them. A message is
-parsed by us, and a large one in a thread: grpcio would parse it on the event loop.
+The messages are the published definitions of the Open Inference Protocol, as Triton's client ships them. We parse them
+ourselves, large ones in a thread: grpcio would parse them on the event loop.
 """
 
 import asyncio
@@ -37,15 +37,15 @@ STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-MAX_FIELDS = 2000  # of a message and those in it, without the numbers of a tensor
-MAX_NUMBERS_BYTES = 4 * 2**20  # of a tensor whose numbers are not in raw contents
+MAX_FIELDS = 2000  # in a message with all it contains, except numbers of tensors
+MAX_NUMBERS_BYTES = 4 * 2**20  # in a tensor outside of raw contents
 CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BODY_BYTES),
     ("grpc.max_metadata_size", 16384),
     ("grpc.absolute_max_metadata_size", 65536),
     ("grpc.max_concurrent_streams", 128),
-    ("grpc.so_reuseport", 0),  # else two servers would share a port, and each get half of the requests
+    ("grpc.so_reuseport", 0),  # or two servers could share a port and get half of the requests each
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_connection_age_ms", 3_600_000),
@@ -59,7 +59,7 @@ Method = Callable[[bytes], Awaitable[Any]]
 def make_server(
     model: Classifier, access: Access, memory: BodyMemory, host: str, port: int, most: int
 ) -> tuple[grpc.aio.Server, int]:
-    """Makes a server for at most `most` connections on an address that is its own; returns it and its port.
+    """Makes a server for at most `most` connections on an address of its own; returns it and its port.
 
     Raises:
         UserError: the address is in use.
@@ -83,14 +83,14 @@ def make_server(
 
 
 def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler:
-    """Makes the handler of a method: what it raises becomes a status, and is counted."""
+    """Makes the handler of a method, which turns exceptions into statuses and counts them."""
     labels = ("UNARY", SERVICE, name)
     started, duration = STARTED.labels(*labels), DURATION.labels(*labels)
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         begun = time.perf_counter()
         started.inc()
-        code = grpc.StatusCode.CANCELLED  # as it stays where the client has gone
+        code = grpc.StatusCode.CANCELLED  # stays if the client is gone
         try:
             if access.token:
                 access.check_token(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
@@ -114,21 +114,21 @@ def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler
 
 
 class Service:
-    """The methods of the protocol; each takes the bytes of its message."""
+    """Methods of the protocol; each takes the bytes of its message."""
 
     def __init__(self, model: Classifier, memory: BodyMemory):
         self._model, self._memory = model, memory
 
     async def ServerLive(self, data: bytes) -> pb.ServerLiveResponse:  # noqa: N802 - the protocol's names
-        """Says that the process runs."""
+        """Answers that the process runs."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, data: bytes) -> pb.ServerReadyResponse:  # noqa: N802
-        """Says whether requests are answered."""
+        """Answers whether requests are accepted."""
         return pb.ServerReadyResponse(ready=self._model.is_ready and not self._model.is_stopping)
 
     async def ModelReady(self, data: bytes) -> pb.ModelReadyResponse:  # noqa: N802
-        """Says whether the model is compiled."""
+        """Answers whether the model is compiled."""
         message = parse(pb.ModelReadyRequest, data)
         self._model.check_name(message.name, message.version)
         return pb.ModelReadyResponse(ready=self._model.is_ready)
@@ -152,13 +152,13 @@ class Service:
         return response
 
     async def RepositoryModelLoad(self, data: bytes) -> NoReturn:  # noqa: N802
-        """Is refused."""
+        """Refuses to load a model."""
         raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
 
     RepositoryModelUnload = RepositoryModelLoad
 
     async def ModelInfer(self, data: bytes) -> pb.ModelInferResponse:  # noqa: N802
-        """Answers a request for inference, in raw contents where it came in raw contents."""
+        """Answers a request for inference, in raw contents if it came in raw contents."""
         is_raw = False
 
         def read() -> Request:
@@ -176,7 +176,7 @@ class Service:
 
 
 def parse(kind: type, data: bytes) -> Any:
-    """Parses a message of `kind`.
+    """Parses a message of type `kind`.
 
     Raises:
         RequestError: it is none, or would take much more memory than its bytes.
@@ -189,7 +189,7 @@ def parse(kind: type, data: bytes) -> Any:
 
 
 def check_fields(data: bytes) -> None:
-    """Counts the fields of a message, of its inputs (5) and of their contents (5): each costs far more than its bytes.
+    """Counts the fields of a message, its inputs (5) and their contents (5), which each cost far more than their bytes.
 
     Raises:
         RequestError: there are too many.
@@ -210,7 +210,7 @@ def check_fields(data: bytes) -> None:
 
 
 def read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yields number and content of each field of a message, the content empty where it is a number."""
+    """Yields number and content of each field of a message; the content of a field that is a number is empty."""
     place = 0
 
     def read_varint() -> int:
@@ -271,7 +271,7 @@ def read_request(message: pb.ModelInferRequest) -> Request:
 
 
 def read_contents(contents: pb.InferTensorContents) -> list[Any] | bytes:
-    """Reads the values of a tensor, whichever field they are in; of small whole numbers the bytes."""
+    """Reads the values of a tensor from whichever field they are in; small integers as bytes."""
     fields = contents.ListFields()
     if len(fields) != 1:
         raise RequestError(f"a tensor has contents of {len(fields)} datatypes; expected one")
@@ -285,7 +285,7 @@ def read_contents(contents: pb.InferTensorContents) -> list[Any] | bytes:
 
 
 def write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:
-    """Writes the message, in raw contents or in those of each datatype."""
+    """Writes the message, in raw contents or in the contents of each datatype."""
     response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.request_id or "")
     for wanted, datatype, values in outputs:
         output = response.outputs.add(name=wanted.name, datatype=datatype, shape=values.shape)

@@ -1,4 +1,4 @@
-"""Limits that hold before anything is parsed: of files, bytes, hosts and tokens."""
+"""Limits that hold before anything is parsed: on files, bytes, hosts and tokens."""
 
 import base64
 import contextlib
@@ -18,23 +18,23 @@ from densenet_jax.errors import UserError, first_line
 from densenet_jax.predict.images import ImageLimits
 from densenet_jax.serve.requests import MAX_PICTURE_PIXELS, RequestError, shorten
 
-MAX_CONNECTIONS = 1000  # of each protocol, or fewer where the process may not open as many files
-SPARE_FILES = 128  # left to everything else when connections have taken their share
-MAX_BODY_BYTES = 32 * 2**20  # of one request
-MAX_JSON_BYTES = 16 * 2**20  # of the part of it that is JSON
+MAX_CONNECTIONS = 1000  # per protocol, or fewer if the process may not open that many files
+SPARE_FILES = 128  # kept free of connections for everything else
+MAX_BODY_BYTES = 32 * 2**20  # per request
+MAX_JSON_BYTES = 16 * 2**20  # JSON part of a body
 MAX_JSON_VALUES, MAX_JSON_CONTAINERS = 1_000_000, 200_000
-BODY_SECS = 30.0  # in which a request's body has to arrive
-SMALL_BODY_BYTES = 2**20  # bodies up to here are taken whatever others send
-ALL_BODIES_BYTES = 256 * 2**20  # of all larger ones together
-LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=MAX_PICTURE_PIXELS)  # of one picture
+BODY_SECS = 30.0  # for a request's body to arrive
+SMALL_BODY_BYTES = 2**20  # bodies up to this size always have room
+ALL_BODIES_BYTES = 256 * 2**20  # larger bodies together
+LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=MAX_PICTURE_PIXELS)  # per picture
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may ask; an empty token or certificate is none."""
+    """Who may send requests; an empty token or certificate means none is needed."""
 
-    hosts: tuple[str, ...] = LOOPBACK  # that a Host header may name, besides IP addresses where not on loopback
+    hosts: tuple[str, ...] = LOOPBACK  # allowed in Host headers, besides IP addresses if not on loopback
     is_loopback: bool = True
     token: str = ""
     certificate: str = ""
@@ -59,17 +59,17 @@ class Access:
         return access
 
     def tls(self) -> ssl.SSLContext | None:
-        """Makes the context of TLS; None: there is none.
+        """Makes the TLS context; None without a certificate.
 
         Raises:
-            UserError: the files are no certificate and its key.
+            UserError: the files are not a certificate and its key.
         """
         if not self.certificate:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.certificate, self.key, password=lambda: "")
-        except (OSError, ValueError) as error:  # of OpenSSL's, too
+        except (OSError, ValueError) as error:  # also OpenSSL's errors
             raise UserError(
                 f"config.serve.tls_certificate {self.certificate} and config.serve.tls_key {self.key} can't be used "
                 f"({first_line(error)}); expected a certificate and its key without a password, in PEM."
@@ -77,7 +77,7 @@ class Access:
         return context
 
     def check_host(self, host: str) -> None:
-        """Checks a Host header: a page of another name that leads here may not ask from a visitor's browser.
+        """Checks a Host header: a page under another name that leads here must not reach us from a visitor's browser.
 
         Raises:
             RequestError: 421, it is not one of ours.
@@ -92,7 +92,7 @@ class Access:
         raise RequestError(f"the host {shorten(name)} is not served here; config.serve.hosts adds names", 421)
 
     def check_token(self, authorization: str) -> None:
-        """Checks what the client brought as `Bearer TOKEN`, or as browsers ask for it, as the password of `Basic`.
+        """Checks the token sent as `Bearer TOKEN`, or, as browsers ask for it, as the password of `Basic`.
 
         Raises:
             RequestError: 401, it is not the token.
@@ -121,13 +121,13 @@ def _read_token(path: str) -> str:
 
 
 class BodyMemory:
-    """The memory that bodies of requests take: `used` now, `seen` of large ones since memory was given back."""
+    """Memory of request bodies: `used` now, `seen` in large ones since freed memory was last returned."""
 
     def __init__(self) -> None:
         self.used = self.seen = 0
 
     def take(self, count: int, size: int) -> None:
-        """Counts `count` bytes more of a body that has `size` now; whoever takes them gives them back.
+        """Reserves `count` more bytes for a body that has `size` now; the caller gives them back.
 
         Raises:
             RequestError: 503, there is no room.
@@ -139,19 +139,19 @@ class BodyMemory:
 
 
 def return_memory() -> None:
-    """Gives freed memory back to the system, where the C library can."""
+    """Returns freed memory to the system if the C library can."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def allow_connections() -> tuple[int, int]:
-    """Raises the limit of open files as far as it goes; returns how many connections REST and gRPC may have.
+    """Raises the limit of open files as far as possible; returns how many connections REST and gRPC may have.
 
     gRPC gets more of them: REST makes room for a newcomer at once.
 
     Raises:
-        UserError: it is too low.
+        UserError: the limit is too low.
     """
     import resource
 
@@ -168,18 +168,15 @@ def allow_connections() -> tuple[int, int]:
 
 
 def open_files() -> list[int]:
-    """Returns the numbers of this process's open files; none where there is no /proc."""
+    """Returns the numbers of this process's open files; none if there is no /proc."""
     return list(map(int, os.listdir("/proc/self/fd"))) if os.path.isdir("/proc/self/fd") else []
 
 
 def shed_quiet(port: int, most: int) -> int:
-    """Shuts down the quietest connections to `port` of this process where they are more than half of `most`.
+    """Shuts down the quietest connections to `port` if more than half of `most` are open, and returns their number.
 
-    gRPC closes connections that don't speak by a clock only, and refuses new ones meanwhile. The kernel knows how
-    long each is quiet. Does nothing where there is no /proc.
-
-    Returns:
-        How many were shut down.
+    gRPC closes silent connections only by a clock, and rejects new ones meanwhile. The kernel knows how long each has
+    been quiet. Does nothing if there is no /proc.
     """
     quiet: list[tuple[bool, int, int, Any]] = []
     for number in open_files():
@@ -187,7 +184,7 @@ def shed_quiet(port: int, most: int) -> int:
             peer = given.getpeername()
             if not isinstance(peer, tuple) or given.getsockname()[1] != port:
                 continue
-            # Of struct tcp_info: milliseconds since the last data in either direction, bytes received.
+            # From struct tcp_info: milliseconds since the last data in either direction, bytes received.
             information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
             sent, received = (struct.unpack_from("=I", information, place)[0] for place in (44, 52))
             has_spoken = struct.unpack_from("=Q", information, 128)[0] > 256  # more than a greeting
@@ -204,7 +201,7 @@ def shed_quiet(port: int, most: int) -> int:
 
 @contextlib.contextmanager
 def _borrow_socket(number: int) -> Iterator[socket.socket]:
-    """Gives a socket that is left open; a copy would keep gRPC's poller from noticing that it is closed."""
+    """Yields a socket and leaves it open; a copy would keep gRPC's poller from noticing that it is closed."""
     borrowed = socket.socket(fileno=number)
     try:
         yield borrowed
@@ -213,7 +210,7 @@ def _borrow_socket(number: int) -> Iterator[socket.socket]:
 
 
 def check_json(text: bytes | bytearray | memoryview) -> None:
-    """Refuses JSON that would take long to parse, or much memory, before it is parsed.
+    """Rejects JSON that would take much time or memory to parse.
 
     Raises:
         RequestError: 413.
@@ -230,5 +227,5 @@ def check_json(text: bytes | bytearray | memoryview) -> None:
 
 
 def header(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    """Returns a header's value; "" where there is none."""
+    """Returns a header's value, "" if it is missing."""
     return headers.get(name, b"").decode("latin-1").strip()

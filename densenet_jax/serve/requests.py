@@ -1,7 +1,7 @@
-"""Requests for inference: what a client sent, checked before any of it may cost much or join a batch.
+"""Requests for inference, checked before any of them may cost much or join a batch.
 
-The input of a request is one tensor of the Open Inference Protocol: `image`, UINT8 [n, h, w, c], pixels as the model
-is given them; or `image_bytes`, BYTES [n], encoded pictures of any size.
+A request's input is one tensor of the Open Inference Protocol: `image`, UINT8 [n, h, w, c], pixels as given to the
+model; or `image_bytes`, BYTES [n], encoded pictures of any size.
 """
 
 import base64
@@ -18,14 +18,14 @@ from densenet_jax.data.decode import DamagedImage, declared_size, image_size
 
 PIXELS, ENCODED = "image", "image_bytes"
 MAX_PICTURE_PIXELS = 50_000_000
-MAX_ID_LENGTH = 128  # of a request's id, which comes back in the answer
+MAX_ID_LENGTH = 128  # of a request's id, which the answer repeats
 
 
 class RequestError(Exception):
-    """A request that is refused; the message is for its sender.
+    """A rejected request; the message is for its sender.
 
     Attributes:
-        status: of HTTP; gRPC has an equivalent of each.
+        status: HTTP status; gRPC has an equivalent of each.
     """
 
     def __init__(self, message: str, status: int = 400):
@@ -35,13 +35,13 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input as it came."""
+    """An input as it arrived."""
 
     name: str
     datatype: str
-    shape: Sequence[int]  # as the client states it
+    shape: Sequence[int]  # as stated by the client
     data: Any  # a list, nested or flat; or bytes, little-endian, as raw contents hold them
-    is_base64: bool = True  # strings of bytes, as JSON needs it
+    is_base64: bool = True  # bytes are encoded, as JSON requires
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Wanted:
     """An output that a request asks for."""
 
     name: str
-    classes: int = 0  # of the classification extension: so many of the best as "probability:number:label"
-    is_binary: bool = False  # follows the JSON of a REST answer instead of standing in it
+    classes: int = 0  # classification extension: n best classes as "probability:number:label"
+    is_binary: bool = False  # after the JSON of a REST answer instead of inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Request:
 
     tensors: Sequence[Tensor]
     outputs: Sequence[Wanted] = ()  # none: all
-    request_id: str | None = None  # comes back in the answer
+    request_id: str | None = None  # repeated in the answer
     is_binary: bool = False  # for outputs that are not named
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An encoded picture, and how many pixels its header says it has."""
+    """An encoded picture and the number of pixels in its header."""
 
     data: bytes
     name: str
@@ -78,13 +78,13 @@ class InputChecker:
 
     image_shape: tuple[int, ...]  # (h, w, c), or (crops, h, w, c)
     max_images: int
-    max_pixels: int  # of all pictures of a request, before they are resized
+    max_pixels: int  # of all pictures of a request together, before resizing
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
         """Returns the pixels of a request, uint8 [n, h, w, c], or its pictures, none of which is decoded yet.
 
         Raises:
-            RequestError: the request is not one that can be answered.
+            RequestError: the request can't be answered.
         """
         check_id(request.request_id)
         tensors = request.tensors
@@ -153,15 +153,15 @@ def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
 
 
 def check_datatype(tensor: Tensor, datatype: str) -> None:
-    """Raises RequestError where the tensor is not of `datatype`."""
+    """Raises RequestError if the tensor is not of `datatype`."""
     if tensor.datatype != datatype:
         raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
 
 
 def pack_pixels(values: Any, shape: tuple[int, ...]) -> bytes:
-    """Packs a list of numbers from 0 to 255, flat or nested as `shape` says.
+    """Packs a list of numbers from 0 to 255, flat or nested like `shape`.
 
-    NumPy would make the array, but of strings and ragged lists too, at any cost in memory.
+    NumPy would also convert strings and ragged lists, at any cost in memory.
     """
     if not isinstance(values, list):
         raise RequestError(f"the data of {PIXELS} is no list of numbers")
@@ -177,7 +177,7 @@ def pack_pixels(values: Any, shape: tuple[int, ...]) -> bytes:
 
 
 def unpack_strings(raw: bytes, most: int) -> list[bytes]:
-    """Splits raw contents: strings after their lengths (32 bits, little-endian); at most one over `most`."""
+    """Splits raw contents into strings, each after its length (32 bits, little-endian); at most one over `most`."""
     strings: list[bytes] = []
     start = 0
     while start < len(raw) and len(strings) <= most:
@@ -190,7 +190,7 @@ def unpack_strings(raw: bytes, most: int) -> list[bytes]:
 
 
 def pack_array(values: np.ndarray) -> bytes:
-    """Packs an output as raw contents hold it; strings as `unpack_strings` takes them."""
+    """Packs an output as raw contents; strings in the format of `unpack_strings`."""
     if values.dtype != object:
         return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     texts = [text.encode() for text in values.flat]
@@ -198,7 +198,7 @@ def pack_array(values: np.ndarray) -> bytes:
 
 
 def check_id(request_id: str | None) -> None:
-    """Raises RequestError where an id is too long to come back, or has other characters than printable ASCII."""
+    """Raises RequestError if an id is too long to send back, or has characters other than printable ASCII."""
     fine = request_id is None or (
         len(request_id) <= MAX_ID_LENGTH and request_id.isascii() and request_id.isprintable()
     )
@@ -207,6 +207,6 @@ def check_id(request_id: str | None) -> None:
 
 
 def shorten(value: Any, most: int = 60) -> str:
-    """Returns what a client sent as an error may repeat it."""
+    """Shortens a value from a client for use in an error message."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

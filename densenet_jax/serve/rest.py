@@ -1,4 +1,4 @@
-"""The protocol over REST: an ASGI application that answers all of it, with a page, metrics and a description."""
+"""Serves the protocol over REST: an ASGI application with a page, metrics and a description of itself."""
 
 import asyncio
 import html
@@ -36,8 +36,8 @@ PATHS = (
     "/v2/health/ready",
     "/v2/repository/index",
 )
-READ_ON_FACTOR = 4  # a client that sends too much still reads the answer, where it stops at this multiple of the limit
-# The pages may run what stands in them and speak to this server, and nothing else.
+READ_ON_FACTOR = 4  # a client that sends too much still gets its answer if it stops at this multiple of the limit
+# Pages may run their inline code and talk to this server, and nothing else.
 PAGE_POLICY = (
     "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -54,7 +54,7 @@ class Gone(Exception):  # noqa: N818 - a client, not an error
 
 
 class Rest:
-    """The ASGI application."""
+    """ASGI application."""
 
     def __init__(self, model: Classifier, access: Access, memory: BodyMemory):
         self._model, self._access, self._memory = model, access, memory
@@ -65,9 +65,9 @@ class Rest:
         self._docs = files.joinpath("docs.html").read_bytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, as ASGI has it."""
+        """Answers one request."""
         started = time.perf_counter()
-        scope["state"]["task"] = asyncio.current_task()  # what a lost connection cancels
+        scope["state"]["task"] = asyncio.current_task()  # canceled if the connection is lost
         status, closes = 200, False
         try:
             reply = await self._route(scope, dict(scope["headers"]), receive)
@@ -110,7 +110,7 @@ class Rest:
                 require(scope, "GET")
                 model.check_name(parts[2], version)
                 return self._state(model.is_ready) if rest else to_json(model.metadata())
-        scope["state"]["route"] = scope["path"] if scope["path"] in PATHS else ""  # metrics keep every name for good
+        scope["state"]["route"] = scope["path"] if scope["path"] in PATHS else ""  # metrics keep every name forever
         match parts:
             case [""]:
                 return (self._page, page_headers("text/html; charset=utf-8"))
@@ -148,7 +148,7 @@ class Rest:
         return [one] if self._model.is_ready or not only_ready else []
 
     async def _infer(self, headers: Headers, receive: Receive) -> Reply:
-        # What is small when packed may be of any size unpacked.
+        # A small compressed body may unpack to any size.
         if header(headers, b"content-encoding") not in ("", "identity"):
             raise RequestError("bodies with a Content-Encoding are not taken; send it unpacked", 415)
         kind, _, options = header(headers, b"content-type").partition(";")
@@ -174,7 +174,7 @@ class Rest:
     async def _body(
         self, headers: Headers, receive: Receive, held: list[int] | None = None, most: int = MAX_JSON_BYTES
     ) -> bytearray:
-        """Returns the whole body; `held` gets what it takes of the memory, which the caller gives back."""
+        """Returns the whole body; `held` gets the memory it takes, which the caller gives back."""
         length = header(headers, b"content-length")
         announced = int(length) if length.isdecimal() and len(length) < 20 else 0
         try:
@@ -212,26 +212,26 @@ class Rest:
 
 
 def require(scope: Scope, method: str) -> None:
-    """Raises RequestError (405) where a request has another method; HEAD counts as GET."""
+    """Raises RequestError (405) if a request has another method; HEAD counts as GET."""
     if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
         raise RequestError(f"expected the method {method}", 405)
 
 
 def page_headers(kind: str) -> dict[str, str]:
-    """Returns the headers of a page."""
+    """Returns the headers of a page of this type."""
     return {"content-type": kind, "Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
 
 
 def to_json(content: Any) -> Reply:
-    """Makes an answer of `content`."""
+    """Makes a JSON answer."""
     return orjson.dumps(content), {"content-type": JSON}
 
 
 def parse_json(text: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Returns the object that `text` is.
+    """Parses a JSON object.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the text is none.
     """
     try:
         tree = orjson.loads(text)
@@ -243,10 +243,10 @@ def parse_json(text: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 def read_json(body: bytes | bytearray, json_length: str = "") -> Request:
-    """Reads a request in JSON, after whose `json_length` bytes binary tensors may follow.
+    """Reads a request in JSON; binary tensors may follow after `json_length` bytes.
 
     Raises:
-        RequestError: it is no JSON, or not what the protocol says.
+        RequestError: it is no JSON, or does not follow the protocol.
     """
     if json_length and not (json_length.isdecimal() and len(json_length) < 10 and int(json_length) <= len(body)):
         raise RequestError(f"{JSON_LENGTH} is {shorten(json_length)}; the body has {len(body)} bytes")
@@ -290,7 +290,7 @@ def read_output(given: Any, where: str, is_binary: bool) -> Wanted:
 
 
 def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
-    """Returns `tree[name]`, or the default where it is missing or null.
+    """Returns `tree[name]`, or the default if it is missing or null.
 
     Raises:
         RequestError: there is no such value, or it is not of `kind`; `where` stands before its name.
@@ -330,12 +330,12 @@ def read_files(body: bytes | bytearray, options: str) -> Request:
 
 
 def request_of_pictures(pictures: list[bytes]) -> Request:
-    """Makes the request that pictures alone stand for."""
+    """Makes a request of pictures alone."""
     return Request([Tensor(ENCODED, "BYTES", [len(pictures)], pictures, is_base64=False)])
 
 
 def write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
-    """Writes the answer, in JSON and, where asked for, with binary tensors after it."""
+    """Writes the answer in JSON, followed by the binary tensors that were asked for."""
     told: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for wanted, datatype, values in outputs:

@@ -1,7 +1,7 @@
-"""Answers requests: pictures are decoded one by one, and the images of all requests computed together.
+"""Answers requests: decodes pictures one by one and computes the images of all requests together.
 
-A bad request, or a client that goes away, fails by itself. Whatever costs more than a moment runs in threads, in turns
-between the requests.
+A bad request, or a client that disconnects, fails alone. Anything that takes more than a moment runs in threads, with
+requests taking turns.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from densenet_jax.serve.requests import (
 PROBABILITIES = "probabilities"
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
 BEST = 5  # classes in the outputs that name the best
-VERSION = "1"  # of the model; a server has one
+VERSION = "1"  # of the model, of which a server has one
 MAX_IMAGES = 64  # in one request
-MAX_REQUESTS = 256  # under way at once; more are told to come again
-INLINE_BYTES = 256 * 2**10  # a smaller request is parsed on the event loop: a thread would cost more
+MAX_REQUESTS = 256  # at a time; more are asked to come back
+INLINE_BYTES = 256 * 2**10  # smaller requests are parsed on the event loop: a thread would cost more
 DECODED_TOGETHER = 16  # pictures: handing one to a thread costs as much as decoding a small one
-LARGE_PIXELS = 2_000_000  # pictures from here on have threads of their own
+LARGE_PIXELS = 2_000_000  # larger pictures have threads of their own
 BATCHES = Counter("served_batches", "Batches that were computed, each of one or more requests.")
 IMAGES = Counter("served_images", "Images that were computed.")
 _LABELS = ("model", "version")
@@ -51,7 +51,7 @@ Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; 
 
 
 class Classifier:
-    """The model as both protocols ask it."""
+    """The model behind both protocols."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Classifier:
         request_secs: float = 30.0,
         max_pixels: int = 2 * 10**8,
     ):
-        """Compiles nothing yet; the settings are those of `config.serve`."""
+        """Takes the settings of `config.serve`; compiles nothing yet."""
         self.name = predictor.model.name
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
@@ -80,7 +80,7 @@ class Classifier:
         self._duration = DURATION.labels(**labels)
 
     async def compile(self) -> None:
-        """Compiles every batch size, after which the model is ready."""
+        """Compiles every batch size; after that the model is ready."""
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def work() -> None:
@@ -89,23 +89,23 @@ class Classifier:
                 error = None
             except Exception as raised:
                 error = raised
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(done.set_result, error)
 
         threading.Thread(target=work, daemon=True).start()
         if (error := await done) is not None:
             raise error
-        gc.freeze()  # later collections don't look at what has been there from the start
+        gc.freeze()  # later collections skip everything loaded at the start
         self.is_ready = True
 
     def check_name(self, name: str, version: str = "") -> None:
-        """Raises RequestError (404) where a client asks for another model."""
+        """Raises RequestError (404) if a client asks for another model."""
         if name != self.name or version not in ("", VERSION):
             which = f" of version {shorten(version)}" if version else ""
             raise RequestError(f"there is no model {shorten(name)}{which}", 404)
 
     def metadata(self) -> dict[str, Any]:
-        """Describes inputs and outputs as the protocol does; -1 is any number of images."""
+        """Describes inputs and outputs in the protocol's terms; -1 is any number of images."""
         classes = len(self._predictor.class_names)
         best = len(self._predictor.best(np.zeros(classes, np.float32), BEST))
         return {
@@ -126,12 +126,12 @@ class Classifier:
         """Answers a request.
 
         Args:
-            read: parses it; called in a thread where the request is large.
-            size: its bytes.
+            read: parses the request; called in a thread if it is large.
+            size: bytes of the request.
 
         Raises:
-            RequestError: it is refused (400, 404, 413), the server has too much to do or stops (503), or it took too
-                long (504).
+            RequestError: it is rejected (400, 404, 413), the server is too busy or stopping (503), or it took too long
+                (504).
         """
         with self._duration.time(), self._failures.count_exceptions():
             with self._admit() as deadline:
@@ -162,7 +162,7 @@ class Classifier:
             self._under_way.discard(deadline)
 
     async def stop(self, secs: float) -> None:
-        """Refuses new requests, and gives up those that are not answered within `secs`."""
+        """Rejects new requests and gives up those not answered within `secs`."""
         self.is_stopping = True
         loop = asyncio.get_running_loop()
         end = loop.time() + secs
@@ -223,19 +223,19 @@ class Classifier:
 
 
 def _call_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Calls each job; an exception stands for the result of the one that raised it."""
+    """Calls each job; an exception takes the place of a result."""
     results: list[Any] = []
     for job in jobs:
         try:
             results.append(job())
         except Exception as error:
-            # Where it was raised matters of our own faults only, and holds the memory of the request.
+            # The traceback matters for our own faults only, and holds the request's memory.
             results.append(error.with_traceback(None) if isinstance(error, RequestError) else error)
     return results
 
 
 def select_outputs(request: Request) -> list[Wanted]:
-    """Returns the outputs that a request asks for, in its order; all where it names none.
+    """Returns the outputs that a request asks for, in its order; all if it names none.
 
     Raises:
         RequestError: there is no such output, or classes of one that has none.

@@ -1,4 +1,4 @@
-"""A classifier behind REST and gRPC: the Open Inference Protocol v2, metrics, and a page to try it on."""
+"""Serves a classifier over REST and gRPC: the Open Inference Protocol v2, metrics, and a page to try it on."""
 
 import asyncio
 import dataclasses
@@ -16,7 +16,7 @@ NEEDED = ("uvicorn", "httptools", "orjson", "grpc", "tritonclient", "prometheus_
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where to listen; a port of 0 is any free one."""
+    """Address to listen on; port 0 is any free one."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -24,10 +24,10 @@ class Address:
 
 
 def check_installed() -> None:
-    """Checks for the optional extra.
+    """Checks that the optional extra is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it isn't.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -35,7 +35,7 @@ def check_installed() -> None:
 
 
 def listen(address: Address) -> socket.socket:
-    """Takes the address of REST, and looks whether that of gRPC is free.
+    """Takes the REST address and checks that the gRPC address is free.
 
     Raises:
         UserError: one of them is in use, or is not of this machine.
@@ -64,17 +64,11 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
 def serve(
     predictor: Predictor, listener: socket.socket, address: Address, access: Access, config: Any
 ) -> dict[str, Any]:
-    """Serves until SIGTERM or Ctrl-C, which ends what is under way first.
+    """Serves until SIGTERM or Ctrl-C, then finishes open requests; returns the counts of answered requests and images.
 
     Args:
-        predictor: what is served.
         listener: from `listen`.
-        address: as given to `listen`.
-        access: who may ask.
         config: all settings.
-
-    Returns:
-        How many requests and images were answered.
 
     Raises:
         UserError: the gRPC address was taken meanwhile, or too few files may be open.

@@ -1,4 +1,4 @@
-"""Both servers in one event loop: started, watched over, and ended in time."""
+"""Runs both servers in one event loop: starts them, watches over them, and ends them in time."""
 
 import asyncio
 import functools
@@ -26,9 +26,9 @@ from densenet_jax.serve.rest import Rest
 from densenet_jax.serve.runtime import Classifier
 
 WATCH_SECS = 0.05
-RETURN_MEMORY_TICKS = 20  # between two times that freed memory is given back
+RETURN_MEMORY_TICKS = 20  # between returning freed memory
 STALL = Gauge("event_loop_longest_stall_seconds", "How long the event loop has been kept from its work at most.")
-FLUSH_SECS = 2.0  # for the last answers to leave
+FLUSH_SECS = 2.0  # to send the last answers
 
 
 class Server:
@@ -39,10 +39,10 @@ class Server:
     """
 
     def __init__(self, model: Classifier, access: Access, listener: socket.socket, host: str, grpc_port: int):
-        """Takes the gRPC address; `listener` is bound to that of REST.
+        """Takes the gRPC address; `listener` is bound to the REST address.
 
         Raises:
-            UserError: it is in use, or too few files may be open.
+            UserError: the address is in use, or too few files may be open.
         """
         for library in ("uvicorn.error", "uvicorn", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -55,7 +55,7 @@ class Server:
         self._grpc, self.grpc_port = make_server(model, access, self._memory, host, grpc_port, self._most_grpc)
 
     async def start(self) -> None:
-        """Listens; until the model is ready it says that it isn't."""
+        """Starts listening; until the model is ready, the server answers that it isn't."""
         application = Rest(self._model, self._access, self._memory)
         config = uvicorn.Config(
             application,
@@ -84,7 +84,7 @@ class Server:
         await self._stop.wait()
 
     async def stop(self, secs: float) -> None:
-        """Takes nothing new, finishes what is done within `secs`, answers 503 to the rest, and closes."""
+        """Accepts nothing new, finishes requests that take up to `secs`, answers 503 to the rest, and closes."""
         self._rest.close()
         for connection in list(self._state.connections):
             connection.shutdown()
@@ -97,12 +97,12 @@ class Server:
         await asyncio.sleep(0)  # lets transports flush what they can at once
 
     async def _watch(self) -> None:
-        """Makes room for gRPC's newcomers, gives memory back after large requests, and times the event loop."""
+        """Makes room for gRPC's newcomers, returns memory after large requests, and times the event loop."""
         loop, tick, longest = asyncio.get_running_loop(), 0, 0.0
         while True:
             started, worked = loop.time(), time.process_time()
             await asyncio.sleep(WATCH_SECS)
-            # Not more than this process has worked: another one's work is not a stall of ours.
+            # No more than this process has worked: the work of other processes is not our stall.
             worked = time.process_time() - worked
             longest = max(longest, min(worked, loop.time() - started - WATCH_SECS))
             STALL.set(longest)
