@@ -40,7 +40,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 _Rule = tuple[str, Callable[[Any], bool]]  # expectation, check; a check that raises met another type
-_LARGEST = 3.4e38  # of float32
+_LARGEST = 3.4e38  # finite float32
 
 
 def _one_of(*values: str | int) -> _Rule:

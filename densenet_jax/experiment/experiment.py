@@ -41,7 +41,7 @@ class Experiment:
     config: Any  # an ml_collections.FrozenConfigDict that `densenet_jax.config.check_config` has checked
     # Chips to only compile for, which needs no data set either; None: the devices of all processes.
     absent_devices: tuple[jax.Device, ...] | None = None
-    head_classes: int = 0  # classes of the head if there is no data set; 0: the data set's own
+    head_classes: int = 0  # classes of the head without a data set; 0: the data set's own
 
     @functools.cached_property
     def variant(self) -> Variant:

@@ -8,7 +8,7 @@ import numpy as np
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.experiment.experiment import Experiment
 
-_NAMED_SHARE = 0.005  # of a mixed label; less than this is not named
+_NAMED_SHARE = 0.005  # least share of a mixed label that is named
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ def make_tensorflow_function(
     """Makes a tf.function from images [b, h, w, c] of `dtype` to {output name: float32 [b, k]}.
 
     Args:
-        function: JAX function to convert.
         batch_size: fixed batch size; 0 accepts any.
         after: TensorFlow operation on the output.
     """

@@ -2,7 +2,7 @@
 
 For any batch size, a model is converted for one image, and `open_batch` then edits the file. Converting with an open
 batch would compute every shape at run time: biases would not be fused, averages would become reductions without int8,
-and grouped convolutions would be refused.
+and grouped convolutions would be rejected.
 """
 
 import copy

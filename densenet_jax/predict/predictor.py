@@ -59,7 +59,7 @@ class Predictor:
 
     Attributes:
         model: module, weights and preprocessing.
-        limits: sizes above which an image is refused.
+        limits: sizes above which an image is rejected.
         batch_sizes: compiled batch sizes, smallest first; other batches are padded to the next one.
     """
 
@@ -70,7 +70,7 @@ class Predictor:
 
         Args:
             batch_sizes: sizes to compile, rounded up to multiples of the number of devices.
-            limits: sizes above which an image is refused.
+            limits: sizes above which an image is rejected.
 
         Raises:
             UserError: a batch size is below 1.
@@ -139,7 +139,7 @@ class Predictor:
             images: paths, encoded bytes, or arrays [h, w] or [h, w, c] of uint8, uint16 or floats in [0, 1].
 
         Raises:
-            ImageError: an image is refused; the message names it.
+            ImageError: an image is rejected; the message names it.
         """
         return [self.best(row, topk) for row in self.probabilities(self._preprocess_all(images))]
 
@@ -147,14 +147,13 @@ class Predictor:
         """Extracts features, for retrieval for example.
 
         Args:
-            images: as for a call.
             kind: "pooled" for the classifier's input, "pyramid" for the last feature map of every stage.
 
         Returns:
             float32[n, c], or {stride: float32[n, h, w, c]}.
 
         Raises:
-            ImageError: an image is refused.
+            ImageError: an image is rejected.
             UserError: there is no such kind, or the model evaluates ten crops.
         """
         outputs = self._in_chunks(self._preprocess_all(images), kind)
@@ -166,11 +165,10 @@ class Predictor:
         """Computes a class activation map for each image: where in the image the evidence for a class is.
 
         Args:
-            images: as for a call.
             classes: class of each image; None takes the most probable ones.
 
         Raises:
-            ImageError: an image is refused.
+            ImageError: an image is rejected.
             UserError: a class does not exist, or the model evaluates ten crops.
         """
         pixels = self._preprocess_all(images)
@@ -195,7 +193,7 @@ class Predictor:
             name: name of the image in messages; "" uses its path.
 
         Raises:
-            ImageError: the image is refused.
+            ImageError: the image is rejected.
         """
         name, transform = name or name_of(image), self.model.transform
         try:

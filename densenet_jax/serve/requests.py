@@ -136,7 +136,7 @@ def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
     Raises:
         RequestError: it is no picture, or too large.
     """
-    if isinstance(value, list) and len(value) == 1:  # of the shape [n, 1]
+    if isinstance(value, list) and len(value) == 1:  # shape [n, 1]
         value = value[0]
     if isinstance(value, str) or is_base64:
         try:

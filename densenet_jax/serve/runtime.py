@@ -34,7 +34,7 @@ from densenet_jax.serve.requests import (
 PROBABILITIES = "probabilities"
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
 BEST = 5  # classes in the outputs that name the best
-VERSION = "1"  # of the model, of which a server has one
+VERSION = "1"  # the only one of the model
 MAX_IMAGES = 64  # in one request
 MAX_REQUESTS = 256  # at a time; more are asked to come back
 INLINE_BYTES = 256 * 2**10  # smaller requests are parsed on the event loop: a thread would cost more

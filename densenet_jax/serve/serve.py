@@ -68,7 +68,6 @@ def serve(
 
     Args:
         listener: from `listen`.
-        config: all settings.
 
     Raises:
         UserError: the gRPC address was taken meanwhile, or too few files may be open.
