@@ -53,7 +53,7 @@ def auto_contrast_tables(counts: Float[Array, "b c 256"]) -> Float[Array, "b c 2
     low = jnp.argmax(occurs, axis=-1, keepdims=True).astype(jnp.float32)
     high = LEVELS - 1.0 - jnp.argmax(occurs[..., ::-1], axis=-1, keepdims=True).astype(jnp.float32)
     scale = 255.0 / jnp.maximum(high - low, 1.0)
-    # The small number keeps what is whole in exact arithmetic from being cut to the next lower value.
+    # The small number keeps rounding errors from truncating exact integers to the next lower value.
     stretched = jnp.clip(jnp.floor((_values() - low) * scale + 1e-4), 0.0, 255.0)
     return jnp.where(high > low, stretched, _values())
 

@@ -98,7 +98,7 @@ def _apply_warp(
         },
         identity,
     )
-    # Pillow cuts to whole numbers; the small number keeps what is whole in exact arithmetic from being cut.
+    # Pillow truncates to integers; the small number keeps rounding errors from lowering exact ones.
     return jnp.floor(warp(images, coefficients, fill) + 1e-3)
 
 

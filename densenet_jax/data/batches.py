@@ -1,7 +1,7 @@
 """Decodes batches ahead in threads, over Grain.
 
-One Grain element is a part of a batch: large enough that threads need little of the interpreter, small enough that all
-threads work on the batch that is needed next and that memory does not grow with their number.
+A Grain element is part of a batch: large enough to spend little time in the interpreter, small enough that all threads
+work on the batch needed next and that memory does not grow with their number.
 """
 
 import os
@@ -15,7 +15,7 @@ import numpy as np
 
 from densenet_jax.data.decode import DamagedImage
 
-PART = 32  # examples of an element at most
+PART = 32  # examples per element at most
 FOREVER = range(2**40)
 Batch = dict[str, np.ndarray]
 
@@ -29,7 +29,7 @@ class Damaged:
         self._lock = threading.Lock()
 
     def add(self, error: DamagedImage) -> None:
-        """Records the image of `error`, or raises it if nothing may be skipped."""
+        """Records the image of `error`, or raises it if images may not be skipped."""
         if not self._skip:
             raise DamagedImage(error.name, f"{error.why} (mend it, or set config.data.on_damaged=skip)") from error
         with self._lock:
@@ -72,7 +72,7 @@ class Rows:
 
 
 class Batches(Iterator[Batch]):
-    """An iterator of batches. Close it, or use it in a `with`, so that its threads end."""
+    """An iterator of batches. Close it, or use it in a `with`, to end its threads."""
 
     def __init__(
         self,
@@ -88,13 +88,12 @@ class Batches(Iterator[Batch]):
 
         Args:
             arrays: shape (batch first) and dtype of every array of a batch.
-            steps: the steps whose batches are wanted.
             fill: fills some rows of a batch; called from many threads, may raise.
-            damaged: what `fill` notes damaged images in.
-            reader_threads: threads that call `fill`; 0: one a core.
+            damaged: where `fill` records damaged images.
+            reader_threads: 0: one per core.
             prefetch_batches: batches that wait in memory at most, besides those in use.
         """
-        cv2.setNumThreads(1)  # our own threads use the cores
+        cv2.setNumThreads(1)  # the reader threads already use all cores
         self._damaged = damaged
         self._builder = _PartBuilder(arrays, steps, fill)
         self._parts = self._builder.parts
@@ -120,7 +119,7 @@ class Batches(Iterator[Batch]):
         return self._damaged.names
 
     def close(self) -> None:
-        """Ends the threads, each after the image it is at. May be called twice."""
+        """Ends the threads, each after its current image. May be called twice."""
         self._builder.stop()
         self._iterator.close()
 
@@ -168,7 +167,7 @@ class _PartBuilder:
             del self._open[step]
 
     def stop(self) -> None:
-        """Ends running reads after the image they are at."""
+        """Ends running reads after their current image."""
         self._stopped.set()
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from densenet_jax.errors import UserError
 
-LABELS_FILE = "labels.txt"  # of a work directory
+LABELS_FILE = "labels.txt"  # in a work directory
 _MAX_LABELS_CHARACTERS = 16 * 2**20
-# The first line of a file in which names stand in quotes that a plain line can't hold. Older versions take it for a
-# comment, and files without it are read as they always were.
+# The first line of a file that quotes some names. Older versions take it for a comment; files without it have plain
+# names.
 _QUOTING_HEADER = '# Lines that begin with " are JSON strings.'
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Reads a class name a line, from class 0 on; empty lines and comments ("# ...") are skipped.
+    """Reads one class name per line, from class 0 on; empty lines and comments ("# ...") are skipped.
 
     Raises:
         UserError: the file can't be read or holds no names.
@@ -46,7 +46,7 @@ def _unquote(line: str) -> str:
 
 
 def format_labels(names: Sequence[str]) -> str:
-    """Writes names as `read_labels` reads them: one a line, in quotes where a plain line would change them."""
+    """Writes names as `read_labels` reads them: one per line, quoted where a plain line would change them."""
     if not any(_needs_quotes(name) for name in names):
         return "".join(f"{name}\n" for name in names)
     lines = (json.dumps(name) if _needs_quotes(name) or name.startswith('"') else name for name in names)
@@ -64,11 +64,9 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
 
 
 def order_classes(folders: Iterable[str], class_order: str) -> tuple[str, ...]:
-    """Returns the classes of a data set in the order of their numbers.
+    """Orders class folders by class number.
 
-    Args:
-        folders: names of the class folders.
-        class_order: "text" (by code point), "natural" (see `natural_key`) or a file with a name a line.
+    `class_order` is "text" (by code point), "natural" (see `natural_key`) or a file with one name per line.
 
     Raises:
         UserError: the file can't be read, has a name twice, or lacks a folder.

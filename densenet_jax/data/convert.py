@@ -9,7 +9,7 @@ from typing import Any
 
 from densenet_jax.errors import UserError
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Progress = Callable[[str, int, int], None]  # (activity, amount done, total)
 _INFO = "dataset_info.json"
 
 
@@ -25,10 +25,10 @@ def stored_formats(directory: str) -> tuple[str, ...]:
 
 
 def convert_to_array_record(directory: str, progress: Progress, workers: int = 4) -> None:
-    """Writes ArrayRecord files beside the TFRecord files in `directory` and tells tfds that they are there.
+    """Writes ArrayRecord files beside the TFRecord files in `directory` and registers them with tfds.
 
-    A conversion that was interrupted goes on where it stopped: files get their names when they are whole. Needs no
-    TensorFlow. The checksums inside TFRecord are not looked at; a verification decodes every image afterwards.
+    An interrupted conversion resumes: files get their names when they are complete. Needs no TensorFlow. Ignores the
+    checksums inside TFRecord; verification decodes every image afterwards.
 
     Raises:
         UserError: a file is missing, damaged or can't be written.
@@ -72,7 +72,7 @@ def _convert_shard(source: str, destination: str, length: int) -> None:
         for record in TFRecordIterDataset(source):
             writer.write(record)
             count += 1
-        writer.close()  # the file is whole from here on
+        writer.close()  # completes the file
         if count != length:
             raise ValueError(f"it has {count} records instead of {length}")
         os.replace(temporary, destination)
@@ -92,7 +92,7 @@ def _count(file: str) -> int:
         count = reader.num_records()
         reader.close()
         return count
-    except RuntimeError:  # not whole
+    except RuntimeError:  # incomplete
         return -1
 
 

@@ -1,4 +1,4 @@
-"""Decodes image files: JPEG by libjpeg-turbo, most others by Pillow, with the bits that they have."""
+"""Decodes image files at their full bit depth: JPEG by libjpeg-turbo, most others by Pillow."""
 
 import io
 import logging
@@ -15,8 +15,8 @@ from densenet_jax.data.pixels import Stored, to_pixels, widen
 from densenet_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
-MAX_PIXELS = 80_000_000  # larger images are refused before memory is spent on them; ImageNet's largest has 32 million
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # Pillow knows more, some of which start programs
+MAX_PIXELS = 80_000_000  # larger images are refused before allocating memory; ImageNet's largest has 32 million
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # Pillow supports more, some of which start programs
 _ORIENTATION = 0x0112  # the EXIF tag
 _SMALL_BYTES = 4096
 _EXACT_JPEG = {"fastdct": False, "fastupsample": False}  # the pixels that Pillow gives
@@ -42,17 +42,17 @@ def decode_image(
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
 ) -> np.ndarray:
-    """Decodes an image file; of an animation or several pages the first. docs/data.md has a table of every kind.
+    """Decodes an image file, or its first frame or page. docs/data.md has a table of every kind.
 
     Args:
         data: a JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY file.
         channels: 3 for RGB, 1 for gray, else the number that the file has; 0 takes any. Alpha is dropped and palettes
             are looked up.
-        name: what a message calls the image.
-        apply_exif_orientation: turn the image as its camera said. Off for data sets: the published ImageNet weights
-            were trained and evaluated on pixels as they are stored.
+        name: the image's name in messages.
+        apply_exif_orientation: off for data sets: the published ImageNet weights were trained and evaluated on pixels
+            as they are stored.
         pixel_range: stored values that become black and white; (): those of the file's own type.
-        bits: of the result's numbers: 8, 16, or 0 for 16 where the file has more than 8.
+        bits: bit depth of the result: 8, 16, or 0 for 16 where the file has more than 8.
 
     Returns:
         uint8 or uint16 [height, width, channels].
@@ -81,7 +81,7 @@ def decode_image(
 
 
 def with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
-    """Converts pixels to 8 or 16 bits, or not at all for 0; warns once where bits are lost."""
+    """Converts pixels to 8 or 16 bits, or leaves them for 0; warns once where bits are lost."""
     if bits == 16:
         return widen(pixels)
     if bits == 8 and pixels.dtype == np.uint16:
@@ -102,8 +102,8 @@ def _warn_of_lost_bits(name: str) -> None:
 
 
 def is_image_start(head: bytes) -> bool:
-    """Returns whether a file that begins with these 32 bytes is meant to be an image that is read."""
-    if head[:2] == b"BM":  # a text may begin so too: the size of the second header tells
+    """Returns whether a file that begins with these 32 bytes is an image of a supported kind."""
+    if head[:2] == b"BM":  # a text may begin so too; the second header's size decides
         return head[14:18] in (bytes((size, 0, 0, 0)) for size in (12, 40, 52, 56, 64, 108, 124))
     if head[:1] == b"P":
         return head[1:2] in b"123456f" and head[2:3] in (b" ", b"\n", b"\r", b"\t")
@@ -118,7 +118,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_size(width: int, height: int, name: str) -> None:
-    """Raises DamagedImage where an image of this size is not to be decoded."""
+    """Raises DamagedImage where an image of this size is too large or empty."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise DamagedImage(name, f"it claims {width}x{height} pixels, at most {MAX_PIXELS} are decoded")
 
@@ -127,7 +127,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     """Reads (width, height) from the file's first bytes; decodes nothing.
 
     Raises:
-        DamagedImage: it is no image, or one that is too large to be decoded.
+        DamagedImage: it is no image, or too large.
     """
     if size := jpeg_size(data, name):
         return size[1], size[0]
@@ -153,7 +153,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
 def declared_size(data: bytes) -> tuple[int, int] | None:
     """Reads (width, height) of a PNG, WebP or GIF from its first bytes; None for other files.
 
-    Pillow checks sizes too, but of WebP only after the memory for the whole canvas was asked for.
+    Pillow checks sizes too, but for WebP only after allocating the whole canvas.
     """
     if data[:8] == _PNG and len(data) >= 24:
         return struct.unpack(">II", data[16:24])
@@ -174,7 +174,7 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     """Reads (height, width) from the file's first bytes; None where it is no JPEG.
 
     Raises:
-        DamagedImage: the image is too large to be decoded.
+        DamagedImage: the image is too large.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -187,7 +187,7 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
 
 
 def has_wide_pixels(data: bytes) -> bool:
-    """Returns whether a file has more than 8 bits a pixel and channel, by its first bytes."""
+    """Returns whether a file has more than 8 bits per channel, by its first bytes."""
     if data[:8] == _PNG:
         return data[24:25] == b"\x10"
     if data.startswith(rare_formats.NPY_MAGIC):
@@ -199,19 +199,19 @@ def has_wide_pixels(data: bytes) -> bool:
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
-    """Decodes by libjpeg-turbo's simple call; returns None where that fails, and Pillow then judges."""
+    """Decodes with libjpeg-turbo's simple call; returns None where that fails, and Pillow then decides."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height, name)
         if colors in ("CMYK", "YCCK") or (channels == 1 and colors != "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **_EXACT_JPEG)
-    except ValueError:  # also where libjpeg merely warns: Pillow then tells a truncated file from an odd one
+    except ValueError:  # also on mere warnings: Pillow then distinguishes truncated files from odd ones
         return None
 
 
 def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
-    """Decodes gray 8-bit PNGs, such as digits and MNIST, ten times as fast as Pillow; None for other files."""
+    """Decodes gray 8-bit PNGs, such as MNIST, ten times as fast as Pillow; returns None for other files."""
     plain_gray = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < _SMALL_BYTES
     if not plain_gray or b"tRNS" in data or data[28:29] != b"\x00" or not _is_whole_png(data):
         return None
@@ -222,7 +222,7 @@ def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Returns whether all chunks are there with right checksums; OpenCV would make up what is missing."""
+    """Returns whether all chunks are there with right checksums; OpenCV would invent missing pixels."""
     place = 8
     while place + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
@@ -236,11 +236,11 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
-    """Decodes to the numbers that the file holds; 8-bit files by Pillow to gray or RGB at once."""
+    """Decodes to the numbers in the file, 8-bit files straight to gray or RGB by Pillow."""
     if data.startswith(rare_formats.NPY_MAGIC):
         check_size(*rare_formats.npy_size(data), name)
         return rare_formats.decode_npy(data)
-    if data[:8] == _PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # of these Pillow keeps 8 bits
+    if data[:8] == _PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # Pillow keeps only 8 bits
         if not _is_whole_png(data):
             raise ValueError("the PNG file is damaged or cut off")
         return rare_formats.decode_with_opencv(data)
@@ -248,7 +248,7 @@ def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
         image_size(data, name)
         return rare_formats.decode_ppm(data, white)
     if data.startswith(_TIFF):
-        data = rare_formats.without_orientation(data)  # Pillow would turn it, and nothing else
+        data = rare_formats.without_orientation(data)  # Pillow would rotate TIFF alone of all formats
         if (facts := rare_formats.tiff_facts(data)) is not None and rare_formats.pillow_loses(facts, channels):
             check_size(facts.width, facts.height, name)
             return rare_formats.decode_tiff(data)
@@ -275,7 +275,7 @@ def _decode_with_pillow(data: bytes, channels: int, name: str) -> Stored:
 def exif_orientation(data: bytes) -> int:
     """Reads the EXIF orientation, 1 to 8; 1 (upright) where it is missing or unreadable."""
     if data[:2] == b"\xff\xd8" and b"Exif" not in data and b":Orientation" not in data:
-        return 1  # most photographs of the web: spares Pillow's look at every marker
+        return 1  # most photographs on the web: skips parsing every marker
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)

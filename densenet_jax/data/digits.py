@@ -15,7 +15,7 @@ from densenet_jax.data.filelock import locked
 from densenet_jax.errors import UserError
 
 TEST_EXAMPLES = 360
-_SPLIT_SEED = 0  # fixed for good: the split is part of the data set
+_SPLIT_SEED = 0  # never changes: the split is part of the data set
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -61,11 +61,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def stratified_test_indices(labels: np.ndarray, count: int) -> np.ndarray:
-    """Chooses `count` examples, always the same, with every class at its share (largest remainders first).
-
-    Returns:
-        int [count], sorted.
-    """
+    """Chooses a fixed sample of `count` examples, sorted, with every class at its share (largest remainders first)."""
     classes, sizes = np.unique(labels, return_counts=True)
     quotas = count * sizes / sizes.sum()
     shares = np.floor(quotas).astype(int)
@@ -81,8 +77,7 @@ def stratified_test_indices(labels: np.ndarray, count: int) -> np.ndarray:
 def prepare(directory: str) -> str:
     """Writes the digits below `directory` unless they are there; returns the prepared directory.
 
-    Several processes may call this at once, and one that is killed leaves nothing that a later call would take for
-    the data set.
+    Safe to call from several processes at once; a killed call leaves nothing that looks like the data set.
 
     Raises:
         UserError: `directory` can't be written.
@@ -105,10 +100,10 @@ def _is_prepared(path: str) -> bool:
 
 def _write(directory: str, path: str) -> None:
     for leftover in os.scandir(os.path.dirname(path)):
-        if leftover.is_dir():  # of a run that was killed: under the lock nobody else writes here
+        if leftover.is_dir():  # from a killed run: the lock keeps other writers out
             shutil.rmtree(leftover.path)
     builder = Digits(data_dir=directory, file_format="array_record")
-    # tfds writes into a neighbor and renames it, so `path` is whole or absent.
+    # tfds writes to a temporary directory and renames it, so `path` is complete or absent.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare(
             download_dir=os.path.join(os.path.dirname(path), "downloads"),

@@ -1,4 +1,4 @@
-"""Reads a tree of class folders, DIRECTORY/train/CLASS/* and DIRECTORY/val/CLASS/*, and keeps an index of it."""
+"""Reads class folders, DIRECTORY/train/CLASS/* and DIRECTORY/val/CLASS/*, and caches an index of them."""
 
 import collections
 import contextlib
@@ -22,24 +22,19 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "val": ("val", "validation")}
 _ALL_SPLIT_FOLDERS = ("train", "validation", "val", "test")
-_VERSION = 2  # of the index's format
+_VERSION = 2  # index format
 _LISTING_THREADS = 16  # listing waits for the disk or the network, not for a core
-_NAMED = 5  # classes that a message lists
+_NAMED = 5  # classes listed per message
 
 
 class FolderSource:
-    """Source of the images below one split's class folders."""
+    """The images below one split's class folders."""
 
     def __init__(self, directory: str, split: str, class_order: str = "text") -> None:
         """Lists DIRECTORY/SPLIT, or reads the index of an earlier listing if no folder changed since.
 
         Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split. In a
-        directory that has no split's folder "train" is the directory itself, with one folder of images for each class.
-
-        Args:
-            directory: holds a folder for each split.
-            split: such as "train" or "validation".
-            class_order: see `densenet_jax.data.class_names.order_classes`.
+        directory without split folders "train" is the directory itself, with one folder of images for each class.
 
         Raises:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
@@ -106,7 +101,7 @@ class FolderSource:
             if not len(mine):
                 classes.append((0, ""))
                 continue
-            first, last = starts[mine[0]], self._ends[mine[-1]]  # the images of a class follow each other
+            first, last = starts[mine[0]], self._ends[mine[-1]]  # a class's images are contiguous
             prefix = np.arange(len(name.encode()) + 1)
             kept = np.ones(last - first, bool)
             kept[(starts[mine] - first)[:, None] + prefix[None, :]] = False
@@ -155,14 +150,14 @@ def _load_or_list(directory: str, root: str, folders: list[str], class_names: tu
             return index
     index, stamp = _list(root, folders, class_names)
     for file in files:
-        with contextlib.suppress(OSError):  # a read-only data set: the next place, or list again next time
+        with contextlib.suppress(OSError):  # a read-only data set: try the next place, or list again next time
             _save(file, index, stamp)
             break
     return index
 
 
 def index_files(directory: str, root: str) -> list[str]:
-    """Returns where the index of `root` may lie: beside the data, else in the user's cache."""
+    """Returns where the index of `root` may be: beside the data, else in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
     return [
@@ -191,7 +186,7 @@ def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[
 
 
 def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], collections.Counter[str]]:
-    """Lists one class folder: sorted image paths from `root`, each folder's time of change, and skipped files."""
+    """Lists one class folder: sorted image paths from `root`, each folder's modification time, and skipped files."""
     images, times, pending = [], {}, [(folder, frozenset[tuple[int, int]]())]
     skipped: collections.Counter[str] = collections.Counter()
     while pending:
@@ -217,8 +212,8 @@ def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], coll
 
 
 def is_image_file(entry: "os.DirEntry[str]") -> bool:
-    """Returns whether a file is an image: by its ending where that says so, else by its first bytes."""
-    if not entry.is_file():  # a pipe would be waited for
+    """Returns whether a file is an image, by its extension if known, else by its first bytes."""
+    if not entry.is_file():  # reading a pipe would block
         return False
     if entry.name.lower().endswith(EXTENSIONS):
         return True
@@ -236,7 +231,7 @@ def _kind_of(entry: "os.DirEntry[str]") -> str:
 
 
 def _count_loose_files(root: str) -> collections.Counter[str]:
-    """Counts images beside the class folders, and in folders that are passed over since their names begin with "."."""
+    """Counts images beside the class folders and in folders whose names begin with ".", which are not read."""
     counts: collections.Counter[str] = collections.Counter()
     for folder, kind in [(root, "outside of class folders"), *_hidden_folders(root)]:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -252,7 +247,7 @@ def _hidden_folders(root: str) -> list[tuple[str, str]]:
 
 
 def report_skipped(root: str, skipped: dict[str, int]) -> None:
-    """Warns of files that are not read as images, by ending and count."""
+    """Warns about files that are not read as images, by extension and count."""
     if skipped:
         counts = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts[:10])
@@ -266,7 +261,7 @@ def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             text = np.frombuffer(json.dumps(stamp).encode(), np.uint8)
-            os.fchmod(handle, 0o644)  # for everybody who reads the data
+            os.fchmod(handle, 0o644)  # readable by all users of the data
             np.savez(stream, stamp=text, labels=index[0], ends=index[1], names=index[2])
         os.replace(temporary, file)
     except OSError:

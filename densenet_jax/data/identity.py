@@ -1,4 +1,4 @@
-"""Compares a data set with the one that a checkpoint was trained on: classes in order, and the files of each."""
+"""Compares a data set with a checkpoint's: classes in order, and the files of each."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from densenet_jax.errors import UserError
 
 # {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...]}}}
 Identity = dict[str, Any]
-_NAMED = 5  # differences of each kind that a message lists
+_NAMED = 5  # differences listed per kind
 
 
 def identify(name: str, sources: Mapping[str, Source]) -> Identity:
-    """Describes a data set for a checkpoint, ready for JSON."""
+    """Describes a data set as JSON values, to be saved in a checkpoint."""
     splits = {
         split: {"examples": len(source), "files": [list(entry) for entry in source.identity()]}
         for split, source in sources.items()
@@ -24,7 +24,7 @@ def identify(name: str, sources: Mapping[str, Source]) -> Identity:
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
-    """Reads what data set the checkpoint of `step` was trained on; an older one has only the run's labels.txt.
+    """Reads the data set that the checkpoint of `step` was trained on; an older one has only the run's labels.txt.
 
     Raises:
         UserError: labels.txt can't be read.
@@ -40,16 +40,14 @@ def read_identity(workdir: str, step: int) -> Identity | None:
 
 
 def is_contradiction(names: Sequence[str], class_names: Sequence[str]) -> bool:
-    """Returns whether `names` number a class otherwise than `class_names`; other words for a class may stand."""
+    """Returns whether `names` number a class differently from `class_names`; renamed classes are no contradiction."""
     return len(names) != len(class_names) or bool(_moved(class_names, names))
 
 
 def check_identity(saved: Identity, current: Identity, where: str, allow_changed: bool = False) -> None:
-    """Checks that `current` is the data set that `saved` describes; files are compared of splits that both have.
+    """Checks that `current` is the data set that `saved` describes; compares files of the splits that both have.
 
     Args:
-        saved: of the checkpoint.
-        current: of the data set that is there now.
         where: what was trained on `saved`, for the message.
         allow_changed: let files come and go, and classes be renamed that keep their number.
 
@@ -106,7 +104,7 @@ def _class_changes(saved: Identity, current: Identity) -> list[str]:
 
 
 def _files_by_class(identity: Identity, splits: Iterable[str]) -> dict[str, list[Any]]:
-    """Collects what is known of the files of each class in these splits."""
+    """Collects file counts and digests of each class in these splits."""
     files: dict[str, list[Any]] = {}
     for split in sorted(splits):
         known = identity["splits"][split]

@@ -1,6 +1,6 @@
 """Makes batches for training and evaluation, shared between processes.
 
-What training sees is a pure function of (seed, step): neither threads nor processes nor an interruption change it.
+Training data is a pure function of (seed, step): neither threads nor processes nor interruptions change it.
 """
 
 import threading
@@ -15,7 +15,7 @@ from densenet_jax.data.sampler import Draws, Order
 from densenet_jax.data.transforms import Transform
 from densenet_jax.errors import UserError
 
-_KEEP_BYTES = 256 * 2**20  # transformed images that are the same in every epoch are kept where they fit in this
+_KEEP_BYTES = 256 * 2**20  # cache for transformed images that are the same in every epoch
 
 
 def train_batches(
@@ -34,21 +34,18 @@ def train_batches(
 ) -> Batches:
     """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
-    Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share.
+    Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share. Batches
+    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b]}, b being this process's share.
 
     Args:
-        seed: with the step, all that order and crops depend on.
-        global_batch_size: examples a step, over all processes.
-        transform: of `train_transform`.
+        seed: determines, with the step, order and crops.
+        global_batch_size: examples per step, over all processes.
         process_count: must divide `global_batch_size`.
-        reader_threads: threads that read and decode; 0: one a core.
+        reader_threads: threads that read and decode; 0: one per core.
         prefetch_batches: batches that wait in memory at most, besides the ones in use.
         on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set and counts.
-        repeats: neighboring examples of a batch that are one image, each transformed by draws of its own; see
+        repeats: neighboring examples of a batch that are one image, each with its own random transform; see
             `Order`. Must divide `global_batch_size`.
-
-    Returns:
-        iterator of {"image": uint8 or uint16 [b, h, w, c], "label": int32[b]}, b being this process's share.
 
     Raises:
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
@@ -87,9 +84,8 @@ def eval_batches(
     images are masked out as well, and counted. Arguments as for `train_batches`.
 
     Returns:
-        iterator of {"image": uint8 or uint16 [b, h, w, c] (or [b, crops, h, w, c]), "label": int32[b],
-        "mask": bool[b]}; of a source with `label_sets` also {"label_set": bool[b, classes]}, True for every right
-        class, of which an example may have none.
+        iterator of {"image": uint8 or uint16 [b, h, w, c] (or [b, crops, h, w, c]), "label": int32 [b],
+        "mask": bool [b]}; with `label_sets` also {"label_set": bool [b, classes]}, True for every right class.
     """
     share = _share(global_batch_size, process_count)
     damaged = Damaged(_skips(on_damaged))
@@ -141,7 +137,7 @@ class _Fresh:
 
 
 class _Kept(_Fresh):
-    """Keeps examples of a transform without draws in memory, if the data set is small enough."""
+    """Caches examples of a transform without draws in memory, if the data set is small enough."""
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         super().__init__(source, transform, damaged)
@@ -158,7 +154,7 @@ class _Kept(_Fresh):
             return super().__call__(index, draws, image, label)
         if not self._have[index]:
             super().__call__(index, draws, image, label)
-            with self._lock:  # images before the mark that says they are there
+            with self._lock:  # the image before the flag that it is there
                 self._images[index], self._labels[index] = image[0], label[0]
                 self._have[index] = True
             return None

@@ -1,4 +1,4 @@
-"""Converts stored numbers to pixels: which become black and white, and which channels a model gets."""
+"""Converts stored numbers to pixels: picks black, white and the model's channels."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ class Stored:
 
     Attributes:
         values: [height, width, channels] of any real type.
-        white: the value that is white where 0 is black; None where only the user knows.
-        alpha: the last channel is transparency.
-        negative: 0 is white and `white` is black.
+        white: the value of white where 0 is black; None where only the user knows.
+        alpha: whether the last channel is transparency.
+        negative: whether 0 is white and `white` is black.
     """
 
     values: np.ndarray
@@ -50,15 +50,11 @@ def white_of(dtype: np.dtype) -> float | None:
 
 
 def to_pixels(stored: Stored, channels: int, pixel_range: tuple[float, ...] = ()) -> np.ndarray:
-    """Makes pixels of stored numbers.
+    """Converts stored numbers to pixels: uint8 if 8 bits suffice, else uint16; [height, width, channels].
 
     Args:
-        stored: what the file holds.
         channels: 1 (color is made gray as Pillow does it), 3 (gray is repeated), or as many as there are; 0: those.
         pixel_range: stored values that become black and white; (): those of the type.
-
-    Returns:
-        uint8 where 8 bits say it all, else uint16; [height, width, channels].
 
     Raises:
         ValueError: the values mean no brightness, or there is another number of channels.
@@ -84,19 +80,19 @@ def to_pixels(stored: Stored, channels: int, pixel_range: tuple[float, ...] = ()
 
 
 def widen(pixels: np.ndarray) -> np.ndarray:
-    """Converts 8-bit pixels to the same brightness in 16 bits."""
+    """Converts 8-bit pixels to 16 bits at equal brightness."""
     return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
 
 
 def to_picture(pixels: np.ndarray) -> np.ndarray:
-    """Converts pixels for people: 8 bits, and the mean of the channels as gray where they are not 1 or 3."""
+    """Converts pixels for display: 8 bits, and the mean of the channels as gray unless there are 1 or 3."""
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     return pixels if pixels.shape[-1] in (1, 3) else pixels.mean(axis=-1, keepdims=True).astype(pixels.dtype)
 
 
 def join(images: Sequence[np.ndarray], joined: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack) -> np.ndarray:
-    """Stacks (or concatenates) pixels of 8 and 16 bits; the result has 16 if one of them has."""
+    """Stacks (or concatenates) pixels of 8 and 16 bits; the result has 16 if any has."""
     wide = any(image.dtype == np.uint16 for image in images)
     return joined([widen(image) for image in images] if wide else images)
 
@@ -105,7 +101,7 @@ def _scale(values: np.ndarray, white: float | None, pixel_range: tuple[float, ..
     if not pixel_range and values.dtype == np.uint8 and white == 255:
         return values
     if not pixel_range and values.dtype == np.uint16 and white == 65535:
-        return values.astype(np.uint16)  # in the machine's byte order
+        return values.astype(np.uint16)  # in native byte order
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("it has pixels that are not finite numbers")
     low, high = (float(number(values)) if values.size else 0.0 for number in (np.min, np.max))

@@ -19,7 +19,7 @@ from densenet_jax.data.filelock import locked
 from densenet_jax.data.records import Source
 from densenet_jax.errors import UserError
 
-# Examples that a complete data set has.
+# Examples in a complete data set.
 KNOWN_COUNTS: dict[str, dict[str, int]] = {
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
     "imagenet2012_real": {"validation": 50_000},
@@ -44,7 +44,7 @@ KNOWN_CLASSES: dict[str, int] = {
 }
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_BLOCK = 64  # images that a thread checks at a time
+_BLOCK = 64  # images checked per thread at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class SplitReport:
     """Result of verifying one split.
 
     Attributes:
-        expected: how many a complete data set has; None where that is not known.
-        damaged: (name, why) of every image that can't be decoded, in the order of the files.
-        class_counts: int64[classes], whole and damaged ones.
+        expected: size of the complete data set; None where that is not known.
+        damaged: (name, why) of every image that can't be decoded, in file order.
+        class_counts: int64 [classes], damaged images included.
     """
 
     split: str
@@ -65,7 +65,7 @@ class SplitReport:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line for each thing that is wrong."""
+        """Describes each problem in one line."""
         lines = [f"{self.split}: image {name} can't be decoded: {why}" for name, why in self.damaged]
         if self.expected not in (None, self.examples):
             lines.insert(0, f"{self.split}: {self.examples} images, expected {self.expected}")
@@ -88,21 +88,19 @@ def prepare_dataset(
 ) -> list[SplitReport]:
     """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
 
-    Digits and class folders need nothing but this call. A tfds set that is stored as TFRecord gets ArrayRecord files
-    beside. Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and
-    its archives in DIRECTORY/downloads/manual).
+    Digits and class folders need nothing but this call. A tfds set stored as TFRecord gets ArrayRecord files beside it.
+    Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and its
+    archives in DIRECTORY/downloads/manual).
 
     Args:
-        name: as for `open_source`.
-        directory: as for `open_source`.
+        name: as for `open_source`, like `directory`.
         splits: what to verify; (): all splits that a tfds set has, or "train" and "validation" of class folders.
-        progress: is called with (what is being done, how much is done, of how much).
-        workers: threads that convert and verify; 0: one a core.
-        verify: False leaves the verification out.
+        progress: called with (activity, amount done, total).
+        workers: threads that convert and verify; 0: one per core.
         pixel_range: see `densenet_jax.data.decode.decode_image`.
 
     Returns:
-        a report for each split.
+        One report per split.
 
     Raises:
         UserError: something that only the user can do is missing; the message says what.
@@ -135,7 +133,7 @@ def verify_split(
     workers: int = 0,
     pixel_range: tuple[float, ...] = (),
 ) -> SplitReport:
-    """Decodes every image of `source`; needs memory for the images in flight only."""
+    """Decodes every image of `source`, holding only the images in flight in memory."""
     total = len(source)
     counts = np.zeros(source.num_classes, np.int64)
     damaged: list[tuple[str, str]] = []
@@ -165,7 +163,7 @@ def _check(source: Source, block: range, pixel_range: tuple[float, ...]) -> tupl
 
 
 def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
-    """Like `map` with threads, but takes items only as results are taken."""
+    """Maps with threads, in order, but takes items only as results are taken."""
     pending: list[futures.Future[_Result]] = []
     with futures.ThreadPoolExecutor(workers) as pool:
         try:
@@ -220,7 +218,7 @@ def _download_and_prepare(name: str, set_name: str, directory: str) -> None:
             import tensorflow as _  # noqa: F401  (tfds reads these archives with it)
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         for leftover in glob.glob(f"{glob.escape(os.fspath(builder.data_path))}.incomplete*"):
-            shutil.rmtree(leftover)  # of a run that was killed: under the lock nobody else writes here
+            shutil.rmtree(leftover)  # from a killed run: the lock keeps other writers out
         builder.download_and_prepare(
             download_dir=os.path.join(directory, "downloads"),
             download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False),

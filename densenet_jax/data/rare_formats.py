@@ -1,4 +1,4 @@
-"""Reads files of more than 8 bits or of other than 1 or 3 channels: NPY, TIFF, PNM, and 16-bit PNG in color."""
+"""Reads files of more than 8 bits or of other than 1 or 3 channels: NPY, TIFF, PNM, and 16-bit color PNG."""
 
 import dataclasses
 import io
@@ -15,12 +15,12 @@ from densenet_jax.data.pixels import MAX_CHANNELS, Stored, stored_array, white_o
 NPY_MAGIC = b"\x93NUMPY"
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's sample formats
 _CIE_LAB, _PLANES = 8, 2  # a photometric interpretation and a planar configuration
-_MAX_VALUES = 320_000_000  # numbers that are decoded at most: four channels of the largest image
+_MAX_VALUES = 320_000_000  # values decoded at most: four channels of the largest image
 _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
 
 def decode_npy(data: bytes) -> Stored:
-    """Reads an array [height, width] or [height, width, channels]; runs nothing that the file holds.
+    """Reads an array [height, width] or [height, width, channels]; never unpickles.
 
     Raises:
         ValueError: it is damaged or has another shape or type.
@@ -45,7 +45,7 @@ def npy_size(data: bytes) -> tuple[int, int]:
 
 
 def npy_bits(data: bytes) -> int:
-    """Reads how many bits a number of an NPY file has."""
+    """Reads the bits per number of an NPY file."""
     return 8 * _npy_header(data)[1].itemsize
 
 
@@ -58,7 +58,7 @@ def pnm_white(data: bytes) -> int:
 
 
 def decode_ppm(data: bytes, white: int) -> Stored:
-    """Reads RGB of 16 bits, of which Pillow keeps 8.
+    """Reads 16-bit RGB, which Pillow would cut to 8.
 
     Raises:
         ValueError: it is cut off.
@@ -103,7 +103,7 @@ def from_wide_mode(image: Image.Image) -> Stored:
 
 @dataclasses.dataclass(frozen=True)
 class TiffFacts:
-    """The first page of a TIFF file, and how many there are; `bits` are those of a sample."""
+    """The first page of a TIFF file, with `bits` per sample, and the page count."""
 
     width: int
     height: int
@@ -115,7 +115,7 @@ class TiffFacts:
 
 
 def tiff_facts(data: bytes) -> TiffFacts | None:
-    """Reads the tags of a TIFF file; None where it is damaged."""
+    """Reads the tags of a TIFF file; returns None where it is damaged."""
     import tifffile
 
     try:
@@ -169,7 +169,7 @@ def decode_tiff(data: bytes) -> Stored:
         except ValueError:
             if len(pages) > 1:
                 raise
-            return decode_with_opencv(data)  # which knows more compressions
+            return decode_with_opencv(data)  # supports more compressions
         if len({layer.shape for layer in layers}) > 1:
             raise ValueError("its pages are of different sizes")
         values = layers[0] if len(layers) == 1 else np.stack(layers, axis=-1)

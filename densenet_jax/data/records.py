@@ -8,13 +8,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example as it is stored.
+    """One stored example.
 
     Attributes:
         image: the encoded file (JPEG, PNG, ...).
         label: the class, from 0 on.
         name: how a person finds this example again: the file's name, or split and position.
-        label_set: every class that is right, where the source has `label_sets`; () where nobody could say.
+        label_set: every right class, where the source has `label_sets`; () where nobody could say.
     """
 
     image: bytes
@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def label_sets(self) -> bool:
-        """Whether its examples have any number of right classes (ImageNet ReaL) instead of one."""
+        """Whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one."""
 
     def __len__(self) -> int:
         """Number of examples."""

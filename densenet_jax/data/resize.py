@@ -1,4 +1,4 @@
-"""Resizes pixels: as Pillow does, antialiased; close to it and faster; or plainly."""
+"""Resizes pixels: exactly as Pillow, closely and faster, or without antialiasing."""
 
 import contextlib
 from typing import Any
@@ -28,16 +28,9 @@ def resize(
 ) -> np.ndarray:
     """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
 
-    Args:
-        pixels: uint8 or uint16 [h, w, channels].
-        height: of the result.
-        width: of the result.
-        interpolation: "bilinear" or "bicubic".
-        antialias: average over all pixels that an output pixel covers.
-        box: the part; None: all.
-
-    Returns:
-        [height, width, channels] of the same type; with `antialias` the values of Pillow's resize.
+    `pixels` and the result are uint8 or uint16 [height, width, channels]; `interpolation` is "bilinear" or "bicubic".
+    With `antialias`, which averages over all pixels that an output pixel covers, the values are those of Pillow's
+    resize.
     """
     if box is None and pixels.shape[:2] == (height, width):
         return pixels
@@ -72,17 +65,17 @@ def _resize_layer(
 
 
 def resize_closely(pixels: np.ndarray, out_px: int, interpolation: str) -> np.ndarray:
-    """Resizes [height, width, channels] to a square, antialiased, within one level of what Pillow gives.
+    """Resizes [height, width, channels] to a square, antialiased, within one level of Pillow.
 
-    Pillow itself does it where cykooz_resizer is not installed, for bicubic (that strays two levels), and for other
-    than 1 or 3 channels of 8 bits.
+    Uses Pillow itself where cykooz_resizer is not installed, for bicubic (where cykooz strays two levels), and for
+    other than 1 or 3 channels of 8 bits.
     """
     is_usual = pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3)
     if _simd is None or interpolation != "bilinear" or pixels.shape[:2] == (out_px, out_px) or not is_usual:
         return resize(pixels, out_px, out_px, interpolation, True)
     height, width, channels = pixels.shape
     kind = _simd.PixelType.U8 if channels == 1 else _simd.PixelType.U8x3
-    # Both passes in one call come in another order than Pillow's and round once: sixty times as many values differ.
+    # Two calls: one call orders the passes differently from Pillow and rounds once; sixty times as many values differ.
     half = (width, out_px) if vertical_first(height, width, out_px) else (out_px, height)
     before = _simd.ImageData(width, height, kind, pixels.tobytes())
     between, after = _simd.ImageData(*half, kind), _simd.ImageData(out_px, out_px, kind)

@@ -8,24 +8,23 @@ import functools
 import numpy as np
 from grain.experimental import index_shuffle
 
-_ORDER, _CROPS = 0x6F72, 0x6372  # purposes of random numbers
-_WORDS = 4  # random words that one count of Philox gives
+_ORDER, _CROPS = 0x6F72, 0x6372  # purposes of the random streams
+_WORDS = 4  # random words per Philox count
 
 
 class Order:
-    """Endless order of training: every example once an epoch, each epoch in another order.
+    """Endless training order: every example once per epoch, each epoch in another order.
 
     Epochs follow each other without a gap, so the last examples of one that fill no batch begin the next batch.
     Any stretch costs its own length, wherever it begins, and nothing of the size of the data set is kept.
 
-    With repeats r (repeated augmentation, arXiv:1901.09335) each example holds r positions that follow each other, so
-    that `size` positions, which is what an epoch's length is counted in, see size / r different examples, as with the
-    samplers of the references. These begin a new order after `size` positions, so that chance decides which examples
-    are seen more often; here an order is followed to its end: r * size positions see every example exactly r times.
+    With repeats r (repeated augmentation, arXiv:1901.09335) each example holds r consecutive positions, so that an
+    epoch of `size` positions sees size / r different examples, as in the reference samplers. Those begin a new order
+    after `size` positions; here an order is completed: r * size positions see every example exactly r times.
     """
 
     def __init__(self, size: int, seed: int, repeats: int = 1) -> None:
-        """Orders `size` examples; `seed` is any whole number from 0 on."""
+        """Orders `size` examples; `seed` is a nonnegative integer."""
         self._size, self._repeats = size, repeats
         self._epoch_seed = functools.lru_cache(4)(lambda epoch: _hash(seed, _ORDER, epoch))
 
@@ -40,7 +39,7 @@ class Order:
 
 
 class Draws:
-    """Random numbers of every position: Philox, counted from the position, so that any stretch can be had at once."""
+    """Random numbers per position: Philox, counted from the position, so that any stretch is computed directly."""
 
     def __init__(self, seed: int, per_example: int) -> None:
         """Gives each position `per_example` numbers, a multiple of 4 or 0."""
@@ -57,5 +56,5 @@ class Draws:
 
 
 def _hash(*words: int) -> int:
-    """Hashes numbers to 32 bits, so that close ones have nothing in common."""
+    """Hashes integers to 32 bits, so that close ones give unrelated values."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -15,12 +15,12 @@ from densenet_jax.data.records import Record, Source
 from densenet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Archives that only a person can download.
+# Archives that must be downloaded by hand.
 MANUAL_ARCHIVES: dict[str, tuple[str, ...]] = {
     "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
     "imagenet2012_real": ("ILSVRC2012_img_val.tar",),
 }
-_HOLDOUT_SEED = 2012  # fixed for good: the held-out part of a data set never changes between runs
+_HOLDOUT_SEED = 2012  # never changes: all runs hold out the same examples
 
 
 def default_directory() -> str:
@@ -36,7 +36,7 @@ def open_source(
     Args:
         name: "digits" (prepared on first use), "folder" (a tree of class folders: DIRECTORY/train/CLASS/*), or a tfds
             name "set", "set/config" or "set/config:1.2.3" that was prepared as ArrayRecord.
-        directory: where data sets are; "" is tfds's own directory. May be a `gs://` or `s3://` path for tfds sets.
+        directory: "" is tfds's own directory. May be a `gs://` or `s3://` path for tfds sets.
         split: a split's name, or for tfds sets also a slice such as "train[:90%]". "holdout" is the part that
             `holdout` takes away from "train".
         holdout: how much of "train" is held out: a count from 1 on or a share below 1; 0 holds nothing out. Which
@@ -44,7 +44,7 @@ def open_source(
         class_order: of class folders; see `densenet_jax.data.class_names.order_classes`.
 
     Raises:
-        UserError: the data are not there, not readable or not of a kind that can be read; the message says what to do.
+        UserError: the data are missing, unreadable or of an unsupported kind; the message says what to do.
     """
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
         raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
@@ -91,7 +91,7 @@ def _hold_out(source: Source, holdout: float, part: str) -> Source:
 
 
 class SubsetSource:
-    """Source of the examples of another one at `indices`, in that order."""
+    """The examples of another source at `indices`, in that order."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self._source = source
@@ -111,7 +111,7 @@ class SubsetSource:
         return self._source.labels()[self._indices]
 
     def identity(self) -> list[tuple[int, str]]:
-        """Returns the identity of the source that these are chosen from."""
+        """Returns the identity of the whole source."""
         return self._source.identity()
 
 
@@ -151,7 +151,7 @@ class ArrayRecordSource:
         name = f"{self._split}/{index}"
         try:
             fields = self._parse(self._records[index])
-        except Exception as error:  # the reader and the parser raise their own kinds
+        except Exception as error:  # the reader and the parser raise their own types
             raise DamagedImage(name, f"its record can't be read ({error})") from error
         if self._name_key:
             name = fields[self._name_key].bytes_list.value[0].decode("utf-8", "replace") or name
@@ -185,7 +185,7 @@ def _open_records(builder: Any, split: str, directory: str) -> Any:
         files = [os.fspath(part.filename) for part in builder.info.splits[split].file_instructions]
     except Exception as error:
         raise UserError(f"Split {split!r} of {directory} can't be opened ({error}).") from error
-    remote = "://" in directory  # asking for a thousand files there would take a minute
+    remote = "://" in directory  # checking a thousand files there would take a minute
     if missing := [] if remote else [file for file in files if not os.path.exists(file)]:
         raise UserError(
             f"{directory} is incomplete: {len(missing)} files are missing, first {missing[0]}; prepare it again."
@@ -196,7 +196,7 @@ def _open_records(builder: Any, split: str, directory: str) -> Any:
 
 
 def _example_parser() -> Callable[[bytes], Any]:
-    # tfds's own copy of the protocol buffer: the file format's parser in tfds would import TensorFlow.
+    # tfds's own protocol buffer, since tfds's parser would import TensorFlow.
     from tensorflow_datasets.proto import tf_example_pb2
 
     return lambda raw: tf_example_pb2.Example.FromString(raw).features.feature
@@ -232,7 +232,7 @@ def find_prepared(name: str, directory: str) -> str:
     """Finds the directory of the newest prepared version of tfds set `name`.
 
     Raises:
-        UserError: none is there; the message says how to get it.
+        UserError: there is none; the message says how to get it.
     """
     from etils import epath
 
@@ -269,7 +269,7 @@ def is_prepared(name: str, directory: str = "") -> bool:
 
 
 def not_prepared_message(set_name: str, name: str, directory: str) -> str:
-    """Says in one line what to download, where to put it and how to prepare it."""
+    """Explains in one line what to download, where to put it and how to prepare it."""
     command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"
     start = f"Data set {name} is not prepared in {directory}"
     if archives := MANUAL_ARCHIVES.get(set_name):

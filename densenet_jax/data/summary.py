@@ -1,4 +1,4 @@
-"""Summarizes what a data set holds and how fast it is read, in numbers and pictures."""
+"""Summarizes a data set's contents and reading speed, in numbers and pictures."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,8 @@ from densenet_jax.data.batches import Batches
 from densenet_jax.data.decode import DamagedImage, decode_image, exif_orientation, has_wide_pixels, image_size
 from densenet_jax.data.records import Source
 
-_LOOKED_AT = 32  # images whose bits are looked at before anything is read
-_SAMPLE = 2000  # images whose size is looked at; spread evenly over the split
+_LOOKED_AT = 32  # images whose bit depth is checked before reading
+_SAMPLE = 2000  # images whose size is checked; spread evenly over the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,10 @@ class SplitSummary:
     """Figures of a split.
 
     Attributes:
-        class_counts: int64[classes].
-        widths: int64[sample], in pixels, of images that are spread evenly over the split.
-        heights: int64[sample], likewise.
-        encoded_bytes: int64[sample], sizes of the files.
-        damaged: names in the sample whose size can't be told.
+        class_counts: int64 [classes].
+        widths: int64 [sample], in pixels, of images that are spread evenly over the split; `heights` likewise.
+        encoded_bytes: int64 [sample], sizes of the files.
+        damaged: names in the sample whose size can't be read.
     """
 
     examples: int
@@ -53,7 +52,7 @@ class SplitSummary:
 
 
 def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
-    """Counts all labels and looks at the headers of up to `sample` images; decodes none."""
+    """Counts all labels and reads the headers of up to `sample` images; decodes none."""
     total = len(source)
     widths, heights, sizes, damaged = [], [], [], []
     for index in np.unique(np.linspace(0, total - 1, min(sample, total)).astype(int)).tolist():
@@ -72,11 +71,10 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
 
 
 def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[str, str]]:
-    """Looks at up to `sample` images, spread evenly over the split.
+    """Checks up to `sample` images, spread evenly over the split.
 
-    Returns:
-        How many bits of the pixels to carry (16 where one of the images has more than 8, else 8), and warnings of what
-        is easily read wrong, by kind.
+    Returns the bit depth to carry (16 where an image has more than 8, else 8), and warnings of what is easily misread,
+    by kind.
     """
     wide, turned, highest = 0, 0, 0
     places = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)).tolist()
@@ -102,7 +100,7 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
 
 
 def measure_speed(batches: Batches, seconds: float = 5.0, warmup_batches: int = 2) -> float:
-    """Measures images a second of `batches` in this process with nothing else computing; closes `batches`."""
+    """Measures images per second of `batches` in this process with nothing else computing; closes `batches`."""
     with batches:
         for _ in itertools.islice(batches, warmup_batches):
             pass

@@ -15,7 +15,7 @@ from densenet_jax.data.pixels import MAX_CHANNELS
 from densenet_jax.data.resize import PILLOW, resize, resize_closely
 from densenet_jax.errors import UserError
 
-_TRIES = 10  # of a random crop that fits, as in the references
+_TRIES = 10  # to draw a crop that fits, as in torchvision
 
 
 class Transform(Protocol):
@@ -23,15 +23,15 @@ class Transform(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Height, width and channels of the result, or the crops of one image before them."""
+        """Shape of the result: height, width and channels, preceded by the number of crops if several."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the result: uint8 or uint16."""
+        """Dtype of the result: uint8 or uint16."""
 
     @property
     def draws(self) -> int:
-        """Count of uniform numbers in [0, 1) that one example needs; 0 where the result is always the same."""
+        """Number of uniform draws in [0, 1) that one example needs; 0 for a deterministic transform."""
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
@@ -54,20 +54,18 @@ def train_transform(
     bits: int = 8,
     apply_exif_orientation: bool = False,
 ) -> Transform:
-    """Makes the transform of training images.
+    """Makes the training transform.
 
     Args:
         kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
-            image, resized where its size is another.
+            image, resized if its size differs.
         channels: 3 for RGB, 1 for gray, else the number that the files have.
         area_range: share of the image's area that a crop covers.
         aspect_range: width over height of a crop, drawn evenly in its logarithm.
         interpolation: "bilinear" or "bicubic".
         antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
             ones, as OpenCV and tf.image do, which is faster and gives other pixels.
-        pixel_range: see `decode_image`.
-        bits: likewise.
-        apply_exif_orientation: likewise.
+        pixel_range: see `decode_image`, as for `bits` and `apply_exif_orientation`.
     """
     _check(image_size_px, channels, interpolation)
     if kind not in ("none", "random_resized_crop"):
@@ -89,18 +87,16 @@ def eval_transform(
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
 ) -> "ResizedCenterCrop":
-    """Makes the transform of evaluation: short side to `resize_px`, then the central square.
+    """Makes the evaluation transform: resizes the short side to `resize_px`, then cuts the central square.
 
-    The pixels are Pillow's antialiased ones, as torchvision and timm give.
+    The pixels are Pillow's antialiased ones, as in torchvision and timm.
 
     Args:
         resize_px: length of the short side before the crop, at least `image_size_px`.
         channels: 3 for RGB, 1 for gray, else the number that the files have.
         interpolation: "bilinear" or "bicubic".
-        apply_exif_orientation: turn photographs as their camera said; see `decode_image`.
         crops: 1, or 5 for the four corners and the middle, which are then the first axis of the result.
-        pixel_range: see `decode_image`.
-        bits: likewise; 0: as many as the file has.
+        pixel_range: see `decode_image`, as for `bits` and `apply_exif_orientation`.
     """
     _check(image_size_px, channels, interpolation)
     if resize_px < image_size_px:
@@ -136,7 +132,7 @@ class _Square:
 
     @property
     def dtype(self) -> np.dtype:
-        """See `Transform`; of `bits` 0 the type of files that have no more than 8."""
+        """See `Transform`; uint8 for `bits` 0."""
         return np.dtype(np.uint16 if self.bits == 16 else np.uint8)
 
     def with_fixed_bits(self) -> Self:
@@ -144,11 +140,7 @@ class _Square:
         return dataclasses.replace(self, bits=8 * self.dtype.itemsize)
 
     def decode(self, data: bytes, name: str) -> np.ndarray:
-        """Decodes all of an image.
-
-        Raises:
-            DamagedImage: it can't be.
-        """
+        """Decodes the whole image; raises DamagedImage."""
         return decode_image(
             data,
             self.channels,
@@ -247,7 +239,7 @@ class FiveCrops(ResizedCenterCrop):
     def of_pixels(self, stored: np.ndarray) -> np.ndarray:
         """See `ResizedCenterCrop`."""
         height, width = resized_size(stored.shape[0], stored.shape[1], self.resize_px)
-        check_size(width, height, "of five crops")  # a line of pixels would be enlarged without measure
+        check_size(width, height, "of five crops")  # a line of pixels would be enlarged without limit
         pixels = resize(stored, height, width, self.interpolation, True)
         side = self.image_size_px
         down, right = height - side, width - side
@@ -260,7 +252,7 @@ def random_crop_box(
 ) -> tuple[int, int, int, int]:
     """Draws (top, left, height, width): the first of ten tries that fits, else the largest central crop in range.
 
-    The boxes are distributed as those of torchvision's RandomResizedCrop. `draws` is float64[40] in [0, 1).
+    Distributed as in torchvision's RandomResizedCrop. `draws` is float64 [40] in [0, 1).
     """
     low, high = math.log(aspect_range[0]), math.log(aspect_range[1])
     for area, aspect, down, right in draws.reshape(_TRIES, 4).tolist():
@@ -285,9 +277,9 @@ def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
 
 
 def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, right, bottom) in the stored image of the central crop taken after the resize.
+    """Returns (left, top, right, bottom), in the stored image, of the central crop taken after the resize.
 
-    Rounds as torchvision's Resize and CenterCrop do, so that the crop has the same pixels without computing others.
+    Rounds as torchvision's Resize and CenterCrop do, so that the crop has their pixels without computing others.
     """
     resized_height, resized_width = resized_size(height, width, resize_px)
     top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
@@ -298,7 +290,7 @@ def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[f
 def _native_crop(
     data: bytes, box: tuple[int, int, int, int], out_px: int, interpolation: str, antialias: bool
 ) -> np.ndarray | None:
-    """Decodes, cuts and resizes by the compiled helper; None where it leaves the file to others."""
+    """Decodes, cuts and resizes with the compiled helper; returns None where it can't."""
     top, left, height, width = box
     pixels = native.decode_part(data, left, top, width, height, rgbx=antialias)
     if pixels is None:
@@ -311,7 +303,7 @@ def _native_crop(
 def _native_resize(
     data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
 ) -> np.ndarray | None:
-    """Resizes a box that may fall between pixels, decoding only what that reads; None as for `_native_crop`."""
+    """Resizes a box that may fall between pixels, decoding only what that reads; returns None where it can't."""
     cubic = interpolation == "bicubic"
     single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
     x0, y0 = single[:2].tolist()

@@ -1,1 +1,1 @@
-"""Several processes as one run."""
+"""Runs of several processes."""

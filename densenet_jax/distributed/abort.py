@@ -1,4 +1,4 @@
-"""The last word of a process that C++ code ends with abort()."""
+"""Prints a line and sets the exit status when C++ code calls abort()."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-_SPEAKING: list["LastWord"] = []  # C has only the address of what lives here
+_SPEAKING: list["LastWord"] = []  # keeps handlers alive: C holds only their address
 
 
 class LastWord:
-    """A line on standard error and an exit status for when C++ code calls abort(), as JAX's service does.
+    """Handles abort() in C++ code, as JAX's service calls it, with a line on standard error and an exit status.
 
-    The handler is called in whatever thread has aborted. It takes Python's lock, which a thread of the service never
-    holds.
+    The handler runs in the aborting thread. It takes Python's lock, which a thread of the service never holds.
     """
 
     def __init__(self) -> None:
@@ -27,21 +26,21 @@ class LastWord:
         self._previous: int | None = None
 
     def begin(self) -> None:
-        """From here on it is said."""
+        """Installs the SIGABRT handler."""
         _SPEAKING.append(self)
         self._previous = self._signal(signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
 
     def end(self) -> None:
-        """From here on abort() does what it did before."""
+        """Restores the previous SIGABRT handler."""
         self._signal(signal.SIGABRT, self._previous)
 
     def change(self, message: str, status: int) -> None:
-        """What is said from now on."""
+        """Sets the line and the exit status."""
         self._message, self._status = message, status
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, nothing but the last word reaches standard error; what else is written there is dropped."""
+        """Drops everything written to standard error inside, except the handler's line."""
         sys.stderr.flush()
         self._stderr = os.dup(2)
         with tempfile.TemporaryFile() as held_back:

@@ -1,4 +1,4 @@
-"""Which processes make up this run: what the command line or the environment says, before any of them is asked."""
+"""Finds the processes of this run from flags or environment, before contacting any of them."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import re
 import urllib.request
 from collections.abc import Mapping
 
-from jax._src import cloud_tpu_init  # the only place that says whether this machine has TPU chips, without a call
+from jax._src import cloud_tpu_init  # the only way to detect TPU chips offline
 
 from densenet_jax.errors import UserError
 
@@ -19,10 +19,9 @@ class Cluster:
     """Several processes that compute one run.
 
     Attributes:
-        coordinator: "host:port" of the first process; None where JAX finds it, on TPUs.
-        count: of processes.
+        coordinator: "host:port" of process 0; None where JAX finds it, on TPUs.
         index: of this process; None where JAX finds it.
-        local_devices: the devices of this host that are this process's; None for all that it sees.
+        local_devices: the devices of this host that belong to this process; None for all that it sees.
     """
 
     coordinator: str | None
@@ -42,10 +41,10 @@ def find_cluster(
     process_id: int | None,
     environ: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The cluster that the flags name, else the one of SLURM or of the TPU slice; None where this process is alone.
+    """Returns the cluster that the flags name, else that of SLURM or of the TPU slice; None for a single process.
 
-    Nothing is asked over the network, but on a TPU VM whose environment does not list the slice's workers: there the
-    machine's own metadata server is.
+    Uses no network, except on a TPU VM whose environment does not list the slice's workers: there it asks the machine's
+    own metadata server.
 
     Raises:
         UserError: the flags contradict each other or are out of range.
@@ -77,7 +76,7 @@ def _from_flags(coordinator: str | None, num_processes: int | None, process_id: 
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Cluster | None:
-    """The tasks of a job step; outside of srun there is none."""
+    """Returns the tasks of a SLURM job step; None outside of srun."""
     if not all(name in environ for name in _SLURM) or int(environ["SLURM_NTASKS"]) < 2:
         return None
     first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", environ["SLURM_STEP_NODELIST"])
@@ -93,7 +92,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """This task's part of the GPUs that all tasks of the host see; None where SLURM has already dealt them out."""
+    """Returns this task's share of the host's GPUs; None where SLURM has already assigned them."""
     tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1")))
     count, place = int(tasks.group()) if tasks else 1, int(environ["SLURM_LOCALID"])
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -105,7 +104,7 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _from_tpu(environ: Mapping[str, str]) -> Cluster | None:
-    """The workers of a TPU slice, or of several; JAX finds which one this is."""
+    """Returns the workers of one or several TPU slices; JAX finds which one this is."""
     platforms = environ.get("JAX_PLATFORMS", "")
     if not cloud_tpu_init.running_in_cloud_tpu_vm or (platforms and "tpu" not in platforms):
         return None
@@ -115,7 +114,7 @@ def _from_tpu(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _endpoints(environ: Mapping[str, str]) -> str:
-    """The slice's workers from the metadata server of a TPU VM; empty where there is none."""
+    """Reads the slice's workers from a TPU VM's metadata server; "" where there is none."""
     url = _METADATA.format(environ.get("GCE_METADATA_IP", "metadata.google.internal"))
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:

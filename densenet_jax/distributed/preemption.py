@@ -1,4 +1,4 @@
-"""Being asked to stop: the step under way is finished and saved first."""
+"""Handles requests to stop: the current step is finished and saved first."""
 
 import signal
 from typing import Any
@@ -16,8 +16,8 @@ class Preempted(Exception):  # noqa: N818 - not an error
 class StopRequest:
     """Remembers SIGTERM, SIGHUP (a lost terminal) and Ctrl-C until the step is done; a second Ctrl-C stops at once.
 
-    Of several processes any one may be asked. JAX's own handler of SIGTERM then makes all of them agree on the next
-    step that none has passed; a Ctrl-C is handed on to it.
+    With several processes any one may get the signal: JAX's own SIGTERM handler makes all of them agree on the next
+    step that none has passed. A Ctrl-C is passed on to it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         numbers = [signal.SIGINT, *([] if self._together else [signal.SIGTERM])]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         for number in numbers:
             self._previous[number] = signal.signal(number, self._remember)
@@ -38,7 +38,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def due(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked once after every step, by all processes."""
+        """Returns whether to stop after this step; all processes call it once after every step."""
         if not self._together:
             return self.received is not None
         if not multihost_utils.reached_preemption_sync_point(step):

@@ -1,7 +1,7 @@
-"""Several processes as one run: they begin together, and where one of them ends early all of them do.
+"""Starts several processes as one run, and ends all of them where one ends early.
 
-JAX's distributed service ends a process with abort() when another one is lost, whatever that process is doing; here
-the last word on standard error is a line for a person, and the exit status is one that means something.
+JAX's distributed service ends a process with abort() when another is lost, whatever it is doing. Here it then prints
+one readable line last and exits with a meaningful status.
 """
 
 import contextlib
@@ -19,47 +19,47 @@ from typing import Any, NoReturn
 
 import jax
 from jax import config as jax_settings
-from jax._src import distributed  # its client holds what the processes tell each other
+from jax._src import distributed  # its client is the processes' key-value store
 
 from densenet_jax.distributed.abort import LastWord
 from densenet_jax.distributed.cluster import Cluster
 from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError, first_line
 
-_JOIN_SECS = 30  # until those who have not come are given up; JAX adds up to ten
-_SILENCE_SECS = 30  # until a process that gives no sign of life is taken for dead
-_LONG_SECS = 3600  # for what may take long: one process compiles, or at the end the first one writes the report
+_JOIN_SECS = 30  # to wait for all processes; JAX adds up to ten
+_SILENCE_SECS = 30  # without a heartbeat until a process counts as dead
+_LONG_SECS = 3600  # for slow work: one process compiles, or process 0 writes the final report
 _POLL_SECS = 1.0
-_NUMBERS = itertools.count()  # a barrier's name counts once
+_NUMBERS = itertools.count()  # makes each barrier's name unique
 _ENDED = "densenet_jax/ended"
 _LOST = re.compile(r"gloo|nccl|socket closed|connection (?:closed|reset|refused)|coordination service", re.IGNORECASE)
 _AGAIN = "start all of them again: training goes on from the newest checkpoint."
 
 
 def several() -> bool:
-    """Whether this process has joined others."""
+    """Returns whether this process has joined others."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes; asks no device, and holds when they have parted, too."""
+    """Returns whether this is process 0, which prints and writes; uses no device, and works after they have parted."""
     return distributed.global_state.process_id == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process has come here; `what` names the place.
+    """Returns once every process has called this; `what` names the barrier.
 
-    Not an exchange between devices, which gives up (gloo after 30 seconds) where one process compiles for longer.
+    No exchange between devices, which times out (gloo after 30 seconds) while one process compiles for longer.
     """
     if several():
         _client().wait_at_barrier(f"densenet_jax/{what}/{next(_NUMBERS)}", 1000 * _LONG_SECS)
 
 
 def check_same(what: str, text: str) -> None:
-    """Checks that every process comes with the same `text`.
+    """Checks that every process has the same `text`.
 
     Raises:
-        UserError: this process's differs from the first one's.
+        UserError: this process's differs from process 0's.
     """
     if not several():
         return
@@ -78,13 +78,13 @@ def check_same(what: str, text: str) -> None:
 
 
 def try_for(secs: float, what: Callable[[], object]) -> None:
-    """Does what needs all processes, in vain where the others are somewhere else: gives up after `secs`."""
+    """Calls `what`, which needs all processes; gives up after `secs`, as the others may be elsewhere."""
     if not several():
         what()
         return
 
     def trying() -> None:
-        with contextlib.suppress(Exception):  # what has failed before is what counts
+        with contextlib.suppress(Exception):  # the earlier failure is what counts
             what()
 
     thread = threading.Thread(target=trying, daemon=True)
@@ -94,17 +94,14 @@ def try_for(secs: float, what: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def join(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[None]:
-    """Inside, `jax.devices()` are those of all processes of `cluster`; with None nothing happens.
+    """Joins the processes of `cluster`: inside, `jax.devices()` are those of all. None does nothing.
 
-    A `UserError` inside ends the other processes too, with its message; `leave` is then to end this one. Every other
-    fault ends all of them from here. Those who are asked to stop (`Preempted`) are so together.
-
-    Args:
-        cluster: of `find_cluster`.
-        stops_together: SIGTERM to one of them is left to JAX, which tells all; see `interruption.StopRequest`.
+    A `UserError` inside ends the other processes too, with its message; end this one with `leave`. Any other
+    error ends all of them from here. With `stops_together`, JAX handles SIGTERM and all processes are `Preempted`
+    together; see `preemption.StopRequest`.
 
     Raises:
-        UserError: not all of them have come in time.
+        UserError: not all of them came in time.
     """
     if cluster is None:
         yield
@@ -178,7 +175,7 @@ def _connect(cluster: Cluster, last_word: LastWord, stops_together: bool) -> Non
 
 @contextlib.contextmanager
 def _only_the_result_on_stdout() -> Iterator[None]:
-    """Inside, standard output goes to standard error: gloo prints there of its connections."""
+    """Redirects standard output to standard error: gloo prints its connections there."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -191,7 +188,7 @@ def _only_the_result_on_stdout() -> Iterator[None]:
 
 
 def _part(watch: "_Watch", last_word: LastWord) -> None:
-    """Waits for the others; from here on each is alone."""
+    """Waits for the others, then disconnects."""
     watch.stop()
     jax.distributed.shutdown()
     last_word.end()
@@ -202,11 +199,11 @@ def _client() -> Any:
 
 
 def _tell(status: int, why: str) -> None:
-    """Lets the other processes know that this one ends, and gives them the time to hear it."""
+    """Announces to the other processes that this one ends, and gives them time to read it."""
     about = {"process": jax.process_index(), "host": socket.gethostname(), "status": status, "why": why}
-    with contextlib.suppress(Exception):  # nobody may be left to hear it
+    with contextlib.suppress(Exception):  # no process may be left to read it
         _client().key_value_set(_ENDED, json.dumps(about))
-        if jax.process_index() == 0:  # what is told is kept here and goes with this process
+        if jax.process_index() == 0:  # hosts the store, which ends with it
             time.sleep(2.5 * _POLL_SECS)
 
 
@@ -219,7 +216,7 @@ def _end(message: str, status: int, prefix: str = "error: ") -> NoReturn:
 
 def _end_of_fault(error: BaseException, watch: "_Watch") -> NoReturn:
     if _LOST.search(str(error)):
-        time.sleep(2.5 * _POLL_SECS)  # the one that is lost may have told why: then the watch ends this process
+        time.sleep(2.5 * _POLL_SECS)  # the lost one may have announced why: then the watch ends this process
         watch.stop()
         _end(f"a process of this run has died or can't be reached ({first_line(error)}); {_AGAIN}", 1)
     watch.stop()
@@ -230,7 +227,7 @@ def _end_of_fault(error: BaseException, watch: "_Watch") -> NoReturn:
 
 
 class _Watch(threading.Thread):
-    """Ends this process when another one has told that it ends."""
+    """Ends this process when another one announces its end."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="other processes")
@@ -240,7 +237,7 @@ class _Watch(threading.Thread):
         while not self._over.wait(_POLL_SECS):
             try:
                 about = json.loads(_client().key_value_try_get(_ENDED))
-            except Exception:  # nobody has, or the service itself is lost, of which JAX tells
+            except Exception:  # no announcement; if the service itself is lost, JAX reports it
                 continue
             if not self._over.is_set():
                 where = f"process {about['process']} on {about['host']}"

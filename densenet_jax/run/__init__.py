@@ -1,1 +1,1 @@
-"""Training, evaluating and preparing: the loops and what they write."""
+"""Training, evaluating and preparing: the loops and their output files."""

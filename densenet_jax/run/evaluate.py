@@ -21,18 +21,14 @@ def evaluate(
     examples: int,
     batch_count: int,
 ) -> EvalSums:
-    """Adds up all `batches`.
+    """Evaluates all `batches` and returns the counts over the whole split, on the host.
 
     Args:
         eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
         variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches.
-        mesh: where they go.
-        examples: how many examples the split has; the count is checked against it.
-        batch_count: how many batches there are, for the bar.
-
-    Returns:
-        The counts over the whole split, on the host.
+        examples: size of the split, which the count is checked against.
+        batch_count: length of the progress bar.
 
     Raises:
         RuntimeError: another number of examples was seen than the split has.
@@ -43,7 +39,7 @@ def evaluate(
         for batch in batches:
             part = eval_step(variables, to_devices(batch, mesh))
             before, total = total, part if total is None else total.merge(part)
-            jax.block_until_ready(before)  # one batch in flight, one on its way: memory stays bounded
+            jax.block_until_ready(before)  # at most two batches on the device: memory stays bounded
             bar.advance()
     finally:
         bar.close()
@@ -55,9 +51,9 @@ def evaluate(
 
 
 def figures_of(counts: EvalSums) -> dict[str, float]:
-    """The counts divided: {"examples", "loss", "top1", "top5"}, means but for the first, accuracies in [0, 1].
+    """Computes {"examples", "loss", "top1", "top5"}: means except the first, accuracies in [0, 1].
 
-    "examples" are those that were counted: where a data set gives some images no right class, these are left out.
+    "examples" leaves out images without a right class.
     """
     figures = counts.sums.compute()
     return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}

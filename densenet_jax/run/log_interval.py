@@ -1,4 +1,4 @@
-"""What training gathers between two reports."""
+"""Collects the steps between two reports."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,14 @@ from densenet_jax.training.steps import StepReport
 
 
 class Window:
-    """What has happened since the last report. Reading it waits for the device, so it is read once a report."""
+    """Everything since the last report. Reading it waits for the device, so it is read once per report."""
 
     def __init__(self, step: int, state: TrainState, begun: dict[str, float] | None = None):
         """Starts after `step` steps.
 
         Args:
-            step: steps done.
-            state: anything with the form of the run's state, for the names in an error.
-            begun: what `begun()` gave before a restart in the middle of a window.
+            state: any tree like the run's state, for the names in an error.
+            begun: the result of `begun()` before a restart in the middle of a window.
         """
         self._parameters, self._statistics = leaf_names(state.params), leaf_names(state.batch_stats)
         self._reports: list[StepReport] = []
@@ -39,7 +38,7 @@ class Window:
             self.sums = ClassificationSums(**{name: jnp.asarray(begun[name], dtypes[name]) for name in dtypes})
 
     def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
-        """Takes in one step that has been dispatched; waits for the one two before it: a short queue."""
+        """Adds a dispatched step; waits for the one two before it, to keep the queue short."""
         self._reports.append(report)
         self._examples += examples
         self._data_wait_secs += data_wait_secs
@@ -47,7 +46,7 @@ class Window:
             jax.block_until_ready(self._reports[-3])
 
     def check_finite(self) -> None:
-        """Reads what is outstanding.
+        """Reads the outstanding steps.
 
         Raises:
             UserError: a loss or gradient is not finite; the message names the step.
@@ -65,7 +64,7 @@ class Window:
             self.sums = self.sums.merge(report.sums)
 
     def _where(self, report: StepReport) -> str:
-        """In which parts of the model it shows: the running statistics tell of the way forward, the gradients back."""
+        """Names the faulty parts: running statistics for the forward pass, gradients for the backward pass."""
         places = [
             describe("running statistics", report.faulty_statistics, self._statistics),
             describe("parameters' gradients", report.faulty_gradients, self._parameters),
@@ -74,19 +73,19 @@ class Window:
         return f" (not finite: {found})" if found else ""
 
     def begun(self) -> dict[str, float]:
-        """The sums so far as plain numbers, for a checkpoint; call `check_finite` first."""
+        """Returns the sums so far as plain numbers, for a checkpoint; call `check_finite` first."""
         return {field.name: getattr(self.sums, field.name).item() for field in dataclasses.fields(self.sums)}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside (validation, saving) out of the throughput."""
+        """Keeps time spent inside (validation, saving) out of the throughput."""
         jax.block_until_ready(self._reports)
         start = time.perf_counter()
         yield
         self._started += time.perf_counter() - start
 
     def speed(self) -> dict[str, float]:
-        """Throughput and the share of time spent waiting for data since the start of this window."""
+        """Returns throughput and the share of time spent waiting for data since the start of this window."""
         secs = time.perf_counter() - self._started
         return {
             "images_per_sec": round(self._examples / secs, 2),

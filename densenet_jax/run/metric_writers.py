@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` for scripts and TensorBoard's event files, without TensorFlow."""
+"""Writes metrics to `metrics.jsonl` for scripts and to TensorBoard's event files, without TensorFlow."""
 
 import io
 import json
@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Every report in `workdir/metrics.jsonl`, oldest first; a last line cut short by a kill is left out.
+    """Reads every report in `workdir/metrics.jsonl`, oldest first; skips a last line cut short by a kill.
 
     Raises:
         UserError: a line is not a report.
@@ -58,13 +58,12 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 class Writers:
-    """Writes each report to every place; on processes other than the first it writes nothing."""
+    """Writes each report to every place, on process 0 alone."""
 
     def __init__(self, workdir: str, *, resumed_step: int = 0):
-        """Opens the files of a run that goes on from `resumed_step`.
+        """Opens the files of a run that resumes at `resumed_step`.
 
-        Reports of later steps, written by a run that died before its next checkpoint, are dropped: those steps are
-        done again. TensorBoard is told to drop its own.
+        Drops reports of later steps, which will be repeated, here and in TensorBoard.
         """
         self._file: IO[str] | None = None
         self._events: RecordWriter | None = None
@@ -82,7 +81,7 @@ class Writers:
             file.writelines(to_json(record) + "\n" for record in kept)
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        # Written at once and not by EventFileWriter's thread, whose errors nobody could catch.
+        # Not EventFileWriter: errors in its thread can't be caught.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._events = RecordWriter(open(os.path.join(workdir, name), "ab"))  # noqa: SIM115 - likewise
         self._add_event(file_version="brain.Event:2")
@@ -108,13 +107,7 @@ class Writers:
             self._add_event(step=step, summary=summary_pb2.Summary(value=scalars))
 
     def describe(self, settings: Iterable[tuple[str, Any]], images: np.ndarray, titles: Sequence[str]) -> None:
-        """Tells TensorBoard of what the run begins with.
-
-        Args:
-            settings: keys and values, shown as a table.
-            images: uint8 [n, h, w, 1 or 3], as the model is given them.
-            titles: one an image.
-        """
+        """Shows settings as a table and titled images, uint8 [n, h, w, 1 or 3], in TensorBoard."""
         rows = "\n".join(f"    {key} = {value}" for key, value in settings)
         summary = summary_pb2.Summary(value=[_text_value("settings", rows)])
         for number, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
@@ -124,11 +117,11 @@ class Writers:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process writes."""
         return self._file is not None
 
     def close(self) -> None:
-        """Puts everything on disk."""
+        """Flushes everything to disk."""
         for file in (self._file, self._events):
             if file is not None:
                 with report_full_disk(self._directory):

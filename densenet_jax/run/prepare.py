@@ -1,4 +1,4 @@
-"""Preparing and verifying a data set, with a bar for each part of the work."""
+"""Prepares and verifies a data set, with a bar for each part of the work."""
 
 from densenet_jax.data.prepare import SplitReport, prepare_dataset
 from densenet_jax.errors import UserError
@@ -6,10 +6,7 @@ from densenet_jax.system.console import Bar, print_status
 
 
 def prepare_and_verify(name: str, directory: str, pixel_range: tuple[float, ...] = ()) -> dict[str, int]:
-    """Prepares what is not yet prepared, decodes every image and says what it found.
-
-    Returns:
-        Images of each split.
+    """Prepares what is not yet prepared, decodes every image and returns the number of images of each split.
 
     Raises:
         UserError: the set can't be prepared, has damaged images (named on standard error), or another number of them

@@ -1,4 +1,4 @@
-"""The loop: next batch, step, report, evaluate, save, stop."""
+"""The training loop: next batch, step, report, evaluate, save, stop."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
 from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
 
-_CLOSING_SECS = 15  # closing waits for the other processes, which may be elsewhere where this one has failed
+_CLOSING_SECS = 15  # closing waits for other processes, which may be stuck if this one failed
 
 
 class Trainer:
@@ -43,7 +43,7 @@ class Trainer:
         """Compiles the steps and restores or creates the state.
 
         Raises:
-            UserError: something in the settings, the data or the work directory is not as it should be.
+            UserError: something in the settings, the data or the work directory is wrong.
         """
         self._experiment = experiment
         self._dataset = dataset
@@ -63,7 +63,7 @@ class Trainer:
         with spinner("compiling"):
             self._train_step = experiment.compile_train_step()
             self._eval_step = experiment.compile_eval_step()
-        # What the first report tells besides.
+        # Extra figures for the first report.
         self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
         self._state: TrainState
         self._begun: dict[str, float] | None
@@ -82,10 +82,7 @@ class Trainer:
         self._validated = self._step in validated
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end.
-
-        Returns:
-            The last validation's figures and the step.
+        """Trains to the end; returns the last validation's figures and the step.
 
         Raises:
             Preempted: asked to stop; the state is saved.
@@ -126,7 +123,7 @@ class Trainer:
                 if self._timeline.is_save_step(self._step) or stopping:
                     window.check_finite()
                     with window.paused():
-                        # Whoever asks to stop may not wait: validation is made up for by the next start.
+                        # A stop must not wait for validation; the next start makes up for it.
                         validate = self._timeline.is_eval_step(self._step) and not stopping
                         result = self._validate() if validate else {}
                         self._watchdog.begins(f"saving after step {self._step}")
@@ -174,7 +171,7 @@ class Trainer:
         )
 
     def _validate(self, record: bool = True) -> dict[str, Any]:
-        """Evaluates the moving average where there is one, the raw weights beside it."""
+        """Evaluates the moving average, if any, and the raw weights beside it."""
         raw = self._evaluate(self._state.variables)
         figures, beside = raw, {}
         if self._state.average is not None:
@@ -192,7 +189,7 @@ class Trainer:
         return {"step": self._step, **figures}
 
     def _has_stalled(self) -> bool:
-        """Whether config.train.patience_epochs have passed since validation was at its best; by the reports alone."""
+        """Returns whether validation has not improved for config.train.patience_epochs, by the reports alone."""
         patience = self._experiment.config.train.patience_epochs
         if not patience or self._step not in self._scores or self._step == self._timeline.total_steps:
             return False
@@ -224,7 +221,7 @@ def _means(figures: dict[str, float]) -> dict[str, float]:
 
 
 def _check_dataset(experiment: Experiment, workdir: str) -> tuple[Identity, bool]:
-    """The data set's identity, and whether the newest checkpoint, if any, has the same classes."""
+    """Returns the data set's identity, and whether the newest checkpoint, if any, has the same classes."""
     steps = finished_steps(os.path.join(workdir, "checkpoints"))
     saved = read_identity(workdir, steps[-1]) if steps else None
     where = f"step {steps[-1]} of {workdir}" if steps else ""
@@ -235,19 +232,14 @@ def _check_dataset(experiment: Experiment, workdir: str) -> tuple[Identity, bool
 
 
 def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains in `workdir`, from its newest good checkpoint where there is one.
+    """Trains in `workdir`, from its newest undamaged checkpoint where there is one.
 
-    Args:
-        experiment: the parts of the run.
-        workdir: its directory.
-        defaults: every setting with its default, nested; what settings count as that the run there does not know yet.
-
-    Returns:
-        {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
+    `defaults` are all settings with their defaults, nested, for keys that an older run in `workdir` lacks. Returns
+    {"step", "examples", "loss", "top1", "top5"} of the validation at the end.
 
     Raises:
         Preempted: SIGTERM or Ctrl-C; the state is saved.
-        UserError: a mistake that the user can mend, or a full disk.
+        UserError: a mistake that the user can fix, or a full disk.
     """
     experiment.check(workdir, starts=not finished_steps(os.path.join(workdir, "checkpoints")))
     profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)

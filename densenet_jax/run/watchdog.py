@@ -1,4 +1,4 @@
-"""A run that stands still is told, with what every thread is doing; it is never killed for it."""
+"""Reports a stalled run with the stack traces of all threads, without ending it."""
 
 import faulthandler
 import os
@@ -15,19 +15,14 @@ T = TypeVar("T")
 
 
 class Watchdog:
-    """Tells when nothing has moved on for `stall_secs`, then again after twice, four times as long and so on.
+    """Reports when nothing has moved on for `stall_secs`, then again after twice, four times as long and so on.
 
-    Used in a `with`; what takes long by nature (compiling) belongs before it. Reports go to standard error and, with
+    Used in a `with`; slow work (compiling) belongs before it. Reports go to standard error and, with
     the stack traces of all threads, to `DIR/stalls.txt`; on process I of several to `DIR/stalls_I.txt`.
     """
 
     def __init__(self, workdir: str, stall_secs: float):
-        """Watches nothing yet.
-
-        Args:
-            workdir: where the reports go.
-            stall_secs: after how long; 0 never.
-        """
+        """Prepares to write reports into `workdir`; `stall_secs` 0 never reports."""
         name = f"stalls_{jax.process_index()}.txt" if jax.process_count() > 1 else "stalls.txt"
         self.path = os.path.join(workdir, name)
         self._stall_secs = stall_secs
@@ -37,14 +32,14 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def begins(self, what: str) -> None:
-        """Something new is under way, which means that what was before it is done."""
+        """Marks the start of something new, and so the end of what was before."""
         if self._told:
             print_status(f"it goes on after {time.monotonic() - self._since:.0f} s of {self._what}")
         self._told = False
         self._what, self._since = what, time.monotonic()
 
     def each(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """The items, each of which is a sign of life."""
+        """Yields the items, each a sign of life."""
         self.begins(what)
         for item in items:
             self.begins(what)

@@ -1,1 +1,1 @@
-"""What surrounds a run: the terminal, the machine, the disk, the compiler."""
+"""The surroundings of a run: the terminal, the machine, the disk, the compiler."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, on standard error: a bar on a terminal, else a line a report."""
+"""Progress on standard error: a bar on a terminal, else one line per report."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-_WIDE = 110  # columns from which on there is room for a bar beside the figures
-_LONG_SECS = 60.0  # of a compilation, until it is explained
+_WIDE = 110  # terminal width with room for a bar beside the figures
+_LONG_SECS = 60.0  # until a note explains the delay
 
 
 class _StandardError:
-    """Today's sys.stderr; when nobody reads it any more, or its disk is full, what is written is dropped."""
+    """The current sys.stderr; drops output once nobody reads it or its disk is full."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(AttributeError, ValueError):  # closed before or after Python's start
@@ -39,7 +39,7 @@ class _StandardError:
 
 
 def drop(stream: IO[str]) -> None:
-    """Points a standard stream that can't be written to at nothing, so that no later write and no exit fails of it."""
+    """Redirects a broken standard stream to /dev/null, so that no later write and no exit fails."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
@@ -50,20 +50,20 @@ _console = Console(file=_StandardError(), highlight=False, emoji=False, soft_wra
 
 
 def print_status(message: str, *, everywhere: bool = False) -> None:
-    """Prints one line for a person; only the first process speaks, unless it is to be said `everywhere`."""
+    """Prints one line, on process 0 alone unless `everywhere`."""
     if everywhere or jax.process_index() == 0:
         _console.print(message, markup=False)
 
 
 def duration(secs: float) -> str:
-    """Seconds as "h:mm:ss"."""
+    """Formats seconds as "h:mm:ss"."""
     whole = max(0, round(secs))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 @contextlib.contextmanager
 def spinner(what: str) -> Iterator[None]:
-    """Shows that `what` is under way, and afterwards how long it took."""
+    """Shows that `what` is running, and afterwards how long it took."""
     start = time.perf_counter()
     note = f"{what} takes long: large networks take minutes the first time, and the next start reads what was compiled"
     explain = threading.Timer(_LONG_SECS, print_status, [note])
@@ -82,7 +82,7 @@ def spinner(what: str) -> Iterator[None]:
 
 
 class Bar:
-    """A bar over `total` steps with figures beside it."""
+    """A progress bar over `total` steps with figures beside it."""
 
     def __init__(self, what: str, total: int, done: int = 0):
         """Starts at `done` steps of `total`."""
@@ -100,17 +100,17 @@ class Bar:
             self._progress.start()
 
     def advance(self, steps: int = 1) -> None:
-        """Moves on by `steps`."""
+        """Advances by `steps`."""
         self._done += steps
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)
 
     def move_to(self, done: int) -> None:
-        """Stands at `done` steps."""
+        """Moves to `done` steps."""
         self.advance(done - self._done)
 
     def time_left_secs(self) -> float:
-        """Estimated from the mean speed since the start."""
+        """Estimates the time left from the mean speed since the start."""
         done = self._done - self._start_step
         if done <= 0:
             return float("inf")
@@ -119,8 +119,7 @@ class Bar:
     def figures(self, *texts: str) -> None:
         """Shows the newest figures and the time left beside the bar, or as a line where there is no terminal.
 
-        Args:
-            *texts: the most important first; a narrow terminal leaves out the last.
+        The most important come first: a narrow terminal leaves out the last.
         """
         left = self.time_left_secs()
         parts = [f"left {duration(left)}", *texts] if left != float("inf") else list(texts)
@@ -133,7 +132,7 @@ class Bar:
         self._progress.update(self._task, figures="  ".join(parts))
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
+        """Removes the bar from the screen."""
         if self._progress is not None:
             self._progress.stop()
             _console.file.flush()

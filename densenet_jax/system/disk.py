@@ -1,4 +1,4 @@
-"""A disk that is full, told as the user's to mend and not as a fault of ours."""
+"""Reports disk-full errors as UserError."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ _FULL_MESSAGES = tuple(os.strerror(number) for number in _FULL)
 
 @contextlib.contextmanager
 def report_full_disk(directory: str) -> Iterator[None]:
-    """Turns what a full disk makes anything inside raise into one message.
+    """Turns any error that a full disk causes inside into one message.
 
     Raises:
         UserError: something inside could not be written to `directory` because the disk is full.
@@ -26,11 +26,11 @@ def report_full_disk(directory: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # TensorStore raises errors of its own, which hold the kernel's message
+    except Exception as error:  # TensorStore's own errors hold the kernel's message
         why = _why_full(error)
         if why is None:
             raise
-        # The save's other writes, which nobody begins any more, would complain below the message when they are freed.
+        # The save's remaining writes never start and would otherwise warn when they are freed.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         free = shutil.disk_usage(directory).free
         raise UserError(
@@ -57,9 +57,9 @@ def check_room(directory: str, byte_count: int) -> None:
 
 
 def without_late_answers(said: Any) -> None:
-    """A `sys.unraisablehook` that drops what a failed save leaves behind.
+    """Drops the leftovers of a failed save, as `sys.unraisablehook`.
 
-    TensorStore prints it when many writes fail at once and Orbax, told by the first, listens no more.
+    TensorStore prints them when many writes fail at once and Orbax has stopped listening after the first.
     """
     if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(said)

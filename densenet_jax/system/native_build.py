@@ -1,6 +1,6 @@
-"""Small libraries of our own, compiled on the machine that they are for, at first use or by a command.
+"""Compiles the package's own small libraries on the machine that uses them, at first use or by a command.
 
-DENSENET_JAX_NATIVE=0 forbids their use, DENSENET_JAX_BUILD=0 only that they are compiled without being asked for.
+DENSENET_JAX_NATIVE=0 forbids their use, DENSENET_JAX_BUILD=0 only compiling them at first use.
 """
 
 import contextlib
@@ -22,11 +22,9 @@ _BUILD_SECS = 300.0  # zig compiles its own C++ library the first time: two minu
 
 
 def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
-    """Where the library compiled from `source` may lie: beside it, else in the user's cache.
+    """Returns where the library compiled from `source` may be: beside it, else in the user's cache.
 
-    Args:
-        source: its source, or the file of several that the compiler is given.
-        key: stands in the file's name; changes with everything that the library depends on.
+    `key`, part of the file's name, changes with everything that the library depends on.
     """
     name = f"{source.stem}-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -34,12 +32,7 @@ def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
 
 
 def find_compiler(variable: str, usual: str, language: str) -> list[str]:
-    """Returns the command of the compiler that an environment variable names, else the usual one, else zig's.
-
-    Args:
-        variable: CC or CXX.
-        usual: what the compiler is called where the variable is not set.
-        language: for the message.
+    """Returns the compiler command that an environment variable (CC or CXX) names, else `usual`, else zig's.
 
     Raises:
         RuntimeError: there is none.
@@ -55,15 +48,10 @@ def find_compiler(variable: str, usual: str, language: str) -> list[str]:
 
 
 def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callable[[], pathlib.Path]) -> None:
-    """Compiles a library that is not there yet, once on this machine; says so in one line, and never fails.
+    """Compiles a missing library, once on this machine; reports it in one line and never fails.
 
-    Of several processes one compiles and the others wait. A failure is remembered beside where the library would be,
-    and not tried again before the sources change.
-
-    Args:
-        what: the library, for the line.
-        places: where it may lie, as `library_places` gives them.
-        build: compiles it.
+    One process compiles and others wait. A failure is recorded beside the library's last place, and not tried again
+    before the sources change.
     """
     if "0" in (os.environ.get("DENSENET_JAX_BUILD"), os.environ.get("DENSENET_JAX_NATIVE")):
         return
@@ -99,11 +87,7 @@ def _locked(file: int) -> bool:
 
 
 def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> pathlib.Path:
-    """Runs a compiler and moves what it wrote to the first place that can be written, which is returned.
-
-    Args:
-        places: where the library may lie.
-        command: the compiler and its arguments, without the output's name.
+    """Compiles into the first writable place, which is returned; `command` lacks the output's name.
 
     Raises:
         RuntimeError: it fails, or there is nowhere to write.
@@ -136,7 +120,7 @@ def _writable(folder: pathlib.Path) -> bool:
 
 
 def main(build: Callable[[], pathlib.Path]) -> None:
-    """Builds, and tells a person what came of it; exit status 2 where it failed."""
+    """Builds and prints the result; exit status 2 if it failed."""
     try:
         print(f"Built {build()}")
     except RuntimeError as failure:

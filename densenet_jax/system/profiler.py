@@ -1,4 +1,4 @@
-"""A profile of a few training steps, for TensorBoard and XProf."""
+"""Profiles a few training steps for TensorBoard and XProf."""
 
 import contextlib
 import re
@@ -14,18 +14,18 @@ _FORM = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
 def is_profile(setting: str) -> bool:
-    """Whether `setting` is "" or "STEP:COUNT", both from 1 on."""
+    """Returns whether `setting` is "" or "STEP:COUNT", both from 1 on."""
     return not setting or _FORM.fullmatch(setting) is not None
 
 
 class Profile:
-    """Traces steps STEP to STEP + COUNT - 1 into `DIR/plugins/profile/`, on the first process."""
+    """Traces steps STEP to STEP + COUNT - 1 into `DIR/plugins/profile/`, on process 0."""
 
     def __init__(self, setting: str, workdir: str, total_steps: int):
-        """Prepares what `setting`, "" or "STEP:COUNT", asks for.
+        """Parses `setting`, "" or "STEP:COUNT".
 
         Raises:
-            UserError: the run has not so many steps.
+            UserError: the run ends before the trace does.
         """
         found = _FORM.fullmatch(setting)
         self._first, count = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -39,7 +39,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`, counted from 1; begins the trace where it is due."""
+        """Wraps step `number`, counted from 1; starts the trace when due."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -50,13 +50,13 @@ class Profile:
             yield
 
     def ends(self, number: int, state: Any) -> None:
-        """After step `number`, which gave `state`; ends the trace where it is due."""
+        """Ends the trace when due after step `number`, which gave `state`."""
         if self._running and number >= self._last:
-            jax.block_until_ready(state)  # the step is only dispatched: what is to be seen is yet to come
+            jax.block_until_ready(state)  # the step is only dispatched, not yet run
             self.close()
 
     def close(self) -> None:
-        """Writes the trace where one is running."""
+        """Writes the trace if one is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

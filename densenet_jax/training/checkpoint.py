@@ -67,12 +67,12 @@ class Checkpoints:
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep,
-                    # The policy above decides what is kept; without this Orbax writes no metrics for it to go by.
+                    # The policy above decides what is kept; without this Orbax writes no metrics for it.
                     best_fn=lambda metrics: metrics[_BEST_METRIC],
                     read_only=read_only,
                     create=not read_only,
                     cleanup_tmp_directories=not read_only,
-                    lightweight_initialize=read_only,  # a damaged checkpoint must not keep a sound one from being read
+                    lightweight_initialize=read_only,  # so that a damaged checkpoint does not block a whole one
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
                 ),
                 item_names=("state", "data", "config"),
@@ -186,7 +186,7 @@ class Checkpoints:
         whole = check_files(path)
         try:
             tree = read_saved_tree(path)
-            # Compared before anything is read: Orbax would print a hundred tracebacks.
+            # Compared before anything is read, or Orbax would print a hundred tracebacks.
             advice = "give the run's own --config or another --workdir"
             check_same_shapes(f"{path} is of another model", tree["params"], like.params, advice)
             scale = jax.eval_shape(LossScale.create) if tree.get("loss_scale") else None
