@@ -1,13 +1,13 @@
-"""Images a second from JPEG files to uint8 crops of 224 px: this project's pipeline beside tf.data and Pillow.
+"""Measures images a second from JPEG files to uint8 crops of 224 px: this project's pipeline, tf.data and Pillow.
 
     python benchmarks/input_pipeline.py --output input_pipeline.json
 
 Photograph-like files (500x375 on average, quality 90) are cut from scikit-image's photographs. Every measurement is a
 process of its own, bound to its cores; the compared pipelines take turns. All do equal work: torchvision's crop boxes,
 exact DCT, the same files. tf.data is measured where an interpreter has TensorFlow: this one or --tensorflow_python.
-Images a second of processor time are told as well: they hold on a machine that has other work. So is the time for which
-an image of this project's pipeline holds the interpreter's lock (microseconds of processor time, a run of its own): it
-bounds one process, however many cores it has.
+Images a second of processor time are reported as well: they hold on a machine that has other work. So is the time for
+which an image of this project's pipeline holds the interpreter's lock (microseconds of processor time, a run of its
+own): it bounds one process, however many cores it has.
 """
 
 import argparse
@@ -55,7 +55,7 @@ PIPELINES = {
 
 
 def write_photographs(directory: pathlib.Path, count: int) -> None:
-    """`count` JPEG files in DIRECTORY/train/CLASS, and torchvision-like crop boxes of each in boxes.npz."""
+    """Writes `count` JPEG files to DIRECTORY/train/CLASS, and torchvision-like crop boxes of each to boxes.npz."""
     import numpy as np
     from PIL import Image
     from skimage import data as photographs
@@ -89,7 +89,7 @@ def _photograph(photographs, name: str):  # type: ignore[no-untyped-def]
 
 
 def crop_boxes(files: list[str]) -> list[tuple[int, int, int, int]]:
-    """(top, left, height, width) for each file, drawn as torchvision's RandomResizedCrop does."""
+    """Draws (top, left, height, width) for each file as torchvision's RandomResizedCrop does."""
     import numpy as np
     from PIL import Image
 
@@ -110,7 +110,7 @@ def crop_boxes(files: list[str]) -> list[tuple[int, int, int, int]]:
 
 
 def jax_batches(directory: str, antialias: bool, threads: int) -> Iterator[object]:
-    """This project's training pipeline."""
+    """Yields batches of this project's training pipeline."""
     import numpy as np
 
     from densenet_jax.data.pipeline import train_batches
@@ -124,7 +124,7 @@ def jax_batches(directory: str, antialias: bool, threads: int) -> Iterator[objec
 
 
 def tensorflow_batches(directory: str, antialias: bool, threads: int) -> Iterator[object]:
-    """tf.data with the fused decode and crop."""
+    """Yields batches of tf.data with the fused decode and crop."""
     import tensorflow as tf
 
     files = sorted(map(str, pathlib.Path(directory).rglob("*.JPEG")))
@@ -147,7 +147,7 @@ WORKER_SECONDS: list[float] = []  # of processor time, a batch each
 
 
 def pillow_batches(directory: str, antialias: bool, threads: int) -> Iterator[object]:
-    """Worker processes that decode by Pillow into shared memory, as PyTorch's loader with torchvision does."""
+    """Decodes by Pillow in worker processes into shared memory, as PyTorch's loader with torchvision does."""
     del antialias  # Pillow always does
     import numpy as np
 
@@ -226,13 +226,13 @@ def measure(
 
 
 def _processor_seconds() -> float:
-    """Of this process and of the batches that its workers have finished."""
+    """Sums processor seconds of this process and of its workers' finished batches."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime + sum(WORKER_SECONDS)
 
 
 def run_child(interpreter: str, pipeline: str, arguments: argparse.Namespace, directory: str, **case: object) -> dict:
-    """One measurement in a process of its own."""
+    """Runs one measurement in a process of its own."""
     kind, environment = PIPELINES[pipeline]
     request = {"kind": kind, "directory": directory, "seconds": arguments.seconds, **case}
     command = [interpreter, __file__, "--measure", json.dumps(request)]
@@ -247,7 +247,7 @@ def run_child(interpreter: str, pipeline: str, arguments: argparse.Namespace, di
 
 
 def cases(arguments: argparse.Namespace) -> list[tuple[str, str, dict]]:
-    """(pipeline, interpreter, case) of every row."""
+    """Lists (pipeline, interpreter, case) of every row."""
     rows = []
     interpreters = {"tf_data": arguments.tensorflow_python}
     if not arguments.tensorflow_python and importlib.util.find_spec("tensorflow"):

@@ -1,4 +1,4 @@
-"""How long an image holds the interpreter's lock: processor time spent outside the calls that let go of it."""
+"""Measures the time an image holds the interpreter's lock: processor time outside the calls that release it."""
 
 import functools
 import io
@@ -10,7 +10,7 @@ PARTS: list[float] = []  # of every part of a batch that a reading thread filled
 
 
 def held_secs() -> float:
-    """Processor time of the reading threads since `watch` outside those calls; forgets it."""
+    """Returns and resets the reading threads' processor time outside those calls since `watch`."""
     held = sum(PARTS) - sum(LET_GO)
     PARTS.clear(), LET_GO.clear()
     return held
@@ -33,7 +33,7 @@ class _TimedFile(io.FileIO):
 
 
 def watch() -> None:
-    """From now on reading threads note their time, and apart from it that of the calls that read, decode and resize.
+    """Starts timing the reading threads, and apart from them the calls that read, decode and resize.
 
     What these do before they let go, some microseconds, counts as theirs; copies between arrays and the readings of the
     clock (1 microsecond) count as the interpreter's.

@@ -1,15 +1,15 @@
-"""How long a small batch takes: this project's networks by JAX and onnxruntime beside PyTorch's, in turns.
+"""Measures latency of small batches: this project's networks by JAX and onnxruntime beside PyTorch's, in turns.
 
     python benchmarks/latency.py --torch_python PYTHON_WITH_TIMM --onnx_python PYTHON_WITH_THE_EXPORT_EXTRA
 
-Milliseconds from asking to having the logits, half of all calls (p50) and 99 of 100 (p99) being no slower; a call
-begins when the one before has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager and
-onnxruntime, all in float32; what an interpreter lacks is left out. onnxruntime reads MODEL.onnx of --onnx_dir, or one
-that is written for it there, with batch norm folded.
+Milliseconds from call to logits, at the median (p50) and the 99th percentile (p99); a call begins when the one before
+has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager and onnxruntime, all in float32;
+what an interpreter lacks is left out. onnxruntime reads MODEL.onnx of --onnx_dir, or one that is written for it there,
+with batch norm folded.
 
 Without --models all variants are measured, a quarter of a minute to two minutes each on two cores, and as much again to
 write an ONNX file. A row is in the file as soon as it is measured, and --resume goes on with the file. A turn lasts
---turn_secs and holds at least one call: rows of slow networks have few calls, which is told, and the p99 of fewer than
+--turn_secs and holds at least one call: slow networks have few calls, which is reported, and the p99 of fewer than
 a hundred calls is the slowest of them.
 """
 
@@ -38,7 +38,7 @@ EXPORT_SECS = 600  # in which a file must be written
 def contestant(
     runtime: str, arguments: argparse.Namespace, model: str, batch_size: int, workers: KeptWorkers
 ) -> Contestant:
-    """One runtime on one model."""
+    """Makes the contestant of one runtime on one model."""
     found = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
     if runtime == "onnxruntime":
         found.start = functools.partial(Worker, "onnx_worker.py", arguments.onnx_python)
@@ -50,7 +50,7 @@ def contestant(
 
 
 def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, channels: int) -> pathlib.Path:
-    """MODEL.onnx, written where it is not there; what can't be written is missed by the worker, which tells so."""
+    """Returns MODEL.onnx, written first if it is missing; the worker reports one that can't be written."""
     path = pathlib.Path(arguments.onnx_dir) / f"{model}.onnx"
     if path.exists() or path in arguments.onnx_given_up:
         return path
@@ -72,7 +72,7 @@ def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, cha
 
 
 def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict[str, Any]:
-    """One row; times in milliseconds."""
+    """Makes one row; times in milliseconds."""
     found: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
     found |= {"image_size_px": contestant.case["image_size_px"]}
     found |= {"dtype": "float32" if contestant.name == "onnxruntime" else dtype, "p50": None, "p99": None}
@@ -94,7 +94,7 @@ def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict
 
 
 def layout(rows: list[dict[str, Any]]) -> str:
-    """The published layout, as Markdown: a line for each model, a column for each batch and runtime, p50 in ms."""
+    """Formats the published Markdown table: a line a model, a column for each batch and runtime, p50 in ms."""
     columns = list(dict.fromkeys((row["batch_size"], row["runtime"]) for row in rows))
     columns.sort(key=lambda column: column[0])
     lines = ["| p50, ms | " + " | ".join(f"batch {batch}, {runtime}" for batch, runtime in columns) + " |"]
@@ -112,13 +112,13 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def importable(interpreter: str, *modules: str) -> bool:
-    """Whether an interpreter has all modules."""
+    """Whether an interpreter can import all modules."""
     code = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {modules})))"
     return subprocess.run([interpreter, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = shared.comparison_parser(__doc__, models=["all"], batch_sizes=[1, 4, 8], turns=5, turn_secs=0.5)
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: those that belong to the device")
     parser.add_argument("--onnx_dir", default="", help="where MODEL.onnx lie or are written; default: a temporary one")
@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
 
 
 def cpu_library() -> str:
-    """The compiled library that JAX's rows were measured with, by the hash of what it was compiled from."""
+    """Returns the hash that names the CPU kernels behind JAX's rows."""
     code = (
         "from densenet_jax.kernels.cpu.library import target_names as names; "
         "print(next((name.rpartition('_')[2] for name in names().values()), 'none'))"

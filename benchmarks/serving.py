@@ -1,13 +1,12 @@
-"""Requests a second and their latencies: `--mode serve` with shared batches beside one request at a time.
+"""Measures requests a second and their latencies: `--mode serve` with shared batches and with single requests.
 
     python benchmarks/serving.py --output serving.json
 
-Starts a server of each kind with a drawn model, puts so many clients to it that each send one image, wait for the
-answer and go on, and takes turns between the two servers, of which the other one is idle. Clients and servers share the
-machine; the processor time of the server and of the clients for a request is told as well: the server's holds on a
-machine that has other work, and where both together fill the cores, the clients' is missing from the server.
-`compute` rows tell what the model alone does, called in batches of one and of the largest size: more than their ratio
-can't be gained by batches.
+Starts a server of each kind with a drawn model and clients that each send one image, wait for the answer and go on; the
+two servers take turns. Clients and servers share the machine; the processor time of the server and of the clients for a
+request is reported as well: the server's holds on a machine that has other work, and where both together fill the
+cores, the clients' is missing from the server. `compute` rows are of the model alone, called in batches of one and of
+the largest size: more than their ratio can't be gained by batches.
 """
 
 import argparse
@@ -63,7 +62,7 @@ def write_run(directory: pathlib.Path, model: str, image_size_px: int, channels:
 def server(
     flags: list[str], batch_sizes: tuple[int, ...], root: str = str(ROOT), python: str = sys.executable
 ) -> Iterator[tuple[str, str, int]]:
-    """A server's REST and gRPC addresses and its process, once it is ready."""
+    """Yields a server's REST and gRPC addresses and its process, once it is ready."""
     command = [python, os.path.join(root, "main.py"), *flags, "--mode", "serve", "--port", "0", "--grpc_port", "0"]
     command += [f"--config.serve.batch_sizes={batch_sizes}"]
     with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -83,7 +82,7 @@ def server(
 
 
 def requests_of(model: str, image_size_px: int, channels: int) -> dict[str, list]:
-    """The messages of each protocol: PNGs in base64 over REST, raw pixels over gRPC."""
+    """Makes the messages of each protocol: PNGs in base64 over REST, raw pixels over gRPC."""
     import numpy as np
     from PIL import Image
     from tritonclient.grpc import service_pb2
@@ -104,13 +103,13 @@ def requests_of(model: str, image_size_px: int, channels: int) -> dict[str, list
 
 
 def cpu_secs(process: int) -> float:
-    """Processor time that a process has used."""
+    """Returns the processor time that a process has used."""
     text = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def load(protocol: str, addresses: tuple[str, str, int], model: str, messages: list, clients: int, secs: float):
-    """The latencies of all requests of so many clients, in seconds, and how long it took."""
+    """Returns the latencies of all requests of `clients` clients, in seconds, and how long it took."""
     import aiohttp
     import grpc
     from tritonclient.grpc import service_pb2_grpc
@@ -142,7 +141,7 @@ async def load(protocol: str, addresses: tuple[str, str, int], model: str, messa
 
 
 def compute_rows(flags: list[str], rounds: int) -> list[dict]:
-    """Images a second of the model alone, in batches of one and of the largest size."""
+    """Measures images a second of the model alone, in batches of one and of the largest size."""
     import numpy as np
 
     from densenet_jax.predict.predictor import Predictor
@@ -164,7 +163,7 @@ def compute_rows(flags: list[str], rounds: int) -> list[dict]:
 
 
 def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float], float, float, float]]) -> dict:
-    """Medians over the rounds: latencies, requests a second, processor seconds a request of server and clients."""
+    """Takes medians over the rounds: latencies, requests a second, processor seconds a request of both sides."""
     rates = [rate for _, rate, _, _ in found]
     together = sorted(latency for latencies, *_ in found for latency in latencies)
     cuts = statistics.quantiles(together, n=100) if together else None

@@ -1,14 +1,14 @@
-"""Bytes that a training step moves and temporaries it needs on chips that are not there, as their compilers count them.
+"""Counts bytes moved and temporaries of a training step on chips that are not there, as their compilers see them.
 
     python benchmarks/traffic.py --models densenet121 --batch_sizes 128 --target v5e --output traffic_v5e.json
 
-Each row compiles forward, backward and an update of SGD with momentum for one chip: this project's form of the dense
-block, and the plain one (concatenate, batch norm, ReLU, convolution, autodiff). Told are all bytes that instructions
-read and write, and those of them that go between the chip and its main memory: a TPU's program keeps maps on the chip
-where they fit. Beside them stands the floor: what has to be moved by counting. `--target h200` needs
-requirements-plan-gpu.txt, the TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169
-densenet201 densenet264; with resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes.
-Rows are written to --output as they come; --resume goes on with those that are missing.
+Each row compiles forward, backward and an update of SGD with momentum for one chip: the fused dense block, and the
+plain one (concatenate, batch norm, ReLU, convolution, autodiff). It reports all bytes that instructions read and write,
+those of them that go between the chip and its main memory (a TPU's program keeps feature maps on the chip where they
+fit), and the floor: the bytes that must be moved, by counting. `--target h200` needs requirements-plan-gpu.txt, the
+TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169 densenet201 densenet264; with
+resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes. Rows are written to --output as
+they come; --resume goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
 
 
 def nothing(error: str) -> dict[str, Any]:
-    """What a row has that failed."""
+    """Makes the row of a case that failed."""
     return {"bytes_per_image": None, "memory_bytes_per_image": None, "temp_bytes": None, "error": error}
 
 
 def run_child(case: dict[str, Any]) -> dict[str, Any]:
-    """One measurement in a process of its own: compilers speak, and may crash."""
+    """Runs one measurement in a process of its own: compilers print, and may crash."""
     from densenet_jax.plan.compilers import ENVIRONMENT
 
     root = str(pathlib.Path(__file__).resolve().parent.parent)
@@ -121,7 +121,7 @@ def run_child(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the table tells it."""
+    """Formats a row for the table."""
     moved, in_memory, floor = row["bytes_per_image"], row["memory_bytes_per_image"], row["floor_bytes_per_image"]
     return row | {
         "megabytes_per_image": moved and moved / 1e6,
@@ -133,7 +133,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["densenet121"], help="names of the variants table, or 'all'")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128])
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles."""
+    """Returns the versions of the compilers."""
     names = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin")
     found = {distribution.name: distribution.version for distribution in metadata.distributions()}
     return {name: found[name] for name in names if name in found}

@@ -1,16 +1,16 @@
-"""Training steps and inference of this project's networks beside PyTorch's on the same device, in turns.
+"""Measures training steps and inference of this project's networks beside PyTorch's on the same device, in turns.
 
     python benchmarks/train_step.py --models densenet121 --batch_sizes 16 --output train_step.json
 
 Every implementation is a process of its own; they take turns, and all do the same: forward, backward and an update of
 SGD with momentum on one batch that lies on the device (train), or logits of it (infer). PyTorch runs channels last, on
 a GPU under bfloat16 autocast. PyTorch may live elsewhere than JAX: --torch_python names its interpreter. peak_bytes is
-the device allocator's, on a CPU the process's. Images a second of processor time are told as well: on a CPU they hold
-while the machine has other work.
+the device allocator's, on a CPU the process's. Images a second of processor time are reported as well: on a CPU they
+hold while the machine has other work.
 
 Every model is measured at every size, batch and mode that is given: growth with depth is --models densenet121
 densenet169 densenet201 densenet264, growth with resolution --image_size_px 160 224 320. A batch that does not fit is
-told as such, and that implementation is not given a larger one; on a GPU, --to_the_limit goes on doubling the last
+reported as such, and that implementation is not given a larger one; on a GPU, --to_the_limit goes on doubling the last
 batch until none fits. Rows are written to --output as they come, so a run that is stopped keeps what it has measured
 and --resume goes on with it. --row_secs bounds what one row of a slow machine may take.
 """
@@ -45,13 +45,13 @@ COLUMNS = {
 
 
 def row_of(contestant: Contestant) -> dict[str, Any]:
-    """What tells a row from every other."""
+    """Returns the key that identifies a row."""
     keys = ("model", "batch_size", "dtype", "mode", "image_size_px")
     return {key: contestant.case[key] for key in keys} | {"implementation": contestant.name}
 
 
 def row(contestant: Contestant) -> dict[str, Any]:
-    """One row of the table."""
+    """Makes one row of the table."""
     case, found = contestant.case, row_of(contestant)
     found |= {"images_per_sec": None, "peak_bytes": None, "compile_secs": None}
     if contestant.error:
@@ -72,7 +72,7 @@ def row(contestant: Contestant) -> dict[str, Any]:
 
 
 def shown(one: dict[str, Any]) -> dict[str, Any]:
-    """A row as the table tells it."""
+    """Formats a row for the table."""
     spread = one.get("quartiles")
     return one | {
         "quartiles_text": f"{spread[0]:,.1f}-{spread[1]:,.1f}" if spread else None,
@@ -81,7 +81,7 @@ def shown(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = shared.comparison_parser(
         __doc__, models=["densenet121"], batch_sizes=[16], turns=10, turn_secs=1.0, many_sizes=True
     )
@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
 
 
 def batch_sizes(arguments: argparse.Namespace) -> Iterator[int]:
-    """Rising batch sizes; without end where the memory's is looked for."""
+    """Yields rising batch sizes, without end if memory's limit is looked for."""
     rising = sorted(set(arguments.batch_sizes))
     yield from rising
     if arguments.to_the_limit:
@@ -126,7 +126,7 @@ def batch_sizes(arguments: argparse.Namespace) -> Iterator[int]:
 
 
 def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px: int, mode: str) -> None:
-    """All batch sizes of one model in one mode; who has met its memory's end is out."""
+    """Measures all batch sizes of one model in one mode; a contestant that ran out of memory is left out."""
     sized = argparse.Namespace(**{**vars(arguments), "image_size_px": image_size_px})
     fitting = list(arguments.implementations)
     for batch_size in batch_sizes(arguments):
@@ -145,7 +145,7 @@ def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px
             say(report.table([shown(one) for one in measured], COLUMNS))
             rows.add(measured, cases.versions_of(found), cases.device()[1])
         fitting = [one.name for one in everyone if not is_full(rows, one)]
-        if arguments.to_the_limit:  # whatever else is wrong with it is wrong with a larger batch as well
+        if arguments.to_the_limit:  # any other error would occur with a larger batch as well
             fitting = [one.name for one in everyone if one.name in fitting and not known(rows, one, failed=True)]
         if not fitting:
             say(f"no larger batch of {model} is tried")

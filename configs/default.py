@@ -1,4 +1,4 @@
-"""Every setting with its default. A recipe imports this and changes what makes it special.
+"""Every setting with its default; a recipe imports this and changes some.
 
 Lengths that can be given in epochs or in steps have two keys; the one in steps wins where it is not 0. What follows
 from other settings (steps an epoch, the schedule's length, the scaled rate) is computed after the command line's
@@ -9,7 +9,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The settings that every recipe starts from: densenet121 on ImageNet with the milestone schedule."""
+    """Returns the settings that every recipe starts from: densenet121 on ImageNet with the milestone schedule."""
     config = ml_collections.ConfigDict()
     config.profile = ""  # "STEP:COUNT": write a profile of COUNT training steps from STEP on into the work directory
     config.seed = 0  # with the step, the only source of randomness: initial weights, order, crops, augmentation
@@ -29,21 +29,21 @@ def get_config() -> ml_collections.ConfigDict:
     model.batch_norm_group_size = 0  # examples that share batch statistics; 0: the whole global batch
     model.unbiased_running_variance = True  # torch's n/(n-1); False: the biased variance, as flax keeps it
     model.remat = False  # recompute dense layers in the backward pass: less memory, more time
-    model.block_form = "normalize_once"  # of the blocks in training; "plain": the same, slower and larger
+    model.block_form = "normalize_once"  # implementation in training; "plain": the same function, slower and larger
     model.kernels = "auto"  # "pallas": our kernels, on any GPU and on TPUs from v5 on; "xla": none; "auto": on Hopper
 
     data = config.data = ml_collections.ConfigDict()
     data.name = "imagenet2012"  # a tfds name, "digits", or "folder" for class folders under data.dir
     data.dir = ""  # where data sets are; "": tfds's own directory (TFDS_DATA_DIR or ~/tensorflow_datasets)
-    data.train_split = "train"  # what is trained on
-    data.eval_split = "validation"  # what is evaluated
+    data.train_split = "train"  # split for training
+    data.eval_split = "validation"  # split for evaluation
     data.holdout = 0.0  # share (below 1) or number of training images kept back; data.eval_split="holdout" is these
     data.class_order = "text"  # of class folders; "natural": numbers by value, as timm; or a file with a name a line
     data.allow_changed = False  # True: go on although files of the data set came or went, or classes were renamed
     data.image_size_px = 224  # side of the square that the model is trained on
-    data.channels = 3  # 1 reads images as gray; others up to 64: files that have so many
+    data.channels = 3  # 1 reads images as gray; others, up to 64, need files with that many
     data.pixel_range = ()  # two stored values that become black and white; (): those of the file's own type
-    data.exif_orientation = False  # True: turn images of data sets as their camera said; prediction always does
+    data.exif_orientation = False  # True: turn images of data sets as their camera recorded; prediction always does
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size
     data.crop_area = (0.08, 1.0)  # share of the image's area that a random crop covers
     data.crop_aspect = (3 / 4, 4 / 3)  # width over height of a random crop
@@ -61,9 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
     augment.color_jitter = (0.0, 0.0, 0.0)  # strength of brightness, contrast, saturation; usual: 0.4 each
     augment.rand_layers = 0  # RandAugment: operations an image, in place of color_jitter; 0: none; usual: 2
     augment.rand_magnitude = 9.0  # RandAugment: strength from 0 to 10
-    augment.erase_mode = "pixel"  # what an erased rectangle holds: "zero", "color" or "pixel" (noise)
+    augment.erase_mode = "pixel"  # content of an erased rectangle: "zero", "color" or "pixel" (noise)
     augment.erase = 0.0  # share of images that lose a random rectangle; usual: 0.25
-    augment.repeats = 1  # differently augmented copies of each image of a batch; an epoch has so many fewer images
+    augment.repeats = 1  # differently augmented copies of each image of a batch; an epoch has 1/repeats of the images
     augment.mixup_alpha = 0.0  # of mixup's Beta distribution; 0: none
     augment.cutmix_alpha = 0.0  # likewise of cutmix
     augment.mix_probability = 1.0  # share of batches that are mixed
@@ -71,14 +71,14 @@ def get_config() -> ml_collections.ConfigDict:
 
     train = config.train = ml_collections.ConfigDict()
     train.epochs = 300.0  # passes over the training split; fractions are allowed
-    train.patience_epochs = 0.0  # stop when validation top-1 has not risen for so long; 0: never
+    train.patience_epochs = 0.0  # stop when validation top-1 has not risen for this long; 0: never
     train.global_batch_size = 256  # examples a step, over all devices
-    train.microbatches = 1  # the batch is computed in so many parts, to save memory
+    train.microbatches = 1  # number of parts in which the batch is computed, to save memory
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
     train.label_smoothing = 0.0  # spread this much evenly over all classes
     train.log_every_steps = 0  # steps between reports; 0: 50, fewer in a run of less than 1,000 steps
-    train.stall_secs = 600.0  # tell, with stack traces of all threads, when nothing moves for so long; 0: never
+    train.stall_secs = 600.0  # report, with stack traces of all threads, when nothing moves for this long; 0: never
 
     optim = config.optim = ml_collections.ConfigDict()
     optim.name = "sgd"  # "sgd", "adamw", "lamb" or "rmsprop"
@@ -89,10 +89,10 @@ def get_config() -> ml_collections.ConfigDict:
     optim.weight_decay = 1e-4  # torch's form: added to the gradient (sgd), or decoupled (adamw, lamb)
     optim.decay_norm_and_bias = True  # False spares batch-norm scales and all biases from weight decay
     optim.clip_grad_norm = 0.0  # cut the gradient's norm to this; 0: never
-    optim.betas = (0.9, 0.999)  # adamw and lamb: kept shares of the moments
+    optim.betas = (0.9, 0.999)  # adamw and lamb: decay rates of the moment averages
     optim.rms_decay = 0.9  # rmsprop: kept share of the squared gradient
     optim.epsilon = 0.0  # adamw, lamb, rmsprop: against division by zero; 0: the usual
-    optim.freeze = ""  # regular expression of parameters that stand still, such as "^params/(?!classifier)"
+    optim.freeze = ""  # regular expression of parameters that stay fixed, such as "^params/(?!classifier)"
     optim.rate_multipliers = ()  # pairs (regular expression of parameters, factor of the rate); the first match counts
     optim.schedule = "multistep"  # or "constant", "cosine", "exponential", "cosine_restarts", "one_cycle"
     optim.milestone_epochs = (150.0, 225.0, 300.0)  # multistep: where the rate drops
@@ -112,7 +112,7 @@ def get_config() -> ml_collections.ConfigDict:
     optim.end_divisor = 1e4  # one_cycle: first rate over the last
     optim.warmup_epochs = 0.0  # linear warmup in front of any schedule
     optim.warmup_steps = 0  # the same in steps
-    optim.warmup_learning_rate = 0.0  # where the warmup starts
+    optim.warmup_learning_rate = 0.0  # rate at the warmup's start
 
     evaluation = config.eval = ml_collections.ConfigDict()
     evaluation.every_epochs = 1.0  # epochs between validations; there is always one at the end
@@ -121,10 +121,10 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.crop_fraction = 0.0  # crop side over resized short side (0.875: 224 of 256); 0: the weights' own
     evaluation.interpolation = ""  # "bilinear" or "bicubic", antialiased as Pillow does it; "": the weights' own
     evaluation.crops = 1  # or 10: corners, middle and their mirror images, whose logits are averaged
-    evaluation.class_map = ""  # "present": judge only among the classes of the split (ImageNet-A and -R); "": all
+    evaluation.class_map = ""  # "present": only the classes of the split count (ImageNet-A and -R); "": all
     evaluation.per_class_output = ""  # CSV file that --mode eval writes each class's accuracy to; "": none
     evaluation.confusion_output = ""  # likewise for the examples of each class by predicted class
-    evaluation.checkpoint = "latest"  # what --mode eval evaluates: "latest", "best" or a step
+    evaluation.checkpoint = "latest"  # checkpoint for --mode eval: "latest", "best" or a step
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 1000  # steps between saves; every validation and the end save as well
@@ -133,9 +133,9 @@ def get_config() -> ml_collections.ConfigDict:
     serve = config.serve = ml_collections.ConfigDict()
     serve.batch_sizes = (1, 4, 16, 64)  # images that a compiled program takes; (1,): each request by itself
     serve.batch_wait_secs = 0.0  # how long a request waits for others while the device is idle
-    serve.request_secs = 30.0  # after which a request is given up and its client told so
-    serve.stop_secs = 10.0  # in which requests under way may end when the server is stopped
-    serve.max_request_pixels = 200_000_000  # of all pictures of a request together, before they are resized
+    serve.request_secs = 30.0  # time after which a request is given up and its client gets an error
+    serve.stop_secs = 10.0  # time for requests under way to end when the server is stopped
+    serve.max_request_pixels = 200_000_000  # of all images of a request together, before they are resized
     serve.hosts = ()  # names, besides localhost, that clients may call the server by
     serve.token_file = ""  # a file with a token that every request has to bring; "": nobody has to log in
     serve.tls_certificate = ""  # a PEM file with the certificate for TLS; "": no encryption

@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default.get_config()
     config.model.name = "densenet161"
     config.model.dtype = "bfloat16"
-    config.model.batch_norm_group_size = 128  # each of the eight chips normalizes by its own statistics there
+    config.model.batch_norm_group_size = 128  # as there, each of the eight chips normalizes by its own statistics
     config.train.epochs = 90.0
     config.train.global_batch_size = 1024
     config.optim.learning_rate = 0.2

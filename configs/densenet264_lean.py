@@ -3,7 +3,7 @@
     python main.py --config configs/densenet264_lean.py --workdir ./runs/densenet264_lean
 
 Expected: 77.96% top-1, as PaddleClas publishes for these 120 epochs in float32 with whole batches (arXiv:1707.06990
-trains the k=48 form the memory-efficient way to 79.74%). Not reproduced here. Batch norm sees 64 examples at a time.
+trains the k=48 network the memory-efficient way to 79.74%). Not reproduced here. Batch norm sees 64 examples at a time.
 """
 
 import ml_collections

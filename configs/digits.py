@@ -1,4 +1,4 @@
-"""A small DenseNet-BC on real handwritten digits: the first run of everybody, on a laptop without a GPU.
+"""A small DenseNet-BC on real handwritten digits: a first run on a laptop without a GPU.
 
     python main.py --config configs/digits.py --workdir ./runs/digits
 

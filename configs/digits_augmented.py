@@ -1,4 +1,4 @@
-"""The paper's smallest BC network on the digits, with augmentation: how far real data of 1,437 images carries.
+"""The paper's smallest BC network on the digits, with augmentation.
 
     python main.py --config configs/digits_augmented.py --workdir ./runs/digits_augmented
 

@@ -1,4 +1,4 @@
-"""densenet121, or another variant after a colon, on ImageNet with what has been learned since the paper.
+"""densenet121, or another variant after a colon, on ImageNet with training methods newer than the paper.
 
     python main.py --config configs/modern.py --workdir ./runs/modern
     python main.py --config configs/modern.py:densenetblur121d --workdir ./runs/blur

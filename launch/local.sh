@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# N processes on this machine as one run: what a pod does, on a laptop.
+# Runs N processes on this machine as one run, as a pod does.
 #
 #   launch/local.sh N ARGUMENTS OF main.py
 #   launch/local.sh 2 --config configs/digits.py --workdir ./runs/digits_2

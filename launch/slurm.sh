@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A SLURM job with GPUs, one process a GPU; srun's variables tell the processes of each other.
+# A SLURM job with GPUs, one process a GPU; the processes find each other by srun's variables.
 # Not run by this project's tests, which only give its variables to densenet_jax/distributed/cluster.py.
 #
 #   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 launch/slurm.sh ARGUMENTS OF main.py
 #   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 1 launch/slurm.sh ...      # one process a node: also right
 #
 # The work directory has to be on a file system that all nodes share. Before the time limit, and on preemption, SLURM
-# sends SIGTERM: the run saves, ends with status 130 and is put back into the queue, where it goes on. So it is where a
-# node fails. Environment: PYTHON (.venv/bin/python of the checkout).
+# sends SIGTERM: the run saves, ends with status 130 and is requeued to go on. The same happens when a node fails.
+# Environment: PYTHON (.venv/bin/python of the checkout).
 #SBATCH --job-name=densenet
 #SBATCH --signal=TERM@300
 #SBATCH --requeue

@@ -1,4 +1,4 @@
-"""What the benchmarks against other implementations share: workers that take turns, and the report of their figures."""
+"""Workers that take turns, and the report of their figures, for benchmarks against other implementations."""
 
 import pathlib
 import sys

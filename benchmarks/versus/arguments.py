@@ -1,4 +1,4 @@
-"""The flags that the comparisons have in common, and what their defaults mean on this machine."""
+"""Flags that the comparisons share, with defaults for this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def comparison_parser(
     turn_secs: float,
     many_sizes: bool = False,
 ) -> argparse.ArgumentParser:
-    """A parser with every shared flag; the arguments are the defaults; with many_sizes, --image_size_px is a list."""
+    """Makes a parser with every shared flag and these defaults; with many_sizes, --image_size_px is a list."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=models, help="names of the variants table, or 'all'")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=batch_sizes)
@@ -28,7 +28,7 @@ def comparison_parser(
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with the models named, the dtype that belongs to the device, and `on_gpu`."""
+    """Parses the command line; adds the models' names, the device's dtype and `on_gpu`."""
     arguments = parser.parse_args()
     arguments.on_gpu = cases.has_gpu()
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.on_gpu else "float32")

@@ -1,4 +1,4 @@
-"""From a variant's name to what each worker is asked to prepare."""
+"""Makes the case that each worker prepares, from a variant's name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPTS = {
 
 
 def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size: int, mode: str) -> Contestant:
-    """One of SCRIPTS on one case; arguments are those of `add_arguments` and dtype."""
+    """Makes one of SCRIPTS a contestant on one case; arguments are those of `add_arguments` and dtype."""
     from densenet_jax.models.variants import get_variant
 
     variant = get_variant(model)
@@ -41,13 +41,13 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
         **({"channels": channels, "overrides": overrides} if ours else {"facts": facts}),
     }
     interpreter = sys.executable if ours else arguments.torch_python
-    # The plain form is what JAX makes of the network without any kernel of ours.
+    # The plain implementation has none of our kernels.
     environment = {"DENSENET_JAX_NATIVE": "0"} if form == "plain" else {}
     return Contestant(name, functools.partial(Worker, script, interpreter, **environment), case)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, many_sizes: bool = False) -> None:
-    """The flags that say what is compared; with many_sizes, --image_size_px is a list."""
+    """Adds the flags that say what is compared; with many_sizes, --image_size_px is a list."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     many: dict[str, Any] = {"nargs": "+", "default": [0]} if many_sizes else {"default": 0}
     parser.add_argument("--image_size_px", type=int, **many, help="default: what the variant is trained on")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, many_sizes: bool = False) 
 
 
 def all_models(names: list[str]) -> list[str]:
-    """The names, or those of all variants for "all"."""
+    """Returns the given names, or every variant's for "all"."""
     if names != ["all"]:
         return names
     from densenet_jax import list_models
@@ -68,7 +68,7 @@ def all_models(names: list[str]) -> list[str]:
 
 @functools.cache
 def device() -> tuple[str, str]:
-    """JAX's platform and the device's name, asked in a process of its own: this one would hold memory of the device."""
+    """Asks a process of its own for JAX's platform and device name, as this one would hold device memory."""
     code = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     platform, name = result.stdout.strip().splitlines()[-2:]
@@ -76,18 +76,18 @@ def device() -> tuple[str, str]:
 
 
 def has_gpu() -> bool:
-    """Whether JAX has one."""
+    """Whether JAX has a GPU."""
     return device()[0] == "gpu"
 
 
 def check_platforms(contestants: list[Contestant]) -> None:
-    """Ends the run where the contestants did not run on the same kind of device."""
+    """Exits if the contestants did not run on the same kind of device."""
     platforms = {one.prepared["platform"] for one in contestants if one.prepared}
     if len(platforms) > 1:
         raise SystemExit(f"error: the implementations ran on different platforms: {', '.join(sorted(platforms))}")
 
 
 def versions_of(contestants: list[Contestant]) -> dict[str, str]:
-    """The library's version for each that could be prepared."""
+    """Returns the library's version for each contestant that could be prepared."""
     libraries = {"torch_eager": "torch", "torch_compile": "torch", "onnxruntime": "onnxruntime"}
     return {libraries.get(one.name, "jax"): one.prepared["version"] for one in contestants if one.prepared}

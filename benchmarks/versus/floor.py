@@ -1,4 +1,4 @@
-"""The least a DenseNet's training step has to move between a chip and its memory, by counting."""
+"""Counts the least that a DenseNet's training step has to move between a chip and its memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from densenet_jax.models.variants import DenseNetArchitecture, get_variant
 # How often a training step has to read or write each kind of array where every pass does all it can:
 CONCATENATION = 4  # read forward and backward; the gradient of all features read and written
 BOTTLENECK = 6  # written, read; backward read, its gradient written, and both read for the norm's own derivative
-NEW_FEATURES = 7  # written, read for their statistics, stored normalized; backward gradient and map read, written, read
+NEW_FEATURES = 7  # written, read for their statistics, stored normalized; backward gradient, values read, written, read
 JOINED = 3  # a block's whole output for transition or head: read forward and backward, its gradient written
 STEM = 5  # the first convolution's output: written, read; backward read, its gradient written, read
 IMAGE = 2  # read forward, and for the first kernel's gradient
 
 
 def floor_elements(model: str, image_size_px: int, channels: int = 3) -> int | None:
-    """Elements moved for one image; None where the count is not worked out (Dual Path Networks, deep stems)."""
+    """Counts elements moved for one image; None for networks that aren't counted (Dual Path Networks, deep stems)."""
     facts = get_variant(model).architecture
     if not isinstance(facts, DenseNetArchitecture) or facts.stem not in ("plain", "cifar"):
         return None

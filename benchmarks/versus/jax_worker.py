@@ -1,4 +1,4 @@
-"""A network of this project, trained or evaluated; a worker of `turns`."""
+"""Trains or evaluates a network of this project; a worker of `turns`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from densenet_jax.system.host import keep_freed_memory
 
 
 class JaxCase:
-    """One compiled step and the arrays that it goes over."""
+    """One compiled step and its arrays."""
 
     def __init__(self, step: Any, arrays: tuple[Any, ...], batch: tuple[Any, ...], keeps: int) -> None:
         self._step, self._arrays, self._batch, self._keeps = step, arrays, batch, keeps
         self._result: Any = None
 
     def step(self) -> None:
-        """One step."""
+        """Issues one step."""
         *kept, self._result = self._step(*self._arrays, *self._batch)
         self._arrays = (*kept, *self._arrays[self._keeps :])
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Waits for the device."""
         jax.block_until_ready((self._arrays, self._result))
         if not np.isfinite(np.asarray(self._result).ravel()[0]):
             raise FloatingPointError("the result is not finite")
 
     def forget_peak(self) -> None:
-        """JAX has no way to: on a GPU, what choosing convolutions' algorithms took stays in."""
+        """Does nothing, as JAX can't: on a GPU the peak includes the autotuning of convolutions."""
 
     def peak_bytes(self) -> int | None:
-        """Of the device's allocator."""
+        """Returns the device allocator's peak."""
         statistics = jax.local_devices()[0].memory_stats()
         return statistics.get("peak_bytes_in_use") if statistics else None
 
 
 def draw_variables(network: Any, images: jax.Array, random: np.random.Generator) -> Any:
-    """Variables like fresh ones, without compiling their initialisers for minutes."""
+    """Draws variables like fresh ones, without compiling their initializers for minutes."""
 
     def draw(path: Any, like: Any) -> jax.Array:
         name = path[-1].key
@@ -66,7 +66,7 @@ def prepare(
     form: str,
     overrides: dict[str, Any],
 ) -> tuple[JaxCase, dict[str, Any]]:
-    """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
+    """Makes a step of SGD with momentum on one batch (mode "train"), or its logits ("infer")."""
     variant = get_variant(model)
     kernels = "xla" if form == "without_kernels" else "auto"
     block_form = "plain" if form == "plain" else "normalize_once"

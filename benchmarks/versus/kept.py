@@ -1,4 +1,4 @@
-"""Workers that stay for several cases: importing a framework takes longer than many a measurement."""
+"""Keeps workers for several cases: importing a framework takes longer than many a measurement."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from versus.turns import Worker
 
 
 class KeptWorker:
-    """A worker as a contestant holds it; letting go of it does not end it, unless it has failed."""
+    """A worker that outlives its contestant unless it has failed."""
 
     def __init__(self, name: str, worker: Worker, kept: dict[str, Worker]) -> None:
         self._name, self._worker, self._kept = name, worker, kept
         self._failed = False
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer."""
+        """Returns the worker's answer."""
         answer = self._worker.ask(request, **arguments)
         self._failed = self._failed or "error" in answer
         return answer
 
     def stop(self) -> None:
-        """Ends a worker that has failed: what it still holds would be in the next case's way."""
+        """Ends a worker that has failed, as its memory would disturb the next case."""
         if self._failed and self._kept.pop(self._name, None) is self._worker:
             self._worker.stop()
 
 
 class KeptWorkers:
-    """At most one worker for each name; ends them all when the block is left."""
+    """At most one worker a name; leaving the block ends them all."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Worker] = {}
@@ -41,7 +41,7 @@ class KeptWorkers:
             worker.stop()
 
     def start(self, name: str, make: Callable[[], Worker]) -> KeptWorker:
-        """The worker of that name, made where there is none."""
+        """Returns the worker of that name, started first if there is none."""
         if name not in self._kept:
             self._kept[name] = make()
         return KeptWorker(name, self._kept[name], self._kept)

@@ -21,7 +21,7 @@ from densenet_jax.predict.model import Deployed
 
 
 def main() -> None:
-    """Writes the file; one that is there was written to its end."""
+    """Writes the file unless it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("path")

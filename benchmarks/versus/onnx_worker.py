@@ -1,4 +1,4 @@
-"""A network of this project run by onnxruntime from an ONNX file; a worker of `turns`. Needs neither JAX nor torch."""
+"""Runs a network of this project by onnxruntime from an ONNX file; a worker of `turns`, without JAX and torch."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from worker import serve
 
 
 class OnnxCase:
-    """A session and its input."""
+    """An onnxruntime session and its input."""
 
     def __init__(self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> None:
         self._session, self._feed = session, feed
         self._result: np.ndarray | None = None
 
     def step(self) -> None:
-        """One inference; it is done when this returns."""
+        """Runs one inference; it is done when this returns."""
         self._result = self._session.run(None, self._feed)[0]
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: nothing is under way."""
         if self._result is None or not np.isfinite(self._result).all():
             raise FloatingPointError("the result is not finite")
 
     def forget_peak(self) -> None:
-        """There is no device."""
+        """Does nothing: there is no device."""
 
     def peak_bytes(self) -> int | None:
-        """The process's own."""
+        """Returns None: the process's memory counts."""
         return None
 
 
 def prepare(path: str, batch_size: int, image_size_px: int, channels: int) -> tuple[OnnxCase, dict[str, Any]]:
-    """Logits of one batch, by the file at path."""
+    """Makes the case that computes one batch's logits by the file at path."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (wanted,) = session.get_inputs()
     shape = (batch_size, image_size_px, image_size_px, channels)

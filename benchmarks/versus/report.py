@@ -1,4 +1,4 @@
-"""Figures with their spread, the table, and the JSON file."""
+"""Formats figures with their spread as a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
+    """Returns lower quartile, median and upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -20,13 +20,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value that `share` of all are not above."""
+    """Returns the value that a `share` of all values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
 
 
 def device_name(told: str) -> str:
-    """The accelerator's own name, or the processor and how many of its cores there are."""
+    """Returns the accelerator's own name, or the processor and its number of cores."""
     if told.lower() != "cpu":
         return told
     name = platform.processor() or platform.machine()
@@ -39,14 +39,14 @@ def device_name(told: str) -> str:
 
 
 def write(path: str, device: str, versions: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """The JSON file of one run."""
+    """Writes the JSON file of one run."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"date": date, "device": device, "versions": versions, "rows": rows}
     pathlib.Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows as text; columns maps a key to its heading."""
+    """Formats rows as text; columns maps a key to its heading."""
     cells = [list(columns.values()), *[[_cell(row.get(key)) for key in columns] for row in rows]]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]

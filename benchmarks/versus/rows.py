@@ -1,4 +1,4 @@
-"""Rows that are on disk as soon as they are measured, and can be gone on with."""
+"""Saves rows as soon as they are measured, and resumes from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ class Rows:
     """The rows of one run, written after every addition where there is a path.
 
     Attributes:
-      rows: all of them.
-      versions: of the libraries that made them.
+        versions: of the libraries that made the rows.
     """
 
     def __init__(self, path: str | None, resume: bool) -> None:
-        """Begins with the rows of the file at `path` where it is to be gone on with."""
+        """Starts with the rows of the file at `path` when resuming."""
         self._path = path
         self._device: str | None = None
         self.rows: list[dict[str, Any]] = []
@@ -33,7 +32,7 @@ class Rows:
         return any(all(row.get(key) == value for key, value in values.items()) for row in self.rows)
 
     def add(self, rows: list[dict[str, Any]], versions: dict[str, str], device: str) -> None:
-        """Adds rows; those of another device or of other versions do not belong into one table."""
+        """Adds rows; exits if they are of another device or other versions than the table's."""
         name = report.device_name(device)
         known, given = {"device": self._device or name} | self.versions, {"device": name} | versions
         if changed := [key for key in given if key in known and known[key] != given[key]]:

@@ -1,4 +1,4 @@
-"""The same networks in PyTorch: timm's where it has them, and the small ones of the DenseNet paper.
+"""Makes the same networks in PyTorch: timm's where it has them, and the DenseNet paper's small ones.
 
 torchvision, which timm imports, registers shapes for compiled operators that a CPU build of torch lacks; nothing here
 needs them.
@@ -27,7 +27,7 @@ from timm.models.densenet import DenseNet  # noqa: E402
 
 
 class Layer(nn.Module):
-    """Norm, ReLU, convolution, once or twice, joined to its input."""
+    """Norm, ReLU, convolution, once or twice, concatenated to its input."""
 
     def __init__(self, width: int, growth_rate: int, bottleneck_width: int) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class Layer(nn.Module):
         self.new = nn.Sequential(*parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The concatenation."""
+        """Concatenates input and output."""
         return torch.cat([x, self.new(x)], 1)
 
 
 def small_network(facts: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
-    """A network with the paper's stem for small images: one 3x3 convolution, neither norm nor pooling."""
+    """Makes a network with the paper's stem for small images: one 3x3 convolution, neither norm nor pooling."""
     growth_rate, sizes = facts["growth_rate"], facts["block_sizes"]
     width = facts["stem_width"] or 2 * growth_rate
     parts: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
@@ -62,10 +62,10 @@ def small_network(facts: dict[str, Any], channels: int, num_classes: int) -> nn.
 
 
 def make_network(model: str, facts: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
-    """The network of a name, from the facts of its architecture where timm has no such name.
+    """Makes the network of a name, from the fields of its architecture where timm has no such name.
 
     Raises:
-      ValueError: there is none.
+        ValueError: there is none.
     """
     if facts.get("stem") == "cifar":
         return small_network(facts, channels, num_classes)

@@ -1,4 +1,4 @@
-"""A network of timm, trained or evaluated, channels last; a worker of `turns`. Needs torch and timm, not JAX."""
+"""Trains or evaluates a network of timm, channels last; a worker of `turns`. Needs torch and timm, not JAX."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ class TorchCase:
         self._result: Any = None
 
     def step(self) -> None:
-        """One step."""
+        """Issues one step."""
         self._result = self._step()
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Waits for the device."""
         if self._device == "cuda":
             torch.cuda.synchronize()
         if not torch.isfinite(self._result.detach().reshape(-1)[0]):
             raise FloatingPointError("the result is not finite")
 
     def forget_peak(self) -> None:
-        """Of the device's allocator."""
+        """Resets the device allocator's peak."""
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int | None:
-        """Of the device's allocator."""
+        """Returns the device allocator's peak."""
         return torch.cuda.max_memory_allocated() if self._device == "cuda" else None
 
 
 def prepare(
     model: str, mode: str, batch_size: int, image_size_px: int, dtype: str, form: str, facts: dict[str, Any]
 ) -> tuple[TorchCase, dict[str, Any]]:
-    """A step of SGD with momentum on one batch (mode "train"), or logits of it ("infer")."""
+    """Makes a step of SGD with momentum on one batch (mode "train"), or its logits ("infer")."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)

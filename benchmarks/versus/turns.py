@@ -1,9 +1,8 @@
-"""Workers in processes of their own that take turns, so that each meets the same machine.
+"""Runs workers in processes of their own that take turns, so that each meets the same machine.
 
-A worker reads one JSON object a line and answers with one. Requests: {"ask": "prepare", ...} readies one case and tells
-how long that took, {"ask": "turn", "secs": s, "steps_a_wait": n} works for about that long and waits for the device
-after every n steps, {"ask": "peak"} tells the memory it needed.
-An answer may be {"error": "..."}.
+A worker reads one JSON object a line and answers with one. Requests: {"ask": "prepare", ...} readies one case and
+reports how long that took, {"ask": "turn", "secs": s, "steps_a_wait": n} works for about that long and waits for the
+device after every n steps, {"ask": "peak"} reports the memory it needed. An answer may be {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PAUSE_SECS = 0.2  # threads of the last worker's pool may still be spinning
 
 
 class Worker:
-    """One implementation in a process of its own; `ask` gives its answer."""
+    """One implementation in a process of its own."""
 
     def __init__(self, script: str, interpreter: str, **environment: str) -> None:
         search = os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))
@@ -41,7 +40,7 @@ class Worker:
         )
 
     def ask(self, request: str, limit_secs: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer; {"error": ...} where it has died, or was killed for taking longer than limit_secs."""
+        """Returns the worker's answer; {"error": ...} if it died, or was killed after limit_secs."""
         try:
             assert self._process.stdin
             assert self._process.stdout
@@ -75,20 +74,18 @@ class Worker:
 
 @dataclass
 class Contestant:
-    """An implementation in one comparison, and what was found.
+    """An implementation in one comparison, and its results.
 
     Attributes:
-      name: of the implementation.
-      start: starts its worker.
-      case: what it is to prepare.
-      prepared: its answer to that.
-      secs: of single steps, a list a turn.
-      processor_secs: of all threads, a number a turn.
-      peak_bytes: memory it needed, once ready.
-      error: why there are no figures.
-      limit_secs: the longest that its worker may take for one answer; None: any time.
-      interleaved: whether it took turns with the others; on a small device it may only fit alone.
-      steps_a_wait: steps that are issued before the device is waited for: a training loop waits seldom.
+        start: starts its worker.
+        case: the request that prepares it.
+        prepared: its answer to that.
+        secs: of single steps, a list a turn.
+        processor_secs: of all threads, a number a turn.
+        error: why there are no figures.
+        limit_secs: the longest that its worker may take for one answer; None: any time.
+        interleaved: whether it took turns with the others; on a small device it may only fit alone.
+        steps_a_wait: steps that are issued before the device is waited for: a training loop waits seldom.
     """
 
     name: str
@@ -111,7 +108,7 @@ class Contestant:
         return self._take(self._worker.ask("prepare", limit_secs=self.limit_secs, **self.case), self.prepared)
 
     def turn(self, secs: float) -> bool:
-        """One turn of about secs seconds."""
+        """Takes one turn of about secs seconds."""
         assert self._worker
         answer: dict[str, Any] = {}
         turn = {"secs": secs, "steps_a_wait": self.steps_a_wait}
@@ -151,7 +148,7 @@ def compete(
     """Lets the contestants take turns; one that does not fit beside the others is measured alone afterwards.
 
     No round of turns begins later than budget_secs after the first, which is always taken. They are prepared one after
-    the other, or together: sooner where there are many cores, but then nobody's compile time is its own.
+    the other, or together, which is faster on many cores but mixes their compile times.
     """
     try:
         say(f"preparing {', '.join(one.name for one in contestants)}")
@@ -176,7 +173,7 @@ def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float, bud
     for number in range(turns):
         if number and time.perf_counter() - began > budget_secs:
             return
-        # Each order once: whoever comes second after a heavy neighbor isn't always the same.
+        # Each order once, so that it isn't always the same contestant that follows a heavy one.
         for contestant in contestants if number % 2 == 0 else contestants[::-1]:
             if not contestant.error:
                 time.sleep(PAUSE_SECS)
@@ -184,5 +181,5 @@ def _take_turns(contestants: list[Contestant], turns: int, turn_secs: float, bud
 
 
 def say(text: str) -> None:
-    """A line for the person who waits."""
+    """Prints a line of progress."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The worker's side of `turns`: answers requests until its input ends. Knows no framework."""
+"""Answers the requests of `turns` in the worker's process until its input ends, for any framework."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Prepare = Callable[..., tuple[Case, dict[str, Any]]]
 
 
 def serve(prepare: Prepare, out_of_memory: Callable[[Exception], bool]) -> None:
-    """Answers requests; prepare(**case) gives a Case and facts to tell."""
-    # Libraries print to standard output what they like: the answers keep it to themselves.
+    """Answers requests; prepare(**case) gives a Case and the fields to report."""
+    # Libraries print to standard output, which must hold the answers alone.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     case: Case | None = None
@@ -62,7 +62,7 @@ def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str,
     case.wait()
     step_secs = time.perf_counter() - first
     _forget_peak(case)
-    # What the first step took beyond an ordinary one: tracing, compiling, choosing algorithms.
+    # The first step's excess over an ordinary one: tracing, compiling, choosing algorithms.
     return case, {"compile_secs": max(first - began - step_secs, 0.0), **facts}
 
 
@@ -79,7 +79,7 @@ def _turn(case: Case, secs: float, steps_a_wait: int) -> dict[str, Any]:
 
 
 def _forget_peak(case: Case) -> None:
-    """Lets peak memory begin anew, so that what compiling took is not in it."""
+    """Resets peak memory, which would include that of compiling."""
     case.forget_peak()
     try:
         with open("/proc/self/clear_refs", "w") as file:

@@ -1,8 +1,8 @@
 """Translates the names that other programs give a DenseNet's weights into torchvision's, which ours mirror.
 
 Read: torchvision and timm, today's spelling and the old one; the prefixes of wrappers (`module.`, `_orig_mod.`, ...);
-torchxrayvision; MONAI's 2-D networks; Keras's applications; PaddleClas. A name that no rule
-knows stays, and is reported as left over.
+torchxrayvision; MONAI's 2-D networks; Keras's applications; PaddleClas. A name that no rule knows stays, and is
+reported as left over.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compiles the CPU kernels: `python -m densenet_jax.kernels.cpu.build`.
 
-Training on a CPU does so at its first use. Needs a C++17 compiler (Debian: `apt-get install g++`; macOS: Xcode's
-tools; anywhere: `pip install ziglang`); XLA's headers come with jaxlib. Without the kernels everything works, at the
-speed of XLA's own convolutions.
+Training on a CPU does so at its first use. Needs a C++17 compiler (Debian: `apt-get install g++`; macOS: Xcode's tools;
+anywhere: `pip install ziglang`); XLA's headers come with jaxlib. Without the kernels everything works, at the speed of
+XLA's own convolutions.
 """
 
 from __future__ import annotations

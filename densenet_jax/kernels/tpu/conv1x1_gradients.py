@@ -83,6 +83,7 @@ def conv1x1_gradients(
 
     Args:
         x: read in its first c columns.
+        masked: from `conv3x3_gradients`.
         coefficients: for each group of examples a, b, c with a * masked + b * output + c the output's gradient.
 
     Returns:
@@ -106,7 +107,7 @@ def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool
 
 
 def _on_chip_bytes(positions: int, channels: int, outputs: int, dtype: Any) -> int:
-    """Returns what this many positions need, with the next ones on their way in and the last ones out."""
+    """Returns the bytes that this many positions need, double buffering included."""
     maps = 2 * positions * LANES * jnp.dtype(dtype).itemsize * (3 * channels + outputs)
     sums, in_the_making = 2 * (outputs + 2 * LANES), 4 * LANES
     return maps + jnp.dtype(wide(dtype)).itemsize * channels * (sums + in_the_making)

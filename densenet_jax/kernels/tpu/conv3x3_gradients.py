@@ -131,7 +131,7 @@ def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: 
 
 
 def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) -> int:
-    """Counts double-buffered operands and results, and sums."""
+    """Returns the bytes that this many rows need, double buffering included."""
     a_row = width * LANES * jnp.dtype(dtype).itemsize
     maps = 2 * a_row * (2 * rows * outputs + 2 * (rows + 2) * new)
     sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * LANES)

@@ -247,7 +247,10 @@ class Backend:
         groups: int,
         norm: Normalization | None = None,
     ) -> Gradients:
-        """Adds the x_hat gradient of `norm_relu_conv_grads` to total's first c channels; later ones may be left out."""
+        """Computes `norm_relu_conv_grads` with the gradient of x_hat added to total's first c channels.
+
+        The result may lack the channels behind them; without a kernel it does.
+        """
         width = conv.scale.shape[0]
         grads = self.norm_relu_conv_grads(self.readable(buffer, width), conv, gradient, groups, norm)
         added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
