@@ -88,8 +88,7 @@ class Batches(Iterator[Batch]):
 
         Args:
             arrays: shape (batch first) and dtype of every array of a batch.
-            fill: fills some rows of a batch; called from many threads, may raise.
-            damaged: where `fill` records damaged images.
+            fill: fills some rows of a batch; called from many threads, may raise and record images in `damaged`.
             reader_threads: 0: one per core.
             prefetch_batches: batches that wait in memory at most, besides those in use.
         """

@@ -33,8 +33,8 @@ class FolderSource:
     def __init__(self, directory: str, split: str, class_order: str = "text") -> None:
         """Lists DIRECTORY/SPLIT, or reads the index of an earlier listing if no folder changed since.
 
-        Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split. In a
-        directory without split folders "train" is the directory itself, with one folder of images for each class.
+        Classes are the folders of DIRECTORY/train where that exists, so that labels mean the same in every split.
+        Without split folders "train" is the directory itself, one folder of images per class.
 
         Raises:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.

@@ -10,10 +10,9 @@ MAX_CHANNELS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Numbers as a file holds them.
+    """Numbers as a file holds them, [height, width, channels] of any real type.
 
     Attributes:
-        values: [height, width, channels] of any real type.
         white: the value of white where 0 is black; None where only the user knows.
         alpha: whether the last channel is transparency.
         negative: whether 0 is white and `white` is black.

@@ -12,7 +12,6 @@ class Record:
 
     Attributes:
         image: the encoded file (JPEG, PNG, ...).
-        label: the class, from 0 on.
         name: how a person finds this example again: the file's name, or split and position.
         label_set: every right class, where the source has `label_sets`; () where nobody could say.
     """

@@ -25,7 +25,6 @@ def evaluate(
 
     Args:
         eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
-        variables: {"params", "batch_stats"}.
         batches: this process's shares of padded and masked global batches.
         examples: size of the split, which the count is checked against.
         batch_count: length of the progress bar.

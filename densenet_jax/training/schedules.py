@@ -55,7 +55,6 @@ def make_schedule(
             "one_cycle" rises along a cosine from `learning_rate / start_divisor` to `learning_rate` over
             `rise_fraction` of the steps after the warmup and falls to `learning_rate / start_divisor / end_divisor`
             at the last step (arXiv:1708.07120 as torch's OneCycleLR does it).
-        learning_rate: the highest rate.
         total_steps: steps of the whole training, warmup included.
         warmup_steps: steps W of linear warmup in front: the rate at step s < W lies s/W of the way from
             `warmup_learning_rate` to what the schedule starts with at step W.

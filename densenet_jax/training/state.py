@@ -40,13 +40,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateRecipe:
-    """Makes the state before the first step, a pure function of the seed.
-
-    Attributes:
-        model: called as `model.init(key, images, train=False)`.
-        image_shape: height, width and channels of training images.
-        averages: whether to keep a moving average of parameters and batch statistics.
-    """
+    """Makes the initial state, a pure function of the seed; `image_shape` is height, width and channels."""
 
     model: nn.Module
     optimizer: optax.GradientTransformation

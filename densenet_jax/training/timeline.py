@@ -1,4 +1,4 @@
-"""Converts epochs to steps and back, and tells which events are due; a batch may span two epochs."""
+"""Converts between epochs and steps, and schedules regular events; a batch may span two epochs."""
 
 import dataclasses
 import math

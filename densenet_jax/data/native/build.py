@@ -1,8 +1,8 @@
-"""Compiles the helper: `python -m densenet_jax.data.native.build`.
+"""Compiles the JPEG helper: `python -m densenet_jax.data.native.build`.
 
-Reading JPEG files does the same at its first use. Needs a C compiler and libjpeg-turbo's headers (Debian: `apt-get
-install gcc libjpeg-dev`; macOS: Xcode's tools and `brew install jpeg-turbo`). Without the helper everything works, with
-the wheels' decoders and at their speed.
+Reading JPEG files does it at first use. Needs a C compiler and libjpeg-turbo's headers (Debian: `apt-get install gcc
+libjpeg-dev`; macOS: Xcode's tools and `brew install jpeg-turbo`). Without the helper the wheels' slower decoders are
+used.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ _FLAGS = ("-O3", "-shared", "-fPIC")
 
 
 def library_paths() -> list[pathlib.Path]:
-    """Returns where the compiled helper may lie: beside this file, else in the user's cache, named by the source."""
+    """Returns where the compiled helper may be: beside this file, else in the user's cache, named by a source hash."""
     return library_places(_SOURCE, f"{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]}-{platform.machine()}")
 
 
 def build() -> pathlib.Path:
-    """Compiles the helper and returns where it lies.
+    """Compiles the helper and returns its path.
 
     Raises:
         RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.

@@ -1,4 +1,4 @@
-"""Calls the compiled helper with numpy arrays for memory; ctypes releases the interpreter lock meanwhile."""
+"""Calls the compiled helper on numpy arrays; ctypes releases the interpreter lock meanwhile."""
 
 import ctypes
 import functools
@@ -12,13 +12,13 @@ from densenet_jax.data.native.build import build, library_paths
 from densenet_jax.data.resize import vertical_first
 from densenet_jax.system.native_build import build_at_first_use
 
-_SIDE_MARGIN = 160  # pixels beside a part that decoding may write as well
-_EIGHT_PIXELS = 32  # bytes; eight lines are resized across at the same time
-_BITS = 22  # behind the point of a weight, as in Pillow
+_SIDE_MARGIN = 160  # pixels beside a part that decoding may overwrite
+_EIGHT_PIXELS = 32  # bytes; eight rows are resized horizontally at once
+_BITS = 22  # fractional bits of a weight, as in Pillow
 
 
 class _Taps(ctypes.Structure):
-    """Inputs that every output sums, and their weights; `taps` in crop_decode.c."""
+    """The inputs and weights that each output sums; `taps` in crop_decode.c."""
 
     _fields_ = (
         ("first", ctypes.c_void_p), ("count", ctypes.c_void_p), ("weights", ctypes.c_void_p),
@@ -54,16 +54,15 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Returns whether the compiled helper is there."""
+    """Returns whether the compiled helper can be used."""
     return _library() is not None
 
 
 def decode_part(data: bytes, left: int, top: int, width: int, height: int, *, rgbx: bool = False) -> np.ndarray | None:
-    """Decodes a part of a JPEG file to the pixels that the whole image has there.
+    """Decodes a part of a JPEG file to exactly the pixels of the whole image.
 
-    Returns:
-        uint8[height, width, 3], or [height, width, 4] with `rgbx`, a view; None where the file is of a kind that
-        the helper leaves to others (CMYK, damaged, no JPEG at all).
+    Returns a view, uint8 [height, width, 3], or [height, width, 4] with `rgbx`; None where the helper can't decode the
+    file (CMYK, damaged, no JPEG at all).
     """
     library = _library()
     if library is None or min(left, top) < 0 or min(width, height) < 1:
@@ -83,19 +82,14 @@ def resize(
     whole: tuple[int, int] | None = None,
     corner: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
-    """Resizes a box of an image to a square with the bytes that Pillow 13 gives.
+    """Resizes a box of an image to a square with the bytes that Pillow 13 gives: uint8 [out_px, out_px, 3].
 
     Args:
-        pixels: uint8[height, width, 4], the last channel meaning nothing; lines may lie apart. May be a part of the
-            image: what `window` says suffices.
-        out_px: side of the result.
+        pixels: uint8 [height, width, 4], the last channel unused; rows may have gaps. May be the part of the image
+            that `window` returns.
         box: (left, top, right, bottom) in the image.
-        cubic: bicubic instead of bilinear.
         whole: (height, width) of the image; None where `pixels` is all of it.
         corner: (top, left) of `pixels` in the image.
-
-    Returns:
-        uint8[out_px, out_px, 3].
 
     Raises:
         ValueError: `pixels` is less than the box needs.
@@ -128,9 +122,9 @@ def resize(
 
 @functools.lru_cache(maxsize=1024)  # crops have few sizes; 10 kB each
 def _taps(size: int, have: int, low: float, high: float, out_px: int, cubic: bool) -> _Taps:
-    """Computes the taps of `out_px` outputs that lie evenly between low and high among `size` inputs.
+    """Computes the taps of `out_px` outputs evenly spaced between low and high among `size` inputs.
 
-    Only inputs from `have` on are in memory. Operations come in Pillow's order, for weights equal to the last bit.
+    Only inputs from `have` on are in memory. Computes in Pillow's order, so that weights are equal to the last bit.
     """
     library = _library()
     assert library is not None, "call available() first"
