@@ -26,9 +26,8 @@ def define(
 ) -> Primitive:
     """Makes a primitive with the shapes and results of its reference, a function of arrays and static keywords.
 
-    Args:
-        lowering: a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
-        platform: the one with the kernel, "cpu", "cuda" or "tpu".
+    lowering is a lowering rule that calls the kernel of platform ("cpu", "cuda" or "tpu"), or returns None where the
+    reference is to be compiled.
     """
     primitive = Primitive(f"densenet_{name}")
     primitive.multiple_results = multiple_results

@@ -81,9 +81,8 @@ def create_model(
             statistics in training too, and leave them as they are; for fine-tuning with a frozen body.
         block_form: the implementation: "normalize_once" (`densenet_jax.models.fused`), "plain" (the readable
             reference), or "normalize_once_tpu", "..._cpu", "..._gpu", for another platform; all are the same function.
-        kernels: "pallas" trains dense blocks with the kernels for GPUs, or for TPUs from v5 on, the same function up to
-            rounding; "xla" does without; "auto" takes them where they were measured to be faster, which is on Hopper
-            GPUs, in evaluation as well (DenseNet only).
+        kernels: "pallas" trains dense blocks with kernels for GPUs, or for TPUs from v5 on, "xla" without them; "auto"
+            takes those measured to be faster: on Hopper GPUs, in evaluation as well (DenseNet only).
         mesh: the devices that the model is for, with one axis that divides the batch: "auto" chooses by them, and
             kernels compute each device's part. None: JAX's own device, and no kernels if there are several.
         **architecture: overrides of the row's architecture, such as growth_rate=16 or block_sizes=(2, 2).

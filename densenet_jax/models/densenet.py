@@ -55,7 +55,7 @@ class BlockOptions:
 
 
 def concatenate(features: Sequence[Array]) -> Float[Array, "b h w c"]:
-    """Concatenates what a layer reads: the block's input first, then the layers from oldest to newest."""
+    """Concatenates a layer's inputs: the block's input first, then the layers from oldest to newest."""
     return jnp.concatenate(features, axis=-1)
 
 
@@ -228,11 +228,7 @@ class DenseNet(nn.Module):
     transition{i}/..., norm5, classifier.
 
     Attributes:
-        dropout_every_convolution: after every convolution but the first, as in the paper; otherwise after each dense
-            layer's last.
-        output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's
-            stride to its feature map (raw block outputs; the last one after norm and ReLU).
-        remat: recompute cheap intermediate values in the backward pass to save memory (1707.06990).
+        output: as for `create_model`; a pyramid has raw block outputs, the last one after norm and ReLU.
     """
 
     growth_rate: int = 32

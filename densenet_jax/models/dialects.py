@@ -120,8 +120,7 @@ def from_keras(layers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 def to_keras(state: Mapping[str, np.ndarray]) -> dict[str, tuple[str, list[np.ndarray]]]:
     """Lays out a state dict as Keras's .weights.h5 file of its DenseNet.
 
-    Returns:
-        The group of each layer ("layers/conv2d_1/vars"), with the layer's name and its variables in order.
+    Returns each layer's group ("layers/conv2d_1/vars"), with its name and its variables in order.
     """
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, value in state.items():

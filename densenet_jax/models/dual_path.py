@@ -209,9 +209,7 @@ class DualPathNetwork(nn.Module):
     classifier.
 
     Attributes:
-        output: "logits" float32[b, k], "pooled" [b, c], "map" [b, h, w, c], or "pyramid", a dict from each stage's
-            stride to its feature map (raw stage outputs; the last one normalized and activated).
-        remat: recompute norms and concatenations in the backward pass instead of storing them.
+        output: as for `create_model`; a pyramid has raw stage outputs, the last one normalized and activated.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)

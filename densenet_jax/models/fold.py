@@ -1,13 +1,11 @@
 """Folds batch norms for inference: running statistics become part of a convolution, or a scale and a bias.
 
-A norm whose input is a convolution's output that nothing else reads goes into that convolution: its scale into the
-kernel, the rest into a bias, which stands under the norm's name. These are the norms of the stems (DenseNet's `norm0`
-and so on, but for the CIFAR stem, which has none; DPN's `conv1_1/bn`), `norm2` of a dense layer with a bottleneck, and
-`c3x3_b/bn` and `c1x1_c/bn` of a dual-path block.
+A norm that alone reads a convolution's output goes into that convolution: its scale into the kernel, the rest into a
+bias, under the norm's name. These are the norms of the stems (not the CIFAR stem, which has none), `norm2` of a dense
+layer with a bottleneck, and `c3x3_b/bn` and `c1x1_c/bn` of a dual-path block.
 
-Every other norm reads a concatenation or a sum that other layers read as well and that a ReLU separates from the next
-convolution: it becomes one precomputed scale and bias a channel. These are `norm1` of every dense layer, `norm` of the
-transitions, `norm5`, and in DPN `c1x1_a/bn`, `c1x1_w_s{1,2}/bn` and `conv5_bn_ac/bn`.
+Every other norm reads a concatenation or a sum that other layers read as well: it becomes one precomputed scale and
+bias a channel.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class BatchNorm(nn.Module):
     """Batch normalization of float[b, h, w, features] with torch's running statistics.
 
     Parameters scale and bias, statistics mean and var in the collection "batch_stats", all float[features]. Folded, it
-    has no statistics; after a convolution whose output nothing else reads, it has no scale either: the kernel holds it.
+    has no statistics, and no scale either after a convolution whose output nothing else reads: the kernel holds it.
     """
 
     features: int
@@ -197,11 +197,7 @@ class BatchNorm(nn.Module):
         return bool(pattern) and re.search(pattern, "/".join(("params", *self.path, "scale"))) is not None
 
     def update_running(self, stats: BatchStats | None, positions: int) -> None:
-        """Updates the running statistics from a training step's; groups are averaged. None changes nothing.
-
-        Args:
-            positions: values a channel in the whole batch.
-        """
+        """Updates the running statistics by the groups' mean, if stats is set; positions are values a channel."""
         if stats is None or self.is_initializing():
             return
         count, var = positions // stats.mean.shape[0], stats.var

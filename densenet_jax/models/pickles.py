@@ -1,8 +1,7 @@
 """Reads the tensors of PyTorch and Paddle files without executing anything in them; neither program is needed.
 
-A pickle names the classes and functions that rebuild its objects. Here a name is looked up in a table of this file and
-nowhere else: tensors become `Tensor`, NumPy arrays `Array`, and every other name a `Stranger`, which accepts any
-arguments and does nothing with them.
+A pickle names the classes and functions that rebuild its objects. Names are looked up in this file's table alone:
+tensors become `Tensor`, NumPy arrays `Array`, and all else a `Stranger`, which ignores its arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _STORAGES = {
     **{"ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8", "_UntypedStorage": "uint8"},
     **{"ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128"},
 }
-# Settings and progress that trainers save beside the weights; passed over without a word.
+# Settings and progress that trainers save beside the weights; skipped silently.
 _PASSED_OVER = (
     *("argparse", "datetime", "pathlib", "numpy", "torch.optim", "omegaconf", "yacs.config", "easydict"),
     *("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"),
@@ -154,7 +153,7 @@ class _Unpickler(pickle.Unpickler):
             self._known |= {f"{module}.{name}": kind for name, kind in _CONTAINERS.items()}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What this file has for the name, else a new kind of `Stranger`; imports nothing."""
+        """Looks the name up in this file's tables, else makes a new kind of `Stranger`; imports nothing."""
         full = f"{module}.{name}".encode("unicode_escape").decode()[:100]
         if full in self._known:
             return self._known[full]
@@ -164,7 +163,7 @@ class _Unpickler(pickle.Unpickler):
         return type("Stranger", (Stranger,), {"origin": full})
 
     def persistent_load(self, pid: Any) -> Any:
-        """The storage that a tensor refers to."""
+        """Returns the storage that a tensor refers to."""
         if pid[0] == "module":  # a class beside its source code, in old files
             return pid[1]
         _, dtype, key = pid[:3]
@@ -214,7 +213,7 @@ def read_pickle(path: Path) -> tuple[Any, list[str]]:
             return _read_stream(file)
     except UserError:
         raise
-    except Exception as error:  # a damaged or hostile pickle leads anywhere
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(
             f"{path} is not a readable PyTorch or Paddle file ({first_line(error)}): it is damaged or was not written "
             "by torch.save or paddle.save; nothing in it was executed"

@@ -1,4 +1,4 @@
-"""Names and layouts of PyTorch checkpoints (timm and torchvision), both ways.
+"""Translates names and layouts of PyTorch checkpoints (timm and torchvision), both ways.
 
 Our parameter names mirror theirs, so the mapping is a rename and a transpose: `denseblock1/denselayer1/norm1/scale` is
 `features.denseblock1.denselayer1.norm1.weight`. Everything here works on arrays in memory; pretrained.py reads files.
@@ -100,11 +100,7 @@ def _shape_fits(name: str, shape: Shape, expected: Shape) -> bool:
 
 
 def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list[str]:
-    """Lists every difference between a state dict's shapes and a model's, one line each.
-
-    Args:
-        shapes: by today's names, without counters.
-    """
+    """Lists every difference between a state dict's shapes (today's names, no counters) and a model's, a line each."""
     leaves = flatten(template)
     dual_path = is_dual_path(leaves)
     expected = {torch_name(path): torch_shape(path, tuple(leaf.shape), dual_path) for path, leaf in leaves.items()}
@@ -121,10 +117,7 @@ def mismatches(shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> list
 
 
 def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], origin: str = "the state dict") -> dict:
-    """Makes {"params", "batch_stats"} of a state dict, in the template's shapes and dtypes; all of it or nothing.
-
-    Args:
-        state: arrays by state-dict key, either spelling.
+    """Makes {"params", "batch_stats"} from a state dict, in the template's shapes and dtypes; all of it or nothing.
 
     Raises:
         UserError: keys are missing, left over or of another shape (ten are listed, with both shapes), or values are not
@@ -161,7 +154,7 @@ def _check_dtypes(state: Mapping[str, np.ndarray], origin: str) -> None:
 
 
 def join_lines(lines: list[str]) -> str:
-    """Joins at most ten findings into one line, with the count of those left out."""
+    """Joins at most ten lines into one, with the count of those left out."""
     rest = len(lines) - _LISTED
     listed = "; ".join(lines[:_LISTED]).encode("unicode_escape").decode()  # names may hold anything
     return listed + (f"; and {rest} more" if rest > 0 else "")

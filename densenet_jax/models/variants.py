@@ -52,7 +52,7 @@ class DualPathArchitecture:
         small: a 3x3 stem and a residual path of 64 to 512 instead of 7x7 and 256 to 2048.
         split_projection: the b-form: the last norm is shared by two 1x1 convolutions, one a path.
         activation: of the stem and of the head's norm, "relu" or "silu"; everything between is ReLU.
-        init_fan: "fan_in" or "fan_out" of the He normal initializer.
+        init_fan: as for DenseNetArchitecture.
     """
 
     block_sizes: tuple[int, ...] = (3, 4, 20, 3)
@@ -69,11 +69,7 @@ class DualPathArchitecture:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a named network, how its input is prepared and its published accuracies.
-
-    Attributes:
-        parameter_count: trainable numbers, counted at num_classes classes and channels input channels.
-    """
+    """One row: a network, its preprocessing and published results; parameter_count is for num_classes and channels."""
 
     name: str
     architecture: DenseNetArchitecture | DualPathArchitecture

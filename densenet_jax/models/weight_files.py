@@ -83,7 +83,7 @@ def _read_keras(path: Path, average: str) -> Arrays:
             if zipfile.is_zipfile(path):
                 source = stack.enter_context(zipfile.ZipFile(path).open("model.weights.h5"))
             layers = _keras_layers(stack.enter_context(h5py.File(source, "r")))
-    except Exception as error:  # h5py raises whatever a damaged file leads it to
+    except Exception as error:  # a damaged file can raise anything in h5py
         raise UserError(f"{path} is not a readable Keras file ({first_line(error)}): fetch it again") from error
     if not layers:
         raise UserError(
@@ -174,7 +174,7 @@ def _read_pickled(path: Path, average: str) -> Arrays:
         if isinstance(value, Tensor | Array):
             try:
                 arrays[str(key)] = value.value
-            except Exception as error:  # a damaged archive raises whatever it leads to
+            except Exception as error:  # a damaged archive can raise anything
                 raise UserError(f"{path} is damaged: {key} can't be read ({first_line(error)})") from error
         elif key not in ("StructuredToParameterName@@",) and not (value is None or key == "_metadata"):
             what = value.origin if isinstance(value, Stranger) else type(value).__name__

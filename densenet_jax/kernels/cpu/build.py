@@ -35,7 +35,7 @@ def _processor() -> str:
 def library_paths() -> list[pathlib.Path]:
     """Returns where the compiled library may lie: beside its source, else in the user's cache.
 
-    The name hashes what it was compiled from: the sources, XLA's interface and the processor's instructions.
+    The name hashes all that it depends on: the sources, XLA's interface and the processor's instructions.
     """
     files = sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".cc", ".h"))
     sources = b"".join(path.read_bytes() for path in files)

@@ -28,7 +28,7 @@ _CALLS = {
 def target_names() -> dict[str, str]:
     """Returns XLA's name for each key of _CALLS; empty where the library was not built or DENSENET_JAX_NATIVE is 0.
 
-    A name contains the library's own, so that a program compiled with one library is not run with another.
+    A name contains the library's hash, so that a program compiled with one library is not run with another.
     """
     from densenet_jax.kernels.cpu.build import build, library_paths  # not at load: `python -m` runs that module
 

@@ -47,8 +47,7 @@ def define(
 ) -> Primitive:
     """Makes a primitive that a kernel computes in a program of one CPU device, and its reference elsewhere.
 
-    Args:
-        lowering: a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
+    lowering is a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
     """
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:

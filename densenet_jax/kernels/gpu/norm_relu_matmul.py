@@ -102,7 +102,7 @@ def norm_relu_matmul_kernel(
             jax.ShapeDtypeStruct((rows, outputs), x.dtype),
             jax.ShapeDtypeStruct((groups * ranges.ranges, 2, outputs), wide(x.dtype)),
         ),
-        # Programs for the same rows run next to each other: the next finds in the cache what one read.
+        # Programs for the same rows run next to each other, so that they share the rows in the cache.
         grid=(pl.cdiv(outputs, tile.outputs), groups * ranges.ranges),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,

@@ -42,11 +42,7 @@ Tiles = Sequence[tuple[int | None, tuple[int, int, int, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class RowRanges:
-    """Rows in equal groups, each cut into the same number of ranges of whole tiles; a group's last may be cut off.
-
-    Attributes:
-        range_rows: rows of a range, a multiple of the tile's.
-    """
+    """Rows in equal groups, each cut into ranges of range_rows, whole tiles; a group's last may be cut off."""
 
     group_rows: int
     range_rows: int

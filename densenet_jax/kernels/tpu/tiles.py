@@ -2,7 +2,7 @@
 
 XLA lays out the large feature maps of a DenseNet with examples in a vector's lanes and channels in its sublanes, so
 that a position is a matrix [channels, examples], shifts in space are whole matrices and the first channels are whole
-tiles. The kernels take arrays in this layout: what is a transposition here, is none in the compiled program.
+tiles. The kernels take arrays in this layout: a transposition here costs nothing in the compiled program.
 """
 
 from __future__ import annotations

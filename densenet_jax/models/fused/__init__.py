@@ -113,7 +113,7 @@ class Fused(Plain):
         if not options.norm.folded:
             backend = self.backend
             if not train and backend.kernels == "pallas":
-                backend = replace(backend, kernels="auto")  # only training refuses what does not exist
+                backend = replace(backend, kernels="auto")  # missing kernels are an error in training only
             features = fused_dense_block(layers, x, train, key, options, backend)
         return features or super().dense_block(layers, x, train, key, options)
 

@@ -87,7 +87,7 @@ class GpuBackend(ListBuffers, ConvBackend):
 
     def max_pool_backward(self, x: Array, saved: Array, gradient: Array) -> Float[Array, "b h w c"]:
         """Spreads the gradient by the index."""
-        # Four positions read each value, which must not be computed again for each.
+        # Four positions read each value: without the barrier it would be recomputed for each.
         return max_pool_gradient(saved, lax.optimization_barrier(gradient), *x.shape[1:3])
 
 

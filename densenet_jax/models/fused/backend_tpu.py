@@ -29,11 +29,7 @@ from densenet_jax.models.layers import BatchStats, NormOptions
 
 @dataclass(frozen=True)
 class TpuBackend(Backend):
-    """Computes in XLA's operations, and a layer's backward pass by kernels where they were selected.
-
-    Attributes:
-        unwritten_buffers: buffers are not filled with zeros first.
-    """
+    """Computes in XLA's operations, and with unwritten buffers and kernels for layers where `for_block` allows them."""
 
     unwritten_buffers: bool = False
     layer_kernels: bool = False
@@ -53,7 +49,7 @@ class TpuBackend(Backend):
             # Without kernels the compiler then needs more memory, not less (docs/performance.md).
             barrier_after_layer=self.kernels in ("pallas", "interpret"),
         )
-        if own.drops or own_groups(self.mesh, groups) > 1:  # which the kernels know nothing of
+        if own.drops or own_groups(self.mesh, groups) > 1:  # which the kernels don't support
             return backend
         devices = None if self.mesh is None else tuple(self.mesh.devices.flat)
         if self.kernels != "interpret" and choose_layer_gradients(dtype, own, self.kernels, devices) == "xla":

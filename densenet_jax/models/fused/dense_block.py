@@ -88,7 +88,7 @@ def fused_dense_block(
     """
     norms = [LayerNorms(layer.norm1.arrays(), _second_norm(layer)) for layer in layers]
     if not train or all(norm.frozen for pair in norms for norm in pair if norm is not None):
-        options = replace(options, norm=replace(options.norm, group_size=0))  # which need not divide this batch
+        options = replace(options, norm=replace(options.norm, group_size=0))  # a group size need not divide this batch
     backend = backend.for_block(_shape(layers, x, options), options.dtype, options.norm.group_size)
     x = x.astype(options.dtype)
     if not train:

@@ -84,8 +84,7 @@ def normalization_of(
 ) -> Normalization:
     """Computes the normalization of x, from its statistics where they are known.
 
-    Args:
-        shift: float[c] near the mean, for accurate statistics; None: the norms are frozen and x_hat is x.
+    shift, float[c], is near the mean, for accurate statistics; None: the norms are frozen and x_hat is x.
     """
     if shift is None:
         dtype = wide(x.dtype)

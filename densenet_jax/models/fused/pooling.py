@@ -169,7 +169,7 @@ def _max_backward(
     factor = scale.astype(dtype)[None, :]
     grad_pooled = (gradient * factor[:, None, None, :]).astype(y.dtype)
     spread = backend.max_pool_backward(y, index, grad_pooled)
-    # Every pooled gradient went to one value of y, so that the sums over y are those over what was pooled.
+    # Every pooled gradient went to one value of y: the sums over y are those over the maxima.
     sums = (grad_bias * factor, grad_scale * factor)
     y_hat = normalize(y, stats, options.epsilon)
     grad_y = Normalization(stats, options.epsilon, grad_stats).gradient(spread, y_hat, sums).astype(y.dtype)

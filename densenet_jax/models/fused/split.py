@@ -99,11 +99,9 @@ def split_conv_grads(
     norm: Normalization | None = None,
     totals: Sequence[Array | None] = (None, None),
 ) -> SplitGradients:
-    """Computes the gradients of `split_conv`.
+    """Computes the gradients of `split_conv`, the parts' added to totals, in place where nothing else reads those.
 
-    Args:
-        totals: added to the gradients of each part's channels, in place where nothing else reads them; for one kernel,
-            or where the backend computes in place.
+    Totals are for one kernel, or for backends that compute in place.
     """
     grads = [
         _part_grads(part, own, gradients, groups, backend, norm, total)
