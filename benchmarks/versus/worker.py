@@ -24,7 +24,7 @@ class Case(Protocol):
         """Lets the device's peak memory begin anew, where that can be had."""
 
     def peak_bytes(self) -> int | None:
-        """The device's memory at its fullest; None means this process's own is what counts."""
+        """Returns the device's peak memory; None if this process's own counts."""
 
 
 Prepare = Callable[..., tuple[Case, dict[str, Any]]]

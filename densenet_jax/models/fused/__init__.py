@@ -76,7 +76,7 @@ class Fused(Plain):
 
     @property
     def backend(self) -> Backend:
-        """The platform's backend; any platform without one is taken for a GPU."""
+        """Makes the platform's backend; any platform without one is treated as a GPU."""
         return BACKENDS.get(self.platform or jax.default_backend(), GpuBackend)(self.mesh, self.kernels)
 
     def stem(

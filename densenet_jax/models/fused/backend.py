@@ -1,4 +1,4 @@
-"""How a platform computes the fused blocks: the methods that backends override, in XLA's own operations."""
+"""Defines how a platform computes the fused blocks: methods that backends override, in XLA's own operations."""
 
 from __future__ import annotations
 

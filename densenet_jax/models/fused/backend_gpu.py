@@ -36,7 +36,7 @@ class ConvBackend(Backend):
     """Leaves 1x1 convolutions to XLA's convolution."""
 
     def is_dot(self, x: Array, kernel: Array) -> bool:
-        """No convolution is a product of matrices."""
+        """Returns False: XLA's convolution takes every kernel."""
         return False
 
 
@@ -96,7 +96,7 @@ class GpuKernelBackend(ConvBackend):
     """Computes the 1x1 convolutions of dense layers by Pallas kernels."""
 
     def reads_buffer(self, x: Array, kernel: Array) -> bool:
-        """The kernels read the front of the buffer."""
+        """Returns True, as the kernels read the front of the buffer."""
         return True
 
     def finish_buffer(self, buffer: Buffer) -> Buffer:
