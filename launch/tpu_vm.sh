@@ -46,7 +46,7 @@ case $what in
   install)
     archive=$(mktemp --suffix .tar.gz)
     trap 'rm -f "$archive"' EXIT
-    git -C "$(dirname "$0")/.." archive --format tar.gz -o "$archive" HEAD
+    ((dry_run)) || git -C "$(dirname "$0")/.." archive --format tar.gz -o "$archive" HEAD
     gcloud_tpu scp "$archive" "$TPU:densenet_jax.tar.gz" --worker=all
     if [[ -n ${DISK:-} ]]; then
       on_all "sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/run && sudo mount $DISK /mnt/run && sudo chown \$(id -u):\$(id -g) /mnt/run && sudo chmod 750 /mnt/run"
