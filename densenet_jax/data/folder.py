@@ -286,5 +286,5 @@ def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
                 return None
             report_skipped(root, stamp["skipped"])
             return stored["labels"], stored["ends"], stored["names"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile):
         return None

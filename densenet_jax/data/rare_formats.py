@@ -143,6 +143,7 @@ def pillow_loses(facts: TiffFacts, channels: int) -> bool:
         or facts.photometric == _CIE_LAB
         or (facts.sample_format == _SIGNED and facts.bits == 8)
         or (facts.sample_format == _FLOAT and facts.bits != 32)
+        or (facts.sample_format == _UNSIGNED and facts.bits == 32)  # Pillow makes large ones negative
         or facts.bits > (32 if facts.samples == 1 else 8)
     )
 
@@ -162,7 +163,7 @@ def decode_tiff(data: bytes) -> Stored:
             pages = list(file.pages)
         if int(page.photometric) == _CIE_LAB:
             raise ValueError("its colors are CIE Lab; save it as RGB")
-        if samples > MAX_CHANNELS or page.imagewidth * page.imagelength * samples * len(pages) > _MAX_VALUES:
+        if samples > MAX_CHANNELS or sum(one.size for one in pages) > _MAX_VALUES:
             raise ValueError(f"it has {samples} channels of {page.imagewidth}x{page.imagelength} pixels")
         try:
             layers = [one.asarray() for one in pages]

@@ -79,7 +79,7 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
     wide, turned, highest = 0, 0, 0
     places = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)).tolist()
     for index in places:
-        with contextlib.suppress(DamagedImage):
+        with contextlib.suppress(DamagedImage, ValueError):  # training reports damaged files
             record = source[index]
             turned += exif_orientation(record.image) != 1
             if has_wide_pixels(record.image):

@@ -113,6 +113,8 @@ def from_keras(layers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         for leaf, value in zip(_KERAS_VARIABLES.get(len(values), ()), values, strict=False):
             if leaf == "running_var":
                 value = value + value.dtype.type(_KERAS_EPSILON - _EPSILON)
+            if f"{name}.{leaf}" in state:
+                raise UserError(f"the weights have {name}.{leaf} twice, once in {layer!r}: expected one dense layer")
             state[f"{name}.{leaf}"] = value.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim, range(value.ndim)))
     return state
 

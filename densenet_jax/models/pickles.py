@@ -88,7 +88,11 @@ class Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
-        self.value = np.frombuffer(bytes(content), dtype.dtype).reshape(shape, order="F" if fortran else "C")
+        self.fill(content, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, content: bytes | bytearray, dtype: _DType, shape: Any, order: Any) -> None:
+        """Sets `value`."""
+        self.value = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
 
 
 class _Storage:
@@ -123,7 +127,7 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(flat[self._offset :], self._shape, steps).copy()
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C allocates a table as long as a file's largest memo index
     def __init__(self, file: io.BufferedIOBase, storages: dict[str, _Storage]):
         super().__init__(file, encoding="latin1")
         self.strangers: list[str] = []
@@ -169,6 +173,8 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key = pid[:3]
         if not isinstance(dtype, str):
             raise ValueError(f"it holds {dtype.origin}")
+        if not isinstance(key, str | int):  # nested tuples can have endless names
+            raise ValueError("a storage has no name")
         return self._storages.setdefault(str(key), _Storage(dtype))
 
     def _make_tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -187,7 +193,7 @@ class _Unpickler(pickle.Unpickler):
 
     def _make_array(self, content: Any, dtype: _DType, shape: Any, order: str) -> Array:
         array = Array()
-        array.value = np.frombuffer(bytes(content), dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+        array.fill(content, dtype, shape, order)
         return array
 
     def _encode(self, text: str, encoding: str) -> bytes:
@@ -228,7 +234,7 @@ def _read_zip(path: Path) -> tuple[Any, list[str]]:
         raise UserError(f"{path} is a zip archive without weights: expected a file that torch.save wrote")
     if f"{root}constants.pkl" in names:
         raise UserError(f"{path} is a TorchScript program: save the weights with torch.save(module.state_dict(), FILE)")
-    big = f"{root}byteorder" in names and archive.read(f"{root}byteorder") == b"big"
+    big = f"{root}byteorder" in names and _read_member(archive, f"{root}byteorder") == b"big"
     if big:
         raise UserError(f"{path} was written on a big-endian machine, which is not read: save it again on another")
     storages: dict[str, _Storage] = {}

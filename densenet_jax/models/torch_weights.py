@@ -26,6 +26,7 @@ _LEAVES = {
     ("batch_stats", "var"): "running_var",
 }
 _LISTED = 10
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def torch_name(path: Path) -> str:
@@ -145,7 +146,7 @@ def _check_dtypes(state: Mapping[str, np.ndarray], origin: str) -> None:
     volumes = [name for name, array in state.items() if array.ndim == 5]
     if volumes:
         raise UserError(f"{origin}: {volumes[0]} is a kernel for volumes (3-D), expected images (2-D)")
-    others = [name for name, array in state.items() if array.dtype.kind != "f" and array.dtype.name != "bfloat16"]
+    others = [name for name, array in state.items() if array.dtype.name not in _DTYPES]
     if others:
         name, dtype = others[0], state[others[0]].dtype
         raise UserError(

@@ -22,6 +22,8 @@ Arrays = dict[str, np.ndarray]
 AVERAGES = ("auto", "raw", "average")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # timm looks for the first two, in this order
 _RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
+_MAX_GROWTH = 16  # arrays may have so many times the file's bytes: HDF5 compresses, and tensors can share numbers
+_MAX_DEPTH = 8
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
@@ -82,7 +84,7 @@ def _read_keras(path: Path, average: str) -> Arrays:
             source: Any = path
             if zipfile.is_zipfile(path):
                 source = stack.enter_context(zipfile.ZipFile(path).open("model.weights.h5"))
-            layers = _keras_layers(stack.enter_context(h5py.File(source, "r")))
+            layers = _keras_layers(stack.enter_context(h5py.File(source, "r")), _MAX_GROWTH * path.stat().st_size)
     except Exception as error:  # a damaged file can raise anything in h5py
         raise UserError(f"{path} is not a readable Keras file ({first_line(error)}): fetch it again") from error
     if not layers:
@@ -110,19 +112,29 @@ def write_keras(state: Mapping[str, np.ndarray], path: Path) -> None:
                 group[str(number)] = value
 
 
-def _keras_layers(file: Any) -> dict[str, list[np.ndarray]]:
+def _keras_layers(file: Any, max_bytes: int) -> dict[str, list[np.ndarray]]:
     """Collects each layer's variables under its own name, which Keras 3 keeps as an attribute."""
     layers: dict[str, list[np.ndarray]] = {}
+    sizes: list[int] = []
+
+    def read(dataset: Any) -> np.ndarray:
+        if dataset.file != file or dataset.external or dataset.is_virtual:
+            raise ValueError(f"{dataset.name} lies in another file")
+        sizes.append(dataset.nbytes)
+        if sum(sizes) > max_bytes:
+            raise ValueError(f"{dataset.name} is larger than the file")
+        return dataset[()]
+
     root = file.get("model_weights", file)
     if "layer_names" in root.attrs:  # Keras 2
         for name in map(_to_text, root.attrs["layer_names"]):
-            if arrays := [root[name][_to_text(key)][()] for key in root[name].attrs["weight_names"]]:
+            if arrays := [read(root[name][_to_text(key)]) for key in root[name].attrs["weight_names"]]:
                 layers[name] = arrays
         return layers
 
     def visit(path: str, group: Any) -> None:
         if path.startswith("layers/") and path.endswith("/vars") and "name" in group.attrs and len(group):
-            layers[_to_text(group.attrs["name"])] = [group[str(number)][()] for number in range(len(group))]
+            layers[_to_text(group.attrs["name"])] = [read(group[str(number)]) for number in range(len(group))]
 
     file.visititems(visit)
     return layers
@@ -168,12 +180,16 @@ def _read_pickled(path: Path, average: str) -> Arrays:
             "    torch.save({'state_dict': model.state_dict()}, 'weights.pth')"
         )
     arrays: Arrays = {}
+    left = _MAX_GROWTH * path.stat().st_size
     for key, value in weights.items():
         if isinstance(value, tuple) and len(value) == 2:  # Paddle's pairs of name and array
             value = value[1]
         if isinstance(value, Tensor | Array):
             try:
-                arrays[str(key)] = value.value
+                array = arrays[str(key)] = value.value
+                left -= array.nbytes
+                if left < 0:
+                    raise ValueError("the tensors are larger than the file")
             except Exception as error:  # a damaged archive can raise anything
                 raise UserError(f"{path} is damaged: {key} can't be read ({first_line(error)})") from error
         elif key not in ("StructuredToParameterName@@",) and not (value is None or key == "_metadata"):
@@ -185,7 +201,9 @@ def _read_pickled(path: Path, average: str) -> Arrays:
 def _choose_weights(path: Path, content: Any, average: str) -> Any:
     """Picks the averaged or the raw state dict of a checkpoint; reports which, where there are both."""
     has_average = False
-    while isinstance(content, Mapping):
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(content, Mapping):
+            break
         averaged, raw = (next((key for key in keys if _is_content(content.get(key))), "") for keys in (_AVERAGED, _RAW))
         if average == "raw" and averaged and not raw:
             raise UserError(f"{path} holds averaged weights only: set config.model.pretrained_average to auto")
@@ -200,6 +218,8 @@ def _choose_weights(path: Path, content: Any, average: str) -> Any:
             )
         has_average |= bool(averaged)
         content = content[taken]
+    else:
+        raise UserError(f"{path} is damaged: more than {_MAX_DEPTH} checkpoints lie in each other")
     if average == "average" and not has_average:
         raise UserError(f"{path} holds no averaged weights: set config.model.pretrained_average to auto")
     return content

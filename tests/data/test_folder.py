@@ -78,6 +78,14 @@ def test_a_damaged_index_is_replaced(tree):
     assert [name for name in os.listdir(tree) if name.endswith(".tmp")] == []
 
 
+def test_an_index_of_other_content_is_replaced(tree):
+    folder.FolderSource(str(tree), "train")
+    index = folder.index_files(str(tree), str(tree / "train"))[0]
+    for stamp in (b"[]", b'{"version": 2, "classes": 1}'):
+        np.savez(index, stamp=np.frombuffer(stamp, np.uint8))
+        assert len(folder.FolderSource(str(tree), "train")) == 12
+
+
 def test_the_index_goes_to_the_cache_where_the_data_are_read_only(tree, monkeypatch):
     save = folder._save
 

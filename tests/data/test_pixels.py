@@ -225,7 +225,7 @@ class Files:
         ((pillow(TWELVE, "PNG"), tiff(WIDE)), 16, []),
         ((oriented(GRAY, 6, "JPEG"), pillow(GRAY, "PNG")), 8, ["turned"]),
         ((tiff((GRAY / 255).astype(np.float32)),), 16, []),
-        ((npy(WIDE),), 16, []),
+        ((npy(WIDE), npy(WIDE)[:40], b"P5 2 2 1.5\n"), 16, []),
     ],
     ids=["8 bits", "mixed", "12 of 16", "16 among 12", "turned", "float", "npy"],
 )

@@ -145,7 +145,7 @@ CASES: dict[str, Case] = {
     "gray_16_bit_lzw.tif": Case(pillow(WIDE, "TIFF", compression="tiff_lzw"), WIDE),
     "white_is_zero_8_bit.tif": Case(tiff(GRAY, photometric="miniswhite"), 255 - GRAY),
     "white_is_zero_16_bit.tif": Case(tiff(WIDE, photometric="miniswhite"), 65535 - WIDE),
-    "gray_32_bit.tif": Case(tiff(WIDE.astype(np.uint32)), "int32 from 0 to 65535; set config.data.pixel_range"),
+    "gray_32_bit.tif": Case(tiff(WIDE.astype(np.uint32)), "uint32 from 0 to 65535; set config.data.pixel_range"),
     "gray_32_bit_ranged.tif": Case(tiff(WIDE.astype(np.uint32)), WIDE, pixel_range=(0, 65535)),
     "gray_64_bit.tif": Case(tiff(WIDE.astype(np.int64)), "int64 from 0 to 65535; set config.data.pixel_range"),
     "signed_8_bit.tif": Case(tiff(GRAY.view(np.int8)), "int8 from -1.* set config.data.pixel_range"),
@@ -156,6 +156,7 @@ CASES: dict[str, Case] = {
     "signed_16_bit_ranged.tif": Case(
         tiff(_SIGNED.astype(np.int16)), ranged(_SIGNED, -1000, 3000), pixel_range=(-1000, 3000)
     ),
+    "gray_32_bit_high_ranged.tif": Case(tiff(WIDE.astype(np.uint32) * 65537), WIDE, pixel_range=(0, 2**32 - 1)),
     "signed_32_bit.tif": Case(pillow(_SIGNED, "TIFF"), "from -1000 to 3095; set config.data.pixel_range"),
     "signed_32_bit_ranged.tif": Case(pillow(_SIGNED, "TIFF"), ranged(_SIGNED, -1000, 3000), pixel_range=(-1000, 3000)),
     "float.tif": Case(tiff((GRAY / 255).astype(np.float32)), ranged(GRAY, 0, 255), within=1),

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
-from densenet_jax.models.dialects import adapt_channels, common_prefix, modern_names, translate
+from densenet_jax.models.dialects import adapt_channels, common_prefix, from_keras, modern_names, translate
 from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
 from densenet_jax.models.torch_weights import to_torch
 from tests.golden.drawn import draw, draw_images
@@ -61,6 +61,12 @@ def test_the_logits_are_the_other_program_s(case, tmp_path):
     model = create_model("densenet121", num_classes=expected.shape[1], **CASES[case])
     found = jax.jit(model.apply)(variables, images)
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+def test_a_second_dense_layer_of_keras_is_refused():
+    dense = [np.ones((4, 4)), np.ones(4)]
+    with pytest.raises(UserError, match="twice, once in 'head'"):
+        from_keras({"hidden": dense, "head": dense})
 
 
 def test_keras_files_are_written_as_keras_lays_them_out(tmp_path):

@@ -85,6 +85,7 @@ def test_a_fitting_state_dict_has_no_mismatch():
         (np.ones(16, np.int64), "holds int64, expected floats"),
         (np.ones(16, np.complex64), "holds complex64, expected floats"),
         (np.ones(16, ml_dtypes.float8_e4m3fn), "holds float8_e4m3fn, expected floats"),
+        (np.ones(16, ml_dtypes.float8_e5m2), "holds float8_e5m2, expected floats"),
         (np.full(16, np.nan, np.float32), "not finite"),
     ],
 )

@@ -1,6 +1,8 @@
 """Files of weights: read by their content, whole, and without executing anything in them."""
 
+import io
 import pickle
+import resource
 import shutil
 import struct
 import zipfile
@@ -96,6 +98,45 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, place):
     assert not (tmp_path / "executed").exists()
 
 
+def _torch_file(pickled, **members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        for name, content in members.items():
+            archive.writestr(
+                f"x/{name.replace('_', '/')}", content, zipfile.ZIP_DEFLATED if name == "byteorder" else None
+            )
+    return file.getvalue()
+
+
+def _state_of(count, size, stride=1, offset=0):
+    """Pickles `count` views, [size], of one storage of 1,024 floats."""
+    view = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000NK\0tQ"
+        + b"".join(b"J" + struct.pack("<i", number) for number in (offset, size))
+        + b"\x85J"
+        + struct.pack("<i", stride)
+        + b"\x85tR"
+    )
+    return b"\x80\2}(" + b"".join(b"X\4\0\0\0%04d" % number + view for number in range(count)) + b"u."
+
+
+def _views(*args):
+    return _torch_file(_state_of(*args), data_0=bytes(4096))
+
+
+def _nested():
+    content = {}
+    content["state_dict"] = content
+    return pickle.dumps(content)
+
+
+_ZEROS_BY_COUNT = (
+    b"\x80\2}X\1\0\0\0acnumpy.core.multiarray\n_reconstruct\n)R"
+    b"(K\1J\0\0\0\x10\x85cnumpy\ndtype\nX\2\0\0\0f4\x85R\x89J\0\0\0\x40tbs."
+)
+
+
 def _hostile():
     whole = (FOLDER / "checkpoint.pth.tar").read_bytes()
     legacy = (FOLDER / "legacy.ckpt").read_bytes()
@@ -113,6 +154,13 @@ def _hostile():
         "a list": pickle.dumps([1, 2]),
         "an empty dict": pickle.dumps({}),
         "an array of objects": pickle.dumps({"a": np.array([{}], object)}),
+        "zeros by their count": _ZEROS_BY_COUNT,
+        "a checkpoint in itself": _nested(),
+        "a large byteorder": _torch_file(b"\x80\2}.", byteorder=bytes(2**20)),
+        "many views of one storage": _views(200, 1024),
+        "a view beyond the storage": _views(1, 1000, 2),
+        "a view from behind": _views(1, 10, -1, 20),
+        "a view from before": _views(1, 10, 1, -5),
         "a number among arrays": pickle.dumps({"a": np.ones(2), "epoch": 3}),
     }
 
@@ -124,6 +172,43 @@ def test_a_damaged_or_other_file_is_one_line(kind, tmp_path):
         read_arrays(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_views_within_a_storage_are_read(tmp_path):
+    (tmp_path / "x.pth").write_bytes(_views(2, 500, 2, 24))
+    _assert_same(read_arrays(tmp_path / "x.pth"), {"0000": np.zeros(500), "0001": np.zeros(500)})
+
+
+def test_a_large_memo_index_takes_no_memory(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"\x80\2}r" + struct.pack("<I", 2**31) + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="holds no arrays"):
+        read_arrays(tmp_path / "x.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**16  # KiB
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"shape": (2**22,), "chunks": (2**20,), "dtype": "f4"}, "larger than the file"),
+        ({"shape": (4,), "dtype": "u1", "external": [("other", 0, 4)]}, "lies in another file"),
+        (h5py.ExternalLink("other.h5", "x"), "lies in another file"),
+    ],
+)
+def test_a_keras_file_brings_its_own_numbers(tmp_path, monkeypatch, dataset, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").write_bytes(b"0123")
+    with h5py.File("other.h5", "w") as file:
+        file["x"] = np.ones(4)
+    with h5py.File("x.h5", "w") as file:
+        group = file.create_group("layers/dense/vars")
+        group.attrs["name"] = "conv1/conv"
+        if isinstance(dataset, dict):
+            group.create_dataset("0", **dataset)
+        else:
+            group["0"] = dataset
+    with pytest.raises(UserError, match=message):
+        read_arrays(tmp_path / "x.h5")
 
 
 def test_other_archives_are_one_line(tmp_path):
