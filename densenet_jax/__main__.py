@@ -38,8 +38,21 @@ def help_or_version(arguments: list[str]) -> str:
     return f"{__doc__}\n{describe()}\n\nrecipes:\n{recipes.describe()}\n\nmodels (config.model.name):\n  {models}"
 
 
+def open_standard_streams() -> None:
+    """Opens those standard streams on /dev/null that the shell has closed (`2>&-`).
+
+    Otherwise the next file opened, a checkpoint's for example, takes a stream's number and what libraries print to it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main() -> NoReturn:
     """Runs the command line of this process and ends it."""
+    open_standard_streams()
     if text := help_or_version(sys.argv[1:]):
         print(text)
         sys.exit(0)

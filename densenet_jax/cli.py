@@ -15,7 +15,7 @@ from densenet_jax.distributed.cluster import Cluster, find_cluster
 from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError
 from densenet_jax.flags import MODES, Command
-from densenet_jax.predict.model import settings_of_run
+from densenet_jax.predict.model import read_run_settings
 from densenet_jax.system.console import drop, print_status
 from densenet_jax.workdir import to_json
 
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
         overrides["eval.checkpoint"] = config.eval.checkpoint = given["checkpoint"]
     defaults = to_dict(recipes.defaults())
     if not recipe and given["workdir"] and os.path.exists(os.path.join(given["workdir"], "config.json")):
-        config = settings_of_run(given["workdir"], overrides, defaults)
+        config = read_run_settings(given["workdir"], overrides, defaults)
     else:
         recipe = recipe or Command.recipe
         given["workdir"] = given["workdir"] or (given["compare"] or (recipes.workdir_of(recipe),))[0]

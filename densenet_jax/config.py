@@ -291,8 +291,8 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
                 return f"{shown} is {value!r}; expected {expected}."
     if not isinstance(error, AttributeError | KeyError):
         return first_line(error).replace("flag --", "--")
-    found = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
-    name = found.group(1) if found else str(error)
+    quoted = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
+    name = quoted.group(1) if quoted else str(error)
     keys = [key for key, _ in flatten(known)]
     for argument in arguments:
         given = argument.lstrip("-").split("=")[0]

@@ -18,7 +18,7 @@ from densenet_jax.export.samples import Samples
 from densenet_jax.flags import Command
 from densenet_jax.plan.plan import plan
 from densenet_jax.predict.batch import PredictOptions, predict
-from densenet_jax.predict.model import Deployed, deployed_from_settings, settings_of_run
+from densenet_jax.predict.model import Deployed, make_deployed, read_run_settings
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.report.compare import report_comparison
 from densenet_jax.report.data import report_data
@@ -32,7 +32,7 @@ from densenet_jax.run.train import train
 from densenet_jax.serve.limits import LIMITS, Access
 from densenet_jax.serve.serve import Address, check_installed, listen, serve
 from densenet_jax.system.console import print_status, spinner
-from densenet_jax.system.disk import without_late_answers
+from densenet_jax.system.disk import drop_late_errors, user_cache
 from densenet_jax.system.host import has_nvidia
 from densenet_jax.training.checkpoint import describe_checkpoints
 from densenet_jax.workdir import check_settings, started_from
@@ -47,20 +47,20 @@ def _set_up_logging() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("absl", "asyncio", "orbax"):  # Orbax logs tracebacks of what it raises as well
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = without_late_answers
-    logging.getLogger("jax._src.xla_bridge").addFilter(_tells_more_than_that_no_gpu_is_here)
+    sys.unraisablehook = drop_late_errors
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_missing_gpu)
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
-    ours.handlers = [_Saying()]
+    ours.handlers = [_StatusHandler()]
 
 
-def _tells_more_than_that_no_gpu_is_here(record: logging.LogRecord) -> bool:
+def _is_not_missing_gpu(record: logging.LogRecord) -> bool:
     """Drops JAX's traceback at every start if the CUDA plugin is installed for `--mode plan` alone."""
     is_plugins = record.getMessage().startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage()
     return not is_plugins or has_nvidia()
 
 
-class _Saying(logging.Handler):
+class _StatusHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print_status(f"{record.levelname.lower()}: {record.getMessage()}")
 
@@ -68,8 +68,7 @@ class _Saying(logging.Handler):
 def _use_compilation_cache() -> None:
     """Caches compiled programs in $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "densenet_jax", "compiled"))
+        jax.config.update("jax_compilation_cache_dir", user_cache("compiled"))
 
 
 def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
         features=command.features,
         largest_batch=config.eval.batch_size,
     )
-    return predict(lambda: deployed_from_settings(config, workdir, command.labels), options)
+    return predict(lambda: make_deployed(config, workdir, command.labels), options)
 
 
 def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -153,7 +152,7 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     with listen(address) as listener:
         config = _as_trained(config, workdir, command)
         access = Access.from_config(config, address.host)
-        deployed = deployed_from_settings(config, workdir, command.labels)
+        deployed = make_deployed(config, workdir, command.labels)
         print_status(f"serving {deployed.source}")
         predictor = Predictor(deployed, batch_sizes=config.serve.batch_sizes, limits=LIMITS)
         return serve(predictor, listener, address, access, config)
@@ -163,7 +162,7 @@ def _as_trained(config: Config, workdir: str, command: Command) -> Config:
     """Returns the settings of the run in `workdir` with the command line's changes; `config` for pretrained weights."""
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         return config
-    return settings_of_run(workdir, command.overrides, command.defaults)
+    return read_run_settings(workdir, command.overrides, command.defaults)
 
 
 def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
     samples = Samples(config, command.images)
 
     def load_model() -> Deployed:
-        model = deployed_from_settings(config, workdir, command.labels)
+        model = make_deployed(config, workdir, command.labels)
         samples.check_same(model)
         return model
 

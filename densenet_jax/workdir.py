@@ -59,9 +59,10 @@ def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
     try:
         yield check
     except UserError:
-        if is_new and os.path.isdir(workdir) and os.listdir(workdir) == [".lock"]:
-            os.unlink(os.path.join(workdir, ".lock"))  # a refused command leaves nothing behind
-            os.rmdir(workdir)
+        if os.path.isdir(workdir) and os.listdir(workdir) == [".lock"]:  # a refused command leaves nothing behind
+            os.unlink(os.path.join(workdir, ".lock"))
+            if is_new:
+                os.rmdir(workdir)
         raise
     finally:
         for lock in locks:

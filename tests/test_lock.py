@@ -44,6 +44,14 @@ def test_a_removed_lock_is_taken_again(tmp_path, caplog):
             check()
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_command_leaves_nothing_behind(is_new, tmp_path):
+    workdir = tmp_path / "run" if is_new else tmp_path
+    with pytest.raises(UserError), only_run_in(str(workdir)):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("remove", [shutil.rmtree, lambda path: os.remove(path / "config.json")])
 def test_a_work_directory_that_is_removed_or_emptied_during_the_run_is_a_users_error(remove, tmp_path):
     workdir = tmp_path / "run"

@@ -16,6 +16,7 @@ from densenet_jax.data.class_names import order_classes
 from densenet_jax.data.decode import DamagedImage, is_image_start
 from densenet_jax.data.records import Record
 from densenet_jax.errors import UserError
+from densenet_jax.system.disk import user_cache
 
 logger = logging.getLogger(__name__)
 # Files with these endings are images; of others the first bytes decide.
@@ -158,11 +159,10 @@ def _load_or_list(directory: str, root: str, folders: list[str], class_names: tu
 
 def index_files(directory: str, root: str) -> list[str]:
     """Returns where the index of `root` may be: beside the data, else in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
     return [
         os.path.join(directory, f".{os.path.basename(root)}.index.npz"),
-        os.path.join(cache, "densenet_jax", f"{key}.index.npz"),
+        user_cache(f"{key}.index.npz"),
     ]
 
 

@@ -65,8 +65,8 @@ def _from_flags(coordinator: str | None, num_processes: int | None, process_id: 
     assert coordinator is not None
     assert num_processes is not None
     assert process_id is not None
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", coordinator)
-    if found is None or not 0 < int(found.group(2)) < 2**16:
+    address = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", coordinator)
+    if address is None or not 0 < int(address.group(2)) < 2**16:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as 10.0.0.2:8476.")
     if num_processes < 1:
         raise UserError(f"--num_processes is {num_processes}; expected 1 or more.")

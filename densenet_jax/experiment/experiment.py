@@ -84,13 +84,13 @@ class Experiment:
         config = self.config
         planned = self.absent_devices is not None
         asked = config.model.num_classes
-        found = self.data.count_classes() if planned else self.data.eval_source.num_classes
-        if asked and asked != found:
+        count = self.data.count_classes() if planned else self.data.eval_source.num_classes
+        if asked and asked != count:
             raise UserError(
-                f"config.model.num_classes is {asked}, but {config.data.name} has {found} classes; "
+                f"config.model.num_classes is {asked}, but {config.data.name} has {count} classes; "
                 "set it to 0 to take the data set's own."
             )
-        return found
+        return count
 
     @functools.cached_property
     def policy(self) -> Policy:

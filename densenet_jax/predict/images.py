@@ -157,7 +157,7 @@ def load_image(
         if isinstance(source, np.ndarray):
             pixels = to_pixels(check_array(source, name, limits), channels, pixel_range)
             return with_bits(pixels, bits, name)
-        data = encoded(source, name, limits)
+        data = read_encoded(source, name, limits)
         return decode_image(data, channels, name=name, apply_exif_orientation=True, pixel_range=pixel_range, bits=bits)
     except DamagedImage as error:
         raise ImageError(name, error.why) from error
@@ -165,7 +165,7 @@ def load_image(
         raise ImageError(name, first_line(error)) from error
 
 
-def encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
+def read_encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
     """Returns the checked bytes of a path or of bytes.
 
     Raises:

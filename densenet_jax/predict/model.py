@@ -49,7 +49,7 @@ class Deployed:
     dataset: Identity | None = None
 
 
-def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
+def read_run_settings(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
     """Reads the settings of the run in `workdir`, checked and frozen.
 
     Args:
@@ -72,7 +72,7 @@ def settings_of_run(workdir: str, overrides: Mapping[str, Any] = {}, defaults: M
         ) from error
 
 
-def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deployed:
+def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.
 
     Args:
@@ -110,7 +110,7 @@ def deployed_from_settings(config: Any, workdir: str, labels: str = "") -> Deplo
     )
 
 
-def deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: Any = jnp.float32) -> Deployed:
+def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: Any = jnp.float32) -> Deployed:
     """Loads a published or local checkpoint with the preprocessing of its publisher.
 
     Args:

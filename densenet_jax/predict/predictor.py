@@ -27,15 +27,15 @@ from densenet_jax.predict.images import (
     ImageError,
     ImageLimits,
     ImageSource,
-    encoded,
     load_image,
     name_of,
+    read_encoded,
 )
 from densenet_jax.predict.model import (
     Deployed,
-    deployed_from_pretrained,
-    deployed_from_settings,
-    settings_of_run,
+    make_deployed,
+    make_deployed_from_pretrained,
+    read_run_settings,
 )
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import make_predict_step
@@ -100,8 +100,8 @@ class Predictor:
             UserError: there is no such checkpoint, or its settings can't be read.
         """
         path = os.fspath(workdir)
-        config = settings_of_run(path, {"eval.checkpoint": str(checkpoint)})
-        return cls(deployed_from_settings(config, path, labels), **options)
+        config = read_run_settings(path, {"eval.checkpoint": str(checkpoint)})
+        return cls(make_deployed(config, path, labels), **options)
 
     @classmethod
     def from_pretrained(cls, name: str, source: str, labels: str = "", **options: Any) -> "Predictor":
@@ -116,7 +116,7 @@ class Predictor:
         Raises:
             UserError: there is no such variant or checkpoint.
         """
-        return cls(deployed_from_pretrained(name, source, labels), **options)
+        return cls(make_deployed_from_pretrained(name, source, labels), **options)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -208,7 +208,7 @@ class Predictor:
                         bits=transform.bits,
                     )
                 )
-            pixels = transform(encoded(image, name, self.limits), name=name)
+            pixels = transform(read_encoded(image, name, self.limits), name=name)
             if pixels.dtype == np.uint16 and not transform.pixel_range and 0 < (highest := pixels.max()) < 65536 // 16:
                 self._warn_of_dark(name, int(highest))
             return pixels

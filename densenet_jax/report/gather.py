@@ -47,7 +47,7 @@ class Answers:
         """Number of correct predictions."""
         return sum(count for (true, predicted), count in self.pairs.items() if true == predicted)
 
-    def confused(self, most: int) -> list[tuple[int, int, int]]:
+    def list_confused(self, most: int) -> list[tuple[int, int, int]]:
         """Returns the `most` frequent mistakes as (true class, predicted class, count); ties are in class order."""
         wrong = ((true, predicted, count) for (true, predicted), count in self.pairs.items() if true != predicted)
         return heapq.nsmallest(most, wrong, key=lambda entry: (-entry[2], entry[:2]))

@@ -15,6 +15,7 @@ from densenet_jax.predict.explain import activation_maps
 from densenet_jax.report.gather import Answers, gather_answers
 from densenet_jax.report.per_class import ClassScores
 from densenet_jax.training.sharding import replicated
+from densenet_jax.training.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Look:
     names: tuple[str, ...] = ()  # image of each mistake
     class_names: tuple[str, ...] = ()
     samples: AugmentedSamples | None = None
-    total_steps: int | None = None  # length of the whole run
+    timeline: Timeline | None = None
     missing: tuple[str, ...] = ()  # reasons for what is None, in sentences
 
     def scores(self) -> ClassScores:
@@ -41,9 +42,7 @@ def look_at(experiment: Experiment, workdir: str) -> Look:
     """Predicts the evaluated split with the saved model and augments some training images."""
     look, missing = Look(), []
     try:
-        look = dataclasses.replace(
-            look, samples=augmented_samples(experiment), total_steps=experiment.timeline.total_steps
-        )
+        look = dataclasses.replace(look, samples=augmented_samples(experiment), timeline=experiment.timeline)
     except UserError as error:
         missing.append(f"No augmented training images: {error}")
     try:

@@ -105,7 +105,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
     )
 
 
-def folded(summary: str, *blocks: str) -> str:
+def fold(summary: str, *blocks: str) -> str:
     """Returns blocks that are hidden until their summary line is clicked."""
     return "\n".join((f"<details><summary>{html.escape(summary)}</summary>", *blocks, "</details>"))
 

@@ -69,7 +69,7 @@ def run_page(
     ]
     pictures = [shown for _, shown in charts]
     blocks = [
-        page.text(f"Work directory {workdir}. {_how_far(records, look)}", quiet=True),
+        page.text(f"Work directory {workdir}. {_how_far(records, settings, look)}", quiet=True),
         *(page.text(why) for why in look.missing),
         page.tiles((what, value) for what, value in final_figures(records) if value != NONE),
         page.section("Curves", page.charts(charts) if charts else page.text("No metrics have been written yet.")),
@@ -89,19 +89,31 @@ def run_page(
             page.text("From the process that wrote this page.", quiet=True),
             page.table(("what", "which"), [*versions(), *hardware()]),
         ),
-        _commands(workdir, command, records, look),
+        _commands(workdir, command, records, is_finished=_is_finished(records, settings, look)),
     ]
     model, data = settings.get("model", {}).get("name", "?"), settings.get("data", {}).get("name", "?")
     return pictures, page.document(f"{model} on {data}", *blocks)
 
 
-def _how_far(records: Sequence[Record], look: Look) -> str:
+def _how_far(records: Sequence[Record], settings: dict[str, Any], look: Look) -> str:
     step = _last_step(records)
-    if look.total_steps is None:
+    if look.timeline is None:
         return f"{step:,} steps done."
-    if step >= look.total_steps:
+    if step >= look.timeline.total_steps:
         return f"All {step:,} steps are done."
-    return f"{step:,} of {look.total_steps:,} steps are done: the run is under way or was stopped."
+    is_early = _is_finished(records, settings, look)
+    why = "it stopped early, as validation no longer improved" if is_early else "the run is under way or was stopped"
+    return f"{step:,} of {look.timeline.total_steps:,} steps are done: {why}."
+
+
+def _is_finished(records: Sequence[Record], settings: dict[str, Any], look: Look) -> bool:
+    """Returns whether training has reached its end or stopped early; False where the length is unknown."""
+    if look.timeline is None:
+        return False
+    scores = {record["step"]: record["top1"] for record in records if record["split"] == "validation"}
+    patience = settings.get("train", {}).get("patience_epochs", 0)
+    is_early = look.timeline.stalled_since(scores, patience) is not None
+    return is_early or _last_step(records) >= look.timeline.total_steps
 
 
 def _last_step(records: Sequence[Record]) -> int:
@@ -126,7 +138,7 @@ def _confusion(look: Look) -> Section:
         blocks.append(page.charts([("True class (down) and predicted class (across)", drawn)]))
     rows = [
         (names[true], names[predicted], f"{count:,}", f"{count / answers.class_total(true):.1%}")
-        for true, predicted, count in answers.confused(_MOST_PAIRS)
+        for true, predicted, count in answers.list_confused(_MOST_PAIRS)
     ]
     if rows:
         headings = ("true class", "predicted as", "images", "share of the class")
@@ -158,7 +170,7 @@ def _classes(look: Look) -> Section:
     headings, numbers = ("class", "images", "precision", "recall", "F1"), range(1, 5)
     blocks = [page.text(words), page.table(headings, rows[:_MOST_DRAWN], numbers=numbers)]
     if len(rows) > _MOST_DRAWN:
-        blocks.append(page.folded("All classes", page.table(headings, rows, numbers=numbers)))
+        blocks.append(page.fold("All classes", page.table(headings, rows, numbers=numbers)))
     return [], page.section("Classes", *blocks)
 
 
@@ -218,11 +230,11 @@ def _settings(settings: dict[str, Any], command: Command) -> str:
         "Settings",
         page.text("Differences from configs/default.py:" if changed else "All as in configs/default.py."),
         *([page.table(("setting", "this run", "default"), changed)] if changed else []),
-        page.folded("All settings", page.table(("setting", "value"), every_setting(settings))),
+        page.fold("All settings", page.table(("setting", "value"), every_setting(settings))),
     )
 
 
-def _commands(workdir: str, command: Command, records: Sequence[Record], look: Look) -> str:
+def _commands(workdir: str, command: Command, records: Sequence[Record], *, is_finished: bool) -> str:
     """Lists the commands that make sense now: those for a finished model only once it is finished."""
 
     def line(mode: str, *words: str) -> str:
@@ -230,7 +242,7 @@ def _commands(workdir: str, command: Command, records: Sequence[Record], look: L
 
     best = ("--checkpoint", "best") if any(record["split"] == "validation" for record in records) else ()
     again = ("Write this page again:", line("report"))
-    if look.total_steps is not None and _last_step(records) >= look.total_steps:
+    if is_finished:
         which = "best" if best else "last"
         entries = [
             (f"Evaluate the {which} checkpoint:", line("eval", *best)),

@@ -42,11 +42,11 @@ def evaluate(
             bar.advance()
     finally:
         bar.close()
-    found: EvalSums | None = jax.device_get(total)
-    seen = 0 if found is None else int(found.seen)
-    if found is None or seen != examples:
+    counts: EvalSums | None = jax.device_get(total)
+    seen = 0 if counts is None else int(counts.seen)
+    if counts is None or seen != examples:
         raise RuntimeError(f"counted {seen} examples of a split that has {examples}")
-    return found
+    return counts
 
 
 def figures_of(counts: EvalSums) -> dict[str, float]:

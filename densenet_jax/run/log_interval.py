@@ -69,8 +69,8 @@ class Window:
             describe("running statistics", report.faulty_statistics, self._statistics),
             describe("parameters' gradients", report.faulty_gradients, self._parameters),
         ]
-        found = "; ".join(place for place in places if place)
-        return f" (not finite: {found})" if found else ""
+        faults = "; ".join(filter(None, places))
+        return f" (not finite: {faults})" if faults else ""
 
     def begun(self) -> dict[str, float]:
         """Returns the sums so far as plain numbers, for a checkpoint; call `check_finite` first."""

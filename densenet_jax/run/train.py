@@ -191,12 +191,11 @@ class Trainer:
     def _has_stalled(self) -> bool:
         """Returns whether validation has not improved for config.train.patience_epochs, by the reports alone."""
         patience = self._experiment.config.train.patience_epochs
-        if not patience or self._step not in self._scores or self._step == self._timeline.total_steps:
+        if self._step not in self._scores or self._step == self._timeline.total_steps:
             return False
-        best = max(self._scores, key=lambda step: (self._scores[step], -step))
-        waited = self._timeline.epochs_done(self._step) - self._timeline.epochs_done(best)
-        if round(waited, 6) < patience:
+        if (best := self._timeline.stalled_since(self._scores, patience)) is None:
             return False
+        waited = self._timeline.epochs_done(self._step - best)
         print_status(
             f"stopping early after step {self._step}: validation top-1 has not risen for {waited:.1f} epochs, since "
             f"step {best} ({self._scores[best]:.2%})"

@@ -1,4 +1,4 @@
-"""Reports disk-full errors as UserError."""
+"""The user's cache, and errors of a full disk as UserError."""
 
 import contextlib
 import errno
@@ -13,6 +13,12 @@ from densenet_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the process's limit (ulimit -f)
 _FULL_MESSAGES = tuple(os.strerror(number) for number in _FULL)
+
+
+def user_cache(name: str) -> str:
+    """Returns the path of a file or folder of this package in the user's cache, which need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "densenet_jax", name)
 
 
 @contextlib.contextmanager
@@ -56,13 +62,13 @@ def check_room(directory: str, byte_count: int) -> None:
         )
 
 
-def without_late_answers(said: Any) -> None:
+def drop_late_errors(unraisable: Any) -> None:
     """Drops the leftovers of a failed save, as `sys.unraisablehook`.
 
     TensorStore prints them when many writes fail at once and Orbax has stopped listening after the first.
     """
-    if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(said)
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _why_full(error: BaseException | None) -> str | None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from densenet_jax.system.console import print_status
+from densenet_jax.system.disk import user_cache
 
 _BUILD_SECS = 300.0  # zig compiles its own C++ library the first time: two minutes
 
@@ -27,8 +28,7 @@ def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
     `key`, part of the file's name, changes with everything that the library depends on.
     """
     name = f"{source.stem}-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return [source.with_name(name), cache / "densenet_jax" / name]
+    return [source.with_name(name), pathlib.Path(user_cache(name))]
 
 
 def find_compiler(variable: str, usual: str, language: str) -> list[str]:
@@ -50,37 +50,37 @@ def find_compiler(variable: str, usual: str, language: str) -> list[str]:
 def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callable[[], pathlib.Path]) -> None:
     """Compiles a missing library, once on this machine; reports it in one line and never fails.
 
-    One process compiles and others wait. A failure is recorded beside the library's last place, and not tried again
-    before the sources change.
+    One process compiles and others wait. A failure is recorded in the user's cache, else beside the sources, and not
+    tried again before they change.
     """
     if "0" in (os.environ.get("DENSENET_JAX_BUILD"), os.environ.get("DENSENET_JAX_NATIVE")):
         return
-    if any(place.exists() for place in places):
+    if any(map(os.path.exists, places)):
         return
-    failed = places[-1].with_suffix(".failed")
-    with contextlib.suppress(OSError):
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        with open(failed.with_suffix(".lock"), "a", encoding="utf-8") as lock:
-            if not _locked(lock.fileno()) or failed.exists() or any(place.exists() for place in places):
-                return
-            start = time.perf_counter()
-            try:
-                build()
-                print_status(f"compiled {what} for this machine, once: {time.perf_counter() - start:.0f} s")
-            except RuntimeError as error:
-                why = " ".join(str(error).split())[:300]
-                failed.write_text(f"{why}\n", encoding="utf-8")
-                print_status(f"{what} can't be compiled here, so it is slower: {why} (remove {failed} to try again)")
+    failed = next((path for path in reversed(places) if _writable(path.parent)), places[-1]).with_suffix(".failed")
+    with contextlib.suppress(OSError), open(failed.with_suffix(".lock"), "a", encoding="utf-8") as lock:
+        if not _take_lock(lock.fileno()) or any(map(os.path.exists, (failed, *places))):
+            return
+        start = time.perf_counter()
+        try:
+            build()
+            print_status(f"compiled {what} for this machine, once: {time.perf_counter() - start:.0f} s")
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:300]
+            failed.write_text(f"{why}\n", encoding="utf-8")
+            print_status(f"{what} can't be compiled here, so it is slower: {why} (remove {failed} to try again)")
 
 
-def _locked(file: int) -> bool:
-    """Waits for the lock, as long as another process may compile."""
+def _take_lock(file: int) -> bool:
+    """Waits for the lock, as long as another process may compile; returns whether to compile."""
     end = time.monotonic() + _BUILD_SECS
     while time.monotonic() < end:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             time.sleep(0.2)
+        except OSError:  # no locks on this file system: compiling twice does no harm
+            return True
         else:
             return True
     return False

@@ -27,8 +27,8 @@ class Profile:
         Raises:
             UserError: the run ends before the trace does.
         """
-        found = _FORM.fullmatch(setting)
-        self._first, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        match = _FORM.fullmatch(setting)
+        self._first, count = (int(match[1]), int(match[2])) if match else (0, 0)
         self._last = self._first + count - 1
         if self._last > total_steps:
             raise UserError(

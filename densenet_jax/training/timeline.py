@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,17 @@ class Timeline:
         nth = round(self.epochs_done(step) / self.eval_every_epochs)
         due = (self.steps_of(n * self.eval_every_epochs) for n in (nth - 1, nth) if n > 0)
         return step == self.total_steps or step in due
+
+    def stalled_since(self, scores: Mapping[int, float], patience_epochs: float) -> int | None:
+        """Returns the step of the best score if the last one is `patience_epochs` later; None if not, or if that is 0.
+
+        Of equal scores the first is the best.
+        """
+        if not scores or not patience_epochs:
+            return None
+        best = max(scores, key=lambda step: (scores[step], -step))
+        waited = self.epochs_done(max(scores)) - self.epochs_done(best)
+        return best if round(waited, 6) >= patience_epochs else None
 
     def is_save_step(self, step: int) -> bool:
         """Returns whether a checkpoint is due after `step` steps."""

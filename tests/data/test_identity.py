@@ -18,7 +18,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.export.graph import make_graph
 from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
-from densenet_jax.predict.model import settings_of_run
+from densenet_jax.predict.model import read_run_settings
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset
 from densenet_jax.workdir import write_labels
@@ -184,7 +184,7 @@ def test_an_older_checkpoint_is_compared_by_its_labels(run, tmp_path):
     for key in ("class_order", "allow_changed", "exif_orientation"):
         del stored["data"][key]
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
-    assert settings_of_run(str(tmp_path / "run")).data.class_order == "text"
+    assert read_run_settings(str(tmp_path / "run")).data.class_order == "text"
     with pytest.raises(UserError, match="'two' would be number 0"):
         _check_dataset(experiment_on(changed_copy(root, tmp_path, rename), settings), str(tmp_path / "run"))
 

@@ -18,7 +18,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.models.pretrained import save_torch_state_dict
 from densenet_jax.predict.images import ImageError, ImageLimits
 from densenet_jax.predict.labels import imagenet_labels
-from densenet_jax.predict.model import deployed_from_settings
+from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.workdir import write_labels
 from tests.predict.files import encoded, gradient
@@ -106,7 +106,7 @@ def test_features_are_the_module_s(digits, predictor, kind):
 
 def test_ten_crops(digits):
     workdir, experiment = digits
-    model = deployed_from_settings(experiment.config, str(workdir))
+    model = make_deployed(experiment.config, str(workdir))
     transform = eval_transform(image_size_px=8, resize_px=10, channels=1, crops=5, apply_exif_orientation=True)
     predictor = Predictor(dataclasses.replace(model, transform=transform), batch_sizes=(8,))
     assert predictor.image_shape == (5, 8, 8, 1)

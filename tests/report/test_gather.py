@@ -72,7 +72,7 @@ def test_counts_and_surest_mistakes_are_those_of_a_recount(examples, most, crops
 def test_frequent_confusions_come_first():
     probabilities, _, batches = split(120, 8)
     answers = gather_answers(answering(probabilities), {}, batches, sharding.make_mesh(), batch_count=15)
-    confused = answers.confused(4)
+    confused = answers.list_confused(4)
     counts = [count for _, _, count in confused]
     off_diagonal = answers.matrix(CLASSES)
     np.fill_diagonal(off_diagonal, 0)

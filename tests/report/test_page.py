@@ -21,7 +21,7 @@ PNG = picture(np.zeros((4, 4, 1), np.uint8))
         page.tiles([(EVIL, "1")]),
         page.table([EVIL], [["x"]]),
         page.table(["x"], [[EVIL]], numbers=(0,)),
-        page.folded(EVIL, page.text("x")),
+        page.fold(EVIL, page.text("x")),
         page.command("what", EVIL),
         page.command(EVIL, "line"),
         page.charts([(EVIL, page.Picture("a", PNG, "alt", PNG))]),

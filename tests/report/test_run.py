@@ -17,6 +17,7 @@ from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.look import Look
 from densenet_jax.report.reliability import Reliability
 from densenet_jax.report.run import run_page, write_readme_curves
+from densenet_jax.training.timeline import Timeline
 from tests.report.reading import Page, records
 from tests.running import last_line, run_main
 
@@ -34,7 +35,8 @@ def look(classes: int, side: int, channels: int, explained: bool = True, total_s
     samples = AugmentedSamples(np.stack([image] * 3), (EVIL, "two", "three"))
     reliability = Reliability()
     reliability.add(np.array([0.9, 0.6]), np.array([True, False]))
-    return Look(5, Answers(pairs, mistakes, reliability), (EVIL, "file"), names, samples, total_steps)
+    timeline = Timeline(2, 1, total_steps / 2, 1.0, 1000, 10)
+    return Look(5, Answers(pairs, mistakes, reliability), (EVIL, "file"), names, samples, timeline)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,9 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, ex
 
 
 def test_commands_fit_the_state():
-    def commands(total_steps, recorded):
+    def commands(total_steps, recorded, **train):
         command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
-        _, content = run_page("runs/x y", {}, recorded, look(2, 8, 1, total_steps=total_steps), command)
+        _, content = run_page("runs/x y", {"train": train}, recorded, look(2, 8, 1, total_steps=total_steps), command)
         return re.findall(r"(python main.py [^<]*?|densenet-jax [^<]*?)</code>", html.unescape(content))
 
     place = "--workdir 'runs/x y'"
@@ -80,6 +82,9 @@ def test_commands_fit_the_state():
         f"report {place}",
     ]
     assert "best" not in " ".join(commands(6, records(3, validated=False)))
+    stalled = [{**record, "top1": 0.5} for record in records(3)]
+    assert commands(20, stalled, patience_epochs=2.0) == commands(6, stalled)
+    assert commands(20, stalled, patience_epochs=3.0) == commands(20, records(3))
     assert commands(7, records(3)) == [
         f"python main.py --config configs/digits.py {place} '--config.data.dir=a b' --config.seed=3",
         f"python main.py --mode eval {place}",

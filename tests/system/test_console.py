@@ -44,3 +44,15 @@ def test_a_lost_terminal_ends_nothing(redirected):
         ["bash", "-c", command], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (0, "done\n")
+
+
+def test_closed_streams_are_opened_so_that_no_file_takes_their_place(tmp_path):
+    code = (
+        "import os, sys; from densenet_jax.__main__ import open_standard_streams; open_standard_streams();"
+        "file = open('x', 'w'); print(file.fileno(), file=file); sys.stdout.flush(); sys.stderr.flush();"
+        "os.write(1, b'lost'); os.write(2, b'lost')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f'"{sys.executable}" -c "{code}" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    assert int((tmp_path / "x").read_text()) > 2

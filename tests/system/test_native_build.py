@@ -1,6 +1,7 @@
 """Native code is compiled by itself: once, told in one line, and nothing fails because of it."""
 
 import concurrent.futures
+import errno
 import pathlib
 
 import pytest
@@ -21,8 +22,9 @@ def builder(places: list[pathlib.Path], calls: list[int], error: str = ""):
         calls.append(1)
         if error:
             raise RuntimeError(error)
-        places[1].write_text("compiled")
-        return places[1]
+        place = next(place for place in reversed(places) if place.parent.is_dir())
+        place.write_text("compiled")
+        return place
 
     return build
 
@@ -42,6 +44,18 @@ def test_a_failure_is_said_once_and_not_tried_again(built, capsys):
     assert len(calls) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("it can't be compiled here, so it is slower: no compiler")
+
+
+def test_it_is_compiled_where_the_cache_cannot_be_written_and_files_cannot_be_locked(built, capsys, monkeypatch):
+    places, calls = built
+    places[1].parent.write_text("a file, not a folder")
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(native_build.fcntl, "flock", no_locks)
+    native_build.build_at_first_use("it", places, builder(places, calls))
+    assert (len(calls), places[0].exists()) == (1, True)
 
 
 @pytest.mark.parametrize("variable", ["DENSENET_JAX_BUILD", "DENSENET_JAX_NATIVE"])
