@@ -1,9 +1,11 @@
 """Reads files of more than 8 bits or of other than 1 or 3 channels: NPY, TIFF, PNM, and 16-bit color PNG."""
 
+import contextlib
 import dataclasses
 import io
 import re
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -103,7 +105,7 @@ def from_wide_mode(image: Image.Image) -> Stored:
 
 @dataclasses.dataclass(frozen=True)
 class TiffFacts:
-    """The first page of a TIFF file, with `bits` per sample, and the page count."""
+    """The first page of a TIFF file, with `bits` per sample, and the count of pages (at most 65)."""
 
     width: int
     height: int
@@ -129,7 +131,7 @@ def tiff_facts(data: bytes) -> TiffFacts | None:
                 bits=max(bits) if isinstance(bits, tuple) else int(bits),
                 sample_format=int(page.sampleformat or _UNSIGNED),
                 photometric=int(page.photometric),
-                pages=len(file.pages),
+                pages=_count_pages(data),
             )
     except Exception:  # tifffile raises nearly anything on garbage; Pillow may still read it
         return None
@@ -159,12 +161,13 @@ def decode_tiff(data: bytes) -> Stored:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages: list[Any] = [file.pages[0]]
         page, samples = pages[0], int(pages[0].samplesperpixel)
-        if samples == 1 and 1 < len(file.pages) <= MAX_CHANNELS:
-            pages = list(file.pages)
+        if samples == 1 and 1 < (count := _count_pages(data)) <= MAX_CHANNELS:
+            pages += [file.pages[number] for number in range(1, count)]
         if int(page.photometric) == _CIE_LAB:
             raise ValueError("its colors are CIE Lab; save it as RGB")
         if samples > MAX_CHANNELS or sum(one.size for one in pages) > _MAX_VALUES:
-            raise ValueError(f"it has {samples} channels of {page.imagewidth}x{page.imagelength} pixels")
+            sides = ", ".join(sorted({f"{one.imagewidth}x{one.imagelength}" for one in pages})[:3])
+            raise ValueError(f"it has {samples * len(pages)} channels of {sides} pixels, which is too much")
         try:
             layers = [one.asarray() for one in pages]
         except ValueError:
@@ -181,19 +184,41 @@ def decode_tiff(data: bytes) -> Stored:
         return dataclasses.replace(stored, alpha=alpha, negative=int(page.photometric) == 0)
 
 
+def _directories(data: bytes) -> Iterator[tuple[range, int]]:
+    """Finds the directory of each page of a TIFF file: its entries' offsets, and where a value lies in an entry.
+
+    Stops after one page more than the most channels, for a hostile file can link its pages in a circle.
+    """
+    big = 43 in data[2:4]
+    pointer, number, size, value, place = ("Q", "Q", 20, 12, 8) if big else ("I", "H", 12, 8, 4)
+    with contextlib.suppress(struct.error, OverflowError):
+        for _ in range(MAX_CHANNELS + 1):
+            (start,) = struct.unpack_from(_byte_order(data) + pointer, data, place)
+            if not start:
+                break
+            (count,) = struct.unpack_from(_byte_order(data) + number, data, start)
+            first = start + struct.calcsize(f"={number}")
+            place = first + size * count
+            yield range(first, first + size * min(count, 4096), size), value
+
+
+def _count_pages(data: bytes) -> int:
+    return sum(1 for _ in _directories(data))
+
+
+def _byte_order(data: bytes) -> str:
+    return "<" if data[:2] == b"II" else ">"
+
+
 def _orientation_place(data: bytes) -> tuple[int, str] | None:
     """Finds the orientation in a TIFF file's first directory: its offset, and the byte order."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = 43 in data[2:4]
-    try:
-        (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, place)
-        size, value, first = (20, 12, place + 8) if big else (12, 8, place + 2)
-        for entry in range(first, first + size * min(count, 4096), size):
+    order = _byte_order(data)
+    entries, value = next(_directories(data), (range(0), 0))
+    with contextlib.suppress(struct.error):
+        for entry in entries:
             if struct.unpack_from(order + "HH", data, entry) == (0x0112, 3):
+                struct.unpack_from(order + "H", data, entry + value)
                 return entry + value, order
-    except struct.error:
-        pass
     return None
 
 

@@ -1,10 +1,13 @@
 """Every kind of file becomes the right pixels, on every path, or is refused in words."""
 
 import re
+import struct
+import time
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
 
 from densenet_jax.data import decode
@@ -235,6 +238,36 @@ def test_a_look_at_the_data_set(files, bits, kinds):
     assert list(warnings) == kinds
     if kinds == ["dark"]:
         assert f"above {TWELVE.max()} of 65535" in warnings["dark"]
+
+
+@pytest.mark.parametrize("back", [0, 20])
+def test_pages_without_end_are_not_counted(back):
+    data, count = bytearray(tiff(WIDE)), 100_000
+    (start,) = struct.unpack_from("<I", data, 4)
+    struct.pack_into("<I", data, start + 2 + 12 * struct.unpack_from("<H", data, start)[0], len(data))
+    links = [len(data) + 6 * (page + 1) for page in range(count)]
+    links[-1] = 0
+    links[150] = links[150 - back]  # a circle that tifffile does not notice
+    began = time.perf_counter()
+    pixels = decode_image(bytes(data) + b"".join(struct.pack("<HI", 0, link) for link in links), 1, bits=0)
+    assert time.perf_counter() - began < 0.3
+    np.testing.assert_array_equal(pixels[:, :, 0], WIDE)
+
+
+def test_large_pages_are_refused_by_their_sum(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
+        for _ in range(6):
+            writer.write(np.zeros((8, 8), np.uint16), contiguous=False, metadata=None)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for page in file.pages[1:]:
+            page.tags["ImageWidth"].overwrite(10_000)
+            page.tags["ImageLength"].overwrite(10_000)
+    with pytest.raises(DamagedImage, match="6 channels of 10000x10000, 8x8 pixels"):
+        decode_image((tmp_path / "x.tif").read_bytes(), 6)
+
+
+def test_an_offset_beyond_all_numbers_is_no_orientation():
+    assert exif_orientation(b"II+\0\x08\0\0\0" + b"\xff" * 8) == 1
 
 
 def test_no_bytes_crash_the_decoder():
