@@ -131,3 +131,12 @@ def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience
     trainer._timeline = Timeline(10, 1, 100.0, 1.0, 1000, 10)
     trainer._scores, trainer._step = scores, 40
     assert trainer._has_stalled() is stalled
+
+
+def test_a_run_that_stopped_early_has_figures_though_validations_are_due_at_other_steps_now(monkeypatch):
+    trainer = object.__new__(Trainer)
+    trainer._experiment = experiment(digits, **{"train.patience_epochs": 2.0})
+    trainer._timeline = Timeline(10, 1, 100.0, 3.0, 1000, 10)
+    trainer._scores, trainer._step = {10: 0.6, 20: 0.5, 40: 0.5}, 40
+    monkeypatch.setattr(trainer, "_validate", lambda record: {"step": 40, "recorded": record}, raising=False)
+    assert trainer.run() == {"step": 40, "recorded": False}

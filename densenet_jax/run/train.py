@@ -96,7 +96,7 @@ class Trainer:
             self._checkpoints.add_metrics(self._step, result)
         if self._step == self._timeline.total_steps or self._has_stalled():
             print_status("nothing left to train")
-            return result
+            return result or self._validate(record=False)  # the validations may have been at other steps before
         batches = experiment.data.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
         window = Window(self._step, self._state, self._begun)
