@@ -30,6 +30,7 @@ _JOIN_SECS = 30  # to wait for all processes; JAX adds up to ten
 _SILENCE_SECS = 30  # without a heartbeat until a process counts as dead
 _LONG_SECS = 3600  # for slow work: one process compiles, or process 0 writes the final report
 _POLL_SECS = 1.0
+_abandons_threads = False
 _NUMBERS = itertools.count()  # makes each barrier's name unique
 _ENDED = "densenet_jax/ended"
 _LOST = re.compile(r"gloo|nccl|socket closed|connection (?:closed|reset|refused)|coordination service", re.IGNORECASE)
@@ -131,9 +132,15 @@ def join(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[N
         _part(watch, last_word)
 
 
+def abandon_threads() -> None:
+    """Makes `leave` end the process at once: Python's own end aborts while a daemon thread is in native code."""
+    global _abandons_threads
+    _abandons_threads = True
+
+
 def leave(status: int) -> NoReturn:
     """Ends this process; where it has failed and others exist, without waiting for them."""
-    if several():
+    if several() or _abandons_threads:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -61,7 +61,6 @@ class FairQueue(Generic[Item, Result]):
         *,
         name: str,
         most: int = 1,
-        size: Callable[[Item], int] = lambda item: 1,
         workers: int = 1,
         wait_secs: float = 0.0,
     ):
@@ -71,12 +70,11 @@ class FairQueue(Generic[Item, Result]):
             work: returns a result for each item of a group, or the exception for this item's caller; an exception that
                 it raises goes to all callers of the group. Called in a worker thread.
             name: prefix of the threads' names.
-            most: largest group by `size`; a larger item forms a group of its own.
+            most: items of a group.
             workers: number of groups worked on at a time.
             wait_secs: how long a free worker waits for a group to fill.
         """
-        self._work, self._most, self._size = work, most, size
-        self._workers, self._wait_secs = workers, wait_secs
+        self._work, self._most, self._workers, self._wait_secs = work, most, workers, wait_secs
         self._threads = DaemonThreads(workers, name)
         self._calls: collections.deque[_Call[Item, Result]] = collections.deque()
         self._running: set[asyncio.Task[None]] = set()
@@ -107,21 +105,17 @@ class FairQueue(Generic[Item, Result]):
             self._running.discard(asyncio.current_task())
 
     def _waiting(self) -> int:
-        return sum(self._size(item) for call in self._calls for item in call.items[call.next :])
+        return sum(len(call.items) - call.next for call in self._calls)
 
     def _take(self) -> list[tuple[_Call[Item, Result], int]]:
         group: list[tuple[_Call[Item, Result], int]] = []
-        size = 0
-        while self._calls:
-            call = self._calls[0]
-            if not call.future.done():
-                size += self._size(call.items[call.next])
-                if group and size > self._most:
-                    break
-                group.append((call, call.next))
-                call.next += 1
-            self._calls.popleft()
-            if not call.future.done() and call.next < len(call.items):
+        while self._calls and len(group) < self._most:
+            call = self._calls.popleft()
+            if call.future.done():  # its caller is gone or already has an error
+                continue
+            group.append((call, call.next))
+            call.next += 1
+            if call.next < len(call.items):
                 self._calls.append(call)
         return group
 

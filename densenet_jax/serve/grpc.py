@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access, BodyMemory
-from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array, shorten
+from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array
 from densenet_jax.serve.runtime import VERSION, Classifier, Outputs
 from densenet_jax.version import __version__
 
@@ -38,6 +38,7 @@ STATUS = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 MAX_FIELDS = 2000  # in a message with all it contains, except numbers of tensors
+MAX_SHAPE_BYTES = 256
 MAX_NUMBERS_BYTES = 4 * 2**20  # in a tensor outside of raw contents
 CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
 OPTIONS = [
@@ -205,6 +206,8 @@ def check_fields(data: bytes) -> None:
                 raise RequestError(f"the message has more than {MAX_FIELDS} fields", 413)
             if number == 5 and depth < 2:
                 levels.append((content, depth + 1))
+            elif depth == 1 and number == 3 and len(content) > MAX_SHAPE_BYTES:
+                raise RequestError("a tensor has too many dimensions", 413)
             elif depth == 2 and number != 8 and len(content) > MAX_NUMBERS_BYTES:
                 raise RequestError("a tensor has too many numbers; send them in raw contents", 413)
 
@@ -251,7 +254,7 @@ def read_request(message: pb.ModelInferRequest) -> Request:
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise RequestError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
-    contents = raw or [read_contents(tensor.contents) for tensor in message.inputs]
+    contents = raw or [read_contents(tensor) for tensor in message.inputs]
     tensors = [
         Tensor(
             name=tensor.name,
@@ -270,18 +273,20 @@ def read_request(message: pb.ModelInferRequest) -> Request:
     return Request(tensors, outputs, message.id or None)
 
 
-def read_contents(contents: pb.InferTensorContents) -> list[Any] | bytes:
-    """Reads the values of a tensor from whichever field they are in; small integers as bytes."""
-    fields = contents.ListFields()
+def read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | bytes:
+    """Reads the values of a tensor from whichever field they are in; pixels as bytes."""
+    fields = tensor.contents.ListFields()
     if len(fields) != 1:
         raise RequestError(f"a tensor has contents of {len(fields)} datatypes; expected one")
     descriptor, values = fields[0]
     if descriptor.name != "uint_contents":
         return list(values)
     numbers = np.fromiter(values, np.uint32, len(values))
-    if numbers.max() > 255:
-        raise RequestError(f"the value {shorten(numbers.max())} of a tensor is not a whole number from 0 to 255")
-    return numbers.astype(np.uint8).tobytes()
+    dtype = np.uint16 if tensor.datatype == "UINT16" else np.uint8
+    most = np.iinfo(dtype).max
+    if numbers.max() > most:
+        raise RequestError(f"the value {numbers.max()} of a tensor is not a whole number from 0 to {most}")
+    return numbers.astype(dtype).tobytes()
 
 
 def write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:

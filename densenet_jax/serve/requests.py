@@ -1,9 +1,10 @@
 """Requests for inference, checked before any of them may cost much or join a batch.
 
-A request's input is one tensor of the Open Inference Protocol: `image`, UINT8 [n, h, w, c], pixels as given to the
-model; or `image_bytes`, BYTES [n], encoded pictures of any size.
+A request's input is one tensor of the Open Inference Protocol: `image`, UINT8 (UINT16 for a model of 16-bit pixels)
+[n, h, w, c], pixels as given to the model; or `image_bytes`, BYTES [n], encoded pictures of any size.
 """
 
+import array
 import base64
 import binascii
 import dataclasses
@@ -79,9 +80,10 @@ class InputChecker:
     image_shape: tuple[int, ...]  # (h, w, c), or (crops, h, w, c)
     max_images: int
     max_pixels: int  # of all pictures of a request together, before resizing
+    dtype: np.dtype  # of pixels: uint8 or uint16
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
-        """Returns the pixels of a request, uint8 [n, h, w, c], or its pictures, none of which is decoded yet.
+        """Returns the pixels of a request, [n, h, w, c], or its pictures, none of which is decoded yet.
 
         Raises:
             RequestError: the request can't be answered.
@@ -90,20 +92,28 @@ class InputChecker:
         tensors = request.tensors
         if len(tensors) != 1 or tensors[0].name not in (PIXELS, ENCODED):
             names = ", ".join(shorten(tensor.name) for tensor in tensors[:4]) or "none"
-            raise RequestError(f"the inputs are {names}; expected one of {PIXELS} (UINT8) and {ENCODED} (BYTES)")
+            raise RequestError(
+                f"the inputs are {names}; expected one of {PIXELS} ({self.datatype}) and {ENCODED} (BYTES)"
+            )
         return self._pixels(tensors[0]) if tensors[0].name == PIXELS else self._pictures(tensors[0])
 
+    @property
+    def datatype(self) -> str:
+        """The protocol's name for `dtype`."""
+        return self.dtype.name.upper()
+
     def _pixels(self, tensor: Tensor) -> np.ndarray:
-        check_datatype(tensor, "UINT8")
+        check_datatype(tensor, self.datatype)
         shape = tuple(tensor.shape)
         if not shape or shape[1:] != tuple(self.image_shape):
             expected = ", ".join(map(str, ("n", *self.image_shape)))
             raise RequestError(f"{PIXELS} has the shape {shorten(list(shape))}; expected [{expected}]")
         self._check_count(shape[0])
-        data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape)
-        if len(data) != math.prod(shape):
-            raise RequestError(f"{PIXELS} has {len(data)} values; its shape {list(shape)} takes {math.prod(shape)}")
-        return np.frombuffer(data, np.uint8).reshape(shape)
+        data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape, self.dtype)
+        count = len(data) / self.dtype.itemsize
+        if count != math.prod(shape):
+            raise RequestError(f"{PIXELS} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}")
+        return np.frombuffer(data, self.dtype).reshape(shape)
 
     def _pictures(self, tensor: Tensor) -> list[Picture]:
         check_datatype(tensor, "BYTES")
@@ -158,8 +168,8 @@ def check_datatype(tensor: Tensor, datatype: str) -> None:
         raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
 
 
-def pack_pixels(values: Any, shape: tuple[int, ...]) -> bytes:
-    """Packs a list of numbers from 0 to 255, flat or nested like `shape`.
+def pack_pixels(values: Any, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """Packs a list of numbers of `dtype`, flat or nested like `shape`.
 
     NumPy would also convert strings and ragged lists, at any cost in memory.
     """
@@ -171,9 +181,10 @@ def pack_pixels(values: Any, shape: tuple[int, ...]) -> bytes:
                 raise RequestError(f"the data of {PIXELS} is not nested as its shape {list(shape)}")
             values = list(itertools.chain.from_iterable(values))
     try:
-        return bytes(values)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the data of {PIXELS} is not all whole numbers from 0 to 255") from error
+        return array.array(dtype.char, values).tobytes()
+    except (TypeError, ValueError, OverflowError) as error:
+        most = np.iinfo(dtype).max
+        raise RequestError(f"the data of {PIXELS} is not all whole numbers from 0 to {most}") from error
 
 
 def unpack_strings(raw: bytes, most: int) -> list[bytes]:

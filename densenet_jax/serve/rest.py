@@ -227,7 +227,7 @@ def to_json(content: Any) -> Reply:
     return orjson.dumps(content), {"content-type": JSON}
 
 
-def parse_json(text: bytes | bytearray | memoryview) -> dict[str, Any]:
+def parse_json(text: bytes | bytearray) -> dict[str, Any]:
     """Parses a JSON object.
 
     Raises:
@@ -251,8 +251,8 @@ def read_json(body: bytes | bytearray, json_length: str = "") -> Request:
     if json_length and not (json_length.isdecimal() and len(json_length) < 10 and int(json_length) <= len(body)):
         raise RequestError(f"{JSON_LENGTH} is {shorten(json_length)}; the body has {len(body)} bytes")
     end = int(json_length) if json_length else len(body)
-    text = memoryview(body)[:end]
-    check_json(text if json_length else body)
+    text = body[:end] if json_length else body
+    check_json(text)
     tree = parse_json(text)
     tensors, place = [], end
     for number, given in enumerate(field(tree, "inputs", list)):

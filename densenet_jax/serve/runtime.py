@@ -66,7 +66,7 @@ class Classifier:
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
         self._predictor, self._request_secs = predictor, request_secs
-        self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, max_pixels)
+        self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, max_pixels, predictor.model.transform.dtype)
         self._read = FairQueue(_call_all, name="read")
         cores = os.cpu_count() or 1
         self._decode = FairQueue(self._decode_all, name="decode", most=DECODED_TOGETHER, workers=2)
@@ -113,7 +113,7 @@ class Classifier:
             "versions": [VERSION],
             "platform": "densenet_jax",
             "inputs": [
-                {"name": PIXELS, "datatype": "UINT8", "shape": [-1, *self._predictor.image_shape]},
+                {"name": PIXELS, "datatype": self._checker.datatype, "shape": [-1, *self._predictor.image_shape]},
                 {"name": ENCODED, "datatype": "BYTES", "shape": [-1]},
             ],
             "outputs": [
@@ -183,14 +183,9 @@ class Classifier:
         return request, np.stack(await self._compute(list(images))), outputs
 
     async def _decode_pictures(self, pictures: list[Picture]) -> list[np.ndarray]:
-        is_large = [picture.pixels > LARGE_PIXELS for picture in pictures]
-        lanes = [(self._decode, False), (self._decode_large, True)]
-        shares = [
-            (lane, [number for number, large in enumerate(is_large) if large == takes_large])
-            for lane, takes_large in lanes
-        ]
         decoded: dict[int, np.ndarray] = {}
-        for lane, numbers in shares:
+        for lane, is_large in ((self._decode, False), (self._decode_large, True)):
+            numbers = [number for number, one in enumerate(pictures) if (one.pixels > LARGE_PIXELS) == is_large]
             if numbers:
                 decoded |= zip(numbers, await lane([pictures[number] for number in numbers]), strict=True)
         return [decoded[number] for number in range(len(pictures))]

@@ -6,6 +6,7 @@ import importlib.util
 import socket
 from typing import Any
 
+from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.limits import Access
@@ -74,6 +75,7 @@ def serve(
     """
     import uvloop
 
+    processes.abandon_threads()  # of a compilation, or of pictures that nobody waits for any more
     return uvloop.run(_serve(predictor, listener, address, access, config))
 
 

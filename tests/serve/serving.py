@@ -6,6 +6,7 @@ import pathlib
 import re
 import resource
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import requests
 from tests.running import start_main
 
 MODEL = "densenet_bc_22_12"
+INFER = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: localhost\r\n".encode()
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Server:
@@ -61,6 +64,11 @@ class Server:
         text = requests.get(f"{self.url}/metrics", timeout=9).text
         return float(re.search(r"^event_loop_longest_stall_seconds (.*)$", text, re.M)[1])
 
+    def computed(self) -> tuple[float, float]:
+        """Batches and images that it has computed."""
+        text = requests.get(f"{self.url}/metrics", timeout=9).text
+        return tuple(float(re.search(rf"^served_{what}_total (.*)$", text, re.M)[1]) for what in ("batches", "images"))
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Asks it to stop; returns its exit status and standard output."""
         self.process.send_signal(number)
@@ -84,9 +92,34 @@ def serving(workdir: pathlib.Path, *arguments: str, files: int = 0, **environmen
             process.kill()
 
 
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Lets this process have both ends of what it attacks with."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def connect(address: str, data: bytes = b"") -> socket.socket:
+    """Connects to a URL or "host:port" and sends `data`, as far as the server takes it."""
+    host, port = address.split("//")[-1].split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+    return connection
+
+
 def pixels_input(pixels: np.ndarray) -> dict[str, Any]:
     """The input of a REST request that holds pixels."""
-    return {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.tolist()}
+    return {
+        "name": "image",
+        "datatype": pixels.dtype.name.upper(),
+        "shape": list(pixels.shape),
+        "data": pixels.tolist(),
+    }
 
 
 def pictures_input(*pictures: bytes) -> dict[str, Any]:

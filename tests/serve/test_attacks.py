@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,25 +15,19 @@ from PIL import Image
 
 from tests.extras import needs
 from tests.predict.files import encoded
-from tests.serve.serving import MODEL, pictures_input, request_of, serving
+from tests.serve.serving import INFER, MODEL, PREFACE, connect, many_files, pictures_input, request_of, serving
 
 needs_server = needs("uvicorn", "tritonclient")
 FILES = 1024
 CONNECTIONS = 1000
 MOST_LEFT_BYTES = 100 * 2**20
-INFER = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: localhost\r\n".encode()
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def many_files():
-    """Lets this process have both ends of what it attacks with."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, before[1]), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+def files():
+    """See `many_files`."""
+    with many_files():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +114,6 @@ def wait_for(condition: Callable[[], bool], secs: float) -> None:
         time.sleep(0.05)
 
 
-def connect(address: str, data: bytes = b"") -> socket.socket:
-    host, port = address.split("//")[-1].split(":")
-    connection = socket.create_connection((host, int(port)), timeout=30)
-    with contextlib.suppress(OSError):
-        connection.sendall(data)
-    return connection
-
-
 @needs_server
 @pytest.mark.parametrize(
     ("rest", "grpc"),
@@ -212,13 +197,19 @@ def test_messages_of_grpc_that_would_take_memory(attacked, client):
 
     inputs = b"\x2a\x00" * (15 * 2**20)
     contents = b"\x42\x00" * (8 * 2**20)
+    name = MODEL.encode()
+    shape = b"\x0a" + bytes([len(name)]) + name + b"\x2a\x85\x80\x80\x08\x1a\x80\x80\x80\x08" + bytes(16 * 2**20)
     nested = b"\x2a" + b"\x85\x80\x80\x08" + b"\x2a" + b"\x80\x80\x80\x08" + contents
     with grpc.insecure_channel(attacked.grpc) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        for message in (inputs, nested, b"\x2a\xff\xff\xff\xff\x0f", b"\xff" * 99, bytes(999)):
-            with pytest.raises(grpc.RpcError) as raised:
-                call(message, timeout=30)
-            assert raised.value.code().name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
+        for status, messages in (
+            ("RESOURCE_EXHAUSTED", (inputs, nested, shape)),
+            ("INVALID_ARGUMENT", (b"\x2a\xff\xff\xff\xff\x0f", b"\xff" * 99, bytes(999))),
+        ):
+            for message in messages:
+                with pytest.raises(grpc.RpcError) as raised:
+                    call(message, timeout=30)
+                assert raised.value.code().name == status
 
 
 @needs_server

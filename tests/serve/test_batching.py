@@ -94,18 +94,6 @@ def test_what_queues_while_the_worker_is_busy_is_one_group():
     assert worker.groups == [[1], [2, 3, 4, 5], [6]]
 
 
-def test_groups_are_limited_by_size_and_a_larger_item_goes_alone():
-    worker = Worker()
-    worker.free.release(9)
-
-    async def case():
-        queue = make_queue(worker, size=lambda item: item, wait_secs=0.05)
-        return await asyncio.gather(*[queue([item]) for item in (1, 2, 2, 9, 1)])
-
-    assert run(case()) == [[2], [4], [4], [18], [2]]
-    assert worker.groups == [[1, 2], [2], [9], [1]]
-
-
 def test_a_bad_item_fails_alone():
     worker = Worker()
     worker.free.release(9)

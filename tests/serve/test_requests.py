@@ -1,6 +1,7 @@
 """Requests are checked before they may share a batch: what is refused, and what the pixels of the rest are."""
 
 import base64
+import dataclasses
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from tests.predict.files import png
 
 SHAPE = (2, 3, 1)
 PIXELS = np.arange(12, dtype=np.uint8).reshape(2, *SHAPE)
+WIDE = PIXELS.astype(np.uint16) * 5000
 
 
-CHECKER = InputChecker(SHAPE, max_images=4, max_pixels=1000)
+CHECKER = InputChecker(SHAPE, max_images=4, max_pixels=1000, dtype=PIXELS.dtype)
 PICTURES = [png(7, 9, b""), png(9, 5, b"")]
 
 
@@ -41,6 +43,19 @@ def test_pixels_come_nested_flat_or_raw(data):
     np.testing.assert_array_equal(check(pixels(data)), PIXELS)
 
 
+@pytest.mark.parametrize("data", [WIDE.tolist(), WIDE.reshape(-1).tolist(), WIDE.tobytes()])
+def test_a_model_of_16_bits_takes_16_bits_only(data):
+    checker = dataclasses.replace(CHECKER, dtype=WIDE.dtype)
+    np.testing.assert_array_equal(checker.check(Request([pixels(data, datatype="UINT16")])), WIDE)
+    for tensor, why in (
+        (pixels(PIXELS.tolist()), "'UINT8'; expected UINT16"),
+        (pixels([65536] * 12, datatype="UINT16"), "from 0 to 65535"),
+        (pixels(bytes(23), datatype="UINT16"), "11.5 values"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            checker.check(Request([tensor]))
+
+
 def test_pictures_come_in_base64_as_bytes_or_raw():
     raw = b"".join(len(one).to_bytes(4, "little") + one for one in PICTURES)
     for tensor in (
@@ -62,6 +77,7 @@ REFUSED = {
     "no input": ([], "inputs are none"),
     "two inputs": ([pictures(in_base64(PICTURES[0])), pixels(PIXELS.tolist())], "expected one of"),
     "unknown input": ([pixels([], name="../../etc/passwd")], "etc/passwd"),
+    "16 bits for a model of 8": ([pixels(WIDE.tolist(), datatype="UINT16")], "'UINT16'; expected UINT8"),
     "wrong datatype": ([pixels(PIXELS.tolist(), datatype="FP32")], "'FP32'; expected UINT8"),
     "wrong shape": ([pixels(PIXELS.tolist(), (2, 3, 2, 1))], r"expected \[n, 2, 3, 1\]"),
     "no shape": ([pixels(PIXELS.tolist(), ())], "the shape"),

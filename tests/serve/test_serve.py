@@ -1,8 +1,6 @@
 """A real server with real clients: answers equal the predictor's, and nothing that one client sends harms another."""
 
-import asyncio
 import contextlib
-import json
 import re
 import signal
 import time
@@ -13,14 +11,15 @@ import pytest
 import requests
 from PIL import Image
 
+from densenet_jax.predict.model import deployed_from_settings, settings_of_run
+from densenet_jax.predict.predictor import Predictor
 from tests.extras import needs
 from tests.predict.files import BOMBS, encoded
-from tests.running import last_line, run_main
+from tests.running import free_port, last_line, run_main, start_main
 from tests.serve.serving import MODEL, pictures_input, pixels_input, request_of, serving
 
 # The compiler orders sums differently for batches of different sizes.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-LOAD_SECS = 30
 needs_server = needs("uvicorn", "tritonclient")
 
 
@@ -208,67 +207,6 @@ def answers_over_grpc(server, code: str) -> int:
     return sum(int(float(count)) for count in re.findall(rf'^grpc_server_handled_total.*"{code}".* (.*)$', text, re.M))
 
 
-def computed(server) -> tuple[float, float]:
-    """Batches and images that the server has computed."""
-    text = requests.get(f"{server.url}/metrics", timeout=9).text
-    return tuple(float(re.search(rf"^served_{what}_total (.*)$", text, re.M)[1]) for what in ("batches", "images"))
-
-
-async def load(server, pixels, pictures, check, secs: float) -> tuple[int, int]:
-    """32 clients over REST and 32 over gRPC for so long; the number of answers, all checked, and of their images."""
-    import aiohttp
-    import grpc
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-    end = time.monotonic() + secs
-    counts = []
-
-    async def rest(session, number):
-        while time.monotonic() < end:
-            which = [(number * 7 + len(counts) + step) % 64 for step in range(1 + number % 3)]
-            made = pictures_input(*[pictures[one] for one in which]) if number % 2 else pixels_input(pixels[which])
-            async with session.post(server.infer_url, json=request_of(made)) as answer:
-                text = await answer.text()
-                assert answer.status == 200, text
-            rows = json.loads(text)["outputs"][0]
-            check(which, np.asarray(rows["data"]).reshape(rows["shape"]))
-            counts.append(len(which))
-
-    async def over_grpc(stub, number):
-        while time.monotonic() < end:
-            which = [(number * 5 + len(counts) + step) % 64 for step in range(1 + number % 3)]
-            message = service_pb2.ModelInferRequest(model_name=MODEL)
-            message.inputs.add(name="image", datatype="UINT8", shape=[len(which), 8, 8, 1])
-            message.raw_input_contents.append(pixels[which].tobytes())
-            answer = await stub.ModelInfer(message)
-            check(which, np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(len(which), -1))
-            counts.append(len(which))
-
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session, grpc.aio.insecure_channel(server.grpc) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        clients = [rest(session, number) for number in range(32)]
-        await asyncio.gather(*clients, *[over_grpc(stub, number) for number in range(32)])
-    return len(counts), sum(counts)
-
-
-@needs_server
-def test_64_clients_for_30_seconds_get_the_predictors_answers(server, pixels, pictures, expected):
-    def check(which, rows):
-        np.testing.assert_allclose(rows, expected[which], **TOLERANCE)
-
-    before = computed(server)
-    requests_sent, images_sent = asyncio.run(load(server, pixels, pictures, check, LOAD_SECS))
-    batches, images = (after - start for after, start in zip(computed(server), before, strict=True))
-    assert images == images_sent
-    # Each client has one request under way at a time; so many of them, and no more, may share a batch.
-    assert requests_sent / 64 <= batches <= requests_sent / 3
-    metrics = requests.get(f"{server.url}/metrics", timeout=9).text
-    assert f'model_infer_request_success_total{{model="{MODEL}"' in metrics
-    assert "grpc_server_handling_seconds" in metrics
-    assert not [line for line in server.said if "Traceback" in line or "Error" in line]
-
-
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
@@ -286,7 +224,7 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
 
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(over_rest if index % 3 else over_grpc, index) for index in range(12)]
-            while computed(short)[1] < 3 + 2 * 64:
+            while short.computed()[1] < 3 + 2 * 64:
                 time.sleep(0.01)
             status, output = short.stop(number)
             assert status == 0, "".join(short.said)
@@ -294,6 +232,61 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
                 np.testing.assert_allclose(answer.result(), expected, **TOLERANCE)
     assert last_line(output) == {"mode": "serve", "requests": 13, "images": 3 + 12 * 64}
     assert output.count("\n") == 1
+
+
+@needs_server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_while_it_compiles(served_run, user, tmp_path, number):
+    """Python's own end would abort with a thread in the compiler."""
+    port = free_port()
+    sizes = f"--config.serve.batch_sizes={tuple(range(1, 65))}"  # minutes of work, in steps that end at any time
+    flags = ("--mode", "serve", "--port", str(port), "--grpc_port", "0", sizes)
+    common = ("--config", "configs/digits.py", "--workdir", str(served_run), *flags)
+    with start_main(*common, fresh=True, **{**user, "XDG_CACHE_HOME": str(tmp_path)}) as process:
+        status = 0
+        while status != 200:
+            assert process.poll() is None, process.communicate()
+            with contextlib.suppress(requests.ConnectionError):
+                status = requests.get(f"http://127.0.0.1:{port}/v2/health/live", timeout=9).status_code
+        time.sleep(0.5)
+        assert requests.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=9).status_code == 400
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=15)
+    assert process.returncode == 0, errors
+    assert errors.splitlines()[-1] == "stopped after 0 requests with 0 images"
+    assert last_line(output) == {"mode": "serve", "requests": 0, "images": 0}
+
+
+@needs_server
+def test_a_model_of_16_bits_takes_16_bits(served_run, user, pixels):
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+    from tritonclient.utils import InferenceServerException
+
+    change = {"data.pixel_range": (0.0, 1000.0)}
+    config = settings_of_run(str(served_run), change)
+    wide = np.random.default_rng(1).integers(0, 65536, (3, 8, 8, 1), dtype=np.uint16)
+    expected = Predictor(deployed_from_settings(config, str(served_run)), batch_sizes=(4,)).probabilities(wide)
+    flags = ("--config.data.pixel_range=(0.0, 1000.0)", "--config.serve.batch_sizes=(4,)")
+    with serving(served_run, *flags, **user) as server:
+        told = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()["inputs"][0]
+        assert (told["name"], told["datatype"]) == ("image", "UINT16")
+        got = outputs_of(post(server, request_of(pixels_input(wide))))["probabilities"]
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+        client = grpc_client(server)
+        assert client.get_model_metadata(MODEL).inputs[0].datatype == "UINT16"
+        got = client.infer(MODEL, [grpc_input("image", "UINT16", wide)]).as_numpy("probabilities")
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+        given = service_pb2.ModelInferRequest(model_name=MODEL)
+        given.inputs.add(name="image", datatype="UINT16", shape=wide.shape).contents.uint_contents.extend(
+            wide.ravel().tolist()
+        )
+        with grpc.insecure_channel(server.grpc) as channel:
+            answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(given)
+        np.testing.assert_allclose(answer.outputs[0].contents.fp32_contents, expected.ravel(), **TOLERANCE)
+        assert post(server, request_of(pixels_input(pixels[:1]))).status_code == 400
+        with pytest.raises(InferenceServerException, match="'UINT8'; expected UINT16"):
+            client.infer(MODEL, [grpc_input("image", "UINT8", pixels[:1])])
 
 
 @needs_server
