@@ -29,11 +29,16 @@ def read_identity(workdir: str, step: int) -> Identity | None:
     Raises:
         UserError: labels.txt can't be read.
     """
+    from densenet_jax.training.integrity import DamagedCheckpointError, check_files
+
+    checkpoint = os.path.join(workdir, "checkpoints", str(step))
     try:
-        with open(os.path.join(workdir, "checkpoints", str(step), "data", "metadata"), encoding="utf-8") as file:
+        check_files(checkpoint, "data")
+        with open(os.path.join(checkpoint, "data", "metadata"), encoding="utf-8") as file:
             saved = json.load(file)["dataset"]
         saved["classes"], saved["name"], saved["splits"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # restoring reports a damaged checkpoint
+    # Restoring reports a damaged checkpoint.
+    except (DamagedCheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
         path = os.path.join(workdir, LABELS_FILE)
         return {"name": "", "classes": list(read_labels(path)), "splits": {}} if os.path.exists(path) else None
     return saved

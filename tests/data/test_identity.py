@@ -172,6 +172,16 @@ def test_a_changed_data_set_goes_on_by_a_setting_and_labels_follow(run, tmp_path
     assert read_labels(tmp_path / "labels.txt") == ("# one", "zwei")
 
 
+def test_a_flipped_bit_is_no_other_data_set(run, tmp_path):
+    root, settings = run
+    shutil.copytree(root / "run", tmp_path / "run")
+    position = tmp_path / "run" / "checkpoints" / "1" / "data" / "metadata"
+    position.write_text(position.read_text().replace('"two"', '"twn"'))
+    experiment = experiment_on(root / "data", settings)
+    with pytest.raises(UserError, match=r"data/metadata .* is not what was written"):
+        experiment.saved_variables(str(tmp_path / "run"))
+
+
 def test_an_older_checkpoint_is_compared_by_its_labels(run, tmp_path):
     root, settings = run
     shutil.copytree(root / "run", tmp_path / "run")
