@@ -172,13 +172,13 @@ def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
     """A pipe among the images: who opens it waits until somebody writes, as on a network file system that is gone."""
     train = tmp_path / "data" / "train"
     picture = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
-    for number in range(48):
-        folder = train / ("even", "odd")[number // 24]
+    for number in range(960):
+        folder = train / ("even", "odd")[number // 480]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:02d}.png").write_bytes(picture)
+        (folder / f"{number:03d}.png").write_bytes(picture)
     (tmp_path / "data" / "val").symlink_to(train)
-    late = int(Order(48, 0).stretch(8 * 4, 1)[0])  # first wanted in step 5 of batches of 8
-    pipe = train / ("even", "odd")[late // 24] / f"{late:02d}.png"
+    late = int(Order(960, 0).stretch(8 * 99, 1)[0])  # first wanted in step 100 of batches of 8
+    pipe = train / ("even", "odd")[late // 480] / f"{late:03d}.png"
     stalling = (
         *SHORT_RUN,
         "--config.data.name=folder",
@@ -189,10 +189,11 @@ def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
         "--config.train.stall_secs=2",
         f"--workdir={tmp_path}/run",
     )
-    pipe.unlink()
-    os.mkfifo(pipe)
     told = tmp_path / "run" / "stalls.txt"
     with Run(*stalling, **user) as run:
+        assert run.wait_for(run.steps_reported)  # the folders are listed: pipes among the files would be left out
+        pipe.unlink()
+        os.mkfifo(pipe)
         # A busy machine may be slow enough to be told of in an earlier step, too.
         assert run.wait_for(lambda: told.exists() and re.search(STALL, told.read_text()) and run.says(STALL))
         writer = os.open(pipe, os.O_WRONLY)

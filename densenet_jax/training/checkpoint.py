@@ -271,8 +271,10 @@ class Checkpoints:
             with report_full_disk(self.directory):
                 yield
         except UserError:
+            self._last_saved = None  # that save failed, and was not removed
             raise
         except Exception as error:
+            self._last_saved = None
             if os.path.isdir(self.directory):
                 raise
             raise UserError(self._lost_files()) from error
