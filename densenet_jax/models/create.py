@@ -64,7 +64,7 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes, batch_norm_epsilon: None is the variant's own.
+        num_classes: None is the variant's own, as for batch_norm_epsilon.
         dtype: of activations and convolutions; statistics are float32 or wider.
         classifier_dropout: rate in [0, 1) between pooling and classifier.
         layer_dropout: rate in [0, 1) after convolutions (DenseNet only).

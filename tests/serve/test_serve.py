@@ -11,7 +11,7 @@ import pytest
 import requests
 from PIL import Image
 
-from densenet_jax.predict.model import deployed_from_settings, settings_of_run
+from densenet_jax.predict.model import make_deployed, read_run_settings
 from densenet_jax.predict.predictor import Predictor
 from tests.extras import needs
 from tests.predict.files import BOMBS, encoded
@@ -264,9 +264,9 @@ def test_a_model_of_16_bits_takes_16_bits(served_run, user, pixels):
     from tritonclient.utils import InferenceServerException
 
     change = {"data.pixel_range": (0.0, 1000.0)}
-    config = settings_of_run(str(served_run), change)
+    config = read_run_settings(str(served_run), change)
     wide = np.random.default_rng(1).integers(0, 65536, (3, 8, 8, 1), dtype=np.uint16)
-    expected = Predictor(deployed_from_settings(config, str(served_run)), batch_sizes=(4,)).probabilities(wide)
+    expected = Predictor(make_deployed(config, str(served_run)), batch_sizes=(4,)).probabilities(wide)
     flags = ("--config.data.pixel_range=(0.0, 1000.0)", "--config.serve.batch_sizes=(4,)")
     with serving(served_run, *flags, **user) as server:
         told = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()["inputs"][0]

@@ -108,7 +108,8 @@ def conv3x3_gradients(
         total: the gradient of a block's x_hat; columns start to start + k belong to the layer's output.
         coefficients: for each group of examples a, b, c with a * total + b * x + c the gradient of the convolution's
             output, in those columns.
-        mean, rstd: of the bottleneck, for each group; rstd is 1 / deviation.
+        mean: of the bottleneck, for each group.
+        rstd: 1 / deviation, likewise.
 
     Returns:
         The gradient before the ReLU, in x's dtype; the gradients of scale and bias for each group and of the kernel, in
