@@ -32,7 +32,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may send requests; an empty token or certificate means none is needed."""
+    """Settings of who may send requests; an empty token or certificate means none is needed."""
 
     hosts: tuple[str, ...] = LOOPBACK  # allowed in Host headers, besides IP addresses if not on loopback
     is_loopback: bool = True
