@@ -165,7 +165,7 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
     assert json.loads(scores.read_text())["top1"] == top1
 
 
-STALL = r"nothing has moved for \d+ s while waiting for the images of step 100\n(.*\n)*Thread 0x.*most recent call first"
+STALL = r"nothing has moved for \d+ s while waiting for the images of step 100\n(.*\n)*Thread 0x.*recent call first"
 
 
 def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
