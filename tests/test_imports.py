@@ -13,7 +13,7 @@ OURS = "densenet_jax"
 # The rooms from the ground up: each imports only from floors below its own.
 FLOORS = (
     ("errors", "version", "rng", "dtypes"),
-    ("system",),
+    ("system", "scores"),
     ("kernels", "data", "training"),
     ("models", "augment", "config", "flags", "recipes"),
     ("distributed",),

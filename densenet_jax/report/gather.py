@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from densenet_jax.report.per_class import ClassScores
 from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.classes import ClassScores
 from densenet_jax.system.console import Bar
 from densenet_jax.training.sharding import to_devices
 

@@ -13,7 +13,7 @@ from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samp
 from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.predict.explain import activation_maps
 from densenet_jax.report.gather import Answers, gather_answers
-from densenet_jax.report.per_class import ClassScores
+from densenet_jax.scores.classes import ClassScores
 from densenet_jax.training.sharding import replicated
 from densenet_jax.training.timeline import Timeline
 

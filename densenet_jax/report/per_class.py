@@ -5,27 +5,11 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from densenet_jax.errors import UserError
-
-
-class ClassScores(NamedTuple):
-    """Counts and scores of each class; a score without examples or predictions to judge by is NaN."""
-
-    examples: np.ndarray  # int64 [k]
-    right: np.ndarray  # int64 [k], examples predicted correctly
-    precision: np.ndarray  # float64 [k], share of the predictions of a class that are right
-    recall: np.ndarray  # float64 [k], share of the examples of a class that are found, the accuracy of the class
-    f1: np.ndarray  # float64 [k], harmonic mean of precision and recall
-
-    @classmethod
-    def from_counts(cls, examples: np.ndarray, predicted: np.ndarray, right: np.ndarray) -> "ClassScores":
-        """Computes the scores from int [k] counts of examples, of predictions and of those that are both."""
-        with np.errstate(invalid="ignore"):
-            return cls(examples, right, right / predicted, right / examples, 2 * right / (examples + predicted))
+from densenet_jax.scores.classes import ClassScores
 
 
 @dataclasses.dataclass(frozen=True)

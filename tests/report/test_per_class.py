@@ -7,8 +7,9 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from densenet_jax.report.gather import Answers
-from densenet_jax.report.per_class import ClassScores, per_class_rows, to_csv
+from densenet_jax.report.per_class import per_class_rows, to_csv
 from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.classes import ClassScores
 
 
 def test_scores_are_those_of_scikit_learn():

@@ -1,0 +1,1 @@
+"""Scores of predictions and their calibration: exact, pure functions of NumPy arrays."""

@@ -1,0 +1,114 @@
+"""Bootstrap intervals: how much the scores would differ on other examples of the same kind."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from densenet_jax.scores import ranking
+from densenet_jax.scores.classes import ClassScores
+from densenet_jax.scores.labels import threshold_scores
+
+DRAWS = 1000
+_MOST_ENTRIES = 2**22  # counts held at once: bounds the memory
+Intervals = dict[str, np.ndarray]
+
+
+def draw_counts(groups: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws all groups anew with replacement, and yields how often a draw has each example, int64 [some draws, n].
+
+    Args:
+        groups: [n], what is drawn as a whole, such as the patient; all different draws single examples.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    step = max(1, _MOST_ENTRIES // max(1, len(members)))
+    for start in range(0, draws, step):
+        count = min(step, draws - start)
+        picked = generator.integers(0, len(names), (count, len(names))) + len(names) * np.arange(count)[:, None]
+        yield np.bincount(picked.ravel(), minlength=count * len(names)).reshape(count, -1)[:, members.ravel()]
+
+
+def label_intervals(
+    scores: np.ndarray,
+    targets: np.ndarray,
+    thresholds: np.ndarray | float = 0.0,
+    *,
+    groups: np.ndarray | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Intervals:
+    """Computes intervals of the scores of each label and of their mean over the labels with both kinds of examples.
+
+    Args:
+        scores: float [n, k], logits or probabilities.
+        targets: float [n, k]: 1, 0, or NaN for unknown.
+        thresholds: [k] or one, in the unit of `scores`.
+        groups: [n], examples that are drawn together; None draws single examples.
+
+    Returns:
+        {"auroc", "average_precision", "f1", "sensitivity", "specificity"}: float64 [k + 1, 2], low and high, the mean
+        in the last row. A draw in which a label has one kind of example only says nothing about that label.
+    """
+    known, positive = ~np.isnan(targets), targets > 0
+    ranked = [ranking.rank_label(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
+    hits = (scores >= thresholds) & known
+    kinds = [hits & positive, hits & ~positive, positive, known & ~positive]
+    drawn: dict[str, list[np.ndarray]] = {}
+    for counts in draw_counts(np.arange(len(scores)) if groups is None else groups, draws, seed):
+        curves = [ranking.count_curve(each, counts) for each in ranked]
+        values = {
+            "auroc": np.stack([ranking.auroc(curve) for curve in curves], axis=-1),
+            "average_precision": np.stack([ranking.average_precision(curve) for curve in curves], axis=-1),
+            **threshold_scores(*(counts.astype(float) @ kind for kind in kinds)),
+        }
+        for name, column in values.items():
+            drawn.setdefault(name, []).append(np.concatenate([column, _row_means(column)], axis=-1))
+    return {name: _percentiles(np.concatenate(parts), level) for name, parts in drawn.items()}
+
+
+def class_intervals(confusion: np.ndarray, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> Intervals:
+    """Computes intervals of accuracy, balanced accuracy and F1 from counts alone.
+
+    Drawing n examples with replacement draws the counts of (true, predicted) pairs from a multinomial distribution.
+
+    Args:
+        confusion: int [k, k], true classes in rows, predicted ones in columns.
+
+    Returns:
+        {"top1", "balanced_accuracy", "f1"}: float64 [2], low and high.
+    """
+    true, predicted = np.nonzero(confusion)
+    pairs, total = confusion[true, predicted], int(confusion.sum())
+    generator = np.random.default_rng(seed)
+    classes, parts = len(confusion), []
+    step = max(1, _MOST_ENTRIES // max(1, len(pairs), classes))
+    for start in range(0, draws, step):
+        counts = generator.multinomial(total, pairs / max(1, total), size=min(step, draws - start))
+        parts.append(ClassScores.from_counts(*_sum_by_class(counts, true, predicted, classes)).means())
+    return {name: _percentiles(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
+
+
+def _sum_by_class(
+    counts: np.ndarray, true: np.ndarray, predicted: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums counts of pairs [draws, pairs] to examples, predictions and right ones of each class [draws, classes]."""
+    sums = np.zeros((3, classes, len(counts)), np.int64)
+    for into, where, chosen in ((0, true, slice(None)), (1, predicted, slice(None)), (2, true, true == predicted)):
+        np.add.at(sums[into], where[chosen], counts.T[chosen])
+    return sums[0].T, sums[1].T, sums[2].T
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    counted = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=-1, keepdims=True) / counted.sum(axis=-1, keepdims=True)
+
+
+def _percentiles(values: np.ndarray, level: float) -> np.ndarray:
+    """Returns low and high [..., 2] of the draws (first axis) that are not NaN."""
+    tail = 100 * (1 - level) / 2
+    empty = np.all(np.isnan(values), axis=0)
+    filled = np.where(empty, 0.0, values)
+    limits = np.nanpercentile(filled, (tail, 100 - tail), axis=0)
+    return np.moveaxis(np.where(empty, np.nan, limits), 0, -1)

@@ -1,0 +1,39 @@
+"""Scores of one class an example, from counts of examples by true and predicted class."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ClassScores(NamedTuple):
+    """Counts and scores of each class; a score without examples or predictions to judge by is NaN."""
+
+    examples: np.ndarray  # int64 [k]
+    right: np.ndarray  # int64 [k], examples predicted correctly
+    precision: np.ndarray  # float64 [k], share of the predictions of a class that are right
+    recall: np.ndarray  # float64 [k], share of the examples of a class that are found, the accuracy of the class
+    f1: np.ndarray  # float64 [k], harmonic mean of precision and recall
+
+    @classmethod
+    def from_counts(cls, examples: np.ndarray, predicted: np.ndarray, right: np.ndarray) -> "ClassScores":
+        """Computes the scores from int [..., k] counts of examples, of predictions and of those that are both."""
+        with np.errstate(invalid="ignore"):
+            return cls(examples, right, right / predicted, right / examples, 2 * right / (examples + predicted))
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Returns "top1", "balanced_accuracy" and "f1" [...].
+
+        Balanced accuracy is the mean recall of the classes with examples, "f1" the mean over those that have examples
+        or predictions.
+        """
+        with np.errstate(invalid="ignore"):
+            return {
+                "top1": self.right.sum(axis=-1) / self.examples.sum(axis=-1),
+                "balanced_accuracy": _mean(self.recall),
+                "f1": _mean(self.f1),
+            }
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    counted = ~np.isnan(values)
+    return np.nansum(values, axis=-1) / counted.sum(axis=-1)
