@@ -1,13 +1,16 @@
-"""The command `densenet-jax`, in a checkout `python main.py`: train, evaluate, predict, export and serve.
+"""The command `densenet-jax`, in a checkout `python main.py`.
 
     densenet-jax [MODE] --config RECIPE --workdir DIR [--config.KEY=VALUE ...]
 
-RECIPE is the name of a shipped recipe or a Python file; without it the settings of the run in DIR are taken. Every
-setting and its default stands in configs/default.py. `densenet-jax MODE --help` tells of one mode. Several processes as
-one run: the same command for each, with --coordinator HOST:PORT --num_processes N --process_id I where neither SLURM
-nor a TPU slice tells them (docs/pods.md).
+Trains, evaluates, predicts, exports and serves. RECIPE is the name of a shipped
+recipe or a Python file; without it the settings of the run in DIR are taken.
+configs/default.py has every setting with its default. `densenet-jax MODE
+--help` explains one mode. Several processes as one run: the same command for
+each, with --coordinator HOST:PORT --num_processes N --process_id I where
+neither SLURM nor a TPU slice names them (docs/pods.md).
 
-Exit status: 0 done, 2 a user's mistake, 3 done, but some inputs were refused, 130 interrupted.
+Exit status: 0 done, 2 a user's mistake, 3 done, but some inputs were refused,
+130 interrupted.
 """
 
 import os
@@ -18,7 +21,7 @@ from typing import NoReturn
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from densenet_jax.flags import MODES, describe
+from densenet_jax.flags import MODES, describe, entry
 from densenet_jax.version import __version__
 
 
@@ -34,8 +37,9 @@ def help_or_version(arguments: list[str]) -> str:
     from densenet_jax import recipes
     from densenet_jax.models.variants import list_models
 
-    models = ", ".join(list_models())
-    return f"{__doc__}\n{describe()}\n\nrecipes:\n{recipes.describe()}\n\nmodels (config.model.name):\n  {models}"
+    listed = "\n".join(entry(name, text, width=24) for name, text in recipes.summaries().items())
+    models = entry("", ", ".join(list_models()), width=0)
+    return f"{__doc__}\n{describe()}\n\nrecipes:\n{listed}\n\nmodels (config.model.name):\n{models}"
 
 
 def open_standard_streams() -> None:
@@ -50,12 +54,23 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
+def print_and_exit(text: str) -> NoReturn:
+    """Prints the text of --help; a reader that has had enough (`| head`) is no mistake, a full disk is one."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os._exit(0)
+    except OSError as error:
+        os.write(2, f"error: standard output can't be written: {error.strerror}\n".encode())
+        os._exit(2)  # sys.exit would try again to write what is left
+    sys.exit(0)
+
+
 def main() -> NoReturn:
     """Runs the command line of this process and ends it."""
     open_standard_streams()
     if text := help_or_version(sys.argv[1:]):
-        print(text)
-        sys.exit(0)
+        print_and_exit(text)
     from densenet_jax import cli
     from densenet_jax.distributed import processes
     from densenet_jax.system.host import keep_freed_memory

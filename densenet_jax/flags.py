@@ -4,10 +4,13 @@ import dataclasses
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from densenet_jax.errors import UserError
+
+_COLUMNS = 80  # of --help
 
 
 class Mode(NamedTuple):
@@ -29,12 +32,10 @@ MODES: dict[str, Mode] = {
         "eval --workdir runs/digits --checkpoint best",
         many_processes=True,
     ),
-    "predict": Mode(
-        "Predicts the classes of --images.", "predict --workdir runs/digits --images 'photos/*.jpg' --topk 3"
-    ),
+    "predict": Mode("Predicts the classes of --images.", "predict --workdir runs/digits --images 'photos/*.jpg'"),
     "export": Mode(
         "Writes the model as a file for other programs and checks it against the model.",
-        "export --workdir runs/digits --format onnx --output digits.onnx",
+        "export --workdir runs/digits --format onnx",
     ),
     "serve": Mode("Answers requests over REST and gRPC until it is stopped.", "serve --workdir runs/digits"),
     "report": Mode(
@@ -87,7 +88,7 @@ class Command:
         "predict",
         "export",
     )
-    overwrite: bool = _flag(False, "Whether to replace the file of --output.", "export")
+    overwrite: bool = _flag(False, "Replace the file of --output.", "export")
     labels: str = _flag(
         "", "A file with a class name a line; by default the run's own names.", "predict", "export", "serve"
     )
@@ -97,7 +98,9 @@ class Command:
     features: str = _flag("", "pooled or pyramid, written to a NumPy archive beside the output.", "predict")
     format: str = _flag("", "stablehlo, onnx, savedmodel or tflite.", "export")
     precision: str = _flag("float32", "float32, or what the format has of float16 and int8.", "export")
-    preprocess: bool = _flag(True, "Whether the file takes bytes and gives probabilities.", "export")
+    preprocess: bool = _flag(
+        True, "The file takes bytes and gives probabilities; --nopreprocess: normalized floats and logits.", "export"
+    )
     batch_size: int = _flag(0, "The only batch size that the file takes; 0: any.", "export")
     host: str = _flag("127.0.0.1", "Where to listen; 0.0.0.0 for every network.", "serve")
     port: int = _flag(8080, "Port of REST and of its page; 0: a free one.", "serve", lower=0, upper=65535)
@@ -145,6 +148,12 @@ def program_words() -> list[str]:
     return ["densenet-jax"] if installed else ["python", "main.py"]
 
 
+def entry(name: str, text: str, indent: int = 2, width: int = 16) -> str:
+    """Returns a line of --help, wrapped: a name, then its text in a column of its own."""
+    first = f"{'':{indent}}{name:{width}}"
+    return textwrap.fill(text, _COLUMNS, initial_indent=first, subsequent_indent=" " * len(first))
+
+
 def describe(mode: str = "") -> str:
     """Returns the text of --help for one mode; "" is all of them."""
     program = " ".join(program_words())
@@ -153,16 +162,22 @@ def describe(mode: str = "") -> str:
         return "\n".join([*lines, *_flag_lines(mode), *_flag_lines("")])
     lines = ["modes, each with its own flags and an example:"]
     for name, each in MODES.items():
-        lines += ["", f"  {name}: {each.help}", f"    {program} {each.example}", *_flag_lines(name, "    ")]
+        lines += ["", textwrap.fill(f"{name}: {each.help}", _COLUMNS, initial_indent="  ", subsequent_indent="    ")]
+        lines += [f"    {program} {each.example}", *_flag_lines(name, 4)]
     return "\n".join([*lines, "", "flags of every mode:", *_flag_lines("")])
 
 
-def _flag_lines(mode: str, indent: str = "  ") -> list[str]:
-    """Returns a line for each flag of one mode alone, or with "" for those of all modes."""
+def _flag_lines(mode: str, indent: int = 2) -> list[str]:
+    """Returns an entry for each flag of one mode alone, or with "" for those of all modes."""
     lines = []
     for flag in Command.flags():
         modes = flag.metadata["modes"]
         if (mode in modes) if mode else not modes:
-            default = "" if flag.default in ("", None, ()) else f" [{flag.default}]"
-            lines.append(f"{indent}--{flag.name:14}{flag.metadata['help']}{default}")
+            default = "" if flag.default in ("", None, (), False) else f" [{flag.default}]"
+            lines.append(entry(f"--{flag.name}", flag.metadata["help"] + default, indent))
+    if not mode:
+        lines += [
+            entry("--config", "A recipe's name or a Python file; by default the settings of the run, else digits."),
+            entry("--config.KEY", "A setting's value, as in --config.optim.learning_rate=0.2; repeatable."),
+        ]
     return lines

@@ -26,13 +26,10 @@ def names() -> list[str]:
     return sorted(path.stem for path in directory().glob("*.py") if path.stem not in ("__init__", "default"))
 
 
-def describe() -> str:
-    """Returns a line for each shipped recipe: its name and the first sentence of its file."""
-    lines = []
-    for name in names():
-        text = ast.get_docstring(ast.parse((directory() / f"{name}.py").read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {name:24}{text.splitlines()[0]}")
-    return "\n".join(lines)
+def summaries() -> dict[str, str]:
+    """Returns the first sentence of each shipped recipe's file, by its name."""
+    texts = {name: (directory() / f"{name}.py").read_text(encoding="utf-8") for name in names()}
+    return {name: (ast.get_docstring(ast.parse(text)) or "\n").splitlines()[0] for name, text in texts.items()}
 
 
 def split_off(words: list[str]) -> tuple[str, list[str]]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from densenet_jax.cli import parse
 from densenet_jax.flags import MODES, Command
 from densenet_jax.version import __version__
 from tests.in_process import run_here
-from tests.running import run_main
+from tests.running import ROOT, run_main
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,7 @@ def test_help_tells_of_modes_flags_recipes_and_models():
     text = help_or_version(["--help"])
     for word in (*MODES, *(f"--{flag.name}" for flag in Command.flags()), *recipes.names(), "densenet264d"):
         assert word in text
+    assert max(map(len, text.splitlines())) <= 80
     one = help_or_version(["predict", "--help"])
     assert "--topk" in one
     assert "--topology" not in one
@@ -116,6 +119,17 @@ def test_a_lost_standard_output_fails_no_finished_mode(monkeypatch):
     with open("/dev/full", "w", encoding="utf-8") as full, contextlib.redirect_stdout(full):
         assert cli.main(["densenet-jax", "--config=digits"]) == 0
         full.write("what comes later is dropped, too")
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status"), [(">/dev/full", 2), (">&-", 0), ("| true", 0), ("| head -n 1 >/dev/null", 0)]
+)
+def test_help_ends_without_a_traceback_where_nobody_reads_it(redirected, status):
+    command = f'"{sys.executable}" main.py --help {redirected}'
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == status
+    full = "error: standard output can't be written: No space left on device\n"
+    assert result.stderr == (full if status else "")
 
 
 def test_every_mode_has_a_function():
