@@ -33,13 +33,24 @@ def get_config() -> ml_collections.ConfigDict:
     model.kernels = "auto"  # "pallas": our kernels, on any GPU and on TPUs from v5 on; "xla": none; "auto": on Hopper
 
     data = config.data = ml_collections.ConfigDict()
-    data.name = "imagenet2012"  # a tfds name, "digits", or "folder" for class folders under data.dir
+    data.name = "imagenet2012"  # a tfds name, "digits", "folder" (class folders under data.dir) or "table"
     data.dir = ""  # where data sets are; "": tfds's own directory (TFDS_DATA_DIR or ~/tensorflow_datasets)
     data.train_split = "train"  # split for training
     data.eval_split = "validation"  # split for evaluation
     data.holdout = 0.0  # share (below 1) or number of training images kept back; data.eval_split="holdout" is these
-    data.class_order = "text"  # of class folders; "natural": numbers by value, as timm; or a file with a name a line
+    data.table = ""  # of name="table": a .csv or .parquet file; "{split}" in it stands for the split's name
+    data.image_column = "path"  # of the table: paths below data.dir, by default below the table's folder
+    data.label_columns = ()  # one column of class names, or one column a label: 1, 0, empty (unknown), -1 (uncertain)
+    data.label_separator = ""  # between names in the one label column, such as "|"; "": it has one class
+    data.label_none = ""  # of joined names: the name that stands for no label, such as "No Finding"
+    data.split_column = ""  # of the table: names of splits; "": all rows are "train"
+    data.split_lists = ()  # or pairs (split, text file with the path of an image a line)
+    data.group_column = ""  # of the table: what data.holdout must not split, such as a patient
+    data.class_order = "text"  # of classes; "natural": numbers by value, as timm; or a file with a name a line
     data.allow_changed = False  # True: go on although files of the data set came or went, or classes were renamed
+    data.labels = "single"  # one class an image; "multi": many labels, each 1, 0 or unknown
+    data.uncertain = "ignore"  # labels marked uncertain (-1): unknown, or counted as "zero" or "one"
+    data.empty = "ignore"  # labels of a table that are empty: unknown, or counted as "zero"
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as gray; others, up to 64, need files with that many
     data.pixel_range = ()  # two stored values that become black and white; (): those of the file's own type

@@ -25,6 +25,7 @@ MAY_CHANGE_ON_RESUME = (
     "model.block_form",
     "model.kernels",
     "data.dir",
+    "data.table",  # rows are compared with the checkpoint's
     "data.allow_changed",
     "data.class_order",  # class names are compared with the checkpoint's
     "data.reader_threads",
@@ -79,6 +80,10 @@ def _is_pairs(value: Any) -> bool:
     )
 
 
+def _is_names(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(name, str) and name and "\0" not in name for name in value)
+
+
 _TEXT: _Rule = ("text", lambda value: isinstance(value, str) and "\0" not in value)
 _NAME: _Rule = ("a name", lambda value: bool(value) and _TEXT[1](value))
 _SWITCH: _Rule = ("True or False", lambda value: isinstance(value, bool))
@@ -121,6 +126,20 @@ RULES: dict[str, _Rule] = {
     "data.holdout": _number(
         "a share below 1 or a number of images", lambda value: 0 <= value < 1 or value == int(value) > 0
     ),
+    "data.labels": _one_of("single", "multi"),
+    "data.uncertain": _one_of("ignore", "zero", "one"),
+    "data.empty": _one_of("ignore", "zero"),
+    "data.table": _TEXT,
+    "data.image_column": _NAME,
+    "data.label_columns": ('names of columns with brackets around them, such as ("cat",)', _is_names),
+    "data.label_separator": _TEXT,
+    "data.label_none": _TEXT,
+    "data.split_column": _TEXT,
+    "data.split_lists": (
+        'pairs with brackets around each, such as (("train", "train.txt"), ("test", "test.txt"))',
+        lambda value: all(len(pair) == 2 and _is_names(pair) for pair in value),
+    ),
+    "data.group_column": _TEXT,
     "data.image_size_px": _whole(1, _SIDE),
     "data.channels": _whole(1, 64),
     "data.pixel_range": (

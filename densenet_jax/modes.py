@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from densenet_jax.config import flatten, to_dict
+from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.distributed import processes
 from densenet_jax.experiment import Experiment
 from densenet_jax.export.export import ExportOptions, export
@@ -202,10 +203,15 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it."""
     del workdir, command  # data sets lie in config.data.dir
-    return {
-        "name": config.data.name,
-        "splits": prepare_and_verify(config.data.name, config.data.dir, tuple(config.data.pixel_range)),
-    }
+    data = config.data
+    splits = prepare_and_verify(
+        data.name,
+        data.dir,
+        tuple(data.pixel_range),
+        table=TableSettings.from_config(config),
+        labels=Labels.from_config(config),
+    )
+    return {"name": data.name, "splits": splits}
 
 
 def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -243,7 +249,7 @@ FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "serve": serve_mode,
 }
 # Settings in which hosts may differ: where data are and how they are read.
-_OF_THE_HOST = ("data.dir", "data.reader_threads", "data.prefetch_batches")
+_OF_THE_HOST = ("data.dir", "data.table", "data.reader_threads", "data.prefetch_batches")
 
 
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:

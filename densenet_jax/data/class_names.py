@@ -63,22 +63,22 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
     return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
 
 
-def order_classes(folders: Iterable[str], class_order: str) -> tuple[str, ...]:
-    """Orders class folders by class number.
+def order_classes(classes: Iterable[str], class_order: str) -> tuple[str, ...]:
+    """Orders classes by number.
 
     `class_order` is "text" (by code point), "natural" (see `natural_key`) or a file with one name per line.
 
     Raises:
-        UserError: the file can't be read, has a name twice, or lacks a folder.
+        UserError: the file can't be read, has a name twice, or lacks a class.
     """
     if class_order in ("text", "natural"):
-        return tuple(sorted(folders, key=natural_key if class_order == "natural" else None))
+        return tuple(sorted(classes, key=natural_key if class_order == "natural" else None))
     names = read_labels(class_order)
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         raise UserError(f"config.data.class_order {class_order} has a name twice: {', '.join(twice[:5])}.")
-    if missing := sorted(set(folders) - set(names)):
+    if missing := sorted(set(classes) - set(names)):
         raise UserError(
-            f"config.data.class_order {class_order} lacks {len(missing)} class folders: {', '.join(missing[:5])}; "
+            f"config.data.class_order {class_order} lacks {len(missing)} classes: {', '.join(missing[:5])}; "
             "add a line for each."
         )
     return names

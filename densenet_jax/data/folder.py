@@ -53,7 +53,7 @@ class FolderSource:
         if not own:
             raise UserError(f"{self._root} has no class folders; expected {self._root}/CLASS/IMAGE.")
         self.num_classes = len(self.class_names)
-        self.label_sets = False
+        self.label_sets = self.many_labels = False
         self._labels, self._ends, self._names = _load_or_list(directory, self._root, own, self.class_names)
         if not len(self._labels):
             raise UserError(f"{self._root} holds no images; expected {self._root}/CLASS/IMAGE.")
@@ -92,6 +92,9 @@ class FolderSource:
     def labels(self) -> np.ndarray:
         """Returns every label, int32 [n]."""
         return self._labels
+
+    def groups(self) -> None:
+        """Returns None: there are no groups."""
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns the image count of each class and a digest of the paths below its folder."""

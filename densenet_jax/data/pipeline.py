@@ -35,7 +35,8 @@ def train_batches(
     """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
     Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share. Batches
-    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b]}, b being this process's share.
+    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b]}, b being this process's share; "label" is float32
+    [b, k] if the source has many labels.
 
     Args:
         seed: determines, with the step, order and crops.
@@ -63,7 +64,7 @@ def train_batches(
             read(indices[row], numbers[row], rows.batch["image"][row : row + 1], rows.batch["label"][row : row + 1])
 
     steps = FOREVER[start_step:]
-    arrays = _arrays(share, transform)
+    arrays = _arrays(share, transform, source)
     return Batches(arrays, steps, fill, damaged, reader_threads=reader_threads, prefetch_batches=prefetch_batches)
 
 
@@ -84,8 +85,8 @@ def eval_batches(
     images are masked out as well, and counted. Arguments as for `train_batches`.
 
     Returns:
-        iterator of {"image": uint8 or uint16 [b, h, w, c] (or [b, crops, h, w, c]), "label": int32 [b],
-        "mask": bool [b]}; with `label_sets` also {"label_set": bool [b, classes]}, True for every right class.
+        iterator of {"image": uint8 or uint16 [b, h, w, c] (or [b, crops, h, w, c]), "label": int32 [b] or float32
+        [b, k], "mask": bool [b]}; with `label_sets` also {"label_set": bool [b, classes]}, True for every right class.
     """
     share = _share(global_batch_size, process_count)
     damaged = Damaged(_skips(on_damaged))
@@ -111,7 +112,7 @@ def eval_batches(
                 batch["label_set"][row, list(record.label_set)] = True
 
     steps = range(-(-total // global_batch_size))
-    arrays = _arrays(share, transform) | {"mask": ((share,), np.bool_)}
+    arrays = _arrays(share, transform, source) | {"mask": ((share,), np.bool_)}
     if source.label_sets:
         arrays["label_set"] = ((share, source.num_classes), np.bool_)
     return Batches(arrays, steps, fill, damaged, reader_threads=reader_threads, prefetch_batches=prefetch_batches)
@@ -124,7 +125,7 @@ class _Fresh:
         self._source, self._transform, self._damaged = source, transform, damaged
 
     def __call__(self, index: int, draws: np.ndarray, image: np.ndarray, label: np.ndarray) -> None:
-        """Writes the example into `image` uint8[1, h, w, c] and `label` int32[1]."""
+        """Writes the example into `image` uint8[1, h, w, c] and `label`, int32[1] or float32[1, k]."""
         size = len(self._source)
         for offset in range(size):
             try:
@@ -144,7 +145,8 @@ class _Kept(_Fresh):
         shape = (len(source), *transform.shape)
         fits = int(np.prod(shape, dtype=np.int64)) * transform.dtype.itemsize <= _KEEP_BYTES
         self._images = np.empty(shape if fits else (0,), transform.dtype)
-        self._labels = np.empty(len(self._images), np.int32)
+        label_shape, label_dtype = _arrays(len(self._images), transform, source)["label"]
+        self._labels = np.empty(label_shape, label_dtype)
         self._have = np.zeros(len(self._images), bool)
         self._lock = threading.Lock()
 
@@ -162,8 +164,9 @@ class _Kept(_Fresh):
         return None
 
 
-def _arrays(share: int, transform: Transform) -> dict[str, tuple[tuple[int, ...], Any]]:
-    return {"image": ((share, *transform.shape), transform.dtype), "label": ((share,), np.int32)}
+def _arrays(share: int, transform: Transform, source: Source) -> dict[str, tuple[tuple[int, ...], Any]]:
+    label = ((share, source.num_classes), np.float32) if source.many_labels else ((share,), np.int32)
+    return {"image": ((share, *transform.shape), transform.dtype), "label": label}
 
 
 def _share(global_batch_size: int, process_count: int) -> int:

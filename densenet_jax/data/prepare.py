@@ -17,6 +17,8 @@ from densenet_jax.data.convert import Progress
 from densenet_jax.data.decode import DamagedImage, decode_image
 from densenet_jax.data.filelock import locked
 from densenet_jax.data.records import Source
+from densenet_jax.data.settings import SINGLE, Labels, TableSettings
+from densenet_jax.data.summary import count_labels
 from densenet_jax.errors import UserError
 
 # Examples in a complete data set.
@@ -54,7 +56,7 @@ class SplitReport:
     Attributes:
         expected: size of the complete data set; None where that is not known.
         damaged: (name, why) of every image that can't be decoded, in file order.
-        class_counts: int64 [classes], damaged images included.
+        class_counts: int64 [classes], damaged images included; with several labels the images that have each.
     """
 
     split: str
@@ -85,16 +87,18 @@ def prepare_dataset(
     workers: int = 0,
     verify: bool = True,
     pixel_range: tuple[float, ...] = (),
+    table: TableSettings | None = None,
+    labels: Labels = SINGLE,
 ) -> list[SplitReport]:
     """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
 
-    Digits and class folders need nothing but this call. A tfds set stored as TFRecord gets ArrayRecord files beside it.
-    Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and its
-    archives in DIRECTORY/downloads/manual).
+    Digits, class folders and tables need nothing but this call. A tfds set stored as TFRecord gets ArrayRecord files
+    beside it. Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and
+    its archives in DIRECTORY/downloads/manual).
 
     Args:
         name: as for `open_source`, like `directory`.
-        splits: what to verify; (): all splits that a tfds set has, or "train" and "validation" of class folders.
+        splits: what to verify; (): all splits of a tfds set or table, or "train" and "validation" of class folders.
         progress: called with (activity, amount done, total).
         workers: threads that convert and verify; 0: one per core.
         pixel_range: see `densenet_jax.data.decode.decode_image`.
@@ -105,11 +109,15 @@ def prepare_dataset(
     Raises:
         UserError: something that only the user can do is missing; the message says what.
     """
-    directory = directory or sources.default_directory()
+    directory = directory if name == "table" else directory or sources.default_directory()
     workers = workers or available_cores()
     known: dict[str, int] = KNOWN_COUNTS.get(name.partition("/")[0].partition(":")[0], {})
     if name == "folder":
         splits = splits or ("train", "validation")
+    elif name == "table":
+        from densenet_jax.data.table_rows import split_names
+
+        splits = splits or split_names(table or TableSettings(""), directory, labels)
     elif name == "digits":
         splits = splits or ("train", "test")
     else:
@@ -119,7 +127,12 @@ def prepare_dataset(
         return []
     return [
         verify_split(
-            sources.open_source(name, directory, split), split, known.get(split), progress, workers, pixel_range
+            sources.open_source(name, directory, split, table=table, labels=labels),
+            split,
+            known.get(split),
+            progress,
+            workers,
+            pixel_range,
         )
         for split in splits
     ]
@@ -141,7 +154,7 @@ def verify_split(
     done = 0
     check = functools.partial(_check, source, pixel_range=pixel_range)
     for labels, refused in _in_order(check, blocks, workers or available_cores()):
-        counts += np.bincount(labels, minlength=source.num_classes)
+        counts += count_labels(labels, source.num_classes)
         damaged += refused
         done = min(done + _BLOCK, total)
         progress(f"verify {split}", done, total)
@@ -153,13 +166,13 @@ def _check(source: Source, block: range, pixel_range: tuple[float, ...]) -> tupl
     for index in block:
         try:
             record = source[index]
-            if not 0 <= record.label < source.num_classes:
+            if not source.many_labels and not 0 <= record.label < source.num_classes:
                 raise DamagedImage(record.name, f"its label {record.label} is none of {source.num_classes} classes")
             labels.append(record.label)
             decode_image(record.image, 0, name=record.name, pixel_range=pixel_range, bits=0)
         except DamagedImage as error:
             damaged.append((error.name, error.why))
-    return np.array(labels, np.int64), damaged
+    return np.array(labels, np.float32 if source.many_labels else np.int64), damaged
 
 
 def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:

@@ -12,12 +12,13 @@ class Record:
 
     Attributes:
         image: the encoded file (JPEG, PNG, ...).
+        label: a class number; or float32 [k] where the source has `many_labels`: 1, 0 and NaN for unknown.
         name: how a person finds this example again: the file's name, or split and position.
         label_set: every right class, where the source has `label_sets`; () where nobody could say.
     """
 
     image: bytes
-    label: int
+    label: int | np.ndarray
     name: str
     label_set: tuple[int, ...] = ()
 
@@ -37,6 +38,10 @@ class Source(Protocol):
     def label_sets(self) -> bool:
         """Whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one."""
 
+    @property
+    def many_labels(self) -> bool:
+        """Whether examples have many labels, each present, absent or unknown; `num_classes` and names are theirs."""
+
     def __len__(self) -> int:
         """Number of examples."""
 
@@ -48,7 +53,10 @@ class Source(Protocol):
         """
 
     def labels(self) -> np.ndarray:
-        """Returns every label, int32 [n], without reading images where the files allow that."""
+        """Returns every label, int32 [n] or float32 [n, k], without reading images where the files allow that."""
+
+    def groups(self) -> np.ndarray | None:
+        """Returns the number of each example's group (a patient, say), int32 [n]; None without groups."""
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns the count of each class and a digest of its names; [] if only the total is known."""

@@ -12,6 +12,7 @@ import numpy as np
 from densenet_jax.data.convert import stored_formats
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record, Source
+from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,18 +30,26 @@ def default_directory() -> str:
 
 
 def open_source(
-    name: str, directory: str = "", split: str = "train", *, holdout: float = 0.0, class_order: str = "text"
+    name: str,
+    directory: str = "",
+    split: str = "train",
+    *,
+    holdout: float = 0.0,
+    class_order: str = "text",
+    labels: Labels = SINGLE,
+    table: TableSettings | None = None,
 ) -> Source:
     """Opens one split of a prepared data set.
 
     Args:
-        name: "digits" (prepared on first use), "folder" (a tree of class folders: DIRECTORY/train/CLASS/*), or a tfds
-            name "set", "set/config" or "set/config:1.2.3" that was prepared as ArrayRecord.
+        name: "digits" (prepared on first use), "folder" (a tree of class folders: DIRECTORY/train/CLASS/*), "table"
+            (a CSV or Parquet file, which `table` describes), or a tfds name "set", "set/config" or "set/config:1.2.3"
+            that was prepared as ArrayRecord.
         directory: "" is tfds's own directory. May be a `gs://` or `s3://` path for tfds sets.
         split: a split's name, or for tfds sets also a slice such as "train[:90%]". "holdout" is the part that
             `holdout` takes away from "train".
         holdout: how much of "train" is held out: a count from 1 on or a share below 1; 0 holds nothing out. Which
-            examples are held out depends only on their number, never on a run's seed.
+            examples are held out depends only on their number, never on a run's seed; groups of a table stay whole.
         class_order: of class folders; see `densenet_jax.data.class_names.order_classes`.
 
     Raises:
@@ -49,10 +58,17 @@ def open_source(
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
         raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
     wanted = "train" if split == "holdout" else split
-    source = _open_whole(name, directory or default_directory(), wanted, class_order)
+    if name == "table":
+        from densenet_jax.data.table import TableSource
+
+        source: Source = TableSource(table or TableSettings(""), directory, wanted, labels, class_order)
+    elif labels.several:
+        raise UserError(f"config.data.labels is multi, but {name} has one class an image; set it to single.")
+    else:
+        source = _open_whole(name, directory or default_directory(), wanted, class_order)
     if wanted != "train" or (split != "holdout" and not holdout):
         return source
-    part = _hold_out(source, holdout, part=split)
+    part = _hold_out(source, holdout, is_held_out=split == "holdout")
     if name == "folder":
         _warn_of_missing_classes(part, split)
     return part
@@ -77,17 +93,25 @@ def _open_whole(name: str, directory: str, split: str, class_order: str) -> Sour
     return ArrayRecordSource(find_prepared(name, directory), split)
 
 
-def _hold_out(source: Source, holdout: float, part: str) -> Source:
-    total = len(source)
+def _hold_out(source: Source, holdout: float, is_held_out: bool) -> Source:
+    total, groups = len(source), source.groups()
     count = int(holdout) if holdout >= 1 else round(holdout * total)
+    random = np.random.RandomState(_HOLDOUT_SEED)  # whose stream is frozen by numpy
+    if groups is None:
+        order = random.permutation(total)
+    else:  # whole groups, in the order of a permutation, until there are `count` images
+        sizes = np.bincount(groups)
+        ranks = random.permutation(len(sizes))
+        order = np.argsort(ranks[groups], kind="stable")
+        ends = np.cumsum(sizes[np.argsort(ranks)])
+        count = int(ends[np.searchsorted(ends, count)]) if 0 < count <= total else count
     if not 0 < count < total:
         raise UserError(
-            f"config.data.holdout is {holdout!r}, which holds out {count} of the {total} training images; "
-            "expected at least 1 and not all of them."
+            f"config.data.holdout is {holdout!r}, which holds out {count} of the {total} training images"
+            + ("; " if groups is None else " in whole groups; ")
+            + "expected at least 1 and not all of them."
         )
-    order = np.random.RandomState(_HOLDOUT_SEED).permutation(total)  # RandomState's stream is frozen by numpy
-    chosen = order[:count] if part == "holdout" else order[count:]
-    return SubsetSource(source, np.sort(chosen))
+    return SubsetSource(source, np.sort(order[:count] if is_held_out else order[count:]))
 
 
 class SubsetSource:
@@ -98,7 +122,7 @@ class SubsetSource:
         self._indices = np.asarray(indices, np.int64)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
-        self.label_sets = source.label_sets
+        self.label_sets, self.many_labels = source.label_sets, source.many_labels
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -107,8 +131,13 @@ class SubsetSource:
         return self._source[int(self._indices[index])]
 
     def labels(self) -> np.ndarray:
-        """Returns the labels of the chosen examples, int32 [n]."""
+        """Returns the labels of the chosen examples, int32 [n] or float32 [n, k]."""
         return self._source.labels()[self._indices]
+
+    def groups(self) -> np.ndarray | None:
+        """Returns the groups of the chosen examples, int32 [n]; None without groups."""
+        groups = self._source.groups()
+        return None if groups is None else groups[self._indices]
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns the identity of the whole source."""
@@ -138,7 +167,7 @@ class ArrayRecordSource:
         self.num_classes = int(feature.num_classes)
         self.class_names = tuple(feature.names)
         self._set_key = _label_set_key(builder.info.features)
-        self.label_sets = bool(self._set_key)
+        self.label_sets, self.many_labels = bool(self._set_key), False
         self._records = _open_records(builder, split, directory)
         self._parse = _example_parser()
         self._labels: np.ndarray | None = None
@@ -168,6 +197,9 @@ class ArrayRecordSource:
             if self._labels is None:
                 self._labels = np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
             return self._labels
+
+    def groups(self) -> None:
+        """Returns None: there are no groups."""
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns []: names would have to be read record by record."""
@@ -238,7 +270,7 @@ def find_prepared(name: str, directory: str) -> str:
 
     match = re.fullmatch(r"(?P<set>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?", name)
     if not match:
-        raise UserError(f"config.data.name is {name!r}; expected digits, folder or a tfds name like cifar10.")
+        raise UserError(f"config.data.name is {name!r}; expected digits, folder, table or a tfds name like cifar10.")
     root = epath.Path(directory) / match["set"]
     if match["config"]:
         root /= match["config"]

@@ -65,9 +65,19 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
         widths.append(width)
         heights.append(height)
         sizes.append(len(record.image))
-    labels = source.labels()
-    counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
+    counts = count_labels(source.labels(), source.num_classes)
     return SplitSummary(total, counts, np.array(widths), np.array(heights), np.array(sizes), tuple(damaged))
+
+
+def count_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    """Counts the examples of each class, or those that have each label: int64 [count].
+
+    Args:
+        labels: integers [n], negative where unknown, or floats [n, count] of 1, 0 and NaN.
+    """
+    if labels.ndim == 2:
+        return (labels == 1).sum(axis=0, dtype=np.int64)
+    return np.bincount(labels[labels >= 0].astype(np.int64), minlength=count)
 
 
 def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[str, str]]:

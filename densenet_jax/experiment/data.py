@@ -14,6 +14,7 @@ from densenet_jax.data.class_names import order_classes, orders_differ
 from densenet_jax.data.identity import Identity, check_identity, identify, is_contradiction
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
+from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.data.sources import Source, is_prepared, open_source
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
@@ -166,7 +167,8 @@ class Data:
     def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays in a global batch of evaluation."""
         size = self.eval_batch_size
-        shapes = {"image": (size, *self.transform(8, False).shape), "label": (size,), "mask": (size,)}
+        label = (size, self.eval_source.num_classes) if self.eval_source.many_labels else (size,)
+        shapes = {"image": (size, *self.transform(8, False).shape), "label": label, "mask": (size,)}
         if self.eval_source.label_sets:
             shapes["label_set"] = (size, self.eval_source.num_classes)
         return shapes
@@ -291,6 +293,8 @@ class Data:
             split,
             holdout=float(config.data.holdout),
             class_order=config.data.class_order,
+            labels=Labels.from_config(config),
+            table=TableSettings.from_config(config),
         )
 
     def _reading(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Samples:
         data = self.config.data
         if data.name == "digits":
             return True  # they are prepared on first use
-        return data.name == "folder" or is_prepared(data.name, data.dir)
+        return data.name in ("folder", "table") or is_prepared(data.name, data.dir)
 
 
 def generate_images(count: int, shape: Sequence[int], dtype: Any = np.uint8) -> np.ndarray:

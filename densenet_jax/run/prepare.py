@@ -1,11 +1,18 @@
 """Prepares and verifies a data set, with a bar for each part of the work."""
 
 from densenet_jax.data.prepare import SplitReport, prepare_dataset
+from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.errors import UserError
 from densenet_jax.system.console import Bar, print_status
 
 
-def prepare_and_verify(name: str, directory: str, pixel_range: tuple[float, ...] = ()) -> dict[str, int]:
+def prepare_and_verify(
+    name: str,
+    directory: str,
+    pixel_range: tuple[float, ...] = (),
+    table: TableSettings | None = None,
+    labels: Labels = SINGLE,
+) -> dict[str, int]:
     """Prepares what is not yet prepared, decodes every image and returns the number of images of each split.
 
     Raises:
@@ -22,7 +29,9 @@ def prepare_and_verify(name: str, directory: str, pixel_range: tuple[float, ...]
         bars[what].move_to(done)
 
     try:
-        reports = prepare_dataset(name, directory, progress=progress, pixel_range=pixel_range)
+        reports = prepare_dataset(
+            name, directory, progress=progress, pixel_range=pixel_range, table=table, labels=labels
+        )
     finally:
         for bar in bars.values():
             bar.close()

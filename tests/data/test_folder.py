@@ -214,7 +214,7 @@ def test_class_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "why"),
-    [("1\n2\n10\n12\nb\n", "lacks 1 class folders: A"), ("1\n2\n2\n10\n12\nb\nA\n", "a name twice: 2"),
+    [("1\n2\n10\n12\nb\n", "lacks 1 classes: A"), ("1\n2\n2\n10\n12\nb\nA\n", "a name twice: 2"),
      ("1\n2\n10\n12\nb\nA\nC\n", "no images of 1 of 7 classes: 'C'")],
 )  # fmt: skip
 def test_a_class_order_that_does_not_fit(tmp_path, lines, why):

@@ -26,7 +26,7 @@ class Numbers:
         self.size, self.damaged, self.seconds = size, damaged, seconds
         self.num_classes = size
         self.class_names = tuple(map(str, range(size)))
-        self.label_sets = False
+        self.label_sets = self.many_labels = False
         self.reads = 0
 
     def __len__(self):

@@ -148,6 +148,7 @@ def test_labels_outside_the_classes_are_damage():
     class Labeled:
         num_classes = 2
         class_names = ("a", "b")
+        many_labels = False
 
         def __len__(self):
             return 1

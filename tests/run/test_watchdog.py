@@ -18,7 +18,7 @@ PICTURE = cv2.imencode(".png", np.zeros((4, 4, 1), np.uint8))[1].tobytes()
 class Stalling:
     """Records of which one does not come until it is let go."""
 
-    num_classes, class_names, label_sets = 2, ("a", "b"), False
+    num_classes, class_names, label_sets, many_labels = 2, ("a", "b"), False, False
 
     def __init__(self) -> None:
         self.let_go = threading.Event()
