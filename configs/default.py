@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.labels = "single"  # one class an image; "multi": many labels, each 1, 0 or unknown
     data.uncertain = "ignore"  # labels marked uncertain (-1): unknown, or counted as "zero" or "one"
     data.empty = "ignore"  # labels of a table that are empty: unknown, or counted as "zero"
+    data.sampler = "shuffled"  # each image once an epoch; "balanced": every class or label comes equally often
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as gray; others, up to 64, need files with that many
     data.pixel_range = ()  # two stored values that become black and white; (): those of the file's own type
@@ -87,7 +88,11 @@ def get_config() -> ml_collections.ConfigDict:
     train.microbatches = 1  # number of parts in which the batch is computed, to save memory
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
-    train.label_smoothing = 0.0  # spread this much evenly over all classes
+    train.loss = ""  # "softmax" for one class; "sigmoid", "focal" or "asymmetric" for many labels; "": the first
+    train.loss_gammas = ()  # powers for present and absent labels; (): focal (2.0, 2.0), asymmetric (0.0, 4.0)
+    train.loss_margin = 0.05  # asymmetric: absent labels of a smaller probability count nothing
+    train.class_weights = "none"  # "balanced" by the training images, or a number a class (label: its presence), "2, 1"
+    train.label_smoothing = 0.0  # spread this much evenly over all classes, or over presence and absence of a label
     train.log_every_steps = 0  # steps between reports; 0: 50, fewer in a run of less than 1,000 steps
     train.stall_secs = 600.0  # report, with stack traces of all threads, when nothing moves for this long; 0: never
 

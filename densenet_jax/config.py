@@ -14,6 +14,7 @@ import ml_collections
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.kernels.select import KERNELS_WANTED
 from densenet_jax.system.profiler import is_profile
+from densenet_jax.training.losses import LOSSES, parse_weights
 from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.precision import POLICIES
 from densenet_jax.training.schedules import SCHEDULES
@@ -140,6 +141,7 @@ RULES: dict[str, _Rule] = {
         lambda value: all(len(pair) == 2 and _is_names(pair) for pair in value),
     ),
     "data.group_column": _TEXT,
+    "data.sampler": _one_of("shuffled", "balanced"),
     "data.image_size_px": _whole(1, _SIDE),
     "data.channels": _whole(1, 64),
     "data.pixel_range": (
@@ -183,6 +185,16 @@ RULES: dict[str, _Rule] = {
     "train.microbatches": _whole(1),
     "train.sharding": _one_of("replicated", "fsdp"),
     "train.average_decay": _BELOW_1,
+    "train.loss": (f"{', '.join(LOSSES)} or empty", lambda value: value in ("", *LOSSES)),
+    "train.loss_gammas": (
+        "two powers from 0 on, or ()",
+        lambda value: len(value) in (0, 2) and all(map(_NOT_NEGATIVE[1], value)),
+    ),
+    "train.loss_margin": _BELOW_1,
+    "train.class_weights": (
+        'none, balanced or one number above 0 a class, such as "2, 1, 0.5"',
+        lambda value: value in ("none", "balanced") or min(parse_weights(value)) > 0,
+    ),
     "train.label_smoothing": _BELOW_1,
     "train.log_every_steps": _whole(0),
     "train.stall_secs": _number("a time from 0 on", lambda value: 0 <= value <= 1e9),
@@ -344,7 +356,25 @@ def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConf
             raise UserError(f"config.{key} is {value!r}; expected {expected}.")
         if not all(abs(number) <= _LARGEST for number in _floats(value)):
             raise UserError(f"config.{key} is {value!r}; expected numbers that float32 can hold.")
+    _check_labels(config)
     return ml_collections.FrozenConfigDict(config)
+
+
+def _check_labels(config: ml_collections.ConfigDict) -> None:
+    """Checks that the loss and the evaluation are for the number of labels an image has."""
+    labels, loss = config.data.labels, config.train.loss
+    if loss and LOSSES[loss].labels != labels:
+        fitting = " or ".join(name for name, kind in LOSSES.items() if kind.labels == labels)
+        raise UserError(
+            f"config.train.loss is {loss!r}, which is for config.data.labels={LOSSES[loss].labels}, but that is "
+            f"{labels!r}; expected {fitting}, or empty for the usual one."
+        )
+    for key in ("class_map", "per_class_output", "confusion_output"):
+        if labels == "multi" and config.eval[key]:
+            raise UserError(
+                f"config.eval.{key} is {config.eval[key]!r}, which expects one class an image, but config.data.labels "
+                "is 'multi'; leave it empty."
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

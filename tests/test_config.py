@@ -159,3 +159,23 @@ def test_unreadable_config_json_is_a_users_error(tmp_path):
 
 def test_differences_of_equal_settings_are_none():
     assert differences(to_dict(frozen()), to_dict(frozen())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data.labels": "multi", "train.loss": "softmax"},
+            "train.loss is 'softmax', which .*single, .*'multi'",
+        ),
+        ({"train.loss": "focal"}, "train.loss is 'focal', .*'single'; expected softmax, or empty"),
+        ({"data.labels": "multi", "eval.class_map": "present"}, "eval.class_map is 'present', .*one class an image"),
+        ({"train.class_weights": "1, 0, 2"}, "train.class_weights is '1, 0, 2'; expected none, balanced or one number"),
+        ({"train.class_weights": "even"}, "train.class_weights is 'even'"),
+        ({"train.loss_gammas": (1.0,)}, "train.loss_gammas .*two powers"),
+    ],
+)
+def test_settings_of_labels_fit_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        frozen(**changes)
+    frozen(**{"data.labels": "multi", "train.loss": "asymmetric", "train.class_weights": "(1, 2.5)"})

@@ -45,7 +45,7 @@ def cut_boxes(
 
 def mix(
     images: Float[Array, "b h w c"],
-    labels: Int[Array, " b"],
+    labels: Int[Array, " b"] | Float[Array, "b k"],
     key: Key[Array, ""],
     *,
     num_classes: int,
@@ -63,7 +63,11 @@ def mix(
     floats, mixed in float32 at least and returned in their dtype, with the class probabilities, float32 [b, k],
     unsmoothed.
 
+    Many labels an image are mixed one by one; one that is unknown (NaN) in either image is unknown in the mixture,
+    unless that image has no share in it.
+
     Args:
+        labels: class numbers, or many labels an image.
         mixup_alpha: 0 turns mixup off.
         cutmix_alpha: 0 turns cutmix off.
         probability: that anything is mixed at all.
@@ -72,7 +76,8 @@ def mix(
         pair_distance: see `partners`; more than 1 where neighbors are copies of one image (repeated augmentation).
     """
     size, height, width, _ = images.shape
-    targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    many = labels.ndim == 2
+    targets = labels if many else jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     if mixup_alpha <= 0.0 and cutmix_alpha <= 0.0:
         return images, targets
     keys = example_keys(key, size) if per_example else example_keys(key, 1)
@@ -89,4 +94,8 @@ def mix(
     inside = inside_boxes(boxes, height, width)
     own_pixel = jnp.where(cut[:, None, None, None], jnp.where(inside, 0.0, 1.0), share[:, None, None, None])
     mixed = own_pixel * images + (1.0 - own_pixel) * partners(images, pair_distance)
-    return mixed.astype(images.dtype), own_label * targets + (1.0 - own_label) * partners(targets, pair_distance)
+    others = partners(targets, pair_distance)
+    targets_mixed = own_label * targets + (1.0 - own_label) * others
+    if many:
+        targets_mixed = jnp.where(own_label == 1.0, targets, jnp.where(own_label == 0.0, others, targets_mixed))
+    return mixed.astype(images.dtype), targets_mixed

@@ -11,7 +11,7 @@ import numpy as np
 from densenet_jax.data.batches import FOREVER, Batches, Damaged, Rows
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Source
-from densenet_jax.data.sampler import Draws, Order
+from densenet_jax.data.sampler import BalancedOrder, Draws, Order
 from densenet_jax.data.transforms import Transform
 from densenet_jax.errors import UserError
 
@@ -31,6 +31,7 @@ def train_batches(
     prefetch_batches: int = 4,
     on_damaged: str = "error",
     repeats: int = 1,
+    sampler: str = "shuffled",
 ) -> Batches:
     """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
@@ -47,6 +48,8 @@ def train_batches(
         on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set and counts.
         repeats: neighboring examples of a batch that are one image, each with its own random transform; see
             `Order`. Must divide `global_batch_size`.
+        sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often, see
+            `BalancedOrder`.
 
     Raises:
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
@@ -54,7 +57,9 @@ def train_batches(
     share = _share(global_batch_size, process_count)
     check_repeats(global_batch_size, repeats)
     damaged = Damaged(_skips(on_damaged))
-    order, draws = Order(len(source), seed, repeats), Draws(seed, transform.draws)
+    balanced = sampler == "balanced"
+    order = BalancedOrder(source.labels(), seed, repeats) if balanced else Order(len(source), seed, repeats)
+    draws = Draws(seed, transform.draws)
     read = _Kept(source, transform, damaged) if not transform.draws else _Fresh(source, transform, damaged)
 
     def fill(rows: Rows) -> None:

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 from grain.experimental import index_shuffle
 
-_ORDER, _CROPS = 0x6F72, 0x6372  # purposes of the random streams
+_ORDER, _CROPS, _GROUPS = 0x6F72, 0x6372, 0x6772  # purposes of the random streams
 _WORDS = 4  # random words per Philox count
 
 
@@ -36,6 +36,41 @@ class Order:
             epoch, place = divmod(position // self._repeats, self._size)
             indices.append(index_shuffle(place, max_index=last, seed=self._epoch_seed(epoch), rounds=4) if last else 0)
         return indices
+
+
+class BalancedOrder:
+    """Endless training order in which every class, or every label's positives, comes equally often.
+
+    The positions form rounds with one example of each group, in an order of their own; round r takes the r-th example
+    of each group's endless `Order`. So a group's examples come equally often too, and any stretch is computed directly.
+    """
+
+    def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1) -> None:
+        """Groups examples by their labels; groups without an example are left out.
+
+        Args:
+            labels: int [n] class numbers; or float [n, k] with 1 for a label that is present, whose examples are a
+                group, as are the examples without any present label.
+        """
+        if labels.ndim == 1:
+            groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+        else:
+            groups = [np.flatnonzero(present) for present in (labels == 1).T]
+            groups.append(np.flatnonzero(~(labels == 1).any(axis=1)))
+        self._groups = [group for group in groups if len(group)]
+        self._orders = [Order(len(group), _hash(seed, _GROUPS, i)) for i, group in enumerate(self._groups)]
+        self._rounds, self._repeats = Order(len(self._groups), _hash(seed, _GROUPS)), repeats
+
+    def stretch(self, start: int, count: int) -> list[int]:
+        """Returns the examples at positions `start` to `start + count - 1`."""
+        first = start // self._repeats
+        last = (start + count - 1) // self._repeats
+        chosen = self._rounds.stretch(first, last + 1 - first)
+        examples = []
+        for place, number in enumerate(chosen, first):
+            (draw,) = self._orders[number].stretch(place // len(self._groups), 1)
+            examples.append(int(self._groups[number][draw]))
+        return [examples[position // self._repeats - first] for position in range(start, start + count)]
 
 
 class Draws:

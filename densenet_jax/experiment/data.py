@@ -239,6 +239,7 @@ class Data:
             transform=transform,
             on_damaged=config.data.on_damaged,
             repeats=config.augment.repeats,
+            sampler=config.data.sampler,
             **self._reading(),
         )
 

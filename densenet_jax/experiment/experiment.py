@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from densenet_jax.data.pipeline import check_repeats
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of, normalize_with
 from densenet_jax.experiment.data import Data
-from densenet_jax.experiment.optimization import optimizer_of, schedule_of
+from densenet_jax.experiment.optimization import loss_of, optimizer_of, schedule_of
 from densenet_jax.kernels.select import check_wanted
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained
@@ -26,6 +27,7 @@ from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_predict_step
+from densenet_jax.training.losses import Loss
 from densenet_jax.training.precision import Policy, get_policy
 from densenet_jax.training.restore import check_same_shapes, restore_variables
 from densenet_jax.training.schedules import Schedule
@@ -156,6 +158,13 @@ class Experiment:
         return schedule_of(self.config, timeline)
 
     @functools.cached_property
+    def loss(self) -> Loss:
+        """Training loss; without a data set, class weights are counted as equal."""
+        absent = self.absent_devices is not None
+        train_labels = (lambda: np.arange(self.num_classes)) if absent else (lambda: self.data.train_source.labels())
+        return loss_of(self.config, self.num_classes, train_labels)
+
+    @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """Optax optimizer."""
         return optimizer_of(self.config, self.schedule)
@@ -210,7 +219,7 @@ class Experiment:
         self.data.check_batch()
         self.data.mean_std()
         self.check_kernels()
-        self.mesh, self.schedule, self.optimizer, self.model  # noqa: B018 - each checks its settings
+        self.mesh, self.schedule, self.optimizer, self.loss, self.model  # noqa: B018 - each checks its settings
         if starts and self.config.model.pretrained:
             self._start_variables  # noqa: B018 - kept until the state is made
         leaves = jax.tree.leaves(self.abstract_state)
@@ -259,6 +268,11 @@ class Experiment:
         return step, self._laid_out(variables)
 
     @property
+    def many_labels(self) -> bool:
+        """Whether images have many labels, each present, absent or unknown, instead of one class."""
+        return self.config.data.labels == "multi"
+
+    @property
     def mixes(self) -> bool:
         """Whether training examples are mixtures, on which accuracy is naturally low."""
         return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
@@ -281,7 +295,7 @@ class Experiment:
             self.optimizer,
             self.augment,
             seed=config.seed,
-            label_smoothing=config.train.label_smoothing,
+            loss=self.loss,
             microbatches=config.train.microbatches,
             average_decay=config.train.average_decay,
             mesh=self.mesh if config.train.sharding == "fsdp" else None,
@@ -309,7 +323,7 @@ class Experiment:
         over_data = sharding.over_data(self.mesh)
         dtypes = {
             "image": self.data.eval_transform().dtype,
-            "label": jnp.int32,
+            "label": jnp.float32 if self.many_labels else jnp.int32,
             "mask": jnp.bool_,
             "label_set": jnp.bool_,
         }
@@ -323,7 +337,7 @@ class Experiment:
     def compile_predict_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
-        step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes)
+        step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes, many_labels=self.many_labels)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:
@@ -360,8 +374,12 @@ class Experiment:
         pixel = jnp.uint16 if bits == 16 else jnp.uint8
         return {
             "image": jax.ShapeDtypeStruct((size, *image_shape), pixel, sharding=over_data),
-            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over_data),
+            "label": self._abstract_labels(size),
         }
+
+    def _abstract_labels(self, size: int) -> jax.ShapeDtypeStruct:
+        shape, dtype = ((size, self.num_classes), jnp.float32) if self.many_labels else ((size,), jnp.int32)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.over_data(self.mesh))
 
     def _variable_shapes(self) -> Any:
         return jax.eval_shape(

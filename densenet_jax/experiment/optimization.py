@@ -1,9 +1,13 @@
-"""Makes the schedule and the optimizer of `config.optim`."""
+"""Makes the loss of `config.train`, and the schedule and the optimizer of `config.optim`."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optax
 
+from densenet_jax.errors import UserError
+from densenet_jax.training.losses import LOSSES, Loss, balanced_weights, make_loss, parse_weights
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import Schedule, make_schedule
 from densenet_jax.training.timeline import Timeline
@@ -55,4 +59,30 @@ def optimizer_of(config: Any, schedule: Schedule) -> optax.GradientTransformatio
         epsilon=config.optim.epsilon,
         freeze=config.optim.freeze,
         rate_multipliers=config.optim.rate_multipliers,
+    )
+
+
+def loss_of(config: Any, num_classes: int, train_labels: Callable[[], np.ndarray]) -> Loss:
+    """Makes the loss; `train_labels` reads the labels of the training split and is called for balanced weights only.
+
+    Raises:
+        UserError: there are more or fewer weights than classes.
+    """
+    weights: tuple[float, ...] = ()
+    if config.train.class_weights == "balanced":
+        weights = balanced_weights(train_labels(), num_classes)
+    elif config.train.class_weights != "none":
+        weights = parse_weights(config.train.class_weights)
+    if weights and len(weights) != num_classes:
+        raise UserError(
+            f"config.train.class_weights has {len(weights)} numbers, but {config.data.name} has {num_classes} "
+            "classes; give one number a class."
+        )
+    usual = next(name for name, kind in LOSSES.items() if kind.labels == config.data.labels)
+    return make_loss(
+        config.train.loss or usual,
+        gammas=tuple(config.train.loss_gammas),
+        margin=config.train.loss_margin,
+        label_smoothing=config.train.label_smoothing,
+        class_weights=weights,
     )

@@ -16,7 +16,7 @@ class AugmentedSamples:
     """First images of step 0, cropped and augmented."""
 
     images: np.ndarray  # uint8 [n, h, w, c]
-    titles: tuple[str, ...]  # each image's class, or the classes that are mixed in it with their shares
+    titles: tuple[str, ...]  # each image's class or labels, with their shares if it is mixed
 
 
 def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSamples:
@@ -31,13 +31,16 @@ def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSample
     mean, std = (np.asarray(values, np.float32) for values in experiment.data.mean_std())
     pixels = to_picture(255 * (np.asarray(images, np.float32) * std + mean))
     names = experiment.data.train_source.class_names
-    titles = tuple(_title(label, names) for label in np.asarray(labels))
+    titles = tuple(_title(label, names, experiment.many_labels) for label in np.asarray(labels))
     return AugmentedSamples(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), titles)
 
 
-def _title(label: np.ndarray, names: tuple[str, ...]) -> str:
+def _title(label: np.ndarray, names: tuple[str, ...], many_labels: bool) -> str:
     if label.ndim == 0:
         return names[int(label)]
+    if many_labels:
+        present = [(share, name) for share, name in zip(label.tolist(), names, strict=True) if share > _NAMED_SHARE]
+        return ", ".join(name if share == 1 else f"{share:.0%} {name}" for share, name in present) or "none"
     named = ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE)
     shares = sorted(named, reverse=True)
     if len(shares) == 1:

@@ -4,25 +4,29 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from densenet_jax.errors import UserError
-from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.metrics import ClassificationSums, LabelSums
 from densenet_jax.training.nonfinite import describe, leaf_names
 from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import StepReport
+
+Sums = ClassificationSums | LabelSums
 
 
 class Window:
     """Everything since the last report. Reading it waits for the device, so it is read once per report."""
 
-    def __init__(self, step: int, state: TrainState, begun: dict[str, float] | None = None):
+    def __init__(self, step: int, state: TrainState, empty: Sums, begun: dict[str, Any] | None = None):
         """Starts after `step` steps.
 
         Args:
+            empty: sums over no example.
             state: any tree like the run's state, for the names in an error.
             begun: the result of `begun()` before a restart in the middle of a window.
         """
@@ -32,10 +36,10 @@ class Window:
         self._examples = 0
         self._data_wait_secs = 0.0
         self._started = time.perf_counter()
-        self.sums = ClassificationSums.zeros()
+        self.sums: Any = empty
         if begun is not None:
-            dtypes = {field.name: getattr(self.sums, field.name).dtype for field in dataclasses.fields(self.sums)}
-            self.sums = ClassificationSums(**{name: jnp.asarray(begun[name], dtypes[name]) for name in dtypes})
+            dtypes = {field.name: getattr(empty, field.name).dtype for field in dataclasses.fields(empty)}
+            self.sums = type(empty)(**{name: jnp.asarray(begun[name], dtypes[name]) for name in dtypes})
 
     def add(self, report: StepReport, examples: int, data_wait_secs: float) -> None:
         """Adds a dispatched step; waits for the one two before it, to keep the queue short."""
@@ -72,9 +76,9 @@ class Window:
         faults = "; ".join(filter(None, places))
         return f" (not finite: {faults})" if faults else ""
 
-    def begun(self) -> dict[str, float]:
-        """Returns the sums so far as plain numbers, for a checkpoint; call `check_finite` first."""
-        return {field.name: getattr(self.sums, field.name).item() for field in dataclasses.fields(self.sums)}
+    def begun(self) -> dict[str, Any]:
+        """Returns the sums so far as plain numbers and lists, for a checkpoint; call `check_finite` first."""
+        return {field.name: getattr(self.sums, field.name).tolist() for field in dataclasses.fields(self.sums)}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

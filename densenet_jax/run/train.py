@@ -68,6 +68,7 @@ class Trainer:
         self._state: TrainState
         self._begun: dict[str, float] | None
         self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
+        self._no_sums = experiment.loss.empty_sums(experiment.num_classes)
         self._step = int(self._state.step)
         if self._step:
             print_status(f"continuing after step {self._step}")
@@ -99,7 +100,7 @@ class Trainer:
             return result or self._validate(record=False)  # the validations may have been at other steps before
         batches = experiment.data.train_batches(self._step)
         bar = Bar("training", self._timeline.total_steps, self._step)
-        window = Window(self._step, self._state, self._begun)
+        window = Window(self._step, self._state, self._no_sums, self._begun)
         try:
             while self._step < self._timeline.total_steps:
                 number = self._step + 1
@@ -118,7 +119,7 @@ class Trainer:
                 if self._timeline.is_report_step(self._step):
                     window.check_finite()
                     self._report(window, bar)
-                    window = Window(self._step, self._state)
+                    window = Window(self._step, self._state, self._no_sums)
                 stopping = stopping and self._step < self._timeline.total_steps
                 if self._timeline.is_save_step(self._step) or stopping:
                     window.check_finite()

@@ -10,8 +10,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from densenet_jax.training.losses import cross_entropy, label_set_cross_entropy
-from densenet_jax.training.metrics import ClassificationSums, best_of_set, confusion_counts
+from densenet_jax.dtypes import wide
+from densenet_jax.training.losses import SigmoidLoss, cross_entropy, label_set_cross_entropy
+from densenet_jax.training.metrics import ClassificationSums, LabelSums, best_of_set, confusion_counts
 
 Batch = dict[str, Array]
 Normalize = Callable[[UInt[Array, "b h w c"]], Float[Array, "b h w c"]]
@@ -25,16 +26,20 @@ class EvalSums:
         sums: over the examples that have a right class.
         seen: all examples that are not padding, with or without a right class.
         confusion: examples of each true class (rows) by predicted class (columns); None unless requested.
+        rows: of many labels, a batch's examples in order: "logit" and "label" float32 [b, k], "mask" bool [b]. None of
+            one class an image, and once merged.
     """
 
-    sums: ClassificationSums
+    sums: ClassificationSums | LabelSums
     seen: Int[Array | np.ndarray, ""]
     confusion: Int[Array | np.ndarray, "k k"] | None = None
+    rows: dict[str, Array | np.ndarray] | None = None
 
     def merge(self, other: "EvalSums") -> "EvalSums":
         """Adds the counts of other examples."""
         both = None if self.confusion is None or other.confusion is None else self.confusion + other.confusion
-        return EvalSums(sums=self.sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
+        sums: Any = self.sums
+        return EvalSums(sums=sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
 
 
 def make_eval_step(
@@ -47,12 +52,23 @@ def make_eval_step(
     right if it is any of the set (ImageNet ReaL, arXiv:2006.07159); an example with an empty set is seen, but left out
     of the sums. `confusion`, not for label sets, counts predictions by true class. `classes`, if given, are the only
     class numbers that can be predicted.
+
+    With many labels an image "label" is float32 [b, k], 1, 0 or NaN for unknown; the loss is then the binary cross
+    entropy of the known labels, whatever the training loss, and the batch's examples are in `EvalSums.rows`.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> EvalSums:
         logits = batch_logits(model, normalize, variables, batch["image"], classes)
         mask: Bool[Array, " b"] = batch["mask"]
         labels, counted = batch["label"], mask
+        if labels.ndim == 2:
+            logits = logits.astype(wide(logits.dtype))
+            losses = SigmoidLoss()(logits, labels)
+            return EvalSums(
+                sums=LabelSums.from_batch(logits, labels, losses, mask),
+                seen=jnp.sum(mask, dtype=jnp.int32),
+                rows={"logit": logits, "label": labels, "mask": mask},
+            )
         if "label_set" in batch:
             right: Bool[Array, "b k"] = batch["label_set"]
             labels, counted = best_of_set(logits, right), mask & jnp.any(right, axis=-1)
@@ -69,17 +85,19 @@ def make_eval_step(
 
 
 def make_predict_step(
-    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None
+    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None, many_labels: bool = False
 ) -> Callable[[dict[str, Any], Batch], Batch]:
     """Builds `step(variables, batch) -> answers`, with the same logits as `make_eval_step` for the same arguments.
 
-    The answers are "probability" float32 [b, k] and everything in the batch but its images.
+    The answers are "probability" float32 [b, k] and everything in the batch but its images. With `many_labels` each
+    label has a probability of its own.
     """
+    to_probabilities = jax.nn.sigmoid if many_labels else jax.nn.softmax
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> Batch:
         logits = batch_logits(model, normalize, variables, batch["image"], classes)
         rest = {name: array for name, array in batch.items() if name != "image"}
-        return {**rest, "probability": jax.nn.softmax(logits.astype(jnp.float32))}
+        return {**rest, "probability": to_probabilities(logits.astype(jnp.float32))}
 
     return predict_step
 

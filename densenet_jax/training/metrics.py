@@ -1,6 +1,7 @@
 """Metrics as sums and counts, exact when merged over batches, devices and processes; divided only when printed."""
 
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -90,6 +91,76 @@ class ClassificationSums:
             "top1": int(self.top1) / examples,
             "top5": int(self.top5) / examples,
             "examples": examples,
+        }
+
+
+@flax.struct.dataclass
+class LabelSums:
+    """Loss and decisions of many labels an image, summed over their known labels; counts are int32.
+
+    A label is predicted from a probability of one half on.
+    """
+
+    loss: Float[Array | np.ndarray, ""]
+    examples: Int[Array | np.ndarray, ""]
+    known: Int[Array | np.ndarray, " k"]
+    present: Int[Array | np.ndarray, " k"]
+    predicted: Int[Array | np.ndarray, " k"]
+    both: Int[Array | np.ndarray, " k"]  # present and predicted
+
+    @classmethod
+    def zeros(cls, num_labels: int) -> "LabelSums":
+        """Returns the sums over no examples."""
+        nothing = jnp.zeros((num_labels,), jnp.int32)
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), nothing, nothing, nothing, nothing)
+
+    @classmethod
+    def from_batch(
+        cls,
+        logits: Float[Array, "b k"],
+        targets: Float[Array, "b k"],
+        losses: Float[Array, " b"],
+        mask: Bool[Array, " b"] | None = None,
+    ) -> "LabelSums":
+        """Sums over one batch.
+
+        Args:
+            targets: 1 or 0, NaN for unknown; a mixed label is present from one half on.
+            losses: one per example, over its known labels.
+            mask: False for padding, which counts nowhere, not even with a NaN; None counts every example.
+        """
+        counted = jnp.ones(losses.shape, bool) if mask is None else mask
+        known = ~jnp.isnan(targets) & counted[:, None]
+        present, predicted = known & (targets >= 0.5), known & (logits >= 0)
+        return cls(
+            jnp.sum(jnp.where(counted, losses, 0.0)),
+            jnp.sum(counted, dtype=jnp.int32),
+            *(jnp.sum(each, axis=0, dtype=jnp.int32) for each in (known, present, predicted, present & predicted)),
+        )
+
+    def merge(self, other: "LabelSums") -> "LabelSums":
+        """Adds the sums over other examples."""
+        return jax.tree.map(jnp.add, self, other)
+
+    def compute(self) -> dict[str, float]:
+        """Computes on the host "loss", the mean over all known labels, "f1" and "examples" (a count).
+
+        F1 is the mean over the labels that were seen present and absent, NaN if there is none.
+
+        Raises:
+            ValueError: there is no example to average over.
+        """
+        if not int(self.examples):
+            raise ValueError("no example was counted, so there is no mean")
+        known, present, predicted, both = (
+            np.asarray(each, np.float64) for each in (self.known, self.present, self.predicted, self.both)
+        )
+        judged = (present > 0) & (present < known)
+        f1 = 2 * both[judged] / (present + predicted)[judged]
+        return {
+            "loss": float(self.loss) / max(float(known.sum()), 1.0),
+            "f1": float(f1.mean()) if len(f1) else float("nan"),
+            "examples": int(self.examples),
         }
 
 

@@ -16,15 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 from densenet_jax.rng import Purpose, step_key
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
-from densenet_jax.training.losses import cross_entropy
-from densenet_jax.training.metrics import ClassificationSums
+from densenet_jax.training.losses import SOFTMAX, Loss
+from densenet_jax.training.metrics import ClassificationSums, LabelSums
 from densenet_jax.training.nonfinite import not_finite
 from densenet_jax.training.precision import LossScale, all_finite, select
 from densenet_jax.training.sharding import gather
 from densenet_jax.training.state import TrainState
 
 Batch = dict[str, Array]
-# uint8 images, labels and the step -> what the model is given, and labels or class probabilities
+# uint8 images, labels and the step -> what the model is given, and targets of the loss
 Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
@@ -40,7 +40,7 @@ class StepReport:
         faulty_statistics: one flag per running statistic.
     """
 
-    sums: ClassificationSums
+    sums: ClassificationSums | LabelSums
     grad_norm: Float[Array | np.ndarray, ""]
     skipped: Int[Array | np.ndarray, ""]
     faulty_gradients: Bool[Array | np.ndarray, " n"]
@@ -51,14 +51,15 @@ class StepReport:
 class TrainStep:
     """`step(state, batch) -> (state, report)`, to be jitted with the state donated.
 
-    The batch has "image" uint8 [b, h, w, c] and "label" int32 [b] and is global: batch norm's statistics are over all
-    of it (or over the model's groups), and the compiler inserts the collectives.
+    The batch has "image" uint8 [b, h, w, c] and "label", int32 [b] or for many labels an image float32 [b, k] of 1, 0
+    and NaN for unknown. It is global: batch norm's statistics are over all of it (or over the model's groups), and the
+    compiler inserts the collectives. The loss is a mean over the batch too, whatever its microbatches: its divisor is
+    that of the whole batch.
 
     Attributes:
         model: called as `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=...)`.
         augment: makes model inputs and targets from a batch's images and labels.
         seed: the run's seed, for dropout.
-        label_smoothing: share of the target spread evenly over all classes.
         average_decay: kept share of the moving average; unused if the state has none.
         mesh: gathers the parameters of a state that is split over its devices; None if the state is replicated.
     """
@@ -67,7 +68,7 @@ class TrainStep:
     optimizer: optax.GradientTransformation
     augment: Augment
     seed: int
-    label_smoothing: float = 0.0
+    loss: Loss = SOFTMAX
     microbatches: int = 1
     average_decay: float = 0.0
     mesh: Mesh | None = None
@@ -75,8 +76,9 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         """Runs one step."""
         images, targets = self.augment(batch["image"], batch["label"], state.step)
+        divisor = self.loss.divisor(targets)
         gradients, batch_stats, (losses, logits) = accumulate_gradients(
-            lambda *args: self._gradients(state.step, state.loss_scale, *args),
+            lambda *args: self._gradients(state.step, state.loss_scale, divisor, *args),
             state.params,
             state.batch_stats,
             (images, targets),
@@ -97,7 +99,7 @@ class TrainStep:
             new = select(finite, new, state).replace(loss_scale=state.loss_scale.update(finite))
             skipped = 1 - finite.astype(jnp.int32)
         report = StepReport(
-            sums=ClassificationSums.from_batch(logits, targets, losses),
+            sums=self.loss.sums(logits, targets, losses),
             grad_norm=jnp.where(skipped == 1, 0.0, optax.tree.norm(gradients)),
             skipped=skipped,
             faulty_gradients=not_finite(gradients),
@@ -106,7 +108,14 @@ class TrainStep:
         return new.replace(step=state.step + 1), report
 
     def _gradients(
-        self, step: Array, loss_scale: LossScale | None, params: Any, batch_stats: Any, part: Any, number: Array
+        self,
+        step: Array,
+        loss_scale: LossScale | None,
+        divisor: Array | None,
+        params: Any,
+        batch_stats: Any,
+        part: Any,
+        number: Array,
     ) -> tuple[Any, Any, Any]:
         images, targets = part
         dropout = jax.random.fold_in(step_key(self.seed, Purpose.DROPOUT, step), number)
@@ -121,8 +130,9 @@ class TrainStep:
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout},
             )
-            losses = cross_entropy(logits, targets, self.label_smoothing)
-            loss = jnp.mean(losses)
+            losses = self.loss(logits, targets)
+            # The mean of the microbatches' losses is the sum over the batch by its divisor.
+            loss = jnp.mean(losses) if divisor is None else jnp.sum(losses) * (self.microbatches / divisor)
             loss = loss if loss_scale is None else loss_scale.scale_loss(loss)
             return loss, (losses, logits, mutated["batch_stats"])
 

@@ -120,3 +120,15 @@ def test_sharded_batch_is_mixed_alike_and_pairs_stay_on_their_device():
     lines = compiled.as_text().splitlines()
     for collective in (" all-gather", " all-to-all", " collective-permute", " all-reduce"):
         assert not [line for line in lines if collective in line and ",12,10,3]" in line]
+
+
+@pytest.mark.parametrize("settings", [{"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}])
+def test_many_labels_are_mixed_one_by_one_and_an_unknown_one_stays_unknown(settings):
+    labels = jnp.asarray(np.random.default_rng(1).choice(np.float32([0, 1, np.nan]), (SIZE, 5)))
+    images, key = jnp.asarray(IMAGES), jax.random.key(0)
+    share = own_share(mixed_by(**settings)(images, jnp.asarray(LABELS), key)[1])[:, None]
+    assert 0 < share.min() <= share.max() < 1
+    _, mixed = mixed_by(**settings)(images, labels, key)
+    np.testing.assert_allclose(mixed, share * labels + (1 - share) * labels[PAIRED], atol=1e-6)
+    _, unmixed = mixed_by(**settings, probability=0.0)(images, labels, key)
+    np.testing.assert_array_equal(unmixed, labels)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from densenet_jax.data.sampler import Draws, Order
+from densenet_jax.data.sampler import BalancedOrder, Draws, Order
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1437, 5000])
@@ -75,3 +75,33 @@ def test_draws_depend_on_seed_and_position_only():
     assert Draws(0, 0).stretch(3, 5).shape == (5, 0)
     with pytest.raises(ValueError, match="multiple of 4"):
         Draws(0, 5)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_balanced_classes_come_equally_often_and_so_do_their_examples(repeats):
+    labels = np.array([0] * 50 + [2] * 7 + [3] * 3, np.int32)
+    order = BalancedOrder(labels, seed=1, repeats=repeats)
+    whole = np.array(order.stretch(0, 3 * 42 * repeats))
+    assert (whole.reshape(-1, repeats) == whole[::repeats, None]).all()
+    assert np.bincount(labels[whole]).tolist() == [42 * repeats, 0, 42 * repeats, 42 * repeats]
+    counts = np.bincount(whole, minlength=60) / repeats
+    assert set(counts[:50]) == {0, 1}
+    assert set(counts[50:57]) == {6}
+    assert set(counts[57:]) == {14}
+    assert order.stretch(31, 17) == whole[31:48].tolist()
+    assert BalancedOrder(labels, seed=2, repeats=repeats).stretch(0, len(whole)) != whole.tolist()
+
+
+def test_balanced_labels_share_with_the_images_that_have_none():
+    labels = np.array([[1, 0], [1, 1], [0, np.nan], [0, 0], [np.nan, 0]] * 4, np.float32)
+    drawn = labels[BalancedOrder(labels, seed=0).stretch(0, 3 * 40)]
+    none = ~(drawn == 1).any(axis=1)
+    assert none.sum() == 40
+    assert (drawn[:, 1] == 1).sum() >= 40
+    # Rounds of three: never two images of nothing before every group had its turn.
+    assert none.reshape(-1, 3).sum(axis=1).tolist() == [1] * 40
+
+
+def test_the_balanced_order_never_changes_between_versions():
+    order = BalancedOrder(np.repeat([0, 1, 2], [900, 90, 10]), seed=0)
+    assert order.stretch(10**9, 6) == [99, 972, 937, 999, 140, 332]

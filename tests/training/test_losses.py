@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.training.losses import cross_entropy
+from densenet_jax.training.losses import balanced_weights, cross_entropy, make_loss
 
 
 @pytest.fixture
@@ -49,3 +49,73 @@ def test_a_class_number_that_does_not_exist_is_not_a_quiet_zero(logits, label):
     losses = jax.jit(cross_entropy)(jnp.asarray(logits, jnp.float32), jnp.asarray([label, 0, 0, 0, 0, 0]))
     assert np.isnan(losses[0])
     assert np.isfinite(losses[1:]).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_classes_as_torch_defines_them(logits, smoothing):
+    weights = np.array([0.5, 2.0, 1.0, 3.0, 0.25, 1.5, 1.0])
+    labels = np.array([0, 6, 3, 3, 1, 5])
+    loss = make_loss("softmax", label_smoothing=smoothing, class_weights=tuple(weights))
+    targets = np.eye(7)[labels] * (1 - smoothing) + smoothing / 7
+    expected = by_definition(logits, targets * weights).sum() / weights[labels].sum()
+    given = jnp.asarray(logits, jnp.float32)
+    for same in (jnp.asarray(labels), jnp.eye(7)[labels]):
+        losses = loss(given, same)
+        assert float(losses.sum() / loss.divisor(same)) == pytest.approx(expected, rel=1e-6)
+        assert loss.sums(given, same, losses).compute()["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def label_losses(logits, targets, weights, first, second, margin, smoothing):
+    """arXiv:2009.14119, equations 4 to 7, with weights of the positives; 0 where a label is unknown."""
+    probability = 1 / (1 + np.exp(-logits))
+    shifted = np.maximum(probability - margin, 0)
+    targets = targets * (1 - smoothing) + smoothing / 2
+    positive = weights * (1 - probability) ** first * np.log(probability)
+    negative = shifted**second * np.log(1 - shifted)
+    return np.nan_to_num(-(targets * positive + (1 - targets) * negative))
+
+
+LABEL_LOSSES = [
+    ("sigmoid", {}, (0, 0, 0)),
+    ("focal", {}, (2, 2, 0)),
+    ("asymmetric", {"margin": 0.05}, (0, 4, 0.05)),
+    ("asymmetric", {"margin": 0.2, "gammas": (1.0, 3.0)}, (1, 3, 0.2)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "numbers"), LABEL_LOSSES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_losses_and_their_gradients(logits, name, options, numbers, smoothing):
+    chance = np.random.default_rng(2)
+    targets = chance.choice([0.0, 1.0, 0.3, np.nan], size=logits.shape)  # 0.3: mixed
+    weights = chance.uniform(0.5, 2.0, 7)
+    loss = make_loss(name, label_smoothing=smoothing, class_weights=tuple(weights), **options)
+    expected = label_losses(logits, targets, weights, *numbers, smoothing)
+    with jax.enable_x64(True):
+        found = loss.elements(jnp.asarray(logits), jnp.asarray(targets))
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+        assert loss.divisor(jnp.asarray(targets)) == np.count_nonzero(~np.isnan(targets))
+        gradient = jax.grad(lambda logits: jnp.sum(loss(logits, jnp.asarray(targets))))(jnp.asarray(logits))
+    step = 1e-6
+    ends = (label_losses(logits + sign * step, targets, weights, *numbers, smoothing) for sign in (1, -1))
+    np.testing.assert_allclose(gradient, np.subtract(*ends) / (2 * step), rtol=1e-6, atol=1e-8)
+    assert (np.asarray(gradient)[np.isnan(targets)] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "options", "numbers"), LABEL_LOSSES)
+def test_label_losses_stay_finite_far_out(name, options, numbers):
+    logits = jnp.asarray([[-500.0, 500.0, -40.0, 40.0, 0.0]] * 3, jnp.float32)
+    targets = jnp.asarray([[0.0] * 5, [1.0] * 5, [jnp.nan] * 5])
+    loss = make_loss(name, **options)
+    value, gradient = jax.value_and_grad(lambda logits: jnp.sum(loss(logits, targets)))(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    half = loss.elements(logits.astype(jnp.bfloat16), targets)
+    assert half.dtype == jnp.float32
+    np.testing.assert_array_equal(half, loss.elements(logits.astype(jnp.bfloat16).astype(jnp.float32), targets))
+
+
+def test_balanced_weights_let_both_sides_count_equally():
+    np.testing.assert_allclose(balanced_weights(np.array([0, 0, 0, 1]), 3), [4 / 6, 4 / 2, 1.0])
+    labels = np.array([[1, 0, 1], [0, 0, np.nan], [0, np.nan, 1], [0, 0, np.nan]], np.float32)
+    assert balanced_weights(labels, 3) == (3.0, 1.0, 1.0)

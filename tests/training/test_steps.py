@@ -11,6 +11,7 @@ from densenet_jax.augment.basic import normalize, random_flip
 from densenet_jax.models.create import create_model
 from densenet_jax.rng import Purpose, example_keys, step_key
 from densenet_jax.training import sharding
+from densenet_jax.training.losses import SoftmaxLoss
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import StateRecipe
@@ -48,7 +49,7 @@ class Trainer:
     def __init__(self, recipe: StateRecipe, devices: int, **options):
         self.recipe, self.mesh = recipe, sharding.make_mesh(jax.devices()[:devices])
         self.everywhere = sharding.replicated(self.mesh)
-        step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, label_smoothing=0.1, **options)
+        step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, loss=SoftmaxLoss(0.1), **options)
         self.step = jax.jit(step, out_shardings=self.everywhere)
         self.states, self.reports = self.run(3)
 

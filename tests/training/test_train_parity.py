@@ -23,6 +23,7 @@ from densenet_jax.augment.basic import normalize
 from densenet_jax.models.create import create_model
 from densenet_jax.models.torch_weights import from_torch, to_torch
 from densenet_jax.training.eval_step import make_eval_step
+from densenet_jax.training.losses import SoftmaxLoss
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import TrainState
@@ -58,7 +59,7 @@ class Trainer:
             optimizer=self.optimizer,
             augment=lambda images, labels, step: (self.normalized(images), labels),
             seed=0,
-            label_smoothing=case.LABEL_SMOOTHING,
+            loss=SoftmaxLoss(case.LABEL_SMOOTHING),
         )
         self.step = jax.jit(step)
         self.eval_step = jax.jit(make_eval_step(self.model, self.normalized))
