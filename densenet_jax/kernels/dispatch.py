@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jaxtyping import Array
 
 
 def define(
@@ -61,6 +62,48 @@ def define(
 
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+class PallasOperation:
+    """An operation that a Pallas kernel computes on one device of its platform, and plain JAX anywhere else.
+
+    Decorates the plain implementation, whose signature and docstring are the operation's. `define_kernel` decorates the
+    function that calls the kernel: it takes the same arguments, and interpret=True to run anywhere, slowly.
+
+    Attributes:
+        reference: the plain implementation.
+        kernel: the function that calls the kernel.
+    """
+
+    kernel: Callable[..., Any]
+
+    def __init__(self, reference: Callable[..., Any]):
+        functools.update_wrapper(self, reference)
+        self.reference = reference
+
+    def define_kernel(self, platform: str, supports: Callable[..., bool]) -> Callable[[Callable], Callable]:
+        """Registers the kernel for a platform ("cuda" or "tpu"); supports gets the operands' shapes and dtypes."""
+
+        def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+                if not supports(*ctx.avals_in, **params):
+                    return None
+                return mlir.lower_fun(kernel, multiple_results=True)(ctx, *operands, **params)
+
+            name = self.reference.__name__
+            self.kernel = kernel
+            self._primitive = define(name, self.reference, lower, platform=platform, multiple_results=True)
+            return kernel
+
+        return decorate
+
+    def __call__(self, *operands: Array, **params: Any) -> Any:
+        """Computes the operation of arrays, with static keywords."""
+        return tuple(self._primitive.bind(*operands, **params))
+
+    def implementation(self, kernels: str) -> Callable[..., Any]:
+        """Returns the interpreted kernel for kernels "interpret", else the operation itself."""
+        return functools.partial(self.kernel, interpret=True) if kernels == "interpret" else self
 
 
 def is_for_one_device(context: Any) -> bool:

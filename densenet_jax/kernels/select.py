@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS
+from densenet_jax.kernels.gpu import tiles
 from densenet_jax.kernels.tpu import conv1x1_gradients, conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import LANES
 
@@ -100,8 +100,7 @@ def choose(
     rows, columns, outputs = shape
     if wanted == "auto" and platform == "gpu" and outputs <= _MOST_MEASURED_OUTPUTS:
         wanted = "pallas" if jnp.dtype(dtype).name in KERNEL_DTYPES[platform] and _are_measured(devices) else "xla"
-    fits = outputs <= MOST_OUTPUTS and 0 < rows * max(columns, outputs) <= LARGEST_OPERAND
-    return "pallas" if wanted == "pallas" and fits else "xla"
+    return "pallas" if wanted == "pallas" and tiles.fits((rows, columns), outputs) else "xla"
 
 
 def _known_devices(devices: Sequence[Any] | None) -> Sequence[Any]:

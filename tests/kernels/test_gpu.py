@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul, norm_relu_matmul_kernel, plain_norm_relu_matmul
-from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients, add_gradients_kernel, plain_add_gradients
-from densenet_jax.kernels.gpu.tiles import Tile, split_rows
+from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul
+from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
+from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS, Tile, fits, split_rows
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
 from tests.running import last_line, run_for_absent_chips
@@ -22,7 +22,6 @@ SHAPES = {
     "smaller than a tile": (5, 8, 3, 4, 1),
     "groups with edges": (57, 24, 24, 9, 3),
     "one row": (1, 40, 40, 48, 1),
-    "no rows": (0, 8, 8, 4, 1),
 }
 
 
@@ -41,7 +40,7 @@ def operands(shape, dtype, seed=0):
 
 # Rounding of sums in another order, and to bfloat16 of what is near the middle between two of its values.
 TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 2**-7}
-QUICK = [("edges everywhere", jnp.float32), ("groups with edges", jnp.bfloat16), ("no rows", jnp.float32)]
+QUICK = [("edges everywhere", jnp.float32), ("groups with edges", jnp.bfloat16)]
 CASES = [
     pytest.param(shape, dtype, marks=[] if (shape, dtype) in QUICK else pytest.mark.slow)
     for shape in SHAPES
@@ -53,8 +52,8 @@ CASES = [
 def test_reading_is_its_twin(shape, dtype):
     groups = SHAPES[shape][-1]
     read, shift, _ = operands(SHAPES[shape], dtype)
-    found = norm_relu_matmul_kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
-    assert_close(found, plain_norm_relu_matmul(*read, shift, groups=groups), TOLERANCES[dtype])
+    found = norm_relu_matmul.kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
+    assert_close(found, norm_relu_matmul.reference(*read, shift, groups=groups), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -62,10 +61,10 @@ def test_its_derivative_is_its_twin(shape, dtype):
     groups, outputs = SHAPES[shape][-1], 32 if SHAPES[shape][3] <= 32 else 64
     read, _, (total, gradient) = operands(SHAPES[shape], dtype)
     tile = Tile(rows=16, channels=16, outputs=outputs)
-    found = add_gradients_kernel(
+    found = add_gradients.kernel(
         total, *read, gradient, groups=groups, tile=tile, most_ranges=2 * groups, interpret=True
     )
-    assert_close(found, plain_add_gradients(total, *read, gradient, groups=groups), TOLERANCES[dtype])
+    assert_close(found, add_gradients.reference(total, *read, gradient, groups=groups), TOLERANCES[dtype])
     np.testing.assert_array_equal(found[0][:, SHAPES[shape][2] :], total[:, SHAPES[shape][2] :])
 
 
@@ -74,18 +73,18 @@ def test_its_derivative_is_its_twin(shape, dtype):
 def test_own_tiles_are_right_for_the_widths_of_the_variants(outputs):
     shape = (70, 100, 96, outputs, 1)
     read, shift, (total, gradient) = operands(shape, jnp.float32)
-    found = norm_relu_matmul_kernel(*read, shift, groups=1, interpret=True)
-    assert_close(found, plain_norm_relu_matmul(*read, shift, groups=1), 2e-6)
-    found = add_gradients_kernel(total, *read, gradient, groups=1, interpret=True)
-    assert_close(found, plain_add_gradients(total, *read, gradient, groups=1), 2e-6)
+    found = norm_relu_matmul.kernel(*read, shift, groups=1, interpret=True)
+    assert_close(found, norm_relu_matmul.reference(*read, shift, groups=1), 2e-6)
+    found = add_gradients.kernel(total, *read, gradient, groups=1, interpret=True)
+    assert_close(found, add_gradients.reference(total, *read, gradient, groups=1), 2e-6)
 
 
 def test_the_derivative_is_autodiff_s():
     with jax.enable_x64(True):
         read, shift, (total, gradient) = operands((24, 10, 7, 5, 1), jnp.float64)
-        y, pullback = jax.vjp(lambda *read: plain_norm_relu_matmul(*read, shift, groups=1)[0], *read)
+        y, pullback = jax.vjp(lambda *read: norm_relu_matmul.reference(*read, shift, groups=1)[0], *read)
         of_x, *expected = pullback(gradient)
-        found, of_scale, of_bias, of_kernel = add_gradients_kernel(
+        found, of_scale, of_bias, of_kernel = add_gradients.kernel(
             total, *read, gradient, groups=1, tile=TILE, interpret=True
         )
         assert y.dtype == jnp.float64
@@ -95,24 +94,30 @@ def test_the_derivative_is_autodiff_s():
 def test_values_of_zero_and_infinities_outside_what_is_read_do_no_harm():
     read, shift, (total, gradient) = operands((20, 40, 17, 8, 1), jnp.float32)
     x = read[0].at[:, 17:].set(jnp.inf).at[3].set(0)
-    found = norm_relu_matmul_kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
-    assert_close(found, plain_norm_relu_matmul(x, *read[1:], shift, groups=1), 2e-6)
-    found = add_gradients_kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
-    assert_close(found, plain_add_gradients(total, x, *read[1:], gradient, groups=1), 2e-6)
+    found = norm_relu_matmul.kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
+    assert_close(found, norm_relu_matmul.reference(x, *read[1:], shift, groups=1), 2e-6)
+    found = add_gradients.kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
+    assert_close(found, add_gradients.reference(total, x, *read[1:], gradient, groups=1), 2e-6)
 
 
 def test_on_a_cpu_the_twin_is_compiled():
     read, shift, (total, gradient) = operands((12, 8, 8, 4, 2), jnp.bfloat16)
     assert_close(
         jax.jit(functools.partial(norm_relu_matmul, groups=2))(*read, shift),
-        plain_norm_relu_matmul(*read, shift, groups=2),
+        norm_relu_matmul.reference(*read, shift, groups=2),
         0,
     )
     assert_close(
         jax.jit(functools.partial(add_gradients, groups=2))(total, *read, gradient),
-        plain_add_gradients(total, *read, gradient, groups=2),
+        add_gradients.reference(total, *read, gradient, groups=2),
         0,
     )
+
+
+def test_the_kernels_take_neither_empty_operands_nor_too_large_ones():
+    assert fits((LARGEST_OPERAND // 64, 64), 64)
+    for shape, outputs in [((0, 8), 4), ((LARGEST_OPERAND // 64 + 1, 64), 8), ((8, 64), MOST_OUTPUTS + 1)]:
+        assert not fits(shape, outputs)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100, 129])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from densenet_jax.kernels.tpu import conv1x1_gradients as conv1x1
-from densenet_jax.kernels.tpu import conv3x3_gradients as conv3x3
+from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
+from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
 from tests.running import last_line, run_for_absent_chips
@@ -75,16 +75,16 @@ def at(values):
 def test_the_3x3_convolution_s_derivative_is_its_twin(shape, dtype):
     *_, made, rows = SHAPES[shape]
     operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
-    found = conv3x3.conv3x3_gradients_kernel(*operands, start=start, most_rows=rows, interpret=True)
-    assert_close(found, conv3x3.plain_conv3x3_gradients(*operands, start=start), TOLERANCES[dtype])
+    found = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
+    assert_close(found, conv3x3_gradients.reference(*operands, start=start), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_1x1_convolution_s_derivative_is_its_twin(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
     operands = conv1x1_operands(SHAPES[shape], dtype)
-    found = conv1x1.conv1x1_gradients_kernel(*operands, most_positions=2 * rows, interpret=True)
-    assert_close(found, conv1x1.plain_conv1x1_gradients(*operands), TOLERANCES[dtype])
+    found = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)
+    assert_close(found, conv1x1_gradients.reference(*operands), TOLERANCES[dtype])
     np.testing.assert_array_equal(found[0][..., channels:], operands[0][..., channels:])
 
 
@@ -104,7 +104,7 @@ def test_the_3x3_convolution_s_derivative_is_autodiff_s():
 
         _, pullback = jax.vjp(layer, jnp.zeros_like(bottleneck), scale, bias, kernel)
         of_before, of_scale, of_bias, of_kernel = pullback(raw)
-        found = conv3x3.conv3x3_gradients_kernel(
+        found = conv3x3_gradients.kernel(
             total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start, interpret=True
         )
         assert_close(found, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
@@ -121,17 +121,15 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
         bottleneck, pullback = jax.vjp(layer, x, scale, bias, kernel)
         parts = [at(values) for values in coefficients[0]]
         of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * bottleneck + parts[2])
-        added, *found = conv1x1.conv1x1_gradients_kernel(
-            total, x, scale, bias, kernel, masked, coefficients, interpret=True
-        )
+        added, *found = conv1x1_gradients.kernel(total, x, scale, bias, kernel, masked, coefficients, interpret=True)
         assert_close((added - total, *found), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
 
 
 @pytest.mark.parametrize(
     ("reference", "operands", "divided"),
     [
-        (functools.partial(conv3x3.plain_conv3x3_gradients, start=8), conv3x3_operands, (0, 1, 2, 3, 4, 5)),
-        (conv1x1.plain_conv1x1_gradients, conv1x1_operands, (0, 1, 5, 6)),
+        (functools.partial(conv3x3_gradients.reference, start=8), conv3x3_operands, (0, 1, 2, 3, 4, 5)),
+        (conv1x1_gradients.reference, conv1x1_operands, (0, 1, 5, 6)),
     ],
     ids=["3x3", "1x1"],
 )
@@ -152,14 +150,12 @@ def test_the_references_take_groups_apart(reference, operands, divided):
 def test_on_a_cpu_the_references_are_compiled():
     shape = SHAPES["a row at a time"]
     for function, operands, static in [
-        (conv3x3.conv3x3_gradients, conv3x3_operands(shape, jnp.float32), {"start": 8}),
-        (conv1x1.conv1x1_gradients, conv1x1_operands(shape, jnp.float32), {}),
+        (conv3x3_gradients, conv3x3_operands(shape, jnp.float32), {"start": 8}),
+        (conv1x1_gradients, conv1x1_operands(shape, jnp.float32), {}),
     ]:
         compiled = jax.jit(lambda *operands, f=function, s=static: f(*operands, **s)).lower(*operands).compile()
         assert "custom-call" not in compiled.as_text()
-        references = {conv3x3.conv3x3_gradients: conv3x3.plain_conv3x3_gradients}
-        reference = references.get(function, conv1x1.plain_conv1x1_gradients)
-        assert_close(function(*operands, **static), reference(*operands, **static), 1e-5)
+        assert_close(function(*operands, **static), function.reference(*operands, **static), 1e-5)
 
 
 COMPILE = """

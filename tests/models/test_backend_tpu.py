@@ -23,8 +23,8 @@ QUICK = ("as it is", "groups, every convolution dropped from")
 )
 def test_a_block_is_the_plain_block(case, monkeypatch):
     layers = []
-    for name in ("conv3x3_gradients_kernel", "conv1x1_gradients_kernel"):
-        monkeypatch.setattr(backend_tpu, name, _noting(getattr(backend_tpu, name), layers))
+    for operation in (backend_tpu.conv3x3_gradients, backend_tpu.conv1x1_gradients):
+        monkeypatch.setattr(operation, "kernel", _noting(operation.kernel, layers))
     with jax.enable_x64(True):
         found = results(INTERPRETED, jnp.float64, CASES[case])
         assert largest_error(found, results(PLAIN, jnp.float64, CASES[case])) < 1e-9

@@ -14,24 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import wide
-from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.gpu.tiles import (
-    LARGEST_OPERAND,
-    RowRanges,
-    Tile,
-    indices,
-    load_matrix,
-    load_vector,
-    norm_relu,
-    product,
-    split_rows,
-    store_matrix,
-    tile_for,
-)
+from densenet_jax.kernels.dispatch import PallasOperation
+from densenet_jax.kernels.gpu import tiles
 
 # Up to this many rows: (rows, channels, warps, stages), the fastest of six on an H200 (docs/performance.md).
 _TILES = ((400_000, (128, 64, 4, 3)), (None, (128, 32, 4, 3)))
@@ -39,22 +26,7 @@ _TILES = ((400_000, (128, 64, 4, 3)), (None, (128, 32, 4, 3)))
 Sums = tuple[Float[Array, "r o"], Float[Array, "g o"], Float[Array, "g o"]]
 
 
-def plain_norm_relu_matmul(
-    x: Float[Array, "r w"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    kernel: Float[Array, "c o"],
-    shift: Float[Array, " o"],
-    *,
-    groups: int,
-) -> Sums:
-    """Computes `norm_relu_matmul` in plain JAX."""
-    activation = norm_relu(x[:, : scale.shape[0]], scale, bias)
-    y = product(activation, kernel.astype(x.dtype), (1, 0)).astype(x.dtype)
-    centered = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
-    return y, jnp.sum(centered, axis=1), jnp.sum(jnp.square(centered), axis=1)
-
-
+@PallasOperation
 def norm_relu_matmul(
     x: Float[Array, "r w"],
     scale: Float[Array, " c"],
@@ -66,8 +38,6 @@ def norm_relu_matmul(
 ) -> Sums:
     """Returns y = relu(scale * x + bias) @ kernel for the first c columns of x, and sums of y over groups of rows.
 
-    On one GPU a kernel, which reads x where it lies; anywhere else `plain_norm_relu_matmul`.
-
     Args:
         x: rows of positions, w >= c columns.
         shift: near y's means, so that its sums of squares do not cancel.
@@ -76,26 +46,22 @@ def norm_relu_matmul(
     Returns:
         y in x's dtype; the sums of y - shift and of its square over each group, in float32 or wider, of y as rounded.
     """
-    return tuple(_primitive.bind(x, scale, bias, kernel, shift, groups=groups))
+    activation = tiles.norm_relu(x[:, : scale.shape[0]], scale, bias)
+    y = tiles.product(activation, kernel.astype(x.dtype), (1, 0)).astype(x.dtype)
+    centered = (y.astype(wide(x.dtype)) - shift.astype(wide(x.dtype))[None, :]).reshape(groups, -1, y.shape[1])
+    return y, jnp.sum(centered, axis=1), jnp.sum(jnp.square(centered), axis=1)
 
 
-def norm_relu_matmul_kernel(
-    x: Array,
-    scale: Array,
-    bias: Array,
-    kernel: Array,
-    shift: Array,
-    *,
-    groups: int,
-    tile: Tile | None = None,
-    interpret: bool = False,
-) -> Sums:
-    """Calls the kernel of `norm_relu_matmul`; interpret runs it anywhere, slowly."""
+def _supports(x: Any, *others: Any, groups: int = 1) -> bool:
+    return tiles.fits(x.shape, others[2].shape[1])
+
+
+@norm_relu_matmul.define_kernel("cuda", _supports)
+def _call_kernel(*operands: Array, groups: int = 1, tile: tiles.Tile | None = None, interpret: bool = False) -> Sums:
+    x, scale, bias, kernel, shift = operands
     rows, (channels, outputs) = x.shape[0], kernel.shape
-    if 0 in (rows, channels, outputs):
-        return plain_norm_relu_matmul(x, scale, bias, kernel, shift, groups=groups)
-    tile = tile or tile_for(_TILES, rows, outputs, most_outputs=128)
-    ranges = split_rows(rows, groups, tile.rows)
+    tile = tile or tiles.tile_for(_TILES, rows, outputs, most_outputs=128)
+    ranges = tiles.split_rows(rows, groups, tile.rows)
     y, sums = pl.pallas_call(
         functools.partial(_kernel, tile, ranges, channels, outputs),
         (
@@ -112,44 +78,24 @@ def norm_relu_matmul_kernel(
     return y, sums[:, 0], sums[:, 1]
 
 
-def _kernel(
-    tile: Tile,
-    ranges: RowRanges,
-    channels: int,
-    outputs: int,
-    x_ref: Any,
-    scale_ref: Any,
-    bias_ref: Any,
-    kernel_ref: Any,
-    shift_ref: Any,
-    y_ref: Any,
-    sums_ref: Any,
-) -> None:
+def _kernel(tile: tiles.Tile, ranges: tiles.RowRanges, channels: int, outputs: int, *refs: Any) -> None:
+    x_ref, scale_ref, bias_ref, kernel_ref, shift_ref, y_ref, sums_ref = refs
     number = pl.program_id(1)
-    columns = indices(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
+    columns = tiles.indices(pl.program_id(0) * tile.outputs, tile.outputs, outputs)
     start, end = ranges.bounds(number)
-    rows = indices(start, tile.rows, end)
+    rows = tiles.indices(start, tile.rows, end)
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
-        read = indices(step * tile.channels, tile.channels, channels)
-        activation = norm_relu(
-            load_matrix(x_ref, rows, read), load_vector(scale_ref, read), load_vector(bias_ref, read)
+        read = tiles.indices(step * tile.channels, tile.channels, channels)
+        activation = tiles.norm_relu(
+            tiles.load_matrix(x_ref, rows, read), tiles.load_vector(scale_ref, read), tiles.load_vector(bias_ref, read)
         )
-        return total + product(activation, load_matrix(kernel_ref, read, columns), (1, 0))
+        return total + tiles.product(activation, tiles.load_matrix(kernel_ref, read, columns), (1, 0))
 
     accumulator = jnp.zeros((tile.rows, tile.outputs), wide(x_ref.dtype))
     y = lax.fori_loop(0, pl.cdiv(channels, tile.channels), add, accumulator).astype(y_ref.dtype)
-    store_matrix(y_ref, rows, columns, y)
-    centered = y.astype(sums_ref.dtype) - load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
+    tiles.store_matrix(y_ref, rows, columns, y)
+    centered = y.astype(sums_ref.dtype) - tiles.load_vector(shift_ref, columns).astype(sums_ref.dtype)[None, :]
     centered = jnp.where(rows[1][:, None], centered, jnp.zeros_like(centered))
     for index, values in enumerate((centered, centered * centered)):
         plgpu.store(sums_ref.at[number, jnp.int32(index), columns[0]], jnp.sum(values, axis=0), mask=columns[1])
-
-
-def _lower(ctx: Any, *operands: Any, groups: int) -> Any:
-    if max(aval.size for aval in (*ctx.avals_in, *ctx.avals_out)) > LARGEST_OPERAND:
-        return None
-    return mlir.lower_fun(norm_relu_matmul_kernel, multiple_results=True)(ctx, *operands, groups=groups)
-
-
-_primitive = define("norm_relu_matmul", plain_norm_relu_matmul, _lower, platform="cuda", multiple_results=True)

@@ -21,25 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import wide
-from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.gpu.tiles import (
-    LARGEST_OPERAND,
-    MOST_OUTPUTS,
-    RowRanges,
-    Tile,
-    indices,
-    load_matrix,
-    load_vector,
-    norm_relu,
-    product,
-    split_rows,
-    store_matrix,
-    tile_for,
-)
+from densenet_jax.kernels.dispatch import PallasOperation
+from densenet_jax.kernels.gpu import tiles
 
 _PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
 # Up to this many rows: (rows, channels, warps, stages) of tiles with 128 outputs, the fastest of seven and eleven on an
@@ -60,32 +46,7 @@ _PRODUCTS_TILES = (
 Gradients = tuple[Float[Array, "r w"], Float[Array, "g c"], Float[Array, "g c"], Float[Array, "c o"]]
 
 
-def plain_add_gradients(
-    total: Float[Array, "r w"],
-    x: Float[Array, "r w"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    kernel: Float[Array, "c o"],
-    gradient: Float[Array, "r o"],
-    *,
-    groups: int,
-) -> Gradients:
-    """Computes `add_gradients` in plain JAX."""
-    channels, kind = scale.shape[0], wide(x.dtype)
-    front = x[:, :channels]
-    activation = norm_relu(front, scale, bias)
-    grad_activation = product(gradient, kernel.astype(x.dtype), (1, 1))
-    grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
-    added = (total[:, :channels].astype(kind) + grad_activation * scale.astype(kind)[None, :]).astype(total.dtype)
-    by_group = grad_activation.reshape(groups, -1, channels)
-    return (
-        lax.dynamic_update_slice_in_dim(total, added, 0, axis=1),
-        jnp.sum(by_group * front.astype(kind).reshape(by_group.shape), axis=1),
-        jnp.sum(by_group, axis=1),
-        product(activation, gradient, (0, 0)),
-    )
-
-
+@PallasOperation
 def add_gradients(
     total: Float[Array, "r w"],
     x: Float[Array, "r w"],
@@ -98,11 +59,9 @@ def add_gradients(
 ) -> Gradients:
     """Computes the gradients of `norm_relu_matmul`'s y, and adds that of x to total, the gradient so far.
 
-    On one GPU a kernel, which writes into total where it lies; anywhere else `plain_add_gradients`.
-
     Args:
         x: read in its first c columns.
-        kernel: of the 1x1 convolution; o is at most MOST_OUTPUTS for the kernel.
+        kernel: of the 1x1 convolution; o is at most tiles.MOST_OUTPUTS for the kernel.
         gradient: of y, in x's dtype.
         groups: equal numbers of consecutive rows that scale's and bias's gradients are wanted for.
 
@@ -110,32 +69,40 @@ def add_gradients(
         The new total, with the columns from c on unchanged; the gradients of scale and bias for each group and of the
         kernel, in float32 or wider.
     """
-    return tuple(_primitive.bind(total, x, scale, bias, kernel, gradient, groups=groups))
+    channels, kind = scale.shape[0], wide(x.dtype)
+    front = x[:, :channels]
+    activation = tiles.norm_relu(front, scale, bias)
+    grad_activation = tiles.product(gradient, kernel.astype(x.dtype), (1, 1))
+    grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
+    added = (total[:, :channels].astype(kind) + grad_activation * scale.astype(kind)[None, :]).astype(total.dtype)
+    by_group = grad_activation.reshape(groups, -1, channels)
+    return (
+        lax.dynamic_update_slice_in_dim(total, added, 0, axis=1),
+        jnp.sum(by_group * front.astype(kind).reshape(by_group.shape), axis=1),
+        jnp.sum(by_group, axis=1),
+        tiles.product(activation, gradient, (0, 0)),
+    )
 
 
-def add_gradients_kernel(
-    total: Array,
-    x: Array,
-    scale: Array,
-    bias: Array,
-    kernel: Array,
-    gradient: Array,
-    *,
-    groups: int,
-    tile: Tile | None = None,
+def _supports(total: Any, x: Any, *others: Any, groups: int = 1) -> bool:
+    return tiles.fits(x.shape, others[2].shape[1])
+
+
+@add_gradients.define_kernel("cuda", _supports)
+def _call_kernels(
+    *operands: Array,
+    groups: int = 1,
+    tile: tiles.Tile | None = None,
     most_ranges: int | None = None,
     interpret: bool = False,
 ) -> Gradients:
-    """Calls the kernels of `add_gradients`; interpret runs them anywhere, slowly."""
+    total, x, scale, bias, kernel, gradient = operands
     rows, (channels, outputs) = x.shape[0], kernel.shape
-    if 0 in (rows, channels, outputs):
-        return plain_add_gradients(total, x, scale, bias, kernel, gradient, groups=groups)
     kernel = kernel.astype(x.dtype)
     operands = (x, scale, bias, gradient)
-    products = _masked_products(
-        tile or tile_for(_PRODUCTS_TILES, rows, outputs), operands, (channels, outputs), groups, most_ranges, interpret
-    )
-    total = _add_inputs_gradient(tile or tile_for(_INPUTS_TILES, rows, outputs), total, operands, kernel, interpret)
+    products_tile, inputs_tile = (tile or tiles.tile_for(t, rows, outputs) for t in (_PRODUCTS_TILES, _INPUTS_TILES))
+    products = _masked_products(products_tile, operands, (channels, outputs), groups, most_ranges, interpret)
+    total = _add_inputs_gradient(inputs_tile, total, operands, kernel, interpret)
     grad_bias, grad_scale = jnp.sum(products * kernel.T.astype(products.dtype)[None, None], axis=2).swapaxes(0, 1)
     masked, read = products.sum(axis=0)
     grad_kernel = read * scale.astype(read.dtype)[None, :] + masked * bias.astype(read.dtype)[None, :]
@@ -143,7 +110,7 @@ def add_gradients_kernel(
 
 
 def _add_inputs_gradient(
-    tile: Tile, total: Array, operands: tuple[Array, ...], kernel: Array, interpret: bool
+    tile: tiles.Tile, total: Array, operands: tuple[Array, ...], kernel: Array, interpret: bool
 ) -> Float[Array, "r w"]:
     rows, (channels, outputs) = total.shape[0], kernel.shape
     return pl.pallas_call(
@@ -158,33 +125,23 @@ def _add_inputs_gradient(
     )(total, *operands, kernel)
 
 
-def _inputs_kernel(
-    tile: Tile,
-    rows: int,
-    channels: int,
-    outputs: int,
-    total_ref: Any,
-    x_ref: Any,
-    scale_ref: Any,
-    bias_ref: Any,
-    gradient_ref: Any,
-    kernel_ref: Any,
-    new_total_ref: Any,
-) -> None:
+def _inputs_kernel(tile: tiles.Tile, rows: int, channels: int, outputs: int, *refs: Any) -> None:
+    total_ref, x_ref, scale_ref, bias_ref, gradient_ref, kernel_ref, new_total_ref = refs
     kind = wide(x_ref.dtype)
-    own_rows = indices(pl.program_id(1) * tile.rows, tile.rows, rows)
-    columns = indices(pl.program_id(0) * tile.channels, tile.channels, channels)
-    every = indices(0, tile.outputs, outputs)
-    x, before = load_matrix(x_ref, own_rows, columns), load_matrix(total_ref, own_rows, columns)
-    gradient, kernel = load_matrix(gradient_ref, own_rows, every), load_matrix(kernel_ref, columns, every)
-    scale, bias = load_vector(scale_ref, columns), load_vector(bias_ref, columns)
-    grad_activation = product(gradient, kernel, (1, 1))
-    grad_activation = jnp.where(norm_relu(x, scale, bias) > 0, grad_activation, jnp.zeros_like(grad_activation))
-    store_matrix(new_total_ref, own_rows, columns, before.astype(kind) + grad_activation * scale.astype(kind)[None, :])
+    own_rows = tiles.indices(pl.program_id(1) * tile.rows, tile.rows, rows)
+    columns = tiles.indices(pl.program_id(0) * tile.channels, tile.channels, channels)
+    every = tiles.indices(0, tile.outputs, outputs)
+    x, before = tiles.load_matrix(x_ref, own_rows, columns), tiles.load_matrix(total_ref, own_rows, columns)
+    gradient, kernel = tiles.load_matrix(gradient_ref, own_rows, every), tiles.load_matrix(kernel_ref, columns, every)
+    scale, bias = tiles.load_vector(scale_ref, columns), tiles.load_vector(bias_ref, columns)
+    grad_activation = tiles.product(gradient, kernel, (1, 1))
+    grad_activation = jnp.where(tiles.norm_relu(x, scale, bias) > 0, grad_activation, jnp.zeros_like(grad_activation))
+    added = before.astype(kind) + grad_activation * scale.astype(kind)[None, :]
+    tiles.store_matrix(new_total_ref, own_rows, columns, added)
 
 
 def _masked_products(
-    tile: Tile,
+    tile: tiles.Tile,
     operands: tuple[Array, ...],
     shape: tuple[int, int],
     groups: int,
@@ -193,8 +150,10 @@ def _masked_products(
 ) -> Float[Array, "g 2 o c"]:
     """Computes `masked` and `read` of the module's docstring for each group of rows, in float32 or wider."""
     x, (channels, outputs) = operands[0], shape
-    blocks = pl.cdiv(channels, tile.channels)
-    ranges = split_rows(x.shape[0], groups, tile.rows, most_ranges or _most_ranges(x.shape[0], outputs, blocks))
+    rows, blocks = x.shape[0], pl.cdiv(channels, tile.channels)
+    # As many ranges as fill the chip, but so few that writing and reading their sums moves no more than x.
+    most_ranges = most_ranges or max(1, min(pl.cdiv(_PROGRAMS, blocks), rows // (8 * outputs)))
+    ranges = tiles.split_rows(rows, groups, tile.rows, most_ranges)
     count = groups * ranges.ranges
     products = pl.pallas_call(
         functools.partial(_products_kernel, tile, ranges, channels, outputs),
@@ -207,49 +166,25 @@ def _masked_products(
     return products.reshape(groups, ranges.ranges, 2, outputs, channels).sum(axis=1)
 
 
-def _most_ranges(rows: int, outputs: int, blocks: int) -> int:
-    """Returns how many ranges fill the chip, limited so that writing and reading their sums moves no more than x."""
-    return max(1, min(pl.cdiv(_PROGRAMS, blocks), rows // (8 * outputs)))
-
-
-def _products_kernel(
-    tile: Tile,
-    ranges: RowRanges,
-    channels: int,
-    outputs: int,
-    x_ref: Any,
-    scale_ref: Any,
-    bias_ref: Any,
-    gradient_ref: Any,
-    products_ref: Any,
-) -> None:
+def _products_kernel(tile: tiles.Tile, ranges: tiles.RowRanges, channels: int, outputs: int, *refs: Any) -> None:
+    x_ref, scale_ref, bias_ref, gradient_ref, products_ref = refs
     number, kind = pl.program_id(1), wide(x_ref.dtype)
-    columns = indices(pl.program_id(0) * tile.channels, tile.channels, channels)
-    every = indices(0, tile.outputs, outputs)
-    scale, bias = load_vector(scale_ref, columns), load_vector(bias_ref, columns)
+    columns = tiles.indices(pl.program_id(0) * tile.channels, tile.channels, channels)
+    every = tiles.indices(0, tile.outputs, outputs)
+    scale, bias = tiles.load_vector(scale_ref, columns), tiles.load_vector(bias_ref, columns)
     start, end = ranges.bounds(number)
 
     def add(step: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows = indices(start + step * tile.rows, tile.rows, end)
-        x, gradient = load_matrix(x_ref, rows, columns), load_matrix(gradient_ref, rows, every)
-        relu_mask = norm_relu(x, scale, bias) > 0
+        rows = tiles.indices(start + step * tile.rows, tile.rows, end)
+        x, gradient = tiles.load_matrix(x_ref, rows, columns), tiles.load_matrix(gradient_ref, rows, every)
+        relu_mask = tiles.norm_relu(x, scale, bias) > 0
         masked, read = totals
         return (
-            masked + product(gradient, relu_mask.astype(x.dtype), (0, 0)),
-            read + product(gradient, jnp.where(relu_mask, x, jnp.zeros_like(x)), (0, 0)),
+            masked + tiles.product(gradient, relu_mask.astype(x.dtype), (0, 0)),
+            read + tiles.product(gradient, jnp.where(relu_mask, x, jnp.zeros_like(x)), (0, 0)),
         )
 
     zeros = jnp.zeros((tile.outputs, tile.channels), kind)
     mask = every[1][:, None] & columns[1][None, :]
     for index, values in enumerate(lax.fori_loop(0, ranges.range_rows // tile.rows, add, (zeros, zeros))):
         plgpu.store(products_ref.at[number, jnp.int32(index), every[0], columns[0]], values, mask=mask)
-
-
-def _lower(ctx: Any, *operands: Any, groups: int) -> Any:
-    outputs = ctx.avals_in[4].shape[1]
-    if outputs > MOST_OUTPUTS or max(aval.size for aval in (*ctx.avals_in, *ctx.avals_out)) > LARGEST_OPERAND:
-        return None
-    return mlir.lower_fun(add_gradients_kernel, multiple_results=True)(ctx, *operands, groups=groups)
-
-
-_primitive = define("add_gradients", plain_add_gradients, _lower, platform="cuda", multiple_results=True)

@@ -63,6 +63,12 @@ def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None =
     return RowRanges(group_rows, tiles_a_range * tile_rows, pl.cdiv(tiles, tiles_a_range))
 
 
+def fits(shape: tuple[int, int], outputs: int) -> bool:
+    """Whether the kernels take a matrix of that shape and a product of as many rows with that many outputs."""
+    rows, columns = shape
+    return outputs <= MOST_OUTPUTS and 0 < rows * max(columns, outputs) <= LARGEST_OPERAND
+
+
 def power_of_two(size: int) -> int:
     """Returns the smallest side of a tile that holds size."""
     return max(SMALLEST_SIDE, 1 << math.ceil(math.log2(max(size, 1))))

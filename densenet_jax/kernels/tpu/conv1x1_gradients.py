@@ -15,28 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import wide
-from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.tpu.tiles import (
-    LANES,
-    ON_CHIP_BYTES,
-    PARAMS,
-    SUBLANES,
-    column,
-    dot,
-    examples_first,
-    examples_last,
-    part_of,
-    whole,
-)
+from densenet_jax.kernels.dispatch import PallasOperation
+from densenet_jax.kernels.tpu import tiles
 
 Gradients = tuple[Float[Array, "b h w c2"], Float[Array, "g c"], Float[Array, "g c"], Float[Array, "c o"]]
 
 
-def plain_conv1x1_gradients(
+@PallasOperation
+def conv1x1_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
     scale: Float[Array, " c"],
@@ -45,7 +34,16 @@ def plain_conv1x1_gradients(
     masked: Float[Array, "b h w o"],
     coefficients: Float[Array, "g 3 o"],
 ) -> Gradients:
-    """Computes `conv1x1_gradients` in plain JAX."""
+    """Computes the gradients of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
+
+    Args:
+        masked: the gradient that `conv3x3_gradients` returns.
+        coefficients: for each group of examples a, b, c with a * masked + b * output + c the output's gradient.
+
+    Returns:
+        The new total, with the columns from c on unchanged; the gradients of scale and bias for each group and of the
+        kernel, in float32 or wider.
+    """
     (examples, *_), (channels, _), kind = x.shape, kernel.shape, wide(x.dtype)
     groups = coefficients.shape[0]
     kernel, front = kernel.astype(x.dtype), x[..., :channels].astype(kind)
@@ -68,71 +66,41 @@ def plain_conv1x1_gradients(
     )
 
 
-def conv1x1_gradients(
-    total: Float[Array, "b h w c2"],
-    x: Float[Array, "b h w c2"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    kernel: Float[Array, "c o"],
-    masked: Float[Array, "b h w o"],
-    coefficients: Float[Array, "g 3 o"],
-) -> Gradients:
-    """Computes the gradients of relu(scale * x + bias) @ kernel for x's first c columns, that of x added into total.
-
-    On a TPU a kernel, where `fits` says so; anywhere else `plain_conv1x1_gradients`.
-
-    Args:
-        x: read in its first c columns.
-        masked: from `conv3x3_gradients`.
-        coefficients: for each group of examples a, b, c with a * masked + b * output + c the output's gradient.
-
-    Returns:
-        The new total, with the columns from c on unchanged; the gradients of scale and bias for each group and of the
-        kernel, in float32 or wider.
-    """
-    return tuple(_primitive.bind(total, x, scale, bias, kernel, masked, coefficients))
-
-
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, int]) -> bool:
     """Whether the kernel takes such operands: x as in `conv1x1_gradients`, or its shape and dtype."""
     channels, outputs = kernel_shape
     examples, height, width, _ = x.shape
     return (
         examples * height * width > 0
-        and examples % LANES == 0
-        and channels % SUBLANES == 0
-        and outputs % SUBLANES == 0
-        and _on_chip_bytes(1, channels, outputs, x.dtype) <= ON_CHIP_BYTES
+        and examples % tiles.LANES == 0
+        and channels % tiles.SUBLANES == 0
+        and outputs % tiles.SUBLANES == 0
+        and _on_chip_bytes(1, channels, outputs, x.dtype) <= tiles.ON_CHIP_BYTES
     )
 
 
 def _on_chip_bytes(positions: int, channels: int, outputs: int, dtype: Any) -> int:
     """Returns the bytes that this many positions need, double buffering included."""
-    maps = 2 * positions * LANES * jnp.dtype(dtype).itemsize * (3 * channels + outputs)
-    sums, in_the_making = 2 * (outputs + 2 * LANES), 4 * LANES
+    maps = 2 * positions * tiles.LANES * jnp.dtype(dtype).itemsize * (3 * channels + outputs)
+    sums, in_the_making = 2 * (outputs + 2 * tiles.LANES), 4 * tiles.LANES
     return maps + jnp.dtype(wide(dtype)).itemsize * channels * (sums + in_the_making)
 
 
-def conv1x1_gradients_kernel(
-    total: Array,
-    x: Array,
-    scale: Array,
-    bias: Array,
-    kernel: Array,
-    masked: Array,
-    coefficients: Array,
-    *,
-    most_positions: int | None = None,
-    interpret: bool = False,
-) -> Gradients:
-    """Calls the kernel of `conv1x1_gradients`, for one group; interpret runs it anywhere, slowly."""
+def _supports(total: Any, x: Any, scale: Any, bias: Any, kernel: Any, masked: Any, coefficients: Any) -> bool:
+    return coefficients.shape[0] == 1 and fits(x, kernel.shape)
+
+
+@conv1x1_gradients.define_kernel("tpu", _supports)
+def _call_kernel(*operands: Array, most_positions: int | None = None, interpret: bool = False) -> Gradients:
+    """Calls the kernel for one group of examples, with at most most_positions a program."""
+    total, x, scale, bias, kernel, masked, coefficients = operands
     examples, height, width, _ = x.shape
     channels, outputs = kernel.shape
-    lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
-    side = part_of(height * width, most_positions, lambda side: _on_chip_bytes(side, channels, outputs, dtype))
+    lanes, kind, dtype = min(tiles.LANES, examples), wide(x.dtype), x.dtype
+    side = tiles.part_of(height * width, most_positions, lambda side: _on_chip_bytes(side, channels, outputs, dtype))
 
     def flat(x: Array) -> Array:
-        return examples_last(x).reshape(height * width, -1, examples)
+        return tiles.examples_last(x).reshape(height * width, -1, examples)
 
     def own(channels: int) -> pl.BlockSpec:
         return pl.BlockSpec((side, channels, lanes), lambda n, i: (i, 0, n))
@@ -149,14 +117,14 @@ def conv1x1_gradients_kernel(
         grid=(examples // lanes, height * width // side),
         in_specs=[
             *[own(channels)] * 2,
-            *[whole(channels, 1)] * 2,
-            whole(channels, outputs),
+            *[tiles.whole(channels, 1)] * 2,
+            tiles.whole(channels, outputs),
             own(outputs),
-            *[whole(outputs, 1)] * 3,
+            *[tiles.whole(outputs, 1)] * 3,
         ],
-        out_specs=(own(channels), *[whole(channels, lanes)] * 2, whole(channels, outputs)),
+        out_specs=(own(channels), *[tiles.whole(channels, lanes)] * 2, tiles.whole(channels, outputs)),
         input_output_aliases={0: 0},
-        compiler_params=PARAMS,
+        compiler_params=tiles.PARAMS,
         cost_estimate=pl.CostEstimate(
             flops=6 * positions * channels * outputs, transcendentals=0, bytes_accessed=moved
         ),
@@ -165,68 +133,41 @@ def conv1x1_gradients_kernel(
     )(
         flat(total),
         flat(x),
-        column(scale, kind),
-        column(bias, kind),
+        tiles.column(scale, kind),
+        tiles.column(bias, kind),
         kernel.astype(dtype),
         flat(masked),
-        *(column(values, kind) for values in coefficients[0]),
+        *(tiles.column(values, kind) for values in coefficients[0]),
     )
     return (
-        examples_first(added.reshape(height, width, -1, examples)),
+        tiles.examples_first(added.reshape(height, width, -1, examples)),
         grad_scale.sum(axis=1)[None],
         grad_bias.sum(axis=1)[None],
         grad_kernel,
     )
 
 
-def _kernel(
-    side: int,
-    total: Any,
-    x: Any,
-    scale: Any,
-    bias: Any,
-    kernel: Any,
-    masked: Any,
-    masked_factor: Any,
-    bottleneck_factor: Any,
-    constant: Any,
-    added: Any,
-    grad_scale: Any,
-    grad_bias: Any,
-    grad_kernel: Any,
-) -> None:
+def _kernel(side: int, *refs: Any) -> None:
+    total, x, scale, bias, kernel, masked, masked_factor, bottleneck_factor, constant = refs[:9]
+    added, *sums = refs[9:]
+    grad_scale, grad_bias, grad_kernel = sums
     dtype, kind = x.dtype, grad_kernel.dtype
-
-    @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
-    def _() -> None:
-        for sums in (grad_scale, grad_bias, grad_kernel):
-            sums[...] = jnp.zeros_like(sums)
-
+    tiles.clear_at_start(*sums)
     scales, biases, weights = scale[...], bias[...], kernel[...]
     factors = masked_factor[...], bottleneck_factor[...], constant[...]
 
     def step(position: Any, carry: Any) -> Any:
         front = x[position].astype(kind)
         activation = jnp.maximum(scales * front + biases, 0).astype(dtype)
-        bottleneck = dot(weights, activation, (0, 0)).astype(dtype)
+        bottleneck = tiles.dot(weights, activation, (0, 0)).astype(dtype)
         gradient = factors[0] * masked[position].astype(kind) + factors[1] * bottleneck.astype(kind) + factors[2]
         gradient = gradient.astype(dtype)
-        grad_activation = dot(weights, gradient, (1, 0))
+        grad_activation = tiles.dot(weights, gradient, (1, 0))
         grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
         added[position] = (total[position].astype(kind) + scales * grad_activation).astype(added.dtype)
         grad_bias[...] += grad_activation
         grad_scale[...] += grad_activation * front
-        grad_kernel[...] += dot(activation, gradient, (1, 1))
+        grad_kernel[...] += tiles.dot(activation, gradient, (1, 1))
         return carry
 
     lax.fori_loop(0, side, step, 0)
-
-
-def _lower(ctx: Any, *operands: Any) -> Any:
-    x, kernel, coefficients = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[6]
-    if coefficients.shape[0] != 1 or not fits(x, kernel.shape):
-        return None
-    return mlir.lower_fun(conv1x1_gradients_kernel, multiple_results=True)(ctx, *operands)
-
-
-_primitive = define("conv1x1_gradients", plain_conv1x1_gradients, _lower, platform="tpu", multiple_results=True)

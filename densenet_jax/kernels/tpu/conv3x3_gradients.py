@@ -15,23 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import wide
-from densenet_jax.kernels.dispatch import define
-from densenet_jax.kernels.tpu.tiles import (
-    LANES,
-    ON_CHIP_BYTES,
-    PARAMS,
-    SUBLANES,
-    column,
-    dot,
-    examples_first,
-    examples_last,
-    part_of,
-    whole,
-)
+from densenet_jax.kernels.dispatch import PallasOperation
+from densenet_jax.kernels.tpu import tiles
 
 TAPS = 9
 _SIDE = 3
@@ -47,7 +35,8 @@ def _by_group(x: Float[Array, "b h w c"], groups: int) -> Float[Array, "g c"]:
     return x.reshape(groups, -1, x.shape[-1]).sum(axis=1)
 
 
-def plain_conv3x3_gradients(
+@PallasOperation
+def conv3x3_gradients(
     total: Float[Array, "b h w c2"],
     x: Float[Array, "b h w c2"],
     coefficients: Float[Array, "g 3 k"],
@@ -60,7 +49,19 @@ def plain_conv3x3_gradients(
     *,
     start: int,
 ) -> Gradients:
-    """Computes `conv3x3_gradients` in plain JAX."""
+    """Computes the gradients of relu(scale * (bottleneck - mean) * rstd + bias), convolved by 3x3, back to the ReLU.
+
+    Args:
+        total: the gradient of a block's x_hat; columns start to start + k belong to the layer's output.
+        coefficients: for each group of examples a, b, c with a * total + b * x + c the gradient of the convolution's
+            output, in those columns.
+        mean: of the bottleneck, for each group.
+        rstd: 1 / deviation, likewise.
+
+    Returns:
+        The gradient before the ReLU, in x's dtype; the gradients of scale and bias for each group and of the kernel, in
+        float32 or wider.
+    """
     examples, kind, end = x.shape[0], wide(x.dtype), start + kernel.shape[-1]
     total_factor, x_factor, constant = (
         _by_example(values, examples) for values in coefficients.astype(kind).swapaxes(0, 1)
@@ -87,79 +88,40 @@ def plain_conv3x3_gradients(
     return masked.astype(x.dtype), grad_scale, _by_group(masked, groups), grad_kernel
 
 
-def conv3x3_gradients(
-    total: Float[Array, "b h w c2"],
-    x: Float[Array, "b h w c2"],
-    coefficients: Float[Array, "g 3 k"],
-    bottleneck: Float[Array, "b h w o"],
-    mean: Float[Array, "g o"],
-    rstd: Float[Array, "g o"],
-    scale: Float[Array, " o"],
-    bias: Float[Array, " o"],
-    kernel: Float[Array, "3 3 o k"],
-    *,
-    start: int,
-) -> Gradients:
-    """Computes the gradients of relu(scale * (bottleneck - mean) * rstd + bias), convolved by 3x3, back to the ReLU.
-
-    On a TPU a kernel, where `fits` says so; anywhere else `plain_conv3x3_gradients`.
-
-    Args:
-        total: the gradient of a block's x_hat; columns start to start + k belong to the layer's output.
-        coefficients: for each group of examples a, b, c with a * total + b * x + c the gradient of the convolution's
-            output, in those columns.
-        mean: of the bottleneck, for each group.
-        rstd: 1 / deviation, likewise.
-
-    Returns:
-        The gradient before the ReLU, in x's dtype; the gradients of scale and bias for each group and of the kernel, in
-        float32 or wider.
-    """
-    return tuple(_primitive.bind(total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start))
-
-
 def fits(x: jax.ShapeDtypeStruct | Array, kernel_shape: tuple[int, ...], start: int) -> bool:
     """Whether the kernel takes such operands: x as in `conv3x3_gradients`, or its shape and dtype."""
     examples, _, width, _ = x.shape
     *sides, outputs, new = kernel_shape
-    aligned = start % new == 0 and new % SUBLANES == 0 and outputs % SUBLANES == 0
+    aligned = start % new == 0 and new % tiles.SUBLANES == 0 and outputs % tiles.SUBLANES == 0
     return (
         tuple(sides) == (_SIDE, _SIDE)
         and examples > 0
-        and examples % LANES == 0
+        and examples % tiles.LANES == 0
         and aligned
-        and _on_chip_bytes(1, width, outputs, new, x.dtype) <= ON_CHIP_BYTES
+        and _on_chip_bytes(1, width, outputs, new, x.dtype) <= tiles.ON_CHIP_BYTES
     )
 
 
 def _on_chip_bytes(rows: int, width: int, outputs: int, new: int, dtype: Any) -> int:
     """Returns the bytes that this many rows need, double buffering included."""
-    a_row = width * LANES * jnp.dtype(dtype).itemsize
+    a_row = width * tiles.LANES * jnp.dtype(dtype).itemsize
     maps = 2 * a_row * (2 * rows * outputs + 2 * (rows + 2) * new)
-    sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * LANES)
+    sums = 2 * jnp.dtype(wide(dtype)).itemsize * outputs * (TAPS * new + 2 * tiles.LANES)
     return maps + a_row * (rows + 2) * new * (width + 2) // width + sums
 
 
-def conv3x3_gradients_kernel(
-    total: Array,
-    x: Array,
-    coefficients: Array,
-    bottleneck: Array,
-    mean: Array,
-    rstd: Array,
-    scale: Array,
-    bias: Array,
-    kernel: Array,
-    *,
-    start: int,
-    most_rows: int | None = None,
-    interpret: bool = False,
-) -> Gradients:
-    """Calls the kernel of `conv3x3_gradients`, for one group; interpret runs it anywhere, slowly."""
+def _supports(total: Any, x: Any, coefficients: Any, *others: Any, start: int) -> bool:
+    return coefficients.shape[0] == 1 and fits(x, others[-1].shape, start)
+
+
+@conv3x3_gradients.define_kernel("tpu", _supports)
+def _call_kernel(*operands: Array, start: int, most_rows: int | None = None, interpret: bool = False) -> Gradients:
+    """Calls the kernel for one group of examples, with at most most_rows a program."""
+    total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel = operands
     examples, height, width, _ = x.shape
     outputs, new = kernel.shape[2:]
-    lanes, kind, dtype = min(LANES, examples), wide(x.dtype), x.dtype
-    rows = part_of(height, most_rows, lambda rows: _on_chip_bytes(rows, width, outputs, new, dtype))
+    lanes, kind, dtype = min(tiles.LANES, examples), wide(x.dtype), x.dtype
+    rows = tiles.part_of(height, most_rows, lambda rows: _on_chip_bytes(rows, width, outputs, new, dtype))
     taps = kernel.astype(dtype).transpose(2, 0, 1, 3).reshape(outputs, TAPS * new)
     columns = start // new
 
@@ -168,7 +130,7 @@ def conv3x3_gradients_kernel(
 
     above = pl.BlockSpec((1, width, new, lanes), lambda n, i: (jnp.maximum(i * rows - 1, 0), 0, columns, n))
     below = pl.BlockSpec((1, width, new, lanes), lambda n, i: (jnp.minimum((i + 1) * rows, height - 1), 0, columns, n))
-    made, read = examples_last(total), examples_last(x)
+    made, read = tiles.examples_last(total), tiles.examples_last(x)
     positions = height * width * examples
     moved = (2 * outputs + 2 * new * (rows + 2) / rows) * positions * dtype.itemsize
     masked, grad_scale, grad_bias, grad_kernel = pl.pallas_call(
@@ -182,67 +144,41 @@ def conv3x3_gradients_kernel(
         in_specs=[
             own(outputs),
             *[own(new, columns), above, below] * 2,
-            *[whole(new, 1)] * 3,
-            *[whole(outputs, 1)] * 4,
-            whole(outputs, TAPS * new),
+            *[tiles.whole(new, 1)] * 3,
+            *[tiles.whole(outputs, 1)] * 4,
+            tiles.whole(outputs, TAPS * new),
         ],
-        out_specs=(own(outputs), *[whole(outputs, lanes)] * 2, whole(outputs, TAPS * new)),
+        out_specs=(own(outputs), *[tiles.whole(outputs, lanes)] * 2, tiles.whole(outputs, TAPS * new)),
         scratch_shapes=[pltpu.VMEM((rows + 2, width + 2, new, lanes), dtype)],
-        compiler_params=PARAMS,
+        compiler_params=tiles.PARAMS,
         cost_estimate=pl.CostEstimate(
             flops=4 * positions * outputs * TAPS * new, transcendentals=0, bytes_accessed=round(moved)
         ),
         interpret=interpret,
         name="dense_layer_conv3x3_gradients",
     )(
-        examples_last(bottleneck),
+        tiles.examples_last(bottleneck),
         *[made] * 3,
         *[read] * 3,
-        *(column(values, kind) for values in coefficients[0]),
-        *(column(values, kind) for values in (mean[0], rstd[0], scale, bias)),
+        *(tiles.column(values, kind) for values in coefficients[0]),
+        *(tiles.column(values, kind) for values in (mean[0], rstd[0], scale, bias)),
         taps,
     )
     return (
-        examples_first(masked),
+        tiles.examples_first(masked),
         grad_scale.sum(axis=1)[None],
         grad_bias.sum(axis=1)[None],
         grad_kernel.reshape(outputs, _SIDE, _SIDE, new).transpose(1, 2, 0, 3),
     )
 
 
-def _kernel(
-    rows: int,
-    width: int,
-    blocks: int,
-    bottleneck: Any,
-    made: Any,
-    made_above: Any,
-    made_below: Any,
-    read: Any,
-    read_above: Any,
-    read_below: Any,
-    total_factor: Any,
-    x_factor: Any,
-    constant: Any,
-    mean: Any,
-    rstd: Any,
-    scale: Any,
-    bias: Any,
-    taps: Any,
-    masked: Any,
-    grad_scale: Any,
-    grad_bias: Any,
-    grad_kernel: Any,
-    around: Any,
-) -> None:
+def _kernel(rows: int, width: int, blocks: int, *refs: Any) -> None:
     """Computes some rows; `around` holds the gradient of the convolution's output there, with a border of one."""
+    bottleneck, made, made_above, made_below, read, read_above, read_below = refs[:7]
+    total_factor, x_factor, constant, mean, rstd, scale, bias, taps = refs[7:15]
+    masked, grad_scale, grad_bias, grad_kernel, around = refs[15:]
     block, dtype, kind = pl.program_id(1), masked.dtype, grad_kernel.dtype
-
-    @pl.when((pl.program_id(0) == 0) & (block == 0))
-    def _() -> None:
-        for sums in (grad_scale, grad_bias, grad_kernel):
-            sums[...] = jnp.zeros_like(sums)
-
+    tiles.clear_at_start(grad_scale, grad_bias, grad_kernel)
     factors = total_factor[...], x_factor[...], constant[...]
 
     def raw(made: jax.Array, read: jax.Array) -> jax.Array:
@@ -274,23 +210,13 @@ def _kernel(
         gradient = jnp.concatenate(
             [around[row + 2 - y, position + 2 - x] for y in range(_SIDE) for x in range(_SIDE)], axis=0
         )
-        grad_activation = dot(kernel, gradient, (1, 0))
+        grad_activation = tiles.dot(kernel, gradient, (1, 0))
         grad_activation = jnp.where(activation > 0, grad_activation, jnp.zeros_like(grad_activation))
         masked[row, position] = grad_activation.astype(dtype)
         grad_bias[...] += grad_activation
         grad_scale[...] += grad_activation * normalized
-        grad_kernel[...] += dot(activation, gradient, (1, 1))
+        grad_kernel[...] += tiles.dot(activation, gradient, (1, 1))
         return row
 
     for row in range(rows):
         lax.fori_loop(0, width, step, row)
-
-
-def _lower(ctx: Any, *operands: Any, start: int) -> Any:
-    x, mean, kernel = ctx.avals_in[1], ctx.avals_in[4], ctx.avals_in[8]
-    if mean.shape[0] != 1 or not fits(x, kernel.shape, start):
-        return None
-    return mlir.lower_fun(conv3x3_gradients_kernel, multiple_results=True)(ctx, *operands, start=start)
-
-
-_primitive = define("conv3x3_gradients", plain_conv3x3_gradients, _lower, platform="tpu", multiple_results=True)

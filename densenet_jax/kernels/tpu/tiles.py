@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -61,6 +62,15 @@ def part_of(number: int, most: int | None, on_chip_bytes: Callable[[int], int]) 
         return part <= most if most else on_chip_bytes(part) <= ON_CHIP_BYTES
 
     return max(part for part in range(1, number + 1) if part == 1 or (number % part == 0 and fits(part)))
+
+
+def clear_at_start(*sums: Any) -> None:
+    """Sets sums over all programs to 0 in the first one."""
+
+    @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
+    def _() -> None:
+        for ref in sums:
+            ref[...] = jnp.zeros_like(ref)
 
 
 def dot(a: Array, b: Array, contracting: tuple[int, int]) -> Array:

@@ -5,7 +5,6 @@ Over a mesh the kernels compute each device's own examples; sums over the batch 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul, norm_relu_matmul_kernel
-from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients, add_gradients_kernel
+from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul
+from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
 from densenet_jax.kernels.select import BlockShape, choose
 from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.models.fused.backend import Backend, Buffer, share_of_device
@@ -110,9 +109,7 @@ class GpuKernelBackend(ConvBackend):
         shift = jnp.zeros(conv.kernel.shape[-1], jnp.float32) if shift is None else shift
         groups = group_count(buffer.shape[0], options.group_size)
         rows = buffer.shape[0] * buffer.shape[1] * buffer.shape[2]
-        multiply = norm_relu_matmul
-        if self.kernels == "interpret":
-            multiply = functools.partial(norm_relu_matmul_kernel, interpret=True)
+        multiply = norm_relu_matmul.implementation(self.kernels)
         out, sums, squares = on_each_device(
             multiply, self.mesh, groups, by_example=(True, *[False] * 4), results=("example", "group", "group")
         )(buffer.reshape(rows, -1), conv.scale, conv.bias, conv.kernel[0, 0], shift)
@@ -142,11 +139,8 @@ class GpuKernelBackend(ConvBackend):
         """Adds into total in place; all of its channels are returned."""
         rows = buffer.shape[0] * buffer.shape[1] * buffer.shape[2]
         flat = [array.reshape(rows, -1) for array in (total, buffer, gradient)]
-        add = add_gradients
-        if self.kernels == "interpret":
-            add = functools.partial(add_gradients_kernel, interpret=True)
         added, scale, bias, kernel = on_each_device(
-            add,
+            add_gradients.implementation(self.kernels),
             self.mesh,
             groups,
             by_example=(True, True, False, False, False, True),

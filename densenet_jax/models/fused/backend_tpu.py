@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from densenet_jax.dtypes import DType
 from densenet_jax.kernels.select import BlockShape, choose_layer_gradients, should_remat_bottleneck
 from densenet_jax.kernels.shard import on_each_device, own_groups
-from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients, conv1x1_gradients_kernel
-from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients, conv3x3_gradients_kernel
+from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
+from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import put_examples_last
 from densenet_jax.models.fused.backend import Backend, Buffer, DenseLayer, SavedLayer, share_of_device
 from densenet_jax.models.fused.norm import Normalization, Sums
@@ -94,10 +94,8 @@ class TpuBackend(Backend):
         own_sums = (sums[0][:, start:end], sums[1][:, start:end])
         factors = saved.norm.select(start, end).gradient_factors(own_sums, count)
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
-        convolve, multiply = functools.partial(conv3x3_gradients, start=start), conv1x1_gradients
-        if self.kernels == "interpret":
-            convolve = functools.partial(conv3x3_gradients_kernel, start=start, interpret=True)
-            multiply = functools.partial(conv1x1_gradients_kernel, interpret=True)
+        convolve = functools.partial(conv3x3_gradients.implementation(self.kernels), start=start)
+        multiply = conv1x1_gradients.implementation(self.kernels)
         mean, rstd = norm.mean_and_rstd()
         groups = factors.shape[0]
         grouped = groups > 1
