@@ -12,7 +12,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,40 @@ _PASSED_OVER = (
     *("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"),
 )
 _PASSED_OVER_NAMES = ("torch.device", "torch.serialization._get_layout", "torch.nn.parameter.Parameter")
-_CONTAINERS: dict[str, type] = {"set": set, "frozenset": frozenset, "tuple": tuple, "list": list, "dict": dict}
+# Hashing a tuple of tuples that share each other takes exponential time, and many tuples or ints can have one hash.
+_MAX_KEY_PARTS, _MAX_KEY_INT = 8, 2**60
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Raises ValueError unless all of these are hashed and compared quickly."""
+    for key in keys:
+        parts = [key]
+        for part in parts:
+            if len(parts) > _MAX_KEY_PARTS:
+                raise ValueError("a key of a dictionary has too many parts")
+            if isinstance(part, tuple | frozenset):
+                parts.extend(part)
+            elif isinstance(part, int) and abs(part) > _MAX_KEY_INT:
+                raise ValueError("a key of a dictionary is too large a number")
+
+
+def _make_set(values: Iterable[Any] = ()) -> set[Any]:
+    values = list(values)
+    _check_keys(values)
+    return set(values)
+
+
+def _make_frozenset(values: Iterable[Any] = ()) -> frozenset[Any]:
+    return frozenset(_make_set(values))
+
+
+def _make_dict(content: Any = ()) -> dict[Any, Any]:
+    pairs = list(content.items() if isinstance(content, dict) else content)
+    _check_keys(key for key, _ in pairs)
+    return dict(pairs)
+
+
+_CONTAINERS = {"set": _make_set, "frozenset": _make_frozenset, "tuple": tuple, "list": list, "dict": _make_dict}
 
 
 class Stranger:
@@ -63,13 +96,18 @@ class Stranger:
 class _Dict(dict):
     """An OrderedDict without attributes: a state dict's `_metadata` is not needed."""
 
+    def __init__(self, content: Any = ()):
+        super().__init__(_make_dict(content))
+
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _DType:
     def __init__(self, code: Any, *args: Any):
-        self.dtype = np.dtype(str(code))
+        if not isinstance(code, str):
+            raise ValueError("a type without a name")
+        self.dtype = np.dtype(code)
         if self.dtype.hasobject:
             raise ValueError("an array of objects")
 
@@ -181,8 +219,9 @@ class _Unpickler(pickle._Unpickler):  # the one in C allocates a table as long a
         return Tensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
 
     def _make_typed_tensor(
-        self, storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str, *_: Any
+        self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
     ) -> Tensor:
+        _check_keys([dtype])
         return Tensor(storage, offset, tuple(shape), tuple(strides), np.dtype(_DTYPES[dtype]))
 
     def _make_from_type(self, function: Any, kind: Any, args: Any, *_: Any) -> Any:
@@ -201,6 +240,24 @@ class _Unpickler(pickle._Unpickler):  # the one in C allocates a table as long a
 
     def _take_first(self, first: Any, *_: Any) -> Any:
         return first
+
+
+def _check_before(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        _check_keys(unpickler.stack[keys])
+        load(unpickler)
+
+    return checked
+
+
+_KEYS = {
+    pickle.SETITEM: slice(-2, -1),
+    **dict.fromkeys((pickle.SETITEMS, pickle.DICT), slice(0, None, 2)),
+    **dict.fromkeys((pickle.ADDITEMS, pickle.FROZENSET), slice(None)),
+}
+_Unpickler.dispatch = dict(pickle._Unpickler.dispatch)
+for _opcode, _keys in _KEYS.items():
+    _Unpickler.dispatch[_opcode[0]] = _check_before(_Unpickler.dispatch[_opcode[0]], _keys)
 
 
 def read_pickle(path: Path) -> tuple[Any, list[str]]:
@@ -262,6 +319,7 @@ def _read_stream(file: io.BufferedIOBase) -> tuple[Any, list[str]]:
     unpickler = _Unpickler(file, storages)
     content = unpickler.load()
     for key in _Unpickler(file, storages).load():
+        _check_keys([key])
         storage = storages[str(key)]
         (count,) = struct.unpack("<q", file.read(8))
         size = count * storage.dtype.itemsize

@@ -137,6 +137,47 @@ _ZEROS_BY_COUNT = (
 )
 
 
+def _shared(depth=60):
+    """Pickles a tuple that has 2**depth leaves and takes 3 bytes a level."""
+    return b"\x80\4)" + b"".join(b"\x94h" + bytes([level]) + b"\x86" for level in range(depth))
+
+
+def _keyed(ending, start=b""):
+    """Pickles a use of such a tuple, after `start`, by the opcodes of `ending`."""
+    return b"\x80\4" + start + _shared()[2:] + ending + b"."
+
+
+_BUILTIN = b"cbuiltins\n%b\n"
+_HASHES = {
+    "key": _keyed(b"K\1s", b"}"),
+    "one of many keys": _keyed(b"K\1u", b"}("),
+    "key of a new dictionary": _keyed(b"K\1d", b"("),
+    "element": _keyed(b"\x90", b"\x8f("),
+    "element of a frozen set": _keyed(b"\x91", b"("),
+    "argument of set": _keyed(b"\x85\x85R", _BUILTIN % b"set"),
+    "argument of frozenset": _keyed(b"\x85\x85R", _BUILTIN % b"frozenset"),
+    "argument of dict": _keyed(b"K\1\x86\x85\x85R", _BUILTIN % b"dict"),
+    "argument of OrderedDict": _keyed(b"K\1\x86\x85\x85R", b"ccollections\nOrderedDict\n"),
+    "type of numbers": _keyed(b"\x85R", b"cnumpy\ndtype\n"),
+    "type of a tensor": _keyed(b"tR", b"ctorch._utils\n_rebuild_tensor_v3\n(N" + b"K\0))NN"),
+    "numbers of one hash": pickle.dumps({number * (2**61 - 1): 0 for number in range(2, 4)}),
+}
+
+
+@pytest.mark.parametrize("where", list(_HASHES))
+def test_what_takes_long_to_hash_is_refused(tmp_path, where):
+    (tmp_path / "x.pth").write_bytes(_HASHES[where])
+    with pytest.raises(UserError, match=r"(too many parts|too large a number|without a name)"):
+        read_arrays(tmp_path / "x.pth")
+
+
+def test_ordinary_keys_and_sets_are_read(tmp_path):
+    beside = {("a", 1): {1, (2, 3)}, 2**40: frozenset({"b"}), None: 1}
+    for protocol in (2, 4):
+        (tmp_path / "x.pth").write_bytes(pickle.dumps({"args": beside, "model": {"a": np.ones(2)}}, protocol))
+        _assert_same(read_arrays(tmp_path / "x.pth"), {"a": np.ones(2)})
+
+
 def _hostile():
     whole = (FOLDER / "checkpoint.pth.tar").read_bytes()
     legacy = (FOLDER / "legacy.ckpt").read_bytes()
