@@ -31,7 +31,7 @@ from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.run.prepare import prepare_and_verify
 from densenet_jax.run.train import train
 from densenet_jax.serve.limits import LIMITS, Access
-from densenet_jax.serve.serve import Address, check_installed, listen, serve
+from densenet_jax.serve.serve import Address, check_installed, end_when_asked, listen, serve
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import drop_late_errors, user_cache
 from densenet_jax.system.host import has_nvidia
@@ -149,6 +149,7 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     """Answers requests over REST and gRPC with the predictions of --mode predict, until it is stopped."""
     warnings.filterwarnings("ignore", module="PIL")
     check_installed()
+    end_when_asked()
     address = Address(command.host, command.port, command.grpc_port)
     with listen(address) as listener:
         config = _as_trained(config, workdir, command)

@@ -16,7 +16,7 @@ from densenet_jax.data.pixels import MAX_CHANNELS, Stored, stored_array, white_o
 
 NPY_MAGIC = b"\x93NUMPY"
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's sample formats
-_CIE_LAB, _PLANES = 8, 2  # a photometric interpretation and a planar configuration
+_RGB, _CMYK, _CIE_LAB, _PLANES = 2, 5, 8, 2  # photometric interpretations and a planar configuration
 _MAX_VALUES = 320_000_000  # values decoded at most: four channels of the largest image
 _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
@@ -113,6 +113,7 @@ class TiffFacts:
     bits: int
     sample_format: int
     photometric: int
+    has_alpha: bool
     pages: int
 
 
@@ -131,6 +132,7 @@ def tiff_facts(data: bytes) -> TiffFacts | None:
                 bits=max(bits) if isinstance(bits, tuple) else int(bits),
                 sample_format=int(page.sampleformat or _UNSIGNED),
                 photometric=int(page.photometric),
+                has_alpha=any(kind in (1, 2) for kind in page.extrasamples),
                 pages=_count_pages(data),
             )
     except Exception:  # tifffile raises nearly anything on garbage; Pillow may still read it
@@ -143,6 +145,8 @@ def pillow_loses(facts: TiffFacts, channels: int) -> bool:
         (channels not in (0, 1, 3) and facts.samples == 1 and facts.pages == channels)
         or facts.samples not in (1, 3, 4)
         or facts.photometric == _CIE_LAB
+        or (facts.samples == 4 and facts.photometric not in (_RGB, _CMYK))
+        or (facts.samples == channels == 4 and facts.photometric == _RGB and not facts.has_alpha)
         or (facts.sample_format == _SIGNED and facts.bits == 8)
         or (facts.sample_format == _FLOAT and facts.bits != 32)
         or (facts.sample_format == _UNSIGNED and facts.bits == 32)  # Pillow makes large ones negative
@@ -180,8 +184,21 @@ def decode_tiff(data: bytes) -> Stored:
         if values.ndim == 3 and len(layers) == 1 and int(page.planarconfig) == _PLANES:
             values = np.moveaxis(values, 0, -1)
         stored = stored_array(values)
-        alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2) and samples in (2, 4)
+        if int(page.photometric) == _CMYK and samples == 4:
+            return _convert_cmyk(stored)
+        alpha = len(page.extrasamples) == 1 and samples in (2, 4)
         return dataclasses.replace(stored, alpha=alpha, negative=int(page.photometric) == 0)
+
+
+def _convert_cmyk(inks: Stored) -> Stored:
+    """Converts inks [height, width, 4] to RGB as Pillow does for 8 bits."""
+    if inks.white is None:
+        raise ValueError(f"its inks are {inks.values.dtype}; save it as RGB")
+    light = inks.white - inks.values.astype(np.float64)
+    rgb = light[:, :, :3] * light[:, :, 3:] / inks.white
+    return dataclasses.replace(
+        inks, values=rgb if inks.values.dtype.kind == "f" else np.rint(rgb).astype(inks.values.dtype)
+    )
 
 
 def _directories(data: bytes) -> Iterator[tuple[range, int]]:

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from prometheus_client import Counter, Summary
 
-from densenet_jax.data.pixels import join
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.batching import FairQueue, compute_in_batches
@@ -74,6 +73,10 @@ class Classifier:
         self._compute = FairQueue(
             self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=batch_wait_secs
         )
+        # Files of more bits than the model was trained on are rare: one size is compiled for them.
+        self._wide_sizes: dict[np.dtype, tuple[int, ...]] = {}
+        if predictor.model.transform.bits == 0:
+            self._wide_sizes[np.dtype(np.uint16)] = predictor.batch_sizes[:1]
         self._under_way: set[asyncio.Timeout] = set()
         labels = {"model": self.name, "version": VERSION}
         self._successes, self._failures = SUCCESSES.labels(**labels), FAILURES.labels(**labels)
@@ -85,7 +88,7 @@ class Classifier:
 
         def work() -> None:
             try:
-                self._predictor.compile()
+                self._compile()
                 error = None
             except Exception as raised:
                 error = raised
@@ -97,6 +100,11 @@ class Classifier:
             raise error
         gc.freeze()  # later collections skip everything loaded at the start
         self.is_ready = True
+
+    def _compile(self) -> None:
+        self._predictor.compile()
+        for dtype, sizes in self._wide_sizes.items():
+            self._predictor.probabilities(np.zeros((*sizes, *self._predictor.image_shape), dtype))
 
     def check_name(self, name: str, version: str = "") -> None:
         """Raises RequestError (404) if a client asks for another model."""
@@ -200,10 +208,16 @@ class Classifier:
         return _call_all([functools.partial(decode, picture) for picture in pictures])
 
     def _compute_all(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        rows = compute_in_batches(join(images), self._predictor.batch_sizes, self._predictor.probabilities)
-        BATCHES.inc()
+        """Computes images of 16 bits apart: they would widen the batch to a dtype of which it isn't compiled."""
+        answers: dict[int, np.ndarray] = {}
+        for dtype, sizes in {self._checker.dtype: self._predictor.batch_sizes, **self._wide_sizes}.items():
+            if numbers := [number for number, image in enumerate(images) if image.dtype == dtype]:
+                chosen = np.stack([images[number] for number in numbers])
+                rows = compute_in_batches(chosen, sizes, self._predictor.probabilities)
+                answers |= zip(numbers, rows, strict=True)
+                BATCHES.inc()
         IMAGES.inc(len(images))
-        return list(rows)
+        return [answers[number] for number in range(len(images))]
 
     def _output(self, wanted: Wanted, rows: np.ndarray) -> tuple[Wanted, str, np.ndarray]:
         if wanted.name == PROBABILITIES and not wanted.classes:

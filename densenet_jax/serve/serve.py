@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import importlib.util
+import os
+import signal
 import socket
-from typing import Any
+from typing import Any, NoReturn
 
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
@@ -33,6 +35,17 @@ def check_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--mode serve needs {', '.join(missing)}; run: pip install -r requirements-serve.txt")
+
+
+def end_when_asked() -> None:
+    """Lets SIGTERM and Ctrl-C end the process at once, until the server handles them: there is nothing to finish."""
+
+    def end(*_: Any) -> NoReturn:
+        print_status("interrupted")
+        os._exit(130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def listen(address: Address) -> socket.socket:

@@ -64,6 +64,9 @@ def test_opencv_reads_the_same(name):
         "inverted",
         "half",
         "six",
+        "four",
+        "infrared",
+        "inks",
         "_as_",
         "planar",
     )

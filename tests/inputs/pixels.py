@@ -24,6 +24,7 @@ RGB = _RANDOM.integers(0, 256, (7, 5, 3), np.uint8)
 WIDE_RGB = _RANDOM.integers(0, 65536, (7, 5, 3), np.uint16)
 ALPHA = _RANDOM.integers(0, 256, (7, 5), np.uint8)
 MANY = _RANDOM.integers(0, 256, (7, 5, 6), np.uint8)
+FOUR, WIDE_FOUR = MANY[:, :, :4], np.dstack([WIDE_RGB, WIDE])
 TWELVE = (WIDE >> 4).astype(np.uint16)  # 0 to 4095
 
 
@@ -102,6 +103,12 @@ def ranged(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """16-bit pixels of values that are black and white at `low` and `high`."""
     shares = (values.astype(np.float64) - low) / (high - low)
     return np.rint(np.clip(shares, 0, 1) * 65535).astype(np.uint16)
+
+
+def inks(pixels: np.ndarray) -> np.ndarray:
+    """RGB of cyan, magenta, yellow and black, each of which takes light away."""
+    light = 1 - pixels / np.iinfo(pixels.dtype).max
+    return np.rint(light[:, :, :3] * light[:, :, 3:] * np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
 def _float_with(value: float) -> np.ndarray:
@@ -219,6 +226,26 @@ CASES: dict[str, Case] = {
         tiff(np.moveaxis(MANY, -1, 0), photometric="minisblack", planarconfig="separate"), MANY, channels=6
     ),
     "six_pages.tif": Case(tiff(np.moveaxis(MANY, -1, 0), photometric="minisblack"), MANY, channels=6),
+    "four_channels.tif": Case(tiff(FOUR, photometric="minisblack", planarconfig="contig"), FOUR, channels=4),
+    "four_channels_of_16_bit.tif": Case(
+        tiff(WIDE_FOUR, photometric="minisblack", planarconfig="contig"), WIDE_FOUR, channels=4
+    ),
+    "rgb_and_infrared.tif": Case(tiff(FOUR, photometric="rgb", extrasamples=["unspecified"]), FOUR, channels=4),
+    "rgb_and_infrared_as_3.tif": Case(
+        tiff(FOUR, photometric="rgb", extrasamples=["unspecified"]), FOUR[:, :, :3], channels=3
+    ),
+    "rgb_and_infrared_16_bit_as_3.tif": Case(
+        tiff(WIDE_FOUR, photometric="rgb", extrasamples=["unspecified"]), WIDE_FOUR[:, :, :3], channels=3
+    ),
+    "inks_8_bit.tif": Case(tiff(FOUR, photometric="separated"), inks(FOUR), channels=3, within=1),
+    "inks_16_bit.tif": Case(tiff(WIDE_FOUR, photometric="separated"), inks(WIDE_FOUR), channels=3),
+    "inks_16_bit_as_gray.tif": Case(tiff(WIDE_FOUR, photometric="separated"), luma(inks(WIDE_FOUR))),
+    "inks_8_bit_as_4.tif": Case(
+        tiff(FOUR, photometric="separated"), "3 channels, config.data.channels is 4", channels=4
+    ),
+    "inks_16_bit_as_4.tif": Case(
+        tiff(WIDE_FOUR, photometric="separated"), "3 channels, config.data.channels is 4", channels=4
+    ),
     "six_channels_as_3.tif": Case(
         tiff(MANY, photometric="minisblack", planarconfig="contig"),
         "6 channels, config.data.channels is 3",

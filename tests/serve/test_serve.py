@@ -1,6 +1,8 @@
 """A real server with real clients: answers equal the predictor's, and nothing that one client sends harms another."""
 
+import asyncio
 import contextlib
+import os
 import re
 import signal
 import time
@@ -255,6 +257,49 @@ def test_it_stops_while_it_compiles(served_run, user, tmp_path, number):
     assert process.returncode == 0, errors
     assert errors.splitlines()[-1] == "stopped after 0 requests with 0 images"
     assert last_line(output) == {"mode": "serve", "requests": 0, "images": 0}
+
+
+@needs_server
+def test_it_stops_while_it_loads(served_run, user, tmp_path):
+    """Reading the labels waits for somebody to write them."""
+    os.mkfifo(tmp_path / "labels")
+    flags = ("--mode", "serve", "--port", "0", "--grpc_port", "0", "--labels", str(tmp_path / "labels"))
+    common = ("--config", "configs/digits.py", "--workdir", str(served_run), *flags)
+    with start_main(*common, **user) as process:
+        writing = None
+        while writing is None:
+            assert process.poll() is None, process.communicate()
+            with contextlib.suppress(OSError):  # nobody reads it yet
+                writing = os.open(tmp_path / "labels", os.O_WRONLY | os.O_NONBLOCK)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=5)
+        os.close(writing)
+    assert (process.returncode, output, errors.splitlines()[-1]) == (130, "", "interrupted")
+
+
+@needs_server
+def test_nothing_is_compiled_after_the_start(served, pictures):
+    """Not for files of 16 bits either, which share no batch with others."""
+    from densenet_jax.serve.requests import ENCODED, Request, Tensor
+    from densenet_jax.serve.runtime import Classifier
+
+    wide = [
+        encoded(Image.fromarray(np.random.default_rng(seed).integers(0, 65536, (9, 9), np.uint16))) for seed in range(3)
+    ]
+    files = [pictures[0], wide[0], pictures[1], wide[1], wide[2]]
+    predictor = Predictor(served.model, batch_sizes=(8, 32))
+
+    async def ask():
+        model = Classifier(predictor)
+        await model.compile()
+        compiled = predictor._step._cache_size()
+        request = Request([Tensor(ENCODED, "BYTES", [len(files)], files, is_base64=False)])
+        _, outputs = await model.infer(lambda: request, 1)
+        assert predictor._step._cache_size() == compiled == 1 + len(predictor.batch_sizes)
+        return outputs[0][2]
+
+    expected = np.concatenate([served.probabilities(served.preprocess(file)[None]) for file in files])
+    np.testing.assert_allclose(asyncio.run(ask()), expected, **TOLERANCE)
 
 
 @needs_server
