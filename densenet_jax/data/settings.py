@@ -11,12 +11,12 @@ class Labels:
     """How labels are meant: `config.data.labels`, `uncertain` and `empty`.
 
     Attributes:
-        several: each example has several labels that may be 1, 0 or unknown; else one class.
+        many: each example has several labels that may be 1, 0 or unknown; else one class.
         uncertain: what -1 becomes: "ignore" (unknown), "zero" or "one".
         empty: what an empty value becomes: "ignore" (unknown) or "zero".
     """
 
-    several: bool = False
+    many: bool = False
     uncertain: str = "ignore"
     empty: str = "ignore"
 

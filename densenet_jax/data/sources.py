@@ -13,6 +13,7 @@ from densenet_jax.data.convert import stored_formats
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record, Source
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
+from densenet_jax.data.tfds_labels import find_fields
 from densenet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,8 @@ def open_source(
         from densenet_jax.data.table import TableSource
 
         source: Source = TableSource(table or TableSettings(""), directory, wanted, labels, class_order)
-    elif labels.several:
-        raise UserError(f"config.data.labels is multi, but {name} has one class an image; set it to single.")
     else:
-        source = _open_whole(name, directory or default_directory(), wanted, class_order)
+        source = _open_whole(name, directory or default_directory(), wanted, class_order, labels)
     if wanted != "train" or (split != "holdout" and not holdout):
         return source
     part = _hold_out(source, holdout, is_held_out=split == "holdout")
@@ -81,7 +80,9 @@ def _warn_of_missing_classes(source: Source, split: str) -> None:
         logger.warning("%s has no images of %d of %d classes: %s.", split, len(missing), source.num_classes, listed)
 
 
-def _open_whole(name: str, directory: str, split: str, class_order: str) -> Source:
+def _open_whole(name: str, directory: str, split: str, class_order: str, labels: Labels) -> Source:
+    if labels.many and name in ("folder", "digits"):
+        raise UserError(f"config.data.labels is multi, but {name} has one class an image; set it to single.")
     if name == "folder":
         from densenet_jax.data.folder import FolderSource
 
@@ -90,7 +91,7 @@ def _open_whole(name: str, directory: str, split: str, class_order: str) -> Sour
         from densenet_jax.data import digits
 
         digits.prepare(directory)
-    return ArrayRecordSource(find_prepared(name, directory), split)
+    return ArrayRecordSource(find_prepared(name, directory), split, labels)
 
 
 def _hold_out(source: Source, holdout: float, is_held_out: bool) -> Source:
@@ -147,7 +148,7 @@ class SubsetSource:
 class ArrayRecordSource:
     """A split of a tfds image classification set whose files are ArrayRecord."""
 
-    def __init__(self, directory: str, split: str) -> None:
+    def __init__(self, directory: str, split: str, labels: Labels = SINGLE) -> None:
         """Opens `split` of the prepared set in `directory` (the one that holds dataset_info.json)."""
         import tensorflow_datasets as tfds
 
@@ -162,12 +163,10 @@ class ArrayRecordSource:
                 f"convert it once with `python main.py --mode prepare` and the same --config."
             )
         self._split = split
-        self._image_key, self._label_key, self._name_key = _feature_keys(builder.info.features, directory)
-        feature = builder.info.features[self._label_key]
-        self.num_classes = int(feature.num_classes)
-        self.class_names = tuple(feature.names)
-        self._set_key = _label_set_key(builder.info.features)
-        self.label_sets, self.many_labels = bool(self._set_key), False
+        self._fields = find_fields(builder.info.features, directory, labels)
+        self.class_names = self._fields.class_names
+        self.num_classes = len(self.class_names)
+        self.label_sets, self.many_labels = bool(self._fields.label_set), labels.many
         self._records = _open_records(builder, split, directory)
         self._parse = _example_parser()
         self._labels: np.ndarray | None = None
@@ -182,20 +181,26 @@ class ArrayRecordSource:
             fields = self._parse(self._records[index])
         except Exception as error:  # the reader and the parser raise their own types
             raise DamagedImage(name, f"its record can't be read ({error})") from error
-        if self._name_key:
-            name = fields[self._name_key].bytes_list.value[0].decode("utf-8", "replace") or name
+        known = self._fields
+        if known.name:
+            name = fields[known.name].bytes_list.value[0].decode("utf-8", "replace") or name
+        try:
+            label = known.read_label(fields)
+        except (LookupError, ValueError) as error:
+            raise DamagedImage(name, f"its labels can't be read ({error})") from error
         return Record(
-            image=fields[self._image_key].bytes_list.value[0],
-            label=int(fields[self._label_key].int64_list.value[0]),
+            image=fields[known.image].bytes_list.value[0],
+            label=label,
             name=name,
-            label_set=tuple(fields[self._set_key].int64_list.value) if self._set_key else (),
+            label_set=tuple(fields[known.label_set].int64_list.value) if known.label_set else (),
         )
 
     def labels(self) -> np.ndarray:
-        """Returns every label, int32 [n]; reads the whole split on the first call."""
+        """Returns every label, int32 [n] or float32 [n, k]; reads the whole split on the first call."""
         with self._labels_lock:
             if self._labels is None:
-                self._labels = np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
+                dtype = np.float32 if self.many_labels else np.int32
+                self._labels = np.stack([np.asarray(self[i].label, dtype) for i in range(len(self))])
             return self._labels
 
     def groups(self) -> None:
@@ -232,32 +237,6 @@ def _example_parser() -> Callable[[bytes], Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return lambda raw: tf_example_pb2.Example.FromString(raw).features.feature
-
-
-def _feature_keys(features: Any, directory: str) -> tuple[str, str, str]:
-    """Finds the keys of the image, the label and the file name ("" if there is none)."""
-    import tensorflow_datasets as tfds
-
-    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
-    labels = [key for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)]
-    image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-    if image is None or label is None:
-        raise UserError(
-            f"{directory} is not an image classification set: expected one image and one class label, "
-            f"found images {images} and labels {labels}."
-        )
-    names = [key for key in ("file_name", "filename", "image/filename", "id") if key in features]
-    name = next((key for key in names if isinstance(features[key], tfds.features.Text)), "")
-    return image, label, name
-
-
-def _label_set_key(features: Any) -> str:
-    """Finds the key of further right classes, as imagenet2012_real has them; "" if there is none."""
-    import tensorflow_datasets as tfds
-
-    sequences = {key: value for key, value in features.items() if isinstance(value, tfds.features.Sequence)}
-    return next((key for key, value in sequences.items() if isinstance(value.feature, tfds.features.ClassLabel)), "")
 
 
 def find_prepared(name: str, directory: str) -> str:

@@ -59,7 +59,7 @@ class TableSource:
         self._groups = None if rows.groups is None else rows.groups[mine]
         self.class_names = rows.class_names
         self.num_classes = len(rows.class_names)
-        self.many_labels = labels.several
+        self.many_labels = labels.many
         self.label_sets = False
         _check_files(rows, mine, settings.table)
         if split == settings.train_split:

@@ -21,7 +21,7 @@ def read_labels(
     """
     if settings.label_separator:
         return _joined(settings, columns[settings.label_columns[0]], labels, class_order)
-    if labels.several:
+    if labels.many:
         targets = [_numbers(columns[name], name, place) for name in settings.label_columns]
         return labels.resolve(np.stack(targets, axis=1)), settings.label_columns
     name = settings.label_columns[0]

@@ -76,12 +76,12 @@ def check_settings(settings: TableSettings, labels: Labels) -> None:
         raise UserError(f"config.data.label_columns has {twice!r} twice; name each column once.")
     if other := next((key for key, name in settings.columns()[1:] if name == settings.image_column), ""):
         raise UserError(f"config.data.{other} names the column {settings.image_column!r}, which is the image_column.")
-    if not labels.several and len(columns) > 1:
+    if not labels.many and len(columns) > 1:
         raise UserError(
             f"config.data.label_columns has {len(columns)} columns, but config.data.labels is single; set it to multi, "
             "or name the one column with the class names."
         )
-    if settings.label_separator and (not labels.several or len(columns) > 1):
+    if settings.label_separator and (not labels.many or len(columns) > 1):
         raise UserError(
             f"config.data.label_separator is {settings.label_separator!r}; it needs config.data.labels=multi and one "
             "label column."

@@ -150,7 +150,7 @@ def test_the_newest_version_with_random_access_is_found(tmp_path):
 def test_sets_that_are_no_image_classification_are_refused(tmp_path):
     path = fake_imagenet.write(str(tmp_path), train=2, validation=2)
     tfds.features.FeaturesDict({"left": tfds.features.Image(), "right": tfds.features.Image()}).save_config(path)
-    with pytest.raises(UserError, match="not an image classification set"):
+    with pytest.raises(UserError, match="expects one image and one class label"):
         open_source("imagenet2012", str(tmp_path), "train")
 
 

@@ -19,7 +19,7 @@ from densenet_jax.data.table import TableSource
 from densenet_jax.data.transforms import eval_transform, train_transform
 from densenet_jax.errors import UserError
 
-MULTI = Labels(several=True)
+MULTI = Labels(many=True)
 
 
 def png(value):
