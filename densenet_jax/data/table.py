@@ -54,9 +54,10 @@ class TableSource:
         if not len(mine):
             raise UserError(f"{settings.table} has no rows of split {split!r}.")
         self._directory = rows.directory
-        self._paths = rows.paths.take(pa.array(mine))
-        self._labels = rows.labels[mine]
-        self._groups = None if rows.groups is None else rows.groups[mine]
+        every = len(mine) == len(rows.split)
+        self._paths = rows.paths if every else rows.paths.take(pa.array(mine))
+        self._labels = rows.labels if every else rows.labels[mine]
+        self._groups = rows.groups if every or rows.groups is None else rows.groups[mine]
         self.class_names = rows.class_names
         self.num_classes = len(rows.class_names)
         self.many_labels = labels.many

@@ -22,8 +22,11 @@ def read_labels(
     if settings.label_separator:
         return _joined(settings, columns[settings.label_columns[0]], labels, class_order)
     if labels.many:
-        targets = [_numbers(columns[name], name, place) for name in settings.label_columns]
-        return labels.resolve(np.stack(targets, axis=1)), settings.label_columns
+        names = settings.label_columns
+        targets = np.empty((len(columns[names[0]]), len(names)), np.float32)
+        for at, name in enumerate(names):
+            targets[:, at] = _numbers(columns[name], name, labels, place)
+        return targets, names
     name = settings.label_columns[0]
     column = columns[name]
     # A categorical column of a Parquet file may have values that no row has.
@@ -34,8 +37,8 @@ def read_labels(
     return np.array([number[one] for one in classes], np.int32)[dense], names
 
 
-def _numbers(column: pa.DictionaryArray, name: str, place: Callable[[int], str]) -> np.ndarray:
-    """Converts a label column to float32 [n] of 1, 0, -1 (uncertain) and NaN (empty)."""
+def _numbers(column: pa.DictionaryArray, name: str, labels: Labels, place: Callable[[int], str]) -> np.ndarray:
+    """Converts a label column of 1, 0, -1 (uncertain) and NaN or nothing (empty) to targets, float32 [n]."""
     values = np.full(len(column.dictionary) + 1, np.nan, np.float32)  # the last for nulls, whose code is -1
     places = codes(column)
     for code, value in enumerate(column.dictionary.to_pylist()):
@@ -49,7 +52,7 @@ def _numbers(column: pa.DictionaryArray, name: str, place: Callable[[int], str])
                 f"{place(row)} has {value!r} in column {name!r}; expected 1, 0, -1 (uncertain) or nothing (unknown). A "
                 "column of class names needs config.data.labels=single, or config.data.label_separator."
             )
-    return values[places]
+    return labels.resolve(values)[places]
 
 
 def _joined(

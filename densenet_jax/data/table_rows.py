@@ -185,18 +185,29 @@ class _Places:
 
 def _inside(paths: pa.Array, root: str, place: _Places) -> pa.Array:
     """Makes paths relative to `root`."""
-    empty = pc.or_kleene(pc.is_null(paths), pc.equal(paths, ""))
-    if (row := table_file.first_row(empty)) >= 0:
+    if paths.null_count:
+        raise UserError(f"{place(table_file.first_row(pc.is_null(paths)))} names no image.")
+    if _is_plain(paths):
+        return paths
+    if (row := table_file.first_row(pc.equal(paths, ""))) >= 0:
         raise UserError(f"{place(row)} names no image.")
     top = os.path.join(os.path.abspath(root), "")
-    if pc.any(below := pc.starts_with(paths, top)).as_py():
-        paths = pc.if_else(below, pc.utf8_slice_codeunits(paths, len(top)), paths)
-    if pc.any(pc.match_substring_regex(paths, r"(^|/)\./|//")).as_py():
-        paths = pc.replace_substring_regex(paths, r"(^|/)(?:\./|/)+", r"\1")
+    paths = pc.if_else(pc.starts_with(paths, top), pc.utf8_slice_codeunits(paths, len(top)), paths)
+    paths = pc.replace_substring_regex(pc.replace_substring_regex(paths, r"/(\./|/)+", "/"), r"^\./", "")
     outside = pc.match_substring_regex(paths, r"^/|(^|/)\.\.(/|$)|\x00")
     if (row := table_file.first_row(outside)) >= 0:
         raise UserError(f"{place(row)} names the image {paths[row].as_py()!r}, which leaves config.data.dir {root}.")
     return paths
+
+
+def _is_plain(paths: pa.Array) -> bool:
+    """Returns whether all paths are relative and without parts that are empty or begin with a dot; may miss some."""
+    _, offsets, data = paths.buffers()
+    ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
+    text = memoryview(data)[ends[0] : ends[-1]].tobytes()
+    if (ends[1:] == ends[:-1]).any() or any(part in text for part in (b"/.", b"//", b"\0")):
+        return False
+    return not np.isin(np.frombuffer(text, np.uint8)[ends[:-1] - ends[0]], list(b"/.")).any()
 
 
 def _splits(
@@ -262,13 +273,14 @@ def _check_groups(
     column: pa.DictionaryArray, groups: np.ndarray, split: np.ndarray, splits: tuple[str, ...], name: str
 ) -> None:
     used = split >= 0
-    pairs = np.unique(groups[used].astype(np.int64) * len(splits) + split[used])
-    of_pair, number = np.divmod(pairs, len(splits))
-    if (at := table_file.first_row(of_pair[1:] == of_pair[:-1])) >= 0:
-        group = column.dictionary[int(of_pair[at])].as_py()
-        shared = int((np.bincount(of_pair) > 1).sum())
+    last = np.full(len(column.dictionary), -1, np.int32)
+    last[groups[used]] = split[used]
+    moved = used & (last[groups] != split)
+    if (row := table_file.first_row(moved)) >= 0:
+        group = groups[row]
+        both = f"{splits[split[row]]!r} and {splits[last[group]]!r}"
+        more = len(np.unique(groups[moved])) - 1
         raise UserError(
-            f"Group {group!r} of column {name!r} is in two splits, {splits[number[at]]!r} and "
-            f"{splits[number[at + 1]]!r}" + (f", and so are {shared - 1} more" if shared > 1 else "")
-            + "; put all rows of a group into one."
+            f"Group {column.dictionary[int(group)].as_py()!r} of column {name!r} is in two splits, {both}"
+            + (f", and so are {more} more" if more else "") + "; put all rows of a group into one."
         )  # fmt: skip
