@@ -75,7 +75,7 @@ class ExportOptions:
     output: str = ""  # path to write; "" uses `default_output` with the format's suffix
     default_output: str = ""
     precision: str = "float32"
-    preprocess: bool = True  # whether to include normalization and softmax
+    preprocess: bool = True  # whether to include normalization and the step from logits to probabilities
     batch_size: int = 0  # fixed batch size; 0 accepts any
     overwrite: bool = False
 
@@ -153,7 +153,8 @@ def _compare_with_model(
         outputs = run_in_chunks(call, graph.prepare(checked.images), graph.batch_size, bar.advance)
     finally:
         bar.close()
-    return compare(expected, outputs, checked.labels)
+    threshold = (0.0 if graph.preprocessed else 0.5) if graph.many_labels else None
+    return compare(expected, outputs, checked.labels, threshold)
 
 
 @contextlib.contextmanager

@@ -37,13 +37,15 @@ class Graph:
     classes: int  # k, the width of the output
     info: dict[str, str]
     pixel_dtype: Any = np.uint8
+    many_labels: bool = False  # each label has a probability of its own
 
     def function(self, images: jax.Array) -> jax.Array:
         """Maps images of `input_dtype` [b, h, w, c] to the output named `output_name`, float32 [b, k]."""
         logits = self.logits(images)
         if self.preprocessed:
             return logits
-        return jax.nn.softmax(logits if self.allowed_classes is None else restrict(logits, self.allowed_classes))
+        logits = logits if self.allowed_classes is None else restrict(logits, self.allowed_classes)
+        return jax.nn.sigmoid(logits) if self.many_labels else jax.nn.softmax(logits)
 
     @property
     def input_dtype(self) -> Any:
@@ -64,7 +66,7 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
     """Builds the graph of `model`, always in float32.
 
     Args:
-        preprocess: whether to include normalization and softmax.
+        preprocess: whether to include normalization and the step from logits to probabilities.
         batch_size: fixed batch size; 0 accepts any.
 
     Raises:
@@ -96,8 +98,10 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
             "model": model.name,
             "weights": model.source,
             "class_names": format_labels(model.class_names).rstrip("\n"),
+            **({"labels": "multi"} if model.many_labels else {}),
         },
         pixel_dtype=model.transform.dtype.type,
+        many_labels=model.many_labels,
     )
 
 
@@ -120,7 +124,10 @@ def reference_outputs(model: Deployed, graph: Graph, images: np.ndarray, batch_s
         if graph.preprocessed:
             return module.apply(variables, batch, train=False)  # type: ignore[return-value]
         step = make_predict_step(
-            module, lambda pixels: normalize(pixels, model.mean, model.std), classes=model.allowed_classes
+            module,
+            lambda pixels: normalize(pixels, model.mean, model.std),
+            classes=model.allowed_classes,
+            many_labels=model.many_labels,
         )
         return step(variables, {"image": batch})["probability"]
 

@@ -24,7 +24,7 @@ class CheckImages:
     """Preprocessed images."""
 
     images: np.ndarray  # uint8 [n, h, w, c]
-    labels: np.ndarray | None  # int32 [n]; None if unknown
+    labels: np.ndarray | None  # class numbers [n], or many labels [n, k]; None if unknown
     source: str  # description for messages
     real: bool  # False for generated images
 
@@ -113,4 +113,4 @@ def _spread(source: Source, transform: ResizedCenterCrop, most: int) -> tuple[np
         labels.append(record.label)
     if not images:
         raise UserError("none of the data set's images can be read; run --mode prepare to see why.")
-    return np.stack(images), np.asarray(labels, np.int32)
+    return np.stack(images), np.asarray(labels)

@@ -41,7 +41,8 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
         precision == "int8" and not graph.preprocessed
     )  # input bytes are the quantized values: nothing runs in float
     dtype = np.float32 if whole else graph.input_dtype
-    after = tf.nn.softmax if graph.output_name == "probabilities" else tf.identity
+    to_probabilities = tf.math.sigmoid if graph.many_labels else tf.nn.softmax
+    after = to_probabilities if graph.output_name == "probabilities" else tf.identity
     function: Any = make_tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]

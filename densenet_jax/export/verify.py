@@ -21,15 +21,17 @@ class Comparison:
     examples: int
     max_abs_difference: float  # largest difference of any output
     scale: float  # largest output of the model, at least 1
-    agreement: float  # share of images with the same most probable class
-    accuracy: tuple[float, float] | None  # top-1 accuracy of model and file; None without labels
+    agreement: float  # share of images with the same most probable class, or of many labels decided the same
+    accuracy: tuple[float, float] | None  # share of right answers of model and file; None without labels
+    many_labels: bool = False
 
     def describe(self) -> str:
         """Formats the comparison as one line."""
-        line = f"largest difference {self.max_abs_difference:.2e}, same class for {self.agreement:.2%}"
+        what, share = ("decision", "right labels") if self.many_labels else ("class", "top-1")
+        line = f"largest difference {self.max_abs_difference:.2e}, same {what} for {self.agreement:.2%}"
         if self.accuracy is not None:
             model, file = self.accuracy
-            line += f"; top-1 of the model {model:.2%}, of the file {file:.2%} ({file - model:+.2%})"
+            line += f"; {share} of the model {model:.2%}, of the file {file:.2%} ({file - model:+.2%})"
         return f"{line} ({self.examples} images)"
 
     def check(self, precision: str, what: str) -> None:
@@ -76,16 +78,26 @@ def run_in_chunks(
     return np.concatenate(outputs)
 
 
-def compare(expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None) -> Comparison:
-    """Compares outputs float32 [n, k]; `labels` int [n] are the true classes, if known.
+def compare(
+    expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None, threshold: float | None = None
+) -> Comparison:
+    """Compares outputs float32 [n, k].
+
+    Args:
+        labels: the true classes int [n], if known; or many labels float [n, k], NaN where unknown.
+        threshold: of many labels, from which output on one is present; None for one class an image.
 
     Raises:
         UserError: the file's outputs have another shape.
     """
     if expected.shape != actual.shape:
         raise UserError(f"the written file returns outputs of shape {actual.shape}; expected {expected.shape}.")
-    ours, theirs = expected.argmax(-1), actual.argmax(-1)
-    accuracy = None if labels is None else (float(np.mean(ours == labels)), float(np.mean(theirs == labels)))
+    ours, theirs = (each.argmax(-1) if threshold is None else each >= threshold for each in (expected, actual))
+    accuracy = None
+    if labels is not None:
+        known = ~np.isnan(labels)
+        model, file = (float(np.mean((each == labels)[known])) for each in (ours, theirs))
+        accuracy = model, file
     # Excluded classes have logits of minus infinity on both sides.
     with np.errstate(invalid="ignore"):
         difference = np.where(expected == actual, 0.0, np.abs(expected - actual))
@@ -95,4 +107,5 @@ def compare(expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None)
         scale=max(1.0, float(np.abs(expected[np.isfinite(expected)]).max())),
         agreement=float(np.mean(ours == theirs)),
         accuracy=accuracy,
+        many_labels=threshold is not None,
     )

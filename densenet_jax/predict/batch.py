@@ -40,7 +40,7 @@ class PredictOptions:
 
     images: tuple[str, ...]
     output: str  # file to write: .jsonl, .csv or .parquet
-    topk: int = 5  # number of classes listed for an image; 0 lists all
+    topk: int = 5  # number of classes listed for an image; 0 lists all, as do models of many labels
     annotate: str = ""  # directory for annotated images; "" writes none
     explain: str = ""  # directory for class activation maps; "" writes none
     features: str = ""  # "pooled" or "pyramid", written to an archive beside the predictions; "" writes none
@@ -99,6 +99,8 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     if is_table(options.output):
         check_table(options.output)
     model = load()
+    if model.many_labels:
+        options = dataclasses.replace(options, topk=0)
     request = {"model": f"{model.name}, {model.source}", "labels": list(model.class_names), **options.request()}
     if jax.process_count() > 1:
         raise UserError("--mode predict runs in one process; start it without --num_processes.")
@@ -204,9 +206,14 @@ class _Run:
             list(pool.map(self._explain, answered, outputs["map"]))
         self._output.write(_line(item, answers.get(item.path, [])) for item in batch)
         for item in batch:
-            print_status(
-                f"{shown(item.path)}  {_short(answers[item.path]) if item.path in answers else f'error: {item.why}'}"
-            )
+            words = self._short(answers[item.path]) if item.path in answers else f"error: {item.why}"
+            print_status(f"{shown(item.path)}  {words}")
+
+    def _short(self, answers: list[ClassProbability]) -> str:
+        """Returns the best class, or of many labels all that are more likely than not."""
+        if not self._predictor.model.many_labels:
+            return _words(answers[0])
+        return ", ".join(_words(answer) for answer in answers if answer.probability >= 0.5) or "none"
 
     def _explain(self, item: _Prepared, activation_map: np.ndarray) -> None:
         picture, array = (
@@ -229,9 +236,8 @@ def _line(item: _Prepared, answers: list[ClassProbability]) -> dict[str, Any]:
     return {"image": item.path, "predictions": [answer._asdict() for answer in answers]}
 
 
-def _short(answers: list[ClassProbability]) -> str:
-    best = answers[0]
-    return f"{{{best.class_id}: {best.label!r}}} {best.probability:.2f}"
+def _words(answer: ClassProbability) -> str:
+    return f"{{{answer.class_id}: {answer.label!r}}} {answer.probability:.2f}"
 
 
 def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:

@@ -47,6 +47,7 @@ class Deployed:
     class_names: tuple[str, ...]
     allowed_classes: tuple[int, ...] | None = None  # the only classes that may be predicted; None allows all
     dataset: Identity | None = None
+    many_labels: bool = False  # images have many labels, each with a probability of its own, instead of one class
 
 
 def read_run_settings(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
@@ -107,6 +108,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         class_names=_class_names(experiment, workdir, labels, dataset),
         allowed_classes=experiment.data.allowed_classes,
         dataset=dataset,
+        many_labels=experiment.many_labels,
     )
 
 

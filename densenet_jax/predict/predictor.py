@@ -133,7 +133,7 @@ class Predictor:
         return self.model.transform.shape
 
     def __call__(self, images: Iterable[ImageSource], topk: int = 5) -> list[list[ClassProbability]]:
-        """Predicts the `topk` most probable classes of each image, best first.
+        """Predicts the `topk` most probable classes of each image, best first; every label if it has many.
 
         Args:
             images: paths, encoded bytes, or arrays [h, w] or [h, w, c] of uint8, uint16 or floats in [0, 1].
@@ -278,8 +278,11 @@ class Predictor:
         return {name: leaf.shape[1:] for name, leaf in shapes.items()}
 
     def best(self, probabilities: np.ndarray, topk: int = 5) -> list[ClassProbability]:
-        """Returns the `topk` highest of float32 [classes], best first; ties are in class order."""
-        order = np.argsort(-probabilities, kind="stable")[:topk]
+        """Returns the `topk` highest of float32 [classes], best first; ties are in class order.
+
+        If images have many labels, all are returned.
+        """
+        order = np.argsort(-probabilities, kind="stable")[: None if self.model.many_labels else topk]
         if self.model.allowed_classes is not None:
             order = order[: len(self.model.allowed_classes)]
         return [ClassProbability(int(i), self.class_names[i], float(probabilities[i])) for i in order]
@@ -326,7 +329,8 @@ class Predictor:
     ) -> dict[str, jax.Array]:
         model = self.model
         seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
-        outputs = make_predict_step(model.module, seen, classes=model.allowed_classes)(variables, {"image": images})
+        step = make_predict_step(model.module, seen, classes=model.allowed_classes, many_labels=model.many_labels)
+        outputs = step(variables, {"image": images})
         if features:
             # The compiler merges this with the classification above, so the network runs once.
             activations: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)

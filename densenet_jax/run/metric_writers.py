@@ -22,6 +22,7 @@ from densenet_jax.system.disk import report_full_disk
 from densenet_jax.workdir import to_json
 
 METRICS_FILE = "metrics.jsonl"
+_NAMES = ("loss", "top1", "top5", "f1", "auroc", "average_precision")
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
@@ -44,9 +45,10 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        if not {"step", "epoch", "split", "loss", "top1", "top5"} <= record.keys():
+        scores = ("f1",) if "f1" in record and "top1" not in record else ("top1", "top5")  # many labels or one class
+        if not {"step", "epoch", "split", "loss", *scores} <= record.keys():
             raise ValueError("step, epoch, split, loss, top1 or top5 is missing")
-        record |= {name: math.nan for name in ("loss", "top1", "top5") if record[name] is None}  # JSON has no NaN
+        record |= {name: math.nan for name in _NAMES if record.get(name, 0) is None}  # JSON has no NaN
         if not isinstance(record["split"], str) or type(record["step"]) is not int:
             raise ValueError("step is not a whole number or split not a text")
         for name, value in record.items():

@@ -166,7 +166,7 @@ class Trainer:
             f"loss {figures['loss']:.4f}",
             f"{speed['images_per_sec']:.0f} images/s",
             f"lr {rate:.4g}",
-            f"top-1{mixed} {figures['top1']:.2%}",
+            f"top-1{mixed} {figures['top1']:.2%}" if "top1" in figures else f"F1{mixed} {figures['f1']:.4f}",
             f"epoch {epoch:.1f}",
             f"waiting {speed['data_wait_fraction']:.0%}",
         )
@@ -217,7 +217,7 @@ class Trainer:
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:
-    return {name: figures[name] for name in ("loss", "top1", "top5")}
+    return {name: value for name, value in figures.items() if name != "examples"}
 
 
 def _check_dataset(experiment: Experiment, workdir: str) -> tuple[Identity, bool]:

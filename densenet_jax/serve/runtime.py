@@ -32,7 +32,7 @@ from densenet_jax.serve.requests import (
 
 PROBABILITIES = "probabilities"
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
-BEST = 5  # classes in the outputs that name the best
+BEST = 5  # classes in the outputs that name the best; a model of many labels names all
 VERSION = "1"  # the only one of the model
 MAX_IMAGES = 64  # in one request
 MAX_REQUESTS = 256  # at a time; more are asked to come back
@@ -222,7 +222,7 @@ class Classifier:
     def _output(self, wanted: Wanted, rows: np.ndarray) -> tuple[Wanted, str, np.ndarray]:
         if wanted.name == PROBABILITIES and not wanted.classes:
             return wanted, OUTPUTS[PROBABILITIES], rows
-        best = [self._predictor.best(row, wanted.classes or BEST) for row in rows]
+        best = [self._predictor.best(row, wanted.classes or BEST)[: wanted.classes or None] for row in rows]
         if wanted.classes:
             texts = [[f"{one.probability:.6f}:{one.class_id}:{one.label}" for one in row] for row in best]
             return wanted, "BYTES", np.asarray(texts, dtype=object)

@@ -1,5 +1,6 @@
 """Options, places and checks of the export mode; the formats have files of their own."""
 
+import dataclasses
 import os
 import sys
 import types
@@ -194,3 +195,24 @@ def test_classes_that_are_left_out_do_not_differ():
     logits = np.array([[1.0, -np.inf, 2.0]], np.float32)
     assert compare(logits, logits.copy(), None).max_abs_difference == 0
     assert np.isinf(compare(logits, np.zeros_like(logits), None).max_abs_difference)
+
+
+def test_decisions_of_many_labels_are_compared_one_by_one():
+    ours = np.array([[0.9, 0.2], [0.5, 0.7]], np.float32)
+    theirs = np.array([[0.8, 0.6], [0.5, 0.7]], np.float32)
+    result = compare(ours, theirs, np.array([[1, 0], [np.nan, 0]]), 0.5)
+    assert (result.agreement, result.accuracy) == (0.75, pytest.approx((2 / 3, 1 / 3)))
+    assert "same decision for 75.00%; right labels of the model 66.67%" in result.describe()
+
+
+@pytest.mark.parametrize("preprocess", [True, False])
+def test_a_graph_of_many_labels_gives_each_its_probability(preprocess):
+    model = dataclasses.replace(small_model(), many_labels=True)
+    graph = make_graph(model, preprocess=preprocess)
+    given = images(3)
+    output = np.asarray(jax.jit(graph.function)(graph.prepare(given)))
+    np.testing.assert_allclose(output, reference_outputs(model, graph, given), rtol=1e-4, atol=1e-5)
+    logits = np.asarray(jax.jit(graph.logits)(graph.prepare(given)))
+    np.testing.assert_allclose(output, 1 / (1 + np.exp(-logits)) if preprocess else logits, rtol=1e-4, atol=1e-6)
+    assert graph.info["labels"] == "multi"
+    assert "labels" not in make_graph(small_model()).info

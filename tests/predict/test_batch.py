@@ -1,5 +1,6 @@
 """Folders of images to files of answers: complete, in order, resumable, whatever is among the images."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -359,3 +360,23 @@ def test_memory_does_not_grow_with_the_number_of_images(photos, monkeypatch):
     run("photos", largest_batch=8)
     assert len(lines_of()) == 320
     assert most[0] <= 8 * (module._READ_AHEAD + 3)
+
+
+def test_many_labels_have_a_probability_each_and_all_are_listed(photos, capsys):
+    def model():
+        return dataclasses.replace(tiny_model(), many_labels=True)
+
+    run("photos/01.PNG", model=model, topk=1)
+    [line] = lines_of()
+    logits = 10 * np.array([-1, 0.1, 1]) * (128 / 255 - 0.5) / 0.5
+    logits[1] = 1.0
+    expected = dict(zip(("dark", "gray", "bright"), 1 / (1 + np.exp(-logits)), strict=True))
+    assert {each["label"]: each["probability"] for each in line["predictions"]} == pytest.approx(expected, rel=1e-3)
+    probabilities = [each["probability"] for each in line["predictions"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) > 1.2
+    assert "'gray'} 0.73, " in capsys.readouterr().err
+    run("photos/01.PNG", model=model, output="table.csv", topk=1)
+    header, row = pathlib.Path("table.csv").read_text().splitlines()
+    assert header == "image,label,probability,dark,gray,bright,error"
+    assert [float(cell) for cell in row.split(",")[3:6]] == pytest.approx(list(expected.values()), rel=1e-3)
