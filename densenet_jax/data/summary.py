@@ -20,7 +20,10 @@ class SplitSummary:
     """Figures of a split.
 
     Attributes:
-        class_counts: int64 [classes].
+        class_counts: int64 [classes]; with many labels the images that have each.
+        unknown: int64 [labels], images where a label is unknown; None without many labels.
+        together: int64 [labels, labels], images that have both of two labels; None without many labels.
+        groups: number of groups; 0 without groups.
         widths: int64 [sample], in pixels, of images that are spread evenly over the split; `heights` likewise.
         encoded_bytes: int64 [sample], sizes of the files.
         damaged: names in the sample whose size can't be read.
@@ -32,6 +35,9 @@ class SplitSummary:
     heights: np.ndarray
     encoded_bytes: np.ndarray
     damaged: tuple[str, ...]
+    unknown: np.ndarray | None = None
+    together: np.ndarray | None = None
+    groups: int = 0
 
     def as_dict(self) -> dict[str, float | int]:
         """Returns plain numbers for a table: counts, class balance, and ranges of the sizes."""
@@ -65,8 +71,22 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
         widths.append(width)
         heights.append(height)
         sizes.append(len(record.image))
-    counts = count_labels(source.labels(), source.num_classes)
-    return SplitSummary(total, counts, np.array(widths), np.array(heights), np.array(sizes), tuple(damaged))
+    labels, groups = source.labels(), source.groups()
+    unknown = together = None
+    if source.many_labels:
+        present = (labels == 1).astype(np.float32)  # of which BLAS makes exact sums up to 16 million images
+        unknown, together = np.isnan(labels).sum(axis=0), (present.T @ present).astype(np.int64)
+    return SplitSummary(
+        examples=total,
+        class_counts=count_labels(labels, source.num_classes),
+        widths=np.array(widths),
+        heights=np.array(heights),
+        encoded_bytes=np.array(sizes),
+        damaged=tuple(damaged),
+        unknown=unknown,
+        together=together,
+        groups=0 if groups is None else len(np.unique(groups)),
+    )
 
 
 def count_labels(labels: np.ndarray, count: int) -> np.ndarray:

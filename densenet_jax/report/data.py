@@ -1,6 +1,7 @@
 """Report page about a data set: samples, class balance, sizes and pipeline speed."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 from densenet_jax.data.summary import SplitSummary, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.report import page
-from densenet_jax.report.plots import DARK, LIGHT, balance_chart, picture
+from densenet_jax.report.plots import DARK, LIGHT, balance_chart, picture, together_chart
 from densenet_jax.report.write import write_page
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import to_devices
 
 _TIMED_STEPS = 4
+_MOST_TOGETHER = 40  # labels up to which a chart shows which come together
 
 
 def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     names = data.eval_source.class_names
     # With ten-crop evaluation, show the first crop.
     shown = [image if image.ndim == 3 else image[0] for image in evaluated["image"][:16]]
-    titles = [names[label] for label in np.asarray(evaluated["label"]).reshape(len(evaluated["label"]), -1)[:16, 0]]
+    titles = [_title(label, names) for label in evaluated["label"][:16]]
     enlarged = data.train_shape[0] < 64
     pictures = {
         "augmented": _grid("data_augmented", samples.images, samples.titles),
@@ -45,6 +47,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     counts = {name: summary.class_counts for name, summary in splits.items()}
     light, dark = (balance_chart(counts, names, theme=theme) for theme in (LIGHT, DARK))
     balance = page.Picture("class_balance", light, "examples of each class, largest first", dark)
+    labels, charts = _labels_section(splits, names)
     content = page.document(
         f"{data_name} as the model sees it",
         page.tiles(
@@ -56,10 +59,11 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         page.text(_verdict(pipeline, model)),
         page.section("Splits", _split_table(splits)),
         page.section("Class balance", page.charts([("Examples of each class, largest first", balance)])),
+        *labels,
         page.section("Augmented training images", page.images(pictures["augmented"], enlarged=enlarged)),
         page.section("Evaluated images", page.images(pictures["evaluated"], enlarged=enlarged)),
     )
-    every = [balance, *(entry[0] for entries in pictures.values() for entry in entries)]
+    every = [balance, *charts, *(entry[0] for entries in pictures.values() for entry in entries)]
     path = write_page(workdir, "data.html", content, every)
     print_status(f"data page: {path}")
     return {"path": path, "pipeline_images_per_sec": round(pipeline, 1), "model_images_per_sec": round(model, 1)}
@@ -98,11 +102,39 @@ def _split_table(splits: dict[str, SplitSummary]) -> str:
             span(summary.heights),
             span(summary.encoded_bytes),
             str(len(summary.damaged)),
+            f"{summary.groups:,}" if summary.groups else "none",
         )
         for name, summary in splits.items()
     ]
-    headings = ("split", "images", "classes", "width, px", "height, px", "bytes", "damaged in sample")
-    return page.table(headings, rows, numbers=range(1, 7))
+    headings = ("split", "images", "classes", "width, px", "height, px", "bytes", "damaged in sample", "groups")
+    return page.table(headings, rows, numbers=range(1, 8))
+
+
+def _title(label: np.ndarray, names: Sequence[str]) -> str:
+    if label.ndim == 0:
+        return names[int(label)]
+    return " + ".join(name for name, value in zip(names, label, strict=True) if value == 1) or "no label"
+
+
+def _labels_section(splits: dict[str, SplitSummary], names: Sequence[str]) -> tuple[list[str], list[page.Picture]]:
+    """Shows many labels: how often each is present, absent and unknown, and which come together."""
+    rows, charts = [], []
+    for split, summary in splits.items():
+        if summary.unknown is None or summary.together is None:
+            return [], []
+        for name, present, unknown in zip(names, summary.class_counts, summary.unknown, strict=True):
+            counts = (present, summary.examples - present - unknown, unknown)
+            share = f"{present / max(1, summary.examples - unknown):.1%}"
+            rows.append((split, name, *(f"{count:,}" for count in counts), share))
+        if len(names) <= _MOST_TOGETHER:
+            light, dark = (together_chart(summary.together, names, theme=theme) for theme in (LIGHT, DARK))
+            text = f"images of {split} that have both labels"
+            charts.append(page.Picture(f"labels_together_{split}", light, text, dark))
+    headings = ("split", "label", "present", "absent", "unknown", "present of known")
+    content = [page.table(headings, rows, numbers=range(2, 6))]
+    if charts:
+        content.append(page.charts([(chart.alt.capitalize(), chart) for chart in charts]))
+    return [page.section("Labels", *content)], charts
 
 
 def _grid(name: str, images: Any, titles: Any) -> list[tuple[page.Picture, str, str]]:

@@ -86,8 +86,20 @@ def line_chart(
 
 def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
     """Draws a confusion matrix, int [k, k], as a PNG: true classes in rows, predicted in columns, shaded by row."""
+    return _matrix_chart(counts, counts.sum(axis=1), class_names, ("true", "predicted"), theme)
+
+
+def together_chart(counts: np.ndarray, names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
+    """Draws how often two labels come together, int [k, k], as a PNG, shaded by the share of the row's images."""
+    return _matrix_chart(counts, counts.diagonal(), names, ("images that have", "and have"), theme)
+
+
+def _matrix_chart(
+    counts: np.ndarray, totals: np.ndarray, class_names: Sequence[str], axis_names: tuple[str, str], theme: Theme
+) -> bytes:
+    """Draws int [k, k] as a PNG with numbers and shades, each row as shares of its total."""
     figure, axes = _axes(theme, (5.4, 5.0))
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / np.maximum(totals, 1)[:, None]
     # The square root makes rare mistakes visible.
     shades = np.sqrt(shares)
     axes.imshow(shades, cmap="cividis", vmin=0, vmax=1)
@@ -95,8 +107,8 @@ def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Th
     places = range(len(names))
     axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_ylabel(axis_names[0])
+    axes.set_xlabel(axis_names[1])
     if len(names) <= _MOST_NUMBERED:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "black" if shades[row, column] > 0.55 else "white"

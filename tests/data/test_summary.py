@@ -8,8 +8,10 @@ from PIL import Image
 
 from densenet_jax.data import summary
 from densenet_jax.data.pipeline import eval_batches, train_batches
+from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.transforms import eval_transform, train_transform
+from densenet_jax.report.data import _labels_section
 from tests.data import fake_imagenet
 
 
@@ -48,3 +50,21 @@ def test_speed_is_measured_for_endless_and_short_batches(source):
         source, global_batch_size=8, transform=eval_transform(image_size_px=16, resize_px=16), on_damaged="skip"
     )
     assert summary.measure_speed(once, seconds=100) > 8
+
+
+def test_many_labels_are_counted_alone_and_together(tmp_path):
+    values = [("1", "1", ""), ("1", "0", "-1"), ("0", "", "1"), ("1", "1", "1")]
+    rows = [f"{i}.png,{i // 2},{','.join(value)}\n" for i, value in enumerate(values)]
+    for i in range(4):
+        Image.fromarray(np.full((4, 6), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("path,who,a,b,c\n" + "".join(rows))
+    table = TableSettings(str(tmp_path / "t.csv"), label_columns=("a", "b", "c"), group_column="who")
+    found = summary.summarize(open_source("table", table=table, labels=Labels(many=True)))
+    np.testing.assert_array_equal(found.class_counts, [3, 2, 2])
+    np.testing.assert_array_equal(found.unknown, [0, 1, 2])
+    np.testing.assert_array_equal(found.together, [[3, 2, 1], [2, 2, 1], [1, 1, 2]])
+    assert found.groups == 2
+    (section,), (chart,) = _labels_section({"train": found}, ("a", "b", "c"))
+    assert "<td>b</td>" in section.replace(' class="number"', "")
+    assert "66.7%" in section
+    assert chart.png[:4] == b"\x89PNG" != chart.dark_png
