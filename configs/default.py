@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.num_classes = 0  # 0: as many as the data set has
     model.dtype = "float32"  # or bfloat16, float16, float64: of activations and products; parameters stay float32
     model.classifier_dropout = 0.0  # rate before the classifier
+    model.drop_path = 0.0  # RDNet: share of examples that skip the last dense layer; rises linearly from the first
     model.layer_dropout = 0.0  # rate after the convolutions of a dense layer (the paper's 0.2 without augmentation)
     model.batch_norm_momentum = 0.9  # kept share of the running statistics (0.9 here is 0.1 in torch)
     model.batch_norm_epsilon = 0.0  # 0: the variant's own (1e-5, of DPN 1e-3)
@@ -110,6 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
     optim.epsilon = 0.0  # adamw, lamb, rmsprop: against division by zero; 0: the usual
     optim.freeze = ""  # regular expression of parameters that stay fixed, such as "^params/(?!classifier)"
     optim.rate_multipliers = ()  # pairs (regular expression of parameters, factor of the rate); the first match counts
+    optim.layer_decay = 1.0  # factor of the rate from each dense layer (RDNet: stage) to the one before it; 1: none
     optim.schedule = "multistep"  # or "constant", "cosine", "exponential", "cosine_restarts", "one_cycle"
     optim.milestone_epochs = (150.0, 225.0, 300.0)  # multistep: where the rate drops
     optim.milestone_steps = ()  # the same in steps

@@ -17,6 +17,7 @@ class Purpose(enum.IntEnum):
     ERASE = 5
     RAND_AUGMENT = 6
     MIX = 7
+    DROP_PATH = 8
 
 
 def step_key(seed: int, purpose: Purpose, step: Int[Array, ""] | int) -> Key[Array, ""]:

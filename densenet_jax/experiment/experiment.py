@@ -109,6 +109,7 @@ class Experiment:
             dtype=self.policy.compute_dtype,
             classifier_dropout=config.model.classifier_dropout,
             layer_dropout=config.model.layer_dropout,
+            drop_path_rate=config.model.drop_path,
             remat=config.model.remat,
             block_form=self._block_form,
             kernels=config.model.kernels,
@@ -382,9 +383,9 @@ class Experiment:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.over_data(self.mesh))
 
     def _variable_shapes(self) -> Any:
-        return jax.eval_shape(
-            lambda key: self.model.init(key, jnp.zeros((1, *self.data.train_shape)), train=False), jax.random.key(0)
-        )
+        images = jnp.zeros((1, *self.data.train_shape))
+        shapes = jax.eval_shape(lambda key: self.model.init(key, images, train=False), jax.random.key(0))
+        return {"batch_stats": {}, **shapes}  # {} where the model has none
 
     def _abstract_variables(self) -> dict[str, Any]:
         return sharding.with_sharding(self._variable_shapes(), self.layout)

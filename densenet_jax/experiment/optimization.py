@@ -59,6 +59,7 @@ def optimizer_of(config: Any, schedule: Schedule) -> optax.GradientTransformatio
         epsilon=config.optim.epsilon,
         freeze=config.optim.freeze,
         rate_multipliers=config.optim.rate_multipliers,
+        layer_decay=config.optim.layer_decay,
     )
 
 

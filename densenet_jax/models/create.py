@@ -19,7 +19,8 @@ from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, P
 from densenet_jax.models.fused import BACKENDS, Fused
 from densenet_jax.models.head import OUTPUTS, HeadOptions
 from densenet_jax.models.layers import NormOptions
-from densenet_jax.models.variants import DenseNetArchitecture, get_variant, list_models
+from densenet_jax.models.rdnet import RDNet
+from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
 
@@ -42,6 +43,7 @@ def create_model(
     param_dtype: DType = jnp.float32,
     classifier_dropout: float = 0.0,
     layer_dropout: float = 0.0,
+    drop_path_rate: float = 0.0,
     dropout_every_convolution: bool = True,
     output: str = "logits",
     test_time_pool_px: int = 0,
@@ -58,16 +60,18 @@ def create_model(
 ) -> nn.Module:
     """Makes the flax linen module of one name of the variants table.
 
-    `module.init(key, images)` gives {"params", "batch_stats"}; `module.apply(variables, images, train=False)` gives
-    logits float32[b, num_classes] of normalized images float[b, h, w, c]. Training: `train=True,
-    mutable=["batch_stats"]`, and `rngs={"dropout": key}` where a dropout rate is set.
+    `module.init(key, images)` gives {"params", "batch_stats"}, of an RDNet {"params"}; `module.apply(variables, images,
+    train=False)` gives logits float32[b, num_classes] of normalized images float[b, h, w, c]. Training: `train=True,
+    mutable=["batch_stats"]`, and `rngs={"dropout": key, "drop_path": key}` where such a rate is set.
 
     Args:
         name: one of `list_models()`.
         num_classes: None is the variant's own, as for batch_norm_epsilon.
         dtype: of activations and convolutions; statistics are float32 or wider.
         classifier_dropout: rate in [0, 1) between pooling and classifier.
-        layer_dropout: rate in [0, 1) after convolutions (DenseNet only).
+        layer_dropout: rate in [0, 1) after convolutions (DenseNet), or after dense layers (RDNet).
+        drop_path_rate: share in [0, 1) of examples for which the last dense layer adds zeros in training; it rises
+            linearly from 0 at the first layer (stochastic depth, RDNet only).
         dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
             after each dense layer's last.
         output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: features} of all stages.
@@ -99,19 +103,29 @@ def create_model(
         re.compile(frozen_norms)
     except re.error as error:
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
-    _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout)
+    _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout, drop_path_rate=drop_path_rate)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
     is_densenet = isinstance(variant.architecture, DenseNetArchitecture)
+    is_rdnet = isinstance(variant.architecture, RDNetArchitecture)
     if kernels == "pallas" and not is_densenet:
         raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
+    if drop_path_rate and not is_rdnet:
+        raise UserError(f"drop_path_rate={drop_path_rate}: {name} is no RDNet and drops no paths; set it to 0")
     common: dict[str, Any] = {
+        "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
+        "output": _chosen("output", output),
+        **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
+    }
+    implementation = _make_implementation(block_form, kernels, mesh)
+    if is_rdnet:  # one implementation, layer norms only
+        if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
+            raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
+        return RDNet(**fields, epsilon=epsilon, layer_dropout=layer_dropout, drop_path_rate=drop_path_rate, **common)
+    common |= {
         "norm_options": NormOptions(
             epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms
         ),
-        "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
-        "output": _chosen("output", output),
-        "implementation": _make_implementation(block_form, kernels, mesh),
-        **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
+        "implementation": implementation,
     }
     if is_densenet:
         common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
@@ -139,6 +153,8 @@ def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         if key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1) or [", ".join(fields)]
             raise UserError(f"create_model({name!r}) has no setting {key!r}: did you mean {nearest[0]}?")
+        if key == "growth_rate" and isinstance(fields[key], tuple) and isinstance(value, int):
+            value = (value,) * len(overrides.get("block_sizes", fields["block_sizes"]))  # RDNet: one for all stages
         fields[key] = tuple(value) if isinstance(fields[key], tuple) else _chosen(key, value)
     _check_architecture(fields)
     return fields
@@ -150,8 +166,11 @@ def _check_architecture(fields: dict[str, Any]) -> None:
         raise UserError(f"block_sizes={sizes}: expected at least one block, each of at least one layer")
     if increments is not None and len(increments) != len(sizes):
         raise UserError(f"block_sizes={sizes} and dense_increments={increments}: expected one increment a stage")
-    if fields.get("growth_rate", 1) < 1:
-        raise UserError(f"growth_rate={fields['growth_rate']}: expected at least 1")
+    rate = fields.get("growth_rate", 1)
+    if min(rate if isinstance(rate, tuple) else (rate,), default=0) < 1:
+        raise UserError(f"growth_rate={rate}: expected at least 1")
+    if isinstance(rate, tuple) and len(rate) != len(sizes):
+        raise UserError(f"block_sizes={sizes} and growth_rate={rate}: expected one growth rate a stage, or one number")
     if not 0 < fields.get("compression", 1) <= 1:
         raise UserError(f"compression={fields['compression']}: expected a share above 0, up to 1")
 

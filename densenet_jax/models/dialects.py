@@ -25,9 +25,11 @@ _SPELLINGS = (
     (re.compile(r"(denselayer\d+\.)layers\."), r"\1"),  # MONAI
     (re.compile(r"^class_layers\.out\."), "classifier."),
     (re.compile(r"^classifier\.\d+\.(weight|bias)$"), r"classifier.\1"),  # a head that is an nn.Sequential
+    (re.compile(r"^head\.fc\."), "classifier."),  # RDNet
+    (re.compile(r"^stem\.stem\."), "stem."),  # its authors' own files
 )
 _UNUSED = ("n_averaged", "op_threshs")  # of torch's AveragedModel; torchxrayvision's operating points
-_STEMS = ("features.conv0.weight", "features.conv1_1.conv.weight")
+_STEMS = ("features.conv0.weight", "features.conv1_1.conv.weight", "stem.0.weight")
 
 _KERAS_EPSILON, _EPSILON = 1.001e-5, 1e-5
 _KERAS_VARIABLES = {1: ("weight",), 2: ("weight", "bias"), 4: ("weight", "bias", "running_mean", "running_var")}

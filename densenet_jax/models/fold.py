@@ -32,8 +32,11 @@ _FOLLOWED_BY = (
 def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a copy of the network for inference only, with every batch norm folded in float64.
 
-    Its variables, {"params"} alone, keep the parameters' dtypes; the given ones are left as they are.
+    Its variables, {"params"} alone, keep the parameters' dtypes; the given ones are left as they are. A network without
+    batch norms (RDNet) has nothing to fold.
     """
+    if not variables.get("batch_stats"):
+        return module.clone(remat=False), {"params": variables["params"]}
     options = module.norm_options
     params, stats = (traverse_util.flatten_dict(dict(variables[kind]), sep="/") for kind in ("params", "batch_stats"))
     dtypes = {name: np.asarray(value).dtype for name, value in params.items()}

@@ -60,14 +60,22 @@ def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w
 
 
 def classify(
-    x: Float[Array, "b h w c"], options: HeadOptions, train: bool, make_rng: Callable[[str], Array]
+    x: Float[Array, "b h w c"],
+    options: HeadOptions,
+    train: bool,
+    make_rng: Callable[[str], Array],
+    norm: Callable[[Array], Array] = lambda pooled: pooled,
 ) -> Float[Array, "b k"]:
-    """Returns logits of the last feature map; called inside a module, it declares that module's child "classifier"."""
+    """Returns logits of the last feature map; called inside a module, it declares that module's child "classifier".
+
+    Args:
+        norm: of the pooled features (RDNet).
+    """
     classifier = Classifier(options.num_classes, options.dtype, options.param_dtype, name="classifier")
     if options.test_time_pool_px and not train:
-        logits = classifier(_windows(x, options.test_time_pool_px))
+        logits = classifier(norm(_windows(x, options.test_time_pool_px)))
         return 0.5 * (logits.mean(axis=(1, 2)) + logits.max(axis=(1, 2)))
-    pooled = global_average_pool(x)
+    pooled = norm(global_average_pool(x))
     if train and options.dropout_rate:
         pooled = dropout(pooled, options.dropout_rate, make_rng("dropout"))
     return classifier(pooled)

@@ -109,7 +109,7 @@ def _with_channels(
 
 
 def _class_count(state: Mapping[str, np.ndarray]) -> int | None:
-    bias = state.get("classifier.bias")
+    bias = state.get("classifier.bias", state.get("head.fc.bias"))
     return bias.shape[0] if bias is not None and bias.ndim == 1 else None
 
 
@@ -152,6 +152,8 @@ def save_torch_state_dict(
         _check_fits(state, name)
     if dialect not in ("torchvision", "monai"):
         raise UserError(f"dialect={dialect!r}: expected torchvision or monai; a .weights.h5 file is Keras's")
+    if "features.conv0.weight" not in state and (dialect == "monai" or os.fspath(path).endswith(_KERAS_ENDING)):
+        raise UserError(f"cannot write {os.fspath(path)}: MONAI and Keras have DenseNets only; save for timm instead")
     if dialect == "monai":
         state = to_monai(state)
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.partial")

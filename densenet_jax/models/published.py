@@ -49,11 +49,17 @@ AT_288 = replace(AT_224, test_px=288, crop_fraction=0.95)
 TORCHVISION = replace(AT_224, interpolation="bilinear")
 DPN = replace(AT_224, mean=(124 / 255, 117 / 255, 104 / 255), std=(1 / (0.0167 * 255),) * 3)
 DPN_RA = replace(AT_224, crop_fraction=0.95)
+RDNET = replace(AT_224, crop_fraction=0.9)
+RDNET_384 = replace(AT_224, input_px=384, test_px=384, crop_fraction=1.0)
 DPN_RA_288 = replace(AT_224, test_px=288, crop_fraction=1.0)
 
 
 def _hub(checkpoint: str, top1: float, top5: float | None, preprocessing: Preprocessing = AT_224) -> PublishedResult:
     return PublishedResult("imagenet2012", top1, top5, "timm results table", f"timm/{checkpoint}", preprocessing)
+
+
+def _naver(checkpoint: str, top1: float, preprocessing: Preprocessing = RDNET) -> PublishedResult:
+    return PublishedResult("imagenet2012", top1, None, "its model card", f"naver-ai/{checkpoint}", preprocessing)
 
 
 def _torchvision(name: str, top1: float, top5: float) -> PublishedResult:
@@ -123,6 +129,13 @@ PUBLISHED: dict[str, tuple[PublishedResult, ...]] = {
     "dpn98": (_hub("dpn98.mx_in1k", 79.664, None, DPN),),
     "dpn107": (_hub("dpn107.mx_in1k", 80.166, None, DPN),),
     "dpn131": (_hub("dpn131.mx_in1k", 79.836, None, DPN),),
+    "rdnet_tiny": (_naver("rdnet_tiny.nv_in1k", 82.8),),
+    "rdnet_small": (_naver("rdnet_small.nv_in1k", 83.7),),
+    "rdnet_base": (_naver("rdnet_base.nv_in1k", 84.4),),
+    "rdnet_large": (
+        _naver("rdnet_large.nv_in1k", 84.8),
+        _naver("rdnet_large.nv_in1k_ft_in1k_384", 85.8, RDNET_384),
+    ),
 }
 
 

@@ -1,11 +1,14 @@
 """Translates names and layouts of PyTorch checkpoints (timm and torchvision), both ways.
 
 Our parameter names mirror theirs, so the mapping is a rename and a transpose: `denseblock1/denselayer1/norm1/scale` is
-`features.denseblock1.denselayer1.norm1.weight`. Everything here works on arrays in memory; pretrained.py reads files.
+`features.denseblock1.denselayer1.norm1.weight`. Only an RDNet's modules have other names there, mostly numbers:
+`stage2/layer1/conv2/kernel` is `dense_stages.1.2.dense_block0.layers.layers.4.weight`. Everything here works on arrays
+in memory; pretrained.py reads files.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,18 +25,37 @@ _LEAVES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",
     ("params", "bias"): "bias",
+    ("params", "gamma"): "gamma",
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
+_RDNET_PARTS = {"depthwise": "0", "norm": "1", "conv1": "2", "conv2": "4", "gate": "5.fc"}
 _LISTED = 10
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def torch_name(path: Path) -> str:
-    """Returns the state-dict key of one leaf of {"params", "batch_stats"}."""
+    """Returns the state-dict key of one leaf of {"params", "batch_stats"}; every family's head is "classifier"."""
     collection, *modules, leaf = path
+    if modules[0] in ("stem", "norm") or modules[0].startswith("stage"):
+        return ".".join([*_rdnet_modules(modules), _LEAVES[collection, leaf]])
     prefix = [] if modules[0] == "classifier" else ["features"]
     return ".".join([*prefix, *modules, _LEAVES[collection, leaf]])
+
+
+def _rdnet_modules(modules: list[str]) -> list[str]:
+    """Returns timm's names of the modules of an RDNet that lead to a leaf, such as ["stage1", "layer2", "norm"]."""
+    stage, *rest = modules
+    if stage == "norm":
+        return ["head", "norm"]
+    if stage == "stem":
+        return ["stem", {"conv": "0", "norm": "1"}[rest[0]]]
+    number = int(stage.removeprefix("stage")) - 1
+    if not rest[0].startswith("layer"):
+        return ["dense_stages", str(number), {"norm": "0", "conv": "1"}[rest[0]]]
+    block = f"dense_block{int(rest[0].removeprefix('layer')) - 1}"
+    parts = ["layers", "layers", _RDNET_PARTS[rest[1]]] if rest[1:] else []
+    return ["dense_stages", str(number), "2" if number else "0", block, *parts]
 
 
 def is_dual_path(paths: Mapping[Path, Any]) -> bool:
@@ -42,8 +64,9 @@ def is_dual_path(paths: Mapping[Path, Any]) -> bool:
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
-    """Flattens {"params", "batch_stats"} into one dict; leaves other collections out."""
-    return traverse_util.flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
+    """Flattens {"params", "batch_stats"} into one dict; leaves other collections out, and statistics may be missing."""
+    collections = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return traverse_util.flatten_dict(collections)
 
 
 def torch_shape(path: Path, shape: Shape, dual_path: bool) -> Shape:
@@ -91,7 +114,14 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         ) from error
     for key in [key for key in state if key.endswith(".running_mean")]:
         state[key.removesuffix("running_mean") + COUNTER] = np.zeros((), np.int64)
-    return state
+    return with_own_head(state)
+
+
+def with_own_head(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames an RDNet's classifier to timm's name for it; other state dicts stay as they are."""
+    if "head.norm.weight" not in state:
+        return dict(state)
+    return {re.sub(r"^classifier\.", "head.fc.", key): value for key, value in state.items()}
 
 
 def _shape_fits(name: str, shape: Shape, expected: Shape) -> bool:
@@ -139,7 +169,7 @@ def from_torch(state: Mapping[str, np.ndarray], template: Mapping[str, Any], ori
         path: np.ascontiguousarray(from_torch_array(path, state[torch_name(path)]).astype(leaf.dtype))
         for path, leaf in flatten(template).items()
     }
-    return traverse_util.unflatten_dict(leaves)
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 
 
 def _check_dtypes(state: Mapping[str, np.ndarray], origin: str) -> None:

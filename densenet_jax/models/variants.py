@@ -68,11 +68,42 @@ class DualPathArchitecture:
 
 
 @dataclass(frozen=True)
+class RDNetArchitecture:
+    """Architecture of an RDNet (2403.19588, section 3 and table 1).
+
+    Attributes:
+        block_sizes: dense layers in each stage.
+        growth_rate: new feature maps a dense layer of each stage adds.
+        halved_stages: stages, counted from 0, at whose start height and width are halved.
+        squeeze_excite_from: the first stage, counted from 0, whose layers end in squeeze and excite.
+        stem_width: feature maps that enter the first stage.
+        patch_px: side of the patches that the stem makes into one position each.
+        bottleneck_width: a layer's first 1x1 convolution gives this many times the layer's input.
+        compression: the share of feature maps that enters the next stage, in (0, 1].
+        layer_scale: initial factor of a layer's output; 0 leaves the factor out.
+    """
+
+    block_sizes: tuple[int, ...] = (3,) * 7
+    growth_rate: tuple[int, ...] = (64, 104, 128, 128, 128, 128, 224)
+    halved_stages: tuple[int, ...] = (1, 2, 6)
+    squeeze_excite_from: int = 2
+    stem_width: int = 64
+    patch_px: int = 4
+    bottleneck_width: float = 4.0
+    compression: float = 0.5
+    layer_scale: float = 1e-6
+    epsilon: float = 1e-6
+
+
+Architecture = DenseNetArchitecture | DualPathArchitecture | RDNetArchitecture
+
+
+@dataclass(frozen=True)
 class Variant:
     """One row: a network, its preprocessing and published results; parameter_count is for num_classes and channels."""
 
     name: str
-    architecture: DenseNetArchitecture | DualPathArchitecture
+    architecture: Architecture
     parameter_count: int
     preprocessing: Preprocessing = IMAGENET
     num_classes: int = 1000
@@ -110,10 +141,19 @@ def _tiny(name: str, count: int, growth_rate: int, layers: int, bottleneck: bool
     return Variant(name, fields, count, TINY, num_classes=10, published=PUBLISHED.get(name, ()))
 
 
-def _dual_path(name: str, count: int, **fields) -> Variant:
+def _like_published(name: str, architecture: Architecture, count: int) -> Variant:
     published = PUBLISHED.get(name, ())
     preprocessing = next((r.preprocessing for r in published if r.hub_id), IMAGENET)
-    return Variant(name, DualPathArchitecture(**fields), count, preprocessing, published=published)
+    return Variant(name, architecture, count, preprocessing, published=published)
+
+
+def _dual_path(name: str, count: int, **fields) -> Variant:
+    return _like_published(name, DualPathArchitecture(**fields), count)
+
+
+def _rdnet(name: str, count: int, stem_width: int, growth_rate: tuple[int, ...], halved: tuple[int, ...]) -> Variant:
+    sizes = (3,) * len(growth_rate)
+    return _like_published(name, RDNetArchitecture(sizes, growth_rate, halved, stem_width=stem_width), count)
 
 
 _SMALL = {"small": True, "stem_width": 10, "reduction_width": 128, "dense_increments": (16, 32, 32, 64)}
@@ -168,6 +208,10 @@ _ROWS = (
         groups=40,
         stem_width=128,
     ),
+    _rdnet("rdnet_tiny", 23_863_008, 64, (64, 104, *[128] * 4, 224), (1, 2, 6)),
+    _rdnet("rdnet_small", 50_436_448, 72, (64, *[128] * 8, 240, 240), (1, 2, 9)),
+    _rdnet("rdnet_base", 87_451_096, 120, (96, 128, *[168] * 7, 336, 336), (1, 2, 9)),
+    _rdnet("rdnet_large", 186_269_632, 144, (128, 192, *[256] * 8, 360, 360), (1, 2, 10)),
 )
 
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}

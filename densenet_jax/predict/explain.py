@@ -12,6 +12,7 @@ from PIL import Image
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.dtypes import wide
 from densenet_jax.errors import UserError
+from densenet_jax.models.rdnet import RDNet, spread_norm
 
 _LEAST_PX = 320  # shorter side of an overlay
 _STRONGEST = 0.75  # opacity of the overlay at the highest value
@@ -35,10 +36,13 @@ def activation_maps(
     """Computes the class activation map (arXiv:1512.04150) of one class for each normalized image.
 
     The head averages the last feature map and multiplies it by a matrix, so the order can be exchanged: the mean of the
-    activation map plus the bias of the class is its logit, up to rounding. With test-time pooling, whose logits are
-    only half made of averages, the maps are those of a plain average.
+    activation map plus the bias of the class is its logit, up to rounding. An RDNet's norm between the two is linear
+    but for its division by one number an image. With test-time pooling, whose logits are only half made of averages,
+    the maps are those of a plain average.
     """
     features: Any = module.clone(output="map").apply(variables, inputs, train=False)
+    if isinstance(module, RDNet):
+        features = spread_norm(features, **variables["params"]["norm"], epsilon=module.epsilon)
     kernel = variables["params"]["classifier"]["kernel"]
     weights = jnp.take(kernel, classes, axis=1).astype(features.dtype)
     kind = wide(features.dtype)

@@ -5,8 +5,10 @@ gives, collection first: `params/denseblock1/denselayer1/norm1/scale`. `^params/
 classifier.
 """
 
+import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,9 @@ from densenet_jax.training.schedules import Schedule
 
 OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
 _FREEZE_KEY = "config.optim.freeze"
+_LAYER = re.compile(r"(?:denseblock(\d+)/denselayer(\d+)|conv([2-5])_(\d+)|stage(\d+))(?:/|$)")
+_TRANSITION = re.compile(r"transition(\d+)/")
+_STEM = re.compile(r"(?:conv[0-2]|norm[0-2]|conv1_1/\w+|stem/\w+)$")
 _USUAL_EPSILON = {"adamw": 1e-8, "lamb": 1e-6, "rmsprop": 1e-8}
 
 
@@ -92,6 +97,31 @@ def rate_factors(params: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
     return jax.tree_util.tree_map_with_path(factor_of, params)
 
 
+def layer_factors(params: Any, decay: float) -> Any:
+    """Returns a tree of each parameter's learning-rate factor: decay to the power of the layers behind its own.
+
+    Layers are the stem, each dense layer (with a block's last goes the transition behind it), each block of a dual path
+    network, each stage of an RDNet, and the head, whose factor is 1; as timm's --layer-decay.
+    """
+
+    def layer_of(path: tuple[Any, ...]) -> tuple[float, float]:
+        name = "/".join(entry.key for entry in path[:-1])
+        if match := _LAYER.match(name):
+            block, layer = [*filter(None, match.groups()), 0][:2]
+            return float(block), float(layer)
+        if match := _TRANSITION.match(name):
+            return float(match[1]), _last_layer(params, match[1])
+        return (0.0, 0.0) if _STEM.match(name) else (math.inf, 0.0)
+
+    order = sorted({layer_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
+    behind = {layer: len(order) - 1 - number for number, layer in enumerate(order)}
+    return jax.tree_util.tree_map_with_path(lambda path, _: decay ** behind[layer_of(path)], params)
+
+
+def _last_layer(params: Any, block: str) -> float:
+    return float(sum(name.startswith("denselayer") for name in params[f"denseblock{block}"]))
+
+
 def make_optimizer(
     name: str,
     schedule: Schedule,
@@ -106,6 +136,7 @@ def make_optimizer(
     epsilon: float = 0.0,
     freeze: str = "",
     rate_multipliers: Sequence[tuple[str, float]] = (),
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Builds the optimizer; its state has the parameters' dtype, and the schedule counts its updates.
 
@@ -126,6 +157,7 @@ def make_optimizer(
         epsilon: 0 takes the usual 1e-8 (adamw, rmsprop) or 1e-6 (lamb).
         freeze: pattern of parameters that are frozen, see the module; they do not decay either.
         rate_multipliers: (pattern, learning-rate factor) pairs.
+        layer_decay: see `layer_factors`; 1 leaves all rates as they are.
 
     Raises:
         UserError: an unknown name; from the optimizer's init, a pattern that fits no parameter.
@@ -152,25 +184,27 @@ def make_optimizer(
     )
     clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else optax.identity()
     rate = optax.scale_by_learning_rate(schedule)
-    return optax.chain(zero_frozen, clip, *body, rate, _scale_by_path(rate_multipliers), zero_frozen)
+    scaled = [_scale_by_tree(functools.partial(rate_factors, multipliers=rate_multipliers), bool(rate_multipliers))]
+    if layer_decay != 1.0:
+        scaled.append(_scale_by_tree(functools.partial(layer_factors, decay=layer_decay)))
+    return optax.chain(zero_frozen, clip, *body, rate, *scaled, zero_frozen)
 
 
 def _momentum(momentum: float, nesterov: bool) -> optax.GradientTransformation:
     return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
-def _scale_by_path(multipliers: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-    if not multipliers:
+def _scale_by_tree(factors_of: Callable[[Any], Any], wanted: bool = True) -> optax.GradientTransformation:
+    if not wanted:
         return optax.identity()
 
     def init(params: optax.Params) -> optax.EmptyState:
-        rate_factors(params, multipliers)
+        factors_of(params)  # which checks its patterns
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        factors = rate_factors(updates, multipliers)
-        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors_of(updates)), state
 
     return optax.GradientTransformation(init, update)

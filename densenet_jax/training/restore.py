@@ -79,13 +79,13 @@ def restore_variables(
     try:
         with orbax_errors_only(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree
-            wanted = {name: tree[name] for name in ("params", "batch_stats")}
+            wanted = {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
             if averaged and tree.get("average"):
                 wanted = {"average": tree["average"]}
             restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), wanted)
             restored = reader.restore(
                 path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
             )
-            return restored.get("average", restored)
+            return {"batch_stats": {}, **restored.get("average", restored)}
     except Exception as error:  # as in Checkpoints.restore
         raise UserError(f"{os.path.dirname(path)} can't be restored: {first_line(error)}") from error

@@ -59,7 +59,7 @@ class TrainStep:
     Attributes:
         model: called as `model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=...)`.
         augment: makes model inputs and targets from a batch's images and labels.
-        seed: the run's seed, for dropout.
+        seed: the run's seed, for dropout and drop path.
         average_decay: kept share of the moving average; unused if the state has none.
         mesh: gathers the parameters of a state that is split over its devices; None if the state is replicated.
     """
@@ -119,6 +119,9 @@ class TrainStep:
     ) -> tuple[Any, Any, Any]:
         images, targets = part
         dropout = jax.random.fold_in(step_key(self.seed, Purpose.DROPOUT, step), number)
+        paths = {}
+        if getattr(self.model, "drop_path_rate", 0):
+            paths["drop_path"] = jax.random.fold_in(step_key(self.seed, Purpose.DROP_PATH, step), number)
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             if self.mesh is not None:
@@ -128,13 +131,13 @@ class TrainStep:
                 images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": dropout},
+                rngs={"dropout": dropout, **paths},
             )
             losses = self.loss(logits, targets)
             # The mean of the microbatches' losses is the sum over the batch by its divisor.
             loss = jnp.mean(losses) if divisor is None else jnp.sum(losses) * (self.microbatches / divisor)
             loss = loss if loss_scale is None else loss_scale.scale_loss(loss)
-            return loss, (losses, logits, mutated["batch_stats"])
+            return loss, (losses, logits, mutated.get("batch_stats", {}))
 
         gradients, (losses, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
         return gradients, batch_stats, (losses, logits)

@@ -13,6 +13,7 @@ from densenet_jax.models import densenet, dual_path, layers
 from densenet_jax.models.create import create_model
 from densenet_jax.models.densenet import DenseNet
 from densenet_jax.models.layers import FeatureMap
+from densenet_jax.models.rdnet import RDNet
 from densenet_jax.models.torch_weights import (
     flatten,
     from_torch_array,
@@ -20,6 +21,7 @@ from densenet_jax.models.torch_weights import (
     to_torch_array,
     torch_name,
     torch_shape,
+    with_own_head,
 )
 from densenet_jax.models.variants import get_variant
 from tests.golden.drawn import SEED, draw, draw_images, relative_error, summarize
@@ -45,6 +47,10 @@ SMALL_MODELS = {
             "block_sizes": (2, 1, 1, 1),
             "dense_increments": (4, 6, 8, 4),
         },
+    ),
+    "small_rdnet": (
+        "rdnet_tiny",
+        {"stem_width": 20, "growth_rate": (8, 12, 16, 24), "block_sizes": (2, 1, 3, 1), "halved_stages": (1, 3)},
     ),
 }
 
@@ -91,15 +97,16 @@ def torch_shapes(template):
     """The shapes of a model's variables by state-dict key."""
     leaves = flatten(template)
     dual_path = is_dual_path(leaves)
-    return {torch_name(path): torch_shape(path, leaf.shape, dual_path) for path, leaf in leaves.items()}
+    return with_own_head({torch_name(path): torch_shape(path, leaf.shape, dual_path) for path, leaf in leaves.items()})
 
 
 def drawn_variables(name, dtype=np.float32, seed=SEED):
     """A model's variables with the golden files' weights."""
     leaves = flatten(abstract_variables(name))
-    shapes = torch_shapes(abstract_variables(name))
-    drawn = {path: from_torch_array(path, draw(torch_name(path), shapes[torch_name(path)], seed)) for path in leaves}
-    return traverse_util.unflatten_dict({path: array.astype(dtype) for path, array in drawn.items()})
+    shapes = torch_shapes(abstract_variables(name)).items()  # in the order of the leaves
+    drawn = {path: from_torch_array(path, draw(*entry, seed)) for path, entry in zip(leaves, shapes, strict=True)}
+    arrays = {path: array.astype(dtype) for path, array in drawn.items()}
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays)}
 
 
 def images(batch, side_px, dtype=np.float32):
@@ -109,11 +116,13 @@ def images(batch, side_px, dtype=np.float32):
 
 def _is_tap(module, method):
     name = module.name or ""
-    return method == "__call__" and name.startswith(("norm", "bn", "denseblock", "transition", "conv"))
+    return method == "__call__" and name.startswith(("norm", "bn", "denseblock", "transition", "conv", "st"))
 
 
 def run_with_taps(model, variables, x):
     """Logits and every stage's output of the papers' way, by the references' module names, and of ours the logits."""
+    if isinstance(model, RDNet):
+        return _run_with_taps(model, variables, x)
     plain = densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN
     found = _run_with_taps(model.clone(implementation=plain), variables, x)
     return {**found, "own logits": model.apply(variables, x)}
@@ -163,4 +172,4 @@ def gradient_leaves(gradients):
     """Gradients by state-dict key, in PyTorch's layout."""
     leaves = flatten({"params": gradients, "batch_stats": {}})
     dual_path = is_dual_path(leaves)
-    return {torch_name(path): to_torch_array(path, value, dual_path) for path, value in leaves.items()}
+    return with_own_head({torch_name(path): to_torch_array(path, value, dual_path) for path, value in leaves.items()})

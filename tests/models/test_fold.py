@@ -24,6 +24,7 @@ TAKEN_IN = {
     "small_densenet_blur": 3 + 4,
     "small_dpn": 1 + 2 * 6,
     "small_dpn_b": 1 + 2 * 5,
+    "small_rdnet": 0,
     "small_cifar": 0,
     "small_cifar_bc": 4,
     "small_test_time_pool": 1 + 2,

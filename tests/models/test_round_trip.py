@@ -13,7 +13,7 @@ import pytest
 from densenet_jax.models.pretrained import save_torch_state_dict
 from tests.models import golden
 
-NAMES = ("densenet121", "densenetblur121d", "dpn48b", "dpn68", "dpn68b")
+NAMES = ("densenet121", "densenetblur121d", "dpn48b", "dpn68", "dpn68b", "rdnet_tiny")
 INTERPRETER = os.environ.get("TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("timm") else None)
 
 

@@ -15,6 +15,7 @@ NAMES_USERS_RELY_ON = {
     *("densenet121d", "densenetblur121d", "densenet232", "densenet_40_12", "densenet_100_12", "densenet_100_24"),
     *("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40"),
     *("dpn48b", "dpn68", "dpn68b", "dpn92", "dpn98", "dpn107", "dpn131"),
+    *("rdnet_tiny", "rdnet_small", "rdnet_base", "rdnet_large"),
 }
 
 
@@ -25,7 +26,7 @@ def test_parameter_count_is_exact(name):
 
 
 # Beside the counts, which are of the same traced networks.
-@pytest.mark.parametrize("name", sorted(path.stem for path in golden.GOLDEN.glob("d*.npz")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in golden.GOLDEN.glob("[dr]*.npz")))
 def test_state_dict_keys_and_shapes_are_the_reference_s(name):
     expected = golden.golden(name)
     shapes = golden.torch_shapes(golden.abstract_variables(name))
