@@ -84,7 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     train = config.train = ml_collections.ConfigDict()
     train.epochs = 300.0  # passes over the training split; fractions are allowed
-    train.patience_epochs = 0.0  # stop when validation top-1 has not risen for this long; 0: never
+    train.patience_epochs = 0.0  # stop when checkpoint.best_metric has not improved for this long; 0: never
     train.global_batch_size = 256  # examples a step, over all devices
     train.microbatches = 1  # number of parts in which the batch is computed, to save memory
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
@@ -145,6 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.checkpoint = "latest"  # checkpoint for --mode eval: "latest", "best" or a step
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()
+    checkpoint.best_metric = ""  # of validation, for the best checkpoint and patience; "": top1, many labels: auroc
     checkpoint.every_steps = 1000  # steps between saves; every validation and the end save as well
     checkpoint.max_to_keep = 10  # newest checkpoints kept; the best by validation top-1 is kept besides
 

@@ -103,7 +103,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     else:
         step, variables = experiment.saved_variables(workdir)
         what = f"step {step} of {workdir}"
-        print_status(describe_checkpoints(workdir))
+        print_status(describe_checkpoints(workdir, config.checkpoint.best_metric))
     print_status(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
     with spinner("compiling"):
         eval_step = experiment.compile_eval_step(confusion=tables.wanted)

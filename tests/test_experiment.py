@@ -128,7 +128,7 @@ def test_class_folders_without_splits_are_split_by_holdout(tmp_path):
 def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience, stalled):
     trainer = object.__new__(Trainer)
     trainer._experiment = experiment(digits, **{"train.patience_epochs": patience})
-    trainer._timeline = Timeline(10, 1, 100.0, 1.0, 1000, 10)
+    trainer._timeline, trainer._metric = Timeline(10, 1, 100.0, 1.0, 1000, 10), "top1"
     trainer._scores, trainer._step = scores, 40
     assert trainer._has_stalled() is stalled
 
@@ -136,7 +136,16 @@ def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience
 def test_a_run_that_stopped_early_has_figures_though_validations_are_due_at_other_steps_now(monkeypatch):
     trainer = object.__new__(Trainer)
     trainer._experiment = experiment(digits, **{"train.patience_epochs": 2.0})
-    trainer._timeline = Timeline(10, 1, 100.0, 3.0, 1000, 10)
+    trainer._timeline, trainer._metric = Timeline(10, 1, 100.0, 3.0, 1000, 10), "top1"
     trainer._scores, trainer._step = {10: 0.6, 20: 0.5, 40: 0.5}, 40
     monkeypatch.setattr(trainer, "_validate", lambda record: {"step": 40, "recorded": record}, raising=False)
     assert trainer.run() == {"step": 40, "recorded": False}
+
+
+def test_the_best_metric_is_one_that_the_labels_have():
+    assert experiment(digits).best_metric == "top1"
+    assert experiment(digits, **{"checkpoint.best_metric": "loss"}).best_metric == "loss"
+    with pytest.raises(UserError, match=r"best_metric is 'auroc', but config.data.labels is 'single'; expected top1"):
+        _ = experiment(digits, **{"checkpoint.best_metric": "auroc"}).best_metric
+    with pytest.raises(UserError, match=r"best_metric is 'accuracy'; expected top1, top5, loss, .* or empty"):
+        experiment(digits, **{"checkpoint.best_metric": "accuracy"})

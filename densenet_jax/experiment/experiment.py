@@ -25,6 +25,7 @@ from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
+from densenet_jax.training.best_metric import BEST_METRICS
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_predict_step
 from densenet_jax.training.losses import Loss
@@ -220,7 +221,8 @@ class Experiment:
         self.data.check_batch()
         self.data.mean_std()
         self.check_kernels()
-        self.mesh, self.schedule, self.optimizer, self.loss, self.model  # noqa: B018 - each checks its settings
+        self.best_metric, self.mesh, self.schedule, self.optimizer  # noqa: B018 - each checks its settings
+        self.loss, self.model  # noqa: B018 - likewise
         if starts and self.config.model.pretrained:
             self._start_variables  # noqa: B018 - kept until the state is made
         leaves = jax.tree.leaves(self.abstract_state)
@@ -262,7 +264,7 @@ class Experiment:
         Raises:
             UserError: `workdir` has no such checkpoint, or it is of another model.
         """
-        directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint))
+        directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint), self.config.checkpoint.best_metric)
         self.data.check_same(read_identity(workdir, step), f"step {step} of {workdir}")
         variables = restore_variables(directory, step, sharding.replicated(self.mesh))
         self.check_fits(variables, f"{directory}/{step}")
@@ -272,6 +274,22 @@ class Experiment:
     def many_labels(self) -> bool:
         """Whether images have many labels, each present, absent or unknown, instead of one class."""
         return self.config.data.labels == "multi"
+
+    @property
+    def best_metric(self) -> str:
+        """Validation metric of the best checkpoint, one of `BEST_METRICS`.
+
+        Raises:
+            UserError: `config.checkpoint.best_metric` is for other labels, or needs one right class an image.
+        """
+        labels = self.config.data.labels
+        asked, metrics = self.config.checkpoint.best_metric, BEST_METRICS[labels]
+        if asked and asked not in metrics:
+            raise UserError(
+                f"config.checkpoint.best_metric is {asked!r}, but config.data.labels is {labels!r}; "
+                f"expected {', '.join(metrics)} or empty for {next(iter(metrics))}."
+            )
+        return asked or next(iter(metrics))
 
     @property
     def mixes(self) -> bool:
@@ -316,7 +334,8 @@ class Experiment:
         """
         if confusion and self.data.eval_source.label_sets:
             raise UserError(
-                f"config.eval.per_class_output and config.eval.confusion_output expect one class an image, but "
+                "config.eval.per_class_output, config.eval.confusion_output, and balanced_accuracy and f1 as "
+                "config.checkpoint.best_metric expect one class an image, but "
                 f"{self.config.data.name} has several; leave them empty."
             )
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)

@@ -91,7 +91,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
             config.model.name, source, channels=config.data.channels, average=average, **changes
         )
     else:
-        step, variables = _restore(workdir, str(config.eval.checkpoint))
+        step, variables = _restore(workdir, str(config.eval.checkpoint), config.checkpoint.best_metric)
         source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)
     experiment = Experiment(config, head_classes=_class_count(variables, source))
     experiment.check_fits(variables, source)
@@ -147,8 +147,8 @@ def _bits(config: Any, dataset: Identity | None) -> int:
     return 16 if config.data.pixel_range or (dataset or {}).get("bits") == 16 else 0
 
 
-def _restore(workdir: str, which: str) -> tuple[int, dict[str, Any]]:
-    directory, step = find_checkpoint(workdir, which)
+def _restore(workdir: str, which: str, metric: str) -> tuple[int, dict[str, Any]]:
+    directory, step = find_checkpoint(workdir, which, metric)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return step, restore_variables(directory, step, here)
 

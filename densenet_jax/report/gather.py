@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
 from densenet_jax.system.console import Bar
 from densenet_jax.training.sharding import to_devices

@@ -47,7 +47,7 @@ class ClassTables:
         """
         chosen = range(len(names)) if classes is None else classes
         if self.per_class:
-            scores = ClassScores.from_counts(counts.sum(axis=1), counts.sum(axis=0), np.diag(counts))
+            scores = ClassScores.from_confusion(counts)
             _write(self.per_class, to_csv(per_class_rows(scores, names, chosen)))
         if self.confusion:
             _write(self.confusion, to_csv(_confusion_rows(counts, names, chosen)))

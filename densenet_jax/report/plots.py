@@ -14,7 +14,7 @@ from PIL import Image
 
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.predict.explain import draw_overlay, to_rgb
-from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.calibration import Reliability
 
 _SIZE_INCHES = (5.4, 3.4)
 _DPI = 150

@@ -27,6 +27,7 @@ from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
 from densenet_jax.system.console import print_status, spinner
+from densenet_jax.training.best_metric import score_figures
 from densenet_jax.workdir import read_settings
 
 _MOST_DRAWN = 30  # classes up to which the whole confusion matrix is drawn and the class table is open
@@ -110,7 +111,8 @@ def _is_finished(records: Sequence[Record], settings: dict[str, Any], look: Look
     """Returns whether training has reached its end or stopped early; False where the length is unknown."""
     if look.timeline is None:
         return False
-    scores = {record["step"]: record["top1"] for record in records if record["split"] == "validation"}
+    metric = settings.get("checkpoint", {}).get("best_metric", "")
+    scores = {record["step"]: score_figures(record, metric) for record in records if record["split"] == "validation"}
     patience = settings.get("train", {}).get("patience_epochs", 0)
     is_early = look.timeline.stalled_since(scores, patience) is not None
     return is_early or _last_step(records) >= look.timeline.total_steps

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from densenet_jax.scores.classes import ClassScores
 from densenet_jax.system.console import Bar
 from densenet_jax.training.eval_step import EvalSums
 from densenet_jax.training.sharding import to_devices
@@ -56,3 +57,9 @@ def figures_of(counts: EvalSums) -> dict[str, float]:
     """
     figures = counts.sums.compute()
     return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}
+
+
+def figures_by_class(counts: EvalSums) -> dict[str, float]:
+    """Computes {"balanced_accuracy", "f1"}, means over classes, from counts with a confusion matrix."""
+    means = ClassScores.from_confusion(np.asarray(counts.confusion)).means()
+    return {name: float(means[name]) for name in ("balanced_accuracy", "f1")}

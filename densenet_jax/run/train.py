@@ -10,7 +10,7 @@ from densenet_jax.data.identity import Identity, read_identity
 from densenet_jax.distributed import processes
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.experiment import Experiment, augmented_samples
-from densenet_jax.run.evaluate import evaluate, figures_of
+from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
 from densenet_jax.run.log_interval import Window
 from densenet_jax.run.metric_writers import Writers, read_metrics
 from densenet_jax.run.watchdog import Watchdog
@@ -18,6 +18,14 @@ from densenet_jax.system.console import Bar, print_status, spinner
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.system.host import memory_used
 from densenet_jax.system.profiler import Profile
+from densenet_jax.training.best_metric import (
+    NEED_CONFUSION,
+    describe_figures,
+    describe_score,
+    metric_words,
+    score_figures,
+    show_score,
+)
 from densenet_jax.training.checkpoint import Checkpoints, describe_checkpoints
 from densenet_jax.training.integrity import finished_steps
 from densenet_jax.training.sharding import to_devices
@@ -57,12 +65,14 @@ class Trainer:
         print_status(
             f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch"
         )
-        self._checkpoints = Checkpoints(workdir, max_to_keep=experiment.config.checkpoint.max_to_keep)
+        self._metric = experiment.best_metric
+        keep = experiment.config.checkpoint.max_to_keep
+        self._checkpoints = Checkpoints(workdir, max_to_keep=keep, metric=self._metric)
         restored = self._checkpoints.restore_newest(experiment.abstract_state)
         compiling = time.perf_counter()
         with spinner("compiling"):
             self._train_step = experiment.compile_train_step()
-            self._eval_step = experiment.compile_eval_step()
+            self._eval_step = experiment.compile_eval_step(confusion=self._counts_by_class)
         # Extra figures for the first report.
         self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
         self._state: TrainState
@@ -77,9 +87,11 @@ class Trainer:
             samples = augmented_samples(experiment)
             self._writers.describe(flatten(self._config), samples.images, samples.titles)
         validated = {
-            record["step"]: record["top1"] for record in read_metrics(workdir) if record["split"] == "validation"
+            record["step"]: score_figures(record, self._metric)
+            for record in read_metrics(workdir)
+            if record["split"] == "validation"
         }
-        self._scores = {step: top1 for step, top1 in validated.items() if step <= self._step}
+        self._scores = {step: score for step, score in validated.items() if step <= self._step}
         self._validated = self._step in validated
 
     def run(self) -> dict[str, Any]:
@@ -181,12 +193,10 @@ class Trainer:
         epoch = round(self._timeline.epochs_done(self._step), 4)
         if record:
             self._writers.write(self._step, "validation", {"epoch": epoch, **_means(figures), **beside})
-        self._scores[self._step] = figures["top1"]
-        raw_note = f"  (raw weights: top-1 {raw['top1']:.2%})" if beside else ""
-        print_status(
-            f"epoch {epoch:.1f}  validation: loss {figures['loss']:.4f}  top-1 {figures['top1']:.2%}  "
-            f"top-5 {figures['top5']:.2%}  (best {max(self._scores.values()):.2%}){raw_note}"
-        )
+        self._scores[self._step] = score_figures(figures, self._metric)
+        raw_note = f"  (raw weights: {describe_score(raw, self._metric)})" if beside else ""
+        best = show_score(max(self._scores.values()), self._metric)
+        print_status(f"epoch {epoch:.1f}  validation: {describe_figures(figures)}  (best {best}){raw_note}")
         return {"step": self._step, **figures}
 
     def _has_stalled(self) -> bool:
@@ -198,8 +208,9 @@ class Trainer:
             return False
         waited = self._timeline.epochs_done(self._step - best)
         print_status(
-            f"stopping early after step {self._step}: validation top-1 has not risen for {waited:.1f} epochs, since "
-            f"step {best} ({self._scores[best]:.2%})"
+            f"stopping early after step {self._step}: validation {metric_words(self._metric)} has not "
+            f"{'fallen' if self._metric == 'loss' else 'risen'} for {waited:.1f} epochs, since step {best} "
+            f"({show_score(self._scores[best], self._metric)})"
         )
         return True
 
@@ -213,7 +224,11 @@ class Trainer:
             examples=len(data.eval_source),
             batch_count=data.eval_batch_count,
         )
-        return figures_of(counts)
+        return figures_of(counts) | (figures_by_class(counts) if self._counts_by_class else {})
+
+    @property
+    def _counts_by_class(self) -> bool:
+        return self._metric in NEED_CONFUSION
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:
@@ -260,5 +275,6 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
             raise
         trainer.close()
         if processes.is_first():
-            print_status(describe_checkpoints(workdir))
-        return figures
+            print_status(describe_checkpoints(workdir, experiment.best_metric))
+        by_class = NEED_CONFUSION if "top1" in figures else ()
+        return {name: value for name, value in figures.items() if name not in by_class}

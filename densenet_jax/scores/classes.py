@@ -20,6 +20,11 @@ class ClassScores(NamedTuple):
         with np.errstate(invalid="ignore"):
             return cls(examples, right, right / predicted, right / examples, 2 * right / (examples + predicted))
 
+    @classmethod
+    def from_confusion(cls, counts: np.ndarray) -> "ClassScores":
+        """Computes the scores from counts int [k, k], true classes in rows, predicted ones in columns."""
+        return cls.from_counts(counts.sum(axis=1), counts.sum(axis=0), np.diag(counts))
+
     def means(self) -> dict[str, np.ndarray]:
         """Returns "top1", "balanced_accuracy" and "f1" [...].
 

@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
+from densenet_jax.training.best_metric import describe_score, score_figures
 from densenet_jax.training.integrity import (
     CHECKSUMS_MARK,
     METRICS_ITEM,
@@ -25,7 +26,7 @@ from densenet_jax.training.integrity import (
     check_files,
     find_missing_file,
     finished_steps,
-    saved_score,
+    saved_figures,
     set_aside,
     write_checksums,
 )
@@ -40,15 +41,20 @@ from densenet_jax.training.sharding import shardings_of, with_sharding
 from densenet_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-_BEST_METRIC = "top1"
 
 
 class Checkpoints:
-    """The checkpoints of one work directory: the newest few and the best by validation top-1."""
+    """The checkpoints of one work directory: the newest few and the best by a validation metric."""
 
-    def __init__(self, workdir: str, *, max_to_keep: int = 10, read_only: bool = False):
-        """Opens `workdir/checkpoints`; `read_only` creates and changes nothing on disk, not even a directory."""
+    def __init__(self, workdir: str, *, max_to_keep: int = 10, read_only: bool = False, metric: str = ""):
+        """Opens `workdir/checkpoints`.
+
+        Args:
+            read_only: create and change nothing on disk, not even a directory.
+            metric: what the best checkpoint is best in, see `score_figures`.
+        """
         self._last_saved: int | None = None
+        self._metric = metric
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"--workdir {workdir} has no checkpoints; train there first, or name a run's directory.")
@@ -57,9 +63,7 @@ class Checkpoints:
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(max_to_keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[_BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
-                ),
+                checkpoint_managers.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         with orbax_errors_only():
@@ -68,7 +72,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep,
                     # The policy above decides what is kept; without this Orbax writes no metrics for it.
-                    best_fn=lambda metrics: metrics[_BEST_METRIC],
+                    best_fn=self._score,
                     read_only=read_only,
                     create=not read_only,
                     cleanup_tmp_directories=not read_only,
@@ -84,14 +88,14 @@ class Checkpoints:
         state: TrainState,
         config: dict[str, Any],
         window: dict[str, float],
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, Any] | None = None,
         dataset: dict[str, Any] | None = None,
     ) -> None:
         """Starts writing `state`; returns once it is safe to donate it to the next step.
 
         Args:
             window: sums of the current log interval, so that its report is whole after a restart.
-            metrics: validation metrics at this step, with "top1"; None if it was not validated.
+            metrics: validation figures at this step; None if it was not validated.
             dataset: the training data, from `densenet_jax.data.identity.identify`.
 
         Raises:
@@ -113,14 +117,14 @@ class Checkpoints:
                 metrics=metrics,
             )
 
-    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds validation metrics to the finished checkpoint of `step`, so that it can be the best.
 
         Raises:
             UserError: the disk is full.
         """
         path = self._path(step)
-        if saved_score(path, _BEST_METRIC) is not None:
+        if saved_figures(path) is not None:
             return
         with report_full_disk(self.directory):
             with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename=METRICS_ITEM)) as writer:
@@ -137,16 +141,19 @@ class Checkpoints:
     def _all_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def _score(self, figures: dict[str, Any]) -> float:
+        return score_figures(figures, self._metric)
+
     def best_step(self) -> int | None:
-        """Returns the step with the highest validation top-1, the newest of equals; None if none was validated."""
+        """Returns the step with the best validation, the newest of equals; None if none was validated."""
         scores: dict[int, float] = {}
         for step in self.steps():
             try:
-                score = saved_score(self._path(step), _BEST_METRIC)
+                figures = saved_figures(self._path(step))
             except DamagedCheckpointError as error:
                 logger.warning("%s; another one may have been better.", error)
             else:
-                scores |= {} if score is None else {step: score}
+                scores |= {} if figures is None else {step: self._score(figures)}
         return max(scores, key=lambda step: (scores[step], step)) if scores else None
 
     def resolve(self, which: str) -> int:
@@ -292,7 +299,7 @@ def _find_unreadable_scores(directory: str) -> list[int]:
     steps = finished_steps(directory)
     for step in steps:
         try:
-            saved_score(os.path.join(directory, str(step)), _BEST_METRIC)
+            saved_figures(os.path.join(directory, str(step)))
         except DamagedCheckpointError as error:
             if len(damaged) == len(steps) - 1:
                 raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
@@ -302,33 +309,35 @@ def _find_unreadable_scores(directory: str) -> list[int]:
     return damaged
 
 
-def find_checkpoint(workdir: str, which: str) -> tuple[str, int]:
+def find_checkpoint(workdir: str, which: str, metric: str = "") -> tuple[str, int]:
     """Finds the directory of a run's checkpoints and the step that `which` ("latest", "best" or a number) names.
+
+    `metric` is what the best is best in, see `score_figures`.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir, read_only=True, metric=metric)
     try:
         return checkpoints.directory, checkpoints.resolve(which)
     finally:
         checkpoints.close()
 
 
-def describe_checkpoints(workdir: str) -> str:
-    """Describes a run's latest and best checkpoints in one line.
+def describe_checkpoints(workdir: str, metric: str = "") -> str:
+    """Describes a run's latest and best checkpoints in one line, the best by `metric`.
 
     Raises:
         UserError: there are none.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir, read_only=True, metric=metric)
     try:
         latest, best = checkpoints.resolve("latest"), checkpoints.best_step()
         if best is None:
             return f"the latest checkpoint is step {latest}; none was validated"
-        score = saved_score(os.path.join(checkpoints.directory, str(best)), _BEST_METRIC)
+        figures = saved_figures(os.path.join(checkpoints.directory, str(best))) or {}
         which = "also the best" if best == latest else f"the best is step {best}"
-        return f"the latest checkpoint is step {latest}, {which} (validation top-1 {score:.2%})"
+        return f"the latest checkpoint is step {latest}, {which} (validation {describe_score(figures, metric)})"
     finally:
         checkpoints.close()
 

@@ -8,11 +8,13 @@ missing checksums are noticed. Checkpoints from before that mark may have none a
 import hashlib
 import json
 import os
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.training.best_metric import score_figures
 
 CHECKSUMS_FILE = "checksums.json"
 # Written anew when Orbax gives the checkpoint its final name; nothing is read from them.
@@ -102,8 +104,8 @@ def set_aside(directory: str, steps: list[int]) -> None:
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
 
 
-def saved_score(path: str, metric: str) -> float | None:
-    """Returns the validation `metric` in the checkpoint at `path`; None where it was not validated.
+def saved_figures(path: str) -> dict[str, Any] | None:
+    """Returns the figures of the validation in the checkpoint at `path`; None where it was not validated.
 
     Raises:
         DamagedCheckpointError: it can't be read or is not what was written.
@@ -114,8 +116,10 @@ def saved_score(path: str, metric: str) -> float | None:
         return None
     try:
         with open(file, encoding="utf-8") as opened:
-            return float(json.load(opened)[metric])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            figures = json.load(opened)
+        score_figures(figures)
+        return figures
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"{METRICS_ITEM}/{METRICS_ITEM} can't be read ({error!r})"
         raise DamagedCheckpointError(f"{path} is damaged: {why}") from error
 

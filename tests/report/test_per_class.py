@@ -8,7 +8,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from densenet_jax.report.gather import Answers
 from densenet_jax.report.per_class import per_class_rows, to_csv
-from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
 
 

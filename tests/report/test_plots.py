@@ -19,7 +19,7 @@ from densenet_jax.report.plots import (
     picture,
     reliability_chart,
 )
-from densenet_jax.report.reliability import Reliability
+from densenet_jax.scores.calibration import Reliability
 
 
 def pixels(png: bytes) -> np.ndarray:

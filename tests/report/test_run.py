@@ -15,8 +15,8 @@ from densenet_jax.experiment.samples import _title
 from densenet_jax.flags import Command
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.look import Look
-from densenet_jax.report.reliability import Reliability
 from densenet_jax.report.run import run_page, write_readme_curves
+from densenet_jax.scores.calibration import Reliability
 from densenet_jax.training.timeline import Timeline
 from tests.report.reading import Page, records
 from tests.running import last_line, run_main

@@ -18,7 +18,9 @@ from densenet_jax.experiment.augmentation import augment_of
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import save_torch_state_dict
 from densenet_jax.report.per_class import ClassTables
-from densenet_jax.run.evaluate import evaluate, figures_of
+from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
+from densenet_jax.training.eval_step import EvalSums
+from densenet_jax.training.metrics import ClassificationSums
 from tests.data import fake_imagenet
 from tests.running import last_line, run_main
 
@@ -171,6 +173,12 @@ def test_class_without_examples_has_no_accuracy(tmp_path):
     path = tmp_path / "classes.csv"
     ClassTables(per_class=str(path)).write(np.array([[2, 1], [0, 0]]), ("a", "b"))
     assert path.read_text().splitlines()[1:] == ["0,a,3,2,0.666667,1.0,0.666667,0.8", "1,b,0,0,,0.0,,0.0"]
+
+
+def test_figures_by_class_weigh_every_class_alike():
+    counts = EvalSums(ClassificationSums.zeros(), np.asarray(6, np.int32), confusion=np.array([[4, 0], [1, 1]]))
+    figures = figures_by_class(counts)
+    assert figures == {"balanced_accuracy": 0.75, "f1": pytest.approx((8 / 9 + 2 / 3) / 2)}
 
 
 def test_mixing_does_not_pair_the_copies_of_an_image():

@@ -57,7 +57,7 @@ def test_class_intervals_are_those_of_drawing_examples():
     for again in generator.integers(0, len(true), (2000, len(true))):
         counts = np.zeros((4, 4), int)
         np.add.at(counts, (true[again], predicted[again]), 1)
-        scores = ClassScores.from_counts(counts.sum(axis=1), counts.sum(axis=0), np.diag(counts))
+        scores = ClassScores.from_confusion(counts)
         values.append(list(scores.means().values()))
     ours = bootstrap.class_intervals(confusion, draws=2000)
     assert list(ours) == ["top1", "balanced_accuracy", "f1"]

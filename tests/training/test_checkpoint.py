@@ -14,7 +14,7 @@ import pytest
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
 from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import Checkpoints, load_checkpoint
+from densenet_jax.training.checkpoint import Checkpoints, describe_checkpoints, find_checkpoint, load_checkpoint
 from densenet_jax.training.state import StateRecipe
 
 WINDOW = {"loss": 1.25, "top1": 3, "top5": 7, "examples": 8}
@@ -101,6 +101,21 @@ def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
     checkpoints.close()
     saved(recipe, tmp_path, {7: 0.8, 8: None}, max_to_keep=2)  # a restart must not forget which is best
     assert steps_in(tmp_path) == [2, 7, 8]
+
+
+def test_the_best_is_best_in_the_chosen_metric(recipe, tmp_path):
+    figures = {1: {"loss": 0.5, "top1": 0.9}, 2: {"loss": 0.3, "top1": 0.7}, 3: {"loss": 0.4, "top1": 0.8}}
+    figures |= {4: {"loss": None, "top1": 0.1}, 5: {"top1": 0.2}}
+    checkpoints = Checkpoints(str(tmp_path), max_to_keep=1, metric="loss")
+    for step, each in figures.items():
+        checkpoints.save(step, state_at(recipe, step), CONFIG, WINDOW, each)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [2, 5]
+    assert find_checkpoint(str(tmp_path), "best", "loss")[1] == 2
+    assert describe_checkpoints(str(tmp_path), "loss") == (
+        "the latest checkpoint is step 5, the best is step 2 (validation loss 0.3000)"
+    )
+    assert describe_checkpoints(str(tmp_path)).endswith("the best is step 2 (validation top-1 70.00%)")
 
 
 def test_checkpoint_that_is_validated_later_can_be_the_best(recipe, tmp_path):
