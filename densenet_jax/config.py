@@ -14,7 +14,7 @@ import ml_collections
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.kernels.select import KERNELS_WANTED
 from densenet_jax.system.profiler import is_profile
-from densenet_jax.training.best_metric import BEST_METRICS
+from densenet_jax.training.best_metric import METRICS
 from densenet_jax.training.losses import LOSSES, parse_weights
 from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.precision import POLICIES
@@ -97,7 +97,6 @@ _RATE = _number("a rate in [0, 1)", lambda value: 0 <= value < 1)
 _EPOCHS = _number("0 or more, at most a million", lambda value: 0 <= value <= 1e6)
 _STEPS = _whole(0)
 _SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
-BEST_NAMES = tuple(dict.fromkeys(name for kind in BEST_METRICS.values() for name in kind))
 
 # In the order of configs/default.py.
 RULES: dict[str, _Rule] = {
@@ -247,10 +246,7 @@ RULES: dict[str, _Rule] = {
         "latest, best or a step",
         lambda value: value in ("latest", "best") or (str(value).isdecimal() and str(value).isascii()),
     ),
-    "checkpoint.best_metric": (
-        f"{', '.join(BEST_NAMES)} or empty",
-        lambda value: value in ("", *BEST_NAMES),
-    ),
+    "checkpoint.best_metric": (f"{', '.join(METRICS)} or empty", lambda value: value in ("", *METRICS)),
     "checkpoint.every_steps": _whole(1),
     "checkpoint.max_to_keep": _whole(1),
     "serve.batch_sizes": (

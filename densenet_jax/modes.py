@@ -35,6 +35,7 @@ from densenet_jax.serve.serve import Address, check_installed, end_when_asked, l
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import drop_late_errors, user_cache
 from densenet_jax.system.host import has_nvidia
+from densenet_jax.training.best_metric import describe_figures
 from densenet_jax.training.checkpoint import describe_checkpoints
 from densenet_jax.workdir import check_settings, started_from
 
@@ -122,8 +123,11 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
         tables.write(np.asarray(counts.confusion), experiment.data.eval_source.class_names, allowed)
     if left_out := int(counts.seen) - int(figures["examples"]):
         print_status(f"{left_out} images without a right class are left out")
-    print_status(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
-    if step == 0:
+    if experiment.many_labels:
+        print_status(f"{describe_figures(figures)}  (means over {figures['labels']} labels)")
+    else:
+        print_status(f"top-1 {figures['top1']:.3%}  top-5 {figures['top5']:.3%}  loss {figures['loss']:.4f}")
+    if step == 0 and not experiment.many_labels:
         for line in experiment.published_beside(figures):
             print_status(line)
     return {"step": step, **figures}

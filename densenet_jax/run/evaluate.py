@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from densenet_jax.scores.classes import ClassScores
+from densenet_jax.scores.labels import score_labels
 from densenet_jax.system.console import Bar
 from densenet_jax.training.eval_step import EvalSums
 from densenet_jax.training.sharding import to_devices
@@ -22,7 +23,9 @@ def evaluate(
     examples: int,
     batch_count: int,
 ) -> EvalSums:
-    """Evaluates all `batches` and returns the counts over the whole split, on the host.
+    """Evaluates all `batches` and returns the counts over the whole split, on the host, the same on all processes.
+
+    With many labels the counts' `rows` are all examples in the order of the split, without padding.
 
     Args:
         eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
@@ -35,27 +38,53 @@ def evaluate(
     """
     bar = Bar("evaluating", batch_count)
     total: EvalSums | None = None
+    waiting: dict[str, Any] | None = None
+    rows: list[dict[str, np.ndarray]] = []
     try:
         for batch in batches:
             part = eval_step(variables, to_devices(batch, mesh))
             before, total = total, part if total is None else total.merge(part)
             jax.block_until_ready(before)  # at most two batches on the device: memory stays bounded
+            if waiting is not None:
+                rows.append(_unpadded(waiting))
+            waiting = part.rows
             bar.advance()
     finally:
         bar.close()
     counts: EvalSums | None = jax.device_get(total)
+    if counts is not None and waiting is not None:
+        rows.append(_unpadded(waiting))
+        counts = counts.replace(rows=_join(rows))  # type: ignore[attr-defined]
     seen = 0 if counts is None else int(counts.seen)
     if counts is None or seen != examples:
         raise RuntimeError(f"counted {seen} examples of a split that has {examples}")
     return counts
 
 
+def _unpadded(rows: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Fetches a batch's rows, which every process has whole, without padding."""
+    fetched = jax.device_get(rows)
+    mask = fetched.pop("mask")
+    return {name: array[mask] for name, array in fetched.items()}
+
+
+def _join(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+
+
 def figures_of(counts: EvalSums) -> dict[str, float]:
     """Computes {"examples", "loss", "top1", "top5"}: means except the first, accuracies in [0, 1].
 
-    "examples" leaves out images without a right class.
+    "examples" leaves out images without a right class. With many labels they are {"examples", "loss", "auroc",
+    "average_precision", "f1", "labels"}: the loss over all known labels, the scores as means over the labels that have
+    both kinds of examples, NaN if there is none, and the number of those.
     """
     figures = counts.sums.compute()
+    if counts.rows is not None:
+        scores = score_labels(np.asarray(counts.rows["logit"]), np.asarray(counts.rows["label"]))
+        means = {name: scores.means()[name] for name in ("auroc", "average_precision", "f1")}
+        first = {name: figures[name] for name in ("examples", "loss")}
+        return {**first, **means, "labels": int(np.count_nonzero(scores.is_scored))}
     return {name: figures[name] for name in ("examples", "loss", "top1", "top5")}
 
 

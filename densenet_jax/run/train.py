@@ -228,7 +228,7 @@ class Trainer:
 
     @property
     def _counts_by_class(self) -> bool:
-        return self._metric in NEED_CONFUSION
+        return self._metric in NEED_CONFUSION and not self._experiment.many_labels
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ BEST_METRICS: dict[str, dict[str, str]] = {
 }
 NEED_CONFUSION = ("balanced_accuracy", "f1")  # metrics of one class an image that counts by class give
 _WORDS = {name: words for kind in BEST_METRICS.values() for name, words in kind.items()}
+METRICS = tuple(_WORDS)
 _PERCENT = ("top1", "top5", "balanced_accuracy")  # shown in percent, others with four digits
 
 

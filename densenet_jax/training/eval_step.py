@@ -27,7 +27,7 @@ class EvalSums:
         seen: all examples that are not padding, with or without a right class.
         confusion: examples of each true class (rows) by predicted class (columns); None unless requested.
         rows: of many labels, a batch's examples in order: "logit" and "label" float32 [b, k], "mask" bool [b]. None of
-            one class an image, and once merged.
+            one class an image, and once merged; `densenet_jax.run.evaluate` collects them.
     """
 
     sums: ClassificationSums | LabelSums
