@@ -71,9 +71,10 @@ def _define_flags(values: flags.FlagValues) -> None:
         common: Any = {"help": flag.metadata["help"], "flag_values": values}
         if "choices" in flag.metadata:
             flags.DEFINE_enum(flag.name, default, flag.metadata["choices"], **common)
-        elif kind is int:
+        elif kind in (int, float):
             limits: Any = {f"{end}_bound": flag.metadata.get(end) for end in ("lower", "upper")}
-            flags.DEFINE_integer(flag.name, default, **limits, **common)
+            define_number: Any = flags.DEFINE_integer if kind is int else flags.DEFINE_float
+            define_number(flag.name, default, **limits, **common)
         elif kind is tuple:
             flags.DEFINE_multi_string(flag.name, [], **common)
         else:

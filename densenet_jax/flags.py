@@ -32,6 +32,11 @@ MODES: dict[str, Mode] = {
         "eval --workdir runs/digits --checkpoint best",
         many_processes=True,
     ),
+    "calibrate": Mode(
+        "Fits temperature and thresholds to a checkpoint on the evaluated split; predict, serve and export use them.",
+        "calibrate --workdir runs/digits --checkpoint best",
+        many_processes=True,
+    ),
     "predict": Mode("Predicts the classes of --images.", "predict --workdir runs/digits --images 'photos/*.jpg'"),
     "export": Mode(
         "Writes the model as a file for other programs and checks it against the model.",
@@ -57,6 +62,7 @@ MODES: dict[str, Mode] = {
         "plan --config densenet121 --topology v5e:4x4",
     ),
 }
+_OF_MANY_PROCESSES = tuple(name for name, mode in MODES.items() if mode.many_processes)
 
 
 def _flag(default: Any, text: str, *modes: str, **limits: Any) -> Any:
@@ -79,7 +85,13 @@ class Command:
     mode: str = _flag("train", "What to do; the first word of the command line does as well.", choices=tuple(MODES))
     workdir: str = _flag("", "The run's directory; by default ./runs/ and the recipe's name.")
     checkpoint: str = _flag(
-        "", "latest, best or a step of the run; by default the latest.", "eval", "predict", "export", "serve"
+        "",
+        "latest, best or a step of the run; by default the latest.",
+        *("eval", "calibrate", "predict", "export", "serve"),
+    )
+    each_label: bool = _flag(False, "Whether each of many labels has a temperature of its own.", "calibrate")
+    specificity: float = _flag(
+        0.0, "What each label's threshold must reach; 0: the best F1 instead.", "calibrate", lower=0.0, upper=1.0
     )
     images: tuple[str, ...] = _flag((), "A file, folder or pattern in quotes; repeatable.", "predict", "export")
     output: str = _flag(
@@ -108,10 +120,10 @@ class Command:
     compare: tuple[str, ...] = _flag((), "Another run's directory to put beside this one; repeatable.", "report")
     topology: str = _flag("", "The chips to plan for, such as v5e:16x16 or h200:1x1x8.", "plan")
     coordinator: str | None = _flag(
-        None, "HOST:PORT of process 0, where this is one of several processes.", "train", "eval", "report", type=str
+        None, "HOST:PORT of process 0, where this is one of several processes.", *_OF_MANY_PROCESSES, type=str
     )
-    num_processes: int | None = _flag(None, "How many processes there are.", "train", "eval", "report", type=int)
-    process_id: int | None = _flag(None, "Which of them this is, from 0.", "train", "eval", "report", type=int)
+    num_processes: int | None = _flag(None, "How many processes there are.", *_OF_MANY_PROCESSES, type=int)
+    process_id: int | None = _flag(None, "Which of them this is, from 0.", *_OF_MANY_PROCESSES, type=int)
 
     @staticmethod
     def flags() -> Iterator[dataclasses.Field]:

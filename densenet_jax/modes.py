@@ -19,6 +19,7 @@ from densenet_jax.export.samples import Samples
 from densenet_jax.flags import Command
 from densenet_jax.plan.plan import plan
 from densenet_jax.predict.batch import PredictOptions, predict
+from densenet_jax.predict.calibration import calibration_path, write_calibration
 from densenet_jax.predict.model import Deployed, make_deployed, read_run_settings
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.report.compare import report_comparison
@@ -27,6 +28,7 @@ from densenet_jax.report.parameters import parameter_table
 from densenet_jax.report.per_class import ClassTables
 from densenet_jax.report.run import report_run
 from densenet_jax.report.schedule import plot_schedule
+from densenet_jax.run.calibrate import calibrate
 from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.run.prepare import prepare_and_verify
 from densenet_jax.run.train import train
@@ -131,6 +133,34 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
         for line in experiment.published_beside(figures):
             print_status(line)
     return {"step": step, **figures}
+
+
+def calibrate_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
+    """Fits temperature and thresholds to a checkpoint of `workdir` on the evaluated split, and writes them there."""
+    check_settings(workdir, config, command.defaults)
+    experiment = Experiment(config)
+    step, variables = experiment.saved_variables(workdir)
+    split = f"{config.data.name} {config.data.eval_split}"
+    print_status(f"calibrating step {step} of {workdir} on {split}")
+    fit = calibrate(experiment, variables, each_label=command.each_label, specificity=command.specificity)
+    content = {
+        "split": split,
+        "examples": fit.examples,
+        "class_names": list(experiment.data.eval_source.class_names),
+        "temperatures": fit.temperatures.tolist(),
+        "thresholds": fit.thresholds.tolist(),
+        "specificity": command.specificity,
+        "before": fit.before._asdict(),
+        "after": fit.after._asdict(),
+        "reliability": [each.to_dict() for each in fit.reliability],
+    }
+    path = write_calibration(workdir, step, content) if processes.is_first() else calibration_path(workdir)
+    for words, before, after in zip(("ECE", "Brier score", "loss"), fit.before, fit.after, strict=True):
+        print_status(f"{words} {before:.4f} before, {after:.4f} after")
+    beside = {f"{name}_before": value for name, value in fit.before._asdict().items()}
+    temperature = float(np.mean(fit.temperatures))
+    figures = {"temperature": temperature, **fit.after._asdict(), **beside}
+    return {"step": step, "examples": fit.examples, **figures, "path": path}
 
 
 def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -243,6 +273,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
 FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
     "train": train_mode,
     "eval": eval_mode,
+    "calibrate": calibrate_mode,
     "predict": predict_mode,
     "export": export_mode,
     "prepare": prepare_mode,

@@ -44,6 +44,8 @@ def label_settings(table: str, **changes: object) -> dict[str, object]:
         "data.labels": "multi",
         "data.image_size_px": 8,
         "data.channels": 1,
+        "data.mean": (0.5,),
+        "data.std": (0.25,),
         "data.crop": "none",
         "augment.flip": False,
         "eval.crop_fraction": 1.0,

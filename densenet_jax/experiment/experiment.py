@@ -27,7 +27,7 @@ from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
 from densenet_jax.training.best_metric import BEST_METRICS
 from densenet_jax.training.checkpoint import find_checkpoint
-from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_predict_step
+from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_logits_step, make_predict_step
 from densenet_jax.training.losses import Loss
 from densenet_jax.training.precision import Policy, get_policy
 from densenet_jax.training.restore import check_same_shapes, restore_variables
@@ -358,6 +358,12 @@ class Experiment:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
         step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes, many_labels=self.many_labels)
+        return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
+
+    def compile_logits_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+        """Makes the step that returns the logits of every example, compiled on first use."""
+        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
+        step = make_logits_step(self.model, normalize, classes=self.data.allowed_classes)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:

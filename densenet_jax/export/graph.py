@@ -18,6 +18,7 @@ from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.predict.model import Deployed
 from densenet_jax.training.eval_step import make_predict_step, restrict
+from densenet_jax.workdir import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +100,18 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0)
             "weights": model.source,
             "class_names": format_labels(model.class_names).rstrip("\n"),
             **({"labels": "multi"} if model.many_labels else {}),
+            **_thresholds(model),
         },
         pixel_dtype=model.transform.dtype.type,
         many_labels=model.many_labels,
     )
+
+
+def _thresholds(model: Deployed) -> dict[str, str]:
+    """Returns the calibrated thresholds as a JSON list, null where a label has none."""
+    if model.calibration is None or not model.calibration.thresholds:
+        return {}
+    return {"thresholds": to_json(model.calibration.thresholds)}
 
 
 def to_float32(module: nn.Module) -> nn.Module:

@@ -204,7 +204,7 @@ class _Run:
             list(pool.map(self._annotate, answers, answers.values()))
         if self._options.explain and answered:
             list(pool.map(self._explain, answered, outputs["map"]))
-        self._output.write(_line(item, answers.get(item.path, [])) for item in batch)
+        self._output.write(self._line(item, answers.get(item.path, [])) for item in batch)
         for item in batch:
             words = self._short(answers[item.path]) if item.path in answers else f"error: {item.why}"
             print_status(f"{shown(item.path)}  {words}")
@@ -213,7 +213,18 @@ class _Run:
         """Returns the best class, or of many labels all that are more likely than not."""
         if not self._predictor.model.many_labels:
             return _words(answers[0])
-        return ", ".join(_words(answer) for answer in answers if answer.probability >= 0.5) or "none"
+        predicted = self._predictor.is_predicted
+        return ", ".join(_words(answer) for answer in answers if predicted(answer)) or "none"
+
+    def _line(self, item: _Prepared, answers: list[ClassProbability]) -> dict[str, Any]:
+        """Returns the line of an image; calibrated labels say as well whether their threshold is reached."""
+        if item.pixels is None:
+            return {"image": item.path, "error": item.why}
+        predictions = [answer._asdict() for answer in answers]
+        if self._predictor.thresholds is not None:
+            for answer, entry in zip(answers, predictions, strict=True):
+                entry["predicted"] = self._predictor.is_predicted(answer)
+        return {"image": item.path, "predictions": predictions}
 
     def _explain(self, item: _Prepared, activation_map: np.ndarray) -> None:
         picture, array = (
@@ -228,12 +239,6 @@ class _Run:
             annotate(path, target, answers, self._predictor.limits, self._predictor.model.transform.pixel_range)
         except ImageError as error:
             logger.warning("%s can't be annotated: %s", error.name, error.why)
-
-
-def _line(item: _Prepared, answers: list[ClassProbability]) -> dict[str, Any]:
-    if item.pixels is None:
-        return {"image": item.path, "error": item.why}
-    return {"image": item.path, "predictions": [answer._asdict() for answer in answers]}
 
 
 def _words(answer: ClassProbability) -> str:

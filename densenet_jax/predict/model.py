@@ -22,6 +22,7 @@ from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained, read_class_names
 from densenet_jax.models.variants import get_variant
+from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.restore import restore_variables
@@ -47,6 +48,7 @@ class Deployed:
     class_names: tuple[str, ...]
     allowed_classes: tuple[int, ...] | None = None  # the only classes that may be predicted; None allows all
     dataset: Identity | None = None
+    calibration: Calibration | None = None  # already in the weights of the classifier
     many_labels: bool = False  # images have many labels, each with a probability of its own, instead of one class
 
 
@@ -83,6 +85,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         UserError: there is no such model, or it does not fit the settings.
     """
     dataset: Identity | None = None
+    calibration: Calibration | None = None
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         source, workdir = config.model.pretrained, ""
         average = config.model.pretrained_average
@@ -95,6 +98,8 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)
     experiment = Experiment(config, head_classes=_class_count(variables, source))
     experiment.check_fits(variables, source)
+    if workdir and (calibration := read_calibration(workdir, step, experiment.num_classes)) is not None:
+        source, variables = f"{source}, {calibration.describe()}", calibration.scale(variables)
     mean, std = experiment.data.mean_std()
     return Deployed(
         name=config.model.name,
@@ -108,6 +113,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         class_names=_class_names(experiment, workdir, labels, dataset),
         allowed_classes=experiment.data.allowed_classes,
         dataset=dataset,
+        calibration=calibration,
         many_labels=experiment.many_labels,
     )
 

@@ -7,6 +7,7 @@ for answers in predictor(["three.png", "eight.png"]):
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -286,6 +287,17 @@ class Predictor:
         if self.model.allowed_classes is not None:
             order = order[: len(self.model.allowed_classes)]
         return [ClassProbability(int(i), self.class_names[i], float(probabilities[i])) for i in order]
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Probability of each label from which on it is predicted; None without a calibration of many labels."""
+        calibration = self.model.calibration
+        return None if calibration is None or not calibration.thresholds else calibration.thresholds
+
+    def is_predicted(self, answer: ClassProbability) -> bool:
+        """Returns whether one of many labels is predicted: by its threshold, else if it is more likely than not."""
+        threshold = self.thresholds[answer.class_id] if self.thresholds is not None else math.nan
+        return answer.probability >= (0.5 if math.isnan(threshold) else threshold)
 
     def _preprocess_all(self, images: Iterable[ImageSource]) -> np.ndarray:
         with ThreadPoolExecutor(available_cores()) as pool:

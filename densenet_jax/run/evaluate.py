@@ -61,6 +61,37 @@ def evaluate(
     return counts
 
 
+def gather_rows(
+    step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    variables: dict[str, Any],
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    *,
+    examples: int,
+    batch_count: int,
+) -> dict[str, np.ndarray]:
+    """Returns the rows of every example in the order of the split, without padding, the same on all processes.
+
+    Args:
+        step: as `densenet_jax.training.eval_step.make_logits_step` builds it, jitted with replicated outputs.
+
+    Raises:
+        RuntimeError: another number of examples was seen than the split has.
+    """
+    bar = Bar("predicting", batch_count)
+    rows = []
+    try:
+        for batch in batches:
+            rows.append(_unpadded(step(variables, to_devices(batch, mesh))))
+            bar.advance()
+    finally:
+        bar.close()
+    joined = _join(rows)
+    if len(joined["label"]) != examples:
+        raise RuntimeError(f"counted {len(joined['label'])} examples of a split that has {examples}")
+    return joined
+
+
 def _unpadded(rows: dict[str, Any]) -> dict[str, np.ndarray]:
     """Fetches a batch's rows, which every process has whole, without padding."""
     fetched = jax.device_get(rows)

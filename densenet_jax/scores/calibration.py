@@ -1,6 +1,6 @@
 """Calibration: temperatures and thresholds fitted on held-out examples, and how far probabilities can be trusted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def fit_sigmoid_temperatures(logits: np.ndarray, targets: np.ndarray, *, each_la
     for chosen in [[label] for label in np.flatnonzero(both)] if each_label else [np.flatnonzero(both)]:
         if len(chosen):
             own, known = logits[:, chosen], targets[:, chosen]
-            temperatures[chosen] = _minimize(lambda value, own=own, known=known: sigmoid_loss(own / value, known))
+            temperatures[chosen] = _minimize(_scaled_loss(own, known))
     return temperatures if each_label else np.full_like(temperatures, temperatures[both][0] if both.any() else 1.0)
 
 
@@ -85,6 +85,10 @@ def fit_thresholds(scores: np.ndarray, targets: np.ndarray, specificity: float =
     if specificity:
         return np.array([ranking.specific_threshold(each, specificity) for each in ranked])
     return np.array([ranking.best_f1_threshold(each) for each in ranked])
+
+
+def _scaled_loss(logits: np.ndarray, targets: np.ndarray) -> Callable[[np.floating], float]:
+    return lambda temperature: sigmoid_loss(logits / temperature, targets)
 
 
 def _minimize(loss: Callable[[np.floating], float]) -> float:
@@ -113,6 +117,18 @@ class Reliability:
         self.counts += np.bincount(places, minlength=bins)
         self.right += np.bincount(places[right], minlength=bins)
         self.confidence += np.bincount(places, weights=confidence, minlength=bins)
+
+    def to_dict(self) -> dict[str, list]:
+        """Returns the counts as plain lists, for a file."""
+        return {"counts": self.counts.tolist(), "right": self.right.tolist(), "confidence": self.confidence.tolist()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Sequence[float]]) -> "Reliability":
+        """Returns what `to_dict` has written."""
+        made = cls(len(content["counts"]))
+        made.counts, made.right = np.asarray(content["counts"]), np.asarray(content["right"])
+        made.confidence = np.asarray(content["confidence"], np.float64)
+        return made
 
     @property
     def expected_calibration_error(self) -> float:

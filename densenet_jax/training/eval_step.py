@@ -102,6 +102,18 @@ def make_predict_step(
     return predict_step
 
 
+def make_logits_step(
+    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None
+) -> Callable[[dict[str, Any], Batch], Batch]:
+    """Builds `step(variables, batch) -> rows`: "logit" [b, k] in float32 or better, "label" and "mask"."""
+
+    def logits_step(variables: dict[str, Any], batch: Batch) -> Batch:
+        logits = batch_logits(model, normalize, variables, batch["image"], classes)
+        return {"logit": logits.astype(wide(logits.dtype)), "label": batch["label"], "mask": batch["mask"]}
+
+    return logits_step
+
+
 def batch_logits(
     model: nn.Module,
     normalize: Normalize,

@@ -72,6 +72,13 @@ def check_files(path: str, item: str = "") -> bool:
     return True
 
 
+def weights_digest(path: str) -> str:
+    """Returns a digest of a checkpoint's state by the checksums of its files, "" if it was written without."""
+    sums = _read_checksums(path)
+    state = sorted((name, value) for name, value in (sums or {}).items() if name.startswith("state/"))
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest() if state else ""
+
+
 def find_missing_file(path: str) -> str:
     """Returns the name of a file that the checkpoint at `path` has lost, "" if none; contents are not checked."""
     try:
