@@ -2,18 +2,20 @@
 
 import difflib
 import os
+import re
 import sys
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from densenet_jax import modes, recipes
-from densenet_jax.config import check_config, explain_flag_error, explain_unknown_flag, to_dict
+from densenet_jax.config import check_config, flatten, to_dict
 from densenet_jax.distributed import processes
 from densenet_jax.distributed.cluster import Cluster, find_cluster
 from densenet_jax.distributed.preemption import Preempted
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, first_line
 from densenet_jax.flags import MODES, Command
 from densenet_jax.predict.model import read_run_settings
 from densenet_jax.system.console import drop, print_status
@@ -21,6 +23,69 @@ from densenet_jax.workdir import to_json
 
 # Errors of absl, ml_collections and recipes.
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """Returns the end of an error's sentence that names the known key most like `name`, whole or by its last part."""
+
+    def likeness(key: str) -> float:
+        own, last = name.split(".")[-1], key.split(".")[-1]
+        if own == "".join(word[:1] for word in last.split("_")):
+            return 1.0
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, key), (own, last)))
+
+    return f"; the nearest is {prefix}{max(known, key=likeness)}"
+
+
+def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
+    """Returns a sentence about a flag that does not exist, with the flag or setting that was probably meant.
+
+    Args:
+        name: the flag without its dashes.
+        known: settings with every valid key.
+    """
+    keys = [key for key, _ in flatten(known)]
+    if name.startswith("config."):
+        return f"{name} is not a setting{_nearest(name.removeprefix('config.'), keys, 'config.')}."
+    plain = name.replace("-", "_")
+    if (plain in flags or plain not in {key.split(".")[-1] for key in keys}) and (
+        close := difflib.get_close_matches(plain, [*flags, "config"], n=1, cutoff=0.7)
+    ):
+        return f"--{name} is not a flag; the nearest is --{close[0]}."
+    return f"--{name} is not a flag{_nearest(plain, keys, '--config.')}=VALUE."
+
+
+# Errors of the flags' parsers and their meaning.
+_EXPECTED_BY_PARSERS = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+    "is not an integer in the range": "a whole number in its range",
+}
+
+
+def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
+    """Explains in a sentence an error that absl, ml_collections or a recipe raised on the command line.
+
+    Args:
+        known: settings with every valid key, to find the one nearest to a misspelled key.
+    """
+    if wrong := re.match(r"flag --(\S+?)=(.*?): (.*)", str(error), re.DOTALL):
+        name, value, why = wrong.groups()
+        for part, expected in _EXPECTED_BY_PARSERS.items():
+            if part in why:
+                shown = name if name.startswith("config.") else f"--{name}"
+                return f"{shown} is {value!r}; expected {expected}."
+    if not isinstance(error, AttributeError | KeyError):
+        return first_line(error).replace("flag --", "--")
+    quoted = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
+    name = quoted.group(1) if quoted else str(error)
+    keys = [key for key, _ in flatten(known)]
+    for argument in arguments:
+        given = argument.lstrip("-").split("=")[0]
+        if given.startswith("config.") and name in given.split("."):
+            return f"{given} is not a setting{_nearest(given.removeprefix('config.'), keys, 'config.')}."
+    return f"the recipe sets or reads {name}, which is not a setting{_nearest(name, keys, 'config.')}."
 
 
 def parse(arguments: list[str]) -> tuple[Command, Any]:

@@ -1,17 +1,16 @@
-"""Settings: read from a recipe and the command line, checked, compared and written down."""
+"""The rules of all settings, and their check."""
 
-import difflib
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 
-from densenet_jax.errors import UserError, first_line
+from densenet_jax.errors import UserError
 from densenet_jax.kernels.select import KERNELS_WANTED
 from densenet_jax.system.profiler import is_profile
 from densenet_jax.training.best_metric import METRICS
@@ -19,28 +18,6 @@ from densenet_jax.training.losses import LOSSES, parse_weights
 from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.precision import POLICIES
 from densenet_jax.training.schedules import SCHEDULES
-
-# A run may be continued with other values of these: they change where or how fast it computes, not what.
-MAY_CHANGE_ON_RESUME = (
-    "model.dtype",
-    "model.remat",
-    "model.block_form",
-    "model.kernels",
-    "data.dir",
-    "data.table",  # rows are compared with the checkpoint's
-    "data.allow_changed",
-    "data.class_order",  # class names are compared with the checkpoint's
-    "data.reader_threads",
-    "data.prefetch_batches",
-    "train.log_every_steps",
-    "train.stall_secs",
-    "train.patience_epochs",
-    "profile",
-    "train.sharding",
-    "eval.",
-    "checkpoint.",
-    "serve.",
-)
 
 _Rule = tuple[str, Callable[[Any], bool]]  # expectation, check; a check that raises met another type
 _LARGEST = 3.4e38  # finite float32
@@ -273,69 +250,6 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Returns the end of an error's sentence that names the known key most like `name`, whole or by its last part."""
-
-    def likeness(key: str) -> float:
-        own, last = name.split(".")[-1], key.split(".")[-1]
-        if own == "".join(word[:1] for word in last.split("_")):
-            return 1.0
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, key), (own, last)))
-
-    return f"; the nearest is {prefix}{max(known, key=likeness)}"
-
-
-def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
-    """Returns a sentence about a flag that does not exist, with the flag or setting that was probably meant.
-
-    Args:
-        name: the flag without its dashes.
-        known: settings with every valid key.
-    """
-    keys = [key for key, _ in flatten(known)]
-    if name.startswith("config."):
-        return f"{name} is not a setting{nearest(name.removeprefix('config.'), keys, 'config.')}."
-    plain = name.replace("-", "_")
-    if (plain in flags or plain not in {key.split(".")[-1] for key in keys}) and (
-        close := difflib.get_close_matches(plain, [*flags, "config"], n=1, cutoff=0.7)
-    ):
-        return f"--{name} is not a flag; the nearest is --{close[0]}."
-    return f"--{name} is not a flag{nearest(plain, keys, '--config.')}=VALUE."
-
-
-# Errors of the flags' parsers and their meaning.
-_EXPECTED_BY_PARSERS = {
-    "invalid literal for int": "a whole number",
-    "could not convert string to float": "a number",
-    "Non-boolean argument": "True or False",
-    "is not an integer in the range": "a whole number in its range",
-}
-
-
-def explain_flag_error(error: Exception, arguments: list[str], known: ml_collections.ConfigDict) -> str:
-    """Explains in a sentence an error that absl, ml_collections or a recipe raised on the command line.
-
-    Args:
-        known: settings with every valid key, to find the one nearest to a misspelled key.
-    """
-    if wrong := re.match(r"flag --(\S+?)=(.*?): (.*)", str(error), re.DOTALL):
-        name, value, why = wrong.groups()
-        for part, expected in _EXPECTED_BY_PARSERS.items():
-            if part in why:
-                shown = name if name.startswith("config.") else f"--{name}"
-                return f"{shown} is {value!r}; expected {expected}."
-    if not isinstance(error, AttributeError | KeyError):
-        return first_line(error).replace("flag --", "--")
-    quoted = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
-    name = quoted.group(1) if quoted else str(error)
-    keys = [key for key, _ in flatten(known)]
-    for argument in arguments:
-        given = argument.lstrip("-").split("=")[0]
-        if given.startswith("config.") and name in given.split("."):
-            return f"{given} is not a setting{nearest(given.removeprefix('config.'), keys, 'config.')}."
-    return f"the recipe sets or reads {name}, which is not a setting{nearest(name, keys, 'config.')}."
-
-
 def _floats(value: Any) -> Iterator[float]:
     if isinstance(value, float):
         yield value
@@ -384,18 +298,3 @@ def _check_labels(config: ml_collections.ConfigDict) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """Converts the settings to plain, JSON-ready nested dictionaries; tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-def differences(
-    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Lists the settings that make `current` another run than `stored`, each as "config.key: stored -> current".
-
-    Leaves out settings that may change on resuming. A setting newer than `stored` counts as its value in `defaults`.
-    """
-    old, new = dict(flatten(defaults or {})) | dict(flatten(stored)), dict(flatten(current))
-    return [
-        f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
-    ]

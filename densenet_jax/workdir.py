@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from densenet_jax.config import differences, to_dict
+from densenet_jax.config import flatten, to_dict
 from densenet_jax.data.class_names import LABELS_FILE, format_labels, read_labels
 from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
@@ -22,6 +22,27 @@ from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import finished_steps
 
 logger = logging.getLogger(__name__)
+# A run may be continued with other values of these: they change where or how fast it computes, not what.
+MAY_CHANGE_ON_RESUME = (
+    "model.dtype",
+    "model.remat",
+    "model.block_form",
+    "model.kernels",
+    "data.dir",
+    "data.table",  # rows are compared with the checkpoint's
+    "data.allow_changed",
+    "data.class_order",  # class names are compared with the checkpoint's
+    "data.reader_threads",
+    "data.prefetch_batches",
+    "train.log_every_steps",
+    "train.stall_secs",
+    "train.patience_epochs",
+    "profile",
+    "train.sharding",
+    "eval.",
+    "checkpoint.",
+    "serve.",
+)
 
 
 @contextlib.contextmanager
@@ -214,3 +235,18 @@ def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None 
             f"--workdir {workdir} of process {jax.process_index()} on {socket.gethostname()} is not that of the first "
             "process; name a directory that all hosts share."
         )
+
+
+def differences(
+    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Lists the settings that make `current` another run than `stored`, each as "config.key: stored -> current".
+
+    Leaves out settings that may change on resuming. A setting newer than `stored` counts as its value in `defaults`.
+    """
+    old, new = dict(flatten(defaults or {})) | dict(flatten(stored)), dict(flatten(current))
+    return [
+        f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
