@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.image_size_px = 224  # side of the square that the model is trained on
     data.channels = 3  # 1 reads images as gray; others, up to 64, need files with that many
     data.pixel_range = ()  # two stored values that become black and white; (): those of the file's own type
+    data.dicom_frame = 0  # frame, from 1 on, of DICOM files that have several; 0: refuse them
     data.exif_orientation = False  # True: turn images of data sets as their camera recorded; prediction always does
     data.crop = "random_resized_crop"  # or "none": the stored image, resized where it has another size
     data.crop_area = (0.08, 1.0)  # share of the image's area that a random crop covers

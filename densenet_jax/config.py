@@ -127,6 +127,7 @@ RULES: dict[str, _Rule] = {
         "two different numbers, or ()",
         lambda value: not value or (len(value) == 2 and all(map(math.isfinite, value)) and value[0] != value[1]),
     ),
+    "data.dicom_frame": _whole(0, 2**16),
     "data.exif_orientation": _SWITCH,
     "data.class_order": (
         "text, natural or a file with a class name a line",

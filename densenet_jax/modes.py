@@ -243,6 +243,7 @@ def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, An
         data.name,
         data.dir,
         tuple(data.pixel_range),
+        config.data.dicom_frame,
         table=TableSettings.from_config(config),
         labels=Labels.from_config(config),
     )

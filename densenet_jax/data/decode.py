@@ -1,4 +1,4 @@
-"""Decodes image files at their full bit depth: JPEG by libjpeg-turbo, most others by Pillow."""
+"""Decodes image files at their full bit depth: JPEG by libjpeg-turbo, DICOM by pydicom, most others by Pillow."""
 
 import io
 import logging
@@ -10,13 +10,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from densenet_jax.data import rare_formats
+from densenet_jax.data import dicom, rare_formats
 from densenet_jax.data.pixels import Stored, to_pixels, widen
 from densenet_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 MAX_PIXELS = 80_000_000  # larger images are refused before allocating memory; ImageNet's largest has 32 million
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # Pillow supports more, some of which start programs
+HEAD_BYTES = dicom.HEAD_BYTES  # of a file, that tell its kind
 _ORIENTATION = 0x0112  # the EXIF tag
 _SMALL_BYTES = 4096
 _EXACT_JPEG = {"fastdct": False, "fastupsample": False}  # the pixels that Pillow gives
@@ -41,11 +42,12 @@ def decode_image(
     apply_exif_orientation: bool = False,
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
+    dicom_frame: int = 0,
 ) -> np.ndarray:
     """Decodes an image file, or its first frame or page. docs/data.md has a table of every kind.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY file.
+        data: a JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, NPY or DICOM file.
         channels: 3 for RGB, 1 for gray, else the number that the file has; 0 takes any. Alpha is dropped and palettes
             are looked up.
         name: the image's name in messages.
@@ -53,6 +55,7 @@ def decode_image(
             as they are stored.
         pixel_range: stored values that become black and white; (): those of the file's own type.
         bits: bit depth of the result: 8, 16, or 0 for 16 where the file has more than 8.
+        dicom_frame: see `densenet_jax.data.dicom.decode_dicom`.
 
     Returns:
         uint8 or uint16 [height, width, channels].
@@ -70,6 +73,9 @@ def decode_image(
         if not pixel_range and channels in (1, 3):
             pixels = _decode_jpeg(data, channels, name) if data[:2] == b"\xff\xd8" else None
             pixels = _decode_small_png(data, channels) if pixels is None else pixels
+        if dicom.is_dicom(data):
+            image_size(data, name)
+            pixels = to_pixels(dicom.decode_dicom(data, dicom_frame, pixel_range), channels, pixel_range)
         if pixels is None:
             pixels = to_pixels(_decode_stored(data, channels, name), channels, pixel_range)
         pixels = with_bits(pixels, bits, name)
@@ -102,7 +108,9 @@ def _warn_of_lost_bits(name: str) -> None:
 
 
 def is_image_start(head: bytes) -> bool:
-    """Returns whether a file that begins with these 32 bytes is an image of a supported kind."""
+    """Returns whether a file that begins with these `HEAD_BYTES` bytes is an image of a supported kind."""
+    if dicom.is_dicom(head):
+        return True
     if head[:2] == b"BM":  # a text may begin so too; the second header's size decides
         return head[14:18] in (bytes((size, 0, 0, 0)) for size in (12, 40, 52, 56, 64, 108, 124))
     if head[:1] == b"P":
@@ -113,7 +121,7 @@ def is_image_start(head: bytes) -> bool:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no {', '.join(FORMATS)} or NPY image"
+        return f"it is no {', '.join(FORMATS)}, NPY or DICOM image"
     return first_line(error).rstrip(".")
 
 
@@ -134,7 +142,9 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     if size := declared_size(data):
         check_size(*size, name)
     try:
-        if data.startswith(rare_formats.NPY_MAGIC):
+        if dicom.is_dicom(data):
+            width, height = dicom.read_size(data)
+        elif data.startswith(rare_formats.NPY_MAGIC):
             width, height = rare_formats.npy_size(data)
         else:
             try:
@@ -192,6 +202,8 @@ def has_wide_pixels(data: bytes) -> bool:
         return data[24:25] == b"\x10"
     if data.startswith(rare_formats.NPY_MAGIC):
         return rare_formats.npy_bits(data) > 8
+    if dicom.is_dicom(data):
+        return dicom.has_wide_pixels(data)
     if data[:2] in (b"P5", b"P6", b"P2", b"P3", b"Pf"):
         return rare_formats.pnm_white(data) > 255
     facts = rare_formats.tiff_facts(data) if data.startswith(_TIFF) else None

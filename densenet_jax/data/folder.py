@@ -13,14 +13,14 @@ from concurrent import futures
 import numpy as np
 
 from densenet_jax.data.class_names import order_classes
-from densenet_jax.data.decode import DamagedImage, is_image_start
+from densenet_jax.data.decode import HEAD_BYTES, DamagedImage, is_image_start
 from densenet_jax.data.records import Record
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import user_cache
 
 logger = logging.getLogger(__name__)
 # Files with these endings are images; of others the first bytes decide.
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".dcm")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "val": ("val", "validation")}
 _ALL_SPLIT_FOLDERS = ("train", "validation", "val", "test")
 _VERSION = 2  # index format
@@ -222,7 +222,7 @@ def is_image_file(entry: "os.DirEntry[str]") -> bool:
         return True
     try:
         with open(entry.path, "rb") as file:
-            return is_image_start(file.read(32))
+            return is_image_start(file.read(HEAD_BYTES))
     except OSError:
         return False
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -87,6 +87,7 @@ def prepare_dataset(
     workers: int = 0,
     verify: bool = True,
     pixel_range: tuple[float, ...] = (),
+    dicom_frame: int = 0,
     table: TableSettings | None = None,
     labels: Labels = SINGLE,
 ) -> list[SplitReport]:
@@ -101,7 +102,7 @@ def prepare_dataset(
         splits: what to verify; (): all splits of a tfds set or table, or "train" and "validation" of class folders.
         progress: called with (activity, amount done, total).
         workers: threads that convert and verify; 0: one per core.
-        pixel_range: see `densenet_jax.data.decode.decode_image`.
+        pixel_range: see `densenet_jax.data.decode.decode_image`, as for `dicom_frame`.
 
     Returns:
         One report per split.
@@ -133,6 +134,7 @@ def prepare_dataset(
             progress,
             workers,
             pixel_range,
+            dicom_frame,
         )
         for split in splits
     ]
@@ -145,6 +147,7 @@ def verify_split(
     progress: Progress = _silent,
     workers: int = 0,
     pixel_range: tuple[float, ...] = (),
+    dicom_frame: int = 0,
 ) -> SplitReport:
     """Decodes every image of `source`, holding only the images in flight in memory."""
     total = len(source)
@@ -152,7 +155,7 @@ def verify_split(
     damaged: list[tuple[str, str]] = []
     blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
     done = 0
-    check = functools.partial(_check, source, pixel_range=pixel_range)
+    check = functools.partial(_check, source, pixel_range=pixel_range, dicom_frame=dicom_frame)
     for labels, refused in _in_order(check, blocks, workers or available_cores()):
         counts += count_labels(labels, source.num_classes)
         damaged += refused
@@ -161,7 +164,7 @@ def verify_split(
     return SplitReport(split, total, expected, tuple(damaged), counts)
 
 
-def _check(source: Source, block: range, pixel_range: tuple[float, ...]) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def _check(source: Source, block: range, **decoding: Any) -> tuple[np.ndarray, list[tuple[str, str]]]:
     labels, damaged = [], []
     for index in block:
         try:
@@ -169,7 +172,7 @@ def _check(source: Source, block: range, pixel_range: tuple[float, ...]) -> tupl
             if not source.many_labels and not 0 <= record.label < source.num_classes:
                 raise DamagedImage(record.name, f"its label {record.label} is none of {source.num_classes} classes")
             labels.append(record.label)
-            decode_image(record.image, 0, name=record.name, pixel_range=pixel_range, bits=0)
+            decode_image(record.image, 0, name=record.name, bits=0, **decoding)
         except DamagedImage as error:
             damaged.append((error.name, error.why))
     return np.array(labels, np.float32 if source.many_labels else np.int64), damaged

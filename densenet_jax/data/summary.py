@@ -106,7 +106,7 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
     Returns the bit depth to carry (16 where an image has more than 8, else 8), and warnings of what is easily misread,
     by kind.
     """
-    wide, turned, highest = 0, 0, 0
+    wide, turned, brightest = 0, 0, list[int]()
     places = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)).tolist()
     for index in places:
         with contextlib.suppress(DamagedImage, ValueError):  # training reports damaged files
@@ -114,9 +114,9 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
             turned += exif_orientation(record.image) != 1
             if has_wide_pixels(record.image):
                 wide += 1
-                highest = max(highest, int(decode_image(record.image, 0, name=record.name, bits=16).max(initial=0)))
+                brightest.append(int(decode_image(record.image, 0, name=record.name, bits=16).max(initial=0)))
     warnings = {}
-    if wide and highest < 65536 // 16:
+    if brightest and (highest := max(brightest)) < 65536 // 16:
         warnings["dark"] = (
             f"{wide} of {len(places)} sampled images have 16 bits and no value above {highest} of 65535: they are "
             f"almost black; config.data.pixel_range=(0, {max(highest, 1)}) makes the brightest white."

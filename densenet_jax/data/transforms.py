@@ -53,6 +53,7 @@ def train_transform(
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
     apply_exif_orientation: bool = False,
+    dicom_frame: int = 0,
 ) -> Transform:
     """Makes the training transform.
 
@@ -65,12 +66,12 @@ def train_transform(
         interpolation: "bilinear" or "bicubic".
         antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
             ones, as OpenCV and tf.image do, which is faster and gives other pixels.
-        pixel_range: see `decode_image`, as for `bits` and `apply_exif_orientation`.
+        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
     """
     _check(image_size_px, channels, interpolation)
     if kind not in ("none", "random_resized_crop"):
         raise UserError(f"config.data.crop is {kind!r}; expected random_resized_crop or none.")
-    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation)
+    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
     if kind == "none":
         return Whole(*common, antialias)
     return RandomResizedCrop(*common, antialias, tuple(area_range), tuple(aspect_range))
@@ -86,6 +87,7 @@ def eval_transform(
     crops: int = 1,
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
+    dicom_frame: int = 0,
 ) -> "ResizedCenterCrop":
     """Makes the evaluation transform: resizes the short side to `resize_px`, then cuts the central square.
 
@@ -96,13 +98,14 @@ def eval_transform(
         channels: 3 for RGB, 1 for gray, else the number that the files have.
         interpolation: "bilinear" or "bicubic".
         crops: 1, or 5 for the four corners and the middle, which are then the first axis of the result.
-        pixel_range: see `decode_image`, as for `bits` and `apply_exif_orientation`.
+        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
     """
     _check(image_size_px, channels, interpolation)
     if resize_px < image_size_px:
         raise UserError(f"The resized short side ({resize_px} px) is below the crop ({image_size_px} px).")
     kind = FiveCrops if crops == 5 else ResizedCenterCrop
-    return kind(image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, resize_px)
+    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
+    return kind(*common, resize_px)
 
 
 def _check(image_size_px: int, channels: int, interpolation: str) -> None:
@@ -124,6 +127,7 @@ class _Square:
     pixel_range: tuple[float, ...]
     bits: int
     apply_exif_orientation: bool
+    dicom_frame: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,6 +152,7 @@ class _Square:
             apply_exif_orientation=self.apply_exif_orientation,
             pixel_range=self.pixel_range,
             bits=self.bits,
+            dicom_frame=self.dicom_frame,
         )
 
     def native_size(self, data: bytes, name: str) -> tuple[int, int] | None:

@@ -222,6 +222,7 @@ class Data:
         transform = train_transform(
             bits=self.train_bits,
             pixel_range=tuple(config.data.pixel_range),
+            dicom_frame=config.data.dicom_frame,
             apply_exif_orientation=config.data.exif_orientation,
             kind=config.data.crop,
             image_size_px=config.data.image_size_px,
@@ -268,6 +269,7 @@ class Data:
             apply_exif_orientation=apply_exif_orientation,
             bits=bits,
             pixel_range=tuple(config.data.pixel_range),
+            dicom_frame=config.data.dicom_frame,
             crops=5 if config.eval.crops == 10 else 1,  # mirrored on the accelerator
         )
 

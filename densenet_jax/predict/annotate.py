@@ -38,6 +38,7 @@ def annotate(
     answers: Sequence[ClassProbability],
     limits: ImageLimits,
     pixel_range: tuple[float, ...] = (),
+    dicom_frame: int = 0,
 ) -> None:
     """Writes the image at `path` with a bar for each of `answers` below it, as a JPEG to `target`.
 
@@ -45,7 +46,8 @@ def annotate(
         ImageError: the image can no longer be read.
         UserError: `target` can't be written.
     """
-    pixels = to_rgb(load_image(path, 0, limits=limits, pixel_range=pixel_range, bits=0))
+    decoded = load_image(path, 0, limits=limits, pixel_range=pixel_range, bits=0, dicom_frame=dicom_frame)
+    pixels = to_rgb(decoded)
     picture = draw_answers(np.asarray(pixels), answers)
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)

@@ -236,7 +236,8 @@ class _Run:
     def _annotate(self, path: str, answers: list[ClassProbability]) -> None:
         target = annotation_path(self._options.annotate, path, self._root)
         try:
-            annotate(path, target, answers, self._predictor.limits, self._predictor.model.transform.pixel_range)
+            transform = self._predictor.model.transform
+            annotate(path, target, answers, self._predictor.limits, transform.pixel_range, transform.dicom_frame)
         except ImageError as error:
             logger.warning("%s can't be annotated: %s", error.name, error.why)
 

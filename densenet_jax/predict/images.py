@@ -139,15 +139,16 @@ def load_image(
     limits: ImageLimits = DEFAULT_LIMITS,
     pixel_range: tuple[float, ...] = (),
     bits: int = 8,
+    dicom_frame: int = 0,
 ) -> np.ndarray:
     """Decodes an untrusted image to uint8 or uint16 [height, width, channels], turned as its EXIF data say.
 
     Args:
-        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM, TIFF or NPY; an animation's first
-            frame), or an array as in `check_array`.
+        source: a file's path, the file's bytes (JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, NPY or DICOM; of an animation its
+            first frame), or an array as in `check_array`.
         channels: 3 for RGB, 1 for gray, else the number that the image has.
         name: name of the image in messages; "" uses its path.
-        pixel_range: as for `densenet_jax.data.decode.decode_image`, like `bits`.
+        pixel_range: as for `densenet_jax.data.decode.decode_image`, like `bits` and `dicom_frame`.
 
     Raises:
         ImageError: it is rejected; the message says why.
@@ -158,7 +159,15 @@ def load_image(
             pixels = to_pixels(check_array(source, name, limits), channels, pixel_range)
             return with_bits(pixels, bits, name)
         data = read_encoded(source, name, limits)
-        return decode_image(data, channels, name=name, apply_exif_orientation=True, pixel_range=pixel_range, bits=bits)
+        return decode_image(
+            data,
+            channels,
+            name=name,
+            apply_exif_orientation=True,
+            pixel_range=pixel_range,
+            bits=bits,
+            dicom_frame=dicom_frame,
+        )
     except DamagedImage as error:
         raise ImageError(name, error.why) from error
     except ValueError as error:

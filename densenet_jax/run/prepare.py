@@ -10,6 +10,7 @@ def prepare_and_verify(
     name: str,
     directory: str,
     pixel_range: tuple[float, ...] = (),
+    dicom_frame: int = 0,
     table: TableSettings | None = None,
     labels: Labels = SINGLE,
 ) -> dict[str, int]:
@@ -30,7 +31,13 @@ def prepare_and_verify(
 
     try:
         reports = prepare_dataset(
-            name, directory, progress=progress, pixel_range=pixel_range, table=table, labels=labels
+            name,
+            directory,
+            progress=progress,
+            pixel_range=pixel_range,
+            dicom_frame=dicom_frame,
+            table=table,
+            labels=labels,
         )
     finally:
         for bar in bars.values():

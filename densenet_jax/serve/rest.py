@@ -160,7 +160,7 @@ class Rest:
             body = await self._body(headers, receive, held, most)
             if kind == "multipart/form-data":
                 read = lambda: read_files(body, options)  # noqa: E731
-            elif kind.startswith("image/"):
+            elif kind.startswith("image/") or kind == "application/dicom":
                 read = lambda: request_of_pictures([bytes(body)])  # noqa: E731
             elif kind in ("", JSON) or (kind == "application/octet-stream" and length):
                 read = lambda: read_json(body, length)  # noqa: E731
