@@ -1,5 +1,5 @@
-/* Decodes only the part of a JPEG file that a crop needs, by libjpeg-turbo's scanline calls, and resizes RGBX pixels in
-   the arithmetic of Pillow 13. All memory belongs to the caller; nothing is kept between calls. */
+/* Decodes only the part of a JPEG file that a crop needs, with libjpeg-turbo's scanline calls, and resizes RGBX pixels
+   with the arithmetic of Pillow 13. The caller owns all memory; nothing is kept between calls. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -12,9 +12,10 @@
 #define FAST
 #endif
 enum { BITS = 22, HALF = 1 << (BITS - 1) }; /* fixed point, as in Pillow */
-enum { LINES = 8, WIDE = 4 * LINES };       /* bytes of one pixel in eight lines; sums that registers hold */
+enum { LINES = 8, WIDE = 4 * LINES };       /* WIDE: bytes of one pixel in eight lines, sums that fit registers */
 
-/* Output i of `out` sums `count` inputs from `first` on with the weights from i * size on; the same in crop.py. */
+/* Output i of `out` sums count[i] inputs from first[i] on, with the weights from i * size on. crop.py has the same
+   struct. */
 typedef struct {
   const int32_t *first, *count;
   int32_t *weights, size, out;
@@ -32,7 +33,7 @@ static void warn(j_common_ptr info, int level) {
 }
 
 /* Writes the part (left, top, width, height) and a margin at its sides to lines of `pitch` bytes, as RGB or RGBX.
-   Returns how many pixels the left margin has, or -1 where this file is to be left to others. */
+   Returns the left margin's width in pixels, or -1 if this file needs another decoder. */
 int decode_part(const uint8_t *data, unsigned long size, const int *part, int rgbx, int pitch, uint8_t *lines) {
   struct jpeg_decompress_struct info = {0};
   trap errors;
@@ -51,7 +52,7 @@ int decode_part(const uint8_t *data, unsigned long size, const int *part, int rg
   if (part[0] > (int)info.image_width - part[2] || part[1] > (int)info.image_height - part[3]) goto end;
   info.out_color_space = rgbx ? JCS_EXT_RGBX : JCS_RGB;
   jpeg_start_decompress(&info);
-  /* 32 pixels at each side: chroma beside the part counts in upsampling. */
+  /* 32 pixels at each side: upsampling uses the chroma beside the part. */
   JDIMENSION from = part[0] > 32 ? part[0] - 32 : 0, to = part[0] + part[2] + 32;
   JDIMENSION width = (to < info.image_width ? to : info.image_width) - from;
   jpeg_crop_scanline(&info, &from, &width); /* moves the left edge to a multiple of 8 or 16 */
@@ -69,7 +70,7 @@ static double filter(double x, int cubic) {
   return cubic && x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-/* Writes the weights of sums around center[i]; `step` is what a distance of one input counts in the filter. */
+/* Computes the weights of sums around center[i]; `step` is the distance of neighboring inputs in the filter. */
 void weigh(const taps *t, const double *center, double step, int cubic) {
   for (int i = 0; i < t->out; i++) {
     double sum = 0;
@@ -83,7 +84,7 @@ void weigh(const taps *t, const double *center, double step, int cubic) {
 
 static inline uint8_t to_byte(int32_t sum) { return sum >> BITS < 0 ? 0 : sum >> BITS > 255 ? 255 : sum >> BITS; }
 
-/* `wide` bytes of the result: the sum of `count` lines. */
+/* Computes `wide` bytes of the result, weighted sums of `count` lines. */
 static inline void sum(const uint8_t *lines, int pitch, int count, const int32_t *weights, int wide, uint8_t *result) {
   int32_t sums[WIDE];
   for (int j = 0; j < wide; j++) sums[j] = HALF;
@@ -92,7 +93,7 @@ static inline void sum(const uint8_t *lines, int pitch, int count, const int32_t
   for (int j = 0; j < wide; j++) result[j] = to_byte(sums[j]);
 }
 
-/* Whether every output sums some of the `have` inputs, and has room for its weights. */
+/* Whether every output sums at least one of the `have` inputs, none outside them, and has room for its weights. */
 static int fits(const taps *t, int have) {
   for (int i = 0; i < t->out; i++)
     if (t->count[i] < 1 || t->count[i] > t->size || t->first[i] < 0 || t->first[i] > have - t->count[i]) return 0;
@@ -109,7 +110,8 @@ static FAST void sum_lines(const uint8_t *in, int pitch, int width, const taps *
   }
 }
 
-/* Every line of the result is a sum of some of `rows` lines of `width` bytes. Returns 0 where the taps ask for others. */
+/* Computes every line of the result as a weighted sum of some of `rows` lines of `width` bytes. Returns 0 if the taps
+   need lines outside them. */
 int down(const uint8_t *in, int pitch, int rows, int width, const taps *t, uint8_t *result) {
   if (pitch < width || width < 1 || !fits(t, rows)) return 0;
   sum_lines(in, pitch, width, t, result);
@@ -124,7 +126,7 @@ static FAST void turn(const uint8_t *in, int pitch, int rows, const taps *t, uin
   }
   uint32_t *column = (uint32_t *)work, *turned = column + LINES * (size_t)to;
   for (int left = rows; left > 0; left -= LINES, in += LINES * (size_t)pitch) {
-    const uint32_t *lines[LINES]; /* of fewer the last again */
+    const uint32_t *lines[LINES]; /* repeats the last if there are fewer */
     for (int l = 0; l < LINES; l++) lines[l] = (const uint32_t *)(in + (size_t)(l < left ? l : left - 1) * pitch);
     for (int i = from; i < to; i++)
       for (int l = 0; l < LINES; l++) column[LINES * i + l] = lines[l][i];
@@ -134,8 +136,8 @@ static FAST void turn(const uint8_t *in, int pitch, int rows, const taps *t, uin
   }
 }
 
-/* The same for the RGBX pixels of lines: eight lines, turned by a right angle, are work for `down`. `work` has room for
-   eight times the pixels of a line of `in`, of which there are `width`, and of the result. */
+/* Does the same along lines of RGBX pixels, on eight lines at a time, transposed. `work` has room for eight lines of
+   `in`, each of `width` pixels, and eight of the result. */
 int across(const uint8_t *in, int pitch, int rows, int width, const taps *t, uint8_t *result, uint8_t *work) {
   if (width < 1 || pitch / 4 < width || !fits(t, width)) return 0;
   turn(in, pitch, rows, t, result, work);

@@ -15,12 +15,12 @@ _CALLS = {
     "output": "DensenetConvolution",
     "kernel_gradient": "DensenetKernelGradient",
     "pool_gradient": "DensenetPoolGradient",
-    "norm_relu_conv": "DensenetRead",
-    "norm_relu_conv_sums": "DensenetReadMoments",
-    "add_norm_relu_conv_sums": "DensenetAddReadMoments",
-    "norm_relu_conv_gradient": "DensenetReadGradient",
-    "add_norm_relu_conv_gradient": "DensenetAddReadGradient",
-    "norm_relu_conv_kernel_gradient": "DensenetReadKernelGradient",
+    "norm_relu_conv": "DensenetNormReluConv",
+    "norm_relu_conv_sums": "DensenetNormReluConvSums",
+    "add_norm_relu_conv_sums": "DensenetAddNormReluConvSums",
+    "norm_relu_conv_gradient": "DensenetNormReluConvGradient",
+    "add_norm_relu_conv_gradient": "DensenetAddNormReluConvGradient",
+    "norm_relu_conv_kernel_gradient": "DensenetNormReluConvKernelGradient",
 }
 
 

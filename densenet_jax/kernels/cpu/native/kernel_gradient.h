@@ -1,4 +1,4 @@
-// Gradients of kernels.
+// Gradients of convolution kernels.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_KERNEL_GRADIENT_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_KERNEL_GRADIENT_H_
@@ -14,9 +14,9 @@
 
 namespace densenet_jax {
 
-constexpr int64_t kPixelsWorthASum = 2048;  // adding up two sums of a kernel's gradient is little beside so many
+constexpr int64_t kPixelsWorthASum = 2048;  // from this many on, adding up two partial sums costs little
 
-// Some channels of pixels of a gradient, of `step` channels each, side by side and filled up to whole vectors.
+// Copies `channels` channels of a gradient's pixels, which are `step` values apart, padded with zeros to `width`.
 template <typename T>
 const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
   T* to = ThreadScratch<T>(1, pixels * width);
@@ -27,7 +27,8 @@ const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels
   return to;
 }
 
-// How a kernel's gradient is shared out: each task has some of its columns, by chunks, and sums over some of the bands.
+// Division of a kernel's gradient into tasks: each has a part of the columns, in chunks, and sums over a slice of the
+// bands.
 struct Shares {
   int64_t parts, slices;
 
@@ -38,8 +39,8 @@ struct Shares {
   }
 };
 
-// The kernel's gradient of `blocks` convolutions of s, whose channels lie side by side, each of `together` groups: of a
-// block's products those of a group's own channels are taken.
+// Computes the kernel's gradient of `blocks` convolutions of sizes s, whose channels are side by side, each of
+// `together` groups; a block's products between different groups are dropped.
 template <typename T>
 void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source,
                     const T* g, T* dw) {
@@ -49,7 +50,7 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   if (pointwise) s = AsLines(s, sizeof(T));
   const Bands bands(s, sizeof(T), 1);
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
-  // A sum for each slice, whichever thread computes it: the result is the same always.
+  // Each slice has a sum of its own, so that the result does not depend on the threads.
   const Shares shares(DivideUp(pool.num_threads(), blocks), chunks, pixels, bands.count);
   const int64_t slices = shares.slices, g_step = blocks * s.out_channels;
   const bool whole = blocks == 1 && together == 1 && slices == 1;  // the last band's sums are the result
@@ -64,7 +65,8 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
     const int64_t first_band = bands.count * slice / slices, end_band = bands.count * (slice + 1) / slices;
     for (int64_t band = first_band; band < end_band; ++band) {
       const int64_t image = band / bands.per_image, begin = band % bands.per_image * bands.rows_each;
-      const int64_t end = std::min(begin + bands.rows_each, s.out_height), at = (image * s.out_height + begin) * s.out_width;
+      const int64_t end = std::min(begin + bands.rows_each, s.out_height);
+      const int64_t at = (image * s.out_height + begin) * s.out_width;
       const T* rows = InputRows(s, from, image, begin, end, pixels);
       int64_t lines = end - begin, columns = s.out_width;
       if (pointwise) {

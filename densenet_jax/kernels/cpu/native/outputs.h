@@ -1,4 +1,4 @@
-// Outputs of convolutions, and what is made of them while they are in cache: moments, gradients of what was read.
+// Outputs of convolutions, with their sums or the gradients of norm and ReLU computed while they are in cache.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_OUTPUTS_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_OUTPUTS_H_
@@ -17,7 +17,7 @@
 namespace densenet_jax {
 
 template <typename T>
-struct Prepared {  // a convolution cut into bands, and its weights
+struct Prepared {  // a convolution's bands and weights
   Sizes sizes;
   int64_t pixels;
   Weights<T> weights;
@@ -30,8 +30,8 @@ struct Prepared {  // a convolution cut into bands, and its weights
         bands(sizes, sizeof(T), threads) {}
 };
 
-// Computes a band of outputs, of y_step channels a pixel, and calls done(first pixel, pixels, their y); where y is null,
-// that lies in the thread's own memory and is gone afterwards.
+// Computes a band of outputs, whose pixels are y_step values apart, and calls done(first pixel, pixels, their y). If y
+// is null, they are in scratch memory, valid until done returns.
 template <typename T, typename F>
 void OutputBand(const Prepared<T>& prepared, int64_t band, const Source<T>& source, T* y, int64_t y_step, F done) {
   const auto& [s, all_pixels, weights, bands] = prepared;
@@ -58,11 +58,11 @@ void OutputBand(const Prepared<T>& prepared, int64_t band, const Source<T>& sour
   done(at, count, out);
 }
 
-// Convolutions of s side by side: `blocks` of them, each of its own channels and with its weights, all cut alike.
+// Convolutions of sizes s side by side, each of its own channels and with its own weights, all in equal bands.
 template <typename T>
 class Blocks {
  public:
-  // The kernel is that of the first block.
+  // Takes the kernel of the first block.
   Blocks(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, Kernel<T> kernel) : pool_(pool) {
     for (int64_t i = 0; i < blocks; ++i, kernel.first += kernel.together)
       prepared_.emplace_back(pool, s, kernel, DivideUp(pool.num_threads(), blocks));
@@ -71,13 +71,13 @@ class Blocks {
   int64_t count() const { return static_cast<int64_t>(prepared_.size()); }
   int64_t bands() const { return prepared_[0].bands.count; }
 
-  // Runs run(block, band), on all threads; it is to call Band.
+  // Calls run(block, band) for all bands, on all threads; run calls Band.
   template <typename F>
   void ForBands(F run) const {
     ParallelFor(pool_, count() * bands(), [&](int64_t task) { run(task / bands(), task % bands()); });
   }
 
-  // OutputBand of a block, the source that of the first one; done(at, count, y).
+  // Computes OutputBand of a block; source is that of the first block.
   template <typename F>
   void Band(int64_t block, int64_t band, const Source<T>& source, T* y, int64_t y_step, F done) const {
     const Prepared<T>& p = prepared_[block];
@@ -89,7 +89,7 @@ class Blocks {
   std::vector<Prepared<T>> prepared_;
 };
 
-// y = what is read of the source, convolved.
+// Computes y, the source convolved.
 template <typename T>
 void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel, T* y) {
   const Blocks<T> all(pool, s, blocks, kernel);
@@ -99,15 +99,15 @@ void Output(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<
   });
 }
 
-// Two sums over all pixels for each channel, of `channels` each in `blocks` blocks, added up from those of bands in the
-// bands' order, whichever threads made them.
+// Two sums over all pixels for each of `channels` channels of each block. The bands' sums are added in the order of the
+// bands, so that the result does not depend on the threads.
 template <typename T>
 class TwoSums {
  public:
   TwoSums(int64_t blocks, int64_t bands, int64_t channels)
       : blocks_(blocks), bands_(bands), channels_(channels), sums_(Allocate<T>(blocks * bands * 2 * channels)) {}
 
-  T* Of(int64_t block, int64_t band) {  // zeros at first: the first sums, behind them the second
+  T* Start(int64_t block, int64_t band) {  // zeros: the band's first sums, then its second sums
     T* sums = sums_.get() + (block * bands_ + band) * 2 * channels_;
     std::fill(sums, sums + 2 * channels_, T{0});
     return sums;
@@ -129,18 +129,18 @@ class TwoSums {
   std::unique_ptr<T[], void (*)(T*)> sums_;
 };
 
-// Output, with kAdd added to what y holds, and the sums over all pixels of y - shift and of its square.
+// Computes Output (with kAdd, adds it to y), and the sums over all pixels of y - shift and of its square.
 template <bool kAdd, typename T>
-void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
-                       const T* shift, T* y, T* sum, T* square) {
+void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
+                    const T* shift, T* y, T* sum, T* square) {
   const Blocks<T> all(pool, s, blocks, kernel);
   const int64_t channels = s.out_channels, y_step = blocks * channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
   all.ForBands([&](int64_t block, int64_t band) {
     const T* about = shift + block * channels;
     T* own = y + block * channels;
-    const auto take_in = [&](int64_t at, int64_t count, T* out) {
-      T *sum = sums.Of(block, band), *square = sum + channels, *to = own + at * y_step;
+    const auto add_sums = [&](int64_t at, int64_t count, T* out) {
+      T *sum = sums.Start(block, band), *square = sum + channels, *to = own + at * y_step;
       for (int64_t i = 0; i < count; ++i, out += kAdd ? channels : y_step, to += y_step) {
 #pragma GCC ivdep
         for (int64_t c = 0; c < channels; ++c) {
@@ -151,45 +151,45 @@ void OutputWithMoments(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, co
         }
       }
     };
-    all.Band(block, band, source, kAdd ? nullptr : own, kAdd ? channels : y_step, take_in);
+    all.Band(block, band, source, kAdd ? nullptr : own, kAdd ? channels : y_step, add_sums);
   });
   sums.AddUp(sum, square);
 }
 
-// The gradient of the x^ of relu(scale * x^ + bias), from that of the rectified values: added to what `to` holds with
-// kAdd; and, summed, those of scale and of bias.
-template <bool kAdd, bool kNormalise, typename T>
-void UnrectifyPixels(Source<T> read, int64_t pixels, int64_t channels, const T* gradient, T* to, int64_t to_step,
-                     T* of_scale, T* of_bias) {
+// Computes the gradient of x_hat from that of relu(scale * x_hat + bias), with kAdd added to `to`, and adds those of
+// scale and bias to grad_scale and grad_bias.
+template <bool kAdd, bool kNormalize, typename T>
+void NormReluGradient(Source<T> read, int64_t pixels, int64_t channels, const T* gradient, T* to, int64_t to_step,
+                      T* grad_scale, T* grad_bias) {
   for (int64_t i = 0; i < pixels; ++i, read.x += read.step, to += to_step, gradient += channels) {
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-      const T x = Normalized<kNormalise>(read, c);
-      const T open = read.scale[c] * x + read.bias[c] > T{0} ? gradient[c] : T{0};
-      of_bias[c] += open;
-      of_scale[c] += open * x;
-      to[c] = (kAdd ? to[c] : T{0}) + open * read.scale[c];
+      const T x = Normalized<kNormalize>(read, c);
+      const T masked = read.scale[c] * x + read.bias[c] > T{0} ? gradient[c] : T{0};
+      grad_bias[c] += masked;
+      grad_scale[c] += masked * x;
+      to[c] = (kAdd ? to[c] : T{0}) + masked * read.scale[c];
     }
   }
 }
 
-// The gradient of relu(scale * x^ + bias) convolved with w, given that of the output (source g): that of x^, of dx_step
-// channels a pixel and with kAdd added to what is there, and, summed over all pixels, those of scale and bias. s are the
-// sizes of each block's transposed convolution.
+// Computes the gradients of relu(scale * x_hat + bias), convolved, from the output's gradient g: that of x_hat, whose
+// pixels are dx_step values apart, with kAdd added to dx; and those of scale and bias, summed over all pixels. s are
+// the sizes of a block's transposed convolution.
 template <bool kAdd, typename T>
-void ReadGradient(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& g, Kernel<T> kernel,
-                  const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias) {
+void InputGradients(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& g, Kernel<T> kernel,
+                    const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias) {
   const Blocks<T> all(pool, s, blocks, kernel);
   const int64_t channels = s.out_channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
   all.ForBands([&](int64_t block, int64_t band) {
     const Source<T> own = read.From(block * channels);
-    const auto unrectify = [&](int64_t at, int64_t count, T* gradient) {
-      const auto run = own.mean == nullptr ? UnrectifyPixels<kAdd, false, T> : UnrectifyPixels<kAdd, true, T>;
-      T *of_scale = sums.Of(block, band), *to = dx + at * dx_step + block * channels;
-      run(own.AtPixel(at), count, channels, gradient, to, dx_step, of_scale, of_scale + channels);
+    const auto backpropagate = [&](int64_t at, int64_t count, T* gradient) {
+      const auto run = own.mean == nullptr ? NormReluGradient<kAdd, false, T> : NormReluGradient<kAdd, true, T>;
+      T *grad_scale = sums.Start(block, band), *to = dx + at * dx_step + block * channels;
+      run(own.AtPixel(at), count, channels, gradient, to, dx_step, grad_scale, grad_scale + channels);
     };
-    all.Band(block, band, g, nullptr, channels, unrectify);
+    all.Band(block, band, g, nullptr, channels, backpropagate);
   });
   sums.AddUp(dscale, dbias);
 }

@@ -1,4 +1,4 @@
-// The gradient of a maximum over windows.
+// The gradient of max pooling.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_POOL_GRADIENT_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_POOL_GRADIENT_H_
@@ -25,7 +25,7 @@ void ForWindow(const Sizes& s, int64_t row, int64_t column, F visit) {
   }
 }
 
-// dx: the gradient of a window's maximum goes to the first of its largest values.
+// Computes dx: each window's gradient goes to the first of its largest values.
 template <typename T>
 void PoolGradient(ffi::ThreadPool& pool, const Sizes& s, const T* x, const T* g, T* dx) {
   ParallelFor(pool, s.batch, [&](int64_t image) {

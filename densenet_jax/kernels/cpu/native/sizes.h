@@ -1,4 +1,4 @@
-// The sizes of a convolution, and how it is cut into tasks.
+// Sizes of a convolution, and its division into tasks.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_SIZES_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_SIZES_H_
@@ -10,7 +10,7 @@
 
 namespace densenet_jax {
 
-constexpr int64_t kBandBytes = 192 * 1024;  // of input rows at hand: with the weights, they fit a core's L2 cache
+constexpr int64_t kBandBytes = 192 * 1024;  // of input rows: with the weights, they fit a core's L2 cache
 
 struct Sizes {
   int64_t batch, height, width, channels;       // of the input
@@ -19,11 +19,11 @@ struct Sizes {
 
   int64_t run() const { return kernel_width * channels; }
   int64_t padded_width() const { return width + 2 * padding; }
-  // Without a window, pixels are one long row; cut into lines of some length, the last one shorter.
+  // Whether each output reads one pixel; then all pixels form one long row, which AsLines cuts.
   bool pointwise() const { return kernel_height == 1 && kernel_width == 1 && padding == 0 && stride == 1; }
 };
 
-// How the output is cut into tasks: bands of rows (or, pointwise, of pixels) that keep their inputs in cache.
+// Bands of output rows (or, pointwise, of lines of pixels), one a task, whose inputs stay in cache.
 struct Bands {
   int64_t rows_each, per_image, count;
 
@@ -36,7 +36,7 @@ struct Bands {
   }
 };
 
-// A pointwise convolution as one of lines: every line some pixels of one "image"; the last line may be shorter.
+// Returns a pointwise convolution's sizes with all pixels in lines of one "image"; the last line may be shorter.
 inline Sizes AsLines(Sizes s, int64_t element_bytes) {
   const int64_t most = kBandBytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
   const int64_t line = std::clamp<int64_t>(most, 1, 8) * kTileRows;

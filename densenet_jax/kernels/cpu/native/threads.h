@@ -1,4 +1,4 @@
-// The pool's threads, and memory of their own.
+// Parallel loops on XLA's thread pool, and scratch memory for each thread.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_THREADS_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_THREADS_H_
@@ -20,7 +20,7 @@ namespace densenet_jax {
 
 namespace ffi = xla::ffi;
 
-// Runs task(0) ... task(count - 1) on the pool and the calling thread, which never waits for a task nobody has begun.
+// Runs task(0) ... task(count - 1) on the pool and the calling thread, which takes every task that no one has begun.
 inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
   struct Shared {
     std::atomic<int64_t> next{0};
@@ -47,7 +47,7 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
 }
 
 template <typename T>
-class Scratch {  // a thread's own memory, aligned to cache lines and kept between calls
+class Scratch {  // memory of one thread, aligned to cache lines and kept between calls
  public:
   T* Get(int slot, int64_t count) {
     std::vector<char>& memory = memory_[slot];

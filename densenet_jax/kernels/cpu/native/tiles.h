@@ -1,4 +1,4 @@
-// What stays in registers: tiles of an output and of a kernel's gradient, and the vectors they are made of.
+// Tiles of an output and of a kernel's gradient, whose sums stay in registers, and the vectors that hold them.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_TILES_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_TILES_H_
@@ -29,7 +29,7 @@ struct Lanes {
 
 inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The channels of an output that tiles compute at a time, from a multiple of kMost on: `lanes`, in whole vectors.
+// A range of at most kMost output channels that a tile computes: `lanes` of them, in whole vectors.
 template <typename T>
 struct Chunk {
   static constexpr int64_t kMost = kVectors * Lanes<T>::kCount;
@@ -60,7 +60,8 @@ inline void StoreTile(const typename Lanes<T>::Vector (&sum)[M][N], T* to, int64
   }
 }
 
-// y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels, N vectors.
+// Computes y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels and N
+// vectors of output channels.
 template <typename T, int M, int N>
 void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t w_step,
                 int64_t rows, int64_t run, int64_t lanes) {
@@ -88,8 +89,8 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
   StoreTile<T, M, N>(sum, y, y_step, lanes);
 }
 
-// dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values, N vectors of output channels; with
-// `before`, that [M][N vectors] is added.
+// Computes dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values and N vectors of output
+// channels, plus `before`, [M][N vectors], unless that is null.
 template <typename T, int M, int N>
 void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pixel_step, int64_t row_step, const T* g,
                 int64_t g_row_step, int64_t rows, int64_t columns, int64_t lanes) {
@@ -126,19 +127,21 @@ using KernelTileFn = decltype(&KernelTile<T, 1, 1>);
 
 template <typename T, int... M>
 OutputTileFn<T> OutputTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
-  static constexpr OutputTileFn<T> table[2][sizeof...(M)] = {{OutputTile<T, M + 1, 1>...}, {OutputTile<T, M + 1, 2>...}};
+  static constexpr OutputTileFn<T> table[2][sizeof...(M)] = {{OutputTile<T, M + 1, 1>...},
+                                                               {OutputTile<T, M + 1, 2>...}};
   return table[vectors - 1][rows - 1];
 }
 
 template <typename T, int... M>
 KernelTileFn<T> KernelTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
-  static constexpr KernelTileFn<T> table[2][sizeof...(M)] = {{KernelTile<T, M + 1, 1>...}, {KernelTile<T, M + 1, 2>...}};
+  static constexpr KernelTileFn<T> table[2][sizeof...(M)] = {{KernelTile<T, M + 1, 1>...},
+                                                               {KernelTile<T, M + 1, 2>...}};
   return table[vectors - 1][rows - 1];
 }
 
 constexpr auto kTiles = std::make_integer_sequence<int, kTileRows>{};
 
-// Calls tile(begin, size) for `count` cut into the fewest tiles, all of nearly the same size.
+// Divides `count` into the fewest tiles, all of nearly the same size, and calls tile(begin, size) for each.
 template <typename F>
 void ForTiles(int64_t count, F tile) {
   const int64_t tiles = DivideUp(count, kTileRows);

@@ -1,4 +1,4 @@
-// A convolution's weights as tiles read them.
+// A convolution's weights in the layout that tiles read.
 
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_WEIGHTS_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_WEIGHTS_H_
@@ -15,13 +15,13 @@
 
 namespace densenet_jax {
 
-constexpr int64_t kValuesWorthATask = 16 * 1024;  // that are copied
-// Up to so many pixels of output packing weights costs more than it saves, if a row of them lies within a page's reach.
+constexpr int64_t kValuesWorthATask = 16 * 1024;  // copied by one task
+// Up to this many output pixels, packing costs more than it saves if a row of weights has at most kUnpackedBytes.
 constexpr int64_t kUnpackedPixels = 4096, kUnpackedBytes = 512;
 
-// The weights [taps][inputs][outputs] of a convolution, of which it uses some. Of a convolution in groups they are those
-// of `together` groups from group `first` on, as if it had no groups: zero between one group and another. Transposed:
-// what the input's gradient takes, taps reversed and the two kinds of channels exchanged.
+// Weights [taps][inputs][outputs] of a convolution, or of `together` groups of one from group `first` on, taken as a
+// convolution without groups: weights between different groups are zero. Transposed for the input's gradient: taps are
+// reversed and inputs and outputs exchanged.
 template <typename T>
 struct Kernel {
   const T* w;
@@ -29,7 +29,7 @@ struct Kernel {
   bool transposed;
 };
 
-// Pack of a kernel that lies as it is read, in no groups: row by row, as memory is fetched.
+// Packs an untransposed kernel of one group, row by row, in the order of memory.
 template <typename T>
 void PackRows(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
   const int64_t rows = s.kernel_height * s.run(), chunks = Chunk<T>::Count(s.out_channels);
@@ -51,7 +51,7 @@ void PackRows(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T*
   });
 }
 
-// The first half of two vectors' values by turns, or the second one.
+// Interleaves the first halves of two vectors, or the second halves.
 template <bool kSecond, typename Vector, int... I>
 inline Vector Zip(Vector a, Vector b, std::integer_sequence<int, I...>) {
   constexpr int kLanes = sizeof...(I), kFrom = kSecond ? kLanes / 2 : 0;
@@ -62,8 +62,8 @@ inline Vector Zip(Vector a, Vector b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// to[c][r] = from[r][c] of as many rows and columns as a vector has values: with every round of zips, an index of the
-// row becomes one of the column.
+// Sets to[c][r] = from[r][c] for as many rows and columns as a vector has values. Every round of zips turns one bit of
+// the row's index into one of the column's.
 template <typename T>
 void TransposeSquare(const T* from, int64_t from_step, T* to, int64_t to_step) {
   using Vector = typename Lanes<T>::Vector;
@@ -86,7 +86,7 @@ void TransposeSquare(const T* from, int64_t from_step, T* to, int64_t to_step) {
   for (int r = 0; r < kLanes; ++r) *reinterpret_cast<Vector*>(to + r * to_step) = rows[r];
 }
 
-// Pack of a kernel that is read transposed, in no groups.
+// Packs a transposed kernel of one group.
 template <typename T>
 void PackTransposed(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
   constexpr int kLanes = Lanes<T>::kCount;
@@ -112,7 +112,7 @@ void PackTransposed(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kern
   });
 }
 
-// A kernel's weights to [chunk][taps][channels][vectors of out].
+// Packs a kernel's weights as [chunk][taps][channels][vectors of output channels].
 template <typename T>
 void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
   if (kernel.together == 1) return (kernel.transposed ? PackTransposed<T> : PackRows<T>)(pool, s, kernel, packed);
@@ -135,9 +135,8 @@ void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* pac
                             of_all * group_channels + c;
             for (int64_t o = begin; o < end; ++o, from += kernel.outputs) to[o] = *from;
           } else if (begin < end) {
-            std::memcpy(to + begin,
-                        kernel.w + (tap * group_channels + c) * kernel.outputs + of_all * group_outputs + begin_in_group,
-                        (end - begin) * sizeof(T));
+            const T* from = kernel.w + (tap * group_channels + c) * kernel.outputs + of_all * group_outputs;
+            std::memcpy(to + begin, from + begin_in_group, (end - begin) * sizeof(T));
           }
           std::fill(to + std::max(begin, end), to + width, T{0});
         }
@@ -146,7 +145,7 @@ void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* pac
   });
 }
 
-// Weights as tiles read them: packed, or where they lie, if few tiles would read what packing reads and writes.
+// Weights in the layout that tiles read: packed, or in place where few tiles would use the packed copy.
 template <typename T>
 class Weights {
  public:
