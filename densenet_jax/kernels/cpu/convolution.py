@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.interpreters import ad, mlir
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu.library import target_names
-from densenet_jax.kernels.cpu.primitive import are_known, available, define
+from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define
 
 
 def plain_convolve(
@@ -73,9 +71,10 @@ def plain_kernel_gradient(
 LANES = 16  # float32 numbers in the widest vector
 
 
-def groups_together(groups: int, features: int) -> int:
-    """Returns how many groups, each with `features` output channels, one product takes."""
-    return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
+def group_sizes(groups: int, features: int) -> dict[str, Any]:
+    """Returns the kernels' attributes: groups of `features` outputs each, and how many one product takes together."""
+    together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * features <= LANES))
+    return {"groups": groups, "together": together}
 
 
 def dilate(
@@ -95,17 +94,9 @@ def _dilate_input_gradient(
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
-def _call_output(ctx: Any, x: Any, kernel: Any, *, groups: int, features: int, transposed: bool, **sizes: int) -> Any:
-    """Calls the kernel; a group gives `features` outputs."""
-    rule = jax.ffi.ffi_lowering(target_names()["output"])
-    sizes |= {"groups": groups, "together": groups_together(groups, features)}
-    return rule(ctx, x, kernel, transposed=transposed, **{name: np.int64(size) for name, size in sizes.items()})
-
-
-def _lower_output(ctx: Any, x: Any, kernel: Any, *, stride: int, padding: int, groups: int) -> Any:
+def _lower_output(ctx: Any, x: Any, kernel: Any, *, groups: int, **sizes: Any) -> Any:
     features = ctx.avals_in[1].shape[3] // groups
-    options = {"stride": stride, "padding": padding, "groups": groups, "features": features}
-    return _call_output(ctx, x, kernel, transposed=False, **options)
+    return call_kernel("output", ctx, x, kernel, transposed=False, **sizes, **group_sizes(groups, features))
 
 
 def _lower_input_gradient(
@@ -117,17 +108,13 @@ def _lower_input_gradient(
         return lower(ctx, g, kernel, sizes=sizes, stride=stride, padding=padding, groups=groups)
     if stride != 1 or height != width or padding >= height:
         return None
-    options = {"stride": 1, "padding": height - 1 - padding, "groups": groups, "features": features}
-    return _call_output(ctx, g, kernel, transposed=True, **options)
+    attributes = {"stride": 1, "padding": height - 1 - padding, **group_sizes(groups, features)}
+    return call_kernel("output", ctx, g, kernel, transposed=True, **attributes)
 
 
-def _lower_kernel_gradient(
-    ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
-) -> Any:
+def _lower_kernel_gradient(ctx: Any, x: Any, g: Any, *, sizes: tuple[int, int], groups: int, **strided: Any) -> Any:
     features = ctx.avals_in[1].shape[3] // groups
-    options = {"stride": stride, "padding": padding, "groups": groups, "together": groups_together(groups, features)}
-    rule = jax.ffi.ffi_lowering(target_names()["kernel_gradient"])
-    return rule(ctx, x, g, **{name: np.int64(size) for name, size in options.items()})
+    return call_kernel("kernel_gradient", ctx, x, g, **strided, **group_sizes(groups, features))
 
 
 _output_p = define("convolution", plain_convolve, _lower_output)
@@ -140,30 +127,18 @@ def _shape(operand: Any) -> tuple[int, ...]:
 
 
 # Each is the transpose of the others: <output(x, k), g> = <x, input_gradient(g, k)> = <k, kernel_gradient(x, g)>.
-def _output_to_input(g: Array, x: Any, kernel: Array, **params: int) -> Array:
-    return _input_gradient_p.bind(g, kernel, sizes=_shape(x)[1:3], **params)
-
-
-def _output_to_kernel(g: Array, x: Array, kernel: Any, **params: int) -> Array:
-    return _kernel_gradient_p.bind(x, g, sizes=_shape(kernel)[:2], **params)
-
-
-def _input_gradient_to_gradient(x: Array, g: Any, kernel: Array, *, sizes: Any, **params: int) -> Array:
-    return _output_p.bind(x, kernel, **params)
-
-
-def _input_gradient_to_kernel(x: Array, g: Array, kernel: Any, *, sizes: Any, **params: int) -> Array:
-    return _kernel_gradient_p.bind(x, g, sizes=_shape(kernel)[:2], **params)
-
-
-def _kernel_gradient_to_input(kernel: Array, x: Any, g: Array, *, sizes: Any, **params: int) -> Array:
-    return _input_gradient_p.bind(g, kernel, sizes=_shape(x)[1:3], **params)
-
-
-def _kernel_gradient_to_gradient(kernel: Array, x: Array, g: Any, *, sizes: Any, **params: int) -> Array:
-    return _output_p.bind(x, kernel, **params)
-
-
-ad.defbilinear(_output_p, _output_to_input, _output_to_kernel)
-ad.defbilinear(_input_gradient_p, _input_gradient_to_gradient, _input_gradient_to_kernel)
-ad.defbilinear(_kernel_gradient_p, _kernel_gradient_to_input, _kernel_gradient_to_gradient)
+ad.defbilinear(
+    _output_p,
+    lambda g, x, kernel, **params: _input_gradient_p.bind(g, kernel, sizes=_shape(x)[1:3], **params),
+    lambda g, x, kernel, **params: _kernel_gradient_p.bind(x, g, sizes=_shape(kernel)[:2], **params),
+)
+ad.defbilinear(
+    _input_gradient_p,
+    lambda x, g, kernel, *, sizes, **params: _output_p.bind(x, kernel, **params),
+    lambda x, g, kernel, *, sizes, **params: _kernel_gradient_p.bind(x, g, sizes=_shape(kernel)[:2], **params),
+)
+ad.defbilinear(
+    _kernel_gradient_p,
+    lambda kernel, x, g, *, sizes, **params: _input_gradient_p.bind(g, kernel, sizes=_shape(x)[1:3], **params),
+    lambda kernel, x, g, *, sizes, **params: _output_p.bind(x, kernel, **params),
+)

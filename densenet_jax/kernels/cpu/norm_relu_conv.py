@@ -11,20 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu.convolution import (
     dilate,
-    groups_together,
+    group_sizes,
     plain_convolve,
     plain_input_gradient,
     plain_kernel_gradient,
 )
-from densenet_jax.kernels.cpu.library import target_names
-from densenet_jax.kernels.cpu.primitive import are_known, available, define, have_static_sizes
+from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define, have_static_sizes
 
 
 class Operands(NamedTuple):
@@ -155,7 +153,7 @@ def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, g
     return plain_kernel_gradient(activation, g, sizes=(size, size), stride=stride, padding=size // 2, groups=groups)
 
 
-def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **options: Any) -> Any:
+def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, in_place: bool = False) -> Any:
     """Makes a lowering rule that calls a kernel of `library._CALLS`.
 
     kernel is the convolution kernel's index among the operands; None: it is the result, and the last operand the
@@ -168,10 +166,8 @@ def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, **opt
             features = shapes[-1][3] // groups
         else:
             size, features = shapes[kernel][0], shapes[kernel][2] if transposed else shapes[kernel][3] // groups
-        together = groups_together(groups, features)
-        sizes = {"padding": size // 2, "groups": groups, "together": together, **strided}
-        rule = jax.ffi.ffi_lowering(target_names()[call], **options)
-        return rule(ctx, *operands, **{name: np.int64(value) for name, value in sizes.items()})
+        attributes = {"padding": size // 2, **strided, **group_sizes(groups, features)}
+        return call_kernel(call, ctx, *operands, in_place=in_place, **attributes)
 
     return lowering
 
@@ -180,12 +176,11 @@ def _define(name: str, reference: Callable[..., Any], kernel: int | None = 5, **
     return define(name, reference, _lower(name, kernel, **options), multiple_results=True)
 
 
-_IN_PLACE: dict[str, Any] = {"operand_output_aliases": {0: 0}}
 _forward_p = define("norm_relu_conv", plain_norm_relu_conv, _lower("norm_relu_conv"))
 _sums_p = _define("norm_relu_conv_sums", _plain_norm_relu_conv_sums)
-_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, 6, **_IN_PLACE)
+_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, 6, in_place=True)
 _gradient_p = _define("norm_relu_conv_gradient", _plain_gradient, transposed=True)
-_add_gradient_p = _define("add_norm_relu_conv_gradient", _plain_add_gradient, 6, transposed=True, **_IN_PLACE)
+_add_gradient_p = _define("add_norm_relu_conv_gradient", _plain_add_gradient, 6, transposed=True, in_place=True)
 _kernel_gradient_p = define(
     "norm_relu_conv_kernel_gradient", _plain_kernel_gradient, _lower("norm_relu_conv_kernel_gradient", None)
 )

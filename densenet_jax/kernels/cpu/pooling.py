@@ -6,12 +6,10 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu.library import target_names
-from densenet_jax.kernels.cpu.primitive import are_known, available, define
+from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define
 
 
 def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
@@ -45,8 +43,7 @@ def _plain_gradient(x: Array, g: Array, *, window: int, stride: int) -> Array:
 
 
 def _lower_gradient(ctx: Any, x: Any, g: Any, *, window: int, stride: int) -> Any:
-    sizes = {"window": np.int64(window), "stride": np.int64(stride), "padding": np.int64(window // 2)}
-    return jax.ffi.ffi_lowering(target_names()["pool_gradient"])(ctx, x, g, **sizes)
+    return call_kernel("pool_gradient", ctx, x, g, window=window, stride=stride, padding=window // 2)
 
 
 max_pool.defvjp(_forward, _backward)

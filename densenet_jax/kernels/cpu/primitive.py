@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 
 from densenet_jax.kernels import dispatch
 from densenet_jax.kernels.cpu.library import target_names
 
 DTYPES = (jnp.float32, jnp.float64)
-
-
 _wanted = jax.make_user_context(True)  # JAX caches traces for each value
 
 
@@ -40,6 +39,12 @@ def are_known(*arrays: Any) -> bool:
 def have_static_sizes(*arrays: Any) -> bool:
     """Whether all sizes of arrays are static and above 0."""
     return all(isinstance(side, int) and side > 0 for array in arrays for side in array.shape)
+
+
+def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool = False, **attributes: Any) -> Any:
+    """Lowers to a kernel of `library` with bool or integer attributes; in_place: into the first operand's memory."""
+    rule = jax.ffi.ffi_lowering(target_names()[call], operand_output_aliases={0: 0} if in_place else None)
+    return rule(ctx, *operands, **{k: v if isinstance(v, bool) else np.int64(v) for k, v in attributes.items()})
 
 
 def define(

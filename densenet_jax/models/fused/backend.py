@@ -20,8 +20,8 @@ from densenet_jax.models.fused.norm_relu_conv import (
     DENSE,
     Gradients,
     NormReluConv,
+    Operands,
     Window,
-    apply_norm,
     norm_relu,
     norm_relu_gradients,
     sums_from_gradients,
@@ -164,33 +164,23 @@ class Backend:
 
     # relu(scale * x_hat + bias), convolved.
 
-    def norm_relu_conv(
-        self, x: Float[Array, "b h w c2"], conv: NormReluConv, norm: Normalization | None = None, window: Window = DENSE
-    ) -> Float[Array, "b h2 w2 o"]:
-        """Applies norm, scale and bias, ReLU and convolution to the first c channels of x.
-
-        Args:
-            norm: makes x_hat of x; None: x is normalized already.
-        """
-        x = x[..., : conv.scale.shape[0]]
-        activation = norm_relu(apply_norm(x, norm), conv.scale, conv.bias)
-        if window == DENSE:
-            return self.convolve_same(activation, conv.kernel)
-        return self._convolve_window(activation, conv.kernel, window)
+    def norm_relu_conv(self, operands: Operands) -> Float[Array, "b h2 w2 o"]:
+        """Applies norm, scale and bias, ReLU and convolution."""
+        conv = operands.conv
+        return self._convolve_window(norm_relu(operands.x_hat(), conv.scale, conv.bias), conv.kernel, operands.window)
 
     def _convolve_window(self, activation: Array, kernel: Array, window: Window) -> Array:
+        if window == DENSE:
+            return self.convolve_same(activation, kernel)
         padding = kernel.shape[0] // 2
         return self.convolve(activation, kernel, stride=window.stride, padding=padding, groups=window.channel_groups)
 
     def norm_relu_conv_with_stats(
         self,
-        x: Float[Array, "b h w c2"],
-        conv: NormReluConv,
+        operands: Operands,
         shift: Float[Array, " o"] | None,
         options: NormOptions,
-        norm: Normalization | None = None,
         total: Float[Array, "b h2 w2 o"] | None = None,
-        window: Window = DENSE,
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
         """Computes `norm_relu_conv`, added to total, and the sum's statistics where a kernel gives them as well.
 
@@ -199,7 +189,7 @@ class Backend:
             total: added, in place where nothing else reads it; None is nothing.
         """
         del shift, options
-        out = self.norm_relu_conv(x, conv, norm, window)
+        out = self.norm_relu_conv(operands)
         return out if total is None else total + out, None
 
     def conv_from_buffer(
@@ -207,19 +197,11 @@ class Backend:
     ) -> tuple[Float[Array, "b h w o"], BatchStats | None]:
         """Computes a dense layer's first convolution from the front of its block's buffer."""
         x = self.readable(buffer, conv.scale.shape[0])
-        return self.norm_relu_conv_with_stats(x, conv, shift, options)
+        return self.norm_relu_conv_with_stats(Operands(x, conv), shift, options)
 
-    def norm_relu_conv_grads(
-        self,
-        x: Float[Array, "b h w c2"],
-        conv: NormReluConv,
-        gradient: Float[Array, "b h2 w2 o"],
-        groups: int,
-        norm: Normalization | None = None,
-        window: Window = DENSE,
-    ) -> Gradients:
+    def norm_relu_conv_grads(self, operands: Operands, gradient: Float[Array, "b h2 w2 o"], groups: int) -> Gradients:
         """Computes the gradients of `norm_relu_conv`; scale's and bias's have a row for each group of examples."""
-        x = apply_norm(x, norm)
+        x, conv, window = operands.x_hat(), operands.conv, operands.window
         if window == DENSE:
             return self._grads_before_relu(x, conv, gradient, groups)[1]
         activation = norm_relu(x, conv.scale, conv.bias)
@@ -231,7 +213,6 @@ class Backend:
         self, x: Array, conv: NormReluConv, gradient: Array, groups: int
     ) -> tuple[Float[Array, "b h w c"], Gradients]:
         """Returns the gradient of the ReLU's output, and `norm_relu_conv_grads`."""
-        x = x[..., : conv.scale.shape[0]]
         activation = norm_relu(x, conv.scale, conv.bias)
         grad_activation = self._input_gradient(gradient, conv.kernel)
         kernel = self._kernel_gradient(activation, gradient, conv.kernel.shape[0])
@@ -239,20 +220,15 @@ class Backend:
         return grad_activation, Gradients(*grads, kernel)
 
     def accumulate_grads(
-        self,
-        total: Float[Array, "b h w c2"],
-        buffer: Buffer,
-        conv: NormReluConv,
-        gradient: Float[Array, "b h w o"],
-        groups: int,
-        norm: Normalization | None = None,
+        self, total: Float[Array, "b h w c2"], operands: Operands, gradient: Float[Array, "b h w o"], groups: int
     ) -> Gradients:
-        """Computes `norm_relu_conv_grads` with the gradient of x_hat added to total's first c channels.
+        """Computes `norm_relu_conv_grads` of a buffer with the gradient of x_hat added to total's first c channels.
 
         The result may lack the channels behind them; without a kernel it does.
         """
-        width = conv.scale.shape[0]
-        grads = self.norm_relu_conv_grads(self.readable(buffer, width), conv, gradient, groups, norm)
+        width = operands.conv.scale.shape[0]
+        operands = operands._replace(x=self.readable(operands.x, width))
+        grads = self.norm_relu_conv_grads(operands, gradient, groups)
         added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
         return grads._replace(x=added)
 
@@ -281,7 +257,7 @@ class Backend:
             gradient = dropout(gradient, saved.dropout_rate, after_second)
             gradient, grad_second = self._second_conv_backward(saved, second, gradient)
         gradient = dropout(gradient, saved.dropout_rate, after_first)
-        grads = self.accumulate_grads(total, saved.buffer, first, gradient, groups)
+        grads = self.accumulate_grads(total, Operands(saved.buffer, first), gradient, groups)
         return grads, DenseLayer(grads.of_parameters(first), grad_second)
 
     def _second_conv_backward(
@@ -292,15 +268,14 @@ class Backend:
         assert saved.bottleneck_norm is not None
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
         x_hat = norm.apply(bottleneck)
-        grads = self._second_conv_grads(bottleneck, x_hat, norm, conv, gradient)
+        grads = self._second_conv_grads(Operands(bottleneck, conv, norm), x_hat, gradient)
         grad_bottleneck = norm.gradient(grads.x, x_hat, sums_from_gradients(conv.scale, grads.scale, grads.bias))
         return grad_bottleneck, grads.of_parameters(conv)
 
-    def _second_conv_grads(
-        self, bottleneck: Array, x_hat: Array, norm: Normalization, conv: NormReluConv, gradient: Array
-    ) -> Gradients:
+    def _second_conv_grads(self, operands: Operands, x_hat: Array, gradient: Array) -> Gradients:
         """Computes `norm_relu_conv_grads` of the bottleneck, whose x_hat is known."""
-        return self.norm_relu_conv_grads(bottleneck, conv, gradient, norm.stats.mean.shape[0], norm)
+        assert operands.norm is not None
+        return self.norm_relu_conv_grads(operands, gradient, operands.norm.stats.mean.shape[0])
 
     # The stem's maximum.
 

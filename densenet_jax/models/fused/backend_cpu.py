@@ -16,8 +16,7 @@ from densenet_jax.kernels.cpu import convolution, pooling
 from densenet_jax.kernels.cpu import norm_relu_conv as cpu
 from densenet_jax.kernels.select import BlockShape, check_wanted
 from densenet_jax.models.fused.backend import Backend, Buffer
-from densenet_jax.models.fused.norm import Normalization
-from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, NormReluConv, Window
+from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, Operands
 from densenet_jax.models.layers import BatchStats, NormOptions, group_count
 
 
@@ -53,100 +52,76 @@ class CpuBackend(Backend):
         """Whether a convolution is a product of matrices; the kernels, where they are usable, are no slower."""
         return super().is_dot(x, kernel) and not convolution.is_usable(x, kernel.astype(x.dtype))
 
-    def norm_relu_conv(
-        self, x: Array, conv: NormReluConv, norm: Normalization | None = None, window: Window = DENSE
-    ) -> Float[Array, "b h2 w2 o"]:
+    def norm_relu_conv(self, operands: Operands) -> Float[Array, "b h2 w2 o"]:
         """Applies norm, ReLU and convolution in one pass."""
-        x, norm = _apply_norm_of_groups(x, norm)
-        if not cpu.is_usable(x, conv.kernel):
-            return super().norm_relu_conv(x, conv, norm, window)
-        x, operands, strided = _operands(x, conv, norm, window)
-        return cpu.norm_relu_conv(x, operands, **strided)
+        operands = _apply_norm_of_groups(operands)
+        if not _is_usable(operands):
+            return super().norm_relu_conv(operands)
+        x, arrays, strided = _kernel_operands(operands)
+        return cpu.norm_relu_conv(x, arrays, **strided)
 
     def norm_relu_conv_with_stats(
-        self,
-        x: Array,
-        conv: NormReluConv,
-        shift: Array | None,
-        options: NormOptions,
-        norm: Normalization | None = None,
-        total: Array | None = None,
-        window: Window = DENSE,
+        self, operands: Operands, shift: Array | None, options: NormOptions, total: Array | None = None
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
         """Sums the output for its statistics, and adds it to total, in the same pass."""
-        assert total is None or window == DENSE
-        sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
-        if not cpu.is_usable(x, conv.kernel) or (total is None and not sums_stats):
-            return super().norm_relu_conv_with_stats(x, conv, shift, options, norm, total, window)
-        x, norm = _apply_norm_of_groups(x, norm)
-        x, operands, strided = _operands(x, conv, norm, window)
-        about = jnp.zeros(conv.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
+        assert total is None or operands.window == DENSE
+        sums_stats = shift is not None and group_count(operands.x.shape[0], options.group_size) == 1
+        if not _is_usable(operands) or (total is None and not sums_stats):
+            return super().norm_relu_conv_with_stats(operands, shift, options, total)
+        x, arrays, strided = _kernel_operands(_apply_norm_of_groups(operands))
+        about = jnp.zeros(arrays.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
         if total is None:
-            out, first, second = cpu.norm_relu_conv_with_sums(x, operands, about, **strided)
+            out, first, second = cpu.norm_relu_conv_with_sums(x, arrays, about, **strided)
         else:
-            out, first, second = cpu.add_norm_relu_conv_with_sums(total, x, operands, about)
+            out, first, second = cpu.add_norm_relu_conv_with_sums(total, x, arrays, about)
         return out, _stats_from_sums(first, second, shift, out) if sums_stats else None
 
-    def norm_relu_conv_grads(
-        self,
-        x: Array,
-        conv: NormReluConv,
-        gradient: Array,
-        groups: int,
-        norm: Normalization | None = None,
-        window: Window = DENSE,
-    ) -> Gradients:
+    def norm_relu_conv_grads(self, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Masks, scales and sums the gradient while it is in cache."""
-        if groups != 1 or not cpu.is_usable(x, conv.kernel):
-            return super().norm_relu_conv_grads(x, conv, gradient, groups, norm, window)
-        read, operands, strided = _operands(x, conv, norm, window)
-        grad_x, *others = cpu.gradients(read, operands, gradient, **strided)
-        if strided["stride"] != window.stride:
-            sizes = (x.shape[1], x.shape[2])
-            grad_x = convolution.dilate(grad_x, conv.kernel, sizes=sizes, stride=window.stride, padding=0)
+        if groups != 1 or not _is_usable(operands):
+            return super().norm_relu_conv_grads(operands, gradient, groups)
+        x, arrays, strided = _kernel_operands(operands)
+        grad_x, *others = cpu.gradients(x, arrays, gradient, **strided)
+        stride = operands.window.stride
+        if strided["stride"] != stride:
+            sizes = (operands.x.shape[1], operands.x.shape[2])
+            grad_x = convolution.dilate(grad_x, operands.conv.kernel, sizes=sizes, stride=stride, padding=0)
         return _of_one_group(grad_x, *others)
 
-    def accumulate_grads(
-        self,
-        total: Array,
-        buffer: Buffer,
-        conv: NormReluConv,
-        gradient: Array,
-        groups: int,
-        norm: Normalization | None = None,
-    ) -> Gradients:
+    def accumulate_grads(self, total: Array, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Adds into total in place; all of its channels are returned."""
-        if groups != 1 or total.dtype != buffer.dtype or not cpu.is_usable(buffer, conv.kernel):
-            return super().accumulate_grads(total, buffer, conv, gradient, groups, norm)
-        return _of_one_group(*cpu.add_gradients(total, buffer, _kernel_operands(buffer, conv, norm), gradient))
+        if groups != 1 or total.dtype != operands.x.dtype or not _is_usable(operands):
+            return super().accumulate_grads(total, operands, gradient, groups)
+        x, arrays, _ = _kernel_operands(operands)
+        return _of_one_group(*cpu.add_gradients(total, x, arrays, gradient))
 
     def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
         """Computes `layers.max_pool`, whose derivative is a kernel."""
         return pooling.max_pool(x, 3, stride) if pooling.is_usable(x) else super().max_pool(x, stride)
 
 
-def _apply_norm_of_groups(x: Array, norm: Normalization | None) -> tuple[Array, Normalization | None]:
+def _is_usable(operands: Operands) -> bool:
+    return cpu.is_usable(operands.x, operands.conv.kernel)
+
+
+def _apply_norm_of_groups(operands: Operands) -> Operands:
     """Normalizes x if its groups have norms of their own, which the kernels don't support."""
+    x, _, norm, _ = operands
     if norm is None or norm.stats.mean.shape[0] == 1:
-        return x, norm
-    return norm.apply(x), None
+        return operands
+    return operands._replace(x=norm.apply(x), norm=None)
 
 
-def _operands(
-    x: Array, conv: NormReluConv, norm: Normalization | None, window: Window
-) -> tuple[Array, cpu.Operands, dict[str, int]]:
+def _kernel_operands(operands: Operands) -> tuple[Array, cpu.Operands, dict[str, int]]:
     """Returns the kernels' operands and options; at a stride a 1x1 convolution reads only the pixels it needs."""
-    stride = window.stride
+    x, conv, norm, (stride, channel_groups) = operands
     if stride > 1 and conv.kernel.shape[0] == 1:
         x, stride = x[:, ::stride, ::stride], 1
-    return x, _kernel_operands(x, conv, norm), {"stride": stride, "groups": window.channel_groups}
-
-
-def _kernel_operands(x: Array, conv: NormReluConv, norm: Normalization | None) -> cpu.Operands:
     mean = rstd = jnp.zeros((0,), x.dtype)
     if norm is not None and norm.epsilon is not None:
         mean, rstd = (array[0].astype(x.dtype) for array in norm.mean_and_rstd())
-    return cpu.Operands(mean, rstd, *(array.astype(x.dtype) for array in conv))
+    arrays = cpu.Operands(mean, rstd, *(array.astype(x.dtype) for array in conv))
+    return x, arrays, {"stride": stride, "groups": channel_groups}
 
 
 def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:

@@ -18,10 +18,10 @@ from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
 from densenet_jax.kernels.select import BlockShape, choose
 from densenet_jax.kernels.shard import on_each_device
 from densenet_jax.models.fused.backend import Backend, Buffer, share_of_device
-from densenet_jax.models.fused.norm import Normalization
 from densenet_jax.models.fused.norm_relu_conv import (
     Gradients,
     NormReluConv,
+    Operands,
     norm_relu,
     norm_relu_gradients,
 )
@@ -117,26 +117,18 @@ class GpuKernelBackend(ConvBackend):
         stats = BatchStats(mean + shift.astype(mean.dtype)[None, :], jnp.maximum(square - jnp.square(mean), 0))
         return out.reshape(*buffer.shape[:3], -1), stats
 
-    def _second_conv_grads(
-        self, bottleneck: Array, x_hat: Array, norm: Normalization, conv: NormReluConv, gradient: Array
-    ) -> Gradients:
+    def _second_conv_grads(self, operands: Operands, x_hat: Array, gradient: Array) -> Gradients:
         """Masks the gradient twice, for the sums and for x: XLA would store the masked gradient for both."""
-        groups = norm.stats.mean.shape[0]
+        assert operands.norm is not None
+        conv, groups = operands.conv, operands.norm.stats.mean.shape[0]
         grad_activation, grads = self._grads_before_relu(x_hat, conv, gradient, groups)
         grad_activation = lax.optimization_barrier(grad_activation)
         activation = norm_relu(x_hat, conv.scale, conv.bias)
         return grads._replace(x=norm_relu_gradients(grad_activation, activation, x_hat, conv.scale, groups)[0])
 
-    def accumulate_grads(
-        self,
-        total: Array,
-        buffer: Buffer,
-        conv: NormReluConv,
-        gradient: Array,
-        groups: int,
-        norm: Normalization | None = None,
-    ) -> Gradients:
+    def accumulate_grads(self, total: Array, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Adds into total in place; all of its channels are returned."""
+        buffer, conv = operands.x, operands.conv
         rows = buffer.shape[0] * buffer.shape[1] * buffer.shape[2]
         flat = [array.reshape(rows, -1) for array in (total, buffer, gradient)]
         added, scale, bias, kernel = on_each_device(

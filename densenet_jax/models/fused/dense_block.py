@@ -24,6 +24,7 @@ from densenet_jax.models.fused.norm import (
 )
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
+    Operands,
     scale_and_bias,
     sum_gradient,
     sums_from_gradients,
@@ -195,7 +196,7 @@ def _forward(
             bottlenecks.append(out if keeps_bottlenecks else None)
             norm = normalization_of(out, options.norm, bottleneck_shift, stats)
             bottleneck_stats.append(norm.stats)
-            out, stats = backend.norm_relu_conv_with_stats(out, layer.second, shift, options.norm, norm)
+            out, stats = backend.norm_relu_conv_with_stats(Operands(out, layer.second, norm), shift, options.norm)
             out, stats = _drop(options, out, stats, after_second)
         norm = normalization_of(out, options.norm, shift, stats)
         all_stats.append(norm.stats)

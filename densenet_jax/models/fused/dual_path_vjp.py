@@ -21,6 +21,7 @@ from densenet_jax.models.fused.backend import Backend, Buffer
 from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, normalization_of
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
+    Operands,
     Window,
     sum_gradient,
     sums_from_gradients,
@@ -133,9 +134,8 @@ def _body_forward(
     options, backend = config.norm, config.backend
     ((second, stats),) = split_conv(parts, block.first, (Target(shift=shifts[0]),), options, backend)
     second_norm = normalization_of(second, options, shifts[0], stats)
-    third, stats = backend.norm_relu_conv_with_stats(
-        second, block.second, shifts[1], options, second_norm, window=window
-    )
+    operands = Operands(second, block.second, second_norm, window)
+    third, stats = backend.norm_relu_conv_with_stats(operands, shifts[1], options)
     return _Body(second, third, second_norm, normalization_of(third, options, shifts[1], stats))
 
 
@@ -154,7 +154,7 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
         bodies.append(body)
         shortcut = None
         if block.projection is not None:
-            shortcut = backend.norm_relu_conv(inputs, block.projection, window=Window(config.stride))
+            shortcut = backend.norm_relu_conv(Operands(inputs, block.projection, window=Window(config.stride)))
             total = shortcut[..., : block.third.kernels[0].shape[-1]]
         targets = (Target(total, residual_shift), Target(shift=dense_shift if shortcut is None else None))
         outputs = split_conv((body.third,), block.third, targets, options, backend, body.third_norm)
@@ -206,7 +206,7 @@ def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[A
         ((second, _),) = split_conv(parts, block.first, (Target(),), config.norm, backend)
     if third is None:
         norm = _second_norm(config, saved, index)
-        third = backend.norm_relu_conv(second, block.second, norm, config.window(index))
+        third = backend.norm_relu_conv(Operands(second, block.second, norm, config.window(index)))
     return second, third
 
 
@@ -223,7 +223,8 @@ def _body_backward(
     sums = sums_from_gradients(block.third.scale, outer.scale, outer.bias)
     gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums)
     groups = second_norm.stats.mean.shape[0]
-    inner = backend.norm_relu_conv_grads(second, block.second, gradient, groups, second_norm, config.window(index))
+    operands = Operands(second, block.second, second_norm, config.window(index))
+    inner = backend.norm_relu_conv_grads(operands, gradient, groups)
     sums = sums_from_gradients(block.second.scale, inner.scale, inner.bias)
     gradient = second_norm.gradient(inner.x, second_norm.apply(second), sums)
     return gradient, inner.of_parameters(block.second), outer.of_parameters()
@@ -260,7 +261,8 @@ def _entry_backward(
     block, inputs, backend = saved.blocks[0], saved.inputs, config.backend
     assert block.projection is not None
     grads = split_conv_grads((inputs,), block.first, (gradient,), 1, backend)
-    other = backend.norm_relu_conv_grads(inputs, block.projection, shortcut, 1, window=Window(config.stride))
+    operands = Operands(inputs, block.projection, window=Window(config.stride))
+    other = backend.norm_relu_conv_grads(operands, shortcut, 1)
     projection = other.of_parameters(block.projection)
     return (grads.x[0] + other.x).astype(inputs.dtype), grads.of_parameters(), projection
 

@@ -35,6 +35,24 @@ class Window(NamedTuple):
 DENSE = Window()
 
 
+class Operands(NamedTuple):
+    """Operands of relu(scale * x_hat + bias), convolved, for the first c channels of x.
+
+    Attributes:
+        x: float[b, h, w, c2].
+        norm: makes x_hat of x; None: x is normalized already.
+    """
+
+    x: Array
+    conv: NormReluConv
+    norm: Normalization | None = None
+    window: Window = DENSE
+
+    def x_hat(self) -> Float[Array, "b h w c"]:
+        """Returns the channels that are read, normalized."""
+        return apply_norm(self.x, self.norm)[..., : self.conv.scale.shape[0]]
+
+
 class Gradients(NamedTuple):
     """Gradients of a `NormReluConv`, in float32 or wider.
 

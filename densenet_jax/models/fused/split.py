@@ -18,6 +18,7 @@ from densenet_jax.models.fused.norm import Normalization
 from densenet_jax.models.fused.norm_relu_conv import (
     Gradients,
     NormReluConv,
+    Operands,
     apply_norm,
     norm_relu,
     norm_relu_gradients,
@@ -84,7 +85,7 @@ def split_conv(
         for part, own in pieces:
             one = NormReluConv(own.scale, own.bias, own.kernels[number])
             about = shift if part is parts[-1] else None
-            total, stats = backend.norm_relu_conv_with_stats(part, one, about, options, norm, total)
+            total, stats = backend.norm_relu_conv_with_stats(Operands(part, one, norm), about, options, total)
         assert total is not None
         outputs.append((total, stats))
     return tuple(outputs)
@@ -128,10 +129,11 @@ def _part_grads(
     if backend.in_place or len(convs) == 1:
         grads: list[Gradients] = []
         for one, gradient in zip(convs, gradients, strict=True):
+            operands = Operands(x, one, norm)
             if total is None:
-                grads.append(backend.norm_relu_conv_grads(x, one, gradient, groups, norm))
+                grads.append(backend.norm_relu_conv_grads(operands, gradient, groups))
             else:
-                grads.append(backend.accumulate_grads(total, x, one, gradient, groups, norm))
+                grads.append(backend.accumulate_grads(total, operands, gradient, groups))
             total = grads[-1].x
         scale, bias = (sum(kind[1:], kind[0]) for kind in zip(*(one[1:3] for one in grads), strict=True))
         return SplitGradients((grads[-1].x,), scale, bias, tuple(one.kernel for one in grads))
@@ -140,7 +142,7 @@ def _part_grads(
     x = apply_norm(x, norm)[..., : conv.scale.shape[0]]
     activation = norm_relu(x, conv.scale, conv.bias)
     kernels = tuple(
-        backend.norm_relu_conv_grads(x, one, gradient, groups).kernel
+        backend.norm_relu_conv_grads(Operands(x, one), gradient, groups).kernel
         for one, gradient in zip(convs, gradients, strict=True)
     )
     _, pullback = jax.vjp(lambda a: tuple(backend.convolve_same(a, kernel) for kernel in conv.kernels), activation)
