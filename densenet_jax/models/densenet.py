@@ -17,8 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.errors import UserError
-from densenet_jax.models.head import HeadOptions, classify
+from densenet_jax.models.head import HeadOptions, check_size, select_output
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -30,7 +29,6 @@ from densenet_jax.models.layers import (
     blur_pool,
     dropout,
     fold_key,
-    global_average_pool,
     max_pool,
 )
 
@@ -277,13 +275,7 @@ class DenseNet(nn.Module):
                 x = transition(features, train)
                 stride *= 2
         x = jax.nn.relu(self._norm("norm5", features.values.shape[-1])(features, train))
-        if self.output == "pyramid":
-            return {**pyramid, stride: x}
-        if self.output == "map":
-            return x
-        if self.output == "pooled":
-            return global_average_pool(x)
-        return classify(x, self.head_options, train, self.make_rng)
+        return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng)
 
     @nn.nowrap
     def _norm(self, name: str, features: int, *, after_convolution: bool = False) -> BatchNorm:
@@ -312,8 +304,4 @@ class DenseNet(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         halvings = 2 ** (len(self.block_sizes) - 1)
         smallest = halvings if self.stem == "cifar" else 4 * (halvings - 1) + 1
-        if min(height, width) < smallest:
-            raise UserError(
-                f"images of {height}x{width} pixels are too small: this network halves the map until nothing is "
-                f"left; give it at least {smallest}x{smallest}"
-            )
+        check_size(height, width, smallest)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
 from densenet_jax.models import densenet
-from densenet_jax.models.head import HeadOptions, classify
+from densenet_jax.models.head import HeadOptions, select_output
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -22,7 +22,6 @@ from densenet_jax.models.layers import (
     Fan,
     FeatureMap,
     NormOptions,
-    global_average_pool,
 )
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -250,13 +249,8 @@ class DualPathNetwork(nn.Module):
         types = (self.dtype, self.param_dtype)
         width = features.values.shape[-1]
         x = NormActivation(width, self.norm_options, *types, self.activation, name="conv5_bn_ac")(features, train)
-        if self.output == "pyramid":
-            return {**pyramid, max(pyramid): x}
-        if self.output == "map":
-            return x
-        if self.output == "pooled":
-            return global_average_pool(x)
-        return classify(x, self.head_options, train, self.make_rng)
+        pyramid[2 ** (len(self.block_sizes) + 1)] = x
+        return select_output(self.output, x, pyramid, self.head_options, train, self.make_rng)
 
     @nn.nowrap
     def _blocks(self, in_features: int, stage: int, common: dict[str, Any]) -> list[DualPathBlock]:

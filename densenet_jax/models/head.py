@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -59,18 +60,40 @@ def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w
     return nn.avg_pool(x, window_shape=(window_px, window_px))
 
 
-def classify(
+def check_size(height: int, width: int, smallest: int) -> None:
+    """Checks that images are large enough for a network's strides.
+
+    Raises:
+        UserError: a side is below the smallest, in pixels.
+    """
+    if min(height, width) < smallest:
+        raise UserError(
+            f"images of {height}x{width} pixels are too small: this network halves the feature map until nothing is "
+            f"left; give it at least {smallest}x{smallest}"
+        )
+
+
+def select_output(
+    output: str,
     x: Float[Array, "b h w c"],
+    pyramid: dict[int, Array],
     options: HeadOptions,
     train: bool,
     make_rng: Callable[[str], Array],
     norm: Callable[[Array], Array] = lambda pooled: pooled,
-) -> Float[Array, "b k"]:
-    """Returns logits of the last feature map; called inside a module, it declares that module's child "classifier".
+) -> Any:
+    """Returns what output, one of OUTPUTS, names; called inside a module, it may declare its child "classifier".
 
     Args:
+        x: the last feature map.
         norm: of the pooled features (RDNet).
     """
+    if output == "pyramid":
+        return pyramid
+    if output == "map":
+        return x
+    if output == "pooled":
+        return norm(global_average_pool(x))
     classifier = Classifier(options.num_classes, options.dtype, options.param_dtype, name="classifier")
     if options.test_time_pool_px and not train:
         logits = classifier(norm(_windows(x, options.test_time_pool_px)))

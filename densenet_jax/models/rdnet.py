@@ -10,8 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType, wide
-from densenet_jax.errors import UserError
-from densenet_jax.models.head import HeadOptions, classify
+from densenet_jax.models.head import HeadOptions, check_size, select_output
 from densenet_jax.models.layers import convolve, dropout, fold_key, global_average_pool, he_normal
 
 
@@ -239,13 +238,7 @@ class RDNet(nn.Module):
                 stride *= 2
             x = stage(x, (fold_key(key, index), fold_key(path_key, index)))
         norm = LayerNorm(self.epsilon, name="norm", **types)
-        if self.output == "pyramid":
-            return {**pyramid, stride: x}
-        if self.output == "map":
-            return x
-        if self.output == "pooled":
-            return norm(global_average_pool(x))
-        return classify(x, self.head_options, train, self.make_rng, norm)
+        return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng, norm)
 
     @nn.nowrap
     def _stage(self, index: int, in_features: int, types: dict[str, DType]) -> Stage:
@@ -269,8 +262,4 @@ class RDNet(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         stages = range(len(self.block_sizes))
         smallest = self.patch_px * 2 ** sum(stage in stages for stage in self.halved_stages)
-        if min(height, width) < smallest:
-            raise UserError(
-                f"images of {height}x{width} pixels are too small: this network halves the feature map until nothing "
-                f"is left; give it at least {smallest}x{smallest}"
-            )
+        check_size(height, width, smallest)

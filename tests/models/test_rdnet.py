@@ -54,7 +54,7 @@ def sigmoid_gate(monkeypatch):
 
 
 def norm_before_pooling(monkeypatch):
-    monkeypatch.setattr(rdnet, "classify", lambda x, *rest: rest[3](x).mean((1, 2))[:, :10])
+    monkeypatch.setattr(rdnet, "select_output", lambda output, x, *rest: rest[-1](x).mean((1, 2))[:, :10])
 
 
 def no_depthwise_padding(monkeypatch):

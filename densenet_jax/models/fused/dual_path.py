@@ -59,14 +59,12 @@ def fused_stage(
 
 def _norms(block: DualPathBlock, train: bool) -> BlockNorms:
     """Returns the block's norms, in evaluation all of them frozen."""
-    first, second, third, projection = (
-        None if module is None else replace(module.arrays(), frozen=not train or module.is_frozen())
-        for module in _norm_modules(block)
-    )
-    assert first is not None
-    assert second is not None
-    assert third is not None
-    return BlockNorms(first, second, third, projection)
+
+    def arrays(module: BatchNorm) -> NormArrays:
+        return replace(module.arrays(), frozen=not train or module.is_frozen())
+
+    first, second, third, projection = _norm_modules(block)
+    return BlockNorms(arrays(first), arrays(second), arrays(third), None if projection is None else arrays(projection))
 
 
 def _norm_modules(block: DualPathBlock) -> tuple[BatchNorm, BatchNorm, BatchNorm, BatchNorm | None]:

@@ -26,7 +26,7 @@ from densenet_jax.models.fused.norm_relu_conv import (
     sum_gradient,
     sums_from_gradients,
 )
-from densenet_jax.models.fused.split import SplitConv, Target, split_conv, split_conv_grads
+from densenet_jax.models.fused.split import SplitConv, split_conv, split_conv_grads
 from densenet_jax.models.layers import BatchStats, NormOptions
 
 
@@ -88,13 +88,12 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Values kept for the backward pass; second and third, outputs of convolutions, are None under remat."""
+    """Values kept for the backward pass; bottlenecks are the outputs of each block's first two convolutions."""
 
     inputs: Array
     residual: tuple[Array, ...]
     dense: Buffer
-    second: tuple[Array | None, ...]
-    third: tuple[Array | None, ...]
+    bottlenecks: tuple[tuple[Array, Array], ...] | None
     stats: PerMap
     blocks: tuple[Block, ...]
     shifts: PerMap
@@ -119,30 +118,22 @@ def _block_inputs(
     return residual, config.backend.readable(dense, width)
 
 
-class _Body(NamedTuple):
-    """Outputs of a block's first two convolutions, and the norms of the next ones."""
-
-    second: Array
-    third: Array
-    second_norm: Normalization
-    third_norm: Normalization
-
-
 def _body_forward(
     config: Config, parts: tuple[Array, ...], block: Block, window: Window, shifts: tuple[Array | None, Array | None]
-) -> _Body:
+) -> tuple[Array, Array, Normalization, Normalization]:
+    """Returns the outputs of a block's first two convolutions, and the norms that read them."""
     options, backend = config.norm, config.backend
-    ((second, stats),) = split_conv(parts, block.first, (Target(shift=shifts[0]),), options, backend)
+    ((second, stats),) = split_conv(parts, block.first, shifts[:1], options, backend)
     second_norm = normalization_of(second, options, shifts[0], stats)
     operands = Operands(second, block.second, second_norm, window)
     third, stats = backend.norm_relu_conv_with_stats(operands, shifts[1], options)
-    return _Body(second, third, second_norm, normalization_of(third, options, shifts[1], stats))
+    return second, third, second_norm, normalization_of(third, options, shifts[1], stats)
 
 
 def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: PerMap) -> tuple[Outputs, Residuals]:
     options, backend = config.norm, config.backend
     ends = _dense_ends(blocks)
-    bodies: list[_Body] = []
+    bottlenecks: list[tuple[Array, Array]] = []
     residuals: list[Array] = []
     stats: list[tuple[BatchStats, ...]] = []
     dense: Buffer = None
@@ -151,13 +142,14 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
         second_shift, third_shift, residual_shift, dense_shift = (kind[index] for kind in shifts)
         parts = _block_inputs(config, inputs, residuals[-1] if index else None, dense, ends[index - 1])
         body = _body_forward(config, parts, block, config.window(index), (second_shift, third_shift))
-        bodies.append(body)
+        second, third, second_norm, third_norm = body
+        bottlenecks.append((second, third))
         shortcut = None
         if block.projection is not None:
             shortcut = backend.norm_relu_conv(Operands(inputs, block.projection, window=Window(config.stride)))
             total = shortcut[..., : block.third.kernels[0].shape[-1]]
-        targets = (Target(total, residual_shift), Target(shift=dense_shift if shortcut is None else None))
-        outputs = split_conv((body.third,), block.third, targets, options, backend, body.third_norm)
+        own_shifts = (residual_shift, dense_shift if shortcut is None else None)  # the shortcut joins the dense path
+        outputs = split_conv((third,), block.third, own_shifts, options, backend, third_norm, total)
         (total, total_stats), (new, new_stats) = outputs
         if shortcut is not None:
             new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
@@ -166,15 +158,14 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
         residuals.append(residual_norm.apply(total))
         x_hat = dense_norm.apply(new)
         dense = backend.append(dense, x_hat, ends[index - 1]) if index else backend.new_buffer(x_hat, ends[-1])
-        norms = (body.second_norm, body.third_norm, residual_norm, dense_norm)
-        stats.append(tuple(norm.stats for norm in norms))
+        stats.append(tuple(norm.stats for norm in (second_norm, third_norm, residual_norm, dense_norm)))
     all_stats = PerMap(*zip(*stats, strict=True))
     values = jnp.concatenate([residuals[-1], backend.channels(dense, 0, ends[-1])], axis=-1)
     joined = concatenate_stats([all_stats.residual[-1], *all_stats.dense])
-    second = tuple(None if config.remat else body.second for body in bodies)
-    third = tuple(None if config.remat else body.third for body in bodies)
-    residual = Residuals(inputs, tuple(residuals), dense, second, third, all_stats, blocks, shifts)
-    return Outputs(values, joined, all_stats), residual
+    kept = None if config.remat else tuple(bottlenecks)
+    return Outputs(values, joined, all_stats), Residuals(
+        inputs, tuple(residuals), dense, kept, all_stats, blocks, shifts
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,14 +191,12 @@ def _second_norm(config: Config, saved: Residuals, index: int) -> Normalization:
 
 def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
     """Returns the inputs of a block's second and third convolution, before their norms."""
+    if saved.bottlenecks is not None:
+        return saved.bottlenecks[index]
     block, backend = saved.blocks[index], config.backend
-    second, third = saved.second[index], saved.third[index]
-    if second is None:
-        ((second, _),) = split_conv(parts, block.first, (Target(),), config.norm, backend)
-    if third is None:
-        norm = _second_norm(config, saved, index)
-        third = backend.norm_relu_conv(Operands(second, block.second, norm, config.window(index)))
-    return second, third
+    ((second, _),) = split_conv(parts, block.first, (None,), config.norm, backend)
+    operands = Operands(second, block.second, _second_norm(config, saved, index), config.window(index))
+    return second, backend.norm_relu_conv(operands)
 
 
 def _body_backward(

@@ -52,13 +52,6 @@ class SplitGradients(NamedTuple):
         return SplitConv(self.scale.sum(axis=0), self.bias.sum(axis=0), self.kernels)
 
 
-class Target(NamedTuple):
-    """An output's summand, and a shift near the sum's mean for its statistics (None: no statistics)."""
-
-    total: Array | None = None
-    shift: Array | None = None
-
-
 def _split(parts: Sequence[Array], conv: SplitConv) -> Iterator[tuple[Array, SplitConv]]:
     """Yields each part with the parameters of its channels; the last part may have more channels than are read."""
     start, width = 0, conv.scale.shape[0]
@@ -72,15 +65,21 @@ def _split(parts: Sequence[Array], conv: SplitConv) -> Iterator[tuple[Array, Spl
 def split_conv(
     parts: Sequence[Float[Array, "b h w _"]],
     conv: SplitConv,
-    targets: Sequence[Target],
+    shifts: Sequence[Float[Array, " _"] | None],
     options: NormOptions,
     backend: Backend,
     norm: Normalization | None = None,
+    total: Float[Array, "b h w _"] | None = None,
 ) -> tuple[tuple[Float[Array, "b h w _"], BatchStats | None], ...]:
-    """Returns an output for each kernel, with its statistics if the backend has them; with a norm there is one part."""
+    """Returns an output for each kernel, with its statistics if the backend has them; with a norm there is one part.
+
+    Args:
+        shifts: for each output, near its mean, for accurate statistics; None: no statistics.
+        total: added to the first output.
+    """
     pieces = list(_split(parts, conv))
     outputs = []
-    for number, (total, shift) in enumerate(targets):
+    for number, shift in enumerate(shifts):
         stats = None
         for part, own in pieces:
             one = NormReluConv(own.scale, own.bias, own.kernels[number])
@@ -88,6 +87,7 @@ def split_conv(
             total, stats = backend.norm_relu_conv_with_stats(Operands(part, one, norm), about, options, total)
         assert total is not None
         outputs.append((total, stats))
+        total = None
     return tuple(outputs)
 
 
