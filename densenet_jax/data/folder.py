@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -113,6 +114,11 @@ class FolderSource:
             digest.update((self._ends[mine] - starts[mine] - len(prefix)).astype(np.int64).tobytes())
             classes.append((len(mine), digest.hexdigest()[:16]))
         return classes
+
+    def file_names(self) -> list[str]:
+        """Returns the paths below the split's folder."""
+        names, ends = self._names.tobytes(), [0, *self._ends.tolist()]
+        return [os.fsdecode(names[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def _split_folder(directory: str, split: str) -> str:

@@ -1,7 +1,9 @@
 """Compares a data set with a checkpoint's: classes in order, and the files of each."""
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,18 +11,38 @@ from densenet_jax.data.class_names import LABELS_FILE, read_labels
 from densenet_jax.data.records import Source
 from densenet_jax.errors import UserError
 
-# {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...]}}}
+# {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...],
+# "names": packed paths, or "" if unknown or too many}}}
 Identity = dict[str, Any]
 _NAMED = 5  # differences listed per kind
+_MAX_PACKED, _MAX_NAMES = 8 * 2**20, 2**28  # characters; ImageNet's 1.3 million names take 6 million
 
 
 def identify(name: str, sources: Mapping[str, Source]) -> Identity:
     """Describes a data set as JSON values, to be saved in a checkpoint."""
     splits = {
-        split: {"examples": len(source), "files": [list(entry) for entry in source.identity()]}
+        split: {
+            "examples": len(source),
+            "files": [list(entry) for entry in source.identity()],
+            "names": _pack(source.file_names()),
+        }
         for split, source in sources.items()
     }
     return {"name": name, "classes": list(next(iter(sources.values())).class_names), "splits": splits}
+
+
+def _pack(names: Sequence[str]) -> str:
+    text = "\0".join(names).encode("utf-8", "surrogateescape")
+    packed = base64.b64encode(zlib.compress(text)).decode()
+    return packed if len(packed) <= _MAX_PACKED else ""
+
+
+def _unpack(packed: Any) -> set[str]:
+    try:
+        text = zlib.decompressobj().decompress(base64.b64decode(packed), _MAX_NAMES)
+    except (TypeError, ValueError, zlib.error):
+        return set()
+    return set(text.decode("utf-8", "backslashreplace").split("\0")) - {""}
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
@@ -141,6 +163,19 @@ def _file_changes(saved: Identity, current: Identity) -> list[str]:
         ]
         if details:
             changes.append(_list(f"{split}: ", details))
+            changes += _name_changes(split, before, now, skip=set(saved["classes"]) ^ set(current["classes"]))
+    return changes
+
+
+def _name_changes(split: str, before: dict[str, Any], now: dict[str, Any], skip: set[str]) -> list[str]:
+    """Names files that came and went, except in the folders of `skip`, classes that came or went themselves."""
+    had, have = (_unpack(files.get("names")) for files in (before, now))
+    if not had or not have:
+        return []
+    changes = []
+    for what, names in (("removed", had - have), ("added", have - had)):
+        if listed := sorted(name for name in names if name.partition("/")[0] not in skip):
+            changes.append(_list(f"{split} files {what}: ", listed))
     return changes
 
 

@@ -60,3 +60,6 @@ class Source(Protocol):
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns the count of each class and a digest of its names; [] if only the total is known."""
+
+    def file_names(self) -> list[str]:
+        """Returns the paths of all files, as a person knows them; [] if they are not known."""

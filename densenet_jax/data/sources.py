@@ -144,6 +144,10 @@ class SubsetSource:
         """Returns the identity of the whole source."""
         return self._source.identity()
 
+    def file_names(self) -> list[str]:
+        """Returns those of the whole source."""
+        return self._source.file_names()
+
 
 class ArrayRecordSource:
     """A split of a tfds image classification set whose files are ArrayRecord."""
@@ -208,6 +212,10 @@ class ArrayRecordSource:
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns []: names would have to be read record by record."""
+        return []
+
+    def file_names(self) -> list[str]:
+        """Returns []."""
         return []
 
 

@@ -108,6 +108,10 @@ class TableSource:
         digests = [hashlib.sha256(paths + column.tobytes()).hexdigest()[:16] for column in self._labels.T]
         return [(int(count), digest) for count, digest in zip((self._labels == 1).sum(axis=0), digests, strict=True)]
 
+    def file_names(self) -> list[str]:
+        """Returns the paths in the table."""
+        return self._paths.to_pylist()
+
 
 def _digest(paths: pa.Array) -> str:
     digest = hashlib.sha256(pc.binary_length(paths).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())

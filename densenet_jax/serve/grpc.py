@@ -66,17 +66,17 @@ def make_server(
         UserError: the address is in use.
     """
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", most)])
-    service = Service(model, memory)
+    service = _Service(model, memory)
     methods = {name: getattr(service, name) for name in dir(service) if name[0].isupper()}
     handlers = {name: _handler(name, method, access) for name, method in methods.items()}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        if access.certificate:
-            with open(access.key, "rb") as key, open(access.certificate, "rb") as certificate:
-                credentials = grpc.ssl_server_credentials([(key.read(), certificate.read())])
-            return server, server.add_secure_port(where, credentials)
-        return server, server.add_insecure_port(where)
+        if not access.certificate:
+            return server, server.add_insecure_port(where)
+        with open(access.key, "rb") as key, open(access.certificate, "rb") as certificate:
+            credentials = grpc.ssl_server_credentials([(key.read(), certificate.read())])
+        return server, server.add_secure_port(where, credentials)
     except RuntimeError as error:
         raise UserError(
             f"--grpc_port {port} of {host} can't be used ({first_line(error)}); give another one."
@@ -114,93 +114,76 @@ def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler
     return grpc.unary_unary_rpc_method_handler(call, None, lambda message: message.SerializeToString())
 
 
-class Service:
-    """Methods of the protocol; each takes the bytes of its message."""
+class _Service:
+    """The methods of the protocol; each takes the bytes of its message."""
 
     def __init__(self, model: Classifier, memory: BodyMemory):
         self._model, self._memory = model, memory
 
     async def ServerLive(self, data: bytes) -> pb.ServerLiveResponse:  # noqa: N802 - the protocol's names
-        """Answers that the process runs."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, data: bytes) -> pb.ServerReadyResponse:  # noqa: N802
-        """Answers whether requests are accepted."""
         return pb.ServerReadyResponse(ready=self._model.is_ready and not self._model.is_stopping)
 
     async def ModelReady(self, data: bytes) -> pb.ModelReadyResponse:  # noqa: N802
-        """Answers whether the model is compiled."""
-        message = parse(pb.ModelReadyRequest, data)
+        message = _parse(pb.ModelReadyRequest, data)
         self._model.check_name(message.name, message.version)
         return pb.ModelReadyResponse(ready=self._model.is_ready)
 
     async def ServerMetadata(self, data: bytes) -> pb.ServerMetadataResponse:  # noqa: N802
-        """Names the server."""
         return pb.ServerMetadataResponse(name="densenet_jax", version=__version__)
 
     async def ModelMetadata(self, data: bytes) -> pb.ModelMetadataResponse:  # noqa: N802
-        """Describes inputs and outputs."""
-        message = parse(pb.ModelMetadataRequest, data)
+        message = _parse(pb.ModelMetadataRequest, data)
         self._model.check_name(message.name, message.version)
         return pb.ModelMetadataResponse(**self._model.metadata())
 
     async def RepositoryIndex(self, data: bytes) -> pb.RepositoryIndexResponse:  # noqa: N802
-        """Lists the one model."""
         response = pb.RepositoryIndexResponse()
-        if self._model.is_ready or not parse(pb.RepositoryIndexRequest, data).ready:
+        if self._model.is_ready or not _parse(pb.RepositoryIndexRequest, data).ready:
             state = "READY" if self._model.is_ready else "LOADING"
             response.models.add(name=self._model.name, version=VERSION, state=state)
         return response
 
     async def RepositoryModelLoad(self, data: bytes) -> NoReturn:  # noqa: N802
-        """Refuses to load a model."""
         raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
 
     RepositoryModelUnload = RepositoryModelLoad
 
     async def ModelInfer(self, data: bytes) -> pb.ModelInferResponse:  # noqa: N802
-        """Answers a request for inference, in raw contents if it came in raw contents."""
         is_raw = False
 
         def read() -> Request:
             nonlocal is_raw
-            message = parse(pb.ModelInferRequest, data)
+            message = _parse(pb.ModelInferRequest, data)
             self._model.check_name(message.model_name, message.model_version)
             is_raw = bool(message.raw_input_contents)
-            return read_request(message)
+            return _read_request(message)
 
         try:
             request, outputs = await self._model.infer(read, len(data))
         finally:
             self._memory.seen += len(data) if len(data) > SMALL_BODY_BYTES else 0
-        return write_answer(self._model.name, request, outputs, is_raw)
+        return _write_answer(self._model.name, request, outputs, is_raw)
 
 
-def parse(kind: type, data: bytes) -> Any:
-    """Parses a message of type `kind`.
-
-    Raises:
-        RequestError: it is none, or would take much more memory than its bytes.
-    """
+def _parse(kind: type, data: bytes) -> Any:
+    """Parses a message, unless it would take much more memory than its bytes."""
     try:
-        check_fields(data)
+        _check_fields(data)
         return kind.FromString(data)  # type: ignore[attr-defined]
     except (DecodeError, IndexError, ValueError) as error:
         raise RequestError("the message is malformed") from error
 
 
-def check_fields(data: bytes) -> None:
-    """Counts the fields of a message, its inputs (5) and their contents (5), which each cost far more than their bytes.
-
-    Raises:
-        RequestError: there are too many.
-        IndexError, ValueError: the message is malformed.
-    """
+def _check_fields(data: bytes) -> None:
+    """Counts fields of a message, its inputs (5) and their contents (5), which each cost far more than their bytes."""
     levels = [(memoryview(data), 0)]
     count = 0
     while levels:
         part, depth = levels.pop()
-        for number, content in read_fields(part):
+        for number, content in _read_fields(part):
             count += 1
             if count > MAX_FIELDS:
                 raise RequestError(f"the message has more than {MAX_FIELDS} fields", 413)
@@ -212,7 +195,7 @@ def check_fields(data: bytes) -> None:
                 raise RequestError("a tensor has too many numbers; send them in raw contents", 413)
 
 
-def read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Yields number and content of each field of a message; the content of a field that is a number is empty."""
     place = 0
 
@@ -245,25 +228,13 @@ def read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         yield key >> 3, data[place - size : place]
 
 
-def read_request(message: pb.ModelInferRequest) -> Request:
-    """Reads the message; raw contents stay bytes.
-
-    Raises:
-        RequestError: inputs and raw contents don't belong together.
-    """
+def _read_request(message: pb.ModelInferRequest) -> Request:
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise RequestError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
-    contents = raw or [read_contents(tensor) for tensor in message.inputs]
+    contents = raw or [_read_contents(tensor) for tensor in message.inputs]
     tensors = [
-        Tensor(
-            name=tensor.name,
-            datatype=tensor.datatype,
-            shape=list(tensor.shape),
-            data=data,
-            is_base64="content_type" in tensor.parameters
-            and tensor.parameters["content_type"].string_param == "base64",
-        )
+        Tensor(tensor.name, tensor.datatype, list(tensor.shape), data, _is_base64(tensor))
         for tensor, data in zip(message.inputs, contents, strict=True)
     ]
     outputs = []
@@ -273,7 +244,11 @@ def read_request(message: pb.ModelInferRequest) -> Request:
     return Request(tensors, outputs, message.id or None)
 
 
-def read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | bytes:
+def _is_base64(tensor: pb.ModelInferRequest.InferInputTensor) -> bool:
+    return "content_type" in tensor.parameters and tensor.parameters["content_type"].string_param == "base64"
+
+
+def _read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | bytes:
     """Reads the values of a tensor from whichever field they are in; pixels as bytes."""
     fields = tensor.contents.ListFields()
     if len(fields) != 1:
@@ -289,7 +264,7 @@ def read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | 
     return numbers.astype(dtype).tobytes()
 
 
-def write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:
+def _write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:
     """Writes the message, in raw contents or in the contents of each datatype."""
     response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.request_id or "")
     for wanted, datatype, values in outputs:

@@ -26,16 +26,7 @@ Headers: TypeAlias = dict[bytes, bytes]
 Reply: TypeAlias = tuple[bytes, dict[str, str]]  # body, headers
 
 METHODS = ("GET", "HEAD", "POST")
-PATHS = (
-    "/",
-    "/docs",
-    "/openapi.json",
-    "/metrics",
-    "/v2",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/v2/repository/index",
-)
+PATHS = ("/metrics", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/repository/index")  # and the pages
 READ_ON_FACTOR = 4  # a client that sends too much still gets its answer if it stops at this multiple of the limit
 # Pages may run their inline code and talk to this server, and nothing else.
 PAGE_POLICY = (
@@ -58,11 +49,13 @@ class Rest:
 
     def __init__(self, model: Classifier, access: Access, memory: BodyMemory):
         self._model, self._access, self._memory = model, access, memory
-        shown = html.escape(model.name, quote=True)
-        files = importlib.resources.files("densenet_jax.serve")
-        self._openapi = files.joinpath("openapi.json").read_bytes().replace(b"MODEL_NAME", model.name.encode())
-        self._page = files.joinpath("page.html").read_text("utf-8").replace("MODEL_NAME", shown).encode()
-        self._docs = files.joinpath("docs.html").read_bytes()
+        self._pages: dict[str, Reply] = {}
+        for path, name in {"/": "page.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}.items():
+            text = importlib.resources.files("densenet_jax.serve").joinpath(name).read_text("utf-8")
+            body = text.replace("MODEL_NAME", html.escape(model.name)).encode()
+            kind = "text/html; charset=utf-8" if name.endswith("html") else JSON
+            security = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+            self._pages[path] = body, {"content-type": kind, **security}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -72,15 +65,15 @@ class Rest:
         try:
             reply = await self._route(scope, dict(scope["headers"]), receive)
         except RequestError as error:
-            status, reply = error.status, to_json({"error": str(error)})
+            status, reply = error.status, _to_json({"error": str(error)})
             closes = status not in (400, 404)  # something may be unread
         except (Gone, asyncio.CancelledError):
             return
         except Exception:
             logger.exception("a REST request failed")
-            status, reply, closes = 500, to_json({"error": "the server is at fault; its log says why"}), True
+            status, reply, closes = 500, _to_json({"error": "the server is at fault; its log says why"}), True
         body, given = reply
-        given |= {"content-length": str(len(body))} | ({"connection": "close"} if closes else {})
+        given = given | {"content-length": str(len(body))} | ({"connection": "close"} if closes else {})
         if status in (401, 503):
             given |= {"WWW-Authenticate": 'Bearer, Basic realm="model"'} if status == 401 else {"Retry-After": "1"}
         pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
@@ -102,35 +95,32 @@ class Rest:
             version = parts[4] if parts[3:4] == ["versions"] and len(parts) > 4 else ""
             rest = parts[5:] if version else parts[3:]
             if rest == ["infer"]:
-                require(scope, "POST")
+                _require(scope, "POST")
                 model.check_name(parts[2], version)
                 scope["state"]["route"] = "/v2/models/infer"
                 return await self._infer(headers, receive)
             if rest in ([], ["ready"]):
-                require(scope, "GET")
+                _require(scope, "GET")
                 model.check_name(parts[2], version)
-                return self._state(model.is_ready) if rest else to_json(model.metadata())
-        scope["state"]["route"] = scope["path"] if scope["path"] in PATHS else ""  # metrics keep every name forever
+                return self._state(model.is_ready) if rest else _to_json(model.metadata())
+        path = scope["path"]
+        scope["state"]["route"] = path if path in PATHS or path in self._pages else ""  # metrics keep names forever
+        if path in self._pages:
+            return self._pages[path]
         match parts:
-            case [""]:
-                return (self._page, page_headers("text/html; charset=utf-8"))
-            case ["docs"]:
-                return (self._docs, page_headers("text/html; charset=utf-8"))
-            case ["openapi.json"]:
-                return (self._openapi, page_headers(JSON))
             case ["metrics"]:
-                return (generate_latest(), {"content-type": CONTENT_TYPE_LATEST})
+                return generate_latest(), {"content-type": CONTENT_TYPE_LATEST}
             case ["v2"]:
-                return to_json({"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS})
+                return _to_json({"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS})
             case ["v2", "health", "live"]:
                 return self._state(True)
             case ["v2", "health", "ready"]:
                 return self._state(model.is_ready and not model.is_stopping)
             case ["v2", "repository", "index"]:
-                require(scope, "POST")
-                return to_json(self._index(await self._body(headers, receive)))
+                _require(scope, "POST")
+                return _to_json(self._index(await self._body(headers, receive)))
             case ["v2", "repository", "models", name, "load" | "unload"]:
-                require(scope, "POST")
+                _require(scope, "POST")
                 model.check_name(name)
                 raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
         raise RequestError("there is nothing at this address; /docs tells what there is", 404)
@@ -138,11 +128,11 @@ class Rest:
     def _state(self, is_good: bool) -> Reply:
         if not is_good:
             raise RequestError("not ready")  # the protocol's status is 4xx
-        return to_json({})
+        return _to_json({})
 
     def _index(self, body: bytes | bytearray) -> list[dict[str, str]]:
         check_json(body)
-        only_ready = parse_json(body).get("ready", False) if body else False
+        only_ready = _parse_json(body).get("ready", False) if body else False
         state = "READY" if self._model.is_ready else "LOADING"
         one = {"name": self._model.name, "version": VERSION, "state": state, "reason": ""}
         return [one] if self._model.is_ready or not only_ready else []
@@ -159,17 +149,17 @@ class Rest:
             most = MAX_JSON_BYTES if kind in ("", JSON) and not length else MAX_BODY_BYTES
             body = await self._body(headers, receive, held, most)
             if kind == "multipart/form-data":
-                read = lambda: read_files(body, options)  # noqa: E731
+                read = lambda: _read_files(body, options)  # noqa: E731
             elif kind.startswith("image/") or kind == "application/dicom":
-                read = lambda: request_of_pictures([bytes(body)])  # noqa: E731
+                read = lambda: _request_of_pictures([bytes(body)])  # noqa: E731
             elif kind in ("", JSON) or (kind == "application/octet-stream" and length):
-                read = lambda: read_json(body, length)  # noqa: E731
+                read = lambda: _read_json(body, length)  # noqa: E731
             else:
                 raise RequestError("expected the Content-Type application/json, multipart/form-data or image/...", 415)
             request, outputs = await self._model.infer(read, len(body))
         finally:
             self._memory.used -= held[0]
-        return write_answer(self._model.name, request, outputs)
+        return _write_answer(self._model.name, request, outputs)
 
     async def _body(
         self, headers: Headers, receive: Receive, held: list[int] | None = None, most: int = MAX_JSON_BYTES
@@ -184,55 +174,40 @@ class Rest:
             raise RequestError(f"the body did not arrive within {BODY_SECS:.0f} seconds", 408) from error
 
     async def _read(self, receive: Receive, announced: int, held: list[int], most: int) -> bytearray:
-        body, size = bytearray(), 0
+        body, size, has_more = bytearray(), 0, True
         too_large = RequestError(f"the body is larger than {most} bytes", 413)
         refused = too_large if announced > most else None
-        while refused is None or max(size, announced) <= READ_ON_FACTOR * MAX_BODY_BYTES:
+        while has_more and (refused is None or max(size, announced) <= READ_ON_FACTOR * MAX_BODY_BYTES):
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Gone
-            part = message.get("body", b"")
+            part, has_more = message.get("body", b""), message.get("more_body", False)
             size += len(part)
-            if refused is None and size > most:
-                refused = too_large
-            if refused is None:
-                try:
+            try:
+                if size > most:
+                    raise too_large
+                if refused is None:
                     self._memory.take(len(part), size)
                     held[0] += len(part)
                     body += part
-                except RequestError as error:
-                    refused = error
-            if refused is not None:
-                body = bytearray()
-            if not message.get("more_body", False):
-                break
+            except RequestError as error:
+                refused, body = error, bytearray()
         if refused is not None:
             raise refused
         return body
 
 
-def require(scope: Scope, method: str) -> None:
+def _require(scope: Scope, method: str) -> None:
     """Raises RequestError (405) if a request has another method; HEAD counts as GET."""
     if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
         raise RequestError(f"expected the method {method}", 405)
 
 
-def page_headers(kind: str) -> dict[str, str]:
-    """Returns the headers of a page of this type."""
-    return {"content-type": kind, "Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-
-
-def to_json(content: Any) -> Reply:
-    """Makes a JSON answer."""
+def _to_json(content: Any) -> Reply:
     return orjson.dumps(content), {"content-type": JSON}
 
 
-def parse_json(text: bytes | bytearray) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-        RequestError: the text is none.
-    """
+def _parse_json(text: bytes | bytearray) -> dict[str, Any]:
     try:
         tree = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -242,59 +217,50 @@ def parse_json(text: bytes | bytearray) -> dict[str, Any]:
     return tree
 
 
-def read_json(body: bytes | bytearray, json_length: str = "") -> Request:
-    """Reads a request in JSON; binary tensors may follow after `json_length` bytes.
-
-    Raises:
-        RequestError: it is no JSON, or does not follow the protocol.
-    """
+def _read_json(body: bytes | bytearray, json_length: str = "") -> Request:
+    """Reads a request in JSON; binary tensors may follow after `json_length` bytes."""
     if json_length and not (json_length.isdecimal() and len(json_length) < 10 and int(json_length) <= len(body)):
         raise RequestError(f"{JSON_LENGTH} is {shorten(json_length)}; the body has {len(body)} bytes")
     end = int(json_length) if json_length else len(body)
     text = body[:end] if json_length else body
     check_json(text)
-    tree = parse_json(text)
+    tree = _parse_json(text)
     tensors, place = [], end
-    for number, given in enumerate(field(tree, "inputs", list)):
+    for number, given in enumerate(_field(tree, "inputs", list)):
         where = f"inputs.{number}."
-        shape = field(given, "shape", list, where=where)
+        shape = _field(given, "shape", list, where=where)
         if not all(type(size) is int for size in shape):
             raise RequestError(f"the request is malformed: {where}shape is not a list of whole numbers")
-        size = field(field(given, "parameters", dict, {}, where=where), "binary_data_size", int, -1, where=where)
+        size = _field(_field(given, "parameters", dict, {}, where=where), "binary_data_size", int, -1, where=where)
         if size >= 0:
             data: Any = bytes(memoryview(body)[place : place + size])
             place += size
         else:
-            data = field(given, "data", list, where=where)
-        name, datatype = (field(given, key, str, where=where) for key in ("name", "datatype"))
+            data = _field(given, "data", list, where=where)
+        name, datatype = (_field(given, key, str, where=where) for key in ("name", "datatype"))
         tensors.append(Tensor(name, datatype, shape, data, is_base64=size < 0))
     if place != len(body):
         raise RequestError(
             f"the binary data have {len(body) - end} bytes; the inputs' binary_data_size say {place - end}"
         )
-    parameters = field(tree, "parameters", dict, {})
-    is_binary = field(parameters, "binary_data_output", bool, False)
+    parameters = _field(tree, "parameters", dict, {})
+    is_binary = _field(parameters, "binary_data_output", bool, False)
     outputs = [
-        read_output(given, f"outputs.{number}.", is_binary)
-        for number, given in enumerate(field(tree, "outputs", list, []))
+        _read_output(given, f"outputs.{number}.", is_binary)
+        for number, given in enumerate(_field(tree, "outputs", list, []))
     ]
-    return Request(tensors, outputs, field(tree, "id", str, None), is_binary)
+    return Request(tensors, outputs, _field(tree, "id", str, None), is_binary)
 
 
-def read_output(given: Any, where: str, is_binary: bool) -> Wanted:
-    """Reads one entry of a request's outputs."""
-    parameters = field(given, "parameters", dict, {}, where=where)
-    classes = field(parameters, "classification", int, 0, where=where)
-    is_binary = field(parameters, "binary_data", bool, is_binary, where=where)
-    return Wanted(field(given, "name", str, where=where), classes, is_binary)
+def _read_output(given: Any, where: str, is_binary: bool) -> Wanted:
+    parameters = _field(given, "parameters", dict, {}, where=where)
+    classes = _field(parameters, "classification", int, 0, where=where)
+    is_binary = _field(parameters, "binary_data", bool, is_binary, where=where)
+    return Wanted(_field(given, "name", str, where=where), classes, is_binary)
 
 
-def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
-    """Returns `tree[name]`, or the default if it is missing or null.
-
-    Raises:
-        RequestError: there is no such value, or it is not of `kind`; `where` stands before its name.
-    """
+def _field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
+    """Returns `tree[name]`, or the default if it is missing or null; raises RequestError unless it is of `kind`."""
     value = tree.get(name) if isinstance(tree, dict) else None
     if value is None and default:
         return default[0]
@@ -305,12 +271,8 @@ def field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> A
     return value
 
 
-def read_files(body: bytes | bytearray, options: str) -> Request:
-    """Reads the files of a form as pictures.
-
-    Raises:
-        RequestError: it is no form, or has other fields.
-    """
+def _read_files(body: bytes | bytearray, options: str) -> Request:
+    """Reads the files of a form as pictures."""
     boundary = re.search(r'boundary="?([^";,\s]{1,70})"?', options)
     if boundary is None:
         raise RequestError("the form is malformed: its Content-Type has no boundary")
@@ -322,19 +284,16 @@ def read_files(body: bytes | bytearray, options: str) -> Request:
     for part in parts[:-1]:
         head, found, content = part.partition(b"\r\n\r\n")
         if not found or b"filename=" not in head[:4096]:
-            raise RequestError(
-                "the form has a field that is no file; expected pictures, as curl -F image=@FILE sends them"
-            )
+            raise RequestError("the form has a field that is no file; expected pictures, as curl -F image=@FILE does")
         files.append(bytes(content))
-    return request_of_pictures(files)
+    return _request_of_pictures(files)
 
 
-def request_of_pictures(pictures: list[bytes]) -> Request:
-    """Makes a request of pictures alone."""
+def _request_of_pictures(pictures: list[bytes]) -> Request:
     return Request([Tensor(ENCODED, "BYTES", [len(pictures)], pictures, is_base64=False)])
 
 
-def write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
+def _write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
     """Writes the answer in JSON, followed by the binary tensors that were asked for."""
     told: list[dict[str, Any]] = []
     binary: list[bytes] = []
@@ -344,12 +303,9 @@ def write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
             binary.append(pack_array(values))
             told.append(output | {"parameters": {"binary_data_size": len(binary[-1])}})
             continue
-        if datatype == "BYTES":
-            output["parameters"] = {"content_type": "str"}
-        told.append(
-            output
-            | {"data": values.ravel().tolist() if values.dtype == object else np.ascontiguousarray(values).ravel()}
-        )
+        output |= {"parameters": {"content_type": "str"}} if datatype == "BYTES" else {}
+        data = values.ravel().tolist() if values.dtype == object else np.ascontiguousarray(values).ravel()
+        told.append(output | {"data": data})
     content: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": told}
     content |= {"id": request.request_id} if request.request_id is not None else {}
     text = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

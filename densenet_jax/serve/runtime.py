@@ -19,16 +19,7 @@ from prometheus_client import Counter, Summary
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.batching import FairQueue, compute_in_batches
-from densenet_jax.serve.requests import (
-    ENCODED,
-    PIXELS,
-    InputChecker,
-    Picture,
-    Request,
-    RequestError,
-    Wanted,
-    shorten,
-)
+from densenet_jax.serve.requests import ENCODED, PIXELS, InputChecker, Picture, Request, RequestError, Wanted, shorten
 
 PROBABILITIES = "probabilities"
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}

@@ -146,8 +146,22 @@ def test_the_same_data_go_on(run):
     experiment_on(root / "data", settings).saved_variables(str(root / "run"))
 
 
+def rename_files(data):
+    for index in range(7):
+        (data / "train" / "two" / f"{index}.png").rename(data / "train" / "two" / f"ä{index}.png")
+
+
 @pytest.mark.parametrize(
-    ("change", "why"), [(rename, "'two' would be number 0 and was 1"), (remove_file, "'two' 8, had 9")]
+    ("change", "why"),
+    [
+        (rename, r"\(classes renamed: '# one' to 'zebra'\), so that class 'two' would be number 0 and was 1"),
+        (remove_file, r"had 18; train: 'two' 8, had 9; train files removed: two/3.png\); restore it"),
+        (
+            rename_files,
+            r"'two' other files; train files removed: two/0.png, .*two/4.png and 2 more; "
+            r"train files added: two/ä0.png, .* and 2 more\)",
+        ),
+    ],
 )
 def test_training_does_not_go_on_with_other_data(run, tmp_path, change, why):
     root, settings = run
@@ -170,6 +184,19 @@ def test_a_changed_data_set_goes_on_by_a_setting_and_labels_follow(run, tmp_path
     write_labels(str(tmp_path), ("# one", "two"))
     write_labels(str(tmp_path), identity["classes"], keep_others=same_classes)
     assert read_labels(tmp_path / "labels.txt") == ("# one", "zwei")
+
+
+def test_a_checkpoint_without_names_of_files_opens(run, tmp_path):
+    root, settings = run
+    for names in (None, 3, "", "AAAA", "no"):
+        saved = experiment_on(root / "data", settings).data.identify(train=True)
+        for part in saved["splits"].values():
+            part["names"] = names
+        experiment_on(root / "data", settings).data.check_same(saved, "step 1", train=True)
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        changed = experiment_on(changed_copy(root, tmp_path, remove_file), settings).data
+        with pytest.raises(UserError, match=r"'two' 8, had 9\); restore"):
+            changed.check_same(saved, "step 1", train=True)
 
 
 def test_a_flipped_bit_is_no_other_data_set(run, tmp_path):
