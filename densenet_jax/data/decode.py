@@ -11,7 +11,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from densenet_jax.data import dicom, rare_formats
-from densenet_jax.data.pixels import Stored, to_pixels, widen
+from densenet_jax.data.pixels import Stored, narrow, to_pixels, widen
 from densenet_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
         return widen(pixels)
     if bits == 8 and pixels.dtype == np.uint16:
         _warn_of_lost_bits(name)
-        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return narrow(pixels)
     return pixels
 
 

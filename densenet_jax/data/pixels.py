@@ -83,6 +83,11 @@ def widen(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.uint16) * 257 if pixels.dtype == np.uint8 else pixels
 
 
+def narrow(pixels: np.ndarray) -> np.ndarray:
+    """Rounds 16-bit pixels to 8 bits at equal brightness."""
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+
+
 def to_picture(pixels: np.ndarray) -> np.ndarray:
     """Converts pixels for display: 8 bits, and the mean of the channels as gray unless there are 1 or 3."""
     if pixels.dtype == np.uint16:

@@ -235,6 +235,14 @@ class Predictor:
         """
         return self._in_chunks(images)["probability"]
 
+    def activation_maps(self, images: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+        """Computes the activation maps, float32 [b, h, w], of one class for each preprocessed image.
+
+        Raises:
+            UserError: a class does not exist, or the model evaluates ten crops.
+        """
+        return self._in_chunks(images, classes=np.asarray(classes, np.int32))["map"]
+
     def compile(self, features: str = "", *, explain: bool = False) -> None:
         """Compiles every batch size, so that later calls don't wait for it."""
         for size in self.batch_sizes:

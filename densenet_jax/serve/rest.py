@@ -52,7 +52,8 @@ class Rest:
         self._pages: dict[str, Reply] = {}
         for path, name in {"/": "page.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}.items():
             text = importlib.resources.files("densenet_jax.serve").joinpath(name).read_text("utf-8")
-            body = text.replace("MODEL_NAME", html.escape(model.name)).encode()
+            text = text.replace("MODEL_NAME", html.escape(model.name)).replace("CROP_SHARE", f"{model.seen_share:.6g}")
+            body = text.encode()
             kind = "text/html; charset=utf-8" if name.endswith("html") else JSON
             security = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
             self._pages[path] = body, {"content-type": kind, **security}

@@ -16,13 +16,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from prometheus_client import Counter, Summary
 
+from densenet_jax.data.pixels import narrow
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.batching import FairQueue, compute_in_batches
 from densenet_jax.serve.requests import ENCODED, PIXELS, InputChecker, Picture, Request, RequestError, Wanted, shorten
 
-PROBABILITIES = "probabilities"
-OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32"}
+PROBABILITIES, MAP = "probabilities", "activation_map"
+OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32", MAP: "FP32"}
 BEST = 5  # classes in the outputs that name the best; a model of many labels names all
 VERSION = "1"  # the only one of the model
 MAX_IMAGES = 64  # in one request
@@ -37,6 +38,7 @@ SUCCESSES = Counter("model_infer_request_success", "Requests for inference that 
 FAILURES = Counter("model_infer_request_failure", "Requests for inference that were refused or failed.", _LABELS)
 DURATION = Summary("model_infer_request_duration", "Seconds that a request for inference took.", _LABELS)
 
+Answers: TypeAlias = tuple[np.ndarray, np.ndarray | None]  # probabilities [n, k], activation maps [n, h, w]
 Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; strings are objects
 
 
@@ -68,6 +70,8 @@ class Classifier:
         self._wide_sizes: dict[np.dtype, tuple[int, ...]] = {}
         if predictor.model.transform.bits == 0:
             self._wide_sizes[np.dtype(np.uint16)] = predictor.batch_sizes[:1]
+        self._explain = FairQueue(self._explain_all, name="explain", most=predictor.batch_sizes[0])
+        self._can_explain = len(predictor.image_shape) == 3  # not with ten crops
         self._under_way: set[asyncio.Timeout] = set()
         labels = {"model": self.name, "version": VERSION}
         self._successes, self._failures = SUCCESSES.labels(**labels), FAILURES.labels(**labels)
@@ -96,6 +100,14 @@ class Classifier:
         self._predictor.compile()
         for dtype, sizes in self._wide_sizes.items():
             self._predictor.probabilities(np.zeros((*sizes, *self._predictor.image_shape), dtype))
+        if self._can_explain:
+            self._explain_all([(np.zeros(self._predictor.image_shape, self._checker.dtype), 0)])
+
+    @property
+    def seen_share(self) -> float:
+        """Share of an image's short side that the model sees; 0 if it can't be explained."""
+        transform = self._predictor.model.transform
+        return transform.image_size_px / transform.resize_px if self._can_explain else 0.0
 
     def check_name(self, name: str, version: str = "") -> None:
         """Raises RequestError (404) if a client asks for another model."""
@@ -106,7 +118,10 @@ class Classifier:
     def metadata(self) -> dict[str, Any]:
         """Describes inputs and outputs in the protocol's terms; -1 is any number of images."""
         classes = len(self._predictor.class_names)
-        best = len(self._predictor.best(np.zeros(classes, np.float32), BEST))
+        best = [len(self._predictor.best(np.zeros(classes, np.float32), BEST))]
+        shapes = dict.fromkeys(OUTPUTS, best) | {PROBABILITIES: [classes]}
+        if self._can_explain:
+            shapes[MAP] = list(self._predictor.output_shapes(explain=True)["map"])
         return {
             "name": self.name,
             "versions": [VERSION],
@@ -116,8 +131,9 @@ class Classifier:
                 {"name": ENCODED, "datatype": "BYTES", "shape": [-1]},
             ],
             "outputs": [
-                {"name": name, "datatype": datatype, "shape": [-1, classes if name == PROBABILITIES else best]}
+                {"name": name, "datatype": datatype, "shape": [-1, *shapes[name]]}
                 for name, datatype in OUTPUTS.items()
+                if name != MAP or self._can_explain
             ],
         }
 
@@ -136,16 +152,16 @@ class Classifier:
             with self._admit() as deadline:
                 try:
                     async with deadline:
-                        request, rows, outputs = await self._answer(read, size)
+                        request, answers, outputs = await self._answer(read, size)
                 except TimeoutError as error:
                     if self.is_stopping:
                         raise RequestError("the server is stopping", 503) from error
                     raise RequestError(f"it took more than {self._request_secs:g} seconds", 504) from error
-            answer = [self._output(wanted, rows) for wanted in outputs]
+            written = [self._output(wanted, *answers) for wanted in outputs]
         self._successes.inc()
         self.requests_served += 1
-        self.images_served += len(rows)
-        return request, answer
+        self.images_served += len(answers[0])
+        return request, written
 
     @contextlib.contextmanager
     def _admit(self) -> Iterator[asyncio.Timeout]:
@@ -170,16 +186,21 @@ class Classifier:
         for deadline in self._under_way:
             deadline.reschedule(loop.time())
 
-    async def _answer(self, read: Callable[[], Request], size: int) -> tuple[Request, np.ndarray, list[Wanted]]:
+    async def _answer(self, read: Callable[[], Request], size: int) -> tuple[Request, Answers, list[Wanted]]:
         def prepare() -> tuple[Request, np.ndarray | list[Picture]]:
             request = read()
             return request, self._checker.check(request)
 
         request, images = prepare() if size <= INLINE_BYTES else (await self._read([prepare]))[0]
-        outputs = select_outputs(request)
-        if isinstance(images, list):
-            images = await self._decode_pictures(images)
-        return request, np.stack(await self._compute(list(images))), outputs
+        outputs, maps = select_outputs(request), None
+        explains = any(wanted.name == MAP for wanted in outputs)
+        if explains and not self._can_explain:
+            raise RequestError(f"{MAP} needs a single crop, but this model evaluates ten")
+        images = await self._decode_pictures(images) if isinstance(images, list) else list(images)
+        rows = np.stack(await self._compute(images))
+        if explains:
+            maps = np.stack(await self._explain(list(zip(images, rows.argmax(axis=-1), strict=True))))
+        return request, (rows, maps), outputs
 
     async def _decode_pictures(self, pictures: list[Picture]) -> list[np.ndarray]:
         decoded: dict[int, np.ndarray] = {}
@@ -210,7 +231,13 @@ class Classifier:
         IMAGES.inc(len(images))
         return [answers[number] for number in range(len(images))]
 
-    def _output(self, wanted: Wanted, rows: np.ndarray) -> tuple[Wanted, str, np.ndarray]:
+    def _explain_all(self, chosen: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+        images = [narrow(image) if self._checker.dtype == np.uint8 else image for image, _ in chosen]
+        return list(self._predictor.activation_maps(np.stack(images), [number for _, number in chosen]))
+
+    def _output(self, wanted: Wanted, rows: np.ndarray, maps: np.ndarray | None) -> tuple[Wanted, str, np.ndarray]:
+        if wanted.name == MAP and maps is not None:
+            return wanted, OUTPUTS[MAP], maps
         if wanted.name == PROBABILITIES and not wanted.classes:
             return wanted, OUTPUTS[PROBABILITIES], rows
         best = [self._predictor.best(row, wanted.classes or BEST)[: wanted.classes or None] for row in rows]
@@ -235,7 +262,7 @@ def _call_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def select_outputs(request: Request) -> list[Wanted]:
-    """Returns the outputs that a request asks for, in its order; all if it names none.
+    """Returns the outputs that a request asks for, in its order; all but activation maps if it names none.
 
     Raises:
         RequestError: there is no such output, or classes of one that has none.
@@ -248,4 +275,4 @@ def select_outputs(request: Request) -> list[Wanted]:
                 f"a classification of {wanted.name} is not offered; expected a count for {PROBABILITIES}"
             )
     named = {wanted.name: wanted for wanted in request.outputs}
-    return list(named.values()) or [Wanted(name, is_binary=request.is_binary) for name in OUTPUTS]
+    return list(named.values()) or [Wanted(name, is_binary=request.is_binary) for name in OUTPUTS if name != MAP]

@@ -50,7 +50,7 @@ def grpc_input(name: str, datatype: str, array: np.ndarray):
 
 
 @needs_server
-def test_it_tells_of_itself(server):
+def test_it_tells_of_itself(server, served):
     assert requests.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=9).status_code == 200
@@ -64,6 +64,7 @@ def test_it_tells_of_itself(server):
         "class_ids": [-1, 5],
         "labels": [-1, 5],
         "top_probabilities": [-1, 5],
+        "activation_map": [-1, *served.output_shapes(explain=True)["map"]],
     }
     listed = requests.post(f"{server.url}/v2/repository/index", timeout=9).json()
     assert listed == [{"name": MODEL, "version": "1", "state": "READY", "reason": ""}]
@@ -106,6 +107,27 @@ def test_answers_over_grpc_are_the_predictors(server, served, pixels, pictures, 
         np.testing.assert_allclose(got.as_numpy("probabilities"), expected[:5], **TOLERANCE)
         labels = [[one.label.encode() for one in served.best(row)] for row in expected[:5]]
         assert got.as_numpy("labels").tolist() == labels
+
+
+@needs_server
+def test_activation_maps_are_the_predictors(server, served, pixels, pictures):
+    from tritonclient import grpc
+
+    explained = np.stack([one.activation_map for one in served.explain(pictures[:3])])
+    wanted = [{"name": "activation_map"}, {"name": "class_ids"}]
+    got = outputs_of(post(server, request_of(pictures_input(*pictures[:3]), outputs=wanted)))
+    np.testing.assert_allclose(got["activation_map"], explained, rtol=1e-3, atol=1e-4)
+    assert got["class_ids"].shape == (3, 5)
+    shapes = {one["name"]: one["shape"] for one in requests.get(f"{server.url}/v2/models/{MODEL}").json()["outputs"]}
+    assert shapes["activation_map"] == [-1, *explained.shape[1:]]
+    answer = grpc_client(server).infer(
+        MODEL,
+        [grpc_input("image", "UINT8", pixels[:3])],
+        outputs=[grpc.InferRequestedOutput("activation_map")],
+    )
+    np.testing.assert_allclose(answer.as_numpy("activation_map"), explained, rtol=1e-3, atol=1e-4)
+    assert "activation_map" not in outputs_of(post(server, request_of(pixels_input(pixels[:1]))))
+    assert b'data-share="1"' in requests.get(server.url, timeout=9).content
 
 
 @needs_server
@@ -280,7 +302,7 @@ def test_it_stops_while_it_loads(served_run, user, tmp_path):
 @needs_server
 def test_nothing_is_compiled_after_the_start(served, pictures):
     """Not for files of 16 bits either, which share no batch with others."""
-    from densenet_jax.serve.requests import ENCODED, Request, Tensor
+    from densenet_jax.serve.requests import ENCODED, Request, Tensor, Wanted
     from densenet_jax.serve.runtime import Classifier
 
     wide = [
@@ -293,9 +315,12 @@ def test_nothing_is_compiled_after_the_start(served, pictures):
         model = Classifier(predictor)
         await model.compile()
         compiled = predictor._step._cache_size()
-        request = Request([Tensor(ENCODED, "BYTES", [len(files)], files, is_base64=False)])
+        request = Request(
+            [Tensor(ENCODED, "BYTES", [len(files)], files, is_base64=False)],
+            [Wanted("probabilities"), Wanted("activation_map")],
+        )
         _, outputs = await model.infer(lambda: request, 1)
-        assert predictor._step._cache_size() == compiled == 1 + len(predictor.batch_sizes)
+        assert predictor._step._cache_size() == compiled == 2 + len(predictor.batch_sizes)
         return outputs[0][2]
 
     expected = np.concatenate([served.probabilities(served.preprocess(file)[None]) for file in files])
