@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".dcm")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "val": ("val", "validation")}
 _ALL_SPLIT_FOLDERS = ("train", "validation", "val", "test")
-_VERSION = 2  # index format
+_VERSION = 3  # index format
 _LISTING_THREADS = 16  # listing waits for the disk or the network, not for a core
 _NAMED = 5  # classes listed per message
 
@@ -55,7 +55,7 @@ class FolderSource:
             raise UserError(f"{self._root} has no class folders; expected {self._root}/CLASS/IMAGE.")
         self.num_classes = len(self.class_names)
         self.label_sets = self.many_labels = False
-        self._labels, self._ends, self._names = _load_or_list(directory, self._root, own, self.class_names)
+        self._labels, self._ends, self._names, self._sizes = _load_or_list(directory, self._root, own, self.class_names)
         if not len(self._labels):
             raise UserError(f"{self._root} holds no images; expected {self._root}/CLASS/IMAGE.")
         self._check_classes(is_train=os.path.abspath(self._root) == os.path.abspath(train))
@@ -115,10 +115,11 @@ class FolderSource:
             classes.append((len(mine), digest.hexdigest()[:16]))
         return classes
 
-    def file_names(self) -> list[str]:
-        """Returns the paths below the split's folder."""
+    def files(self) -> dict[str, int]:
+        """Returns the size of each file by its path below the split's folder, as of the last listing."""
         names, ends = self._names.tobytes(), [0, *self._ends.tolist()]
-        return [os.fsdecode(names[start:end]) for start, end in itertools.pairwise(ends)]
+        paths = (os.fsdecode(names[start:end]) for start, end in itertools.pairwise(ends))
+        return dict(zip(paths, self._sizes.tolist(), strict=True))
 
 
 def _split_folder(directory: str, split: str) -> str:
@@ -150,7 +151,8 @@ def _subfolders(path: str) -> list[str]:
     return names
 
 
-Index = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels int32[n], ends of names int64[n], names uint8[...]
+# Labels int32[n], ends of names int64[n], names uint8[...], sizes int64[n].
+Index = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _load_or_list(directory: str, root: str, folders: list[str], class_names: tuple[str, ...]) -> Index:
@@ -180,22 +182,24 @@ def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[
     folders = sorted(folders, key=label_of.__getitem__)
     with futures.ThreadPoolExecutor(_LISTING_THREADS) as pool:
         listings = list(pool.map(lambda folder: _list_class(root, folder), folders))
-    names, ends, labels, times = bytearray(), [], [], {}
+    names, ends, labels, sizes, times = bytearray(), [], [], [], {}
     skipped = _count_loose_files(root)
     for folder, (images, changed, others) in zip(folders, listings, strict=True):
         times.update(changed)
         skipped.update(others)
-        for image in images:
+        for image, size in images:
             names += os.fsencode(image)
             ends.append(len(names))
+            sizes.append(size)
         labels += [label_of[folder]] * len(images)
-    index = np.array(labels, np.int32), np.array(ends, np.int64), np.frombuffer(bytes(names), np.uint8)
+    arrays = np.array(labels, np.int32), np.array(ends, np.int64), np.frombuffer(bytes(names), np.uint8)
+    index = (*arrays, np.array(sizes, np.int64))
     report_skipped(root, skipped)
     return index, {"version": _VERSION, "classes": list(class_names), "folders": times, "skipped": skipped}
 
 
-def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], collections.Counter[str]]:
-    """Lists one class folder: sorted image paths from `root`, each folder's modification time, and skipped files."""
+def _list_class(root: str, folder: str) -> tuple[list[tuple[str, int]], dict[str, int], collections.Counter[str]]:
+    """Lists one class folder: sorted image paths from `root` with sizes, folders' modification times, skipped files."""
     images, times, pending = [], {}, [(folder, frozenset[tuple[int, int]]())]
     skipped: collections.Counter[str] = collections.Counter()
     while pending:
@@ -212,7 +216,7 @@ def _list_class(root: str, folder: str) -> tuple[list[str], dict[str, int], coll
                     elif entry.name.startswith("."):
                         continue
                     elif is_image_file(entry):
-                        images.append(os.path.join(here, entry.name))
+                        images.append((os.path.join(here, entry.name), entry.stat().st_size))
                     else:
                         skipped[_kind_of(entry)] += 1
         except OSError as error:
@@ -271,7 +275,7 @@ def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
         with os.fdopen(handle, "wb") as stream:
             text = np.frombuffer(json.dumps(stamp).encode(), np.uint8)
             os.fchmod(handle, 0o644)  # readable by all users of the data
-            np.savez(stream, stamp=text, labels=index[0], ends=index[1], names=index[2])
+            np.savez(stream, stamp=text, labels=index[0], ends=index[1], names=index[2], sizes=index[3])
         os.replace(temporary, file)
     except OSError:
         with contextlib.suppress(OSError):
@@ -294,6 +298,6 @@ def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
             if times != list(stamp["folders"].values()):
                 return None
             report_skipped(root, stamp["skipped"])
-            return stored["labels"], stored["ends"], stored["names"]
+            return stored["labels"], stored["ends"], stored["names"], stored["sizes"]
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile):
         return None

@@ -12,10 +12,10 @@ from densenet_jax.data.records import Source
 from densenet_jax.errors import UserError
 
 # {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...],
-# "names": packed paths, or "" if unknown or too many}}}
+# "names": packed paths and sizes, or "" if unknown or too many}}}
 Identity = dict[str, Any]
 _NAMED = 5  # differences listed per kind
-_MAX_PACKED, _MAX_NAMES = 8 * 2**20, 2**28  # characters; ImageNet's 1.3 million names take 6 million
+_MAX_PACKED, _MAX_NAMES = 16 * 2**20, 2**28  # characters; ImageNet's 1.3 million files take 10 million
 
 
 def identify(name: str, sources: Mapping[str, Source]) -> Identity:
@@ -24,25 +24,27 @@ def identify(name: str, sources: Mapping[str, Source]) -> Identity:
         split: {
             "examples": len(source),
             "files": [list(entry) for entry in source.identity()],
-            "names": _pack(source.file_names()),
+            "names": _pack(source.files()),
         }
         for split, source in sources.items()
     }
     return {"name": name, "classes": list(next(iter(sources.values())).class_names), "splits": splits}
 
 
-def _pack(names: Sequence[str]) -> str:
-    text = "\0".join(names).encode("utf-8", "surrogateescape")
+def _pack(files: Mapping[str, int]) -> str:
+    text = "\0".join(f"{size} {name}" for name, size in files.items()).encode("utf-8", "surrogateescape")
     packed = base64.b64encode(zlib.compress(text)).decode()
     return packed if len(packed) <= _MAX_PACKED else ""
 
 
-def _unpack(packed: Any) -> set[str]:
+def _unpack(packed: Any) -> dict[str, str]:
+    """Returns the size of each file, as text."""
     try:
         text = zlib.decompressobj().decompress(base64.b64decode(packed), _MAX_NAMES)
     except (TypeError, ValueError, zlib.error):
-        return set()
-    return set(text.decode("utf-8", "backslashreplace").split("\0")) - {""}
+        return {}
+    parts = (entry.partition(" ") for entry in text.decode("utf-8", "backslashreplace").split("\0"))
+    return {name: size for size, _, name in parts if name}
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
@@ -163,20 +165,21 @@ def _file_changes(saved: Identity, current: Identity) -> list[str]:
         ]
         if details:
             changes.append(_list(f"{split}: ", details))
-            changes += _name_changes(split, before, now, skip=set(saved["classes"]) ^ set(current["classes"]))
+        changes += _list_files(split, before, now, skip=set(saved["classes"]) ^ set(current["classes"]))
     return changes
 
 
-def _name_changes(split: str, before: dict[str, Any], now: dict[str, Any], skip: set[str]) -> list[str]:
-    """Names files that came and went, except in the folders of `skip`, classes that came or went themselves."""
+def _list_files(split: str, before: dict[str, Any], now: dict[str, Any], skip: set[str]) -> list[str]:
+    """Lists files that came, went or changed size, except in the folders of `skip`: classes that came or went."""
     had, have = (_unpack(files.get("names")) for files in (before, now))
-    if not had or not have:
+    if had == have or not had or not have:
         return []
-    changes = []
-    for what, names in (("removed", had - have), ("added", have - had)):
-        if listed := sorted(name for name in names if name.partition("/")[0] not in skip):
-            changes.append(_list(f"{split} files {what}: ", listed))
-    return changes
+    changed = {
+        name for name in had.keys() & have.keys() if had[name] != have[name] and "-1" not in (had[name], have[name])
+    }
+    kinds = {"removed": had.keys() - have.keys(), "added": have.keys() - had.keys(), "of another size": changed}
+    kept = {kind: sorted(name for name in names if name.partition("/")[0] not in skip) for kind, names in kinds.items()}
+    return [_list(f"{split} files {kind}: ", names) for kind, names in kept.items() if names]
 
 
 def _list(start: str, entries: Sequence[str]) -> str:

@@ -61,5 +61,5 @@ class Source(Protocol):
     def identity(self) -> list[tuple[int, str]]:
         """Returns the count of each class and a digest of its names; [] if only the total is known."""
 
-    def file_names(self) -> list[str]:
-        """Returns the paths of all files, as a person knows them; [] if they are not known."""
+    def files(self) -> dict[str, int]:
+        """Returns the bytes of each file by its path, -1 if not known; {} if the files are not known."""

@@ -144,9 +144,9 @@ class SubsetSource:
         """Returns the identity of the whole source."""
         return self._source.identity()
 
-    def file_names(self) -> list[str]:
+    def files(self) -> dict[str, int]:
         """Returns those of the whole source."""
-        return self._source.file_names()
+        return self._source.files()
 
 
 class ArrayRecordSource:
@@ -214,9 +214,9 @@ class ArrayRecordSource:
         """Returns []: names would have to be read record by record."""
         return []
 
-    def file_names(self) -> list[str]:
-        """Returns []."""
-        return []
+    def files(self) -> dict[str, int]:
+        """Returns {}."""
+        return {}
 
 
 def _open_records(builder: Any, split: str, directory: str) -> Any:

@@ -108,9 +108,9 @@ class TableSource:
         digests = [hashlib.sha256(paths + column.tobytes()).hexdigest()[:16] for column in self._labels.T]
         return [(int(count), digest) for count, digest in zip((self._labels == 1).sum(axis=0), digests, strict=True)]
 
-    def file_names(self) -> list[str]:
-        """Returns the paths in the table."""
-        return self._paths.to_pylist()
+    def files(self) -> dict[str, int]:
+        """Returns the paths in the table, without sizes."""
+        return dict.fromkeys(self._paths.to_pylist(), -1)
 
 
 def _digest(paths: pa.Array) -> str:

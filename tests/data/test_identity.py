@@ -101,7 +101,8 @@ def run(tmp_path_factory):
         for name in ("# one", "two"):
             (root / "data" / part / name).mkdir(parents=True)
             for index in range(count):
-                pixels = np.random.default_rng(index).integers(0, 4096, (8, 8), np.uint16)
+                drawn = np.random.default_rng(index if name == "two" else 100 + index)
+                pixels = drawn.integers(0, 4096, (8, 8), np.uint16)
                 Image.fromarray(pixels).save(root / "data" / part / name / f"{index}.png")
     settings = {"data__name": "folder", "data__eval_split": "val", "data__mean": (0.5,), "data__std": (0.5,)}
     settings["data__pixel_range"] = (0, 4095)
@@ -146,6 +147,13 @@ def test_the_same_data_go_on(run):
     experiment_on(root / "data", settings).saved_variables(str(root / "run"))
 
 
+def swap_classes(data):
+    for part in ("train", "val"):
+        (data / part / "two").rename(data / part / "other")
+        (data / part / "# one").rename(data / part / "two")
+        (data / part / "other").rename(data / part / "# one")
+
+
 def rename_files(data):
     for index in range(7):
         (data / "train" / "two" / f"{index}.png").rename(data / "train" / "two" / f"ä{index}.png")
@@ -156,6 +164,7 @@ def rename_files(data):
     [
         (rename, r"\(classes renamed: '# one' to 'zebra'\), so that class 'two' would be number 0 and was 1"),
         (remove_file, r"had 18; train: 'two' 8, had 9; train files removed: two/3.png\); restore it"),
+        (swap_classes, r"\(val files of another size: # one/0.png, .*; train files of another size: # one/0.png, "),
         (
             rename_files,
             r"'two' other files; train files removed: two/0.png, .*two/4.png and 2 more; "
