@@ -35,8 +35,8 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
 
     if graph.allowed_classes is not None:
         raise UserError("config.eval.class_map is not supported by --format tflite; leave it empty.")
-    if graph.input_dtype == np.uint16:
-        raise UserError("--format tflite takes pixels of 8 bits, but this model has 16; choose another format.")
+    if graph.input_dtype == np.uint16 and precision == "int8":
+        raise UserError("--precision int8 takes pixels of 8 bits, but this model has 16; choose float16 or float32.")
     whole = (
         precision == "int8" and not graph.preprocessed
     )  # input bytes are the quantized values: nothing runs in float

@@ -25,6 +25,11 @@ DROP = """(() => {
   return there.dispatchEvent(new DragEvent('drop', options));
 })()"""
 
+IS_RED = """(() => {
+  const seen = document.querySelector('canvas').getContext('2d').getImageData(0, 0, 448, 448).data;
+  return seen.some((value, place) => place % 4 == 0 && value > seen[place + 2] + 40);
+})()"""
+
 
 def dropping(data: bytes, name: str) -> str:
     return DROP % (base64.b64encode(data).decode(), name)
@@ -57,6 +62,9 @@ def test_an_image_is_dropped_and_its_classes_are_shown(server, served, pixels, p
             await page.until(DONE)
             assert await page.run(SHOWN) == told(0)
             assert (await page.run("document.getElementById('status').textContent")).startswith("zero.png: ")
+            await page.until("!document.getElementById('why').hidden")
+            assert await page.run("document.querySelector('figcaption').textContent.endsWith(' is')")
+            assert await page.run(IS_RED)
             await page.run("document.getElementById('classes').hidden = true")
             (tmp_path / "one.png").write_bytes(pictures[1])
             await page.choose("#choose", tmp_path / "one.png")
