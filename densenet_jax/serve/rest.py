@@ -103,7 +103,7 @@ class Rest:
             if rest in ([], ["ready"]):
                 _require(scope, "GET")
                 model.check_name(parts[2], version)
-                return self._state(model.is_ready) if rest else _to_json(model.metadata())
+                return _answer_if(model.is_ready, "ready", name=model.name) if rest else _to_json(model.metadata())
         path = scope["path"]
         scope["state"]["route"] = path if path in PATHS or path in self._pages else ""  # metrics keep names forever
         if path in self._pages:
@@ -114,9 +114,9 @@ class Rest:
             case ["v2"]:
                 return _to_json({"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS})
             case ["v2", "health", "live"]:
-                return self._state(True)
+                return _answer_if(True, "live")
             case ["v2", "health", "ready"]:
-                return self._state(model.is_ready and not model.is_stopping)
+                return _answer_if(model.is_ready and not model.is_stopping, "ready")
             case ["v2", "repository", "index"]:
                 _require(scope, "POST")
                 return _to_json(self._index(await self._body(headers, receive)))
@@ -125,11 +125,6 @@ class Rest:
                 model.check_name(name)
                 raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
         raise RequestError("there is nothing at this address; /docs tells what there is", 404)
-
-    def _state(self, is_good: bool) -> Reply:
-        if not is_good:
-            raise RequestError("not ready")  # the protocol's status is 4xx
-        return _to_json({})
 
     def _index(self, body: bytes | bytearray) -> list[dict[str, str]]:
         check_json(body)
@@ -196,6 +191,12 @@ class Rest:
         if refused is not None:
             raise refused
         return body
+
+
+def _answer_if(is_good: bool, state: str, **more: str) -> Reply:
+    if not is_good:
+        raise RequestError(f"not {state}")  # the protocol's status is 4xx
+    return _to_json(more | {state: True})
 
 
 def _require(scope: Scope, method: str) -> None:

@@ -196,10 +196,10 @@ class Classifier:
         explains = any(wanted.name == MAP for wanted in outputs)
         if explains and not self._can_explain:
             raise RequestError(f"{MAP} needs a single crop, but this model evaluates ten")
-        images = await self._decode_pictures(images) if isinstance(images, list) else list(images)
-        rows = np.stack(await self._compute(images))
+        pixels = await self._decode_pictures(images) if isinstance(images, list) else list(images)
+        rows = np.stack(await self._compute(pixels))
         if explains:
-            maps = np.stack(await self._explain(list(zip(images, rows.argmax(axis=-1), strict=True))))
+            maps = np.stack(await self._explain(list(zip(pixels, rows.argmax(axis=-1).tolist(), strict=True))))
         return request, (rows, maps), outputs
 
     async def _decode_pictures(self, pictures: list[Picture]) -> list[np.ndarray]:

@@ -140,6 +140,9 @@ def test_kserves_client(server, pixels, expected):
         request = kserve.InferRequest(MODEL, [given])
         rest = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=60))
         over_rest = await rest.infer(server.url, request, model_name=MODEL)
+        assert await rest.is_server_live(server.url)
+        assert await rest.is_server_ready(server.url)
+        assert await rest.is_model_ready(server.url, MODEL)
         grpc = kserve.InferenceGRPCClient(server.grpc)
         return over_rest, await grpc.infer(request)
 

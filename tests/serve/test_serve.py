@@ -66,6 +66,12 @@ def test_it_tells_of_itself(server, served):
         "top_probabilities": [-1, 5],
         "activation_map": [-1, *served.output_shapes(explain=True)["map"]],
     }
+    for path, state in {
+        "health/live": {"live": True},
+        "health/ready": {"ready": True},
+        f"models/{MODEL}/ready": {"name": MODEL, "ready": True},
+    }.items():
+        assert requests.get(f"{server.url}/v2/{path}", timeout=9).json() == state
     listed = requests.post(f"{server.url}/v2/repository/index", timeout=9).json()
     assert listed == [{"name": MODEL, "version": "1", "state": "READY", "reason": ""}]
     client = grpc_client(server)
