@@ -103,7 +103,8 @@ def run(tmp_path_factory):
             for index in range(count):
                 drawn = np.random.default_rng(index if name == "two" else 100 + index)
                 pixels = drawn.integers(0, 4096, (8, 8), np.uint16)
-                Image.fromarray(pixels).save(root / "data" / part / name / f"{index}.png")
+                more = {"dpi": (72, 72)} if name == "two" else {}  # so that the classes' files have different sizes
+                Image.fromarray(pixels).save(root / "data" / part / name / f"{index}.png", **more)
     settings = {"data__name": "folder", "data__eval_split": "val", "data__mean": (0.5,), "data__std": (0.5,)}
     settings["data__pixel_range"] = (0, 4095)
     make_run(root / "run", root / "data", **settings)
