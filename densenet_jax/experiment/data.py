@@ -163,16 +163,6 @@ class Data:
         side = self.config.eval.image_size_px or self.config.data.image_size_px
         return side, side, self.config.data.channels
 
-    @property
-    def eval_batch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the arrays in a global batch of evaluation."""
-        size = self.eval_batch_size
-        label = (size, self.eval_source.num_classes) if self.eval_source.many_labels else (size,)
-        shapes = {"image": (size, *self.transform(8, False).shape), "label": label, "mask": (size,)}
-        if self.eval_source.label_sets:
-            shapes["label_set"] = (size, self.eval_source.num_classes)
-        return shapes
-
     @functools.cached_property
     def allowed_classes(self) -> tuple[int, ...] | None:
         """Classes that evaluation may predict; None allows all. Reads the labels of the split if it must.
