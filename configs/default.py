@@ -93,7 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.loss = ""  # "softmax" for one class; "sigmoid", "focal" or "asymmetric" for many labels; "": the first
     train.loss_gammas = ()  # powers for present and absent labels; (): focal (2.0, 2.0), asymmetric (0.0, 4.0)
     train.loss_margin = 0.05  # asymmetric: absent labels of a smaller probability count nothing
-    train.class_weights = "none"  # "balanced" by the training images, or a number a class (label: its presence), "2, 1"
+    train.class_weights = ml_collections.FieldReference("none", object)  # or "balanced", or one number a class
     train.label_smoothing = 0.0  # spread this much evenly over all classes, or over presence and absence of a label
     train.log_every_steps = 0  # steps between reports; 0: 50, fewer in a run of less than 1,000 steps
     train.stall_secs = 600.0  # report, with stack traces of all threads, when nothing moves for this long; 0: never

@@ -172,8 +172,8 @@ RULES: dict[str, _Rule] = {
     ),
     "train.loss_margin": _BELOW_1,
     "train.class_weights": (
-        'none, balanced or one number above 0 a class, such as "2, 1, 0.5"',
-        lambda value: value in ("none", "balanced") or min(parse_weights(value)) > 0,
+        "none, balanced or one number above 0 a class, such as (2.0, 1.0)",
+        lambda value: value in ("none", "balanced") or all(0 < one <= _LARGEST for one in parse_weights(value)),
     ),
     "train.label_smoothing": _BELOW_1,
     "train.log_every_steps": _whole(0),

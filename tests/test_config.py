@@ -171,7 +171,8 @@ def test_differences_of_equal_settings_are_none():
         ),
         ({"train.loss": "focal"}, "train.loss is 'focal', .*'single'; expected softmax, or empty"),
         ({"data.labels": "multi", "eval.class_map": "present"}, "eval.class_map is 'present', .*one class an image"),
-        ({"train.class_weights": "1, 0, 2"}, "train.class_weights is '1, 0, 2'; expected none, balanced or one number"),
+        ({"train.class_weights": (1, 0, 2)}, r"train.class_weights is \(1, 0, 2\); expected none, balanced or one num"),
+        ({"train.class_weights": 2.0}, "train.class_weights is 2.0"),
         ({"train.class_weights": "even"}, "train.class_weights is 'even'"),
         ({"train.loss_gammas": (1.0,)}, "train.loss_gammas .*two powers"),
     ],
@@ -179,4 +180,5 @@ def test_differences_of_equal_settings_are_none():
 def test_settings_of_labels_fit_together(changes, message):
     with pytest.raises(UserError, match=message):
         frozen(**changes)
-    frozen(**{"data.labels": "multi", "train.loss": "asymmetric", "train.class_weights": "(1, 2.5)"})
+    for weights in ("balanced", (1, 2.5), "1, 2.5"):
+        frozen(**{"data.labels": "multi", "train.loss": "asymmetric", "train.class_weights": weights})

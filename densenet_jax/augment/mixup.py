@@ -93,9 +93,9 @@ def mix(
     own_label = jnp.where(cut, outside, share)[:, None]
     inside = inside_boxes(boxes, height, width)
     own_pixel = jnp.where(cut[:, None, None, None], jnp.where(inside, 0.0, 1.0), share[:, None, None, None])
-    mixed = own_pixel * images + (1.0 - own_pixel) * partners(images, pair_distance)
-    others = partners(targets, pair_distance)
-    targets_mixed = own_label * targets + (1.0 - own_label) * others
-    if many:
-        targets_mixed = jnp.where(own_label == 1.0, targets, jnp.where(own_label == 0.0, others, targets_mixed))
-    return mixed.astype(images.dtype), targets_mixed
+    mixed = (own_pixel * images + (1.0 - own_pixel) * partners(images, pair_distance)).astype(images.dtype)
+    both = own_label * targets + (1.0 - own_label) * partners(targets, pair_distance)
+    if many:  # 0 times unknown is unknown, too
+        both = jnp.where(own_label == 1.0, targets, both)
+        both = jnp.where(own_label == 0.0, partners(targets, pair_distance), both)
+    return mixed, both

@@ -1,6 +1,7 @@
 """Losses: one value per example, in float32 or better, and what their sum over a batch is divided by."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +186,16 @@ def make_loss(
     return SigmoidLoss(label_smoothing, class_weights, (first, second), margin if kind.has_margin else 0.0)
 
 
-def parse_weights(text: str) -> tuple[float, ...]:
-    """Parses numbers such as "2, 1, 0.5", with or without brackets.
+def parse_weights(weights: str | Sequence[float]) -> tuple[float, ...]:
+    """Returns the numbers, which may be a text such as "2, 1, 0.5", with or without brackets.
 
     Raises:
-        ValueError: the text is something else.
+        ValueError, TypeError: there are none, or something else.
     """
-    return tuple(float(number) for number in text.strip("()[] ").removesuffix(",").split(","))
+    if not weights:
+        raise ValueError("no numbers")
+    numbers = weights.strip("()[] ").removesuffix(",").split(",") if isinstance(weights, str) else weights
+    return tuple(float(number) for number in numbers)
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:

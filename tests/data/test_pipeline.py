@@ -335,3 +335,18 @@ def test_variants_of_imagenet_open_with_all_its_classes(name, tmp_path):
     source = open_source(name, str(tmp_path), "test")
     assert (source.num_classes, source.label_sets) == (1000, False)
     assert source.labels().tolist() == [6, 11, 13]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_balanced_sampler_starts_at_any_step_on_any_number_of_processes(processes):
+    source = Numbers(10)
+    source.labels = lambda: np.array([0] * 8 + [1] * 2, np.int32)
+    options = {"seed": 1, "global_batch_size": 8, "transform": Show(), "sampler": "balanced"}
+    whole = [batch["label"] for batch in take(train_batches(source, **options), 6)]
+    parts = [
+        take(train_batches(source, start_step=4, process_index=index, process_count=processes, **options), 2)
+        for index in range(processes)
+    ]
+    for step in range(2):
+        np.testing.assert_array_equal(np.concatenate([part[step]["label"] for part in parts]), whole[4 + step])
+    assert [(batch >= 8).sum() for batch in whole] == [4] * 6
