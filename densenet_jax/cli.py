@@ -60,7 +60,7 @@ _EXPECTED_BY_PARSERS = {
     "invalid literal for int": "a whole number",
     "could not convert string to float": "a number",
     "Non-boolean argument": "True or False",
-    "is not an integer in the range": "a whole number in its range",
+    "is not an integer in the range": "a whole number",
 }
 
 
@@ -75,9 +75,11 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
         for part, expected in _EXPECTED_BY_PARSERS.items():
             if part in why:
                 shown = name if name.startswith("config.") else f"--{name}"
-                return f"{shown} is {value!r}; expected {expected}."
+                limits = re.search(r"in the range \[(\d+), (\d+)\]", why)
+                span = f" from {limits[1]} to {limits[2]}" if limits else ""
+                return f"{shown} is {value!r}; expected {expected}{span}."
     if not isinstance(error, AttributeError | KeyError):
-        return first_line(error).replace("flag --", "--")
+        return first_line(error).replace("flag --", "--").replace("Missing value for", "there is no value after")
     quoted = re.search(r"""['"]([\w.]+)\\?['"]""", str(error))
     name = quoted.group(1) if quoted else str(error)
     keys = [key for key, _ in flatten(known)]
@@ -113,9 +115,7 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
     given: dict[str, Any] = {flag.name: values[flag.name].value for flag in Command.flags()}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if left_over and not given["images"]:
-        mode = difflib.get_close_matches(left_over[0], MODES, n=1)
-        hint = f"the nearest mode is {mode[0]}" if mode else "settings are given as --config.KEY=VALUE"
-        raise UserError(f"{left_over[0]} is not a flag; {hint}.")
+        raise UserError(f"{left_over[0]} is not a flag; {_explain_word(left_over[0], given['mode'])}.")
     given["images"] += tuple(left_over)
     overrides = config_flags.get_override_values(values["config"])
     if given["checkpoint"]:
@@ -127,6 +127,16 @@ def parse(arguments: list[str]) -> tuple[Command, Any]:
         recipe = recipe or Command.recipe
         given["workdir"] = given["workdir"] or (given["compare"] or (recipes.workdir_of(recipe),))[0]
     return Command(recipe, overrides, defaults, **given), config
+
+
+def _explain_word(word: str, mode: str) -> str:
+    """Returns what a word that belongs to no flag may have been meant as."""
+    if mode == "predict":
+        return f"images are given as --images {word}"
+    if word in recipes.names():
+        return f"a recipe is given as --config {word}"
+    nearest = difflib.get_close_matches(word, MODES, n=1)
+    return f"the nearest mode is {nearest[0]}" if nearest else "settings are given as --config.KEY=VALUE"
 
 
 def _define_flags(values: flags.FlagValues) -> None:

@@ -78,10 +78,10 @@ def _find(path: str) -> pathlib.Path:
     shipped = directory() / f"{file.stem if file.suffix == '.py' else file.name}.py"
     if str(file.parent) in (".", "configs") and file.stem in names() and shipped.is_file():
         return shipped
-    nearest = difflib.get_close_matches(file.stem, names(), n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"--config {path}: there is no such recipe or file; the nearest is {nearest}, and --help lists all of them."
-    )
+    if file.exists():
+        raise UserError(f"--config {path} is not a Python file (.py); name a recipe, or a file like configs/digits.py.")
+    nearest = [f"the nearest is {name}, and" for name in difflib.get_close_matches(file.stem, names(), n=1)]
+    raise UserError(f"--config {path}: there is no such recipe or file; {' '.join([*nearest, '--help lists them'])}.")
 
 
 def _module(path: pathlib.Path) -> ModuleType:

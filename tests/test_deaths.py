@@ -47,11 +47,11 @@ def kill_in(moment: str, run: Run, workdir: pathlib.Path, datasets: pathlib.Path
     steps = chance.randint(3, 9)
     begins, delay_secs = {
         "data preparation": (lambda: datasets.exists() and any(datasets.iterdir()), 0.1),
-        "compiling": (lambda: run.says(r"^compiling \.\.\.$|\ncompiling \.\.\.\n"), 1.0),
+        "compiling": (lambda: run.says(r"steps, .* an epoch"), 1.0),
         "step": (lambda: len(run.steps_reported()) >= steps, 0.2),
         "save": (temporary, 0.05),
         "evaluation": (lambda: set(run.steps_reported()) & set(EVAL_STEPS), 0.3),
-        "report": (lambda: run.says("drawing the report"), 0.5),
+        "report": (lambda: run.says("the latest checkpoint is"), 0.5),
     }[moment]
     if not run.wait_for(begins):
         return "never"

@@ -6,11 +6,15 @@ import pytest
 from PIL import Image
 
 from configs import default, densenet121, digits, finetune
+from densenet_jax import modes
 from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.run.train import Trainer
 from densenet_jax.training.timeline import Timeline
+from tests.ended_runs import reports_of
+from tests.in_process import run_here
+from tests.running import last_line
 
 
 def experiment(recipe=default, **changes) -> Experiment:
@@ -131,6 +135,33 @@ def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience
     trainer._timeline, trainer._metric = Timeline(10, 1, 100.0, 1.0, 1000, 10), "top1"
     trainer._scores, trainer._step = scores, 40
     assert trainer._has_stalled() is stalled
+
+
+def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, tmp_path, monkeypatch):
+    changes = ("model.block_sizes=(1,1)", "model.growth_rate=4", "train.global_batch_size=512", "train.epochs=9")
+    changes += ("optim.learning_rate=1e-12", "optim.warmup_epochs=0", "checkpoint.every_steps=2")
+    words = [f"--config.{change}" for change in (*changes, "eval.every_epochs=1", "train.patience_epochs=2")]
+    monkeypatch.setattr(modes, "report_run", lambda *_: None)
+
+    def run(workdir: str) -> dict:
+        return last_line(run_here("--config=digits", f"--workdir={tmp_path / workdir}", *words, **user)[0])
+
+    whole = run("whole")
+    assert 3 < whole["step"] < 25
+    validate = Trainer._validate
+
+    def die_later(self: Trainer, **options) -> dict:
+        if self._step > 5:
+            raise RuntimeError("killed")
+        return validate(self, **options)
+
+    monkeypatch.setattr(Trainer, "_validate", die_later)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed")
+    monkeypatch.setattr(Trainer, "_validate", validate)
+    assert run("killed") == whole
+    assert reports_of(tmp_path / "killed", "validation") == reports_of(tmp_path / "whole", "validation")
+    assert run("killed") == whole  # "nothing left to train"
 
 
 def test_a_run_that_stopped_early_has_figures_though_validations_are_due_at_other_steps_now(monkeypatch):

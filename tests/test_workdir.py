@@ -29,7 +29,7 @@ SHORT = ("--config=digits", "--config.train.epochs=0.2", "--config.optim.warmup_
         ("model.pretrained=nothing.safetensors", "no weights at 'nothing.safetensors'"),
         ("data.mean=(0.1,0.2)", "config.data.mean has 2 numbers"),
         ("optim.freeze=^params/nothing", "matches 0 of"),
-        ("optim.warmup_epochs=3", "config.optim.warmup_steps is"),
+        ("optim.warmup_epochs=3", "config.optim.warmup_epochs or warmup_steps is"),
         ("profile=9:9", "which ends at step 17; the run has 5 steps"),
     ],
 )

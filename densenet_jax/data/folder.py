@@ -42,7 +42,8 @@ class FolderSource:
             UserError: a folder is missing or unreadable, has a name that is not UTF-8, or holds no images.
         """
         if not os.path.isdir(directory):
-            raise UserError(f"config.data.dir is {directory!r}, which does not exist; name the folder of your images.")
+            wrong = "is not a folder" if os.path.exists(directory) else "does not exist"
+            raise UserError(f"config.data.dir is {directory!r}, which {wrong}; name the folder of your images.")
         train = os.path.join(directory, "train")
         if split == "train" and not any(os.path.isdir(os.path.join(directory, name)) for name in _ALL_SPLIT_FOLDERS):
             train = directory  # class folders without splits; config.data.holdout makes two of them

@@ -1,5 +1,6 @@
 """Opens data sets with random access to encoded images and labels."""
 
+import difflib
 import logging
 import os
 import re
@@ -291,6 +292,8 @@ def not_prepared_message(set_name: str, name: str, directory: str) -> str:
     """Explains in one line what to download, where to put it and how to prepare it."""
     command = "`pip install tensorflow-cpu==2.21.0`, then `python main.py --mode prepare` with the same --config"
     start = f"Data set {name} is not prepared in {directory}"
+    if close := difflib.get_close_matches(set_name, ("digits", "folder", "table"), n=1, cutoff=0.75):
+        return f"{start}; did you mean config.data.name={close[0]}?"
     if archives := MANUAL_ARCHIVES.get(set_name):
         manual = os.path.join(directory, "downloads", "manual")
         return (

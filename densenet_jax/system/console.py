@@ -63,7 +63,7 @@ def duration(secs: float) -> str:
 
 @contextlib.contextmanager
 def spinner(what: str) -> Iterator[None]:
-    """Shows that `what` is running, and afterwards how long it took."""
+    """Shows that `what` is running, and afterwards how long it took; no terminal gets the latter alone."""
     start = time.perf_counter()
     note = f"{what} takes long: large networks take minutes the first time, and the next start reads what was compiled"
     explain = threading.Timer(_LONG_SECS, print_status, [note])
@@ -74,7 +74,6 @@ def spinner(what: str) -> Iterator[None]:
             with _console.status(what):
                 yield
         else:
-            print_status(f"{what} ...")
             yield
     finally:
         explain.cancel()

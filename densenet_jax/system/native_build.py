@@ -20,6 +20,7 @@ from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import user_cache
 
 _BUILD_SECS = 300.0  # zig compiles its own C++ library the first time: two minutes
+_NO_COMPILER = "no compiler"
 
 
 def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
@@ -42,7 +43,7 @@ def find_compiler(variable: str, usual: str, language: str) -> list[str]:
     if variable not in os.environ and importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", usual]  # "cc" and "c++" are its subcommands, too
     raise RuntimeError(
-        f"No {language} compiler was found ({variable} names none and there is no {usual}); "
+        f"{_NO_COMPILER} for {language} was found ({variable} names none and there is no {usual}); "
         "`pip install ziglang` brings one."
     )
 
@@ -51,7 +52,7 @@ def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callabl
     """Compiles a missing library, once on this machine; reports it in one line and never fails.
 
     One process compiles and others wait. A failure is recorded in the user's cache, else beside the sources, and not
-    tried again before they change.
+    tried again before they change, unless there was no compiler.
     """
     if "0" in (os.environ.get("DENSENET_JAX_BUILD"), os.environ.get("DENSENET_JAX_NATIVE")):
         return
@@ -59,16 +60,21 @@ def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callabl
         return
     failed = next((path for path in reversed(places) if _writable(path.parent)), places[-1]).with_suffix(".failed")
     with contextlib.suppress(OSError), open(failed.with_suffix(".lock"), "a", encoding="utf-8") as lock:
-        if not _take_lock(lock.fileno()) or any(map(os.path.exists, (failed, *places))):
+        if not _take_lock(lock.fileno()) or any(map(os.path.exists, places)):
+            return
+        before = failed.read_text(encoding="utf-8") if failed.exists() else ""
+        if before and not before.startswith(_NO_COMPILER):
             return
         start = time.perf_counter()
         try:
             build()
             print_status(f"compiled {what} for this machine, once: {time.perf_counter() - start:.0f} s")
         except RuntimeError as error:
-            why = " ".join(str(error).split())[:300]
-            failed.write_text(f"{why}\n", encoding="utf-8")
-            print_status(f"{what} can't be compiled here, so it is slower: {why} (remove {failed} to try again)")
+            if (why := " ".join(str(error).split())[:300]) == before:
+                return
+            failed.write_text(why, encoding="utf-8")
+            again = "" if why.startswith(_NO_COMPILER) else f" (remove {failed} to try again)"
+            print_status(f"{what} can't be compiled here, so it is slower: {why}{again}")
 
 
 def _take_lock(file: int) -> bool:

@@ -71,8 +71,8 @@ def make_schedule(
     """
     if not 0 <= warmup_steps < max(total_steps, 1):
         raise UserError(
-            f"config.optim.warmup_steps is {warmup_steps} of {total_steps} steps in all; "
-            "expected 0 or more and less than the whole training; shorten the warmup or train longer."
+            f"config.optim.warmup_epochs or warmup_steps is {warmup_steps} steps, but all of the training is "
+            f"{total_steps}; shorten the warmup (0: none) or train longer."
         )
     if not 0 <= end_learning_rate <= learning_rate:
         raise UserError(

@@ -40,10 +40,20 @@ def test_it_is_compiled_once_by_many_at_the_same_time_and_said_once(built, capsy
 def test_a_failure_is_said_once_and_not_tried_again(built, capsys):
     places, calls = built
     for _ in range(2):
-        native_build.build_at_first_use("it", places, builder(places, calls, "no\ncompiler"))
+        native_build.build_at_first_use("it", places, builder(places, calls, "it\nfails"))
     assert len(calls) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("it can't be compiled here, so it is slower: no compiler")
+    assert line.startswith("it can't be compiled here, so it is slower: it fails")
+
+
+def test_a_compiler_that_comes_later_is_used(built, capsys):
+    places, calls = built
+    for _ in range(2):
+        native_build.build_at_first_use("it", places, builder(places, calls, "no compiler was found"))
+    native_build.build_at_first_use("it", places, builder(places, calls))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "it can't be compiled here, so it is slower: no compiler was found"
+    assert second.startswith("compiled it for this machine")
 
 
 def test_it_is_compiled_where_the_cache_cannot_be_written_and_files_cannot_be_locked(built, capsys, monkeypatch):
@@ -72,5 +82,5 @@ def test_a_wheel_brings_a_compiler_where_there_is_none(monkeypatch):
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: name == "ziglang")
     assert native_build.find_compiler("CXX", "c++", "C++")[1:] == ["-m", "ziglang", "c++"]
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"No C\+\+ compiler was found .* `pip install ziglang` brings one"):
+    with pytest.raises(RuntimeError, match=r"no compiler for C\+\+ was found .* `pip install ziglang` brings one"):
         native_build.find_compiler("CXX", "c++", "C++")
