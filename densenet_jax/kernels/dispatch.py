@@ -1,8 +1,8 @@
-"""Defines operations that one platform computes by a kernel and every other one in plain JAX.
+"""Defines operations that have a kernel on one platform and run in plain JAX on all others.
 
-The choice is made when a program is compiled: the kernel for a program of one device of its platform, or for what each
-of many does by itself (`jax.shard_map`); the reference for any other platform, for other programs over many devices
-(whose partitioner could not see into a call) and for exported programs.
+The choice is made when a program is compiled. The kernel serves programs for one device of its platform and bodies of
+`jax.shard_map`. The reference serves other platforms, other programs over several devices (whose partitioner can't see
+into a kernel) and exported programs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def define(
 ) -> Primitive:
     """Makes a primitive with the shapes and results of its reference, a function of arrays and static keywords.
 
-    lowering is a lowering rule that calls the kernel of platform ("cpu", "cuda" or "tpu"), or returns None where the
-    reference is to be compiled.
+    lowering is a lowering rule that calls the kernel of platform ("cpu", "cuda" or "tpu"), or returns None for the
+    reference.
     """
     primitive = Primitive(f"densenet_{name}")
     primitive.multiple_results = multiple_results
@@ -107,7 +107,7 @@ class PallasOperation:
 
 
 def is_for_one_device(context: Any) -> bool:
-    """Whether a program is compiled to run on one device, or on each of many by itself; unknown is no."""
+    """Whether a program is for one device, or the body of a shard_map; False if that is unknown."""
     exported = getattr(context.lowering_parameters, "for_export", True)
     where = context.axis_context
     is_alone = getattr(where, "num_devices", 0) == 1

@@ -19,7 +19,7 @@ KERNELS_WANTED = ("auto", "xla", "pallas")
 KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 _MEASURED_CAPABILITY = "9.0"  # Hopper: the kernels were measured on H100 and H200
 _MOST_MEASURED_OUTPUTS = 128
-_LARGE_TPUS = tuple("5678")  # generations with as much memory on the chip as the kernels ask for
+_LARGE_TPUS = tuple("5678")  # generations with enough on-chip memory for the kernels
 _ON_CHIP_BYTES = 128 << 20  # of a v5e or v6e
 
 
@@ -57,7 +57,7 @@ class BlockShape(NamedTuple):
 
 
 def check_wanted(wanted: str, platform: str, dtype: Any) -> None:
-    """Checks that the kernels asked for exist.
+    """Checks that the requested kernels exist.
 
     Raises:
         UserError: they don't exist for that platform or dtype.
@@ -91,10 +91,10 @@ def choose(
     Args:
         shape: rows (positions of a device's examples), columns of the buffer that it reads, outputs.
         wanted: "auto" is "pallas" where the kernels were measured to be faster: on Hopper GPUs, up to 128 outputs.
-        devices: that the program is for; None is JAX's own if it has one, else unknown.
+        devices: the program's; None is JAX's device if it has one only, else unknown.
 
     Raises:
-        UserError: "pallas" is wanted where there is none.
+        UserError: "pallas" is wanted and not supported.
     """
     check_wanted(wanted, platform, dtype)
     rows, columns, outputs = shape
@@ -122,8 +122,8 @@ def choose_layer_gradients(
             on the chip; "auto" does not take them: they were compiled for TPUs, never run on one.
 
     Raises:
-        UserError: "pallas" is wanted where there is none, on older chips, or for a number of examples that does not
-            fill whole vectors.
+        UserError: "pallas" is wanted and not supported by the dtype or the chip, or for a number of examples that does
+            not fill whole vectors.
     """
     check_wanted(wanted, "tpu", dtype)
     kinds = {str(getattr(device, "device_kind", "")) for device in _known_devices(devices)}

@@ -24,7 +24,7 @@ def on_each_device(
     by_example: tuple[bool, ...],
     results: tuple[str, ...],
 ) -> Callable[..., Any]:
-    """Makes a function of arrays, divided along their first axis, run on each device for its own examples.
+    """Makes a function run on each device for its own examples: arrays are divided along their first axis.
 
     Args:
         mesh: has one axis, which divides the examples; None and a single device change nothing.

@@ -58,7 +58,7 @@ def create_model(
     mesh: Mesh | None = None,
     **architecture: Any,
 ) -> nn.Module:
-    """Makes the flax linen module of one name of the variants table.
+    """Makes a network of the variants table, a flax linen module, from its name.
 
     `module.init(key, images)` gives {"params", "batch_stats"}, of an RDNet {"params"}; `module.apply(variables, images,
     train=False)` gives logits float32[b, num_classes] of normalized images float[b, h, w, c]. Training: `train=True,

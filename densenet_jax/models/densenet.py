@@ -58,7 +58,7 @@ def concatenate(features: Sequence[Array]) -> Float[Array, "b h w c"]:
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU and 3x3 convolution, behind norm, ReLU and 1x1 convolution if there is a bottleneck (section 3).
+    """Norm, ReLU and 3x3 convolution, after norm, ReLU and 1x1 convolution if there is a bottleneck (section 3).
 
     Parameters norm1, conv1 and, with a bottleneck, norm2, conv2.
     """
@@ -86,11 +86,7 @@ class DenseLayer(nn.Module):
     def __call__(
         self, features: tuple[Array, ...], train: bool, key: Array | None = None
     ) -> Float[Array, "b h w growth_rate"]:
-        """Returns growth_rate new feature maps.
-
-        Args:
-            features: the block's input and the earlier layers' outputs, each float[b, h, w, *].
-        """
+        """Returns growth_rate new feature maps, from the block's input and the earlier layers' outputs."""
         rate = self.options.dropout_rate
         x = self.conv1(jax.nn.relu(self.norm1(concatenate(features), train)))
         x = checkpoint_name(x, SAVED_BY_REMAT)
@@ -274,12 +270,10 @@ class DenseNet(nn.Module):
                 transition = Transition(width, options, blur, self.init_fan, name=f"transition{index}", **shared)
                 x = transition(features, train)
                 stride *= 2
-        x = jax.nn.relu(self._norm("norm5", features.values.shape[-1])(features, train))
+        types = (self.dtype, self.param_dtype)
+        norm = BatchNorm(features.values.shape[-1], self.norm_options, *types, name="norm5")
+        x = jax.nn.relu(norm(features, train))
         return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng)
-
-    @nn.nowrap
-    def _norm(self, name: str, features: int, *, after_convolution: bool = False) -> BatchNorm:
-        return BatchNorm(features, self.norm_options, self.dtype, self.param_dtype, after_convolution, name=name)
 
     @nn.nowrap
     def _stem_layers(self, channels: int) -> list[tuple[Convolution, BatchNorm | None]]:
@@ -291,12 +285,15 @@ class DenseNet(nn.Module):
             "deep_tiered": (3, (3 * (k // 4), 6 * (k // 4), last)),
             "cifar": (3, (last,)),
         }[self.stem]
-        types = {"init_fan": self.init_fan, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         layers: list[tuple[Convolution, BatchNorm | None]] = []
         for index, (before, width) in enumerate(zip((channels, *widths), widths, strict=False)):
             stride = 2 if index == 0 and self.stem != "cifar" else 1
-            convolution = Convolution(before, width, kernel_size, stride, name=f"conv{index}", **types)
-            norm = None if self.stem == "cifar" else self._norm(f"norm{index}", width, after_convolution=True)
+            kernel = (kernel_size, stride, 1, self.init_fan)
+            convolution = Convolution(before, width, *kernel, name=f"conv{index}", **types)
+            norm = None
+            if self.stem != "cifar":
+                norm = BatchNorm(width, self.norm_options, after_convolution=True, name=f"norm{index}", **types)
             layers.append((convolution, norm))
         return layers
 

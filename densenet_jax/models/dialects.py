@@ -45,7 +45,7 @@ _PADDLE_STEM = re.compile(r"^conv1_func\.(_conv|_batch_norm)\.(\w+)$")
 
 
 def modern_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames a state dict's keys to torchvision's and timm's of today; counters of batches are dropped.
+    """Renames a state dict's keys to the current names of torchvision and timm, and drops counters of batches.
 
     Raises:
         UserError: two keys are spellings of the same parameter.

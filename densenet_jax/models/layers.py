@@ -74,7 +74,7 @@ class NormArrays:
 
 
 def per_example(groups: Float[Array, "g c"], batch: int) -> Float[Array, "_ 1 1 c"]:
-    """Repeats one row a group to one row an example; a single group stays one row, which broadcasts."""
+    """Repeats the rows of groups for their examples; a single group stays one row, which broadcasts."""
     if groups.shape[0] > 1:
         groups = jnp.repeat(groups, batch // groups.shape[0], axis=0)
     return groups[:, None, None, :]

@@ -261,7 +261,7 @@ for _opcode, _keys in _KEYS.items():
 
 
 def read_pickle(path: Path) -> tuple[Any, list[str]]:
-    """Reads the object in a .pth, .ckpt, .bin or .pdparams file, by whatever name.
+    """Reads the object in a .pth, .ckpt, .bin or .pdparams file, whatever its name.
 
     Returns it with the names of the classes in it that are in no table of this file.
 

@@ -52,7 +52,7 @@ def compiled(tmp_path_factory):
         patch.undo()
         library.target_names.cache_clear()
         pytest.skip(f"the library can't be compiled here: {error}")
-    assert primitive.available()
+    assert primitive.is_available()
     yield
     patch.undo()
     library.target_names.cache_clear()

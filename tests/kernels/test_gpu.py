@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def operands(shape, dtype, seed=0):
-    """(x, scale, bias, kernel), shift, (total, gradient); scales of both signs, so that rectifiers close."""
+    """(x, scale, bias, kernel), shift, (total, gradient); scales of both signs, so that ReLUs close."""
     rows, columns, channels, outputs, _ = shape
     keys = iter(jax.random.split(jax.random.key(seed), 7))
 
@@ -49,7 +49,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_reading_is_its_twin(shape, dtype):
+def test_the_product_is_its_reference(shape, dtype):
     groups = SHAPES[shape][-1]
     read, shift, _ = operands(SHAPES[shape], dtype)
     found = norm_relu_matmul.kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
@@ -57,7 +57,7 @@ def test_reading_is_its_twin(shape, dtype):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_its_derivative_is_its_twin(shape, dtype):
+def test_its_derivative_is_its_reference(shape, dtype):
     groups, outputs = SHAPES[shape][-1], 32 if SHAPES[shape][3] <= 32 else 64
     read, _, (total, gradient) = operands(SHAPES[shape], dtype)
     tile = Tile(rows=16, channels=16, outputs=outputs)
@@ -100,7 +100,7 @@ def test_values_of_zero_and_infinities_outside_what_is_read_do_no_harm():
     assert_close(found, add_gradients.reference(total, x, *read[1:], gradient, groups=1), 2e-6)
 
 
-def test_on_a_cpu_the_twin_is_compiled():
+def test_on_a_cpu_the_reference_is_compiled():
     read, shift, (total, gradient) = operands((12, 8, 8, 4, 2), jnp.bfloat16)
     assert_close(
         jax.jit(functools.partial(norm_relu_matmul, groups=2))(*read, shift),

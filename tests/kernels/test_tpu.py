@@ -72,7 +72,7 @@ def at(values):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_the_3x3_convolution_s_derivative_is_its_twin(shape, dtype):
+def test_the_3x3_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, made, rows = SHAPES[shape]
     operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
     found = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
@@ -80,7 +80,7 @@ def test_the_3x3_convolution_s_derivative_is_its_twin(shape, dtype):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_the_1x1_convolution_s_derivative_is_its_twin(shape, dtype):
+def test_the_1x1_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
     operands = conv1x1_operands(SHAPES[shape], dtype)
     found = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)

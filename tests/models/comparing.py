@@ -16,7 +16,7 @@ def drawn(shapes, seed, dtype):
 
 
 def signed(leaf):
-    """Kernels of both signs; scales too, so that rectifiers close."""
+    """Kernels of both signs; scales too, so that ReLUs close."""
     signs = np.where(np.arange(leaf.size) % 3 == 1, -1, 1).reshape(leaf.shape)
     return jnp.asarray(np.asarray(leaf) * signs, leaf.dtype)
 

@@ -22,8 +22,8 @@ def _largest_error(name, side_px=64, **options):
     return max(golden.stage_errors(jax.device_get(found), golden.golden(name), side_px).values())
 
 
-def _without_rectifier(monkeypatch, module, which):
-    """Leaves out one of the rectifiers that a module calls itself: the first is the stem's, the last the head's."""
+def _without_relu(monkeypatch, module, which):
+    """Leaves out one of the ReLUs that a module calls itself: the first is the stem's, the last the head's."""
     calls = []
 
     def relu(x):
@@ -34,12 +34,12 @@ def _without_rectifier(monkeypatch, module, which):
 
 
 def no_stem_relu(monkeypatch):
-    _without_rectifier(monkeypatch, densenet, 1)
+    _without_relu(monkeypatch, densenet, 1)
 
 
 def no_final_relu(monkeypatch):
-    # small_densenet: the rectifiers of nine dense layers, two each, and of three transitions, then the head's.
-    _without_rectifier(monkeypatch, densenet, 23)
+    # small_densenet: the ReLUs of nine dense layers, two each, and of three transitions, then the head's.
+    _without_relu(monkeypatch, densenet, 23)
 
 
 def no_stem_or_final_relu_in_dual_path(monkeypatch):

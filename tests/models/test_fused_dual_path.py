@@ -54,7 +54,7 @@ DUAL_PATHS = [name for name, variant in VARIANTS.items() if isinstance(variant.a
 def test_every_variant_is_the_plain_one(name):
     """With its own stem, paths, increments and projections; fewer and thinner blocks.
 
-    With a narrower stem all of its rectifiers are open or closed throughout; its bias' gradient is then 0 but for
+    With a narrower stem all of its ReLUs are open or closed throughout; its bias' gradient is then 0 but for
     rounding.
     """
     facts = VARIANTS[name].architecture

@@ -33,7 +33,7 @@ def _processor() -> str:
 
 
 def library_paths() -> list[pathlib.Path]:
-    """Returns where the compiled library may lie: beside its source, else in the user's cache.
+    """Returns the possible paths of the compiled library: beside its source, else in the user's cache.
 
     The name hashes all that it depends on: the sources, XLA's interface and the processor's instructions.
     """
@@ -44,7 +44,7 @@ def library_paths() -> list[pathlib.Path]:
 
 
 def build() -> pathlib.Path:
-    """Compiles the library and returns where it lies.
+    """Compiles the library and returns its path.
 
     Raises:
         RuntimeError: there is no compiler, it fails, or there is nowhere to write.

@@ -1,8 +1,8 @@
 """Convolution on a CPU: a bilinear primitive whose output and gradients the compiled kernels compute.
 
-A group of a Dual Path Network has 3 to 32 channels, less than a vector or two, so as many groups as fill one are taken
-together: one convolution by a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's
-grouped convolution (docs/performance.md).
+A group of a Dual Path Network has only 3 to 32 channels, so the kernels join groups until they fill a vector and
+convolve them with a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's grouped
+convolution (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import lax
 from jax.interpreters import ad, mlir
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define
+from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, is_available
 
 
 def plain_convolve(
@@ -27,7 +27,7 @@ def plain_convolve(
     padding: int = 0,
     groups: int = 1,
 ) -> Float[Array, "b h2 w2 o"]:
-    """Convolves in 2-D by XLA, with the same zero padding on every side."""
+    """Convolves in 2-D with XLA and the same zero padding on every side."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -39,8 +39,8 @@ def plain_convolve(
 
 
 def is_usable(x: Array, kernel: Array) -> bool:
-    """Whether the kernels are there and take these operands."""
-    return available() and are_known(x, kernel)
+    """Whether the kernels are available and support these operands."""
+    return is_available() and are_known(x, kernel)
 
 
 def convolve(
@@ -80,7 +80,7 @@ def group_sizes(groups: int, features: int) -> dict[str, Any]:
 def dilate(
     g: Float[Array, "b h2 w2 o"], kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int
 ) -> Float[Array, "b h3 w3 o"]:
-    """Spreads an output's gradient, as if of a convolution at stride 1 with zeros between; sizes are the input's."""
+    """Inserts zeros into an output's gradient to make it that of a convolution at stride 1; sizes are the input's."""
     filled = [stride * (size - 1) + 1 for size in g.shape[1:3]]
     behind = [sizes[i] + 2 * padding - kernel.shape[i] + 1 - filled[i] for i in range(2)]
     return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, more, stride - 1) for more in behind), (0, 0, 0)])
@@ -89,7 +89,7 @@ def dilate(
 def _dilate_input_gradient(
     g: Array, kernel: Array, *, sizes: tuple[int, int], stride: int, padding: int, groups: int
 ) -> Float[Array, "b h w c"]:
-    """Computes more products, but by the kernels."""
+    """Takes the dilated gradient at stride 1: more products than needed, but the kernels are faster still."""
     g = dilate(g, kernel, sizes=sizes, stride=stride, padding=padding)
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 

@@ -26,7 +26,7 @@ _CALLS = {
 
 @functools.cache
 def target_names() -> dict[str, str]:
-    """Returns XLA's name for each key of _CALLS; empty where the library was not built or DENSENET_JAX_NATIVE is 0.
+    """Returns XLA's name for each key of _CALLS; empty if the library was not built or DENSENET_JAX_NATIVE is 0.
 
     A name contains the library's hash, so that a program compiled with one library is not run with another.
     """

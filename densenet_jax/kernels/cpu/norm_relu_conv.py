@@ -1,7 +1,7 @@
 """norm_relu_conv on a CPU: relu(scale * x_hat + bias), convolved, and its gradients, in one pass each.
 
-The compiled kernels apply norm and ReLU to the few rows at hand on their way into the convolution, sum its output for
-the next batch norm, and mask, scale and sum a gradient's rows while they are in cache: only results go through memory.
+The compiled kernels apply norm and ReLU to a few rows at a time before the convolution, sum its output for the next
+batch norm, and mask, scale and sum a gradient's rows while they are in cache: only results go through memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from densenet_jax.kernels.cpu.convolution import (
     plain_input_gradient,
     plain_kernel_gradient,
 )
-from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define, have_static_sizes
+from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, have_static_sizes, is_available
 
 
 class Operands(NamedTuple):
@@ -42,9 +42,9 @@ class Operands(NamedTuple):
 
 
 def is_usable(x: Array, kernel: Array) -> bool:
-    """Whether the kernels are there and take x and, in x's dtype, a convolution's kernel."""
+    """Whether the kernels are available and support x and, cast to x's dtype, the convolution kernel."""
     square = kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
-    return square and available() and are_known(x) and have_static_sizes(kernel)
+    return square and is_available() and are_known(x) and have_static_sizes(kernel)
 
 
 def norm_relu_conv(
@@ -57,14 +57,14 @@ def norm_relu_conv(
 def norm_relu_conv_with_sums(
     x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"], *, stride: int = 1, groups: int = 1
 ) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """Returns `norm_relu_conv`, and the sums over all positions of its output - shift and of the square of that."""
+    """Returns `norm_relu_conv`, and the sums over all positions of (output - shift) and of its square."""
     return _sums_p.bind(x, *operands, shift, stride=stride, groups=groups)
 
 
 def add_norm_relu_conv_with_sums(
     total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"]
 ) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """Adds the output to total, in place if nothing else reads it, and returns the sums of the result as well."""
+    """Adds the output to total, in place if nothing else reads total, and returns the sums of the result as well."""
     return _add_sums_p.bind(total, x, *operands, shift, stride=1, groups=1)
 
 
@@ -83,7 +83,7 @@ def gradients(
 def add_gradients(
     total: Float[Array, "b h w c3"], x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h w o"]
 ) -> tuple[Float[Array, "b h w c3"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k c o"]]:
-    """Returns `gradients`, that of x_hat added to total's first c channels, in place if nothing else reads it."""
+    """Computes `gradients`, adding that of x_hat to total's first c channels, in place if nothing else reads total."""
     total, grad_scale, grad_bias = _add_gradient_p.bind(total, x, *operands, g, groups=1)
     return total, grad_scale, grad_bias, _kernel_gradient(x, operands, g, 1, 1)
 

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu.primitive import are_known, available, call_kernel, define
+from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, is_available
 
 
 def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
@@ -19,8 +19,8 @@ def plain_max_pool(x: Float[Array, "b h w c"], *, window: int, stride: int) -> F
 
 
 def is_usable(x: Array) -> bool:
-    """Whether the kernels are there and take this operand."""
-    return available() and are_known(x)
+    """Whether the kernels are available and support this operand."""
+    return is_available() and are_known(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,4 +1,4 @@
-"""Defines operations that the CPU kernels compute on XLA's CPU backend, and plain JAX elsewhere."""
+"""Defines operations with a compiled kernel on XLA's CPU backend and plain JAX elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (jnp.float32, jnp.float64)
 _wanted = jax.make_user_context(True)  # JAX caches traces for each value
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Whether this process runs on CPUs, has the kernels and is not inside `plain_kernels`."""
     return _wanted.value and jax.default_backend() == "cpu" and bool(target_names())
 
@@ -31,7 +31,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def are_known(*arrays: Any) -> bool:
-    """Whether arrays have one dtype, which the kernels know, and static sizes above 0."""
+    """Whether arrays have one dtype that the kernels support, and static sizes above 0."""
     dtype = arrays[0].dtype
     return dtype in DTYPES and {a.dtype for a in arrays} == {dtype} and have_static_sizes(*arrays)
 
@@ -50,10 +50,7 @@ def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool = False, **a
 def define(
     name: str, reference: Callable[..., Any], lowering: Callable[..., Any], multiple_results: bool = False
 ) -> Primitive:
-    """Makes a primitive that a kernel computes in a program of one CPU device, and its reference elsewhere.
-
-    lowering is a lowering rule that calls the kernel, or returns None where the reference is to be compiled.
-    """
+    """Makes a primitive with a kernel for programs of one CPU device; lowering is as for `dispatch.define`."""
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         return lowering(ctx, *operands, **params) if target_names() else None

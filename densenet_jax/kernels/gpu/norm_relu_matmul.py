@@ -1,4 +1,4 @@
-"""norm_relu_conv by a 1x1 kernel on a GPU: relu(scale * x_hat + bias) @ kernel, and sums for its statistics.
+"""norm_relu_conv with a 1x1 kernel on a GPU: relu(scale * x_hat + bias) @ kernel, and sums for its statistics.
 
 XLA stores the ReLU's output before the product and reads the product again for its statistics. Here the product's
 prologue applies scale, bias and ReLU, and its epilogue sums the output for the next batch norm.
@@ -60,7 +60,7 @@ def _supports(x: Any, *others: Any, groups: int = 1) -> bool:
 def _call_kernel(*operands: Array, groups: int = 1, tile: tiles.Tile | None = None, interpret: bool = False) -> Sums:
     x, scale, bias, kernel, shift = operands
     rows, (channels, outputs) = x.shape[0], kernel.shape
-    tile = tile or tiles.tile_for(_TILES, rows, outputs, most_outputs=128)
+    tile = tile or tiles.pick_tile(_TILES, rows, outputs, most_outputs=128)
     ranges = tiles.split_rows(rows, groups, tile.rows)
     y, sums = pl.pallas_call(
         functools.partial(_kernel, tile, ranges, channels, outputs),

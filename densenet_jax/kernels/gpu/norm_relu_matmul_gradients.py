@@ -1,4 +1,4 @@
-"""The gradients of norm_relu_conv by a 1x1 kernel on a GPU: two kernels that read x_hat where it lies.
+"""Gradients of norm_relu_conv with a 1x1 kernel on a GPU: two kernels that read x_hat from the block's buffer.
 
 XLA stores the ReLU's output and its gradient. Here one kernel takes the gradient of y through the product and the ReLU
 and adds it, in place, into the buffer where the gradients of all layers add up. The other one multiplies the gradient
@@ -7,7 +7,7 @@ of y with the ReLU's mask, and with x_hat under the mask:
     masked[o, c] = sum over rows of mask[r, c] * gradient[r, o]
     read[o, c] = sum over rows of mask[r, c] * x[r, c] * gradient[r, o]
 
-From these two the gradients of kernel, scale and bias follow without another look at the rows: scale * read + bias *
+From these two the gradients of kernel, scale and bias follow without reading the rows again: scale * read + bias *
 masked, and the sums over outputs of kernel * read and of kernel * masked. So sums over rows are products only.
 """
 
@@ -100,7 +100,7 @@ def _call_kernels(
     rows, (channels, outputs) = x.shape[0], kernel.shape
     kernel = kernel.astype(x.dtype)
     operands = (x, scale, bias, gradient)
-    products_tile, inputs_tile = (tile or tiles.tile_for(t, rows, outputs) for t in (_PRODUCTS_TILES, _INPUTS_TILES))
+    products_tile, inputs_tile = (tile or tiles.pick_tile(t, rows, outputs) for t in (_PRODUCTS_TILES, _INPUTS_TILES))
     products = _masked_products(products_tile, operands, (channels, outputs), groups, most_ranges, interpret)
     total = _add_inputs_gradient(inputs_tile, total, operands, kernel, interpret)
     grad_bias, grad_scale = jnp.sum(products * kernel.T.astype(products.dtype)[None, None], axis=2).swapaxes(0, 1)
@@ -151,7 +151,7 @@ def _masked_products(
     """Computes `masked` and `read` of the module's docstring for each group of rows, in float32 or wider."""
     x, (channels, outputs) = operands[0], shape
     rows, blocks = x.shape[0], pl.cdiv(channels, tile.channels)
-    # As many ranges as fill the chip, but so few that writing and reading their sums moves no more than x.
+    # Enough ranges to fill the chip, but few enough that writing and reading their sums moves no more bytes than x.
     most_ranges = most_ranges or max(1, min(pl.cdiv(_PROGRAMS, blocks), rows // (8 * outputs)))
     ranges = tiles.split_rows(rows, groups, tile.rows, most_ranges)
     count = groups * ranges.ranges

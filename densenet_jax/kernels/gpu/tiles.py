@@ -15,9 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from densenet_jax.dtypes import wide
 
-LARGEST_OPERAND = 2**31 - 1  # elements: what a program's 32-bit offsets reach
-SMALLEST_SIDE = 16  # of an operand of a tile's product
-MOST_OUTPUTS = 512  # of a tile: it holds them for SMALLEST_SIDE channels
+LARGEST_OPERAND = 2**31 - 1  # elements; a program's offsets have 32 bits
+SMALLEST_SIDE = 16  # of the matrices that a tile multiplies
+MOST_OUTPUTS = 512  # per tile, with SMALLEST_SIDE channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ Tiles = Sequence[tuple[int | None, tuple[int, int, int, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class RowRanges:
-    """Rows in equal groups, each cut into ranges of range_rows, whole tiles; a group's last may be cut off."""
+    """Rows in equal groups, each divided into ranges of range_rows (whole tiles), the last one shorter."""
 
     group_rows: int
     range_rows: int
@@ -55,7 +55,7 @@ class RowRanges:
 
 
 def split_rows(rows: int, groups: int, tile_rows: int, most_ranges: int | None = None) -> RowRanges:
-    """Splits rows into ranges of one tile each, or longer ones if that would be more than most_ranges in all."""
+    """Splits rows into ranges of one tile each, or longer ones if those would be more than most_ranges in all."""
     group_rows = rows // groups
     tiles = pl.cdiv(group_rows, tile_rows)
     wanted = tiles if most_ranges is None else min(tiles, max(1, most_ranges // groups))
@@ -74,8 +74,8 @@ def power_of_two(size: int) -> int:
     return max(SMALLEST_SIDE, 1 << math.ceil(math.log2(max(size, 1))))
 
 
-def tile_for(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = None) -> Tile:
-    """Picks the first tile in the table whose number of rows is not exceeded, for all outputs or most_outputs.
+def pick_tile(tiles: Tiles, rows: int, outputs: int, most_outputs: int | None = None) -> Tile:
+    """Picks the tile for a number of rows from a table; it covers all outputs, or most_outputs of them.
 
     Args:
         tiles: (most rows, or None for any; (rows, channels, warps, stages) of a tile with 128 outputs). A tile with

@@ -1,9 +1,9 @@
-"""The gradients of norm_relu_conv by a dense layer's 1x1 kernel on a TPU: one kernel that reads everything once.
+"""Gradients of norm_relu_conv with a dense layer's 1x1 kernel on a TPU: one kernel that reads everything once.
 
-XLA has two products here, which both read the bottleneck, the gradient behind its norm and x_hat; the norm's own
-derivative is computed on the way into each. This kernel computes it once, takes both products, and adds the gradient of
-x_hat, in place, into the buffer where those of all layers add up. It computes the bottleneck again from the x_hat at
-hand: a third product instead of another array to read.
+XLA computes two products here. Both read the bottleneck, the gradient after its norm and x_hat, and each computes the
+norm's derivative again. This kernel computes it once, takes both products, and adds the gradient of x_hat, in place,
+to the buffer where those of all layers add up. It recomputes the bottleneck from x_hat: a third product instead of
+another array to read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The gradients of norm_relu_conv by a dense layer's 3x3 kernel on a TPU: one kernel that reads the bottleneck once.
+"""Gradients of norm_relu_conv with a dense layer's 3x3 kernel on a TPU: one kernel that reads the bottleneck once.
 
-XLA has two convolutions here, which both read the bottleneck and the gradient of the layer's output, and computes that
-gradient before them. This kernel makes it on its way in from the block's buffers, and takes from the nine positions
-around each position both products: with the convolution's kernel, and with the activation there.
+XLA first computes the gradient of the layer's output, then two convolutions that both read it and the bottleneck. This
+kernel computes that gradient as it reads the block's buffers, and from the nine positions around each position takes
+both products: with the convolution's kernel, and with the activation.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _kernel(rows: int, width: int, blocks: int, *refs: Any) -> None:
     def step(position: Any, row: int) -> int:
         normalized = ((bottleneck[row, position].astype(kind) - norm[0]) * norm[1]).astype(dtype).astype(kind)
         activation = jnp.maximum(norm[2] * normalized + norm[3], 0).astype(dtype)
-        # A position is read by those around it, through the tap that looks back.
+        # Each neighbor reads this position through the opposite tap.
         gradient = jnp.concatenate(
             [around[row + 2 - y, position + 2 - x] for y in range(_SIDE) for x in range(_SIDE)], axis=0
         )

@@ -1,4 +1,4 @@
-"""Layout and sizes for the TPU kernels: arrays with examples last, and how much of one fits on the chip.
+"""Layout and sizes for the TPU kernels: arrays with examples last, in parts that fit on the chip.
 
 XLA lays out the large feature maps of a DenseNet with examples in a vector's lanes and channels in its sublanes, so
 that a position is a matrix [channels, examples], shifts in space are whole matrices and the first channels are whole
@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import wide
 
-LANES = 128  # examples that a program computes with at a time
+LANES = 128  # examples that a program computes at a time
 SUBLANES = 16  # channels of a tile in a 16-bit type
-VMEM_BYTES = 48 << 20  # a program asks for; chips from v5e on have 64 MiB or 128, v4 has 16
-ON_CHIP_BYTES = 44 << 20  # of these, for operands, results and sums
+VMEM_BYTES = 48 << 20  # requested by a program; chips from v5e on have 64 or 128 MiB, v4 has 16
+ON_CHIP_BYTES = 44 << 20  # of VMEM_BYTES, for operands, results and sums
 
 # Sums stay on the chip from one program to the next, which therefore run one after another.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
@@ -56,7 +56,7 @@ def whole(*sides: int) -> pl.BlockSpec:
 
 
 def part_of(number: int, most: int | None, on_chip_bytes: Callable[[int], int]) -> int:
-    """Returns the largest divisor of number up to most or, without it, whose bytes fit on the chip; at least 1."""
+    """Returns the largest divisor of number that is at most `most` or, without it, fits on the chip; at least 1."""
 
     def fits(part: int) -> bool:
         return part <= most if most else on_chip_bytes(part) <= ON_CHIP_BYTES

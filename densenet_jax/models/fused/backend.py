@@ -1,4 +1,4 @@
-"""Defines how a platform computes the fused blocks: methods that backends override, in XLA's own operations."""
+"""Defines the operations of the fused blocks: methods, here in XLA's operations, that platforms override."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Buffer = Any  # one array float[b, h, w, c] or a tuple of arrays, as a backend k
 
 
 class DenseLayer(NamedTuple):
-    """The differentiated arrays of one dense layer; second is None without a bottleneck."""
+    """Arrays of one dense layer that are differentiated; second is None without a bottleneck."""
 
     first: NormReluConv
     second: NormReluConv | None
@@ -58,14 +58,14 @@ class SavedLayer(NamedTuple):
 
     @property
     def channels(self) -> tuple[int, int]:
-        """First channel in the buffer of the layer's output, and the channel after its last."""
+        """First channel of the layer's output in the buffer, and the channel after its last."""
         start = self.layer.first.scale.shape[0]
         return start, start + (self.layer.second or self.layer.first).kernel.shape[-1]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Computes the fused blocks in XLA's operations; platforms override what they do better.
+    """Operations of the fused blocks in XLA; platforms override what they do better.
 
     Overriding changes speed and memory, never the function.
 
@@ -119,7 +119,7 @@ class Backend:
         return self.channels(buffer, 0, width)
 
     def finish_buffer(self, buffer: Buffer) -> Buffer:
-        """Runs when a block has written its last feature maps."""
+        """Returns the buffer after a block has written its last feature maps."""
         return buffer
 
     # Convolutions.
@@ -153,7 +153,7 @@ class Backend:
         return pullback(gradient)[0]
 
     def _kernel_gradient(self, x: Array, gradient: Array, size: int) -> Float[Array, "k k c o"]:
-        """In float32 or wider where the product allows it, else in the activations' dtype, cast."""
+        """Returns float32 or wider: accumulated so by a matrix product, else cast from the activations' dtype."""
         kernel = jnp.zeros((size, size, x.shape[3], gradient.shape[3]), x.dtype)
         if self.is_dot(x, kernel):
             dimensions = (((0, 1, 2), (0, 1, 2)), ((), ()))
@@ -182,7 +182,7 @@ class Backend:
         options: NormOptions,
         total: Float[Array, "b h2 w2 o"] | None = None,
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
-        """Computes `norm_relu_conv`, added to total, and the sum's statistics where a kernel gives them as well.
+        """Computes `norm_relu_conv`, adds it to total, and returns the sum's statistics if a kernel computes them too.
 
         Args:
             shift: near the sum's mean, for accurate statistics; None: none are wanted.
@@ -224,7 +224,7 @@ class Backend:
     ) -> Gradients:
         """Computes `norm_relu_conv_grads` of a buffer with the gradient of x_hat added to total's first c channels.
 
-        The result may lack the channels behind them; without a kernel it does.
+        The result may lack the channels after these; without a kernel it does.
         """
         width = operands.conv.scale.shape[0]
         operands = operands._replace(x=self.readable(operands.x, width))
@@ -244,7 +244,7 @@ class Backend:
         )
 
     def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
-        """Computes the backward pass of one dense layer from total, the gradient of x_hat by all that reads it later.
+        """Computes the backward pass of one dense layer from total, the gradient of x_hat from all later layers.
 
         Returns the gradients of the first convolution, whose x is total with the layer's part added, and those of the
         layer's parameters.
@@ -293,8 +293,8 @@ class Backend:
         return jax.vjp(self.max_pool, x)[1](gradient)[0]
 
 
-def share_of_device(shape: BlockShape, group_size: int, mesh: Mesh | None) -> tuple[BlockShape, int] | None:
-    """Returns a block's shape as one device has it, and the number of groups; None if it doesn't divide evenly."""
+def take_device_share(shape: BlockShape, group_size: int, mesh: Mesh | None) -> tuple[BlockShape, int] | None:
+    """Returns the shape of one device's part of a block, and the number of groups; None if they don't divide evenly."""
     parts, groups = 1 if mesh is None else mesh.size, group_count(shape.examples, group_size)
     if shape.examples % parts or (groups > 1 and groups % parts):
         return None

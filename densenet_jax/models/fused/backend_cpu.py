@@ -22,7 +22,7 @@ from densenet_jax.models.layers import BatchStats, NormOptions, group_count
 
 @dataclass(frozen=True)
 class CpuBackend(Backend):
-    """Computes by the compiled CPU kernels where they are usable."""
+    """Uses the compiled CPU kernels for the operands that they support."""
 
     in_place: ClassVar[bool] = True
 
@@ -32,7 +32,7 @@ class CpuBackend(Backend):
         return self
 
     def reads_buffer(self, x: Array, kernel: Array) -> bool:
-        """Whether the kernels take these operands."""
+        """Whether the kernels support these operands."""
         return cpu.is_usable(x, kernel)
 
     def readable(self, buffer: Buffer, width: int) -> Array:
@@ -49,7 +49,7 @@ class CpuBackend(Backend):
         return super().convolve(x, kernel, stride=stride, padding=padding, groups=groups)
 
     def is_dot(self, x: Array, kernel: Array) -> bool:
-        """Whether a convolution is a product of matrices; the kernels, where they are usable, are no slower."""
+        """Whether a convolution is computed as a product of matrices: if the kernels, which are as fast, can't."""
         return super().is_dot(x, kernel) and not convolution.is_usable(x, kernel.astype(x.dtype))
 
     def norm_relu_conv(self, operands: Operands) -> Float[Array, "b h2 w2 o"]:
@@ -86,14 +86,14 @@ class CpuBackend(Backend):
         if strided["stride"] != stride:
             sizes = (operands.x.shape[1], operands.x.shape[2])
             grad_x = convolution.dilate(grad_x, operands.conv.kernel, sizes=sizes, stride=stride, padding=0)
-        return _of_one_group(grad_x, *others)
+        return _add_group_axis(grad_x, *others)
 
     def accumulate_grads(self, total: Array, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Adds into total in place; all of its channels are returned."""
         if groups != 1 or total.dtype != operands.x.dtype or not _is_usable(operands):
             return super().accumulate_grads(total, operands, gradient, groups)
         x, arrays, _ = _kernel_operands(operands)
-        return _of_one_group(*cpu.add_gradients(total, x, arrays, gradient))
+        return _add_group_axis(*cpu.add_gradients(total, x, arrays, gradient))
 
     def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
         """Computes `layers.max_pool`, whose derivative is a kernel."""
@@ -113,7 +113,7 @@ def _apply_norm_of_groups(operands: Operands) -> Operands:
 
 
 def _kernel_operands(operands: Operands) -> tuple[Array, cpu.Operands, dict[str, int]]:
-    """Returns the kernels' operands and options; at a stride a 1x1 convolution reads only the pixels it needs."""
+    """Returns the kernels' operands and options; a strided 1x1 convolution gets only the pixels that it reads."""
     x, conv, norm, (stride, channel_groups) = operands
     if stride > 1 and conv.kernel.shape[0] == 1:
         x, stride = x[:, ::stride, ::stride], 1
@@ -125,7 +125,7 @@ def _kernel_operands(operands: Operands) -> tuple[Array, cpu.Operands, dict[str,
 
 
 def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:
-    """Statistics of out from the sums over all positions of out - shift and of its square."""
+    """Returns the statistics of out from the sums over all positions of out - shift and of its square."""
     assert shift is not None
     count = out.size // out.shape[-1]
     mean = total / count
@@ -133,5 +133,5 @@ def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Arr
     return BatchStats((mean + shift.astype(mean.dtype))[None, :], var[None, :])
 
 
-def _of_one_group(grad_x: Array, scale: Array, bias: Array, kernel: Array) -> Gradients:
+def _add_group_axis(grad_x: Array, scale: Array, bias: Array, kernel: Array) -> Gradients:
     return Gradients(grad_x, scale[None, :], bias[None, :], kernel)

@@ -1,4 +1,4 @@
-"""The GPU backends: XLA's convolutions over an array a layer, or Pallas kernels over the front of one buffer.
+"""The GPU backends: XLA's convolutions with one array per layer, or Pallas kernels that read the front of one buffer.
 
 Over a mesh the kernels compute each device's own examples; sums over the batch are added up over the devices.
 """
@@ -17,7 +17,7 @@ from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul
 from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
 from densenet_jax.kernels.select import BlockShape, choose
 from densenet_jax.kernels.shard import on_each_device
-from densenet_jax.models.fused.backend import Backend, Buffer, share_of_device
+from densenet_jax.models.fused.backend import Backend, Buffer, take_device_share
 from densenet_jax.models.fused.norm_relu_conv import (
     Gradients,
     NormReluConv,
@@ -40,7 +40,7 @@ class ConvBackend(Backend):
 
 
 class ListBuffers:
-    """Keeps a block's feature maps in one array a layer and concatenates them where they are read."""
+    """Keeps a block's feature maps in one array per layer and concatenates them where they are read."""
 
     def new_buffer(self, first: Array, width: int) -> Buffer:
         """Makes a buffer that begins with the first feature maps."""
@@ -61,11 +61,11 @@ class ListBuffers:
 
 @dataclass(frozen=True)
 class GpuBackend(ListBuffers, ConvBackend):
-    """Computes in XLA's operations; the stem reads four pixels at once and keeps an index of its maxima."""
+    """Uses XLA's operations; the stem reads four pixels at once and keeps the index of each maximum."""
 
     def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
         """Returns the backend with Pallas kernels where `kernels.select` gives them or "interpret" is wanted."""
-        share = share_of_device(shape, group_size, self.mesh)
+        share = take_device_share(shape, group_size, self.mesh)
         if share is None or not shape.bottleneck:
             return self
         size = (share[0].rows, shape.columns, shape.bottleneck)
@@ -86,20 +86,20 @@ class GpuBackend(ListBuffers, ConvBackend):
 
     def max_pool_backward(self, x: Array, saved: Array, gradient: Array) -> Float[Array, "b h w c"]:
         """Spreads the gradient by the index."""
-        # Four positions read each value: without the barrier it would be recomputed for each.
+        # Four positions read each value; without the barrier XLA would recompute it for each.
         return max_pool_gradient(saved, lax.optimization_barrier(gradient), *x.shape[1:3])
 
 
 @dataclass(frozen=True)
 class GpuKernelBackend(ConvBackend):
-    """Computes the 1x1 convolutions of dense layers by Pallas kernels."""
+    """Computes the 1x1 convolutions of dense layers with Pallas kernels."""
 
     def reads_buffer(self, x: Array, kernel: Array) -> bool:
         """Returns True, as the kernels read the front of the buffer."""
         return True
 
     def finish_buffer(self, buffer: Buffer) -> Buffer:
-        """Keeps XLA from reading the buffer as it was before the last layers, which takes a copy of it."""
+        """Keeps XLA from reading an earlier state of the buffer, for which it would copy the buffer."""
         return lax.optimization_barrier(buffer)
 
     def conv_from_buffer(

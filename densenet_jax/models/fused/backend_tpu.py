@@ -21,7 +21,7 @@ from densenet_jax.kernels.shard import on_each_device, own_groups
 from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
 from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import put_examples_last
-from densenet_jax.models.fused.backend import Backend, Buffer, DenseLayer, SavedLayer, share_of_device
+from densenet_jax.models.fused.backend import Backend, Buffer, DenseLayer, SavedLayer, take_device_share
 from densenet_jax.models.fused.norm import Normalization, Sums
 from densenet_jax.models.fused.norm_relu_conv import Gradients, NormReluConv, sums_from_gradients
 from densenet_jax.models.layers import BatchStats, NormOptions
@@ -29,7 +29,7 @@ from densenet_jax.models.layers import BatchStats, NormOptions
 
 @dataclass(frozen=True)
 class TpuBackend(Backend):
-    """Computes in XLA's operations, and with unwritten buffers and kernels for layers where `for_block` allows them."""
+    """Uses XLA's operations, with unwritten buffers and kernels for layers where `for_block` allows them."""
 
     unwritten_buffers: bool = False
     layer_kernels: bool = False
@@ -37,7 +37,7 @@ class TpuBackend(Backend):
 
     def for_block(self, shape: BlockShape, dtype: DType, group_size: int) -> Backend:
         """Returns the backend with what `kernels.select` chooses for one device's share of the block."""
-        share = share_of_device(shape, group_size, self.mesh)
+        share = take_device_share(shape, group_size, self.mesh)
         if share is None:
             return self
         own, groups = share
@@ -70,7 +70,7 @@ class TpuBackend(Backend):
     def conv_from_buffer(
         self, buffer: Buffer, conv: NormReluConv, shift: Array | None, options: NormOptions
     ) -> tuple[Float[Array, "b h w o"], BatchStats | None]:
-        """Lays out the bottleneck as the kernels read it."""
+        """Puts the bottleneck into the layout that the kernels read."""
         out, stats = super().conv_from_buffer(buffer, conv, shift, options)
         if self.layer_kernels and self.kernels != "interpret":
             out = put_examples_last(out)
@@ -83,7 +83,7 @@ class TpuBackend(Backend):
         return lax.optimization_barrier(super().grad_before_norm(total, buffer, norm, sums, start, end))
 
     def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
-        """Reads each feature map once, by two kernels: from the layer's output to the bottleneck, and to the buffer."""
+        """Reads each feature map once, with two kernels: back to the bottleneck, and from there to the buffer."""
         first, second = saved.layer
         if not self.layer_kernels or second is None:
             return super().layer_backward(saved, total)

@@ -19,7 +19,7 @@ from densenet_jax.models.fused.backend import Backend, Buffer, DenseLayer, Saved
 from densenet_jax.models.fused.norm import (
     Normalization,
     concatenate_stats,
-    normalization_of,
+    make_normalization,
     select_channels,
 )
 from densenet_jax.models.fused.norm_relu_conv import (
@@ -40,7 +40,7 @@ class LayerNorms(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """Running means, about which statistics are summed for accuracy; None for frozen norms and missing bottlenecks."""
+    """Running means, subtracted before sums for accuracy; None for frozen norms and missing bottlenecks."""
 
     inputs: Array | None
     bottlenecks: tuple[Array | None, ...]
@@ -131,7 +131,7 @@ def _arrays(layer: densenet.DenseLayer, norms: LayerNorms, options: BlockOptions
 
 
 def _shifts(norms: Sequence[LayerNorms], growth: int) -> Shifts:
-    """Takes a feature map's running mean from the first layer that reads it; nothing here reads the last one."""
+    """Takes a feature map's running mean from the first layer that reads it; no layer reads the last one."""
     bottlenecks = tuple(None if second is None or second.frozen else second.mean for _, second in norms)
     if norms[0].first.frozen:
         return Shifts(None, bottlenecks, (None,) * len(norms))
@@ -163,7 +163,7 @@ def _dropout_keys(options: BlockOptions, layer: DenseLayer, key: Array | None) -
 def _first_conv(
     config: Config, buffer: Buffer, layer: DenseLayer, key: Array | None, shift: Array | None
 ) -> tuple[Array, BatchStats | None]:
-    """Returns the first convolution's output after dropout, and its statistics where they come with it."""
+    """Returns the first convolution's output after dropout, and its statistics if the backend computes them."""
     out, stats = config.backend.conv_from_buffer(buffer, layer.first, shift, config.options.norm)
     return _drop(config.options, out, stats, key)
 
@@ -182,7 +182,7 @@ def _forward(
 ) -> tuple[Outputs, Residuals]:
     options, backend = config.options, config.backend
     keeps_bottlenecks = not (options.remat or backend.remat_bottleneck)
-    norm = normalization_of(inputs, options.norm, shifts.inputs)
+    norm = make_normalization(inputs, options.norm, shifts.inputs)
     widths = [layer.first.scale.shape[0] for layer in layers]
     last = layers[-1].second or layers[-1].first
     buffer = backend.new_buffer(norm.apply(inputs), widths[-1] + last.kernel.shape[-1])
@@ -194,11 +194,11 @@ def _forward(
         out, stats = _first_conv(config, buffer, layer, after_first, first_shift)
         if layer.second is not None:
             bottlenecks.append(out if keeps_bottlenecks else None)
-            norm = normalization_of(out, options.norm, bottleneck_shift, stats)
+            norm = make_normalization(out, options.norm, bottleneck_shift, stats)
             bottleneck_stats.append(norm.stats)
             out, stats = backend.norm_relu_conv_with_stats(Operands(out, layer.second, norm), shift, options.norm)
             out, stats = _drop(options, out, stats, after_second)
-        norm = normalization_of(out, options.norm, shift, stats)
+        norm = make_normalization(out, options.norm, shift, stats)
         all_stats.append(norm.stats)
         buffer = backend.append(buffer, norm.apply(out), widths[index])
     buffer = backend.finish_buffer(buffer)

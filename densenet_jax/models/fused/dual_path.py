@@ -14,7 +14,7 @@ from jaxtyping import Array
 from densenet_jax.models.dual_path import DualPathBlock
 from densenet_jax.models.fused.backend import Backend
 from densenet_jax.models.fused.dual_path_vjp import Block, Config, Outputs, PerMap, stage
-from densenet_jax.models.fused.norm import Normalization, concatenate_stats, normalization_of
+from densenet_jax.models.fused.norm import Normalization, concatenate_stats, make_normalization
 from densenet_jax.models.fused.norm_relu_conv import NormReluConv, scale_and_bias, sum_gradient
 from densenet_jax.models.fused.split import SplitConv
 from densenet_jax.models.layers import BatchNorm, BatchStats, FeatureMap, NormArrays, NormOptions
@@ -74,8 +74,8 @@ def _norm_modules(block: DualPathBlock) -> tuple[BatchNorm, BatchNorm, BatchNorm
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(options: NormOptions, x: Array, shift: Array) -> tuple[Array, BatchStats]:
-    """Returns x_hat in x's dtype and x's statistics; x_hat is all that is kept."""
-    norm = normalization_of(x, options, shift)
+    """Returns x_hat in x's dtype and x's statistics; only x_hat is kept for the backward pass."""
+    norm = make_normalization(x, options, shift)
     return norm.apply(x), norm.stats
 
 
@@ -112,7 +112,7 @@ def _arrays(block: DualPathBlock, norms: BlockNorms, options: NormOptions) -> Bl
 
 
 def _shifts(norms: Sequence[BlockNorms], blocks: Sequence[Block]) -> PerMap:
-    """Takes the running means of the paths after a block from the next block; nothing here reads the last ones."""
+    """Takes the running means of the paths after a block from the next block; no block reads the last ones."""
     second, third = (
         tuple(None if norm.frozen else norm.mean for norm in kind)
         for kind in ([own.second for own in norms], [own.third for own in norms])
@@ -136,7 +136,7 @@ def _update_running(
     outputs: Outputs,
     positions: int,
 ) -> None:
-    """Updates every norm that is not frozen; inputs are the statistics of what the first block reads."""
+    """Updates every norm that is not frozen; inputs are the statistics of the first block's input."""
     stats, after = outputs.all_stats, outputs.values.size // outputs.values.shape[-1]
     read = [
         concatenate_stats([stats.residual[index - 1], *stats.dense[:index]]) if index else inputs

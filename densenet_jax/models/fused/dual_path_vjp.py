@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from densenet_jax.models.fused.backend import Backend, Buffer
-from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, normalization_of
+from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, make_normalization
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
     Operands,
@@ -124,10 +124,10 @@ def _body_forward(
     """Returns the outputs of a block's first two convolutions, and the norms that read them."""
     options, backend = config.norm, config.backend
     ((second, stats),) = split_conv(parts, block.first, shifts[:1], options, backend)
-    second_norm = normalization_of(second, options, shifts[0], stats)
+    second_norm = make_normalization(second, options, shifts[0], stats)
     operands = Operands(second, block.second, second_norm, window)
     third, stats = backend.norm_relu_conv_with_stats(operands, shifts[1], options)
-    return second, third, second_norm, normalization_of(third, options, shifts[1], stats)
+    return second, third, second_norm, make_normalization(third, options, shifts[1], stats)
 
 
 def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: PerMap) -> tuple[Outputs, Residuals]:
@@ -153,8 +153,8 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
         (total, total_stats), (new, new_stats) = outputs
         if shortcut is not None:
             new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
-        residual_norm = normalization_of(total, options, residual_shift, total_stats)
-        dense_norm = normalization_of(new, options, dense_shift, new_stats)
+        residual_norm = make_normalization(total, options, residual_shift, total_stats)
+        dense_norm = make_normalization(new, options, dense_shift, new_stats)
         residuals.append(residual_norm.apply(total))
         x_hat = dense_norm.apply(new)
         dense = backend.append(dense, x_hat, ends[index - 1]) if index else backend.new_buffer(x_hat, ends[-1])

@@ -79,7 +79,7 @@ class Normalization(NamedTuple):
         return 1 / deviation, sum_grad / count, sum_product / count
 
 
-def normalization_of(
+def make_normalization(
     x: Float[Array, "b h w c"], options: NormOptions, shift: Array | None, stats: BatchStats | None = None
 ) -> Normalization:
     """Computes the normalization of x, from its statistics where they are known.

@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     window: Window = DENSE
 
     def x_hat(self) -> Float[Array, "b h w c"]:
-        """Returns the channels that are read, normalized."""
+        """Returns x_hat of the first c channels."""
         return apply_norm(self.x, self.norm)[..., : self.conv.scale.shape[0]]
 
 
@@ -76,7 +76,7 @@ class Gradients(NamedTuple):
 
 
 def scale_and_bias(norm: NormArrays, options: NormOptions) -> tuple[Array, Array]:
-    """Returns scale and bias for x_hat; of a frozen norm those for x, with its running statistics folded in."""
+    """Returns scale and bias for x_hat, or, if the norm is frozen, for x, with the running statistics folded in."""
     return fold_running(norm, options.epsilon) if norm.frozen else (norm.scale, norm.bias)
 
 

@@ -1,10 +1,10 @@
-"""Computes norm, ReLU and the pooling behind them, with derivatives that keep nothing of the full size.
+"""Computes norm, ReLU and pooling, with derivatives that keep no intermediate of the full size.
 
-A DenseNet pools twice right behind a norm's ReLU: by maximum in the stem, by average in the transitions.
+A DenseNet pools after a norm's ReLU in two places: the maximum in the stem, the average in the transitions.
 
-- relu(scale * x + bias) with scale >= 0 is monotone, so the maximum may be taken first and normed then, of a quarter of
-  the values. Where a scale is negative, the convolution before it gives the negated channel.
-- The 1x1 convolution of a transition and the average behind it are linear and commute: the average is taken first,
+- relu(scale * x + bias) with scale >= 0 is monotone, so the maximum may be taken first, and only a quarter of the
+  values be normalized. Where a scale is negative, the convolution before it gives the negated channel.
+- The 1x1 convolution of a transition and the average after it are linear and commute: the average is taken first,
   for a quarter of the products, or, where bytes cost more than products (TPU), in the convolution's kernel.
 """
 
@@ -87,8 +87,7 @@ def _pooling_kernel(kernel: Array) -> Float[Array, "2 2 c o"]:
     return jnp.tile(kernel * 0.25, (2, 2, 1, 1))
 
 
-def _convolve_strided(activation: Array, kernel: Array) -> Array:
-    return convolve(activation, kernel, stride=2)
+_convolve_strided = functools.partial(convolve, stride=2)
 
 
 @jax.custom_vjp
@@ -169,7 +168,7 @@ def _max_backward(
     factor = scale.astype(dtype)[None, :]
     grad_pooled = (gradient * factor[:, None, None, :]).astype(y.dtype)
     spread = backend.max_pool_backward(y, index, grad_pooled)
-    # Every pooled gradient went to one value of y: the sums over y are those over the maxima.
+    # Each pooled gradient goes to one value of y, so the sums over y are the sums over the maxima.
     sums = (grad_bias * factor, grad_scale * factor)
     y_hat = normalize(y, stats, options.epsilon)
     grad_y = Normalization(stats, options.epsilon, grad_stats).gradient(spread, y_hat, sums).astype(y.dtype)
@@ -217,14 +216,14 @@ def max_pool_gradient(
         for right in (0, 1):
             row, column = _position_in_window(height, down)[:, None], _position_in_window(width, right)[None, :]
             position = jnp.where((row < 0) | (column < 0), jnp.int8(_NOWHERE - 1), 3 * row + column)
-            of_windows = _repeat_windows(gradient, down, right, height, width)
+            repeated_gradient = _repeat_windows(gradient, down, right, height, width)
             is_maximum = _repeat_windows(index, down, right, height, width) == position[None, :, :, None]
-            total = total + jnp.where(is_maximum, of_windows, jnp.zeros_like(of_windows))
+            total = total + jnp.where(is_maximum, repeated_gradient, jnp.zeros_like(repeated_gradient))
     return total
 
 
 def _position_in_window(size: int, shift: int) -> Int8[Array, " n"]:
-    """Returns which row of window i + shift positions 2 i and 2 i + 1 are; negative where they are none."""
+    """Returns the row of window i + shift that positions 2 i and 2 i + 1 are; negative outside the window."""
     odd = jnp.arange(size) % 2
     return (jnp.where(odd == 1, 0, _NOWHERE) if shift else odd + 1).astype(jnp.int8)
 

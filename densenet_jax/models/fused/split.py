@@ -1,7 +1,7 @@
-"""norm_relu_conv of a feature map in several parts, by several 1x1 kernels behind one scale and bias.
+"""norm_relu_conv of a feature map in several parts, with several 1x1 kernels after one scale and bias.
 
 A product over concatenated channels is the sum of the products over the parts, so nothing has to be concatenated; and
-outputs that go different ways come from kernels of their own, so nothing has to be taken apart.
+each destination has a kernel of its own, so no output has to be split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from densenet_jax.models.layers import BatchStats, NormOptions
 
 
 class SplitConv(NamedTuple):
-    """Scale and bias float[c] before several kernels, each float[1, 1, c, o] with an o of its own."""
+    """Scale and bias float[c] before several kernels, each float[1, 1, c, o], o may differ."""
 
     scale: Array
     bias: Array
@@ -100,7 +100,7 @@ def split_conv_grads(
     norm: Normalization | None = None,
     totals: Sequence[Array | None] = (None, None),
 ) -> SplitGradients:
-    """Computes the gradients of `split_conv`, the parts' added to totals, in place where nothing else reads those.
+    """Computes the gradients of `split_conv` and adds the parts' to totals, in place where nothing else reads those.
 
     Totals are for one kernel, or for backends that compute in place.
     """
