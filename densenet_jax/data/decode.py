@@ -148,6 +148,8 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
             width, height = rare_formats.npy_size(data)
         else:
             try:
+                if data.startswith(rare_formats.BIG_ENDIAN_BIG_TIFF):
+                    raise UnidentifiedImageError  # Pillow warns of damage
                 with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                     width, height = image.size
             except UnidentifiedImageError:

@@ -15,6 +15,7 @@ from PIL import Image
 from densenet_jax.data.pixels import MAX_CHANNELS, Stored, stored_array, white_of
 
 NPY_MAGIC = b"\x93NUMPY"
+BIG_ENDIAN_BIG_TIFF = b"MM\0+"  # which Pillow does not read
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's sample formats
 _RGB, _CMYK, _CIE_LAB, _PLANES = 2, 5, 8, 2  # photometric interpretations and a planar configuration
 _MAX_VALUES = 320_000_000  # values decoded at most: four channels of the largest image
@@ -114,6 +115,7 @@ class TiffFacts:
     sample_format: int
     photometric: int
     has_alpha: bool
+    is_big_endian_big_tiff: bool
     pages: int
 
 
@@ -133,6 +135,7 @@ def tiff_facts(data: bytes) -> TiffFacts | None:
                 sample_format=int(page.sampleformat or _UNSIGNED),
                 photometric=int(page.photometric),
                 has_alpha=any(kind in (1, 2) for kind in page.extrasamples),
+                is_big_endian_big_tiff=data.startswith(BIG_ENDIAN_BIG_TIFF),
                 pages=_count_pages(data),
             )
     except Exception:  # tifffile raises nearly anything on garbage; Pillow may still read it
@@ -142,7 +145,8 @@ def tiff_facts(data: bytes) -> TiffFacts | None:
 def pillow_loses(facts: TiffFacts, channels: int) -> bool:
     """Returns whether Pillow would lose bits or channels of a TIFF file, or not read it at all."""
     return (
-        (channels not in (0, 1, 3) and facts.samples == 1 and facts.pages == channels)
+        facts.is_big_endian_big_tiff
+        or (channels not in (0, 1, 3) and facts.samples == 1 and facts.pages == channels)
         or facts.samples not in (1, 3, 4)
         or facts.photometric == _CIE_LAB
         or (facts.samples == 4 and facts.photometric not in (_RGB, _CMYK))

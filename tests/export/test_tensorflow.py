@@ -1,13 +1,17 @@
 """TensorFlow's files give the model's answers: SavedModel in a fresh process, TFLite in LiteRT's interpreter."""
 
+import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from densenet_jax.data.pixels import widen
+from densenet_jax.errors import UserError
+from densenet_jax.export.export import ExportOptions, export
 from densenet_jax.export.graph import make_graph, reference_outputs
-from tests.export.exporting import FAMILIES, export_small, images
+from tests.export.exporting import FAMILIES, FixedSamples, export_small, images, small_model
 from tests.extras import needs
 from tests.running import environment
 
@@ -94,3 +98,15 @@ def test_a_tflite_file_of_a_fixed_batch_takes_that_batch_only(tmp_path):
     assert figures["max_abs_difference"] < 1e-6
     (given,) = Interpreter(str(tmp_path / "model.tflite")).get_input_details()
     assert given["shape_signature"].tolist() == [2, 32, 32, 3]
+
+
+@uses_tflite
+def test_tflite_takes_16_bits_as_floats_only(tmp_path):
+    model = small_model()
+    model = dataclasses.replace(model, transform=dataclasses.replace(model.transform, bits=16))
+    samples = FixedSamples()
+    samples.images = widen(samples.images // 2) + np.uint16(3)  # no values of 8 bits
+    options = ExportOptions(output=str(tmp_path / "model.tflite"), format="tflite")
+    assert export(lambda: model, samples, options)["max_abs_difference"] < 1e-6
+    with pytest.raises(UserError, match="int8 takes pixels of 8 bits, but this model has 16"):
+        export(lambda: model, samples, dataclasses.replace(options, precision="int8", overwrite=True))

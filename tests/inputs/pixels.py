@@ -147,6 +147,10 @@ CASES: dict[str, Case] = {
     "gray_8_bit.tif": Case(tiff(GRAY), GRAY),
     "gray_16_bit.tif": Case(tiff(WIDE), WIDE),
     "gray_16_bit_big_endian.tif": Case(tiff(WIDE, byteorder=">"), WIDE),
+    "gray_16_bit_big_and_big_endian.tif": Case(tiff(WIDE, bigtiff=True, byteorder=">"), WIDE),
+    "rgb_8_bit_big_and_big_endian.tif": Case(
+        tiff(RGB, bigtiff=True, byteorder=">", photometric="rgb"), RGB, channels=3
+    ),
     "gray_16_bit_deflate.tif": Case(tiff(WIDE, compression="zlib", predictor=True), WIDE),
     "gray_16_bit_big.tif": Case(tiff(WIDE, bigtiff=True), WIDE),
     "gray_16_bit_lzw.tif": Case(pillow(WIDE, "TIFF", compression="tiff_lzw"), WIDE),
