@@ -5,6 +5,7 @@ for answers in predictor(["three.png", "eight.png"]):
     print(answers[0].label, answers[0].probability)
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -105,19 +106,23 @@ class Predictor:
         return cls(make_deployed(config, path, labels), **options)
 
     @classmethod
-    def from_pretrained(cls, name: str, source: str, labels: str = "", **options: Any) -> "Predictor":
+    def from_pretrained(
+        cls, name: str, source: str, labels: str = "", *, many_labels: bool = False, **options: Any
+    ) -> "Predictor":
         """Loads a published or local checkpoint with its own preprocessing.
 
         Args:
             name: variant, such as "densenet121".
             source: hub id or file, as in `densenet_jax.load_pretrained`.
             labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes.
+            many_labels: the outputs are labels, each with a probability of its own.
             **options: passed to the constructor.
 
         Raises:
             UserError: there is no such variant or checkpoint.
         """
-        return cls(make_deployed_from_pretrained(name, source, labels), **options)
+        model = dataclasses.replace(make_deployed_from_pretrained(name, source, labels), many_labels=many_labels)
+        return cls(model, **options)
 
     @property
     def _dtype(self) -> np.dtype:

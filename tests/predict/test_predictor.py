@@ -173,6 +173,9 @@ def test_pretrained_weights(tmp_path):
     )
     assert predictor.image_shape == (32, 32, 3)
     assert {answer.label for answer in predictor([gradient_array()])[0]} == {"ant", "bee", "cat", "dog"}
+    source = str(tmp_path / "small.safetensors")
+    assert Predictor.from_pretrained("densenet_bc_22_12", source, many_labels=True).model.many_labels
+    assert not predictor.model.many_labels
 
 
 def test_a_thousand_classes_are_imagenet_s(tmp_path):

@@ -156,7 +156,7 @@ def test_ten_crops_through_the_settings(variables, logits_of, tmp_path):
 def test_several_right_classes_have_neither_tables_nor_a_class_map(tmp_path):
     fake_imagenet.write_variant(str(tmp_path), "imagenet2012_real", "validation", [1, 2], label_sets=[(1,), (2, 3)])
     source = {"data.name": "imagenet2012_real", "data.dir": str(tmp_path)}
-    with pytest.raises(UserError, match=r"config.eval.per_class_output .* imagenet2012_real has several"):
+    with pytest.raises(UserError, match=r"config.eval.per_class_output.* imagenet2012_real has several"):
         Experiment(settings(**source)).compile_eval_step(confusion=True)
     with pytest.raises(UserError, match=r"config.eval.class_map is 'present', but imagenet2012_real has several"):
         Experiment(settings(**source, **{"eval.class_map": "present"})).compile_eval_step()
