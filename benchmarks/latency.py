@@ -25,11 +25,8 @@ import sys
 import tempfile
 from typing import Any
 
-from versus import arguments as shared
 from versus import cases, report
-from versus.kept import KeptWorkers
-from versus.rows import Rows
-from versus.turns import Contestant, Worker, compete, say
+from versus.turns import Contestant, KeptWorkers, Worker, compete, say
 
 RUNTIMES = {"jax": "densenet_jax", "onnxruntime": None, "torch_eager": "torch_eager", "torch_compile": "torch_compile"}
 EXPORT_SECS = 600  # in which a file must be written
@@ -119,11 +116,11 @@ def importable(interpreter: str, *modules: str) -> bool:
 
 def parse() -> argparse.Namespace:
     """Parses the command line."""
-    parser = shared.comparison_parser(__doc__, models=["all"], batch_sizes=[1, 4, 8], turns=5, turn_secs=0.5)
+    parser = cases.comparison_parser(__doc__, models=["all"], batch_sizes=[1, 4, 8], turns=5, turn_secs=0.5)
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: those that belong to the device")
     parser.add_argument("--onnx_dir", default="", help="where MODEL.onnx lie or are written; default: a temporary one")
     parser.add_argument("--onnx_python", default=sys.executable, help="an interpreter that has the export extra")
-    arguments = shared.parse(parser)
+    arguments = cases.parse(parser)
     usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual
     needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime")}
@@ -149,7 +146,7 @@ def cpu_library() -> str:
 def main() -> None:
     """Measures and prints."""
     arguments = parse()
-    rows = Rows(arguments.output, arguments.resume)
+    rows = report.Rows(arguments.output, arguments.resume)
     versions = {} if arguments.on_gpu else {"densenet_jax_cpu_library": cpu_library()}
     with contextlib.ExitStack() as stack:
         arguments.onnx_dir = arguments.onnx_dir or stack.enter_context(tempfile.TemporaryDirectory())

@@ -24,7 +24,6 @@ from typing import Any
 
 from versus import report
 from versus.cases import all_models
-from versus.rows import Rows
 from versus.turns import say
 
 FORMS = ("densenet_jax", "plain")
@@ -181,7 +180,7 @@ def main() -> None:
         for px in arguments.image_size_px
         for batch_size in arguments.batch_sizes
     ]
-    rows = Rows(arguments.output, arguments.resume)
+    rows = report.Rows(arguments.output, arguments.resume)
     device = f"compiled for {', '.join(arguments.target)} without one"
     element = 2 if arguments.dtype == "bfloat16" else 4
     for case in cases:

@@ -22,9 +22,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from versus import arguments as shared
 from versus import cases, report
-from versus.rows import Rows
 from versus.turns import OUT_OF_MEMORY, Contestant, compete, say
 
 STEPS_A_WAIT = 10  # on a GPU, which works behind the program that feeds it, in training as in a training loop
@@ -82,7 +80,7 @@ def shown(one: dict[str, Any]) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """Parses the command line."""
-    parser = shared.comparison_parser(
+    parser = cases.comparison_parser(
         __doc__, models=["densenet121"], batch_sizes=[16], turns=10, turn_secs=1.0, many_sizes=True
     )
     parser.add_argument("--modes", nargs="+", choices=("train", "infer"), default=["train", "infer"])
@@ -108,7 +106,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="let all compile at the same time; there are no compile times then (PyTorch takes minutes to compile)",
     )
-    arguments = shared.parse(parser)
+    arguments = cases.parse(parser)
     if arguments.to_the_limit and not arguments.on_gpu:
         raise SystemExit("error: --to_the_limit is for a GPU: a CPU's memory ends by stopping other programs")
     left_out = {"without_kernels"} if arguments.on_gpu else {"without_kernels", "torch_compile"}
@@ -125,7 +123,7 @@ def batch_sizes(arguments: argparse.Namespace) -> Iterator[int]:
         yield from (rising[-1] * 2**power for power in itertools.count(1))
 
 
-def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px: int, mode: str) -> None:
+def measure(arguments: argparse.Namespace, rows: report.Rows, model: str, image_size_px: int, mode: str) -> None:
     """Measures all batch sizes of one model in one mode; a contestant that ran out of memory is left out."""
     sized = argparse.Namespace(**{**vars(arguments), "image_size_px": image_size_px})
     fitting = list(arguments.implementations)
@@ -152,13 +150,13 @@ def measure(arguments: argparse.Namespace, rows: Rows, model: str, image_size_px
             return
 
 
-def known(rows: Rows, contestant: Contestant, *, failed: bool = False) -> bool:
+def known(rows: report.Rows, contestant: Contestant, *, failed: bool = False) -> bool:
     """Whether there is a row of this case, or one without figures."""
     same = row_of(contestant)
     return any(same.items() <= one.items() and (not failed or "error" in one) for one in rows.rows)
 
 
-def is_full(rows: Rows, contestant: Contestant) -> bool:
+def is_full(rows: report.Rows, contestant: Contestant) -> bool:
     """Whether this case did not fit into memory."""
     return rows.has(**row_of(contestant), error=OUT_OF_MEMORY)
 
@@ -166,7 +164,7 @@ def is_full(rows: Rows, contestant: Contestant) -> bool:
 def main() -> None:
     """Measures and prints."""
     arguments = parse()
-    rows = Rows(arguments.output, arguments.resume)
+    rows = report.Rows(arguments.output, arguments.resume)
     try:
         for model in arguments.models:
             for image_size_px in arguments.image_size_px:

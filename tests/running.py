@@ -10,7 +10,7 @@ import sys
 from typing import Any, TypeAlias
 
 from densenet_jax.plan.compilers import ENVIRONMENT
-from tests.forking import ForkedMain, can_fork
+from tests.forked_main import ForkedMain, can_fork
 from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent

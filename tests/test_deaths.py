@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from densenet_jax.data.sampler import Order
-from tests.dying import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run
 from tests.ended_runs import assert_same_end, checkpoint_steps
 from tests.running import last_line, run_main
+from tests.watched_run import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run
 
 pytestmark = pytest.mark.slow
 

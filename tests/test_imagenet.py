@@ -26,6 +26,7 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
         "--config.train.global_batch_size=8",
         "--config.data.image_size_px=64",
         "--config.optim.warmup_epochs=0",
+        "--config.model.block_sizes=(1,1,1,1)",  # for the compiler's sake
     )
     output, _ = run_main(*arguments, **user)
     result = last_line(output)

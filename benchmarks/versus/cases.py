@@ -1,4 +1,4 @@
-"""Makes the case that each worker prepares, from a variant's name."""
+"""Flags that the comparisons share, and from them and a variant's name the case that each worker prepares."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
 
     variant = get_variant(model)
     overrides = {"block_sizes": arguments.block_sizes} if arguments.block_sizes else {}
-    facts = dataclasses.asdict(variant.architecture) | overrides
+    network = dataclasses.asdict(variant.architecture) | overrides
     channels = arguments.channels or variant.channels
-    facts |= {"channels": channels, "num_classes": variant.num_classes, "changed": bool(overrides)}
+    network |= {"channels": channels, "num_classes": variant.num_classes, "changed": bool(overrides)}
     script, form = SCRIPTS[name]
     ours = script == "jax_worker.py"
     case = {
@@ -38,7 +38,7 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
         "image_size_px": arguments.image_size_px or variant.preprocessing.input_px,
         "dtype": arguments.dtype,
         "form": form,
-        **({"channels": channels, "overrides": overrides} if ours else {"facts": facts}),
+        **({"channels": channels, "overrides": overrides} if ours else {"facts": network}),
     }
     interpreter = sys.executable if ours else arguments.torch_python
     # The plain implementation has none of our kernels.
@@ -91,3 +91,32 @@ def versions_of(contestants: list[Contestant]) -> dict[str, str]:
     """Returns the library's version for each contestant that could be prepared."""
     libraries = {"torch_eager": "torch", "torch_compile": "torch", "onnxruntime": "onnxruntime"}
     return {libraries.get(one.name, "jax"): one.prepared["version"] for one in contestants if one.prepared}
+
+
+def comparison_parser(
+    description: str,
+    *,
+    models: list[str],
+    batch_sizes: list[int],
+    turns: int,
+    turn_secs: float,
+    many_sizes: bool = False,
+) -> argparse.ArgumentParser:
+    """Makes a parser with every shared flag and these defaults; with many_sizes, --image_size_px is a list."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=models, help="names of the variants table, or 'all'")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=batch_sizes)
+    parser.add_argument("--turns", type=int, default=turns, help="turns of each implementation")
+    parser.add_argument("--turn_secs", type=float, default=turn_secs, help="least length of a turn")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --output and measure the others")
+    add_arguments(parser, many_sizes=many_sizes)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line; adds the models' names, the device's dtype and `on_gpu`."""
+    arguments = parser.parse_args()
+    arguments.on_gpu = has_gpu()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.on_gpu else "float32")
+    arguments.models = all_models(arguments.models)
+    return arguments

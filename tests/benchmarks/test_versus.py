@@ -69,7 +69,7 @@ def test_latency(tmp_path):
 
 def test_rows_are_on_disk_at_once_and_only_gone_on_with_by_the_same_versions(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from versus.rows import Rows
+    from versus.report import Rows
 
     path = str(tmp_path / "rows.json")
     Rows(path, resume=False).add([{"model": "a", "p50": 1.0}], {"jax": "1"}, "cpu")
@@ -84,7 +84,7 @@ def test_rows_are_on_disk_at_once_and_only_gone_on_with_by_the_same_versions(tmp
 
 def test_a_kept_worker_serves_the_next_case_unless_it_has_failed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from versus.kept import KeptWorkers
+    from versus.turns import KeptWorkers
 
     class Fake:
         def __init__(self, **answer):
@@ -150,7 +150,7 @@ def test_batches_grow_until_nobody_fits_and_a_stopped_run_is_gone_on_with(train_
     monkeypatch.setattr(train_step, "compete", fake_compete(measured))
     path = tmp_path / "rows.json"
     arguments = arguments_for(train_step, monkeypatch, path, "--to_the_limit")
-    rows = train_step.Rows(arguments.output, arguments.resume)
+    rows = train_step.report.Rows(arguments.output, arguments.resume)
     train_step.measure(arguments, rows, "densenet_bc_22_12", 8, "train")
     everyone = list(FITS)
     ours, torch = "densenet_jax", "torch_eager"
@@ -167,10 +167,10 @@ def test_batches_grow_until_nobody_fits_and_a_stopped_run_is_gone_on_with(train_
     kept = [row for row in written if row["batch_size"] < 8]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": kept}))
     measured.clear()
-    train_step.measure(arguments, train_step.Rows(str(path), True), "densenet_bc_22_12", 8, "train")
+    train_step.measure(arguments, train_step.report.Rows(str(path), True), "densenet_bc_22_12", 8, "train")
     assert measured == growing[3:]
     measured.clear()
-    train_step.measure(arguments, train_step.Rows(str(path), True), "densenet_bc_22_12", 8, "infer")
+    train_step.measure(arguments, train_step.report.Rows(str(path), True), "densenet_bc_22_12", 8, "infer")
     assert measured == growing
 
 

@@ -120,27 +120,27 @@ def _is_tap(module, method):
 
 
 def run_with_taps(model, variables, x):
-    """Logits and every stage's output of the papers' way, by the references' module names, and of ours the logits."""
-    if isinstance(model, RDNet):
-        return _run_with_taps(model, variables, x)
-    plain = densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN
-    found = _run_with_taps(model.clone(implementation=plain), variables, x)
-    return {**found, "own logits": model.apply(variables, x)}
+    """Logits and stages of the plain implementation, and as "own logits" those of the fused one where there is one."""
+    outputs = run_plain_with_taps(model, variables, x)
+    return outputs if isinstance(model, RDNet) else {**outputs, "own logits": model.apply(variables, x)}
 
 
-def _run_with_taps(model, variables, x):
+def run_plain_with_taps(model, variables, x):
+    """Logits and every stage's output of the plain implementation, by the references' module names."""
+    if not isinstance(model, RDNet):
+        model = model.clone(implementation=densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN)
     logits, state = model.apply(variables, x, capture_intermediates=_is_tap, mutable=["intermediates"])
-    found = {"logits": logits}
-    for name, outputs in state["intermediates"].items():
-        if isinstance(outputs, dict) and "__call__" in outputs:
-            value = outputs["__call__"][0]
+    outputs = {"logits": logits}
+    for name, captured in state["intermediates"].items():
+        if isinstance(captured, dict) and "__call__" in captured:
+            value = captured["__call__"][0]
             value = value.raw(model.norm_options.epsilon) if hasattr(value, "raw") else value
             # The references' norms in stem and head include the ReLU.
-            found[name] = jax.nn.relu(value) if name.startswith("norm") else value
+            outputs[name] = jax.nn.relu(value) if name.startswith("norm") else value
     if "conv1_1" in state["intermediates"]:
         value = state["intermediates"]["conv1_1"]["bn"]["__call__"][0]
-        found["conv1_1"] = dual_path.ACTIVATIONS[model.activation](value)
-    return found
+        outputs["conv1_1"] = dual_path.ACTIVATIONS[model.activation](value)
+    return outputs
 
 
 def torch_layout(array):
@@ -148,7 +148,7 @@ def torch_layout(array):
     return np.asarray(array).transpose(0, 3, 1, 2) if np.ndim(array) == 4 else np.asarray(array)
 
 
-def stage_errors(found, expected, side_px):
+def stage_errors(outputs, expected, side_px):
     """The relative error of each stage and of the logits that a golden file has for this size."""
     prefix = f"{side_px}/"
     names = [key.removeprefix(prefix) for key in expected if key.startswith(prefix)]
@@ -156,9 +156,9 @@ def stage_errors(found, expected, side_px):
     errors = {}
     for name in names:
         if name != "logits":
-            errors[name] = float(relative_error(summarize(torch_layout(found[name])), expected[prefix + name]))
-    for name in {"logits", "own logits"} & set(found):
-        errors[name] = _logits_error(np.asarray(found[name]), expected[f"{prefix}logits"])
+            errors[name] = float(relative_error(summarize(torch_layout(outputs[name])), expected[prefix + name]))
+    for name in {"logits", "own logits"} & set(outputs):
+        errors[name] = _logits_error(np.asarray(outputs[name]), expected[f"{prefix}logits"])
     return errors
 
 

@@ -21,7 +21,7 @@ from densenet_jax.predict.files import check_places, common_folder, find_images
 from densenet_jax.predict.output import PredictionFile
 from densenet_jax.predict.predictor import ClassProbability, Predictor
 from tests.predict.files import BOMBS, encoded
-from tests.tiny_run import tiny_model
+from tests.tiny_model import tiny_model
 
 SHADES = {"dark": 0, "gray": 128, "bright": 255}
 

@@ -17,7 +17,7 @@ from densenet_jax.predict.images import ImageError, ImageLimits
 from densenet_jax.predict.predictor import Predictor
 from tests.predict.files import BOMBS, encoded, gradient, turned
 from tests.running import ROOT, environment
-from tests.tiny_run import tiny_model
+from tests.tiny_model import tiny_model
 
 LIMITS = ImageLimits(max_bytes=10**6, max_pixels=10**6)
 _TRICKS = (

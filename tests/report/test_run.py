@@ -13,6 +13,7 @@ from densenet_jax import modes
 from densenet_jax.experiment import AugmentedSamples
 from densenet_jax.experiment.samples import _title
 from densenet_jax.flags import Command
+from densenet_jax.report import plots
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.look import Look
 from densenet_jax.report.run import run_page, write_readme_curves
@@ -67,7 +68,9 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, ex
     assert len(page.pictures) == sum(len(picture.files()) for picture in pictures)
 
 
-def test_commands_fit_the_state():
+def test_commands_fit_the_state(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure, dpi=0: b"")  # drawing takes two seconds a page
+
     def commands(total_steps, recorded, **train):
         command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
         _, content = run_page("runs/x y", {"train": train}, recorded, look(2, 8, 1, total_steps=total_steps), command)

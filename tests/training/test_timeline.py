@@ -52,7 +52,7 @@ def test_saves_at_every_validation_besides():
     assert [step for step in range(1, 91) if timeline().is_save_step(step)] == [23, 45, 50, 68, 90]
 
 
-@pytest.mark.parametrize(("examples", "reports"), [(17, 17), (400, 20), (39, 39), (100_000, 2000)])
+@pytest.mark.parametrize(("examples", "reports"), [(17, 17), (400, 20), (39, 39), (5_000, 100)])
 def test_short_runs_report_often_enough_for_a_curve(examples, reports):
     timeline = Timeline(examples, 1, 1.0, 1.0, 1000, report_every_steps=0)
     assert sum(map(timeline.is_report_step, range(1, timeline.total_steps + 1))) == reports

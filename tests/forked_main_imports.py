@@ -1,4 +1,4 @@
-"""What every process of `tests.forking` has imported before it begins: everything of the package, and no device."""
+"""What every process of `tests.forked_main` has imported before it begins: everything of the package, and no device."""
 
 import os
 
@@ -7,4 +7,4 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import densenet_jax.modes  # noqa: F401
-import tests.forking  # noqa: F401
+import tests.forked_main  # noqa: F401

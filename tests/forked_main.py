@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Read when they are needed, so that each process can have its own; all others must be as in the server.
 _READ_LATE = re.compile("TFDS_DATA_DIR|XDG_CACHE_HOME|XLA_FLAGS|COLUMNS|PYTEST_CURRENT_TEST|JAX_ENABLE_X64|SLURM_.*")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preloaded"])
+_context.set_forkserver_preload(["tests.forked_main_imports"])
 _server_environment: dict[str, str] = {}
 
 
