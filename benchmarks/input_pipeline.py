@@ -287,11 +287,11 @@ def main() -> None:
         table = cases(arguments)
         results: list[list[dict]] = [[] for _ in table]
         for turn in range(arguments.rounds):
-            for found, (pipeline, interpreter, case) in zip(results, table, strict=True):
-                found.append(run_child(interpreter, pipeline, arguments, directory, **case))
+            for entries, (pipeline, interpreter, case) in zip(results, table, strict=True):
+                entries.append(run_child(interpreter, pipeline, arguments, directory, **case))
                 if turn == 0 and PIPELINES[pipeline][0] == "jax":
-                    found[0] |= run_child(interpreter, pipeline, arguments, directory, **case, lock=True)
-    rows = [_row(pipeline, case, found) for found, (pipeline, _, case) in zip(results, table, strict=True)]
+                    entries[0] |= run_child(interpreter, pipeline, arguments, directory, **case, lock=True)
+    rows = [_row(pipeline, case, entries) for entries, (pipeline, _, case) in zip(results, table, strict=True)]
     _show(rows)
     if arguments.output:
         names = ("jax", "grain", "simplejpeg", "opencv-python-headless", "cykooz-resizer", "pillow", "tensorflow-cpu")
@@ -304,13 +304,13 @@ def main() -> None:
         pathlib.Path(arguments.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _row(pipeline: str, case: dict, found: list[dict]) -> dict:
-    values = [entry["images_per_sec"] for entry in found]
+def _row(pipeline: str, case: dict, entries: list[dict]) -> dict:
+    values = [entry["images_per_sec"] for entry in entries]
     return {
         "pipeline": pipeline, **case, "images_per_sec": round(statistics.median(values), 1),
         "lowest": round(min(values), 1), "highest": round(max(values), 1),
-        "images_per_cpu_sec": round(statistics.median(entry["images_per_cpu_sec"] for entry in found), 1),
-        "lock_us": round(found[0]["lock_us"], 1) if "lock_us" in found[0] else None,
+        "images_per_cpu_sec": round(statistics.median(entry["images_per_cpu_sec"] for entry in entries), 1),
+        "lock_us": round(entries[0]["lock_us"], 1) if "lock_us" in entries[0] else None,
     }  # fmt: skip
 
 

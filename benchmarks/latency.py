@@ -36,14 +36,14 @@ def contestant(
     runtime: str, arguments: argparse.Namespace, model: str, batch_size: int, workers: KeptWorkers
 ) -> Contestant:
     """Makes the contestant of one runtime on one model."""
-    found = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
+    made = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
     if runtime == "onnxruntime":
-        found.start = functools.partial(Worker, "onnx_worker.py", arguments.onnx_python)
-        case = {key: found.case[key] for key in ("batch_size", "image_size_px", "channels")}
-        found.case = case | {"path": str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))}
-    found.name = runtime
-    found.start = functools.partial(workers.start, runtime, found.start)
-    return found
+        made.start = functools.partial(Worker, "onnx_worker.py", arguments.onnx_python)
+        case = {key: made.case[key] for key in ("batch_size", "image_size_px", "channels")}
+        made.case = case | {"path": str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))}
+    made.name = runtime
+    made.start = functools.partial(workers.start, runtime, made.start)
+    return made
 
 
 def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, channels: int) -> pathlib.Path:
@@ -70,17 +70,17 @@ def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, cha
 
 def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict[str, Any]:
     """Makes one row; times in milliseconds."""
-    found: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
-    found |= {"image_size_px": contestant.case["image_size_px"]}
-    found |= {"dtype": "float32" if contestant.name == "onnxruntime" else dtype, "p50": None, "p99": None}
+    fields: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
+    fields |= {"image_size_px": contestant.case["image_size_px"]}
+    fields |= {"dtype": "float32" if contestant.name == "onnxruntime" else dtype, "p50": None, "p99": None}
     if contestant.error:
-        return found | {"error": contestant.error}
+        return fields | {"error": contestant.error}
     calls = [1000 * secs for turn in contestant.secs for secs in turn]
     p50, p99 = (round(report.percentile(calls, share), 3) for share in (0.5, 0.99))
     low, _, high = report.quartiles([report.percentile(turn, 0.5) * 1000 for turn in contestant.secs])
     spread = [round(low, 3), round(high, 3)]
     processor = 1000 * sum(contestant.processor_secs) / len(calls)
-    return found | {
+    return fields | {
         "p50": p50,
         "p99": p99,
         "p50_quartiles_over_turns": spread,
@@ -97,8 +97,8 @@ def layout(rows: list[dict[str, Any]]) -> str:
     lines = ["| p50, ms | " + " | ".join(f"batch {batch}, {runtime}" for batch, runtime in columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 1))
     for model in dict.fromkeys(row["model"] for row in rows):
-        found = {(row["batch_size"], row["runtime"]): row for row in rows if row["model"] == model}
-        lines.append("| " + " | ".join([model, *(_cell(found.get(column)) for column in columns)]) + " |")
+        by_column = {(row["batch_size"], row["runtime"]): row for row in rows if row["model"] == model}
+        lines.append("| " + " | ".join([model, *(_cell(by_column.get(column)) for column in columns)]) + " |")
     return "\n".join(lines)
 
 
@@ -139,8 +139,8 @@ def cpu_library() -> str:
         "print(next((name.rpartition('_')[2] for name in names().values()), 'none'))"
     )
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    return found.stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.strip()
 
 
 def main() -> None:
@@ -159,11 +159,11 @@ def main() -> None:
                     if not wanted:
                         continue
                     say(f"{model}, batch {batch_size}")
-                    found = [contestant(name, arguments, model, batch_size, workers) for name in wanted]
-                    compete(found, arguments.turns, arguments.turn_secs)
-                    device = next((one.prepared["device"] for one in found if one.prepared), "")
-                    measured = [row(one, model, batch_size, arguments.dtype) for one in found]
-                    rows.add(measured, versions | cases.versions_of(found), device)
+                    contestants = [contestant(name, arguments, model, batch_size, workers) for name in wanted]
+                    compete(contestants, arguments.turns, arguments.turn_secs)
+                    device = next((one.prepared["device"] for one in contestants if one.prepared), "")
+                    measured = [row(one, model, batch_size, arguments.dtype) for one in contestants]
+                    rows.add(measured, versions | cases.versions_of(contestants), device)
     print(layout(rows.rows))
 
 

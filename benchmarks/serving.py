@@ -72,10 +72,10 @@ def server(
                 said += line
                 if line.startswith("gRPC on"):
                     break
-            found = re.search(r"page on (http://[\d.:]+)/.*\ngRPC on ([\d.:]+);", said)
-            if not found:
+            match = re.search(r"page on (http://[\d.:]+)/.*\ngRPC on ([\d.:]+);", said)
+            if not match:
                 sys.exit(said)
-            yield found[1], found[2], process.pid
+            yield match[1], match[2], process.pid
         finally:
             process.terminate()
             process.communicate()
@@ -149,7 +149,7 @@ def compute_rows(flags: list[str], rounds: int) -> list[dict]:
     sizes = {kind: max(sizes) for kind, sizes in KINDS.items()}
     predictor = Predictor.from_workdir(flags[-1], batch_sizes=tuple(sizes.values()))
     predictor.compile()
-    found: dict[str, list] = {kind: [] for kind in KINDS}
+    measured: dict[str, list] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind, size in sizes.items():
             images = np.zeros((size, *predictor.image_shape), np.uint8)
@@ -158,14 +158,14 @@ def compute_rows(flags: list[str], rounds: int) -> list[dict]:
                 predictor.probabilities(images)
                 count += size
             rate, cpu = count / (time.perf_counter() - start), (time.process_time() - started_cpu) / count
-            found[kind].append(([], rate, cpu, 0.0))
-    return [row_of("compute", kind, 1, results) for kind, results in found.items()]
+            measured[kind].append(([], rate, cpu, 0.0))
+    return [row_of("compute", kind, 1, results) for kind, results in measured.items()]
 
 
-def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float], float, float, float]]) -> dict:
+def row_of(protocol: str, kind: str, clients: int, results: list[tuple[list[float], float, float, float]]) -> dict:
     """Takes medians over the rounds: latencies, requests a second, processor seconds a request of both sides."""
-    rates = [rate for _, rate, _, _ in found]
-    together = sorted(latency for latencies, *_ in found for latency in latencies)
+    rates = [rate for _, rate, _, _ in results]
+    together = sorted(latency for latencies, *_ in results for latency in latencies)
     cuts = statistics.quantiles(together, n=100) if together else None
     return {
         "protocol": protocol,
@@ -174,8 +174,8 @@ def row_of(protocol: str, kind: str, clients: int, found: list[tuple[list[float]
         "requests_per_sec": round(statistics.median(rates), 1),
         "lowest": round(min(rates), 1),
         "highest": round(max(rates), 1),
-        "cpu_milliseconds": round(1e3 * statistics.median(secs for _, _, secs, _ in found), 2),
-        "clients_cpu_milliseconds": round(1e3 * statistics.median(secs for *_, secs in found), 2),
+        "cpu_milliseconds": round(1e3 * statistics.median(secs for _, _, secs, _ in results), 2),
+        "clients_cpu_milliseconds": round(1e3 * statistics.median(secs for *_, secs in results), 2),
         "p50_milliseconds": cuts and round(cuts[49] * 1e3, 1),
         "p99_milliseconds": cuts and round(cuts[98] * 1e3, 1),
     }
@@ -205,7 +205,7 @@ def main() -> None:
             servers["against"] = stack.enter_context(server(flags, KINDS["batched"], *arguments.against))
         messages = requests_of(model, *size)
         cases = [(protocol, kind, count) for count in arguments.clients for protocol in messages for kind in servers]
-        found: dict[tuple, list] = {case: [] for case in cases}
+        measured: dict[tuple, list] = {case: [] for case in cases}
         for _ in range(arguments.rounds):
             for protocol, kind, count in cases:
                 coming = load(protocol, servers[kind], model, messages[protocol], count, arguments.secs)
@@ -213,8 +213,8 @@ def main() -> None:
                 latencies, secs = asyncio.run(coming)
                 used = (cpu_secs(servers[kind][2]) - before) / len(latencies)
                 clients_used = (time.process_time() - clients_before) / len(latencies)
-                found[protocol, kind, count].append((latencies, len(latencies) / secs, used, clients_used))
-        rows += [row_of(*case, results) for case, results in found.items()]
+                measured[protocol, kind, count].append((latencies, len(latencies) / secs, used, clients_used))
+        rows += [row_of(*case, results) for case, results in measured.items()]
     show(rows)
     if arguments.output:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "uvicorn", "grpcio")}

@@ -113,10 +113,10 @@ def run_child(case: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, env=os.environ | ENVIRONMENT | search, capture_output=True, text=True, check=False)
     if done.returncode:
         return nothing((done.stderr.strip().splitlines() or ["?"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "mistake" in found:
-        raise SystemExit(f"error: {found['mistake']}")
-    return found
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "mistake" in row:
+        raise SystemExit(f"error: {row['mistake']}")
+    return row
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def main() -> None:
             if rows.has(**case, form=form):
                 continue
             say(f"{case['model']}, {case['image_size_px']} px, batch {case['batch_size']}, {case['target']}, {form}")
-            found = run_child({**case, "form": form})
-            row = {**case, "form": form, **found, "floor_bytes_per_image": floor and floor * element}
+            measured = run_child({**case, "form": form})
+            row = {**case, "form": form, **measured, "floor_bytes_per_image": floor and floor * element}
             rows.add([row], versions(), device)
     print(report.table([shown(row) for row in rows.rows], COLUMNS))
 
@@ -198,8 +198,8 @@ def main() -> None:
 def versions() -> dict[str, str]:
     """Returns the versions of the compilers."""
     names = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin")
-    found = {distribution.name: distribution.version for distribution in metadata.distributions()}
-    return {name: found[name] for name in names if name in found}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {name: installed[name] for name in names if name in installed}
 
 
 if __name__ == "__main__":

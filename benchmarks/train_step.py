@@ -50,15 +50,15 @@ def row_of(contestant: Contestant) -> dict[str, Any]:
 
 def row(contestant: Contestant) -> dict[str, Any]:
     """Makes one row of the table."""
-    case, found = contestant.case, row_of(contestant)
-    found |= {"images_per_sec": None, "peak_bytes": None, "compile_secs": None}
+    case, fields = contestant.case, row_of(contestant)
+    fields |= {"images_per_sec": None, "peak_bytes": None, "compile_secs": None}
     if contestant.error:
-        return found | {"error": contestant.error}
+        return fields | {"error": contestant.error}
     rates = [case["batch_size"] * len(turn) / sum(turn) for turn in contestant.secs]
     steps = [len(turn) for turn in contestant.secs]
     processor = [case["batch_size"] * n / secs for n, secs in zip(steps, contestant.processor_secs, strict=True)]
     low, middle, high = report.quartiles(rates)
-    return found | {
+    return fields | {
         "images_per_sec": round(middle, 3),
         "quartiles": [round(low, 3), round(high, 3)],
         "images_per_cpu_sec": round(report.quartiles(processor)[1], 3),
@@ -129,19 +129,19 @@ def measure(arguments: argparse.Namespace, rows: report.Rows, model: str, image_
     fitting = list(arguments.implementations)
     for batch_size in batch_sizes(arguments):
         everyone = [cases.contestant(name, sized, model, batch_size, mode) for name in fitting]
-        found = [one for one in everyone if not known(rows, one)]
-        if found:
-            say(f"{model}, {found[0].case['image_size_px']} px, batch {batch_size}, {mode}")
-            for one in found:
+        missing = [one for one in everyone if not known(rows, one)]
+        if missing:
+            say(f"{model}, {missing[0].case['image_size_px']} px, batch {batch_size}, {mode}")
+            for one in missing:
                 one.limit_secs = arguments.row_secs
                 one.steps_a_wait = STEPS_A_WAIT if arguments.on_gpu and mode == "train" else 1
-            compete(found, arguments.turns, arguments.turn_secs, arguments.row_secs, arguments.together)
-            cases.check_platforms(found)
-            measured = [row(one) for one in found]
+            compete(missing, arguments.turns, arguments.turn_secs, arguments.row_secs, arguments.together)
+            cases.check_platforms(missing)
+            measured = [row(one) for one in missing]
             if arguments.together:
                 measured = [one | {"compile_secs": None} for one in measured]
             say(report.table([shown(one) for one in measured], COLUMNS))
-            rows.add(measured, cases.versions_of(found), cases.device()[1])
+            rows.add(measured, cases.versions_of(missing), cases.device()[1])
         fitting = [one.name for one in everyone if not is_full(rows, one)]
         if arguments.to_the_limit:  # any other error would occur with a larger batch as well
             fitting = [one.name for one in everyone if one.name in fitting and not known(rows, one, failed=True)]

@@ -133,7 +133,7 @@ def stopped_by(number: signal.Signals, workdir: pathlib.Path, user: dict[str, st
         if line.startswith("training"):
             process.send_signal(number)
             break
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=500)
     assert process.returncode == 130, errors
     assert output == ""
     step = int(errors.split("stopped and saved after step ")[1].split(";")[0])

@@ -52,6 +52,7 @@ class Run:
         return met
 
     def says(self, pattern: str) -> bool:
+        """Whether standard error has a match so far."""
         return re.search(pattern, self.errors) is not None
 
     def steps_reported(self) -> list[int]:

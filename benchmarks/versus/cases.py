@@ -38,7 +38,7 @@ def contestant(name: str, arguments: argparse.Namespace, model: str, batch_size:
         "image_size_px": arguments.image_size_px or variant.preprocessing.input_px,
         "dtype": arguments.dtype,
         "form": form,
-        **({"channels": channels, "overrides": overrides} if ours else {"facts": network}),
+        **({"channels": channels, "overrides": overrides} if ours else {"architecture": network}),
     }
     interpreter = sys.executable if ours else arguments.torch_python
     # The plain implementation has none of our kernels.

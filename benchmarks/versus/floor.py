@@ -15,23 +15,25 @@ IMAGE = 2  # read forward, and for the first kernel's gradient
 
 def floor_elements(model: str, image_size_px: int, channels: int = 3) -> int | None:
     """Counts elements moved for one image; None for networks that aren't counted (Dual Path Networks, deep stems)."""
-    facts = get_variant(model).architecture
-    if not isinstance(facts, DenseNetArchitecture) or facts.stem not in ("plain", "cifar"):
+    architecture = get_variant(model).architecture
+    if not isinstance(architecture, DenseNetArchitecture) or architecture.stem not in ("plain", "cifar"):
         return None
-    growth, width = facts.growth_rate, facts.stem_width or 2 * facts.growth_rate
+    growth, width = architecture.growth_rate, architecture.stem_width or 2 * architecture.growth_rate
     side, moved = image_size_px, IMAGE * channels * image_size_px**2
-    if facts.stem == "plain":
+    if architecture.stem == "plain":
         side = -(-side // 2)
         moved += STEM * width * side**2
         side = -(-side // 2)
     moved += NEW_FEATURES * width * side**2
-    for number, layers in enumerate(facts.block_sizes):
+    for number, layers in enumerate(architecture.block_sizes):
         for _ in range(layers):
-            per_pixel = CONCATENATION * width + BOTTLENECK * facts.bottleneck_width * growth + NEW_FEATURES * growth
+            per_pixel = (
+                CONCATENATION * width + BOTTLENECK * architecture.bottleneck_width * growth + NEW_FEATURES * growth
+            )
             moved += per_pixel * side**2
             width += growth
         moved += JOINED * width * side**2
-        if number < len(facts.block_sizes) - 1:
-            width, side = int(width * facts.compression), side // 2
+        if number < len(architecture.block_sizes) - 1:
+            width, side = int(width * architecture.compression), side // 2
             moved += NEW_FEATURES * width * side**2
     return moved

@@ -78,10 +78,14 @@ def prepare(
     labels = jnp.asarray(random.integers(0, variant.num_classes, batch_size), jnp.int32)
     variables = draw_variables(network, images, random)
     params, statistics = variables["params"], variables["batch_stats"]
-    facts = {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "version": jax.__version__}
+    device_info = {
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "version": jax.__version__,
+    }
     if mode == "infer":
         logits = jax.jit(lambda variables, images: (network.apply(variables, images, train=False),))
-        return JaxCase(logits, (variables,), (images,), 0), facts
+        return JaxCase(logits, (variables,), (images,), 0), device_info
     optimizer = optax.sgd(0.01, momentum=0.9)
 
     def loss_of(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
@@ -95,7 +99,7 @@ def prepare(
         return optax.apply_updates(params, updates), statistics, momentum, loss
 
     arrays = (params, statistics, jax.jit(optimizer.init)(params))
-    return JaxCase(jax.jit(step, donate_argnums=(0, 1, 2)), arrays, (images, labels), 3), facts
+    return JaxCase(jax.jit(step, donate_argnums=(0, 1, 2)), arrays, (images, labels), 3), device_info
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def prepare(path: str, batch_size: int, image_size_px: int, channels: int) -> tu
     images = np.random.default_rng(0).standard_normal(shape)
     kind = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}[wanted.type]
     images = (np.abs(images) * 50).clip(0, 255).astype(kind) if kind is np.uint8 else images.astype(kind)
-    facts = {"platform": "cpu", "device": "cpu", "version": onnxruntime.__version__}
-    return OnnxCase(session, {wanted.name: images}), facts
+    device_info = {"platform": "cpu", "device": "cpu", "version": onnxruntime.__version__}
+    return OnnxCase(session, {wanted.name: images}), device_info
 
 
 if __name__ == "__main__":

@@ -44,40 +44,40 @@ class Layer(nn.Module):
         return torch.cat([x, self.new(x)], 1)
 
 
-def small_network(facts: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
+def small_network(architecture: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
     """Makes a network with the paper's stem for small images: one 3x3 convolution, neither norm nor pooling."""
-    growth_rate, sizes = facts["growth_rate"], facts["block_sizes"]
-    width = facts["stem_width"] or 2 * growth_rate
+    growth_rate, sizes = architecture["growth_rate"], architecture["block_sizes"]
+    width = architecture["stem_width"] or 2 * growth_rate
     parts: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
     for index, layers in enumerate(sizes, 1):
         for _ in range(layers):
-            parts.append(Layer(width, growth_rate, facts["bottleneck_width"]))
+            parts.append(Layer(width, growth_rate, architecture["bottleneck_width"]))
             width += growth_rate
         parts += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         if index < len(sizes):
-            narrow = int(width * facts["compression"])
+            narrow = int(width * architecture["compression"])
             parts += [nn.Conv2d(width, narrow, 1, bias=False), nn.AvgPool2d(2)]
             width = narrow
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
-def make_network(model: str, facts: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
+def make_network(model: str, architecture: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
     """Makes the network of a name, from the fields of its architecture where timm has no such name.
 
     Raises:
         ValueError: there is none.
     """
-    if facts.get("stem") == "cifar":
-        return small_network(facts, channels, num_classes)
-    if not facts["changed"] and timm.is_model(model):
+    if architecture.get("stem") == "cifar":
+        return small_network(architecture, channels, num_classes)
+    if not architecture["changed"] and timm.is_model(model):
         return timm.create_model(model, num_classes=num_classes, in_chans=channels)
-    if "stem" not in facts or facts["blur"] != "none":
+    if "stem" not in architecture or architecture["blur"] != "none":
         raise ValueError(f"there is no {model} in PyTorch to compare with")
     return DenseNet(
-        facts["growth_rate"],
-        tuple(facts["block_sizes"]),
+        architecture["growth_rate"],
+        tuple(architecture["block_sizes"]),
         num_classes=num_classes,
         in_chans=channels,
-        bn_size=facts["bottleneck_width"],
-        stem_type="" if facts["stem"] == "plain" else facts["stem"],
+        bn_size=architecture["bottleneck_width"],
+        stem_type="" if architecture["stem"] == "plain" else architecture["stem"],
     )

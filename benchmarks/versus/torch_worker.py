@@ -39,14 +39,14 @@ class TorchCase:
 
 
 def prepare(
-    model: str, mode: str, batch_size: int, image_size_px: int, dtype: str, form: str, facts: dict[str, Any]
+    model: str, mode: str, batch_size: int, image_size_px: int, dtype: str, form: str, architecture: dict[str, Any]
 ) -> tuple[TorchCase, dict[str, Any]]:
     """Makes a step of SGD with momentum on one batch (mode "train"), or its logits ("infer")."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    channels, num_classes = facts["channels"], facts["num_classes"]
-    network = make_network(model, facts, channels, num_classes).to(device).to(memory_format=torch.channels_last)
+    channels, num_classes = architecture["channels"], architecture["num_classes"]
+    network = make_network(model, architecture, channels, num_classes).to(device).to(memory_format=torch.channels_last)
     network.train(mode == "train")
     images = torch.randn(batch_size, channels, image_size_px, image_size_px, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -74,8 +74,8 @@ def prepare(
             return call(images)
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    told = {"platform": {"cuda": "gpu"}.get(device, device), "device": name, "version": torch.__version__}
-    return TorchCase(train if mode == "train" else infer, device), told
+    device_info = {"platform": {"cuda": "gpu"}.get(device, device), "device": name, "version": torch.__version__}
+    return TorchCase(train if mode == "train" else infer, device), device_info
 
 
 if __name__ == "__main__":

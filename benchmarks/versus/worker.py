@@ -46,14 +46,14 @@ def serve(prepare: Prepare, out_of_memory: Callable[[Exception], bool]) -> None:
                 assert case is not None, "prepare first"
                 answer = _turn(case, **request) if ask == "turn" else {"peak_bytes": _peak_bytes(case)}
         except Exception as error:
-            told = "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"[:300]
-            answer = {"error": told}
+            message = "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"[:300]
+            answer = {"error": message}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str, Any]]:
-    case, facts = prepare(**request)
+    case, info = prepare(**request)
     began = time.perf_counter()
     case.step()
     case.wait()
@@ -63,19 +63,19 @@ def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str,
     step_secs = time.perf_counter() - first
     _forget_peak(case)
     # The first step's excess over an ordinary one: tracing, compiling, choosing algorithms.
-    return case, {"compile_secs": max(first - began - step_secs, 0.0), **facts}
+    return case, {"compile_secs": max(first - began - step_secs, 0.0), **info}
 
 
 def _turn(case: Case, secs: float, steps_a_wait: int) -> dict[str, Any]:
-    found: list[float] = []
+    step_secs: list[float] = []
     end, used = time.perf_counter() + secs, time.process_time()
-    while not found or time.perf_counter() < end:
+    while not step_secs or time.perf_counter() < end:
         began = time.perf_counter()
         for _ in range(steps_a_wait):
             case.step()
         case.wait()
-        found += [(time.perf_counter() - began) / steps_a_wait] * steps_a_wait
-    return {"secs": found, "processor_secs": time.process_time() - used}
+        step_secs += [(time.perf_counter() - began) / steps_a_wait] * steps_a_wait
+    return {"secs": step_secs, "processor_secs": time.process_time() - used}
 
 
 def _forget_peak(case: Case) -> None:
@@ -94,7 +94,7 @@ def _peak_bytes(case: Case) -> int | None:
         return device
     try:
         with open("/proc/self/status") as file:
-            found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+            match = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None

@@ -1,5 +1,7 @@
-"""Who stands still is told of it, who works is left in peace."""
+"""A stall is reported with every thread's stack, and work that goes on is not."""
 
+import math
+import re
 import threading
 import time
 
@@ -52,7 +54,7 @@ def transform():
     )
 
 
-def test_stalled_pipeline_is_told_with_the_stack_of_the_reader_and_goes_on(transform, tmp_path, capfd):
+def test_a_stalled_pipeline_is_reported_with_the_stack_of_its_thread_and_goes_on(transform, tmp_path, capfd):
     source = Stalling()
     batches = train_batches(source, seed=0, global_batch_size=8, transform=transform)
     with Watchdog(str(tmp_path), 0.2) as watchdog:
@@ -66,27 +68,25 @@ def test_stalled_pipeline_is_told_with_the_stack_of_the_reader_and_goes_on(trans
         releaser.join()
     batches.close()
     assert len(batch["label"]) == 8
-    told = (tmp_path / "stalls.txt").read_text()
-    assert "nothing has moved for 0 s while waiting for the images of step 1" in told
-    assert "is MainThread" in told
-    assert "is watchdog" in told
-    assert f"{__file__.rsplit('/', 1)[-1]}" in told
-    assert "in __getitem__" in told
-    assert "in next" in told or "__next__" in told
+    report = (tmp_path / "stalls.txt").read_text()
+    assert re.search(r"nothing has moved for \d+ s while waiting for the images of step 1", report)
+    assert "is MainThread" in report
+    assert "is watchdog" in report
+    assert f"{__file__.rsplit('/', 1)[-1]}" in report
+    assert "in __getitem__" in report
+    assert "in next" in report or "__next__" in report
     errors = capfd.readouterr().err
     assert "The run is not stopped." in errors
     assert "in __getitem__" in errors
     assert "it goes on after" in errors
 
 
-def test_it_is_told_again_at_doubled_intervals(tmp_path):
+def test_a_stall_is_reported_again_at_doubled_intervals(tmp_path):
+    stalls, start = tmp_path / "stalls.txt", time.monotonic()
     with Watchdog(str(tmp_path), 0.1):
-        wait_for(lambda: (tmp_path / "stalls.txt").exists() and told(tmp_path) >= 3)
-        assert told(tmp_path) == 3
-
-
-def told(workdir) -> int:
-    return (workdir / "stalls.txt").read_text().count("nothing has moved")
+        wait_for(lambda: stalls.exists() and stalls.read_text().count("nothing has moved") >= 3)
+        reports = stalls.read_text().count("nothing has moved")
+        assert reports <= 1 + math.log2((time.monotonic() - start) / 0.1)
 
 
 @pytest.mark.parametrize("stall_secs", [30.0, 0.0])
