@@ -73,11 +73,11 @@ def anchors_of(text: str) -> set[str]:
 
 def blocks_of(page: pathlib.Path, text: str) -> Iterator[Block]:
     """The runnable blocks of a page, in its order."""
-    for found in RUNNABLE.finditer(text):
-        commands = found.group(2)
+    for match in RUNNABLE.finditer(text):
+        commands = match.group(2)
         whole_lines = commands.replace("\\\n", " ").splitlines()
         trains = any("main.py" in line and "--help" not in line for line in whole_lines)
-        yield Block(page, text[: found.start(2)].count("\n") + 1, commands, bool(found.group(1)) or trains)
+        yield Block(page, text[: match.start(2)].count("\n") + 1, commands, bool(match.group(1)) or trains)
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page, page.read_text())]
@@ -262,8 +262,8 @@ false
 
 
 def test_blocks_are_found_by_their_mark():
-    found = [(block.line, block.commands.split()[0], block.slow) for block in blocks_of(ROOT / "x.md", MARKED)]
-    assert found == [(4, "python", False), (10, "python", True), (16, "echo", True)]
+    actual = [(block.line, block.commands.split()[0], block.slow) for block in blocks_of(ROOT / "x.md", MARKED)]
+    assert actual == [(4, "python", False), (10, "python", True), (16, "echo", True)]
     assert "false" not in "".join(block.commands for block in blocks_of(ROOT / "x.md", MARKED))
 
 

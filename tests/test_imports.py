@@ -28,22 +28,22 @@ FLOORS = (
 
 
 def modules() -> dict[str, pathlib.Path]:
-    found = {}
+    paths = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def imports_at_load(path: pathlib.Path) -> set[str]:
     """Modules imported when the file is loaded, not inside its functions."""
-    found = set()
+    names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found & (modules().keys() | {name for name in found if not name.startswith(OURS)})
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & (modules().keys() | {name for name in names if not name.startswith(OURS)})
 
 
 @pytest.mark.parametrize("module", ["densenet_jax", "densenet_jax.training.steps", "densenet_jax.models.create"])
@@ -113,13 +113,13 @@ def test_only_the_experiment_modes_and_loop_read_the_settings():
 
 def texts_only() -> set[str]:
     """Modules that name a setting in a message to the user, but read none."""
-    found = set()
+    names = set()
     for name, path in modules().items():
         tree = ast.parse(path.read_text())
         reads = any(isinstance(node, ast.Attribute) and node.attr in ("config",) for node in ast.walk(tree))
         if not reads:
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
 def test_no_import_cycles():

@@ -28,12 +28,12 @@ TOTAL_STEPS = 45
 
 def files_of(workdir: pathlib.Path) -> dict[str, tuple[int, int, bytes]]:
     """Every file with its time, inode and content."""
-    found = {}
+    contents = {}
     for path in sorted(workdir.rglob("*")):
         if path.is_file():
             status = path.stat()
-            found[str(path)] = status.st_mtime_ns, status.st_ino, path.read_bytes()
-    return found
+            contents[str(path)] = status.st_mtime_ns, status.st_ino, path.read_bytes()
+    return contents
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +80,15 @@ def test_work_directory_holds_what_is_promised(finished):
 def test_event_file_holds_the_same_scalars(finished):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found = {}
+    actual = {}
     for path in finished.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tensor.float_val:
-                    found[event.step, value.tag] = value.tensor.float_val[0]
+                    actual[event.step, value.tag] = value.tensor.float_val[0]
     for split in ("train", "validation"):
         for report in reports_of(finished, split):
-            assert found[report["step"], f"{split}/loss"] == pytest.approx(report["loss"], rel=1e-6)
+            assert actual[report["step"], f"{split}/loss"] == pytest.approx(report["loss"], rel=1e-6)
 
 
 def test_newest_and_best_checkpoints_are_kept(finished):
@@ -194,9 +194,9 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_che
 
 def test_parameter_table_counts_what_the_variants_table_says(user):
     output, errors = run_main("--mode=parameters", "--config=configs/digits.py", **user)
-    found = last_line(output)
-    assert (found["model"], found["parameters"], found["image_size_px"]) == ("densenet_bc_22_12", 71254, 8)
-    assert 1e6 < found["multiply_adds"] < 1e7
+    result = last_line(output)
+    assert (result["model"], result["parameters"], result["image_size_px"]) == ("densenet_bc_22_12", 71254, 8)
+    assert 1e6 < result["multiply_adds"] < 1e7
     assert "denseblock1/denselayer1/conv1/kernel" in errors
 
 

@@ -67,16 +67,16 @@ def by_pillow(array, name, level, sign):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_pillows(images, name, sign):
     operations = jnp.full(len(LEVELS), OPERATIONS.index(name))
-    found = APPLY(jnp.asarray(images), operations, jnp.asarray(LEVELS), jnp.full(len(LEVELS), sign))
+    actual = APPLY(jnp.asarray(images), operations, jnp.asarray(LEVELS), jnp.full(len(LEVELS), sign))
     expected = np.stack([by_pillow(image, name, level, sign) for image, level in zip(images, LEVELS, strict=True)])
-    difference = np.abs(np.asarray(found, int) - expected)
+    difference = np.abs(np.asarray(actual, int) - expected)
     if name in ("equalize", "invert", "posterize", "solarize", "solarize_add"):
         assert difference.max() == 0
     assert difference.max() <= 1 or name == "rotate"
     # A sample on the very edge of the image may fall on its other side.
     assert (difference > 1).mean() < 0.002
     assert (difference > 0).mean() < 0.02
-    assert (np.asarray(found) != images)[3].any()
+    assert (np.asarray(actual) != images)[3].any()
 
 
 def test_mixed_batch_gives_each_its_own(images):

@@ -195,13 +195,13 @@ def test_no_round_begins_after_the_budget_and_a_silent_worker_is_given_up(monkey
         "    answer = {'compile_secs': 1.0, 'secs': [0.1], 'processor_secs': 0.1, 'peak_bytes': 1}\n"
         "    print(json.dumps(answer), flush=True)\n"
     )
-    found = [
+    contestants = [
         Contestant("quick", lambda: Worker(str(script), sys.executable), {}),
         Contestant("silent", lambda: Worker(str(script), sys.executable), {"sleeps": 600}, limit_secs=0.5),
     ]
-    compete(found, turns=5, turn_secs=0.0, budget_secs=0.0)
-    assert [len(one.secs) for one in found] == [1, 0]
-    assert [one.error for one in found] == [None, "no answer within 0.5 s"]
+    compete(contestants, turns=5, turn_secs=0.0, budget_secs=0.0)
+    assert [len(one.secs) for one in contestants] == [1, 0]
+    assert [one.error for one in contestants] == [None, "no answer within 0.5 s"]
 
 
 def test_who_is_prepared_together_is_not_waited_for_one_by_one(monkeypatch):
@@ -232,9 +232,9 @@ def test_a_turn_waits_for_the_device_after_so_many_steps(monkeypatch):
 
     done = []
     case = types.SimpleNamespace(step=lambda: done.append("step"), wait=lambda: done.append("wait"))
-    found = worker._turn(case, secs=0.0, steps_a_wait=3)
+    actual = worker._turn(case, secs=0.0, steps_a_wait=3)
     assert done == ["step", "step", "step", "wait"]
-    assert len(found["secs"]) == 3
+    assert len(actual["secs"]) == 3
 
 
 def test_the_benchmarks_need_no_data_libraries():

@@ -236,8 +236,8 @@ class Files:
     ids=["8 bits", "mixed", "12 of 16", "16 among 12", "turned", "float", "npy"],
 )
 def test_a_look_at_the_data_set(files, bits, kinds):
-    found, warnings = look_at_pixels(Files(*files))
-    assert found == bits
+    actual, warnings = look_at_pixels(Files(*files))
+    assert actual == bits
     assert list(warnings) == kinds
     if kinds == ["dark"]:
         assert f"above {TWELVE.max()} of 65535" in warnings["dark"]

@@ -24,13 +24,13 @@ def source(tmp_path_factory):
 
 
 def test_a_split_in_numbers(source):
-    found = summary.summarize(source)
-    assert found.examples == 30
-    np.testing.assert_array_equal(found.class_counts, [8, 8, 7, 7, 0, 0])
-    assert found.damaged == ("train_5.JPEG",)
+    actual = summary.summarize(source)
+    assert actual.examples == 30
+    np.testing.assert_array_equal(actual.class_counts, [8, 8, 7, 7, 0, 0])
+    assert actual.damaged == ("train_5.JPEG",)
     first = Image.open(io.BytesIO(fake_imagenet.jpeg(0)))
-    assert (found.widths[0], found.heights[0]) == first.size
-    table = found.as_dict()
+    assert (actual.widths[0], actual.heights[0]) == first.size
+    table = actual.as_dict()
     assert table["classes_without_examples"] == 2
     assert (table["fewest_in_a_class"], table["most_in_a_class"]) == (7, 8)
     assert table["sampled_images"] == 29
@@ -59,12 +59,12 @@ def test_many_labels_are_counted_alone_and_together(tmp_path):
         Image.fromarray(np.full((4, 6), i, np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "t.csv").write_text("path,who,a,b,c\n" + "".join(rows))
     table = TableSettings(str(tmp_path / "t.csv"), label_columns=("a", "b", "c"), group_column="who")
-    found = summary.summarize(open_source("table", table=table, labels=Labels(many=True)))
-    np.testing.assert_array_equal(found.class_counts, [3, 2, 2])
-    np.testing.assert_array_equal(found.unknown, [0, 1, 2])
-    np.testing.assert_array_equal(found.together, [[3, 2, 1], [2, 2, 1], [1, 1, 2]])
-    assert found.groups == 2
-    (section,), (chart,) = _labels_section({"train": found}, ("a", "b", "c"))
+    actual = summary.summarize(open_source("table", table=table, labels=Labels(many=True)))
+    np.testing.assert_array_equal(actual.class_counts, [3, 2, 2])
+    np.testing.assert_array_equal(actual.unknown, [0, 1, 2])
+    np.testing.assert_array_equal(actual.together, [[3, 2, 1], [2, 2, 1], [1, 1, 2]])
+    assert actual.groups == 2
+    (section,), (chart,) = _labels_section({"train": actual}, ("a", "b", "c"))
     assert "<td>b</td>" in section.replace(' class="number"', "")
     assert "66.7%" in section
     assert chart.png[:4] == b"\x89PNG" != chart.dark_png

@@ -97,7 +97,7 @@ def test_tpu_slice_by_the_metadata_server(monkeypatch, endpoints, count):
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        found = find_cluster(*ALONE, {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"})
+        actual = find_cluster(*ALONE, {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"})
         server.shutdown()
         thread.join()
-    assert found == (Cluster(None, count, None) if count else None)
+    assert actual == (Cluster(None, count, None) if count else None)

@@ -28,8 +28,8 @@ def test_onnxruntime_answers_as_the_model_does_for_any_batch_size(name, tmp_path
     assert figures["max_abs_difference"] < 1e-6
     expected = reference_outputs(model, make_graph(model), images())
     for count in (1, 9):
-        given, result, found = run(path, images()[:count])
-        np.testing.assert_allclose(found, expected[:count], rtol=0, atol=1e-6)
+        given, result, actual = run(path, images()[:count])
+        np.testing.assert_allclose(actual, expected[:count], rtol=0, atol=1e-6)
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [32, 32, 3])
     assert (result.name, result.type, result.shape[1]) == ("probabilities", "tensor(float)", 7)
 
@@ -40,11 +40,11 @@ def test_the_file_says_what_it_is(tmp_path):
 
     export_small(tmp_path / "model.onnx", format="onnx", preprocess=False, batch_size=4)
     model = onnx.load(tmp_path / "model.onnx")
-    facts = {prop.key: prop.value for prop in model.metadata_props}
-    assert facts == {"model": "small_cifar", "weights": "drawn weights", "class_names": "a\nb\nc\nd\ne\nf\ng"}
+    properties = {prop.key: prop.value for prop in model.metadata_props}
+    assert properties == {"model": "small_cifar", "weights": "drawn weights", "class_names": "a\nb\nc\nd\ne\nf\ng"}
     assert not {"BatchNormalization"} & {node.op_type for node in model.graph.node}
-    given, result, found = run(str(tmp_path / "model.onnx"), np.zeros((4, 32, 32, 3), np.float32))
-    assert (given.shape, result.name, found.shape) == ([4, 32, 32, 3], "logits", (4, 7))
+    given, result, logits = run(str(tmp_path / "model.onnx"), np.zeros((4, 32, 32, 3), np.float32))
+    assert (given.shape, result.name, logits.shape) == ([4, 32, 32, 3], "logits", (4, 7))
 
 
 @uses_onnx
@@ -56,8 +56,8 @@ def test_int8_is_a_quarter_of_the_size_and_answers_alike(tmp_path):
     kinds = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     expected = reference_outputs(model, make_graph(model), images())
-    _, _, found = run(str(tmp_path / "int8.onnx"), images())
-    assert 0 < np.abs(found - expected).max() < 0.05
+    _, _, actual = run(str(tmp_path / "int8.onnx"), images())
+    assert 0 < np.abs(actual - expected).max() < 0.05
 
 
 @uses_onnx

@@ -49,11 +49,11 @@ def summarize(array):
     return np.concatenate([[flat.sum(), np.abs(flat).sum()], flat[chosen]])
 
 
-def relative_error(found, expected):
+def relative_error(actual, expected):
     """The larger of two errors: of the sum, relative to the sum of magnitudes, and of any value, to the largest."""
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    sums = np.abs(found[:2] - expected[:2]).max() / expected[1]
-    values = np.abs(found[2:] - expected[2:]).max() / np.abs(expected[2:]).max()
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    sums = np.abs(actual[:2] - expected[:2]).max() / expected[1]
+    values = np.abs(actual[2:] - expected[2:]).max() / np.abs(expected[2:]).max()
     error = max(sums, values)
     return error if np.isfinite(error) else np.inf
 

@@ -98,15 +98,15 @@ def taps(model):
 
 def summaries(model, images):
     """Summaries of every tap, and all the logits."""
-    found, handles = {}, []
+    outputs, handles = {}, []
     for name, module in taps(model).items():
-        hook = lambda _, __, output, name=name: found.__setitem__(name, summarize(output.detach().numpy()))  # noqa: E731
+        hook = lambda _, __, output, name=name: outputs.__setitem__(name, summarize(output.detach().numpy()))  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
-        found["logits"] = model(images).numpy()
+        outputs["logits"] = model(images).numpy()
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 def same_as_torchvision(name, model):
@@ -127,8 +127,8 @@ def evaluation(name):
         "key_count": np.array(len(shapes)),
     }
     for batch, side_px in CASES:
-        found = summaries(model, torch.from_numpy(draw_images(batch, side_px)).double())
-        arrays |= {f"{side_px}/{key}": value for key, value in found.items()}
+        outputs = summaries(model, torch.from_numpy(draw_images(batch, side_px)).double())
+        arrays |= {f"{side_px}/{key}": value for key, value in outputs.items()}
     if name in TORCHVISION:
         same_as_torchvision(name, model)
     return arrays
@@ -147,8 +147,8 @@ def training(name):
     arrays |= {f"after/{key}": summarize(value.numpy()) for key, value in statistics.items()}
     evaluating = fill(SMALL[name]()).double().eval()
     for side_px in SMALL_EVAL_PX:
-        found = summaries(evaluating, torch.from_numpy(draw_images(SMALL_BATCH, side_px)).double())
-        arrays |= {f"{side_px}/{key}": value for key, value in found.items()}
+        outputs = summaries(evaluating, torch.from_numpy(draw_images(SMALL_BATCH, side_px)).double())
+        arrays |= {f"{side_px}/{key}": value for key, value in outputs.items()}
     if isinstance(evaluating, RDNet):
         return arrays
     windows = TestTimePoolHead(evaluating, original_pool=WINDOW_PX).double()  # takes the model apart, so it comes last

@@ -53,5 +53,5 @@ def largest_error_over_eight_devices(fused, group_size):
     mesh, options = make_mesh(), {"norm": NormOptions(group_size=group_size)}
     shardings = (replicated(mesh), over_data(mesh))
     with jax.enable_x64(True):
-        found = results(dataclasses.replace(fused, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
-        return largest_error(found, results(PLAIN, jnp.float64, options, batch=16, layers=1))
+        spread = results(dataclasses.replace(fused, mesh=mesh), jnp.float64, options, shardings, batch=16, layers=1)
+        return largest_error(spread, results(PLAIN, jnp.float64, options, batch=16, layers=1))

@@ -23,14 +23,14 @@ QUICK = ("as it is", "groups, every convolution dropped from")
 )
 def test_a_block_is_the_plain_block(case):
     with jax.enable_x64(True):
-        found = results(INTERPRETED, jnp.float64, CASES[case])
-        assert largest_error(found, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
+        actual = results(INTERPRETED, jnp.float64, CASES[case])
+        assert largest_error(actual, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
 
 
 def test_evaluation_by_the_kernels_is_the_plain_block_s():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8), jnp.float64)
-        found = []
+        actual = []
         options = BlockOptions(dtype=jnp.float64)
         for implementation in (INTERPRETED, PLAIN):
             module = DenseBlock(2, 4, options=options, param_dtype=jnp.float64, implementation=implementation)
@@ -39,8 +39,8 @@ def test_evaluation_by_the_kernels_is_the_plain_block_s():
             variables = jax.tree.map(lambda leaf, keys=keys: jax.random.uniform(next(keys), leaf.shape) + 0.1, shapes)
             features = module.apply(variables, x, False)
             assert features.stats is None
-            found.append(features.values)
-        assert largest_error(*found) < 1e-12
+            actual.append(features.values)
+        assert largest_error(*actual) < 1e-12
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ def test_a_block_is_the_plain_block(case, monkeypatch):
     for operation in (backend_tpu.conv3x3_gradients, backend_tpu.conv1x1_gradients):
         monkeypatch.setattr(operation, "kernel", _noting(operation.kernel, layers))
     with jax.enable_x64(True):
-        found = results(INTERPRETED, jnp.float64, CASES[case])
-        assert largest_error(found, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
+        actual = results(INTERPRETED, jnp.float64, CASES[case])
+        assert largest_error(actual, results(PLAIN, jnp.float64, CASES[case])) < 1e-9
     assert len(layers) == (4 if case in BY_KERNELS else 0)  # dropout and several groups are left to XLA
 
 
@@ -73,11 +73,11 @@ def test_several_groups_on_a_device_are_left_to_xla():
 def test_a_model_over_several_devices_trains_in_memory_that_begins_unwritten():
     mesh = make_mesh()
     images = jnp.sin(jnp.arange(16 * 8 * 8 * 3.0)).reshape(16, 8, 8, 3)
-    found = []
+    actual = []
     for settings in ({"block_form": "plain"}, {"block_form": "normalize_once_tpu", "mesh": mesh}):
         model = create_model("densenet_bc_22_12", num_classes=3, **settings)
         variables = jax.jit(model.init)(jax.random.key(0), images[:1])
         shardings = (replicated(mesh), over_data(mesh))
         step = jax.jit(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), in_shardings=shardings)
-        found.append(step(variables, images))
-    assert largest_error(*found) < 1e-4
+        actual.append(step(variables, images))
+    assert largest_error(*actual) < 1e-4

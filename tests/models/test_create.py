@@ -112,8 +112,8 @@ def test_remat_changes_neither_output_nor_gradients(name):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
-    found, expected = gradients(_model(name, remat=True)), gradients(_model(name))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+    actual, expected = gradients(_model(name, remat=True)), gradients(_model(name))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), actual, expected)
 
 
 def _stored(name, **options):
@@ -213,10 +213,10 @@ def test_momentum_and_epsilon_reach_every_norm():
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_bfloat16_keeps_parameters_and_logits_in_float32(name):
     variables, images = _variables(name), _images()
-    found = _apply(_model(name, dtype=jnp.bfloat16), variables, images)
+    actual = _apply(_model(name, dtype=jnp.bfloat16), variables, images)
     expected = _apply(_model(name), variables, images)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, atol=0.1 * np.abs(expected).max())
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=0.1 * np.abs(expected).max())
     shapes = jax.eval_shape(_model(name, dtype=jnp.bfloat16).init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
 
@@ -229,9 +229,9 @@ def test_test_time_pooling_is_the_mean_of_average_and_maximum_over_windows(name)
     rows = last.shape[1] - 2
     windows = [last[:, i : i + 3, j : j + 3].mean(axis=(1, 2)) for i in range(rows) for j in range(rows)]
     logits = np.stack([window @ head["kernel"] + head["bias"][None] for window in windows])
-    found = _apply(_model(name, test_time_pool_px=3), variables, images)
-    np.testing.assert_allclose(found, 0.5 * (logits.mean(axis=0) + logits.max(axis=0)), rtol=1e-4, atol=1e-5)
-    assert np.abs(found - _apply(_model(name), variables, images)).max() > 1e-3
+    actual = _apply(_model(name, test_time_pool_px=3), variables, images)
+    np.testing.assert_allclose(actual, 0.5 * (logits.mean(axis=0) + logits.max(axis=0)), rtol=1e-4, atol=1e-5)
+    assert np.abs(actual - _apply(_model(name), variables, images)).max() > 1e-3
     with pytest.raises(UserError, match="test_time_pool_px=99"):
         jax.eval_shape(_model(name, test_time_pool_px=99).apply, variables, images)
 

@@ -59,8 +59,8 @@ def test_the_logits_are_the_other_program_s(case, tmp_path):
     channels = variables["params"]["conv0"]["kernel"].shape[2]
     images = draw_images(2, 64).transpose(0, 2, 3, 1)[..., :channels]
     model = create_model("densenet121", num_classes=expected.shape[1], **CASES[case])
-    found = jax.jit(model.apply)(variables, images)
-    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+    actual = jax.jit(model.apply)(variables, images)
+    assert np.abs(actual - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 def test_a_second_dense_layer_of_keras_is_refused():

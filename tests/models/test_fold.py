@@ -53,9 +53,9 @@ def test_folded_is_equal_in_float64(name):
         model, variables = drawn(name, np.float64)
         folded, params = fold_batch_norm(model, variables)
         images = np.random.default_rng(4).normal(0, 1, (2, 33, 33, 3))
-        expected, found = jax.jit(model.apply)(variables, images), jax.jit(folded.apply)(params, images)
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+        expected, actual = jax.jit(model.apply)(variables, images), jax.jit(folded.apply)(params, images)
+        assert actual.dtype == np.float64
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", list(MODELS))

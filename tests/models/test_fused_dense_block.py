@@ -119,8 +119,8 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform
     assert np.median(ratios) < 1.5
 
 
-def _distance(found, exact):
-    return np.linalg.norm(np.asarray(found, np.float64) - np.asarray(exact, np.float64))
+def _distance(actual, exact):
+    return np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(exact, np.float64))
 
 
 @pytest.mark.parametrize("form", ["normalize_once_cpu", "normalize_once_tpu"])
@@ -138,8 +138,8 @@ def test_devices_agree_on_the_statistics_of_each_map_once(form):
     channels = sum(int(count) for shapes in reduced for count in re.findall(r"f32\[(?:1,)?(\d+)\]", shapes))
     # A mean and a variance a channel: the input's 8, three layers' 16 bottleneck and 4 new ones.
     assert channels == 2 * (8 + 3 * (16 + 4))
-    found = compiled(variables, jax.device_put(x, over_data(mesh)))
-    assert largest_error(found, jax.jit(run)(variables, x)) < 1e-4
+    actual = compiled(variables, jax.device_put(x, over_data(mesh)))
+    assert largest_error(actual, jax.jit(run)(variables, x)) < 1e-4
 
 
 def test_gradients_are_the_same_over_eight_devices():

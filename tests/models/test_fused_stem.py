@@ -36,9 +36,9 @@ def test_a_convolution_over_pixels_in_channels_is_the_strided_one(size, kernel_s
                 results.append((out, pullback(gradient)))
             return results
 
-        found, expected = both(x, kernel, gradient)
-        assert found[0].shape == expected[0].shape
-        assert largest_error(found, expected) < 1e-13
+        actual, expected = both(x, kernel, gradient)
+        assert actual[0].shape == expected[0].shape
+        assert largest_error(actual, expected) < 1e-13
 
 
 def test_the_units_get_channels_by_eights():
@@ -55,8 +55,8 @@ def test_maxima_and_their_gradient_are_xla_s_among_equals_as_well(size, dtype):
     @jax.jit
     def both(x, gradient):
         expected, pullback = jax.vjp(max_pool, x)
-        found, index = max_pool_with_index(x)
-        return (found, max_pool_gradient(index, gradient, *size)), (expected, pullback(gradient)[0])
+        actual, index = max_pool_with_index(x)
+        return (actual, max_pool_gradient(index, gradient, *size)), (expected, pullback(gradient)[0])
 
     jax.tree.map(np.testing.assert_array_equal, *both(x, gradient))
 

@@ -40,8 +40,8 @@ def test_convolution_pads_every_side_alike(size, kernel_size, stride):
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel_size, kernel_size), axis=(1, 2))
     expected = np.einsum("bhwcij,ijco->bhwo", windows[:, ::stride, ::stride], kernel)
-    found = convolve(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=pad)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    actual = convolve(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=pad)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -65,9 +65,9 @@ def test_blur_pool_is_the_binomial_filter_over_a_reflected_border(size):
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::2, ::2]
-    found = blur_pool(jnp.asarray(x))
-    assert found.shape[1:3] == ((size + 1) // 2,) * 2
-    np.testing.assert_allclose(found, (windows * kernel).sum(axis=(-1, -2)), rtol=1e-5, atol=1e-6)
+    actual = blur_pool(jnp.asarray(x))
+    assert actual.shape[1:3] == ((size + 1) // 2,) * 2
+    np.testing.assert_allclose(actual, (windows * kernel).sum(axis=(-1, -2)), rtol=1e-5, atol=1e-6)
 
 
 def test_global_average_pool_sums_in_float32():
@@ -82,9 +82,9 @@ def test_statistics_are_exact_when_the_shift_is_near_the_mean(mean, group_size):
     x = _random(4, 3, 5, 2, mean=mean)
     groups = 2 if group_size == 2 else 1
     rows = np.asarray(x, np.float64).reshape(groups, -1, 2)
-    found = compute_stats(x, group_size, jnp.full(2, mean + 0.5))
-    np.testing.assert_allclose(found.mean, rows.mean(axis=1), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(found.var, rows.var(axis=1), rtol=1e-4)
+    stats = compute_stats(x, group_size, jnp.full(2, mean + 0.5))
+    np.testing.assert_allclose(stats.mean, rows.mean(axis=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(stats.var, rows.var(axis=1), rtol=1e-4)
 
 
 def test_the_shift_has_no_influence_on_gradients():
@@ -153,8 +153,8 @@ def test_a_normalized_map_is_read_like_the_raw_one(group_size):
     stats = compute_stats(x, group_size, jnp.zeros(3))
     features = FeatureMap(normalize(x, stats, 1e-5), stats)
     expected = module.apply(variables, x, train=True, mutable=["batch_stats"])
-    found = module.apply(variables, features, train=True, mutable=["batch_stats"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    actual = module.apply(variables, features, train=True, mutable=["batch_stats"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
     np.testing.assert_allclose(features.raw(1e-5), x, rtol=1e-4, atol=1e-4)
 
 

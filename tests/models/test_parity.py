@@ -26,9 +26,9 @@ def _largest_error(name, side_px, batch, dtype):
     with jax.enable_x64(dtype is np.float64):
         model = golden.make(name, dtype=dtype, param_dtype=dtype)
         run = jax.jit(lambda v, x: golden.run_with_taps(model, v, x))
-        found = run(golden.drawn_variables(name, dtype), golden.images(batch, side_px, dtype))
-        assert found["logits"].dtype == dtype
-        return golden.stage_errors(jax.device_get(found), golden.golden(name), side_px)
+        actual = run(golden.drawn_variables(name, dtype), golden.images(batch, side_px, dtype))
+        assert actual["logits"].dtype == dtype
+        return golden.stage_errors(jax.device_get(actual), golden.golden(name), side_px)
 
 
 def test_every_stage_equals_the_reference():
@@ -82,9 +82,9 @@ def _training_errors(name, **options):
     state = to_torch({"params": {}, "batch_stats": statistics})
     after = {f"after/{key}": value for key, value in state.items() if "num_batches" not in key}
     leaves = golden.gradient_leaves(gradients) | {"images": golden.torch_layout(image_gradient)}
-    found = after | {f"gradient/{key}": value for key, value in leaves.items()}
-    assert set(found) == {key for key in expected if key.startswith(("after/", "gradient/"))}
-    errors = {key: relative_error(summarize(value), expected[key]) for key, value in found.items()}
+    actual = after | {f"gradient/{key}": value for key, value in leaves.items()}
+    assert set(actual) == {key for key in expected if key.startswith(("after/", "gradient/"))}
+    errors = {key: relative_error(summarize(value), expected[key]) for key, value in actual.items()}
     return {
         "output": np.abs(logits - expected["train/logits"]).max() / np.abs(expected["train/logits"]).max(),
         "statistics": max((error for key, error in errors.items() if key.startswith("after/")), default=0),

@@ -37,8 +37,8 @@ def _load(source, num_classes=None, **options):
     return load_pretrained(BASE, source, num_classes, **ARCHITECTURE, **options)
 
 
-def _assert_same(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def _assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_saved_file_loads_as_it_was(variables, weights):
@@ -48,11 +48,11 @@ def test_a_saved_file_loads_as_it_was(variables, weights):
 
 def test_another_class_count_keeps_the_body_and_says_so(variables, weights, caplog):
     with caplog.at_level(logging.WARNING):
-        found = _load(weights, num_classes=4)
+        actual = _load(weights, num_classes=4)
     assert "has 10 classes, not 4" in caplog.text
-    assert found["params"].pop("classifier")["kernel"].shape[1] == 4
+    assert actual["params"].pop("classifier")["kernel"].shape[1] == 4
     body = {key: value for key, value in variables["params"].items() if key != "classifier"}
-    _assert_same(found, {"params": body, "batch_stats": variables["batch_stats"]})
+    _assert_same(actual, {"params": body, "batch_stats": variables["batch_stats"]})
 
 
 def test_the_same_class_count_keeps_the_head_silently(variables, weights, caplog):
@@ -76,9 +76,9 @@ def test_weights_of_another_variant_are_refused(weights):
 def test_half_precision_is_widened(variables, tmp_path):
     state = {key: value.astype(np.float16) for key, value in to_torch(variables).items() if "num" not in key}
     save_file(state, tmp_path / "half.safetensors")
-    found = _load(tmp_path / "half.safetensors")
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, variables)
+    loaded = _load(tmp_path / "half.safetensors")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), loaded, variables)
 
 
 def _hostile_files(whole):

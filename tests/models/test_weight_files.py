@@ -19,10 +19,10 @@ FOLDER = golden.GOLDEN / "dialects"
 RAW = {"a": np.arange(6.0).reshape(2, 3).T, "b": np.arange(3.0, 7.0)}
 
 
-def _assert_same(found, expected):
-    assert list(found) == list(expected)
+def _assert_same(actual, expected):
+    assert list(actual) == list(expected)
     for key, value in expected.items():
-        np.testing.assert_array_equal(found[key].astype(np.float64), value)
+        np.testing.assert_array_equal(actual[key].astype(np.float64), value)
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pth.tar", "legacy.ckpt"])
@@ -269,8 +269,8 @@ def test_a_keras_archive_and_keras_2_s_layout_are_read(tmp_path):
         file.create_group("relu").attrs["weight_names"] = []
         file.create_group("conv1/conv").attrs["weight_names"] = [b"conv1/conv/kernel:0"]
         file["conv1/conv"]["conv1/conv/kernel:0"] = np.arange(6.0).reshape(1, 1, 2, 3)
-    found = read_arrays(tmp_path / "old.h5")
-    _assert_same(found, {"features.conv0.weight": np.arange(6.0).reshape(2, 3).T[:, :, None, None]})
+    arrays = read_arrays(tmp_path / "old.h5")
+    _assert_same(arrays, {"features.conv0.weight": np.arange(6.0).reshape(2, 3).T[:, :, None, None]})
     with h5py.File(tmp_path / "new.h5", "w") as file:
         file["layers/dense/vars/0"], file["layers/dense/vars/1"] = np.ones((3, 2)), np.ones(2)
     with pytest.raises(UserError, match="no named layers"):

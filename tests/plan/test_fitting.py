@@ -37,13 +37,13 @@ class Compiler:
         assert not first.fits
         return largest_that_fits(attempt, first)
 
-    def check(self, found, too_large):
+    def check(self, bounds, too_large):
         """Both ends were seen, and they are as near to each other as is promised."""
-        assert found.fitting in {0, *self.tried}
-        assert found.failing in {too_large, *self.tried}
-        assert found.failing - found.fitting <= max(1, RESOLUTION * found.failing)
-        assert found.fitting == 0 or self.attempt(found.fitting).fits
-        assert not self.attempt(found.failing).fits
+        assert bounds.fitting in {0, *self.tried}
+        assert bounds.failing in {too_large, *self.tried}
+        assert bounds.failing - bounds.fitting <= max(1, RESOLUTION * bounds.failing)
+        assert bounds.fitting == 0 or self.attempt(bounds.fitting).fits
+        assert not self.attempt(bounds.failing).fits
 
 
 def affine(limit, fixed=0.1):
@@ -63,27 +63,27 @@ def test_memory_along_a_line_takes_three_attempts(limit, fixed, times):
 
 @pytest.mark.parametrize("too_large", [101, 130, 2**21])
 def test_small_sizes_are_found_to_the_unit(too_large):
-    found = Compiler(affine(99)).find(too_large)
-    assert (found.fitting, found.failing) == (99, 100)
+    bounds = Compiler(affine(99)).find(too_large)
+    assert (bounds.fitting, bounds.failing) == (99, 100)
 
 
 def test_one_unit_too_many():
     compiler = Compiler(affine(7))
-    found = compiler.find(8)
-    assert (found.fitting, found.failing) == (7, 8)
+    bounds = compiler.find(8)
+    assert (bounds.fitting, bounds.failing) == (7, 8)
     assert compiler.tried == [7]
 
 
 def test_a_large_size_is_round():
-    found = Compiler(affine(163_297)).find(2**21)
-    assert (found.fitting, found.failing) == (159 * 1024, 160 * 1024)
+    bounds = Compiler(affine(163_297)).find(2**21)
+    assert (bounds.fitting, bounds.failing) == (159 * 1024, 160 * 1024)
 
 
 @pytest.mark.parametrize("too_large", [1, 2, 1000, 2**21])
 def test_nothing_fits(too_large):
     compiler = Compiler(lambda units: CAPACITY * 1.1 + units)
-    found = compiler.find(too_large)
-    assert (found.fitting, found.failing) == (0, 1)
+    bounds = compiler.find(too_large)
+    assert (bounds.fitting, bounds.failing) == (0, 1)
     assert len(compiler.tried) <= 6
 
 
@@ -129,10 +129,10 @@ def test_two_accounts_that_differ_do_not_mislead():
         return Attempt(units, used <= CAPACITY, used, CAPACITY)
 
     tried = []
-    found = largest_that_fits(attempt, Attempt(2**21, False, 103_562 * 2**21, round(15.75 * 2**30)))
+    bounds = largest_that_fits(attempt, Attempt(2**21, False, 103_562 * 2**21, round(15.75 * 2**30)))
     assert tried[0] == 162_816  # by the complaint's own limit; by the capacity it would be 165,888
-    assert found.fitting <= CAPACITY / 111_000 < found.failing
-    assert found.failing - found.fitting <= RESOLUTION * found.failing
+    assert bounds.fitting <= CAPACITY / 111_000 < bounds.failing
+    assert bounds.failing - bounds.fitting <= RESOLUTION * bounds.failing
     assert len(tried) <= 4
 
 
@@ -151,10 +151,10 @@ def test_whatever_the_compiler_says_it_ends(seed):
         told = draw.choice([None, draw.randint(-CAPACITY, 0), draw.randint(1, 3 * CAPACITY), 1])
         return Attempt(units, seen[units], told, CAPACITY)
 
-    found = largest_that_fits(attempt, Attempt(too_large, False, draw.choice([None, 2 * CAPACITY]), CAPACITY))
-    assert found.fitting == 0 or seen[found.fitting]
-    assert not seen[found.failing]
-    assert found.failing - found.fitting <= max(1, RESOLUTION * found.failing)
+    bounds = largest_that_fits(attempt, Attempt(too_large, False, draw.choice([None, 2 * CAPACITY]), CAPACITY))
+    assert bounds.fitting == 0 or seen[bounds.fitting]
+    assert not seen[bounds.failing]
+    assert bounds.failing - bounds.fitting <= max(1, RESOLUTION * bounds.failing)
 
 
 def test_adversaries_of_the_line_meet_a_bisection():

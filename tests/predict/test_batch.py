@@ -141,17 +141,17 @@ def test_wrong_options(photos):
 
 
 def test_files_folders_and_patterns(photos):
-    def found(*places):
+    def expand(*places):
         return [image.path for image in find_images(places)]
 
-    assert found("photos/0[12].PNG") == ["photos/01.PNG", "photos/02.PNG"]
-    assert found("photos/notes.txt") == ["photos/notes.txt"]  # whoever names a file means it
-    assert found("photos/02.PNG", "photos/01.PNG", "photos/02.PNG") == ["photos/02.PNG", "photos/01.PNG"]
-    assert found("photos/sub*") == [f"photos/sub{n}/{n:02d}.PNG" for n in (0, 12, 15, 18, 3, 6, 9)]
-    everything = found("photos/[!l]*/**", "photos/*.PNG")
+    assert expand("photos/0[12].PNG") == ["photos/01.PNG", "photos/02.PNG"]
+    assert expand("photos/notes.txt") == ["photos/notes.txt"]  # whoever names a file means it
+    assert expand("photos/02.PNG", "photos/01.PNG", "photos/02.PNG") == ["photos/02.PNG", "photos/01.PNG"]
+    assert expand("photos/sub*") == [f"photos/sub{n}/{n:02d}.PNG" for n in (0, 12, 15, 18, 3, 6, 9)]
+    everything = expand("photos/[!l]*/**", "photos/*.PNG")
     assert len(everything) == len(set(everything)) == 20
     shutil.copy("photos/01.PNG", "photos/[odd].PNG")
-    assert found("photos/[odd].PNG") == ["photos/[odd].PNG"]
+    assert expand("photos/[odd].PNG") == ["photos/[odd].PNG"]
     assert check_places(["photos/0*"]) == 6
 
 

@@ -98,9 +98,9 @@ def test_features_are_the_module_s(digits, predictor, kind):
     variables = densenet_jax.load_checkpoint(str(workdir))
     seen = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
     want = jax.jit(experiment.model.clone(output=kind).apply)(variables, jnp.asarray(seen))
-    found = predictor.features(images, kind)
-    assert jax.tree.structure(found) == jax.tree.structure(want)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    actual = predictor.features(images, kind)
+    assert jax.tree.structure(actual) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 

@@ -48,11 +48,11 @@ class Page(html.parser.HTMLParser):
 
 def records(epochs: int, *, validated: bool = True, offset: float = 0.0) -> list[dict]:
     """Reports of a run, two of training and one of validation an epoch."""
-    found = []
+    lines = []
     for step in range(1, 2 * epochs + 1):
         figures = {"step": step, "epoch": step / 2, "loss": 2.0 / step + offset, "top1": 1 - 0.5 / step, "top5": 1.0}
         speed = {"learning_rate": 0.1 / step, "images_per_sec": 100.0 * step, "data_wait_fraction": 0.25}
-        found.append({**figures, "split": "train", **speed})
+        lines.append({**figures, "split": "train", **speed})
         if validated and step % 2 == 0:
-            found.append({**figures, "split": "validation", "top1": 0.9 - 0.1 / step})
-    return found
+            lines.append({**figures, "split": "validation", "top1": 0.9 - 0.1 / step})
+    return lines

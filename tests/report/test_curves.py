@@ -8,8 +8,8 @@ from tests.report.reading import records
 
 
 def test_charts_hold_the_reports():
-    found = records(3)
-    charts = {chart.name: chart for chart in run_charts(found, mixed=False)}
+    history = records(3)
+    charts = {chart.name: chart for chart in run_charts(history, mixed=False)}
     assert list(charts) == ["loss", "top1", "learning_rate", "throughput", "data_wait"]
     train, validation, raw = charts["loss"].lines
     assert (train.label, validation.label) == ("training", "validation")
@@ -21,16 +21,16 @@ def test_charts_hold_the_reports():
 
 
 def test_training_on_mixtures_is_said_and_raw_weights_have_a_line():
-    found = [{**record, "raw_loss": 9.0} if record["split"] == "validation" else record for record in records(2)]
-    train, _, raw = run_charts(found, mixed=True)[0].lines
+    history = [{**record, "raw_loss": 9.0} if record["split"] == "validation" else record for record in records(2)]
+    train, _, raw = run_charts(history, mixed=True)[0].lines
     assert train.label == "training, mixed images"
     assert list(raw.ys) == [9.0, 9.0]
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_run_that_stopped_early_has_the_charts_that_can_be_drawn(epochs):
-    found = records(epochs, validated=False)
-    charts = run_charts(found, mixed=False)
+    history = records(epochs, validated=False)
+    charts = run_charts(history, mixed=False)
     assert len(charts) == 5 * epochs
     for chart in charts:
         _, picture = chart.render()
@@ -38,9 +38,9 @@ def test_run_that_stopped_early_has_the_charts_that_can_be_drawn(epochs):
 
 
 def test_final_figures_are_of_the_last_and_of_the_best_validation():
-    found = records(3)
-    next(record for record in found if record["split"] == "validation" and record["step"] == 4)["top1"] = 0.99
-    figures = dict(final_figures(found))
+    history = records(3)
+    next(record for record in history if record["split"] == "validation" and record["step"] == 4)["top1"] = 0.99
+    figures = dict(final_figures(history))
     assert figures["epochs"] == "3"
     assert figures["steps"] == "6"
     assert figures["validation top-1"] == "88.33%"

@@ -81,9 +81,9 @@ def test_picture_that_can_not_be_written_is_a_users_error(tmp_path):
 )
 def test_turning_points_are_where_the_course_changes(name, options, points):
     schedule = make_schedule(name, learning_rate=0.1, total_steps=1000, **options)
-    found = turning_points(all_rates(schedule, 1000))
-    assert len(found) == len(points)
-    assert all(abs(ours - expected) <= 1 for ours, expected in zip(found, points, strict=True)), found
+    actual = turning_points(all_rates(schedule, 1000))
+    assert len(actual) == len(points)
+    assert all(abs(ours - expected) <= 1 for ours, expected in zip(actual, points, strict=True)), actual
 
 
 def test_schedule_mode_ends_with_one_line(user, tmp_path):

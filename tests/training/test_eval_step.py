@@ -63,7 +63,7 @@ def counted(batches, devices=1, **options) -> EvalSums:
 @pytest.mark.parametrize("devices", [1, 8])
 def test_counts_and_confusion_over_padded_sharded_batches_equal_a_slow_count(devices):
     batches = [batch_of(seed) for seed in range(3)]
-    found = counted(batches, devices, confusion=True)
+    actual = counted(batches, devices, confusion=True)
     confusion, loss = np.zeros((CLASSES, CLASSES), int), 0.0
     for batch in batches:
         logits = logits_of(batch["image"])
@@ -71,19 +71,19 @@ def test_counts_and_confusion_over_padded_sharded_batches_equal_a_slow_count(dev
         for row, label, mask, one in zip(logits, batch["label"], batch["mask"], losses, strict=True):
             confusion[label, row.argmax()] += mask
             loss += float(one) * mask
-    np.testing.assert_array_equal(found.confusion, confusion)
-    assert found.seen == found.sums.examples == sum(batch["mask"].sum() for batch in batches)
-    assert found.sums.top1 == np.trace(confusion)
-    assert float(found.sums.loss) == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_array_equal(actual.confusion, confusion)
+    assert actual.seen == actual.sums.examples == sum(batch["mask"].sum() for batch in batches)
+    assert actual.sums.top1 == np.trace(confusion)
+    assert float(actual.sums.loss) == pytest.approx(loss, rel=1e-5)
 
 
 def test_padding_changes_nothing():
     whole = batch_of(0)
     padded = {name: np.concatenate([array, np.zeros_like(array[:8])]) for name, array in whole.items()}
-    expected, found = counted([whole]), counted([padded])
-    assert (found.seen, found.sums.top1) == (expected.seen, expected.sums.top1)
-    assert float(found.sums.loss) == pytest.approx(float(expected.sums.loss), rel=1e-6)
-    assert found.confusion is None
+    expected, actual = counted([whole]), counted([padded])
+    assert (actual.seen, actual.sums.top1) == (expected.seen, expected.sums.top1)
+    assert float(actual.sums.loss) == pytest.approx(float(expected.sums.loss), rel=1e-6)
+    assert actual.confusion is None
 
 
 def test_ten_crops_are_five_and_their_mirror_images_with_averaged_logits():
@@ -94,10 +94,10 @@ def test_ten_crops_are_five_and_their_mirror_images_with_averaged_logits():
     expected = np.mean(both, axis=0)
     apply = jax.jit(lambda images: mean_logits(lambda one: MODEL.apply(VARIABLES, scale(one), train=False), images))
     np.testing.assert_allclose(apply(images), expected, atol=1e-5)
-    found = counted([batch], 8)
-    assert found.sums.top1 == ((expected.argmax(axis=1) == batch["label"]) & batch["mask"]).sum()
+    actual = counted([batch], 8)
+    assert actual.sums.top1 == ((expected.argmax(axis=1) == batch["label"]) & batch["mask"]).sum()
     losses = np.asarray(cross_entropy(jnp.asarray(expected), jnp.asarray(batch["label"])))
-    assert float(found.sums.loss) == pytest.approx(losses[batch["mask"]].sum(), rel=1e-4)
+    assert float(actual.sums.loss) == pytest.approx(losses[batch["mask"]].sum(), rel=1e-4)
     # Not the mean of the probabilities.
     assert np.abs(expected - np.log(np.mean([jax.nn.softmax(one) for one in both], axis=0))).max() > 0.1
 
@@ -106,15 +106,15 @@ def test_only_allowed_classes_are_predicted_and_share_the_probability():
     allowed = (1, 3, 6)
     batch = batch_of(2)
     batch["label"] = np.asarray(allowed, np.int32)[batch["label"] % 3]
-    found = counted([batch], classes=allowed, confusion=True)
+    actual = counted([batch], classes=allowed, confusion=True)
     logits = logits_of(batch["image"])[:, allowed]
     right = np.asarray(allowed)[logits.argmax(axis=1)] == batch["label"]
-    assert found.sums.top1 == (right & batch["mask"]).sum()
-    assert found.sums.top5 == found.seen
-    assert found.confusion.sum() == found.confusion[np.ix_(allowed, allowed)].sum() == batch["mask"].sum()
+    assert actual.sums.top1 == (right & batch["mask"]).sum()
+    assert actual.sums.top5 == actual.seen
+    assert actual.confusion.sum() == actual.confusion[np.ix_(allowed, allowed)].sum() == batch["mask"].sum()
     losses = cross_entropy(jnp.asarray(logits), jnp.asarray(np.searchsorted(allowed, batch["label"])))
-    assert float(found.sums.loss) == pytest.approx(float(np.asarray(losses)[batch["mask"]].sum()), rel=1e-5)
-    assert counted([batch]).sums.top1 != found.sums.top1
+    assert float(actual.sums.loss) == pytest.approx(float(np.asarray(losses)[batch["mask"]].sum()), rel=1e-5)
+    assert counted([batch]).sums.top1 != actual.sums.top1
     assert np.isneginf(restrict(jnp.zeros((1, 3)), (1,))).tolist() == [[True, False, True]]
 
 
@@ -122,17 +122,17 @@ def test_any_class_of_a_set_is_right_and_an_empty_set_is_left_out():
     batch = batch_of(3)
     sets = np.random.default_rng(3).uniform(size=(BATCH, CLASSES)) < 0.3
     sets[:3] = False
-    found = counted([{**batch, "label_set": sets}], 8)
+    actual = counted([{**batch, "label_set": sets}], 8)
     logits = logits_of(batch["image"])
     best = np.argsort(-logits, axis=1)
     inside = batch["mask"] & sets.any(axis=1)
     assert 0 < inside.sum() < batch["mask"].sum()
-    assert (found.sums.examples, found.seen) == (inside.sum(), batch["mask"].sum())
+    assert (actual.sums.examples, actual.seen) == (inside.sum(), batch["mask"].sum())
     rows = np.arange(BATCH)
-    assert found.sums.top1 == (sets[rows, best[:, 0]] & inside).sum()
-    assert found.sums.top5 == (np.take_along_axis(sets, best[:, :5], axis=1).any(axis=1) & inside).sum()
+    assert actual.sums.top1 == (sets[rows, best[:, 0]] & inside).sum()
+    assert actual.sums.top5 == (np.take_along_axis(sets, best[:, :5], axis=1).any(axis=1) & inside).sum()
     shares = np.asarray(jax.nn.softmax(logits)) * sets
-    assert float(found.sums.loss) == pytest.approx(-np.log(shares.sum(axis=1)[inside]).sum(), rel=1e-5)
+    assert float(actual.sums.loss) == pytest.approx(-np.log(shares.sum(axis=1)[inside]).sum(), rel=1e-5)
 
 
 def test_a_set_of_one_is_an_ordinary_label():

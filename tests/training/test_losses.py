@@ -92,8 +92,8 @@ def test_label_losses_and_their_gradients(logits, name, options, numbers, smooth
     loss = make_loss(name, label_smoothing=smoothing, class_weights=tuple(weights), **options)
     expected = label_losses(logits, targets, weights, *numbers, smoothing)
     with jax.enable_x64(True):
-        found = loss.elements(jnp.asarray(logits), jnp.asarray(targets))
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+        actual = loss.elements(jnp.asarray(logits), jnp.asarray(targets))
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
         assert loss.divisor(jnp.asarray(targets)) == np.count_nonzero(~np.isnan(targets))
         gradient = jax.grad(lambda logits: jnp.sum(loss(logits, jnp.asarray(targets))))(jnp.asarray(logits))
     step = 1e-6

@@ -147,8 +147,8 @@ def relative_error(after, expected, before):
     missed = moved = 0.0
     flat = [traverse_util.flatten_dict(state.variables) for state in (after, expected, before)]
     for path in flat[0]:
-        found, wanted, old = (np.asarray(leaves[path], np.float64) for leaves in flat)
-        missed += np.square((found - old.astype(np.float32)) - (wanted - old)).sum()
+        actual, wanted, old = (np.asarray(leaves[path], np.float64) for leaves in flat)
+        missed += np.square((actual - old.astype(np.float32)) - (wanted - old)).sum()
         moved += np.square(wanted - old).sum()
     return np.sqrt(missed / moved)
 
