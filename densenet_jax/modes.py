@@ -29,7 +29,7 @@ from densenet_jax.report.per_class import ClassTables
 from densenet_jax.report.run import report_run
 from densenet_jax.report.schedule import plot_schedule
 from densenet_jax.run.calibrate import calibrate
-from densenet_jax.run.evaluate import evaluate, figures_of
+from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
 from densenet_jax.run.prepare import prepare_and_verify
 from densenet_jax.run.train import train
 from densenet_jax.serve.limits import LIMITS, Access
@@ -125,6 +125,8 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
         tables.write(np.asarray(counts.confusion), experiment.data.eval_source.class_names, allowed)
     if left_out := int(counts.seen) - int(figures["examples"]):
         print_status(f"{left_out} images without a right class are left out")
+    if counts.confusion is not None:
+        print_status(f"{describe_figures(figures_by_class(counts))}  (means over classes)")
     if experiment.many_labels:
         print_status(f"{describe_figures(figures)}  (means over {figures['labels']} labels)")
     else:
@@ -137,7 +139,6 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 def calibrate_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Fits temperature and thresholds to a checkpoint of `workdir` on the evaluated split, and writes them there."""
-    check_settings(workdir, config, command.defaults)
     experiment = Experiment(config)
     step, variables = experiment.saved_variables(workdir)
     split = f"{config.data.name} {config.data.eval_split}"

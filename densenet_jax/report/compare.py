@@ -1,11 +1,12 @@
 """Report page that puts several runs side by side."""
 
+import itertools
 import os
 from collections.abc import Sequence
 
 from densenet_jax.errors import UserError
 from densenet_jax.report import page
-from densenet_jax.report.curves import compare_charts, final_figures
+from densenet_jax.report.curves import NONE, compare_charts, final_figures
 from densenet_jax.report.settings import different_settings
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
@@ -29,8 +30,9 @@ def report_comparison(compared: Sequence[str], into: str) -> str:
     names = _short_names(chosen)
     records = {name: read_metrics(workdir) for name, workdir in zip(names, chosen, strict=True)}
     charts = [chart.render() for chart in compare_charts(records)]
-    figures = [final_figures(records[name]) for name in names]
-    rows = [(what, *(run[place][1] for run in figures)) for place, (what, _) in enumerate(figures[0])]
+    metrics = [stored.get("checkpoint", {}).get("best_metric", "") for stored in settings]
+    figures = [dict(final_figures(records[name], metric)) for name, metric in zip(names, metrics, strict=True)]
+    rows = [(what, *(run.get(what, NONE) for run in figures)) for what in dict.fromkeys(itertools.chain(*figures))]
     numbers = tuple(range(1, len(names) + 1))
     different = different_settings(settings)
     content = page.document(

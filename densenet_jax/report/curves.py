@@ -7,6 +7,7 @@ from typing import Any
 
 from densenet_jax.report.page import Picture
 from densenet_jax.report.plots import DARK, LIGHT, Line, line_chart
+from densenet_jax.training.best_metric import chosen_metric, metric_words, score_figures, show_score
 
 Record = Mapping[str, Any]
 NONE = "–"  # stands for a missing figure
@@ -64,6 +65,9 @@ def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
     return _with_values(
         Chart("loss", "Loss", "nats", both("loss"), logarithmic=True),
         Chart("top1", "Top-1 accuracy", "share of images", both("top1"), percent=True),
+        Chart("auroc", "AUROC, mean over labels", "AUROC", both("auroc")),
+        Chart("average_precision", "Average precision, mean over labels", "precision", both("average_precision")),
+        Chart("f1", "F1, mean over labels or classes", "F1", both("f1")),
         Chart("learning_rate", "Learning rate", "learning rate", (rate,), y_from_zero=True),
         Chart("throughput", "Throughput", "images/s", (speed,), y_from_zero=True),
         Chart("data_wait", "Time spent waiting for data", "share of time", (waiting,), percent=True, y_from_zero=True),
@@ -80,6 +84,7 @@ def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
         Chart(
             "compare_top1", "Validation top-1 accuracy", "share of images", lines("validation", "top1"), percent=True
         ),
+        Chart("compare_auroc", "Validation AUROC", "mean over labels", lines("validation", "auroc")),
         Chart("compare_loss", "Validation loss", "nats", lines("validation", "loss"), logarithmic=True),
         Chart("compare_train_loss", "Training loss", "nats", lines("train", "loss"), logarithmic=True),
         Chart("compare_train_top1", "Training top-1 accuracy", "share of images", lines("train", "top1"), percent=True),
@@ -88,12 +93,17 @@ def compare_charts(runs: Mapping[str, Sequence[Record]]) -> list[Chart]:
     )
 
 
-def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Returns (name, value) pairs that sum a run up; a missing value is `NONE`."""
+def final_figures(records: Sequence[Record], best_metric: str = "") -> list[tuple[str, str]]:
+    """Returns (name, value) pairs that sum a run up; a missing value is `NONE`.
+
+    `best_metric` is what the best validation is best in, see `densenet_jax.training.best_metric.score_figures`.
+    """
     train = [record for record in records if record["split"] == "train"]
     validation = [record for record in records if record["split"] == "validation"]
     last: Record = validation[-1] if validation else {}
-    best: Record = max(validation, key=lambda record: (record["top1"], record["step"]), default={})
+    best: Record = max(validation, key=lambda record: (score_figures(record, best_metric), record["step"]), default={})
+    metric = chosen_metric(best, best_metric)
+    best_figure = show_score(score_figures(best, metric), metric) if best else NONE
     # The first interval includes one-off costs, such as loading programs and filling caches.
     steady = train[1:] or train
 
@@ -107,10 +117,9 @@ def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [
         ("epochs", shown(newest, "epoch", "{:.4g}".format)),
         ("steps", shown(newest, "step", "{:,}".format)),
-        ("validation top-1", shown(last, "top1", "{:.2%}".format)),
-        ("validation top-5", shown(last, "top5", "{:.2%}".format)),
+        *((f"validation {metric_words(name)}", shown(last, name, form)) for name, form in _scores_of(last)),
         ("validation loss", shown(last, "loss", "{:.4f}".format)),
-        ("best top-1", shown(best, "top1", "{:.2%}".format)),
+        (f"best {metric_words(metric) if best else 'top-1'}", best_figure),
         ("step of the best", shown(best, "step", "{:,}".format)),
         ("last training loss", shown(train[-1] if train else {}, "loss", "{:.4f}".format)),
         (
@@ -119,6 +128,13 @@ def final_figures(records: Sequence[Record]) -> list[tuple[str, str]]:
         ),
         ("waiting for data, median", typical("data_wait_fraction", "{:.1%}".format)),
     ]
+
+
+def _scores_of(record: Record) -> list[tuple[str, Callable[[float], str]]]:
+    """Returns the names of a validation's scores and how they are shown."""
+    if "auroc" in record:
+        return [(name, "{:.4f}".format) for name in ("auroc", "average_precision", "f1")]
+    return [(name, "{:.2%}".format) for name in ("top1", "top5")]
 
 
 def curve(records: Sequence[Record], split: str, key: str, style: int) -> Line:

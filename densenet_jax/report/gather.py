@@ -3,7 +3,7 @@
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
 from densenet_jax.system.console import Bar
 from densenet_jax.training.sharding import to_devices
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Answers:
     pairs: dict[tuple[int, int], int]  # number of examples by (true class, predicted class)
     mistakes: tuple[Mistake, ...]  # the most confident ones in this process's share, most confident first
     reliability: Reliability = dataclasses.field(default_factory=Reliability)  # accuracy by confidence
+    # int32 [2, n]: true and predicted class of each example in the order of the split, -1 where there is no right one.
+    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int32))
 
     @property
     def examples(self) -> int:
@@ -73,6 +77,28 @@ class Answers:
         return counts
 
 
+class Surest(Generic[T]):
+    """Keeps the few most confident mistakes of a split; of equal ones the first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heap: list[tuple[float, int, T]] = []
+
+    def wants(self, confidence: float, place: int) -> bool:
+        """Returns whether a mistake at this place would be kept, so that others need not be made."""
+        return len(self._heap) < self._most or (confidence, -place) > self._heap[0][:2]
+
+    def keep(self, confidence: float, place: int, mistake: T) -> None:
+        """Adds a mistake and drops the least confident one where there are too many."""
+        heapq.heappush(self._heap, (confidence, -place, mistake))
+        if len(self._heap) > self._most:
+            heapq.heappop(self._heap)
+
+    def best_first(self) -> tuple[T, ...]:
+        """Returns the mistakes, most confident first."""
+        return tuple(mistake for _, _, mistake in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
+
+
 def gather_answers(
     predict_step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
     variables: dict[str, Any],
@@ -93,30 +119,30 @@ def gather_answers(
         batches: this process's shares of padded and masked global batches, in the order of the split.
     """
     pairs: dict[tuple[int, int], int] = {}
-    surest: list[tuple[float, int, Mistake]] = []
-    reliability = Reliability()
+    surest: Surest[Mistake] = Surest(most_mistakes)
+    reliability, rows = Reliability(), [np.zeros((2, 0), np.int32)]
     bar = Bar("predicting", batch_count)
     try:
         for number, batch in enumerate(batches):
             answers = jax.device_get(predict_step(variables, to_devices(batch, mesh)))
             labels, predicted, counted = _judge(answers)
             _count(pairs, labels[counted], predicted[counted])
+            rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, answers["mask"]].astype(np.int32))
             reliability.add(answers["probability"].max(axis=-1)[counted], (labels == predicted)[counted])
             wrong = np.flatnonzero(counted & (labels != predicted))
             share = len(batch["label"])
             first = jax.process_index() * share
             for row in wrong[(wrong >= first) & (wrong < first + share)].tolist():
                 place, confidence = number * len(labels) + row, float(answers["probability"][row, predicted[row]])
-                if len(surest) < most_mistakes or (confidence, -place) > surest[0][:2]:
+                if surest.wants(confidence, place):
                     of_row = {name: array[row] for name, array in answers.items()}
-                    mistake = _make_mistake(batch["image"][row - first], place, of_row, labels[row])
-                    heapq.heappush(surest, (confidence, -place, mistake))
-                if len(surest) > most_mistakes:
-                    heapq.heappop(surest)
+                    surest.keep(
+                        confidence, place, _make_mistake(batch["image"][row - first], place, of_row, labels[row])
+                    )
             bar.advance()
     finally:
         bar.close()
-    return Answers(pairs, tuple(mistake for _, _, mistake in sorted(surest, reverse=True)), reliability)
+    return Answers(pairs, surest.best_first(), reliability, np.concatenate(rows, axis=1))
 
 
 def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -41,6 +41,7 @@ table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: break-word; min-width: 4.5rem; max-width: 26rem; }
 @media (max-width: 40rem) { table { font-size: 0.85rem; } }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.88rem; }
 pre { background: var(--panel); border-radius: 0.5rem; padding: 0.7rem 0.9rem; white-space: pre-wrap;

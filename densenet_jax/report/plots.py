@@ -116,19 +116,24 @@ def _matrix_chart(
     return _png(figure)
 
 
-def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT) -> bytes:
-    """Draws accuracy over confidence, and below it the share of images at each confidence, as a PNG."""
+def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_labels: bool = False) -> bytes:
+    """Draws accuracy over confidence, and below it the share of images at each confidence, as a PNG.
+
+    With `many_labels` it is the share of images with a label over the label's probability.
+    """
+    names = ("accuracy", "images", "confidence of the prediction")
+    right, share, sure = ("with the label", "labels", "probability of a label") if many_labels else names
     figure, (upper, lower) = _axes(theme, (5.4, 4.4), rows=2, height_ratios=(3, 1))
     counts, bins = reliability.counts, len(reliability.counts)
     centers, shown = (np.arange(bins) + 0.5) / bins, reliability.counts > 0
     accuracy = reliability.right[shown] / counts[shown]
-    upper.bar(centers[shown], accuracy, width=0.9 / bins, color=theme.lines[0], label="accuracy")
+    upper.bar(centers[shown], accuracy, width=0.9 / bins, color=theme.lines[0], label=right)
     upper.plot((0, 1), (0, 1), color=theme.lines[1], linestyle="--", linewidth=1.4, label="perfectly calibrated")
     figure.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="outside upper left", ncols=2)
-    upper.set_ylabel("accuracy")
+    upper.set_ylabel(right)
     lower.bar(centers, counts / max(1, counts.sum()), width=0.9 / bins, color=theme.lines[2])
-    lower.set_ylabel("images")
-    lower.set_xlabel("confidence of the prediction")
+    lower.set_ylabel(share)
+    lower.set_xlabel(sure)
     upper.set_ylim(0, 1)
     for axes in (upper, lower):
         axes.set_xlim(0, 1)

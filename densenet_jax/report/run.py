@@ -24,6 +24,7 @@ from densenet_jax.report.plots import (
     reliability_chart,
 )
 from densenet_jax.report.settings import changed_settings, every_setting
+from densenet_jax.report.trust import calibration_section, label_sections
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metric_writers import read_metrics
 from densenet_jax.system.console import print_status, spinner
@@ -36,7 +37,7 @@ Section = tuple[list[page.Picture], str]
 
 
 def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
-    """Writes `workdir/report/index.html` with pictures and per_class.csv, and returns the page's path.
+    """Writes `workdir/report/index.html` with pictures and per_class.csv or labels.csv, and returns the page's path.
 
     Without a checkpoint or the data set, their sections are left out and the page says why. All processes must call
     this; process 0 writes.
@@ -54,6 +55,8 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
             if look.answers is not None:
                 rows = per_class_rows(look.scores(), look.class_names, range(len(look.class_names)))
                 tables["per_class.csv"] = to_csv(rows)
+            if look.label_table is not None:
+                tables["labels.csv"] = to_csv(look.label_table.csv_rows())
             path = write_page(workdir, "index.html", content, pictures, tables)
         print_status(f"report: {path}")
     return path
@@ -72,12 +75,16 @@ def run_page(
     blocks = [
         page.text(f"Work directory {workdir}. {_how_far(records, settings, look)}", quiet=True),
         *(page.text(why) for why in look.missing),
-        page.tiles((what, value) for what, value in final_figures(records) if value != NONE),
+        page.tiles((what, value) for what, value in final_figures(records, _best_metric(settings)) if value != NONE),
         page.section("Curves", page.charts(charts) if charts else page.text("No metrics have been written yet.")),
     ]
     sections = []
     if look.answers is not None:
         sections += [_confusion(look), _classes(look), _reliability(look), _mistakes(look)]
+    if look.label_table is not None:
+        sections += label_sections(look)
+    if look.calibration is not None:
+        sections.append(calibration_section(look))
     if look.samples is not None:
         sections.append(_augmented(look))
     for drawn, block in sections:
@@ -111,11 +118,18 @@ def _is_finished(records: Sequence[Record], settings: dict[str, Any], look: Look
     """Returns whether training has reached its end or stopped early; False where the length is unknown."""
     if look.timeline is None:
         return False
-    metric = settings.get("checkpoint", {}).get("best_metric", "")
-    scores = {record["step"]: score_figures(record, metric) for record in records if record["split"] == "validation"}
+    scores = {
+        record["step"]: score_figures(record, _best_metric(settings))
+        for record in records
+        if record["split"] == "validation"
+    }
     patience = settings.get("train", {}).get("patience_epochs", 0)
     is_early = look.timeline.stalled_since(scores, patience) is not None
     return is_early or _last_step(records) >= look.timeline.total_steps
+
+
+def _best_metric(settings: dict[str, Any]) -> str:
+    return settings.get("checkpoint", {}).get("best_metric", "")
 
 
 def _last_step(records: Sequence[Record]) -> int:
@@ -153,9 +167,11 @@ def _classes(look: Look) -> Section:
     assert look.answers is not None
     present = scores.examples > 0
     accuracy = look.answers.right / max(1, look.answers.examples)
+    low_high = {name: f" ({low:.2%} to {high:.2%})" for name, (low, high) in look.intervals().items()}
     words = (
-        f"Accuracy {accuracy:.2%}; means over the {np.count_nonzero(present):,} classes with images: "
-        f"recall {_mean(scores.recall[present])}, F1 {_mean(scores.f1[present])}. "
+        f"Accuracy {accuracy:.2%}{low_high['top1']}; means over the {np.count_nonzero(present):,} classes with images: "
+        f"recall (balanced accuracy) {_mean(scores.recall[present])}{low_high['balanced_accuracy']}, "
+        f"F1 {_mean(scores.f1[present])}{low_high['f1']}. In brackets, the intervals of 95% of 1,000 bootstrap draws. "
         "Precision is the share of a class's predictions that are right, recall the share of its images that are "
         "found. Worst class first; per_class.csv beside this page has the same figures."
     )

@@ -73,6 +73,8 @@ def calibrate(
         rows = gather_rows(
             step, variables, batches, experiment.mesh, examples=len(data.eval_source), batch_count=data.eval_batch_count
         )
+    if np.isnan(rows["logit"]).any():
+        raise UserError("the model's logits are not numbers (NaN), so nothing can be fitted; take another checkpoint.")
     if many and not np.any((rows["label"] > 0).any(axis=0) & (rows["label"] == 0).any(axis=0)):
         raise UserError(
             f"no label of {experiment.config.data.name} {experiment.config.data.eval_split} has both kinds of "

@@ -67,26 +67,49 @@ def label_intervals(
     return {name: _percentiles(np.concatenate(parts), level) for name, parts in drawn.items()}
 
 
-def class_intervals(confusion: np.ndarray, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> Intervals:
-    """Computes intervals of accuracy, balanced accuracy and F1 from counts alone.
-
-    Drawing n examples with replacement draws the counts of (true, predicted) pairs from a multinomial distribution.
+def class_intervals(
+    true: np.ndarray,
+    predicted: np.ndarray,
+    classes: int,
+    *,
+    groups: np.ndarray | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Intervals:
+    """Computes intervals of accuracy, balanced accuracy and F1.
 
     Args:
-        confusion: int [k, k], true classes in rows, predicted ones in columns.
+        true: int [n] class numbers, as `predicted`.
+        classes: their number.
+        groups: [n], examples that are drawn together; None draws single examples.
 
     Returns:
         {"top1", "balanced_accuracy", "f1"}: float64 [2], low and high.
     """
-    true, predicted = np.nonzero(confusion)
-    pairs, total = confusion[true, predicted], int(confusion.sum())
-    generator = np.random.default_rng(seed)
-    classes, parts = len(confusion), []
-    step = max(1, _MOST_ENTRIES // max(1, len(pairs), classes))
-    for start in range(0, draws, step):
-        counts = generator.multinomial(total, pairs / max(1, total), size=min(step, draws - start))
-        parts.append(ClassScores.from_counts(*_sum_by_class(counts, true, predicted, classes)).means())
+    codes, pair_of, pairs = np.unique(true * np.int64(classes) + predicted, return_inverse=True, return_counts=True)
+    parts = []
+    for counts in _draw_pairs(pair_of, pairs, groups, draws, seed, max(len(codes), classes)):
+        sums = _sum_by_class(counts, codes // classes, codes % classes, classes)
+        parts.append(ClassScores.from_counts(*sums).means())
     return {name: _percentiles(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
+
+
+def _draw_pairs(
+    pair_of: np.ndarray, pairs: np.ndarray, groups: np.ndarray | None, draws: int, seed: int, width: int
+) -> Iterator[np.ndarray]:
+    """Yields how often a draw has each pair of classes, int64 [some draws, pairs].
+
+    Drawing n single examples with replacement draws the counts of pairs from a multinomial distribution.
+    """
+    if groups is not None:
+        for counts in draw_counts(groups, draws, seed):
+            yield np.stack([np.bincount(pair_of, weights=row, minlength=len(pairs)) for row in counts]).astype(np.int64)
+        return
+    generator, total = np.random.default_rng(seed), int(pairs.sum())
+    step = max(1, _MOST_ENTRIES // max(1, width))
+    for start in range(0, draws, step):
+        yield generator.multinomial(total, pairs / max(1, total), size=min(step, draws - start))
 
 
 def _sum_by_class(

@@ -25,7 +25,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probability of each label, float64 [n, k]."""
-    return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
 
 
 def softmax_loss(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import functools
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ from densenet_jax.serve.requests import ENCODED, PIXELS, InputChecker, Picture, 
 
 PROBABILITIES, MAP = "probabilities", "activation_map"
 OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_probabilities": "FP32", MAP: "FP32"}
+PREDICTED = "predicted"
 BEST = 5  # classes in the outputs that name the best; a model of many labels names all
 VERSION = "1"  # the only one of the model
 MAX_IMAGES = 64  # in one request
@@ -55,6 +56,8 @@ class Classifier:
     ):
         """Takes the settings of `config.serve`; compiles nothing yet."""
         self.name = predictor.model.name
+        # Calibrated labels have thresholds, and with them an answer: 1 from its threshold on, else 0.
+        self._outputs = OUTPUTS if predictor.thresholds is None else OUTPUTS | {PREDICTED: "INT32"}
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
         self._predictor, self._request_secs = predictor, request_secs
@@ -119,7 +122,7 @@ class Classifier:
         """Describes inputs and outputs in the protocol's terms; -1 is any number of images."""
         classes = len(self._predictor.class_names)
         best = [len(self._predictor.best(np.zeros(classes, np.float32), BEST))]
-        shapes = dict.fromkeys(OUTPUTS, best) | {PROBABILITIES: [classes]}
+        shapes = dict.fromkeys(self._outputs, best) | {PROBABILITIES: [classes]}
         if self._can_explain:
             shapes[MAP] = list(self._predictor.output_shapes(explain=True)["map"])
         return {
@@ -132,7 +135,7 @@ class Classifier:
             ],
             "outputs": [
                 {"name": name, "datatype": datatype, "shape": [-1, *shapes[name]]}
-                for name, datatype in OUTPUTS.items()
+                for name, datatype in self._outputs.items()
                 if name != MAP or self._can_explain
             ],
         }
@@ -192,7 +195,7 @@ class Classifier:
             return request, self._checker.check(request)
 
         request, images = prepare() if size <= INLINE_BYTES else (await self._read([prepare]))[0]
-        outputs, maps = select_outputs(request), None
+        outputs, maps = select_outputs(request, self._outputs), None
         explains = any(wanted.name == MAP for wanted in outputs)
         if explains and not self._can_explain:
             raise RequestError(f"{MAP} needs a single crop, but this model evaluates ten")
@@ -244,6 +247,9 @@ class Classifier:
         if wanted.classes:
             texts = [[f"{one.probability:.6f}:{one.class_id}:{one.label}" for one in row] for row in best]
             return wanted, "BYTES", np.asarray(texts, dtype=object)
+        if wanted.name == PREDICTED:
+            reached = [[self._predictor.is_predicted(one) for one in row] for row in best]
+            return wanted, self._outputs[PREDICTED], np.asarray(reached, np.int32)
         fields = {"class_ids": ("class_id", np.int32), "labels": ("label", object)}
         field, dtype = fields.get(wanted.name, ("probability", np.float32))
         return wanted, OUTPUTS[wanted.name], np.asarray([[getattr(one, field) for one in row] for row in best], dtype)
@@ -261,18 +267,18 @@ def _call_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def select_outputs(request: Request) -> list[Wanted]:
-    """Returns the outputs that a request asks for, in its order; all but activation maps if it names none.
+def select_outputs(request: Request, outputs: Mapping[str, str] = OUTPUTS) -> list[Wanted]:
+    """Returns those of the `outputs` that a request asks for, in its order; all but activation maps if it names none.
 
     Raises:
         RequestError: there is no such output, or classes of one that has none.
     """
     for wanted in request.outputs:
-        if wanted.name not in OUTPUTS:
-            raise RequestError(f"there is no output {shorten(wanted.name)}; expected some of {', '.join(OUTPUTS)}")
+        if wanted.name not in outputs:
+            raise RequestError(f"there is no output {shorten(wanted.name)}; expected some of {', '.join(outputs)}")
         if wanted.classes and (wanted.name != PROBABILITIES or wanted.classes < 0):
             raise RequestError(
                 f"a classification of {wanted.name} is not offered; expected a count for {PROBABILITIES}"
             )
     named = {wanted.name: wanted for wanted in request.outputs}
-    return list(named.values()) or [Wanted(name, is_binary=request.is_binary) for name in OUTPUTS if name != MAP]
+    return list(named.values()) or [Wanted(name, is_binary=request.is_binary) for name in outputs if name != MAP]

@@ -59,7 +59,8 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, ex
     assert ("class activation map" in page.text) == explained
     assert "Expected calibration error (ECE) 35.00%" in page.text
     assert f"{EVIL} 0 4 60.0% 75.0% 66.7%" in page.text
-    assert "recall 62.50%, F1 61.90%" in page.text
+    limits = r" \(\d+\.\d\d% to \d+\.\d\d%\)"
+    assert re.search(rf"recall \(balanced accuracy\) 62\.50%{limits}, F1 61\.90%{limits}", page.text)
     assert "config.seed 3 0" in page.text
     assert "jax " in page.text
     assert "1 × cpu" in page.text or "8 × cpu" in page.text
@@ -105,7 +106,7 @@ def test_commands_fit_the_state(monkeypatch):
     ],
 )
 def test_mixed_images_are_named_by_their_shares(label, title):
-    assert _title(label, ("one", "two", "three")) == title
+    assert _title(label, ("one", "two", "three"), many_labels=False) == title
 
 
 def test_run_that_has_nothing_yet_has_a_page():

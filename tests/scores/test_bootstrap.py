@@ -59,7 +59,13 @@ def test_class_intervals_are_those_of_drawing_examples():
         np.add.at(counts, (true[again], predicted[again]), 1)
         scores = ClassScores.from_confusion(counts)
         values.append(list(scores.means().values()))
-    ours = bootstrap.class_intervals(confusion, draws=2000)
+    ours = bootstrap.class_intervals(true, predicted, 4, draws=2000)
+    alone = bootstrap.class_intervals(true, predicted, 4, groups=np.arange(len(true)), draws=2000)
+    pairs = bootstrap.class_intervals(true.repeat(2), predicted.repeat(2), 4, groups=np.arange(len(true)).repeat(2))
+    twice = bootstrap.class_intervals(true.repeat(2), predicted.repeat(2), 4)
+    for name, interval in ours.items():
+        np.testing.assert_allclose(alone[name], interval, atol=0.01)
+        assert 1.25 < np.diff(pairs[name])[0] / np.diff(twice[name])[0] < 1.6  # expected: the square root of two
     assert list(ours) == ["top1", "balanced_accuracy", "f1"]
     np.testing.assert_allclose(np.stack(list(ours.values())), np.percentile(values, (2.5, 97.5), axis=0).T, atol=0.01)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from densenet_jax.predict.calibration import Calibration
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.requests import Wanted
 from densenet_jax.serve.runtime import Classifier
@@ -19,3 +20,15 @@ def test_a_model_of_many_labels_names_all_of_them():
     _, datatype, best = model._output(Wanted("probabilities", classes=2), rows)
     assert (datatype, best.shape) == ("BYTES", (2, 2))
     assert best[0, 0].endswith(":6:g")
+
+
+def test_calibrated_labels_say_which_are_predicted():
+    calibration = Calibration((1.0,) * 7, (0.2, 0.2, 0.2, float("nan"), 0.95, 0.2, 0.2))
+    model = Classifier(Predictor(dataclasses.replace(small_model(), many_labels=True, calibration=calibration)))
+    assert model.metadata()["outputs"][-1] == {"name": "predicted", "datatype": "INT32", "shape": [-1, 7]}
+    rows = np.array([[0.1, 0.3, 0.31, 0.45, 0.9, 0.21, 0.22]], np.float32)
+    _, datatype, predicted = model._output(Wanted("predicted"), rows, None)
+    _, _, labels = model._output(Wanted("labels"), rows, None)
+    assert datatype == "INT32"
+    reached = [label for label, answer in zip(labels[0], predicted[0].tolist(), strict=True) if answer]
+    assert sorted(reached) == ["b", "c", "f", "g"]
