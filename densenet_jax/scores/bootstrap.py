@@ -85,8 +85,10 @@ def class_intervals(
         groups: [n], examples that are drawn together; None draws single examples.
 
     Returns:
-        {"top1", "balanced_accuracy", "f1"}: float64 [2], low and high.
+        {"top1", "balanced_accuracy", "f1"}: float64 [2], low and high; NaN without examples.
     """
+    if not len(true):
+        return {name: np.full(2, np.nan) for name in ("top1", "balanced_accuracy", "f1")}
     codes, pair_of, pairs = np.unique(true * np.int64(classes) + predicted, return_inverse=True, return_counts=True)
     parts = []
     for counts in _draw_pairs(pair_of, pairs, groups, draws, seed, max(len(codes), classes)):

@@ -73,3 +73,5 @@ def test_class_intervals_are_those_of_drawing_examples():
 def test_nothing_to_draw_from_has_no_interval():
     ours = bootstrap.label_intervals(np.zeros((3, 1)), np.full((3, 1), np.nan), draws=5)
     assert np.isnan(ours["auroc"]).all()
+    nobody = np.zeros(0, int)
+    assert np.isnan(bootstrap.class_intervals(nobody, nobody, 3)["top1"]).all()
