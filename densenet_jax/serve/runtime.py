@@ -238,7 +238,9 @@ class Classifier:
         images = [narrow(image) if self._checker.dtype == np.uint8 else image for image, _ in chosen]
         return list(self._predictor.activation_maps(np.stack(images), [number for _, number in chosen]))
 
-    def _output(self, wanted: Wanted, rows: np.ndarray, maps: np.ndarray | None) -> tuple[Wanted, str, np.ndarray]:
+    def _output(
+        self, wanted: Wanted, rows: np.ndarray, maps: np.ndarray | None = None
+    ) -> tuple[Wanted, str, np.ndarray]:
         if wanted.name == MAP and maps is not None:
             return wanted, OUTPUTS[MAP], maps
         if wanted.name == PROBABILITIES and not wanted.classes:
