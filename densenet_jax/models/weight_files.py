@@ -24,6 +24,7 @@ _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # timm loo
 _RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
 _MAX_GROWTH = 16  # arrays may be this many times larger than the file: HDF5 compresses, and tensors can share numbers
 _MAX_DEPTH = 8
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
@@ -55,6 +56,9 @@ def _reader_for(path: Path) -> Callable[[Path, str], Arrays]:
             head = file.read(64)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
+    # First of all: a length, which may begin as any other kind of file does, and JSON.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER:
+        return _read_safetensors
     if head.startswith(_HDF5) or (head.startswith(b"PK") and _is_keras(path)):
         return _read_keras
     if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive; any pickle from protocol 2 on

@@ -10,6 +10,7 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.weight_files import read_arrays
@@ -41,6 +42,15 @@ def test_the_content_decides_and_not_the_ending(tmp_path):
         path = tmp_path / f"weights.{ending}"
         shutil.copy(FOLDER / "checkpoint.pth.tar", path)
         _assert_same(read_arrays(path, "raw"), RAW)
+
+
+@pytest.mark.parametrize("first", [0x80, 0x50, 0x88])  # of a pickle, a zip archive and neither
+def test_a_safetensors_file_may_begin_as_another_kind(tmp_path, first):
+    for length in range(8, 300, 8):
+        save_file({"a" * length: np.ones(2, np.float32)}, tmp_path / "x")
+        if (tmp_path / "x").read_bytes()[0] == first:
+            return _assert_same(read_arrays(tmp_path / "x"), {"a" * length: np.ones(2)})
+    raise AssertionError("no such file was written")
 
 
 def test_numbers_of_eight_bits_are_read_for_others_to_refuse():
