@@ -77,7 +77,7 @@ def prepare(
     images = jnp.asarray(random.standard_normal(shape, np.float32))
     labels = jnp.asarray(random.integers(0, variant.num_classes, batch_size), jnp.int32)
     variables = draw_variables(network, images, random)
-    params, statistics = variables["params"], variables["batch_stats"]
+    params, statistics = variables["params"], variables.get("batch_stats", {})
     device_info = {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
@@ -91,7 +91,7 @@ def prepare(
     def loss_of(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
         arrays = {"params": params, "batch_stats": statistics}
         logits, new = network.apply(arrays, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new.get("batch_stats", {})
 
     def step(params: Any, statistics: Any, momentum: Any, images: Any, labels: Any) -> Any:
         (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, statistics, images, labels)

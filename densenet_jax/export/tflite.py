@@ -16,7 +16,8 @@ from densenet_jax.errors import UserError
 from densenet_jax.export.graph import Graph
 from densenet_jax.export.savedmodel import make_tensorflow_function
 
-# Operations with the batch size in their arguments; today's networks have none of them.
+# Operations with the batch size in their arguments; today's networks have none of them but RESHAPE of each example by
+# itself, which is edited.
 _FIXED_BATCH = ("RESHAPE", "BROADCAST_TO", "FILL", "TRANSPOSE_CONV")
 
 
@@ -119,6 +120,9 @@ def open_batch(content: bytes) -> bytes:
         kind = flatbuffer_utils.opcode_to_name(model, operation.opcodeIndex)
         if kind == "SLICE":
             operation.inputs[2] = _take_whole_batch(model, graph, operation.inputs[2])
+        elif kind == "RESHAPE" and operation.builtinOptions.newShape[0] == 1:  # of each example by itself
+            operation.inputs[1] = _take_whole_batch(model, graph, operation.inputs[1])
+            operation.builtinOptions.newShape[0] = -1
         elif kind == "STRIDED_SLICE":
             operation.builtinOptions.endMask |= 1
         elif kind in _FIXED_BATCH:
@@ -132,7 +136,7 @@ def open_batch(content: bytes) -> bytes:
 
 
 def _take_whole_batch(model: Any, graph: Any, sizes: int) -> int:
-    """Copies the tensor of slice sizes, which may be shared, and lets it take all of the first dimension."""
+    """Copies the tensor of sizes, which may be shared, and lets its first be the whole batch."""
     tensor = copy.deepcopy(graph.tensors[sizes])
     buffer = copy.deepcopy(model.buffers[tensor.buffer])
     values = np.frombuffer(bytes(buffer.data), np.int32).copy()

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.cpu.convolution import convolve_fast
 from densenet_jax.kernels.select import KERNEL_DTYPES, KERNELS_WANTED
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
 from densenet_jax.models.fused import BACKENDS, Fused
 from densenet_jax.models.head import OUTPUTS, HeadOptions
-from densenet_jax.models.layers import NormOptions
+from densenet_jax.models.layers import NormOptions, convolve
 from densenet_jax.models.rdnet import RDNet
 from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant, list_models
 
@@ -117,10 +118,12 @@ def create_model(
         **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
     }
     implementation = _make_implementation(block_form, kernels, mesh)
-    if is_rdnet:  # one implementation, layer norms only
+    if is_rdnet:  # layer norms only
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
-        return RDNet(**fields, epsilon=epsilon, layer_dropout=layer_dropout, drop_path_rate=drop_path_rate, **common)
+        common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate}
+        depthwise = convolve if block_form == "plain" else convolve_fast
+        return RDNet(**fields, epsilon=epsilon, depthwise=depthwise, **common)
     common |= {
         "norm_options": NormOptions(
             epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +64,7 @@ class Convolution(nn.Module):
     groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    implementation: Callable[..., Array] = convolve
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
@@ -77,7 +79,7 @@ class Convolution(nn.Module):
             self.param_dtype,
         )
         x = x.astype(self.dtype)
-        y = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        y = self.implementation(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
         return y + bias.astype(self.dtype)[None, None, None, :]
 
 
@@ -110,6 +112,7 @@ class DenseLayer(nn.Module):
     drop_path_rate: float
     epsilon: float
     types: dict[str, DType]
+    depthwise: Callable[..., Array] = convolve
 
     @nn.compact
     def __call__(
@@ -123,7 +126,8 @@ class DenseLayer(nn.Module):
         """
         x = jnp.concatenate(features, axis=-1)
         width = x.shape[-1]
-        x = Convolution(width, 7, padding=3, groups=width, name="depthwise", **self.types)(x)
+        options = {"padding": 3, "groups": width, "implementation": self.depthwise, **self.types}
+        x = Convolution(width, 7, name="depthwise", **options)(x)
         x = LayerNorm(self.epsilon, name="norm", **self.types)(x)
         x = Convolution(int(width * self.bottleneck_width / 8) * 8, name="conv1", **self.types)(x)
         x = Convolution(self.growth_rate, name="conv2", **self.types)(jax.nn.gelu(x, approximate=False))
@@ -198,6 +202,7 @@ class RDNet(nn.Module):
             "drop_path".
         output: as for `create_model`; a pyramid has raw outputs, "pooled" is normalized.
         remat: keep only the dense layers' outputs for the backward pass and compute the rest again.
+        depthwise: computes the depthwise convolutions, as `layers.convolve` does.
     """
 
     block_sizes: tuple[int, ...] = (3, 3, 3, 3, 3, 3, 3)
@@ -217,6 +222,7 @@ class RDNet(nn.Module):
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    depthwise: Callable[..., Array] = convolve
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -255,6 +261,7 @@ class RDNet(nn.Module):
             "drop_rate": self.layer_dropout,
             "epsilon": self.epsilon,
             "types": types,
+            "depthwise": self.depthwise,
         }
         return Stage(transition, self.growth_rate[index], tuple(rates), layer, self.remat, name=f"stage{index + 1}")
 

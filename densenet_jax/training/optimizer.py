@@ -101,7 +101,7 @@ def layer_factors(params: Any, decay: float) -> Any:
     """Returns a tree of each parameter's learning-rate factor: decay to the power of the layers behind its own.
 
     Layers are the stem, each dense layer (with a block's last goes the transition behind it), each block of a dual path
-    network, each stage of an RDNet, and the head, whose factor is 1; as timm's --layer-decay.
+    network, each stage of an RDNet, and the head with its norm, whose factor is 1; as timm's --layer-decay.
     """
 
     def layer_of(path: tuple[Any, ...]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from densenet_jax.predict.model import Deployed
 from tests.models.test_fold import drawn
 
 SIDE_PX = 32
-FAMILIES = ("small_densenet", "small_cifar", "small_densenet_blur", "small_dpn_b")
+FAMILIES = ("small_densenet", "small_cifar", "small_densenet_blur", "small_dpn_b", "small_rdnet")
 
 
 @functools.cache

@@ -132,6 +132,22 @@ def test_grouped_convolution_and_its_gradients(case):
     assert exported.count("stablehlo.convolution") == 1
 
 
+@pytest.mark.parametrize(("side", "padding"), [(7, 3), (3, 0)])
+def test_depthwise_convolution_and_its_gradients(side, padding):
+    x, kernel = draw(2, 9, 8, 21), draw(side, side, 1, 21, seed=1)
+
+    def of(function):
+        return lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, stride=1, padding=padding, groups=21)))
+
+    ours, reference = of(convolution.convolve), of(convolution.plain_convolve)
+    assert "convolution" not in jax.jit(ours).lower(x, kernel).as_text()  # shifted products instead
+    (value, found), (expected, gradients) = (
+        jax.jit(jax.value_and_grad(function, (0, 1)))(x, kernel) for function in (ours, reference)
+    )
+    assert_same(value, expected, 1e-9)
+    assert_same(found, gradients)
+
+
 def test_second_derivatives_vmap_and_remat():
     x, kernel = draw(3, 2, 6, 6, 4), draw(3, 3, 4, 5, seed=1)
 

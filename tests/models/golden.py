@@ -120,14 +120,15 @@ def _is_tap(module, method):
 
 
 def run_with_taps(model, variables, x):
-    """Logits and stages of the plain implementation, and as "own logits" those of the fused one where there is one."""
-    outputs = run_plain_with_taps(model, variables, x)
-    return outputs if isinstance(model, RDNet) else {**outputs, "own logits": model.apply(variables, x)}
+    """Logits and stages of the plain implementation, and as "own logits" those of the fast one."""
+    return {**run_plain_with_taps(model, variables, x), "own logits": model.apply(variables, x)}
 
 
 def run_plain_with_taps(model, variables, x):
     """Logits and every stage's output of the plain implementation, by the references' module names."""
-    if not isinstance(model, RDNet):
+    if isinstance(model, RDNet):
+        model = model.clone(depthwise=layers.convolve)
+    else:
         model = model.clone(implementation=densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN)
     logits, state = model.apply(variables, x, capture_intermediates=_is_tap, mutable=["intermediates"])
     outputs = {"logits": logits}

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.training.optimizer import OPTIMIZERS, decay_mask, frozen_mask, make_optimizer
+from densenet_jax.training.optimizer import OPTIMIZERS, decay_mask, frozen_mask, layer_factors, make_optimizer
+from tests.models import golden
 
 STEPS = 6
 PARAMS = {
@@ -195,3 +196,40 @@ def test_parameters_by_pattern():
         "denseblock1": {"denselayer1": {"norm1": {"scale": True}, "conv1": {"kernel": True}}},
         "norm5": {"scale": False, "bias": False},
     }
+
+
+# (network, layers behind) of some parameters; all of densenet121's and rdnet_tiny's were compared with timm's groups.
+LAYERS_BEHIND = {
+    "small_densenet": {  # blocks of 2, 3, 2 and 2 layers
+        **{"conv0/kernel": 10, "norm0/bias": 10, "denseblock1/denselayer1/norm1/scale": 9},
+        **{"denseblock1/denselayer2/conv2/kernel": 8, "transition1/conv/kernel": 8, "transition3/norm/scale": 3},
+        **{"denseblock4/denselayer2/conv1/kernel": 1, "norm5/scale": 0, "classifier/kernel": 0},
+    },
+    "small_densenet_blur": {"conv2/kernel": 5, "norm2/scale": 5, "denseblock1/denselayer1/conv1/kernel": 4},
+    "small_dpn": {  # stages of 1, 2, 1 and 2 blocks
+        **{"conv1_1/conv/kernel": 7, "conv2_1/c1x1_a/bn/scale": 6, "conv3_2/c3x3_b/conv/kernel": 4},
+        **{"conv5_2/c1x1_c/conv/kernel": 1, "conv5_bn_ac/bn/scale": 0, "classifier/bias": 0},
+    },
+    "small_rdnet": {  # four stages
+        **{"stem/conv/kernel": 5, "stem/norm/scale": 5, "stage1/layer2/gamma": 4, "stage2/conv/bias": 3},
+        **{"stage4/layer1/gate/kernel": 1, "norm/bias": 0, "classifier/kernel": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(LAYERS_BEHIND))
+def test_rates_fall_by_the_decay_with_every_layer_towards_the_stem(name):
+    factors = layer_factors(golden.abstract_variables(name)["params"], 0.5)
+    leaves = jax.tree_util.tree_leaves_with_path(factors)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): factor for path, factor in leaves}
+    assert {path: found[path] for path in LAYERS_BEHIND[name]} == {
+        path: 0.5**behind for path, behind in LAYERS_BEHIND[name].items()
+    }
+
+
+def test_layer_decay_scales_the_update_of_each_layer():
+    params = single({"stem": {"conv": {"bias": np.ones(2)}}, "classifier": {"bias": np.ones(2)}})
+    optimizer = make_optimizer("sgd", lambda _: 0.1, momentum=0.0, layer_decay=0.5)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["stem"]["conv"]["bias"], -0.05)
+    np.testing.assert_allclose(updates["classifier"]["bias"], -0.1)

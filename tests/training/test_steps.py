@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from densenet_jax.augment.basic import normalize, random_flip
 from densenet_jax.models.create import create_model
@@ -49,7 +50,8 @@ class Trainer:
     def __init__(self, recipe: StateRecipe, devices: int, **options):
         self.recipe, self.mesh = recipe, sharding.make_mesh(jax.devices()[:devices])
         self.everywhere = sharding.replicated(self.mesh)
-        step = TrainStep(recipe.model, recipe.optimizer, augment, seed=0, loss=SoftmaxLoss(0.1), **options)
+        options = {"seed": 0, "loss": SoftmaxLoss(0.1), **options}
+        step = TrainStep(recipe.model, recipe.optimizer, augment, **options)
         self.step = jax.jit(step, out_shardings=self.everywhere)
         self.states, self.reports = self.run(3)
 
@@ -141,13 +143,46 @@ def test_step_is_a_function_of_seed_and_step_alone(one):
     assert_close((states, reports), (one.states[:3], one.reports[:2]), 0)
 
 
-def test_dropout_is_drawn_anew_at_every_step(one):
+def test_a_network_without_statistics_trains_alike_on_any_number_of_devices():
+    settings = {"num_classes": 10, "block_sizes": (2,), "growth_rate": 8, "drop_path_rate": 0.5, "layer_scale": 1.0}
+    optimizer = make_optimizer("sgd", make_schedule("constant", learning_rate=0.1, total_steps=10))
+    recipe = StateRecipe(create_model("rdnet_tiny", **settings), optimizer, 0, SHAPE, averages=True)
+    one, eight = (Trainer(recipe, devices, average_decay=0.5) for devices in (1, 8))
+    state = one.states[-1]
+    assert state.batch_stats == {} == state.average["batch_stats"]
+    assert_close(eight.states[-1].params, state.params, 1e-4)
+    assert_close(eight.states[-1].average, state.average, 1e-4)
+
+
+class Noise(nn.Module):
+    """Logits that are the drawn numbers of drop path."""
+
+    drop_path_rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        """Draws only in training, like the networks."""
+        scale = self.param("scale", nn.initializers.ones, (10,))
+        key = self.make_rng("drop_path") if train else jax.random.key(0)
+        return jax.random.normal(key, (images.shape[0], 10)) * scale
+
+
+def test_drop_path_is_a_function_of_seed_and_step():
+    recipe = StateRecipe(Noise(), make_optimizer("sgd", lambda _: 0.1), 0, SHAPE)
+    one, other_seed = (Trainer(recipe, 1, seed=seed) for seed in (0, 1))
+    losses = [_loss_at(one, 0), _loss_at(one, 1), _loss_at(other_seed, 0)]
+    assert len(set(losses)) == 3
+    assert _loss_at(one, 0) == losses[0]
+
+
+def _loss_at(trainer: Trainer, step: int) -> float:
+    """The loss of the initial state as if it were at `step`, on images that are the same when they are mirrored."""
     batch = batch_of(0)
-    batch["image"][:] = 9 * np.arange(BATCH, dtype=np.uint8)[:, None, None, None]  # the same when they are mirrored
+    batch["image"][:] = 9 * np.arange(BATCH, dtype=np.uint8)[:, None, None, None]
+    state = trainer.on_devices[0].replace(step=jax.device_put(np.int32(step), trainer.everywhere))
+    return float(trainer.step(state, sharding.to_devices(batch, trainer.mesh))[1].sums.loss)
 
-    def loss_at(step: int) -> float:
-        state = one.on_devices[0].replace(step=jax.device_put(np.int32(step), one.everywhere))
-        return float(one.step(state, sharding.to_devices(batch, one.mesh))[1].sums.loss)
 
+def test_dropout_is_drawn_anew_at_every_step(one):
     with jax.enable_x64(True):
-        assert loss_at(0) == loss_at(0) != loss_at(1)
+        assert _loss_at(one, 0) == _loss_at(one, 0) != _loss_at(one, 1)
