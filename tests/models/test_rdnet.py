@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import densenet_jax
 from densenet_jax.errors import UserError
-from densenet_jax.models import rdnet
+from densenet_jax.models import create, rdnet
 from densenet_jax.models.create import create_model
 from densenet_jax.models.operations import count_multiply_adds
 from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
 from densenet_jax.models.torch_weights import from_torch, to_torch
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.explain import activation_maps
-from densenet_jax.predict.predictor import Predictor
-from tests.deployed_run import make_run
 from tests.models import golden
 
 NAME = "small_rdnet"
@@ -60,13 +57,11 @@ def norm_before_pooling(monkeypatch):
     monkeypatch.setattr(rdnet, "select_output", lambda output, x, *rest: rest[-1](x).mean((1, 2))[:, :10])
 
 
-def no_depthwise_padding(monkeypatch):
-    convolve = rdnet.convolve
-
-    def shifted(x, kernel, **options):
-        return convolve(jnp.roll(x, 1, 1) if options["padding"] else x, kernel, **options)
-
-    monkeypatch.setattr(rdnet, "convolve", shifted)
+def rows_shifted_by_one(monkeypatch):
+    convolve = create.convolve_fast
+    monkeypatch.setattr(
+        create, "convolve_fast", lambda x, *rest, **options: convolve(jnp.roll(x, 1, 1), *rest, **options)
+    )
 
 
 def unbiased_variance(monkeypatch):
@@ -74,7 +69,7 @@ def unbiased_variance(monkeypatch):
     monkeypatch.setattr(rdnet.jnp, "var", lambda x, **options: var(x, ddof=1, **options))
 
 
-FAULTS = (approximate_gelu, newest_layer_first, no_gate, sigmoid_gate, norm_before_pooling, no_depthwise_padding)
+FAULTS = (approximate_gelu, newest_layer_first, no_gate, sigmoid_gate, norm_before_pooling, rows_shifted_by_one)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, unbiased_variance], ids=lambda fault: fault.__name__)
@@ -219,31 +214,3 @@ def test_images_too_small_are_refused():
     model = create_model("rdnet_tiny")
     with pytest.raises(UserError, match="at least 32x32"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 31, 64, 3)))
-
-
-def test_a_run_without_statistics_is_evaluated_predicted_and_explained(digits, tmp_path):
-    workdir, settings = tmp_path / "run", {"name": "rdnet_tiny", "block_sizes": (1, 2), "growth_rate": 16}
-    changes = {f"model__{key}": value for key, value in settings.items()}
-    run = make_run(workdir, digits[1].config.data.dir, data__image_size_px=16, train__average_decay=0.9, **changes)
-    assert densenet_jax.load_checkpoint(workdir)["batch_stats"] == {}
-    _, saved = run.saved_variables(str(workdir))
-    with run.data.eval_batches() as batches:
-        batch = next(batches)
-    images = np.asarray(batch["image"])[:4]
-    expected = run.compile_predict_step()(saved, batch)["probability"][:4]
-    assert run.compile_eval_step()(saved, batch).seen == len(batch["label"])
-    predictor = Predictor.from_workdir(workdir, batch_sizes=(4,))
-    np.testing.assert_allclose(predictor.probabilities(images), expected, rtol=1e-5, atol=1e-6)
-    outputs = jax.device_get(predictor.dispatch(images, "pyramid", np.zeros(4, np.int32)))
-    assert {name: array.shape[1:] for name, array in outputs.items() if name.startswith("stride")} == {
-        "stride_4": (4, 4, 80),
-        "stride_8": (2, 2, 72),
-    }
-    assert outputs["map"].shape == (4, 2, 2)
-    state = run.state_recipe.create(run.layout)
-    assert run.compile_train_step()(state, _train_batch(run))[1].sums.loss > 0
-
-
-def _train_batch(run):
-    size, shape = run.config.train.global_batch_size, run.data.train_shape
-    return {"image": np.zeros((size, *shape), np.uint8), "label": np.zeros(size, np.int32)}

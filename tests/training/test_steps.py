@@ -164,7 +164,7 @@ class Noise(nn.Module):
         """Draws only in training, like the networks."""
         scale = self.param("scale", nn.initializers.ones, (10,))
         key = self.make_rng("drop_path") if train else jax.random.key(0)
-        return jax.random.normal(key, (images.shape[0], 10)) * scale
+        return jax.random.normal(key, (images.shape[0], 10)) * scale[None]
 
 
 def test_drop_path_is_a_function_of_seed_and_step():
