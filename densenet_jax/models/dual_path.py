@@ -27,46 +27,56 @@ from densenet_jax.models.layers import (
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
-class NormActivation(nn.Module):
+class Part(nn.Module, kw_only=True):
+    """A module with the settings that all parts of a Dual Path Network share."""
+
+    norm_options: NormOptions
+    init_fan: Fan
+    dtype: DType
+    param_dtype: DType
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Settings for a part of this part."""
+        return {**self.types, "norm_options": self.norm_options, "init_fan": self.init_fan}
+
+    @property
+    def types(self) -> dict[str, DType]:
+        """Types of activations and parameters."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class NormActivation(Part):
     """Norm, then activation; parameters bn."""
 
     in_features: int
-    norm_options: NormOptions
-    dtype: DType
-    param_dtype: DType
     activation: str = "relu"
     after_convolution: bool = False
 
     def setup(self) -> None:
         """Declares the norm."""
-        types = (self.dtype, self.param_dtype)
-        self.bn = BatchNorm(self.in_features, self.norm_options, *types, self.after_convolution)
+        self.bn = BatchNorm(self.in_features, self.norm_options, after_convolution=self.after_convolution, **self.types)
 
     def __call__(self, x: FeatureMap | Array, train: bool) -> Float[Array, "b h w c"]:
         """Normalizes and activates."""
         return ACTIVATIONS[self.activation](self.bn(x, train))
 
 
-class NormActivationConvolution(nn.Module):
+class NormActivationConvolution(Part):
     """Norm, ReLU, convolution; parameters bn and conv."""
 
     in_features: int
     features: int
-    kernel_size: int
-    stride: int
-    groups: int
-    norm_options: NormOptions
-    init_fan: Fan
-    dtype: DType
-    param_dtype: DType
+    kernel_size: int = 1
+    stride: int = 1
+    groups: int = 1
     after_convolution: bool = False
 
     def setup(self) -> None:
         """Declares norm and convolution."""
-        types = (self.dtype, self.param_dtype)
-        self.bn = BatchNorm(self.in_features, self.norm_options, *types, self.after_convolution)
+        self.bn = BatchNorm(self.in_features, self.norm_options, after_convolution=self.after_convolution, **self.types)
         shape = (self.in_features, self.features, self.kernel_size, self.stride, self.groups)
-        self.conv = Convolution(*shape, self.init_fan, *types)
+        self.conv = Convolution(*shape, self.init_fan, **self.types)
 
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Computes the convolution of relu(norm(x))."""
@@ -83,7 +93,7 @@ def join_paths(residual: Array, dense: Array, new: Array) -> Float[Array, "b h w
     return jnp.concatenate([residual, dense, new], axis=-1)
 
 
-class DualPathBlock(nn.Module):
+class DualPathBlock(Part):
     """1x1, grouped 3x3 and 1x1 convolutions whose output is added to one path and concatenated to the other.
 
     Parameters c1x1_w_s1 or c1x1_w_s2 (projection), c1x1_a, c3x3_b, c1x1_c; the b-form has c1x1_c/bn, c1x1_c1, c1x1_c2.
@@ -101,10 +111,6 @@ class DualPathBlock(nn.Module):
     dense_increment: int
     groups: int
     split_projection: bool
-    norm_options: NormOptions
-    init_fan: Fan
-    dtype: DType
-    param_dtype: DType
 
     @property
     def stride(self) -> int:
@@ -116,18 +122,18 @@ class DualPathBlock(nn.Module):
         widths = (self.residual_width, self.dense_increment)
         if self.kind != "normal":
             shortcut_width = self.residual_width + 2 * self.dense_increment
-            projection = self._convolution(self.in_features, shortcut_width, stride=self.stride)
-            setattr(self, f"c1x1_w_s{self.stride}", projection)
-        self.c1x1_a = self._convolution(self.in_features, self.width)
-        self.c3x3_b = self._convolution(self.width, self.width, 3, self.stride, self.groups, after_convolution=True)
+            shape = (self.in_features, shortcut_width, 1, self.stride)
+            setattr(self, f"c1x1_w_s{self.stride}", NormActivationConvolution(*shape, **self.shared))
+        self.c1x1_a = NormActivationConvolution(self.in_features, self.width, **self.shared)
+        inner = {"after_convolution": True, **self.shared}
+        self.c3x3_b = NormActivationConvolution(self.width, self.width, 3, self.stride, self.groups, **inner)
         self.c1x1_c: nn.Module
         if not self.split_projection:
-            self.c1x1_c = self._convolution(self.width, sum(widths), after_convolution=True)
+            self.c1x1_c = NormActivationConvolution(self.width, sum(widths), **inner)
             return
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.c1x1_c = NormActivation(self.width, self.norm_options, after_convolution=True, **types)
+        self.c1x1_c = NormActivation(self.width, **inner)
         self.c1x1_c1, self.c1x1_c2 = (
-            Convolution(self.width, width, init_fan=self.init_fan, **types) for width in widths
+            Convolution(self.width, width, init_fan=self.init_fan, **self.types) for width in widths
         )
 
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
@@ -152,38 +158,19 @@ class DualPathBlock(nn.Module):
         )
         return residual, dense
 
-    @nn.nowrap
-    def _convolution(
-        self,
-        in_features: int,
-        features: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        *,
-        after_convolution: bool = False,
-    ) -> NormActivationConvolution:
-        shape = (in_features, features, kernel_size, stride, groups)
-        options = (self.norm_options, self.init_fan, self.dtype, self.param_dtype, after_convolution)
-        return NormActivationConvolution(*shape, *options)
 
-
-class Stem(nn.Module):
+class Stem(Part):
     """The parameters of a 3x3 or 7x7 convolution at stride 2 and its norm: conv and bn."""
 
     in_features: int
     features: int
     kernel_size: int
-    norm_options: NormOptions
-    init_fan: Fan
-    dtype: DType
-    param_dtype: DType
 
     def setup(self) -> None:
         """Declares the convolution and the norm."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.conv = Convolution(self.in_features, self.features, self.kernel_size, 2, init_fan=self.init_fan, **types)
-        self.bn = BatchNorm(self.features, self.norm_options, after_convolution=True, **types)
+        shape = (self.in_features, self.features, self.kernel_size, 2)
+        self.conv = Convolution(*shape, init_fan=self.init_fan, **self.types)
+        self.bn = BatchNorm(self.features, self.norm_options, after_convolution=True, **self.types)
 
 
 @dataclass(frozen=True)
@@ -246,9 +233,8 @@ class DualPathNetwork(nn.Module):
             features = self.implementation.stage(blocks, features, train, self.remat)
             if self.output == "pyramid":
                 pyramid[4 * 2**stage] = features.raw(self.norm_options.epsilon)
-        types = (self.dtype, self.param_dtype)
         width = features.values.shape[-1]
-        x = NormActivation(width, self.norm_options, *types, self.activation, name="conv5_bn_ac")(features, train)
+        x = NormActivation(width, self.activation, name="conv5_bn_ac", **common)(features, train)
         pyramid[2 ** (len(self.block_sizes) + 1)] = x
         return select_output(self.output, x, pyramid, self.head_options, train, self.make_rng)
 
