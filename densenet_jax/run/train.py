@@ -260,6 +260,7 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
     profile = Profile(experiment.config.profile, workdir, experiment.timeline.total_steps)
     with only_run_in(workdir) as check_workdir, report_full_disk(workdir), StopRequest() as stop:
         dataset, same_classes = _check_dataset(experiment, workdir)
+        read_metrics(workdir)  # reports damage before anything is compiled
         claim_workdir(workdir, experiment.config, defaults)
         write_labels(workdir, dataset["classes"], keep_others=same_classes)
         watchdog = Watchdog(workdir, experiment.config.train.stall_secs)

@@ -20,7 +20,7 @@ from densenet_jax.export.graph import make_graph
 from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
 from densenet_jax.predict.model import read_run_settings
 from densenet_jax.predict.predictor import Predictor
-from densenet_jax.run.train import _check_dataset
+from densenet_jax.run.train import _check_dataset, train
 from densenet_jax.workdir import write_labels
 from tests.deployed_run import make_run
 
@@ -177,6 +177,15 @@ def test_training_does_not_go_on_with_other_data(run, tmp_path, change, why):
     root, settings = run
     with pytest.raises(UserError, match=why):
         _check_dataset(experiment_on(changed_copy(root, tmp_path, change), settings), str(root / "run"))
+
+
+def test_damaged_metrics_are_reported_before_anything_is_compiled(run, tmp_path, monkeypatch):
+    root, settings = run
+    shutil.copytree(root / "run", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("[]\n")
+    monkeypatch.setattr("densenet_jax.run.train.Trainer", None)
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not a report"):
+        train(experiment_on(root / "data", settings), str(tmp_path / "run"), {})
 
 
 def test_evaluation_of_other_classes_is_refused(run, tmp_path):
