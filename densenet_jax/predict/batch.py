@@ -17,13 +17,14 @@ from densenet_jax.data.pixels import join
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotation_path
+from densenet_jax.predict.compiled import BEST_CLASS, FEATURES
 from densenet_jax.predict.explain import write_explanation
 from densenet_jax.predict.features import FeatureArchive
 from densenet_jax.predict.files import Candidate, check_places, common_folder, find_images
 from densenet_jax.predict.images import ImageError, shown
 from densenet_jax.predict.model import Deployed
 from densenet_jax.predict.output import PredictionFile
-from densenet_jax.predict.predictor import BEST_CLASS, FEATURES, ClassProbability, Predictor
+from densenet_jax.predict.predictor import ClassProbability, Predictor
 from densenet_jax.predict.table import check_table, is_table, write_table
 from densenet_jax.system.console import Bar, print_status, spinner
 

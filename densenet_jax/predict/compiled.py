@@ -1,0 +1,155 @@
+"""The model compiled for a few batch sizes: takes preprocessed images of any number."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from densenet_jax.augment.basic import normalize
+from densenet_jax.errors import UserError
+from densenet_jax.predict.explain import activation_maps
+from densenet_jax.predict.model import Deployed
+from densenet_jax.training import sharding
+from densenet_jax.training.eval_step import make_predict_step
+
+BATCH_SIZES = (1, 4, 16, 64)
+FEATURES = ("pooled", "pyramid")
+BEST_CLASS = -1  # stands for the most probable class of an image
+
+
+class CompiledModel:
+    """Computes probabilities, features and class activation maps of batches on all devices of this process.
+
+    Attributes:
+        batch_sizes: compiled batch sizes, smallest first; other batches are padded to the next one.
+    """
+
+    def __init__(self, model: Deployed, batch_sizes: Sequence[int]) -> None:
+        """Puts the weights on the devices; compiles nothing yet (see `compile`).
+
+        Args:
+            batch_sizes: sizes to compile, rounded up to multiples of the number of devices.
+
+        Raises:
+            UserError: a batch size is below 1.
+        """
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
+        self.model = model
+        mesh = sharding.make_mesh(jax.local_devices())
+        self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
+        self._over_data = sharding.over_data(mesh)
+        self._variables = jax.device_put(model.variables, sharding.replicated(mesh))
+        self._step = jax.jit(self._answer, static_argnames="features", out_shardings=sharding.replicated(mesh))
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.model.transform.dtype
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class."""
+        return self.model.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of a preprocessed image: (h, w, c), or (5, h, w, c) with `config.eval.crops=10`."""
+        return self.model.transform.shape
+
+    def compile(self, features: str = "", *, explain: bool = False) -> None:
+        """Compiles every batch size, so that later calls don't wait for it."""
+        for size in self.batch_sizes:
+            classes = np.full(size, BEST_CLASS, np.int32) if explain else None
+            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), self._dtype), features, classes))
+
+    def dispatch(
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+    ) -> dict[str, jax.Array]:
+        """Starts computing one batch and returns without waiting, so that the caller can read the next one.
+
+        Args:
+            images: uint8 or uint16 [b, *image_shape], where b is at most the largest of `batch_sizes`.
+            features: also computes "pooled" or "pyramid"; "" computes probabilities only.
+            classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
+                for `BEST_CLASS`.
+
+        Returns:
+            "probability" float32 [p, classes], and "pooled" float32 [p, c] or "stride_4", ... float32 [p, h, w, c],
+            "map" float32 [p, h, w] and "class_id" float32 [p]. p is the padded size; only the first b rows are valid.
+
+        Raises:
+            UserError: the array has another shape or dtype, or there are no such features.
+        """
+        self._check_batch(images, features, classes)
+        size = next((size for size in self.batch_sizes if size >= len(images)), None)
+        if size is None or not len(images):
+            raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
+        if size > len(images):
+            padding = np.zeros((size - len(images), *self.image_shape), images.dtype)
+            images = np.concatenate([images, padding])
+        if classes is not None:
+            classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
+        return self._step(self._variables, jax.device_put(images, self._over_data), classes, features=features)
+
+    def output_shapes(self, features: str = "", *, explain: bool = False) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the outputs of `dispatch` without the batch dimension; compiles nothing."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), self._dtype)
+        classes = jax.ShapeDtypeStruct((1,), jnp.int32) if explain else None
+        answer = functools.partial(self._answer, features=features)
+        shapes = jax.eval_shape(answer, self._variables, images, classes)
+        return {name: leaf.shape[1:] for name, leaf in shapes.items()}
+
+    def _in_chunks(
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        self._check_batch(images, features, classes)
+        most = self.batch_sizes[-1]
+        parts = []
+        for start in range(0, len(images), most):
+            chunk = images[start : start + most]
+            of_chunk = None if classes is None else classes[start : start + most]
+            outputs = jax.device_get(self.dispatch(chunk, features, of_chunk))
+            parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
+        if not parts:
+            shapes = self.output_shapes(features, explain=classes is not None)
+            return {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _check_batch(self, images: np.ndarray, features: str, classes: np.ndarray | None) -> None:
+        if images.dtype not in (np.uint8, np.uint16) or images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"images are {images.dtype}{list(images.shape)}; expected uint8 or uint16 {['b', *self.image_shape]}, "
+                "as preprocess gives them."
+            )
+        if features and features not in FEATURES:
+            raise UserError(f"features is {features!r}; expected {' or '.join(FEATURES)}.")
+        if (features or classes is not None) and len(self.image_shape) != 3:
+            what = "features need" if features else "an explanation needs"
+            raise UserError(f"{what} a single crop, but config.eval.crops is 10; set it to 1.")
+        if classes is not None and classes.shape != (len(images),):
+            raise UserError(f"classes has shape {classes.shape}; expected one class for each of {len(images)} images.")
+        if classes is not None and not np.all((classes >= BEST_CLASS) & (classes < len(self.class_names))):
+            raise UserError(f"classes is {classes.tolist()}; expected numbers from 0 to {len(self.class_names) - 1}.")
+
+    def _answer(
+        self, variables: dict[str, Any], images: jax.Array, classes: jax.Array | None = None, features: str = ""
+    ) -> dict[str, jax.Array]:
+        model = self.model
+        seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
+        step = make_predict_step(model.module, seen, classes=model.allowed_classes, many_labels=model.many_labels)
+        outputs = step(variables, {"image": images})
+        if features:
+            # The compiler merges this with the classification above, so the network runs once.
+            activations: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
+            pyramid = features == "pyramid"
+            outputs |= (
+                {f"stride_{key}": part for key, part in activations.items()} if pyramid else {"pooled": activations}
+            )
+        if classes is not None:
+            classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
+            outputs["class_id"] = classes
+            outputs["map"] = activation_maps(model.module, variables, seen(images), classes)
+        return {name: array.astype(jnp.float32) for name, array in outputs.items()}
