@@ -113,7 +113,7 @@ def _read_csv(path: str, columns: list[str], plain: str) -> pa.Table:
     return arrow_csv.read_csv(
         path,
         read_options=arrow_csv.ReadOptions(block_size=min(_BLOCK_BYTES, max(os.path.getsize(path), 2**16))),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=_has_quotes(path)),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=_has_line_breaks(path)),
         convert_options=arrow_csv.ConvertOptions(
             include_columns=columns,
             column_types={name: pa.string() if name == plain else encoded for name in columns},
@@ -121,10 +121,19 @@ def _read_csv(path: str, columns: list[str], plain: str) -> pa.Table:
     )
 
 
-def _has_quotes(path: str) -> bool:
-    """Returns whether a value may hold a line break; without them arrow splits the file for its threads."""
+def _has_line_breaks(path: str) -> bool:
+    """Returns whether a quoted value has a line break; without any, arrow splits the file for its threads."""
+    quoted = 0  # whether a block begins inside of quotes
     with open(path, "rb") as file:
-        return any(b'"' in block for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+            if b'"' not in block and not quoted:
+                continue
+            text = np.frombuffer(block, np.uint8)
+            quotes, breaks = (np.flatnonzero(text == ord(mark)) for mark in '"\n')
+            if ((np.searchsorted(quotes, breaks) + quoted) % 2).any():
+                return True
+            quoted = (quoted + len(quotes)) % 2
+    return False
 
 
 def _read_parquet(path: str, columns: list[str], plain: str) -> pa.Table:
@@ -133,15 +142,35 @@ def _read_parquet(path: str, columns: list[str], plain: str) -> pa.Table:
     return parquet.read_table(path, columns=columns, read_dictionary=encoded)
 
 
-def first_duplicate(values: pa.Array) -> tuple[int, int] | None:
+def first_duplicate(values: pa.LargeStringArray) -> tuple[int, int] | None:
     """Returns the first two rows that hold one value; None if all differ."""
-    if len(set(values.to_numpy(zero_copy_only=False))) == len(values):  # faster than pyarrow's count_distinct
+    hashes = np.sort(_hash(values))
+    if (hashes[1:] != hashes[:-1]).all():
         return None
     places = codes(values.dictionary_encode())
     order = np.argsort(places, kind="stable")
     same = np.flatnonzero(places[order][1:] == places[order][:-1])
+    if not len(same):
+        return None
     first = same[np.argmin(order[same + 1])]
     return int(order[first]), int(order[first + 1])
+
+
+def _hash(values: pa.LargeStringArray) -> np.ndarray:
+    """Hashes texts eight bytes at a time, uint64 [n]; takes a third of the time of pyarrow's count_distinct."""
+    _, offsets, data = values.buffers()
+    ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
+    text = np.append(np.frombuffer(data, np.uint8)[ends[0] : ends[-1]], np.zeros(8, np.uint8))
+    words = np.lib.stride_tricks.as_strided(text[:8].view(np.uint64), (len(text) - 7,), (1,))
+    starts, left = ends[:-1] - ends[0], np.diff(ends)
+    hashes = left.astype(np.uint64)
+    for _ in range(-(-int(left.max(initial=0)) // 8)):
+        bits = 8 * np.clip(left, 0, 7).astype(np.uint64)
+        mask = np.where(left >= 8, ~np.uint64(0), (np.uint64(1) << bits) - np.uint64(1))
+        hashes = (hashes ^ (words[np.minimum(starts, len(words) - 1)] & mask)) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(32)
+        starts, left = starts + 8, left - 8
+    return hashes
 
 
 def first_row(mask: pa.Array | np.ndarray) -> int:

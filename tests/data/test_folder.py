@@ -81,7 +81,7 @@ def test_a_damaged_index_is_replaced(tree):
 def test_an_index_of_other_content_is_replaced(tree):
     folder.FolderSource(str(tree), "train")
     index = folder.index_files(str(tree), str(tree / "train"))[0]
-    for stamp in (b"[]", b'{"version": 2, "classes": 1}'):
+    for stamp in (b"[]", b'{"version": 3, "classes": 1}'):
         np.savez(index, stamp=np.frombuffer(stamp, np.uint8))
         assert len(folder.FolderSource(str(tree), "train")) == 12
 

@@ -14,6 +14,7 @@ from array_record.python import array_record_module
 
 from densenet_jax.data import convert, prepare
 from densenet_jax.data.prepare import prepare_dataset, verify_split
+from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
 from tests.data import fake_imagenet
@@ -208,3 +209,14 @@ def test_imagenet_is_prepared_from_its_archives(tmp_path):
     assert source.num_classes == 1000
     assert {source[index].label for index in range(6)} == {0, 999}
     assert {source[index].name for index in range(6)} == {f"{s}_{i}.JPEG" for s in synsets for i in range(3)}
+
+
+def test_a_table_is_verified_split_by_split(tmp_path):
+    for name, data in (("a.jpg", fake_imagenet.jpeg(0)), ("b.jpg", b"broken"), ("c.jpg", fake_imagenet.jpeg(1))):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "t.csv").write_text("path,x,y,part\na.jpg,1,,fit\nb.jpg,1,0,fit\nc.jpg,0,1,judge\n")
+    table = TableSettings(str(tmp_path / "t.csv"), label_columns=("x", "y"), split_column="part")
+    fit, judge = prepare_dataset("table", table=table, labels=Labels(many=True))
+    assert (fit.split, fit.examples, [name for name, _ in fit.damaged]) == ("fit", 2, ["b.jpg"])
+    np.testing.assert_array_equal(fit.class_counts, [2, 0])
+    np.testing.assert_array_equal(judge.class_counts, [0, 1])
