@@ -41,9 +41,9 @@ def has_wide_pixels(data: bytes) -> bool:
     """Returns whether an image has more than 8 bits a channel, also of a range that rescaling or a window makes."""
     try:
         dataset = _read(data, only=True)
-    except ValueError:
+        return int(dataset.get("BitsStored") or 8) > 8 or any(dataset.get(key) is not None for key in _RANGES)
+    except Exception:  # pydicom raises nearly anything on garbage; decoding reports it
         return False
-    return int(dataset.get("BitsStored") or 8) > 8 or any(dataset.get(key) is not None for key in _RANGES)
 
 
 def decode_dicom(data: bytes, frame: int = 0, pixel_range: tuple[float, ...] = ()) -> Stored:
@@ -66,7 +66,7 @@ def decode_dicom(data: bytes, frame: int = 0, pixel_range: tuple[float, ...] = (
         chosen = f"config.data.dicom_frame is {frame}" if frame else "choose one from 1 on by config.data.dicom_frame"
         raise ValueError(f"it has {frames} frames; {chosen}")
     _check_decoder(dataset)
-    values = np.asarray(pixel_array(dataset, index=max(frame, 1) - 1))
+    values = np.asarray(pixel_array(dataset, index=frame - 1 if frames > 1 else 0))
     kind, bits = str(dataset.get("PhotometricInterpretation", "")), int(dataset.get("BitsStored") or 8)
     if kind == "PALETTE COLOR":
         values = apply_color_lut(values, dataset)

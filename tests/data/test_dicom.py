@@ -167,6 +167,8 @@ def test_a_frame_is_chosen_or_several_are_refused():
         np.testing.assert_array_equal(load_image(data, 3, dicom_frame=frame), frames[frame - 1])
     with pytest.raises(DamagedImage, match=r"it has 2 frames; config.data.dicom_frame is 3"):
         decode_image(data, 3, dicom_frame=3)
+    single = read("examples_rgb_color.dcm")
+    np.testing.assert_array_equal(decode_image(single, 3, dicom_frame=2), decode_image(single, 3))
     transform = eval_transform(image_size_px=100, resize_px=100, dicom_frame=2)
     np.testing.assert_array_equal(transform(data), frames[1])
 
@@ -193,6 +195,7 @@ def test_a_frame_is_chosen_or_several_are_refused():
 )  # fmt: skip
 def test_damaged_and_hostile_files_in_one_line(make, message):
     data = make()
+    assert has_wide_pixels(data) in (False, True)
     for decode in (lambda: decode_image(data, 1), lambda: load_image(data, 1)):
         with pytest.raises((DamagedImage, ImageError), match=message) as error:
             decode()
