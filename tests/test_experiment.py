@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -180,3 +181,11 @@ def test_the_best_metric_is_one_that_the_labels_have():
         _ = experiment(digits, **{"checkpoint.best_metric": "auroc"}).best_metric
     with pytest.raises(UserError, match=r"best_metric is 'accuracy'; expected top1, top5, loss, .* or empty"):
         experiment(digits, **{"checkpoint.best_metric": "accuracy"})
+
+
+def test_classes_are_weighed_by_the_training_images(tmp_path):
+    made = experiment(digits, **{"data.dir": str(tmp_path), "train.class_weights": "balanced"})
+    counts = np.bincount(made.data.train_source.labels())
+    np.testing.assert_allclose(np.array(made.loss.class_weights) * counts, 1437 / 10)
+    with pytest.raises(UserError, match="class_weights has 2 numbers, but digits has 10 classes"):
+        experiment(digits, **{"data.dir": str(tmp_path), "train.class_weights": (1.0, 2.0)}).loss  # noqa: B018

@@ -13,6 +13,7 @@ import densenet_jax
 from densenet_jax.models.torch_weights import to_torch
 from tests.in_process import run_here
 from tests.label_run import LABELS, label_flags, write_label_set
+from tests.running import run_processes
 
 # All that changes what a step computes or the order of examples.
 OPTIONS = {
@@ -79,6 +80,18 @@ def test_weights_with_another_number_of_outputs_begin_a_run(finished, tmp_path, 
     params = densenet_jax.load_checkpoint(str(tmp_path / "run"))["params"]
     assert params["classifier"]["kernel"].shape[1] == len(LABELS)
     np.testing.assert_allclose(params["conv0"]["kernel"], variables["params"]["conv0"]["kernel"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_together_train_what_one_does(tmp_path, user):
+    options = {name: value for name, value in OPTIONS.items() if name != "model__dtype"}
+    flags = label_flags(write_label_set(tmp_path / "data"), **options, train__epochs=2.0)
+    run_here(*flags, f"--workdir={tmp_path / 'one'}", **user)
+    run_processes(2, *flags, f"--workdir={tmp_path / 'two'}", devices=2, **user)
+    one, two = (reports(tmp_path / name) for name in ("one", "two"))
+    assert [(report["step"], report["split"]) for report in two] == [(each["step"], each["split"]) for each in one]
+    losses = ([report["loss"] for report in run] for run in (one, two))
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_a_number_of_weights_that_is_not_the_labels_is_one_line(finished, tmp_path, user):

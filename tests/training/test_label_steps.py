@@ -9,7 +9,6 @@ from flax import linen as nn
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import make_eval_step, make_predict_step
 from densenet_jax.training.losses import make_loss
-from densenet_jax.training.metrics import LabelSums
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import make_schedule
 from densenet_jax.training.state import StateRecipe
@@ -62,7 +61,7 @@ def run(devices=1, steps=3, dtype=jnp.float32, batch=batch_of, **options):
         **options,
     )
     compiled = jax.jit(step, out_shardings=sharding.replicated(mesh))
-    state, sums = recipe.create(sharding.replicated(mesh)), LabelSums.zeros(LABELS)
+    state, sums = recipe.create(sharding.replicated(mesh)), step.loss.empty_sums(LABELS)
     for number in range(steps):
         state, report = compiled(state, sharding.to_devices(batch(number), mesh))
         sums = sums.merge(jax.device_get(report.sums))
@@ -79,6 +78,17 @@ def test_parts_and_devices_change_nothing(plain, options):
     state, figures = run(**options)
     assert figures == pytest.approx(plain[1], rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(plain[0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_weighted_classes_are_a_mean_over_the_whole_batch_as_well():
+    def classes(seed):
+        return {**batch_of(seed), "label": np.random.default_rng(seed).integers(0, LABELS, BATCH).astype(np.int32)}
+
+    loss = make_loss("softmax", class_weights=(1.0, 5.0, 0.2))
+    (one, figures), (parts, again) = (run(loss=loss, batch=classes, microbatches=count) for count in (1, 4))
+    assert again == pytest.approx(figures, rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
