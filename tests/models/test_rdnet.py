@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import densenet_jax
 from densenet_jax.errors import UserError
 from densenet_jax.models import create, rdnet
 from densenet_jax.models.create import create_model
@@ -15,6 +16,8 @@ from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dic
 from densenet_jax.models.torch_weights import from_torch, to_torch
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.explain import activation_maps
+from densenet_jax.predict.predictor import Predictor
+from tests.deployed_run import make_run
 from tests.models import golden
 
 NAME = "small_rdnet"
@@ -214,3 +217,23 @@ def test_images_too_small_are_refused():
     model = create_model("rdnet_tiny")
     with pytest.raises(UserError, match="at least 32x32"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 31, 64, 3)))
+
+
+def test_a_run_without_statistics_is_evaluated_predicted_and_explained(digits, tmp_path):
+    workdir, settings = tmp_path / "run", {"name": "rdnet_tiny", "block_sizes": (1, 2), "growth_rate": 16}
+    changes = {f"model__{key}": value for key, value in settings.items()}
+    run = make_run(workdir, digits[1].config.data.dir, data__image_size_px=16, train__average_decay=0.9, **changes)
+    assert densenet_jax.load_checkpoint(str(workdir))["batch_stats"] == {}
+    _, saved = run.saved_variables(str(workdir))
+    with run.data.eval_batches() as batches:
+        batch = next(batches)
+    images = np.asarray(batch["image"])[:4]
+    expected = run.compile_predict_step()(saved, batch)["probability"][:4]
+    predictor = Predictor.from_workdir(workdir, batch_sizes=(4,))
+    np.testing.assert_allclose(predictor.probabilities(images), expected, rtol=1e-5, atol=1e-6)
+    outputs = jax.device_get(predictor.dispatch(images, "pyramid", np.zeros(4, np.int32)))
+    assert {name: array.shape[1:] for name, array in outputs.items() if name.startswith("stride")} == {
+        "stride_4": (4, 4, 80),
+        "stride_8": (2, 2, 72),
+    }
+    assert outputs["map"].shape[1:] == (2, 2)
