@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import user_cache
 
-_BUILD_SECS = 300.0  # zig compiles its own C++ library the first time: two minutes
+_BUILD_SECS = 600.0  # zig compiles its own C++ library the first time: two minutes on two idle cores
 _NO_COMPILER = "no compiler"
 
 
@@ -107,7 +107,9 @@ def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> p
             result = subprocess.run(
                 [*command, "-o", str(compiled)], capture_output=True, text=True, check=False, timeout=_BUILD_SECS
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{command[0]} took longer than {_BUILD_SECS:.0f} s") from error
+        except OSError as error:
             raise RuntimeError(f"{command[0]} failed: {error}") from error
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]

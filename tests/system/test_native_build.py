@@ -84,3 +84,9 @@ def test_a_wheel_brings_a_compiler_where_there_is_none(monkeypatch):
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no compiler for C\+\+ was found .* `pip install ziglang` brings one"):
         native_build.find_compiler("CXX", "c++", "C++")
+
+
+def test_a_compiler_that_hangs_is_reported_in_plain_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(native_build, "_BUILD_SECS", 0.2)
+    with pytest.raises(RuntimeError, match=r"^bash took longer than 0 s$"):
+        native_build.compile_library([tmp_path / "x.so"], ["bash", "-c", "sleep 9"])
