@@ -253,7 +253,7 @@ def test_pages_without_end_are_not_counted(back):
     links[150] = links[150 - back]  # a circle that tifffile does not notice
     began = time.perf_counter()
     pixels = decode_image(bytes(data) + b"".join(struct.pack("<HI", 0, link) for link in links), 1, bits=0)
-    assert time.perf_counter() - began < 0.3
+    assert time.perf_counter() - began < 5  # without end on a slow machine, too
     np.testing.assert_array_equal(pixels[:, :, 0], WIDE)
 
 
