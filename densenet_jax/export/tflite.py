@@ -120,9 +120,10 @@ def open_batch(content: bytes) -> bytes:
         kind = flatbuffer_utils.opcode_to_name(model, operation.opcodeIndex)
         if kind == "SLICE":
             operation.inputs[2] = _take_whole_batch(model, graph, operation.inputs[2])
-        elif kind == "RESHAPE" and operation.builtinOptions.newShape[0] == 1:  # of each example by itself
+        elif kind == "RESHAPE" and graph.tensors[operation.outputs[0]].shape[0] == 1:  # of each example by itself
             operation.inputs[1] = _take_whole_batch(model, graph, operation.inputs[1])
-            operation.builtinOptions.newShape[0] = -1
+            if operation.builtinOptions is not None:
+                operation.builtinOptions.newShape[0] = -1
         elif kind == "STRIDED_SLICE":
             operation.builtinOptions.endMask |= 1
         elif kind in _FIXED_BATCH:
