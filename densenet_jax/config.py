@@ -32,9 +32,8 @@ def _number(expected: str, accepts: Callable[[float], bool]) -> _Rule:
     return expected, lambda value: not isinstance(value, bool | str) and accepts(value)
 
 
-def _whole(low: int, high: int = 2**31 - 1, expected: str = "") -> _Rule:
-    limits = f"a whole number from {low} on" if high == 2**31 - 1 else f"a whole number from {low} to {high}"
-    return expected or limits, lambda value: type(value) is int and low <= value <= high
+def _whole(low: int, high: int = 2**31 - 1) -> _Rule:
+    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
 
 
 def _each(expected: str, accepts: Callable[[float], bool], count: int = 0) -> _Rule:
@@ -78,7 +77,7 @@ _SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
 # In the order of configs/default.py.
 RULES: dict[str, _Rule] = {
     "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
-    "seed": _whole(0, 2**63 - 1, "a whole number from 0 on"),
+    "seed": _whole(0, 2**63 - 1),
     "model.name": _NAME,
     "model.pretrained": _TEXT,
     "model.pretrained_average": _one_of("auto", "raw", "average"),
@@ -161,7 +160,7 @@ RULES: dict[str, _Rule] = {
     "augment.cutmix_share": _SHARE,
     "train.epochs": _number("more than 0, at most a million", lambda value: 0 < value <= 1e6),
     "train.patience_epochs": _EPOCHS,
-    "train.global_batch_size": _whole(1, expected="more than 0"),
+    "train.global_batch_size": _whole(1),
     "train.microbatches": _whole(1),
     "train.sharding": _one_of("replicated", "fsdp"),
     "train.average_decay": _BELOW_1,

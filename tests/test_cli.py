@@ -43,7 +43,7 @@ from tests.running import ROOT, run_main
         (["--topk=3"], "--topk 3 is for --mode predict, but --mode is train; leave it out."),
         (["--config.model.name=densenet122"], "densenet121"),
         (["--config.model.num_classes=11"], "config.model.num_classes is 11, but digits has 10 classes"),
-        (["--config.train.global_batch_size=0"], "config.train.global_batch_size is 0; expected more than 0"),
+        (["--config.train.global_batch_size=0"], "config.train.global_batch_size is 0; expected a whole number from 1"),
         (["--mode=eval"], "has no checkpoints"),
         (["--config.data.name=nowhere"], "nowhere"),
     ],

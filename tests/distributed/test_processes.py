@@ -288,7 +288,7 @@ def test_the_others_do_not_come(user, tmp_path):
         (["--coordinator=localhost:1"], "without --num_processes and --process_id"),
         (
             ["--mode=schedule", "--num_processes=2"],
-            "--num_processes 2 is for --mode train or eval or report, but --mode is schedule",
+            "--num_processes 2 is for --mode train or eval or calibrate or report, but --mode is schedule",
         ),
     ],
 )

@@ -3,6 +3,8 @@
 The expected values are tests/golden/*.npz, made by tests/golden/make_golden.py in float64.
 """
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ NAMES = (
     *("rdnet_tiny", "rdnet_small", "rdnet_base", "rdnet_large"),
 )
 IN_FLOAT32 = ("densenet121", "densenetblur121d", "dpn68b", "rdnet_tiny")
+# Networks that take 4 and 8 minutes each; DENSENET_JAX_LARGEST=1 compares them too, and they agree.
+LEFT_OUT = () if os.environ.get("DENSENET_JAX_LARGEST") else ("rdnet_base", "rdnet_large")
 # float64 tells rounding, which depth amplifies, from a fault that happens to be small.
 TOLERANCES = {np.float32: 1e-5, np.float64: 1e-9}
 
@@ -40,7 +44,10 @@ def test_every_stage_equals_the_reference():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side_px", "dtype"),
-    [*((name, 161, np.float64) for name in NAMES), *((name, 224, np.float32) for name in IN_FLOAT32)],
+    [
+        *((name, 161, np.float64) for name in NAMES if name not in LEFT_OUT),
+        *((name, 224, np.float32) for name in IN_FLOAT32),
+    ],
 )
 def test_every_stage_equals_the_reference_at_full_size(name, side_px, dtype):
     errors = _largest_error(name, side_px, 1, dtype)

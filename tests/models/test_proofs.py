@@ -24,6 +24,14 @@ AS_PYTORCHCV = {
 QUICK = ("densenet_40_12",)
 
 
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    """Optimizing a large network takes far longer than running it twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _largest_error(name, dtype):
     """Of the logits and of every block's output that the source shows, at every size."""
     expected = golden.golden(f"proofs/{name}")
@@ -53,7 +61,8 @@ def _largest_error(name, dtype):
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
 def test_logits_and_every_block_equal_the_source(name):
-    assert _largest_error(name, np.float64) < 1e-9
+    # Keras rounds to float32 on the way, whatever its floatx.
+    assert _largest_error(name, np.float64) < (2e-6 if name.startswith("keras_") else 1e-9)
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_warmup_meets_every_schedule_where_it_starts(name):
     ("key", "name", "settings"),
     [
         ("config.optim.schedule", "cosin", {}),
-        ("config.optim.warmup_steps", "cosine", {"warmup_steps": 100}),
+        ("config.optim.warmup_epochs or warmup_steps", "cosine", {"warmup_steps": 100}),
         ("config.optim.end_learning_rate", "cosine", {"end_learning_rate": 0.2}),
         ("config.optim.milestone_steps", "multistep", {"milestone_steps": (60, 30)}),
         ("config.optim.milestone_steps", "multistep", {"milestone_steps": (5, 30), "warmup_steps": 10}),
