@@ -1,5 +1,7 @@
 """The exception for users' mistakes, and errors of libraries in one line."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake that the user can fix: the entry point prints it as one line and exits with status 2.
@@ -11,3 +13,8 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Returns the first line of a library's error message, or the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def list_some(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names with commas between them, and ", ..." where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

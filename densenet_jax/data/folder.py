@@ -16,7 +16,7 @@ import numpy as np
 from densenet_jax.data.class_names import order_classes
 from densenet_jax.data.decode import HEAD_BYTES, DamagedImage, is_image_start
 from densenet_jax.data.records import Record
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, list_some
 from densenet_jax.system.disk import user_cache
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class FolderSource:
     def _check_classes(self, is_train: bool) -> None:
         counts = np.bincount(self._labels, minlength=self.num_classes)
         empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
-        listed = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+        listed = list_some([repr(name) for name in empty])
         if empty and is_train:
             raise UserError(
                 f"{self._root} has no images of {len(empty)} of {self.num_classes} classes: {listed}; add images or "

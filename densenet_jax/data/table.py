@@ -14,7 +14,7 @@ from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Record
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.data.table_rows import Rows, read_rows
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, list_some
 
 logger = logging.getLogger(__name__)
 _SAME_SPLITS = {"val": "validation", "validation": "val"}
@@ -75,7 +75,7 @@ class TableSource:
             known = [(self._labels == value).any(axis=0) for value in (0, 1)]
             absent, what = list(names[~(known[0] & known[1])]), "only one kind of example"
         if absent:
-            listed = ", ".join(map(repr, absent[:_NAMED])) + (", ..." if len(absent) > _NAMED else "")
+            listed = list_some([repr(name) for name in absent])
             logger.warning("%s, %s: %s of %d of %d classes: %s.", table, split, what, len(absent), len(names), listed)
 
     def __len__(self) -> int:
@@ -130,11 +130,10 @@ def _check_files(rows: Rows, chosen: np.ndarray, table: str) -> None:
         parts = (chosen[start : start + _STAT_ROWS] for start in range(0, len(chosen), _STAT_ROWS))
         missing = [row for part in pool.map(lambda part: _missing(rows, part), parts) for row in part]
     if missing:
-        listed = ", ".join(f"{rows.paths[row].as_py()!r} ({rows.place(row)})" for row in missing[:_NAMED])
-        more = ", ..." if len(missing) > _NAMED else ""
+        listed = list_some([f"{rows.paths[row].as_py()!r} ({rows.place(row)})" for row in missing])
         raise UserError(
             f"{len(missing)} of {len(chosen)} images that {table} lists are no files in {rows.directory}: "
-            f"{listed}{more}; set config.data.dir to where the paths begin, or remove their rows."
+            f"{listed}; set config.data.dir to where the paths begin, or remove their rows."
         )
 
 
