@@ -205,16 +205,16 @@ class RDNet(nn.Module):
         depthwise: computes the depthwise convolutions, as `layers.convolve` does.
     """
 
-    block_sizes: tuple[int, ...] = (3, 3, 3, 3, 3, 3, 3)
-    growth_rate: tuple[int, ...] = (64, 104, 128, 128, 128, 128, 224)
-    halved_stages: tuple[int, ...] = (1, 2, 6)
-    squeeze_excite_from: int = 2
-    stem_width: int = 64
-    patch_px: int = 4
-    bottleneck_width: float = 4.0
-    compression: float = 0.5
-    layer_scale: float = 1e-6
-    epsilon: float = 1e-6
+    block_sizes: tuple[int, ...]
+    growth_rate: tuple[int, ...]
+    halved_stages: tuple[int, ...]
+    squeeze_excite_from: int
+    stem_width: int
+    patch_px: int
+    bottleneck_width: float
+    compression: float
+    layer_scale: float
+    epsilon: float
     head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0
     drop_path_rate: float = 0.0
