@@ -2,17 +2,16 @@
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
-from densenet_jax.system.console import Bar
-from densenet_jax.training.sharding import to_devices
 
 T = TypeVar("T")
 
@@ -121,28 +120,29 @@ def gather_answers(
     pairs: dict[tuple[int, int], int] = {}
     surest: Surest[Mistake] = Surest(most_mistakes)
     reliability, rows = Reliability(), [np.zeros((2, 0), np.int32)]
-    bar = Bar("predicting", batch_count)
-    try:
-        for number, batch in enumerate(batches):
-            answers = jax.device_get(predict_step(variables, to_devices(batch, mesh)))
-            labels, predicted, counted = _judge(answers)
-            _count(pairs, labels[counted], predicted[counted])
-            rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, answers["mask"]].astype(np.int32))
-            reliability.add(answers["probability"].max(axis=-1)[counted], (labels == predicted)[counted])
-            wrong = np.flatnonzero(counted & (labels != predicted))
-            share = len(batch["label"])
-            first = jax.process_index() * share
-            for row in wrong[(wrong >= first) & (wrong < first + share)].tolist():
-                place, confidence = number * len(labels) + row, float(answers["probability"][row, predicted[row]])
-                if surest.wants(confidence, place):
-                    of_row = {name: array[row] for name, array in answers.items()}
-                    surest.keep(
-                        confidence, place, _make_mistake(batch["image"][row - first], place, of_row, labels[row])
-                    )
-            bar.advance()
-    finally:
-        bar.close()
+    predictions = predict_batches(predict_step, variables, batches, mesh, batch_count)
+    for number, (batch, answers) in enumerate(predictions):
+        labels, predicted, counted = _judge(answers)
+        _count(pairs, labels[counted], predicted[counted])
+        rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, answers["mask"]].astype(np.int32))
+        reliability.add(answers["probability"].max(axis=-1)[counted], (labels == predicted)[counted])
+        for row, image in own_images(counted & (labels != predicted), batch):
+            place, confidence = number * len(labels) + row, float(answers["probability"][row, predicted[row]])
+            if surest.wants(confidence, place):
+                of_row = {name: array[row] for name, array in answers.items()}
+                surest.keep(confidence, place, _make_mistake(image.copy(), place, of_row, labels[row]))
     return Answers(pairs, surest.best_first(), reliability, np.concatenate(rows, axis=1))
+
+
+def own_images(chosen: np.ndarray, batch: dict[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the chosen rows of a global batch that are in this process's share, with their images [h, w, c].
+
+    Of several crops the image is the center one. It is a view, which keeps the whole batch in memory.
+    """
+    first = jax.process_index() * len(batch["label"])
+    for row in np.flatnonzero(chosen[first : first + len(batch["label"])]).tolist():
+        image = batch["image"][row]
+        yield first + row, image if image.ndim == 3 else image[-1]
 
 
 def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,7 +166,7 @@ def _make_mistake(image: np.ndarray, place: int, answer: dict[str, np.ndarray], 
     probabilities = answer["probability"]
     predicted = int(np.argmax(probabilities))
     return Mistake(
-        image=(image if image.ndim == 3 else image[-1]).copy(),  # a view would keep the whole batch in memory
+        image=image,
         index=place,
         label=int(label),
         predicted=predicted,

@@ -9,12 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from densenet_jax.predict.calibration import Calibration
-from densenet_jax.report.gather import Surest
+from densenet_jax.report.gather import Surest, own_images
+from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.bootstrap import DRAWS, Intervals, label_intervals
 from densenet_jax.scores.calibration import Reliability, Trust, sigmoid, trust_labels
 from densenet_jax.scores.labels import SCORES, LabelScores, score_labels
-from densenet_jax.system.console import Bar
-from densenet_jax.training.sharding import to_devices
 
 _MOST_WORK = 4e9  # examples times labels times draws
 _COLUMNS = ("auroc", "average_precision", "f1", "sensitivity", "specificity")
@@ -59,32 +58,18 @@ def gather_label_answers(
     """
     surest: Surest[LabelMistake] = Surest(most_mistakes)
     logits, targets = [], []
-    bar = Bar("predicting", batch_count)
-    try:
-        for number, batch in enumerate(batches):
-            answers = jax.device_get(step(variables, to_devices(batch, mesh)))
-            rows, worst = np.arange(len(answers["mask"])), answers["worst"]
-            own, true = answers["logit"][rows, worst], answers["label"][rows, worst]
-            wrong = answers["mask"] & ~np.isnan(true) & ((own >= 0) != (true > 0))
-            share = len(batch["label"])
-            first = jax.process_index() * share
-            for row in np.flatnonzero(wrong[first : first + share]).tolist():
-                place = number * len(rows) + first + row
-                if surest.wants(abs(float(own[first + row])), place):
-                    image = batch["image"][row] if batch["image"].ndim == 4 else batch["image"][row, -1]
-                    at = first + row
-                    surest.keep(
-                        abs(float(own[at])),
-                        place,
-                        LabelMistake(
-                            image.copy(), place, int(worst[at]), true[at] > 0, float(own[at]), answers["map"][at].copy()
-                        ),
-                    )
-            logits.append(answers["logit"][answers["mask"]])
-            targets.append(answers["label"][answers["mask"]])
-            bar.advance()
-    finally:
-        bar.close()
+    predictions = predict_batches(step, variables, batches, mesh, batch_count)
+    for number, (batch, answers) in enumerate(predictions):
+        rows, worst = np.arange(len(answers["mask"])), answers["worst"]
+        own, true = answers["logit"][rows, worst], answers["label"][rows, worst]
+        wrong = answers["mask"] & ~np.isnan(true) & ((own >= 0) != (true > 0))
+        for row, image in own_images(wrong, batch):
+            place, logit, evidence = number * len(rows) + row, float(own[row]), answers["map"][row]
+            if surest.wants(abs(logit), place):
+                mistake = LabelMistake(image.copy(), place, int(worst[row]), true[row] > 0, logit, evidence.copy())
+                surest.keep(abs(logit), place, mistake)
+        logits.append(answers["logit"][answers["mask"]])
+        targets.append(answers["label"][answers["mask"]])
     return LabelAnswers(np.concatenate(logits), np.concatenate(targets), surest.best_first())
 
 

@@ -15,7 +15,7 @@ from densenet_jax.system.console import spinner
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What was fitted, and how far the probabilities can be trusted without and with it."""
+    """Fitted temperatures and thresholds, and how far the probabilities can be trusted without and with them."""
 
     temperatures: np.ndarray  # float64 [1], or [k] for many labels
     thresholds: np.ndarray  # float64 [k] of calibrated probabilities, NaN where unknown; [0] for one class an image

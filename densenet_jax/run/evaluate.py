@@ -1,6 +1,6 @@
 """Exact figures over a whole split: every example counts once, whatever the batch size."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -61,6 +61,28 @@ def evaluate(
     return counts
 
 
+def predict_batches(
+    step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    variables: dict[str, Any],
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    batch_count: int,
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Yields each batch, this process's share, with the outputs for the whole global batch, on the host.
+
+    Args:
+        step: jitted with replicated outputs.
+        batch_count: length of the progress bar.
+    """
+    bar = Bar("predicting", batch_count)
+    try:
+        for batch in batches:
+            yield batch, jax.device_get(step(variables, to_devices(batch, mesh)))
+            bar.advance()
+    finally:
+        bar.close()
+
+
 def gather_rows(
     step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
     variables: dict[str, Any],
@@ -78,14 +100,8 @@ def gather_rows(
     Raises:
         RuntimeError: another number of examples was seen than the split has.
     """
-    bar = Bar("predicting", batch_count)
-    rows = []
-    try:
-        for batch in batches:
-            rows.append(_unpadded(step(variables, to_devices(batch, mesh))))
-            bar.advance()
-    finally:
-        bar.close()
+    predictions = predict_batches(step, variables, batches, mesh, batch_count)
+    rows = [_unpadded(outputs) for _, outputs in predictions]
     joined = _join(rows)
     if len(joined["label"]) != examples:
         raise RuntimeError(f"counted {len(joined['label'])} examples of a split that has {examples}")

@@ -96,7 +96,7 @@ def test_any_of_several_right_classes_is_right_and_none_is_left_out():
 def test_second_process_keeps_images_of_its_share_only(monkeypatch):
     probabilities, labels, batches = split(16, 16)
     share = [{name: array[8:] for name, array in batch.items()} for batch in batches]
-    monkeypatch.setattr("densenet_jax.report.gather.to_devices", lambda batch, mesh: batch)
+    monkeypatch.setattr("densenet_jax.run.evaluate.to_devices", lambda batch, mesh: batch)
     monkeypatch.setattr(
         "densenet_jax.report.gather.jax", types.SimpleNamespace(process_index=lambda: 1, device_get=jax.device_get)
     )
