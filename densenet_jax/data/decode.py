@@ -141,6 +141,8 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
         return size[1], size[0]
     if size := declared_size(data):
         check_size(*size, name)
+        if data[:8] == _PNG and data[12:16] == b"IHDR" and len(data) < _SMALL_BYTES and _is_whole_png(data):
+            return size  # takes Pillow longer than decoding
     try:
         if dicom.is_dicom(data):
             width, height = dicom.read_size(data)
@@ -290,6 +292,8 @@ def exif_orientation(data: bytes) -> int:
     """Reads the EXIF orientation, 1 to 8; 1 (upright) where it is missing or unreadable."""
     if data[:2] == b"\xff\xd8" and b"Exif" not in data and b":Orientation" not in data:
         return 1  # most photographs on the web: skips parsing every marker
+    if data[:8] == _PNG and not any(kind in data for kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
+        return 1  # Pillow would decode all of it to look for these behind the pixels
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)

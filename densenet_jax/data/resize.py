@@ -32,7 +32,7 @@ def resize(
     With `antialias`, which averages over all pixels that an output pixel covers, the values are those of Pillow's
     resize.
     """
-    if box is None and pixels.shape[:2] == (height, width):
+    if pixels.shape[:2] == (height, width) and box in (None, (0, 0, width, height)):
         return pixels
     channels = pixels.shape[2]
     if channels not in (1, 3) or pixels.dtype != np.uint8:

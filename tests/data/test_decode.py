@@ -11,6 +11,8 @@ from skimage import data as photographs
 
 from densenet_jax.data import decode
 from densenet_jax.data.decode import DamagedImage, decode_image
+from densenet_jax.data.transforms import eval_transform
+from densenet_jax.predict.images import check_bytes
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 
@@ -149,3 +151,13 @@ def test_no_bytes_crash_the_decoder(photograph):
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 3
             assert pixels.shape[2] == 3
+
+
+def test_a_small_plain_png_needs_no_pillow(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels[:, :, 0]), "PNG")
+    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(Image, "fromarray", None)
+    check_bytes(data)
+    transform = eval_transform(image_size_px=8, resize_px=8, channels=1, apply_exif_orientation=True)
+    np.testing.assert_array_equal(transform(data), pixels)
