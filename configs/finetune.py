@@ -3,9 +3,10 @@
     python main.py --config configs/finetune.py:digits --workdir ./runs/finetune
     python main.py --config configs/finetune.py:folder --config.data.dir=PHOTOS --workdir ./runs/photos
 
-PHOTOS holds train/CLASS/*.jpg and val/CLASS/*.jpg. The weights are timm's densenet121.ra_in1k unless
---config.model.pretrained names others; a file that a run's checkpoint was saved to works as well. Not reproduced here
-(the published weights were not available); the tests do it with weights of their own.
+PHOTOS holds train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg alone with --config.data.holdout=0.2. The weights
+are timm's densenet121.ra_in1k unless --config.model.pretrained names others; a file that a run's checkpoint was saved
+to works as well. Not reproduced here (the published weights were not available); the tests do it with weights of their
+own.
 
 To train the new head only: --config.optim.freeze="^params/(?!classifier)"
 """

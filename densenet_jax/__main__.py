@@ -72,11 +72,15 @@ def main() -> NoReturn:
     if text := help_or_version(sys.argv[1:]):
         print_and_exit(text)
     from densenet_jax import cli
-    from densenet_jax.distributed import processes
+
+    if (checked := cli.check(sys.argv)) is None:
+        sys.exit(2)
     from densenet_jax.system.host import keep_freed_memory
 
     keep_freed_memory()
-    processes.leave(cli.main(sys.argv))
+    from densenet_jax.distributed import processes
+
+    processes.leave(cli.run(*checked))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Turns the command line into one call of a mode, and a user's mistake into one line."""
+"""Turns the command line into one call of a mode, and a user's mistake into one line.
+
+Importing JAX takes most of a second and the modes more, so `run` alone does: a mistake in the settings is reported at
+once.
+"""
 
 import difflib
 import os
@@ -10,16 +14,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from densenet_jax import modes, recipes
+from densenet_jax import recipes
 from densenet_jax.config import check_config, flatten, to_dict
-from densenet_jax.distributed import processes
-from densenet_jax.distributed.cluster import Cluster, find_cluster
-from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.flags import MODES, Command
-from densenet_jax.predict.model import read_run_settings
+from densenet_jax.models.variants import get_variant
+from densenet_jax.run_settings import read_run_settings
 from densenet_jax.system.console import drop, print_status
-from densenet_jax.workdir import to_json
 
 # Errors of absl, ml_collections and recipes.
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
@@ -157,23 +158,64 @@ def _define_flags(values: flags.FlagValues) -> None:
             define(flag.name, default, **common)
 
 
-def _cluster(command: Command) -> Cluster | None:
-    """Returns the processes that this one belongs to; None in modes for a single process."""
-    if not MODES[command.mode].many_processes:
-        return None
-    return find_cluster(command.coordinator, command.num_processes, command.process_id)
+_OF_TABLES = (
+    "data.table",
+    "data.image_column",
+    "data.label_columns",
+    "data.label_separator",
+    "data.label_none",
+    "data.split_column",
+    "data.split_lists",
+    "data.group_column",
+    "data.empty",
+)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs one mode and returns the exit status; `arguments` starts with the program's name."""
+def _check_read(command: Command, name: str) -> None:
+    """Checks that the data set `name` reads the settings on the command line, which would else be passed over.
+
+    Raises:
+        UserError: it does not read one of them.
+    """
+    for key in command.overrides:
+        kinds = ("table",) if key in _OF_TABLES else ("folder", "table") if key == "data.class_order" else (name,)
+        if name not in kinds:
+            raise UserError(
+                f"config.{key} is for config.data.name={' or '.join(kinds)}, but that is {name!r}; leave it out, or "
+                "choose that data set."
+            )
+
+
+def check(arguments: list[str]) -> tuple[Command, Any] | None:
+    """Reads and checks the command line, which starts with the program's name; returns None where it is refused."""
     try:
         command, config = parse(arguments)
         command.check_mode()
         config = check_config(config)
-        with processes.join(_cluster(command), stops_together=command.mode == "train"):
+        get_variant(config.model.name)
+        _check_read(command, config.data.name)
+        return command, config
+    except UserError as error:
+        _print_mistake(error)
+        return None
+
+
+def run(command: Command, config: Any) -> int:
+    """Runs one mode with checked settings and returns the exit status."""
+    from densenet_jax import modes
+    from densenet_jax.distributed import processes
+    from densenet_jax.distributed.cluster import find_cluster
+    from densenet_jax.distributed.preemption import Preempted
+    from densenet_jax.workdir import to_json
+
+    try:
+        cluster = None
+        if MODES[command.mode].many_processes:
+            cluster = find_cluster(command.coordinator, command.num_processes, command.process_id)
+        with processes.join(cluster, stops_together=command.mode == "train"):
             result = modes.run(command.mode, config, command.workdir, command)
     except UserError as error:
-        print_status(f"error: {' '.join(str(error).split())}", everywhere=True)
+        _print_mistake(error)
         return 2
     except (Preempted, KeyboardInterrupt) as stop:
         print_status(str(stop) or "interrupted", everywhere=True)
@@ -184,3 +226,13 @@ def main(arguments: list[str]) -> int:
         except (OSError, ValueError, AttributeError):  # nobody reads it any more, but the work is done
             drop(sys.stdout)
     return 3 if result.get("refused") else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line and returns the exit status."""
+    checked = check(arguments)
+    return 2 if checked is None else run(*checked)
+
+
+def _print_mistake(error: UserError) -> None:
+    print_status(f"error: {' '.join(str(error).split())}", everywhere=True)

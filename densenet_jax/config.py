@@ -5,19 +5,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
 
+from densenet_jax.choices import DTYPES, KERNELS_WANTED, LOSSES, OPTIMIZERS, PROFILE, SCHEDULES, parse_weights
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.select import KERNELS_WANTED
-from densenet_jax.system.profiler import is_profile
 from densenet_jax.training.best_metric import METRICS
-from densenet_jax.training.losses import LOSSES, parse_weights
-from densenet_jax.training.optimizer import OPTIMIZERS
-from densenet_jax.training.precision import POLICIES
-from densenet_jax.training.schedules import SCHEDULES
 
 _Rule = tuple[str, Callable[[Any], bool]]  # expectation, check; a check that raises met another type
 _LARGEST = 3.4e38  # finite float32
@@ -76,7 +71,10 @@ _SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
 
 # In the order of configs/default.py.
 RULES: dict[str, _Rule] = {
-    "profile": ("STEP:COUNT, both from 1 on, or empty", is_profile),
+    "profile": (
+        "STEP:COUNT, both from 1 on, or empty",
+        lambda value: value == "" or PROFILE.fullmatch(value) is not None,
+    ),
     "seed": _whole(0, 2**63 - 1),
     "model.name": _NAME,
     "model.pretrained": _TEXT,
@@ -84,7 +82,7 @@ RULES: dict[str, _Rule] = {
     "model.growth_rate": _whole(0, 2**12),
     "model.block_sizes": ("whole numbers from 1 on, or ()", lambda value: all(map(_whole(1, 2**10)[1], value))),
     "model.num_classes": _whole(0, 2**20),
-    "model.dtype": _one_of(*POLICIES),
+    "model.dtype": _one_of(*DTYPES),
     "model.classifier_dropout": _RATE,
     "model.drop_path": _RATE,
     "model.layer_dropout": _RATE,
@@ -275,7 +273,29 @@ def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConf
         if not all(abs(number) <= _LARGEST for number in _floats(value)):
             raise UserError(f"config.{key} is {value!r}; expected numbers that float32 can hold.")
     _check_labels(config)
+    check_mean_std(config.data.mean, config.data.std, config.data.channels)
+    batch = config.train.global_batch_size
+    for key, parts in (("train.microbatches", config.train.microbatches), ("augment.repeats", config.augment.repeats)):
+        if batch % parts:
+            raise UserError(
+                f"config.{key} is {parts}, which does not divide config.train.global_batch_size {batch}; choose a "
+                "divisor."
+            )
     return ml_collections.FrozenConfigDict(config)
+
+
+def check_mean_std(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Checks that there is one number a channel, or none.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    for key, values in (("config.data.mean", mean), ("config.data.std", std)):
+        if len(values) not in (0, channels):
+            raise UserError(
+                f"{key} has {len(values)} numbers {tuple(values)}, but config.data.channels is {channels}; give one "
+                "number a channel."
+            )
 
 
 def _check_labels(config: ml_collections.ConfigDict) -> None:

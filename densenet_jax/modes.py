@@ -1,85 +1,44 @@
-"""The modes: each takes checked settings and a work directory and returns the figures of the last line."""
+"""The modes: each takes checked settings and a work directory and returns the figures of the last line.
+
+A mode imports what it needs when it runs: together they take seconds, in which a mistake could have been reported.
+"""
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import jax
-import numpy as np
-
 from densenet_jax.config import flatten, to_dict
-from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.distributed import processes
-from densenet_jax.experiment import Experiment
-from densenet_jax.export.export import ExportOptions, export
-from densenet_jax.export.samples import Samples
 from densenet_jax.flags import Command
-from densenet_jax.plan.plan import plan
-from densenet_jax.predict.batch import PredictOptions, predict
-from densenet_jax.predict.calibration import calibration_path, write_calibration
-from densenet_jax.predict.model import Deployed, make_deployed, read_run_settings
-from densenet_jax.predict.predictor import Predictor
-from densenet_jax.report.compare import report_comparison
-from densenet_jax.report.data import report_data
-from densenet_jax.report.parameters import parameter_table
-from densenet_jax.report.per_class import ClassTables
-from densenet_jax.report.run import report_run
-from densenet_jax.report.schedule import plot_schedule
-from densenet_jax.run.calibrate import calibrate
-from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
-from densenet_jax.run.prepare import prepare_and_verify
-from densenet_jax.run.train import train
-from densenet_jax.serve.limits import LIMITS, Access
-from densenet_jax.serve.serve import Address, check_installed, end_when_asked, listen, serve
+from densenet_jax.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.system.console import print_status, spinner
-from densenet_jax.system.disk import drop_late_errors, user_cache
-from densenet_jax.system.host import has_nvidia
-from densenet_jax.training.best_metric import describe_figures
-from densenet_jax.training.checkpoint import describe_checkpoints
-from densenet_jax.workdir import check_settings, started_from
+from densenet_jax.system.disk import user_cache
+from densenet_jax.system.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
 Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
-def _set_up_logging() -> None:
-    """Prints our warnings, but only errors of the libraries."""
-    for library in ("jax", "grain", "jax2onnx", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    for library in ("absl", "asyncio", "orbax"):  # Orbax logs tracebacks of what it raises as well
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = drop_late_errors
-    logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_missing_gpu)
-    ours = logging.getLogger("densenet_jax")
-    ours.propagate = False
-    ours.handlers = [_StatusHandler()]
-
-
-def _is_not_missing_gpu(record: logging.LogRecord) -> bool:
-    """Drops JAX's traceback at every start if the CUDA plugin is installed for `--mode plan` alone."""
-    is_plugins = record.getMessage().startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage()
-    return not is_plugins or has_nvidia()
-
-
-class _StatusHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        print_status(f"{record.levelname.lower()}: {record.getMessage()}")
-
-
 def _use_compilation_cache() -> None:
     """Caches compiled programs in $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache."""
+    import jax
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", user_cache("compiled"))
 
 
 def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Trains from the newest good checkpoint of `workdir`, else from the start."""
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.run.train import train
+
     experiment = Experiment(config)
     figures = train(experiment, workdir, command.defaults)
     try:
+        from densenet_jax.report.run import report_run  # draws: imported when there is something to draw
+
         report_run(experiment, workdir, command)
     except Exception as error:  # the run is done and saved: its page must not fail it
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -90,13 +49,27 @@ def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
 def report_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Writes report/index.html about the run in `workdir`, or report/compare.html about those of --compare."""
     if command.compare:
+        from densenet_jax.report.compare import report_comparison
+
         return {"path": report_comparison(command.compare, workdir)}
     check_settings(workdir, config, command.defaults)
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.report.run import report_run
+
     return {"path": report_run(Experiment(config), workdir, command)}
 
 
 def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir`, or the weights that config.model.pretrained names; changes nothing there."""
+    import jax
+    import numpy as np
+
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.report.per_class import ClassTables
+    from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
+    from densenet_jax.training.best_metric import describe_figures
+    from densenet_jax.training.checkpoint import describe_checkpoints
+
     del command
     experiment = Experiment(config)
     tables = ClassTables(config.eval.per_class_output, config.eval.confusion_output)
@@ -107,7 +80,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
         step, variables = experiment.saved_variables(workdir)
         what = f"step {step} of {workdir}"
         print_status(describe_checkpoints(workdir, config.checkpoint.best_metric))
-    print_status(f"evaluating {what} on {config.data.name} {config.data.eval_split}")
+    print_status(f"evaluating {what} on {config.data.name} {experiment.data.eval_split}")
     with spinner("compiling"):
         eval_step = experiment.compile_eval_step(confusion=tables.wanted)
     if (allowed := experiment.data.allowed_classes) is not None:
@@ -139,9 +112,15 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 def calibrate_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Fits temperature and thresholds to a checkpoint of `workdir` on the evaluated split, and writes them there."""
+    import numpy as np
+
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.predict.calibration import calibration_path, write_calibration
+    from densenet_jax.run.calibrate import calibrate
+
     experiment = Experiment(config)
     step, variables = experiment.saved_variables(workdir)
-    split = f"{config.data.name} {config.data.eval_split}"
+    split = f"{config.data.name} {experiment.data.eval_split}"
     print_status(f"calibrating step {step} of {workdir} on {split}")
     fit = calibrate(experiment, variables, each_label=command.each_label, specificity=command.specificity)
     content = {
@@ -166,8 +145,11 @@ def calibrate_mode(config: Config, workdir: str, command: Command) -> dict[str, 
 
 def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Predicts the --images with a checkpoint of `workdir`, or with the weights that config.model.pretrained names."""
-    warnings.filterwarnings("ignore", module="PIL")  # warnings about odd files; unreadable ones are reported by name
     config = _as_trained(config, workdir, command)
+    from densenet_jax.predict.batch import PredictOptions, predict
+    from densenet_jax.predict.model import make_deployed
+
+    warnings.filterwarnings("ignore", module="PIL")  # warnings about odd files; unreadable ones are reported by name
     options = PredictOptions(
         images=command.images,
         output=command.output or os.path.join(workdir, "predictions.jsonl"),
@@ -182,6 +164,11 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
 
 def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Answers requests over REST and gRPC with the predictions of --mode predict, until it is stopped."""
+    from densenet_jax.predict.model import make_deployed
+    from densenet_jax.predict.predictor import Predictor
+    from densenet_jax.serve.limits import LIMITS, Access
+    from densenet_jax.serve.serve import Address, check_installed, end_when_asked, listen, serve
+
     warnings.filterwarnings("ignore", module="PIL")
     check_installed()
     end_when_asked()
@@ -205,6 +192,10 @@ def _as_trained(config: Config, workdir: str, command: Command) -> Config:
 def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Writes the model as a file for other programs, checked against the model; see --format."""
     config = _as_trained(config, workdir, command)
+    from densenet_jax.export.export import ExportOptions, export
+    from densenet_jax.export.samples import Samples
+    from densenet_jax.predict.model import Deployed, make_deployed
+
     options = ExportOptions(
         format=command.format,
         output=command.output,
@@ -226,6 +217,9 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
 
 def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Draws the learning rate over the steps to schedule.png; needs no data set where its size is known."""
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.report.schedule import plot_schedule
+
     del command
     experiment = Experiment(config)
     examples, counted = experiment.data.count_train_examples()
@@ -238,6 +232,9 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
 
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it."""
+    from densenet_jax.data.settings import Labels, TableSettings
+    from densenet_jax.run.prepare import prepare_and_verify
+
     del workdir, command  # data sets lie in config.data.dir
     data = config.data
     splits = prepare_and_verify(
@@ -253,12 +250,19 @@ def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, An
 
 def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Writes report/data.html: sample images, class balance, sizes, and the pipeline's speed beside the model's."""
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.report.data import report_data
+
     del command
     return report_data(Experiment(config), workdir, config.data.name)
 
 
 def plan_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Compiles the step for the chips of --topology, which need not be there, and reports its costs."""
+    import jax
+
+    from densenet_jax.plan.plan import plan
+
     del workdir
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and chips of this machine stay free
     return plan(config, command.topology)
@@ -266,6 +270,9 @@ def plan_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prints the model's parameters as a table, and the cost of one image."""
+    from densenet_jax.experiment import Experiment
+    from densenet_jax.report.parameters import parameter_table
+
     del workdir, command
     table, figures = parameter_table(Experiment(config))
     print_status(table)
@@ -292,7 +299,7 @@ _OF_THE_HOST = ("data.dir", "data.table", "data.reader_threads", "data.prefetch_
 
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Runs one mode in a process of its own and returns the figures of its last line."""
-    _set_up_logging()
+    set_up_logging()
     _use_compilation_cache()
     settings = (f"config.{key}={value}" for key, value in flatten(to_dict(config)) if key not in _OF_THE_HOST)
     processes.check_same("settings", "\n".join([f"--mode {mode}", *settings]))

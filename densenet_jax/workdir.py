@@ -12,37 +12,17 @@ from typing import Any
 
 import jax
 
-from densenet_jax.config import flatten, to_dict
+from densenet_jax.config import to_dict
 from densenet_jax.data.class_names import LABELS_FILE, format_labels, read_labels
 from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
+from densenet_jax.run_settings import check_settings, differences, read_settings
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import finished_steps
 
 logger = logging.getLogger(__name__)
-# A run may be continued with other values of these: they change where or how fast it computes, not what.
-MAY_CHANGE_ON_RESUME = (
-    "model.dtype",
-    "model.remat",
-    "model.block_form",
-    "model.kernels",
-    "data.dir",
-    "data.table",  # rows are compared with the checkpoint's
-    "data.allow_changed",
-    "data.class_order",  # class names are compared with the checkpoint's
-    "data.reader_threads",
-    "data.prefetch_batches",
-    "train.log_every_steps",
-    "train.stall_secs",
-    "train.patience_epochs",
-    "profile",
-    "train.sharding",
-    "eval.",
-    "checkpoint.",
-    "serve.",
-)
 
 
 @contextlib.contextmanager
@@ -80,14 +60,25 @@ def only_run_in(workdir: str) -> Iterator[Callable[[], None]]:
     try:
         yield check
     except UserError:
-        if os.path.isdir(workdir) and os.listdir(workdir) == [".lock"]:  # a refused command leaves nothing behind
-            os.unlink(os.path.join(workdir, ".lock"))
-            if is_new:
-                os.rmdir(workdir)
+        _remove_unused(workdir, is_new)
         raise
     finally:
         for lock in locks:
             os.close(lock)
+
+
+def _remove_unused(workdir: str, is_new: bool) -> None:
+    """Removes what a refused command has made: the lock, and of a new directory everything if nothing was trained."""
+    with contextlib.suppress(OSError):
+        names = set(os.listdir(workdir))
+        if is_new and names <= {".lock", "config.json", LABELS_FILE, "checkpoints"}:
+            if "checkpoints" in names:
+                os.rmdir(os.path.join(workdir, "checkpoints"))  # fails if there is one, and keeps the rest
+            for name in names - {"checkpoints"}:
+                os.unlink(os.path.join(workdir, name))
+            os.rmdir(workdir)
+        elif names == {".lock"}:
+            os.unlink(os.path.join(workdir, ".lock"))
 
 
 def _lock(workdir: str) -> int:
@@ -111,15 +102,6 @@ def _is_file_of(descriptor: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
-        return False
-
-
-def started_from(workdir: str, pretrained: str) -> bool:
-    """Returns whether the run in `workdir` began with these pretrained weights, so its checkpoints continue them."""
-    try:
-        with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-            return json.load(file)["model"]["pretrained"] == pretrained
-    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
@@ -172,40 +154,6 @@ def write_labels(workdir: str, class_names: Sequence[str], *, keep_others: bool 
         _write_whole(path, format_labels(class_names))
 
 
-def read_settings(workdir: str) -> dict[str, Any]:
-    """Reads the resolved settings of the run in `workdir`.
-
-    Raises:
-        UserError: there is no run, or its `config.json` can't be read.
-    """
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        raise UserError(
-            f"{workdir} is not a run's directory: it has no config.json; train there first or name another."
-        )
-    try:
-        with open(path, encoding="utf-8") as file:
-            stored = json.load(file)
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); mend it or choose another --workdir.") from error
-    return stored
-
-
-def check_settings(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
-    """Checks that the run in `workdir` was started with these settings; settings newer than the run had their defaults.
-
-    Raises:
-        UserError: there is no run, or it has other settings (the message lists them).
-    """
-    if changed := differences(read_settings(workdir), to_dict(config), defaults):
-        raise UserError(
-            f"--workdir {workdir} belongs to a run with other settings ({'; '.join(changed)}); "
-            "choose another --workdir or give the run's own settings."
-        )
-
-
 def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:
     """Writes the resolved settings into `workdir`, or checks that the run there was started with equal ones.
 
@@ -235,18 +183,3 @@ def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None 
             f"--workdir {workdir} of process {jax.process_index()} on {socket.gethostname()} is not that of the first "
             "process; name a directory that all hosts share."
         )
-
-
-def differences(
-    stored: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Lists the settings that make `current` another run than `stored`, each as "config.key: stored -> current".
-
-    Leaves out settings that may change on resuming. A setting newer than `stored` counts as its value in `defaults`.
-    """
-    old, new = dict(flatten(defaults or {})) | dict(flatten(stored)), dict(flatten(current))
-    return [
-        f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
-    ]

@@ -120,6 +120,19 @@ def test_the_example_of_each_mode_is_accepted(mode):
     assert command.mode == mode
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.table=x.csv", "config.data.table is for config.data.name=table, but that is 'digits'; leave it out"),
+        ("data.class_order=natural", "config.data.class_order is for config.data.name=folder or table, but"),
+        ("data.mean=(0.1,0.2)", "config.data.mean has 2 numbers (0.1, 0.2), but config.data.channels is 1; give one"),
+    ],
+)
+def test_a_setting_that_the_data_set_does_not_take_is_refused(setting, message, capsys):
+    assert cli.check(["densenet-jax", "--config=digits", f"--config.{setting}"]) is None
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 def test_a_lost_standard_output_fails_no_finished_mode(monkeypatch):
     monkeypatch.setattr(modes, "run", lambda *_: {"mode": "train", "loss": float("nan")})
     with open("/dev/full", "w", encoding="utf-8") as full, contextlib.redirect_stdout(full):

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from configs import default, densenet121, digits, finetune
-from densenet_jax import modes
 from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
@@ -62,9 +61,11 @@ def test_held_out_part_of_train_is_evaluated_and_not_trained_on(tmp_path):
 
 
 def test_one_number_a_channel(tmp_path):
-    made = experiment(digits, **{"data.dir": str(tmp_path), "data.mean": (0.1, 0.2, 0.3)})
     with pytest.raises(UserError, match=r"config.data.mean has 3 numbers .* config.data.channels is 1"):
-        made.data.mean_std()
+        experiment(digits, **{"data.mean": (0.1, 0.2, 0.3)})
+    made = experiment(digits, **{"data.dir": str(tmp_path), "data.mean": (), "data.std": ()})
+    with pytest.raises(UserError, match=r"config.data.mean has 3 numbers .* config.data.channels is 1"):
+        made.data.mean_std()  # the weights' own
 
 
 def test_finetuning_starts_from_published_weights_at_a_tenth_of_the_rate():
@@ -112,6 +113,10 @@ def test_class_folders_without_splits_are_split_by_holdout(tmp_path):
     data = experiment(finetune, **{"data.name": "folder", **changes}).data
     assert data.train_source.class_names == ("cat", "dog")
     assert (len(data.train_source), len(data.eval_source)) == (8, 2)
+    usual = experiment(finetune, **{"data.name": "folder", **changes, "data.eval_split": "validation"}).data
+    assert (usual.eval_split, len(usual.eval_source)) == ("holdout", 2)
+    assert usual.identify(train=True)["splits"] == data.identify(train=True)["splits"]
+    changes["data.holdout"] = 0.0
     missing = experiment(finetune, **{"data.name": "folder", **changes, "data.eval_split": "validation"}).data
     with pytest.raises(UserError, match=r"photos/validation or .*photos/val does not exist.*--config.data.holdout=0.2"):
         _ = missing.eval_source
@@ -142,7 +147,7 @@ def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, tmp_pa
     changes = ("model.block_sizes=(1,1)", "model.growth_rate=4", "train.global_batch_size=512", "train.epochs=9")
     changes += ("optim.learning_rate=1e-12", "optim.warmup_epochs=0", "checkpoint.every_steps=2")
     words = [f"--config.{change}" for change in (*changes, "eval.every_epochs=1", "train.patience_epochs=2")]
-    monkeypatch.setattr(modes, "report_run", lambda *_: None)
+    monkeypatch.setattr("densenet_jax.report.run.report_run", lambda *_: None)
 
     def run(workdir: str) -> dict:
         return last_line(run_here("--config=digits", f"--workdir={tmp_path / workdir}", *words, **user)[0])

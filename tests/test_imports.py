@@ -12,11 +12,11 @@ HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "grain", "clu", "ml_colle
 OURS = "densenet_jax"
 # The rooms from the ground up: each imports only from floors below its own.
 FLOORS = (
-    ("errors", "version", "rng", "dtypes"),
+    ("errors", "version", "rng", "dtypes", "choices"),
     ("system", "scores"),
     ("kernels", "data", "training"),
     ("models", "augment", "config", "flags", "recipes"),
-    ("distributed",),
+    ("distributed", "run_settings"),
     ("experiment", "workdir"),
     ("predict", "run"),
     ("plan", "report"),
@@ -57,6 +57,23 @@ def test_help_loads_no_jax():
     code = "import sys, densenet_jax.__main__ as m; assert m.help_or_version(['--help']); print('jax' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert output.stdout.strip() == "False"
+
+
+def test_a_mistake_is_reported_before_what_only_a_run_needs_is_imported():
+    """Settings need no JAX; data and weights neither Orbax, Grain, TensorBoard nor what reports are drawn with."""
+    code = """if True:
+        import sys
+        from densenet_jax import cli
+        drawn = ("scipy", "matplotlib", "tensorboard")
+        for word, late in (
+            ("--config.data.mean=(0.1,0.2)", ("jax", "numpy", "densenet_jax.modes")),
+            ("--config.model.pretrained=/no.pth", ("orbax", "grain", "tensorflow", *drawn)),
+        ):
+            assert cli.main(["densenet-jax", "--config=digits", word]) == 2
+            print([name for name in late if name in sys.modules])
+    """
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert output.stdout.split() == ["[]", "[]"]
 
 
 def test_models_training_and_kernels_know_neither_data_nor_settings():

@@ -28,6 +28,7 @@ SHORT = ("--config=digits", "--config.train.epochs=0.2", "--config.optim.warmup_
         ("train.global_batch_size=12", "which 8 devices don't divide"),
         ("model.pretrained=nothing.safetensors", "no weights at 'nothing.safetensors'"),
         ("data.mean=(0.1,0.2)", "config.data.mean has 2 numbers"),
+        ("train.microbatches=7", "config.train.microbatches is 7, which does not divide"),
         ("optim.freeze=^params/nothing", "matches 0 of"),
         ("optim.warmup_epochs=3", "config.optim.warmup_epochs or warmup_steps is"),
         ("profile=9:9", "which ends at step 17; the run has 5 steps"),
@@ -51,6 +52,20 @@ def test_a_refused_command_leaves_no_directory(tmp_path):
     with pytest.raises(UserError), only_run_in(str(tmp_path / "run")):
         raise UserError("a mistake")
     assert list(tmp_path.iterdir()) == []
+
+    def begin_run(*files: str) -> None:
+        with only_run_in(str(tmp_path / "run")):
+            (tmp_path / "run" / "checkpoints").mkdir()
+            for name in ("config.json", "labels.txt", *files):
+                (tmp_path / "run" / name).write_text("{}")
+            raise UserError("a mistake that compiling found")
+
+    with pytest.raises(UserError):
+        begin_run()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError):
+        begin_run("metrics.jsonl")
+    assert (tmp_path / "run" / "config.json").exists()
     (tmp_path / "kept").mkdir()
     with pytest.raises(UserError), only_run_in(str(tmp_path / "kept")):
         raise UserError("a mistake")

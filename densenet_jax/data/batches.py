@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 
 from densenet_jax.data.decode import DamagedImage
@@ -92,6 +91,8 @@ class Batches(Iterator[Batch]):
             reader_threads: 0: one per core.
             prefetch_batches: batches that wait in memory at most, besides those in use.
         """
+        import grain  # not at the top: it loads Orbax, and checks of a run need neither
+
         cv2.setNumThreads(1)  # the reader threads already use all cores
         self._damaged = damaged
         self._builder = _PartBuilder(arrays, steps, fill)

@@ -123,18 +123,23 @@ class FolderSource:
         return dict(zip(paths, self._sizes.tolist(), strict=True))
 
 
-def _split_folder(directory: str, split: str) -> str:
+def find_split_folders(directory: str, split: str) -> list[str]:
+    """Returns those folders of DIRECTORY that can be the split: val or validation stand for each other."""
     folders = _SPLIT_FOLDERS.get(split, (split,))
-    there = [path for folder in folders if os.path.isdir(path := os.path.join(directory, folder))]
+    return [path for folder in folders if os.path.isdir(path := os.path.join(directory, folder))]
+
+
+def _split_folder(directory: str, split: str) -> str:
+    there = find_split_folders(directory, split)
     if len(there) > 1:
         logger.warning("%s is there besides %s and is not read.", there[1], there[0])
     if there:
         return there[0]
-    looked_for = " or ".join(os.path.join(directory, folder) for folder in folders)
+    looked_for = " or ".join(os.path.join(directory, folder) for folder in _SPLIT_FOLDERS.get(split, (split,)))
     raise UserError(
         f"Folder {looked_for} does not exist; config.data.dir must hold a folder for each split, with one folder of "
-        "images for each class (train/CLASS/IMAGE, val/CLASS/IMAGE), or the class folders alone, with "
-        "--config.data.holdout=0.2 --config.data.eval_split=holdout."
+        "images for each class (train/CLASS/IMAGE, val/CLASS/IMAGE), or none for this one, with "
+        "--config.data.holdout=0.2 to hold out a fifth of the training images."
     )
 
 

@@ -6,7 +6,6 @@ A position counts the examples that training has used since its start, over all 
 import functools
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 _ORDER, _CROPS, _GROUPS = 0x6F72, 0x6372, 0x6772  # purposes of the random streams
 _WORDS = 4  # random words per Philox count
@@ -30,6 +29,8 @@ class Order:
 
     def stretch(self, start: int, count: int) -> list[int]:
         """Returns the examples at positions `start` to `start + count - 1`."""
+        from grain.experimental import index_shuffle  # not at the top: checks of a run don't need it
+
         last = self._size - 1
         indices = []
         for position in range(start, start + count):

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 
+from densenet_jax.config import check_mean_std
 from densenet_jax.data.class_names import order_classes, orders_differ
+from densenet_jax.data.folder import find_split_folders
 from densenet_jax.data.identity import Identity, check_identity, identify, is_contradiction
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
 from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
 from densenet_jax.data.settings import Labels, TableSettings
-from densenet_jax.data.sources import Source, is_prepared, open_source
+from densenet_jax.data.sources import Source, default_directory, is_prepared, open_source
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
@@ -88,12 +90,21 @@ class Data:
 
     @functools.cached_property
     def eval_source(self) -> Source:
-        """Records to evaluate; the held-out part of train if `config.data.eval_split` is "holdout"."""
-        return self._open(self.config.data.eval_split)
+        """Records to evaluate; the held-out part of train if `eval_split` is "holdout"."""
+        return self._open(self.eval_split)
+
+    @functools.cached_property
+    def eval_split(self) -> str:
+        """Evaluated split; "holdout" also where images are held out of class folders that have none for validation."""
+        data = self.config.data
+        if data.name == "folder" and data.holdout and data.eval_split in ("validation", "val"):
+            directory = data.dir or default_directory()
+            return data.eval_split if find_split_folders(directory, data.eval_split) else "holdout"
+        return data.eval_split
 
     def identify(self, *, train: bool) -> Identity:
         """Returns the classes and the files of the evaluated split, with `train` of both, to compare data sets by."""
-        splits = {self.config.data.eval_split: self.eval_source}
+        splits = {self.eval_split: self.eval_source}
         if train:
             splits[self.config.data.train_split] = self.train_source
         return identify(self.config.data.name, splits) | {"bits": max(self.eval_bits, self.train_bits if train else 0)}
@@ -198,12 +209,7 @@ class Data:
         """
         config = self.config
         mean, std = config.data.mean or self.preprocessing.mean, config.data.std or self.preprocessing.std
-        for key, values in (("config.data.mean", mean), ("config.data.std", std)):
-            if len(values) != config.data.channels:
-                raise UserError(
-                    f"{key} has {len(values)} numbers {tuple(values)}, but config.data.channels is "
-                    f"{config.data.channels}; give one number a channel."
-                )
+        check_mean_std(mean, std, config.data.channels)
         return mean, std
 
     def train_batches(self, start_step: int) -> Batches:

@@ -12,11 +12,10 @@ from densenet_jax.data.identity import read_identity
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.experiment.parts import Parts
-from densenet_jax.models.pretrained import load_pretrained
+from densenet_jax.models.pretrained import check_source, load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_logits_step, make_predict_step
 from densenet_jax.training.restore import check_same_shapes, restore_variables
 from densenet_jax.training.state import TrainState
@@ -37,6 +36,8 @@ class Experiment(Parts):
         Raises:
             UserError: the settings, the data, the weights or the machine are not as they should be.
         """
+        if starts and self.config.model.pretrained:
+            check_source(self.config.model.pretrained)
         self.data.check_batch()
         self.data.mean_std()
         self.check_kernels()
@@ -83,6 +84,8 @@ class Experiment(Parts):
         Raises:
             UserError: `workdir` has no such checkpoint, or it is of another model.
         """
+        from densenet_jax.training.checkpoint import find_checkpoint  # loads Orbax, which checks don't need
+
         directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint), self.config.checkpoint.best_metric)
         self.data.check_same(read_identity(workdir, step), f"step {step} of {workdir}")
         variables = restore_variables(directory, step, sharding.replicated(self.mesh))

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import optax
 
+from densenet_jax.choices import LOSSES, parse_weights
 from densenet_jax.errors import UserError
-from densenet_jax.training.losses import LOSSES, Loss, balanced_weights, make_loss, parse_weights
+from densenet_jax.training.losses import Loss, balanced_weights, make_loss
 from densenet_jax.training.optimizer import make_optimizer
 from densenet_jax.training.schedules import Schedule, make_schedule
 from densenet_jax.training.timeline import Timeline

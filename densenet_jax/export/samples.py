@@ -57,10 +57,11 @@ class Samples:
         if not self._prepared():
             source = f"generated images, since {config.data.name} is not prepared"
             return CheckImages(generate_images(most, transform.shape, transform.dtype), None, source, False)
-        records = Experiment(config).data.eval_source
+        data = Experiment(config).data
+        records = data.eval_source
         images, labels = _spread(records, transform, most)
         known = None if records.label_sets else labels
-        return CheckImages(images, known, f"images of {config.data.name} {config.data.eval_split}", True)
+        return CheckImages(images, known, f"images of {config.data.name} {data.eval_split}", True)
 
     def representative(self, transform: ResizedCenterCrop, most: int) -> np.ndarray:
         """Returns up to `most` training images uint8 [n, h, w, c], preprocessed as in evaluation, to calibrate int8.

@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from densenet_jax.choices import KERNELS_WANTED
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.gpu import tiles
 from densenet_jax.kernels.tpu import conv1x1_gradients, conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import LANES
 
 Choice = Literal["xla", "pallas"]
-KERNELS_WANTED = ("auto", "xla", "pallas")
 # Platforms with Pallas kernels: the dtypes of activations that they take.
 KERNEL_DTYPES = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 _MEASURED_CAPABILITY = "9.0"  # Hopper: the kernels were measured on H100 and H200

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.choices import KERNELS_WANTED
 from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu.convolution import convolve_fast
-from densenet_jax.kernels.select import KERNEL_DTYPES, KERNELS_WANTED
+from densenet_jax.kernels.select import KERNEL_DTYPES
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
 from densenet_jax.models.fused import BACKENDS, Fused

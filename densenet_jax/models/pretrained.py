@@ -217,18 +217,25 @@ def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> di
     Raises:
         UserError: no such source, no network, or the file is damaged or of another kind.
     """
-    path = Path(source)
-    if path.is_file():
-        return read_arrays(path, average)
-    text = os.fspath(source)
+    is_file = check_source(source)
+    return read_arrays(Path(source) if is_file else Path(_download(os.fspath(source))), average)
+
+
+def check_source(source: str | os.PathLike[str]) -> bool:
+    """Returns whether the weights are a file here, rather than named by a hub id.
+
+    Raises:
+        UserError: they can't be either.
+    """
+    path, text = Path(source), os.fspath(source)
     if path.is_dir():
         raise UserError(f"{text} is a folder: name the file of weights in it")
-    if _HUB_ID.match(text) and path.suffix not in _FILE_SUFFIXES:
-        return read_arrays(Path(_download(text)), average)
-    raise UserError(
-        f"no weights at {text!r}: expected an existing file of weights (.safetensors, .pth, .weights.h5, ...), or a "
-        "hub id such as timm/densenet121.ra_in1k"
-    )
+    if not path.is_file() and (not _HUB_ID.match(text) or path.suffix in _FILE_SUFFIXES):
+        raise UserError(
+            f"no weights at {text!r}: expected an existing file of weights (.safetensors, .pth, .weights.h5, ...), or "
+            "a hub id such as timm/densenet121.ra_in1k"
+        )
+    return path.is_file()
 
 
 def _download(hub_id: str) -> str:

@@ -8,25 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
 
-from densenet_jax import recipes
-from densenet_jax.config import check_config
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
 from densenet_jax.data.sources import is_prepared
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform
-from densenet_jax.errors import UserError, first_line
+from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
 from densenet_jax.models.pretrained import load_pretrained, read_class_names
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
+from densenet_jax.run_settings import started_from
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.restore import restore_variables
-from densenet_jax.workdir import labels_path, read_settings, started_from
+from densenet_jax.workdir import labels_path
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +48,6 @@ class Deployed:
     dataset: Identity | None = None
     calibration: Calibration | None = None  # already in the weights of the classifier
     many_labels: bool = False  # images have many labels, each with a probability of its own, instead of one class
-
-
-def read_run_settings(workdir: str, overrides: Mapping[str, Any] = {}, defaults: Mapping[str, Any] = {}) -> Any:
-    """Reads the settings of the run in `workdir`, checked and frozen.
-
-    Args:
-        overrides: new values by "section.key".
-        defaults: nested values for settings that are newer than the run.
-
-    Raises:
-        UserError: there is no run, its settings can't be read, or a value is out of range.
-    """
-    try:
-        settings = ml_collections.ConfigDict(dict(defaults) or recipes.defaults().to_dict())
-        with settings.ignore_type():  # JSON has no tuples
-            settings.update(read_settings(workdir))
-            settings.update_from_flattened_dict(dict(overrides))
-        return check_config(settings)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = os.path.join(workdir, "config.json")
-        raise UserError(
-            f"{path} does not hold the settings of a run ({first_line(error)}); fix or restore it."
-        ) from error
 
 
 def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:

@@ -29,12 +29,8 @@ from densenet_jax.predict.images import (
     name_of,
     read_encoded,
 )
-from densenet_jax.predict.model import (
-    Deployed,
-    make_deployed,
-    make_deployed_from_pretrained,
-    read_run_settings,
-)
+from densenet_jax.predict.model import Deployed, make_deployed, make_deployed_from_pretrained
+from densenet_jax.run_settings import read_run_settings
 
 logger = logging.getLogger(__name__)
 

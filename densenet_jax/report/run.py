@@ -26,10 +26,10 @@ from densenet_jax.report.plots import (
 from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.trust import calibration_section, label_sections
 from densenet_jax.report.write import write_page
-from densenet_jax.run.metric_writers import read_metrics
+from densenet_jax.run.metrics_file import read_metrics
+from densenet_jax.run_settings import read_settings
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.best_metric import score_figures
-from densenet_jax.workdir import read_settings
 
 _MOST_DRAWN = 30  # classes up to which the whole confusion matrix is drawn and the class table is open
 _MOST_PAIRS = 20  # confused pairs listed

@@ -77,7 +77,7 @@ def calibrate(
         raise UserError("the model's logits are not numbers (NaN), so nothing can be fitted; take another checkpoint.")
     if many and not np.any((rows["label"] > 0).any(axis=0) & (rows["label"] == 0).any(axis=0)):
         raise UserError(
-            f"no label of {experiment.config.data.name} {experiment.config.data.eval_split} has both kinds of "
-            "examples, so nothing can be fitted; name another config.data.eval_split."
+            f"no label of {experiment.config.data.name} {data.eval_split} has both kinds of examples"
+            ", so nothing can be fitted; name another config.data.eval_split."
         )
     return fit_calibration(rows["logit"], rows["label"], each_label=each_label, specificity=specificity)

@@ -12,7 +12,7 @@ from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
 from densenet_jax.run.log_interval import Window
-from densenet_jax.run.metric_writers import Writers, read_metrics
+from densenet_jax.run.metrics_file import read_metrics
 from densenet_jax.run.watchdog import Watchdog
 from densenet_jax.system.console import Bar, print_status, spinner
 from densenet_jax.system.disk import report_full_disk
@@ -26,7 +26,6 @@ from densenet_jax.training.best_metric import (
     score_figures,
     show_score,
 )
-from densenet_jax.training.checkpoint import Checkpoints, describe_checkpoints
 from densenet_jax.training.integrity import finished_steps
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
@@ -65,6 +64,13 @@ class Trainer:
         print_status(
             f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch"
         )
+        # These load Orbax and TensorBoard: the run is checked before.
+        from densenet_jax.run.metric_writers import Writers
+        from densenet_jax.training.checkpoint import Checkpoints
+
+        if experiment.data.eval_split != experiment.config.data.eval_split:
+            held_out, rest = len(experiment.data.eval_source), len(experiment.data.train_source)
+            print_status(f"no folder for validation: {held_out} images are held out, {rest} are for training")
         self._metric = experiment.best_metric
         keep = experiment.config.checkpoint.max_to_keep
         self._checkpoints = Checkpoints(workdir, max_to_keep=keep, metric=self._metric)
@@ -276,6 +282,8 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
             raise
         trainer.close()
         if processes.is_first():
+            from densenet_jax.training.checkpoint import describe_checkpoints
+
             print_status(describe_checkpoints(workdir, experiment.best_metric))
         by_class = NEED_CONFUSION if "top1" in figures else ()
         return {name: value for name, value in figures.items() if name not in by_class}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from densenet_jax.scores import ranking
 
@@ -94,6 +93,8 @@ def _scaled_loss(logits: np.ndarray, targets: np.ndarray) -> Callable[[np.floati
 
 def _minimize(loss: Callable[[np.floating], float]) -> float:
     limits = tuple(np.log(LIMITS))
+    from scipy.optimize import minimize_scalar  # not at the top: every report imports this module
+
     result = minimize_scalar(lambda log: loss(np.exp(log)), bounds=limits, method="bounded", options={"xatol": 1e-7})
     return float(np.exp(result.x))
 

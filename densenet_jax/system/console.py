@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
@@ -49,9 +48,15 @@ def drop(stream: IO[str]) -> None:
 _console = Console(file=_StandardError(), highlight=False, emoji=False, soft_wrap=True)  # type: ignore[arg-type]
 
 
+def _is_first() -> bool:
+    import jax  # not at the top: a mistake in the settings is printed without it
+
+    return jax.process_index() == 0
+
+
 def print_status(message: str, *, everywhere: bool = False) -> None:
     """Prints one line, on process 0 alone unless `everywhere`."""
-    if everywhere or jax.process_index() == 0:
+    if everywhere or _is_first():
         _console.print(message, markup=False)
 
 
@@ -70,7 +75,7 @@ def spinner(what: str) -> Iterator[None]:
     explain.daemon = True
     explain.start()
     try:
-        if _console.is_terminal and jax.process_index() == 0:
+        if _console.is_terminal and _is_first():
             with _console.status(what):
                 yield
         else:
@@ -90,7 +95,7 @@ class Bar:
         self._done = done
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        if _console.is_terminal and jax.process_index() == 0:
+        if _console.is_terminal and _is_first():
             bar = [BarColumn(bar_width=20)] if _console.width >= _WIDE else []
             counts = TextColumn("{task.description} {task.completed}/{task.total}")
             figures = TextColumn("{task.fields[figures]}", markup=False)

@@ -6,8 +6,6 @@ import os
 import resource
 import sys
 
-import jax
-
 _NVIDIA = ("/dev/nvidia[0-9]*", "/dev/dxg")  # the latter under WSL
 _TPU = ("/dev/accel*", "/dev/vfio/[0-9]*")
 # Parameters of mallopt in glibc's malloc.h.
@@ -50,6 +48,8 @@ def memory_used() -> dict[str, int]:
     "memory_bytes" is the fullest of this process's devices, left out where the backend does not report it (the CPU does
     not); "host_memory_bytes" is the process's resident memory.
     """
+    import jax  # not at the top: malloc is set up before it
+
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux

@@ -1,21 +1,14 @@
 """Profiles a few training steps for TensorBoard and XProf."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from densenet_jax.choices import PROFILE
 from densenet_jax.errors import UserError
 from densenet_jax.system.console import print_status
-
-_FORM = re.compile(r"([1-9]\d*):([1-9]\d*)")
-
-
-def is_profile(setting: str) -> bool:
-    """Returns whether `setting` is "" or "STEP:COUNT", both from 1 on."""
-    return not setting or _FORM.fullmatch(setting) is not None
 
 
 class Profile:
@@ -27,7 +20,7 @@ class Profile:
         Raises:
             UserError: the run ends before the trace does.
         """
-        match = _FORM.fullmatch(setting)
+        match = PROFILE.fullmatch(setting)
         self._first, count = (int(match[1]), int(match[2])) if match else (0, 0)
         self._last = self._first + count - 1
         if self._last > total_steps:

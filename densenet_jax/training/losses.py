@@ -1,13 +1,13 @@
 """Losses: one value per example, in float32 or better, and what their sum over a batch is divided by."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from densenet_jax.choices import LOSSES
 from densenet_jax.dtypes import wide
 from densenet_jax.training.metrics import ClassificationSums, LabelSums
 
@@ -153,23 +153,6 @@ Loss = SoftmaxLoss | SigmoidLoss
 SOFTMAX = SoftmaxLoss()
 
 
-@dataclasses.dataclass(frozen=True)
-class LossKind:
-    """A loss by name: the labels that it is for, its powers, and whether it has a margin."""
-
-    labels: str
-    gammas: tuple[float, float] = (0.0, 0.0)
-    has_margin: bool = False
-
-
-LOSSES = {
-    "softmax": LossKind("single"),
-    "sigmoid": LossKind("multi"),
-    "focal": LossKind("multi", (2.0, 2.0)),
-    "asymmetric": LossKind("multi", (0.0, 4.0), has_margin=True),
-}
-
-
 def make_loss(
     name: str,
     *,
@@ -184,18 +167,6 @@ def make_loss(
         return SoftmaxLoss(label_smoothing, class_weights)
     first, second = gammas if gammas and any(kind.gammas) else kind.gammas
     return SigmoidLoss(label_smoothing, class_weights, (first, second), margin if kind.has_margin else 0.0)
-
-
-def parse_weights(weights: str | Sequence[float]) -> tuple[float, ...]:
-    """Returns the numbers, which may be a text such as "2, 1, 0.5", with or without brackets.
-
-    Raises:
-        ValueError, TypeError: there are none, or something else.
-    """
-    if not weights:
-        raise ValueError("no numbers")
-    numbers = weights.strip("()[] ").removesuffix(",").split(",") if isinstance(weights, str) else weights
-    return tuple(float(number) for number in numbers)
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:

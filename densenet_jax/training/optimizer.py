@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import optax
 
+from densenet_jax.choices import OPTIMIZERS
 from densenet_jax.errors import UserError
 from densenet_jax.training.schedules import Schedule
 
-OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
 _FREEZE_KEY = "config.optim.freeze"
 _LAYER = re.compile(r"(?:denseblock(\d+)/denselayer(\d+)|conv([2-5])_(\d+)|stage(\d+))(?:/|$)")
 _TRANSITION = re.compile(r"transition(\d+)/")

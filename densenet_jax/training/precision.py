@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from densenet_jax.choices import DTYPES
 from densenet_jax.errors import UserError
 
 
@@ -24,12 +25,7 @@ class Policy:
     scales_loss: bool
 
 
-POLICIES = {
-    "float32": Policy("float32", jnp.float32, False),
-    "bfloat16": Policy("bfloat16", jnp.bfloat16, False),
-    "float16": Policy("float16", jnp.float16, True),
-    "float64": Policy("float64", jnp.float64, False),
-}
+POLICIES = {name: Policy(name, getattr(jnp, name), scales_loss=name == "float16") for name in DTYPES}
 
 
 def get_policy(name: str) -> Policy:

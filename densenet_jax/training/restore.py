@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.training.integrity import DamagedCheckpointError, check_files, finished_steps
@@ -27,6 +26,8 @@ def orbax_errors_only() -> Iterator[None]:
 
 def read_saved_tree(path: str) -> dict[str, Any]:
     """Reads shapes and dtypes of the state in the checkpoint at `path`; None for parts that were not saved."""
+    import orbax.checkpoint as ocp  # not at the top: checks of a run don't need it
+
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.metadata(os.path.join(path, "state")).item_metadata.tree
 
@@ -69,6 +70,8 @@ def restore_variables(
     Raises:
         UserError: the checkpoint can't be read.
     """
+    import orbax.checkpoint as ocp
+
     path = os.path.join(directory, str(step), "state")
     try:
         check_files(os.path.dirname(path))

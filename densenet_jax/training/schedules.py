@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from densenet_jax.choices import SCHEDULES
 from densenet_jax.errors import UserError
 
 Step = Int[Array, ""] | int
 # step -> learning rate, in JAX's default float (float32 unless x64 is enabled)
 Schedule = Callable[[Step], Float[Array, ""]]
-
-SCHEDULES = ("constant", "multistep", "cosine", "exponential", "cosine_restarts", "one_cycle")
 
 
 def make_schedule(

@@ -18,9 +18,9 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.export.graph import make_graph
 from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
-from densenet_jax.predict.model import read_run_settings
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset, train
+from densenet_jax.run_settings import read_run_settings
 from densenet_jax.workdir import write_labels
 from tests.deployed_run import make_run
 

@@ -210,9 +210,9 @@ def test_training_does_not_fail_with_its_report(monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no room\nat all")
 
-    monkeypatch.setattr(modes, "Experiment", lambda config: config)
-    monkeypatch.setattr(modes, "train", lambda *_: {"step": 7})
-    monkeypatch.setattr(modes, "report_run", fail)
+    monkeypatch.setattr("densenet_jax.experiment.Experiment", lambda config: config)
+    monkeypatch.setattr("densenet_jax.run.train.train", lambda *_: {"step": 7})
+    monkeypatch.setattr("densenet_jax.report.run.report_run", fail)
     assert modes.train_mode({}, "x", Command()) == {"step": 7}
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "the report could not be written (RuntimeError: no room at all); --mode report tries again.")

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from densenet_jax.errors import UserError
-from densenet_jax.run.metric_writers import Writers, read_metrics
+from densenet_jax.run.metric_writers import Writers
+from densenet_jax.run.metrics_file import read_metrics
 
 FIGURES = {"epoch": 0.5, "loss": 1.0, "top1": 0.5, "top5": 1.0}
 

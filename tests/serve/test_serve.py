@@ -13,8 +13,9 @@ import pytest
 import requests
 from PIL import Image
 
-from densenet_jax.predict.model import make_deployed, read_run_settings
+from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
+from densenet_jax.run_settings import read_run_settings
 from tests.extras import needs
 from tests.predict.files import BOMBS, encoded
 from tests.running import free_port, last_line, run_main, start_main

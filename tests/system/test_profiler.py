@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from densenet_jax.choices import PROFILE
 from densenet_jax.errors import UserError
-from densenet_jax.system.profiler import Profile, is_profile
+from densenet_jax.system.profiler import Profile
 
 
 @pytest.mark.parametrize("setting", ["5", "0:5", "5:0", "-1:3", "5:1:1", "a:b", "5:", " 5:1"])
 def test_what_is_no_profile_is_told(setting):
-    assert not is_profile(setting)
+    assert not PROFILE.fullmatch(setting)
 
 
 def test_profile_after_the_end_is_told(tmp_path):
