@@ -107,6 +107,9 @@ class Command:
     topk: int = _flag(5, "How many classes an image, best first; 0: all.", "predict")
     annotate: str = _flag("", "A directory for the images with their predictions drawn on.", "predict")
     explain: str = _flag("", "A directory for the images with the class activation map of their best class.", "predict")
+    explain_layer: str = _flag(
+        "", "With --explain: Grad-CAM at this layer, such as stride_8, instead of the last layer's map.", "predict"
+    )
     features: str = _flag("", "pooled or pyramid, written to a NumPy archive beside the output.", "predict")
     format: str = _flag("", "stablehlo, onnx, savedmodel or tflite.", "export")
     precision: str = _flag("float32", "float32, or what the format has of float16 and int8.", "export")
@@ -114,6 +117,7 @@ class Command:
         True, "The file takes bytes and gives probabilities; --nopreprocess: normalized floats and logits.", "export"
     )
     batch_size: int = _flag(0, "The only batch size that the file takes; 0: any.", "export")
+    maps: bool = _flag(False, "Give the class activation maps of all classes as a second output.", "export")
     host: str = _flag("127.0.0.1", "Where to listen; 0.0.0.0 for every network.", "serve")
     port: int = _flag(8080, "Port of REST and of its page; 0: a free one.", "serve", lower=0, upper=65535)
     grpc_port: int = _flag(8081, "Port of gRPC; 0: a free one.", "serve", lower=0, upper=65535)

@@ -156,6 +156,7 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
         topk=command.topk,
         annotate=command.annotate,
         explain=command.explain,
+        explain_layer=command.explain_layer,
         features=command.features,
         largest_batch=config.eval.batch_size,
     )
@@ -204,6 +205,7 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
         preprocess=command.preprocess,
         batch_size=command.batch_size,
         overwrite=command.overwrite,
+        maps=command.maps,
     )
     samples = Samples(config, command.images)
 

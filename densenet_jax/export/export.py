@@ -15,7 +15,7 @@ import numpy as np
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.export.graph import Graph, make_graph, reference_outputs
 from densenet_jax.export.samples import CheckImages, Samples
-from densenet_jax.export.verify import Comparison, compare, run_in_chunks
+from densenet_jax.export.verify import Comparison, Outputs, compare, compare_maps, run_in_chunks
 from densenet_jax.predict.model import Deployed
 from densenet_jax.system.console import Bar, print_status, spinner
 
@@ -31,7 +31,7 @@ _REPRESENTATIVE = 200
 class _Writer(Protocol):
     def write(self, graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None: ...
 
-    def load(self, path: str) -> Callable[[np.ndarray], np.ndarray]: ...
+    def load(self, path: str) -> Callable[[np.ndarray], Outputs]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ class ExportOptions:
     preprocess: bool = True  # whether to include normalization and the step from logits to probabilities
     batch_size: int = 0  # fixed batch size; 0 accepts any
     overwrite: bool = False
+    maps: bool = False  # whether to give the class activation maps of all classes as well
 
 
 def check_options(options: ExportOptions) -> Format:
@@ -122,7 +123,7 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     path = os.path.abspath(options.output or options.default_output + kind.suffix)
     with _replace_when_done(path, overwrite=options.overwrite) as temporary:
         model = load_model()
-        graph = make_graph(model, preprocess=options.preprocess, batch_size=options.batch_size)
+        graph = make_graph(model, preprocess=options.preprocess, batch_size=options.batch_size, maps=options.maps)
         checked = samples.to_check(model.transform, _CHECKED[options.precision])
         if options.precision != "float32" and not checked.real:
             raise UserError(
@@ -132,21 +133,23 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
         training = samples.representative(model.transform, _REPRESENTATIVE) if options.precision == "int8" else None
         with spinner(f"exporting {model.source} to {options.format}"):
             writer.write(graph, temporary, options.precision, training)
-        result = _compare_with_model(model, graph, checked, writer.load(temporary))
-        print_status(f"checked with {checked.source}: {result.describe()}")
-        result.check(options.precision, f"the {options.format} file")
+        results = _compare_with_model(model, graph, checked, writer.load(temporary))
+        for result, what in zip(results, ("", "maps: "), strict=False):
+            print_status(f"checked with {checked.source}: {what}{result.describe()}")
+            result.check(options.precision, f"the {options.format} file")
     print_status(f"{path}: {_size_bytes(path) / 1e6:.1f} MB")
     return {
         "format": options.format,
         "path": path,
-        "max_abs_difference": result.max_abs_difference,
-        "examples": result.examples,
+        "max_abs_difference": max(result.max_abs_difference for result in results),
+        "examples": results[0].examples,
     }
 
 
 def _compare_with_model(
-    model: Deployed, graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], np.ndarray]
-) -> Comparison:
+    model: Deployed, graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], Outputs]
+) -> list[Comparison]:
+    """Compares probabilities or logits, and maps where the file has them."""
     expected = reference_outputs(model, graph, checked.images)
     bar = Bar("checking", len(checked.images))
     try:
@@ -154,7 +157,10 @@ def _compare_with_model(
     finally:
         bar.close()
     threshold = (0.0 if graph.preprocessed else 0.5) if graph.many_labels else None
-    return compare(expected, outputs, checked.labels, threshold)
+    if not graph.has_maps:
+        return [compare(expected, outputs[0], checked.labels, threshold)]
+    expected, maps = expected
+    return [compare(expected, outputs[0], checked.labels, threshold), compare_maps(maps, outputs[1])]
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from densenet_jax.export.graph import Graph
+from densenet_jax.export.verify import Outputs
 
 OPSET = 21  # from 2024, supported by current runtimes
 
 
 def write(graph: Graph, path: str, precision: str, representative: np.ndarray | None) -> None:
-    """Writes an ONNX file with input "images", the graph's output name and its info as metadata.
+    """Writes an ONNX file with input "images", the graph's output names and its info as metadata.
 
     Args:
         precision: "float32", or "int8" for weights and activations of convolutions and matrix products, with one
@@ -29,7 +30,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
             model_name=graph.info["model"],
             opset=OPSET,
             input_names=["images"],
-            output_names=[graph.output_name],
+            output_names=list(graph.output_names),
         )
     onnx.helper.set_model_props(model, graph.info)
     onnx.checker.check_model(model, full_check=True)
@@ -71,11 +72,11 @@ def _quantize(path: str, images: np.ndarray) -> None:
             os.remove(coarse)
 
 
-def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
+def load(path: str) -> Callable[[np.ndarray], Outputs]:
     """Loads the file into onnxruntime on the CPU, as a function of images."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: tuple(session.run(None, {"images": images}))

@@ -15,6 +15,7 @@ import numpy as np
 from densenet_jax.errors import UserError
 from densenet_jax.export.graph import Graph
 from densenet_jax.export.savedmodel import make_tensorflow_function
+from densenet_jax.export.verify import Outputs
 
 # Operations with the batch size in their arguments; today's networks have none of them but RESHAPE of each example by
 # itself, which is edited.
@@ -43,7 +44,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     )  # input bytes are the quantized values: nothing runs in float
     dtype = np.float32 if whole else graph.input_dtype
     to_probabilities = tf.math.sigmoid if graph.many_labels else tf.nn.softmax
-    after = to_probabilities if graph.output_name == "probabilities" else tf.identity
+    after = to_probabilities if not graph.preprocessed else tf.identity
     function: Any = make_tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
@@ -87,18 +88,19 @@ def _make_interpreter(path: str) -> Any:
     return Interpreter(model_path=path, num_threads=os.cpu_count())
 
 
-def load(path: str) -> Callable[[np.ndarray], np.ndarray]:
+def load(path: str) -> Callable[[np.ndarray], Outputs]:
     """Loads the file into LiteRT's interpreter, as a function of one batch of images."""
     interpreter = _make_interpreter(path)
-    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (given,), results = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def call(images: np.ndarray) -> np.ndarray:
+    def call(images: np.ndarray) -> Outputs:
         if given["shape_signature"][0] == -1:
             interpreter.resize_tensor_input(given["index"], images.shape, strict=True)
         interpreter.allocate_tensors()
         interpreter.set_tensor(given["index"], images)
         interpreter.invoke()
-        return interpreter.get_tensor(result["index"])
+        outputs = [interpreter.get_tensor(result["index"]) for result in results]
+        return tuple(sorted(outputs, key=np.ndim))  # maps have more dimensions
 
     return call
 

@@ -1,11 +1,13 @@
 """Compares the outputs of a written file with those of the model on the same images."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from densenet_jax.errors import UserError
+
+Outputs = tuple[np.ndarray, ...]  # of a file: probabilities or logits [n, k], and maps [n, h, w, k] where it has them
 
 # float32: largest difference allowed, relative to the largest output if that is above 1.
 LARGEST_DIFFERENCE = 1e-4
@@ -58,9 +60,14 @@ class Comparison:
             )
 
 
+def in_order(outputs: Mapping[str, np.ndarray]) -> Outputs:
+    """Returns a file's outputs by name as a tuple, with the maps last."""
+    return tuple(outputs[name] for name in sorted(outputs, key=lambda name: name == "maps"))
+
+
 def run_in_chunks(
-    call: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch_size: int, done: Callable[[int], None]
-) -> np.ndarray:
+    call: Callable[[np.ndarray], Outputs], images: np.ndarray, batch_size: int, done: Callable[[int], None]
+) -> Outputs:
     """Computes the outputs of all images in padded batches; if any size is accepted (0), of one image and then of many.
 
     Args:
@@ -73,9 +80,9 @@ def run_in_chunks(
         batch = images[start:end]
         missing = max(batch_size - len(batch), 0)
         padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
-        outputs.append(np.asarray(call(padded), np.float32)[: len(batch)])
+        outputs.append([np.asarray(output, np.float32)[: len(batch)] for output in call(padded)])
         done(len(batch))
-    return np.concatenate(outputs)
+    return tuple(map(np.concatenate, zip(*outputs, strict=True)))
 
 
 def compare(
@@ -109,3 +116,16 @@ def compare(
         accuracy=accuracy,
         many_labels=threshold is not None,
     )
+
+
+def compare_maps(expected: np.ndarray, actual: np.ndarray) -> Comparison:
+    """Compares activation maps float32 [n, h, w, k]; they agree on an image if the same class has the highest mean.
+
+    Raises:
+        UserError: the file's maps have another shape.
+    """
+    if expected.shape != actual.shape:
+        raise UserError(f"the written file returns maps of shape {actual.shape}; expected {expected.shape}.")
+    means = compare(expected.mean(axis=(1, 2)), actual.mean(axis=(1, 2)), None)
+    difference = float(np.abs(expected - actual).max())
+    return dataclasses.replace(means, max_abs_difference=difference, scale=max(1.0, float(np.abs(expected).max())))

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.models.head import HeadOptions, check_size, select_output
+from densenet_jax.models.head import HeadOptions, check_size, select_output, tap
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -263,6 +263,7 @@ class DenseNet(nn.Module):
             shape = (num_layers, self.growth_rate, self.bottleneck_width, self.init_fan)
             features = DenseBlock(*shape, options, name=f"denseblock{index}", **shared)(x, train)
             if index < len(self.block_sizes):
+                features = features._replace(values=tap(self, stride, features.values))
                 if self.output == "pyramid":
                     pyramid[stride] = features.raw(self.norm_options.epsilon)
                 width = int(features.values.shape[-1] * self.compression)
@@ -272,7 +273,7 @@ class DenseNet(nn.Module):
                 stride *= 2
         types = (self.dtype, self.param_dtype)
         norm = BatchNorm(features.values.shape[-1], self.norm_options, *types, name="norm5")
-        x = jax.nn.relu(norm(features, train))
+        x = tap(self, stride, jax.nn.relu(norm(features, train)))
         return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng)
 
     @nn.nowrap

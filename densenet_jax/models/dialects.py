@@ -28,7 +28,8 @@ _SPELLINGS = (
     (re.compile(r"^head\.fc\."), "classifier."),  # RDNet
     (re.compile(r"^stem\.stem\."), "stem."),  # its authors' own files
 )
-_UNUSED = ("n_averaged", "op_threshs")  # of torch's AveragedModel; torchxrayvision's operating points
+_THRESHOLDS = "op_threshs"  # torchxrayvision's operating points
+_UNUSED = ("n_averaged", _THRESHOLDS)  # the first is of torch's AveragedModel
 _STEMS = ("features.conv0.weight", "features.conv1_1.conv.weight", "stem.0.weight")
 
 _KERAS_EPSILON, _EPSILON = 1.001e-5, 1e-5
@@ -72,6 +73,12 @@ def translate(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if any(name.startswith("conv1_func.") for name in state):
         return _from_paddle(state)
     return modern_names(state)
+
+
+def thresholds_of(state: Mapping[str, Any]) -> tuple[float, ...]:
+    """Returns torchxrayvision's operating points (`op_threshs`): a probability a label, NaN for none; () without."""
+    values = [value for key, value in state.items() if _WRAPPERS.sub("", key) == _THRESHOLDS]
+    return tuple(np.asarray(values[0], np.float64).ravel().tolist()) if values else ()
 
 
 def common_prefix(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
 from densenet_jax.models import densenet
-from densenet_jax.models.head import HeadOptions, select_output
+from densenet_jax.models.head import HeadOptions, select_output, tap
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -231,11 +231,14 @@ class DualPathNetwork(nn.Module):
         for stage in range(len(self.block_sizes)):
             blocks = self._blocks(features.values.shape[-1], stage, common)
             features = self.implementation.stage(blocks, features, train, self.remat)
+            if stage + 1 < len(self.block_sizes):
+                features = features._replace(values=tap(self, 4 * 2**stage, features.values))
             if self.output == "pyramid":
                 pyramid[4 * 2**stage] = features.raw(self.norm_options.epsilon)
         width = features.values.shape[-1]
+        stride = 2 ** (len(self.block_sizes) + 1)
         x = NormActivation(width, self.activation, name="conv5_bn_ac", **common)(features, train)
-        pyramid[2 ** (len(self.block_sizes) + 1)] = x
+        x = pyramid[stride] = tap(self, stride, x)
         return select_output(self.output, x, pyramid, self.head_options, train, self.make_rng)
 
     @nn.nowrap

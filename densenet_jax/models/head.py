@@ -15,6 +15,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.models.layers import dropout, global_average_pool
 
 OUTPUTS = ("logits", "pooled", "map", "pyramid")
+INTERMEDIATES, PERTURBATIONS = "intermediates", "perturbations"  # collections of flax, see `tap`
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ def _windows(x: Float[Array, "b h w c"], window_px: int) -> Float[Array, "b h2 w
             "give larger images or 0"
         )
     return nn.avg_pool(x, window_shape=(window_px, window_px))
+
+
+def tap(module: nn.Module, stride: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Marks a level of the pyramid, so that it and the gradient with respect to it are at hand beside the logits.
+
+    With `mutable=["intermediates"]`, `apply` returns x there as "stride_N"; an array of that name in the collection
+    "perturbations" is added to x. Without them nothing is computed.
+    """
+    name = f"stride_{stride}"
+    if module.has_variable(PERTURBATIONS, name):
+        x = x + module.get_variable(PERTURBATIONS, name)
+    module.sow(INTERMEDIATES, name, x)
+    return x
 
 
 def check_size(height: int, width: int, smallest: int) -> None:

@@ -46,6 +46,7 @@ def load_pretrained(
     channels: int | None = None,
     head_seed: int = 0,
     average: str = "auto",
+    state: Mapping[str, np.ndarray] | None = None,
     **architecture: Any,
 ) -> dict[str, Any]:
     """Loads published or local weights into a variant's variables.
@@ -61,6 +62,7 @@ def load_pretrained(
             which is logged.
         average: "auto", "raw" or "average": which weights of a training checkpoint that holds raw and averaged ones;
             "auto" takes the averaged, which is logged.
+        state: what `read_state_dict` read from the source, where that was done already.
         **architecture: the overrides that create_model was given, if any.
 
     Returns:
@@ -71,7 +73,7 @@ def load_pretrained(
             left over or of another shape are listed with both shapes. Nothing is loaded in part.
     """
     row = get_variant(name)
-    state = translate(read_state_dict(source, average))
+    state = translate(read_state_dict(source, average) if state is None else state)
     state, channels = _with_channels(state, channels or None, row.channels, source)
     own_count = _class_count(state)
     wanted = num_classes or own_count or row.num_classes

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType, wide
-from densenet_jax.models.head import HeadOptions, check_size, select_output
+from densenet_jax.models.head import HeadOptions, check_size, select_output, tap
 from densenet_jax.models.layers import convolve, dropout, fold_key, global_average_pool, he_normal
 
 
@@ -240,10 +240,10 @@ class RDNet(nn.Module):
         for index in range(len(self.block_sizes)):
             stage = self._stage(index, x.shape[-1], types)
             if index in self.halved_stages:
-                pyramid[stride] = x
+                pyramid[stride] = x = tap(self, stride, x)
                 stride *= 2
             x = stage(x, (fold_key(key, index), fold_key(path_key, index)))
-        norm = LayerNorm(self.epsilon, name="norm", **types)
+        norm, x = LayerNorm(self.epsilon, name="norm", **types), tap(self, stride, x)
         return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng, norm)
 
     @nn.nowrap

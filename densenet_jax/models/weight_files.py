@@ -154,7 +154,7 @@ def _read_safetensors(path: Path, average: str) -> Arrays:
     try:
         with safe_open(path, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
-                if (dtype := file.get_slice(key).get_dtype()).startswith(("F8", "F4", "F6", "C")):
+                if (dtype := file.get_slice(key).get_dtype()).startswith(("F8", "F4", "F6_", "C")):
                     raise UserError(f"{path} holds {dtype} numbers ({key}): save the weights as float32 first")
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,7 +17,7 @@ from densenet_jax.data.pixels import join
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotation_path
-from densenet_jax.predict.compiled import BEST_CLASS, FEATURES
+from densenet_jax.predict.compiled import BEST_CLASS, FEATURES, check_layer
 from densenet_jax.predict.explain import write_explanation
 from densenet_jax.predict.features import FeatureArchive
 from densenet_jax.predict.files import Candidate, check_places, common_folder, find_images
@@ -44,6 +44,7 @@ class PredictOptions:
     topk: int = 5  # number of classes listed for an image; 0 lists all, as do models of many labels
     annotate: str = ""  # directory for annotated images; "" writes none
     explain: str = ""  # directory for class activation maps; "" writes none
+    explain_layer: str = ""  # computes Grad-CAM at this layer instead, such as "stride_8"
     features: str = ""  # "pooled" or "pyramid", written to an archive beside the predictions; "" writes none
     largest_batch: int = 0  # images computed at a time; 0 means 64
 
@@ -57,12 +58,14 @@ class PredictOptions:
             raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features and self.features not in FEATURES:
             raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
+        if self.explain_layer and not self.explain:
+            raise UserError(f"--explain_layer {self.explain_layer} needs --explain and a directory for the maps.")
 
     def request(self) -> dict[str, Any]:
         """Returns the options that predictions depend on; newer ones only if set, so that older files are continued."""
         request = dataclasses.asdict(self)
         del request["output"], request["largest_batch"]
-        return {key: value for key, value in request.items() if value or key != "explain"}
+        return {key: value for key, value in request.items() if value or not key.startswith("explain")}
 
     @property
     def lines(self) -> str:
@@ -100,6 +103,8 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     if is_table(options.output):
         check_table(options.output)
     model = load()
+    if options.explain_layer:
+        check_layer(model, options.explain_layer)
     if model.many_labels:
         options = dataclasses.replace(options, topk=0)
     request = {"model": f"{model.name}, {model.source}", "labels": list(model.class_names), **options.request()}
@@ -114,7 +119,8 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
             _Run(model, options, output, stop, todo).run()
         output.finish()
         if is_table(options.output):
-            write_table(options.output, options.lines, model.class_names, options.topk)
+            decided = model.calibration is not None and bool(model.calibration.thresholds)
+            write_table(options.output, options.lines, model.class_names, options.topk, decided=decided)
             output.remove()
         figures = {"images": output.answered, "refused": output.refused, "path": options.output}
         return {**figures, "features": options.archive} if options.features else figures
@@ -144,7 +150,7 @@ class _Run:
             self._archive = FeatureArchive(options.archive, shapes, self._output.answered)
         if self._todo:
             with spinner("compiling"):
-                predictor.compile(options.features, explain=bool(options.explain))
+                predictor.compile(options.features, explain=bool(options.explain), layer=options.explain_layer)
         bar = Bar("predicting", self._todo)
         try:
             with ThreadPoolExecutor(available_cores()) as pool:
@@ -180,7 +186,8 @@ class _Run:
 
     def _dispatch(self, pixels: list[np.ndarray]) -> dict[str, jax.Array]:
         classes = np.full(len(pixels), BEST_CLASS, np.int32) if self._options.explain else None
-        return self._predictor.dispatch(join(pixels), self._options.features, classes)
+        options = self._options
+        return self._predictor.dispatch(join(pixels), options.features, classes, options.explain_layer)
 
     def _prepare(self, candidate: Candidate) -> _Prepared:
         try:

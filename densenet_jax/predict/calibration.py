@@ -24,8 +24,24 @@ class Calibration(NamedTuple):
     thresholds: tuple[float, ...] = ()  # one a label, NaN where unknown; () for one class an image
     content: Mapping[str, Any] = {}  # the whole file, for the report
 
+    @classmethod
+    def from_thresholds(cls, thresholds: tuple[float, ...], classes: int, source: str) -> "Calibration | None":
+        """Makes a calibration of the thresholds that a file of weights brings along; None for ().
+
+        Raises:
+            UserError: there is not one a label, or one is no probability.
+        """
+        if thresholds and (len(thresholds) != classes or any(value < 0 or value > 1 for value in thresholds)):
+            raise UserError(
+                f"{source} has {len(thresholds)} thresholds (op_threshs), from {np.nanmin(thresholds):g} to "
+                f"{np.nanmax(thresholds):g}; expected {classes}, each from 0 to 1 or NaN, or none."
+            )
+        return cls((1.0,), thresholds) if thresholds else None
+
     def describe(self) -> str:
         """Returns a few words, such as "calibrated (temperature 1.306)"."""
+        if not self.content:
+            return "with its own thresholds"
         low, high = min(self.temperatures), max(self.temperatures)
         return f"calibrated (temperature {low:.4g})" if low == high else f"calibrated ({low:.4g} to {high:.4g})"
 

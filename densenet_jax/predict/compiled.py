@@ -10,7 +10,7 @@ import numpy as np
 
 from densenet_jax.augment.basic import normalize
 from densenet_jax.errors import UserError
-from densenet_jax.predict.explain import activation_maps
+from densenet_jax.predict.explain import activation_maps, layer_names, weigh_by_gradients
 from densenet_jax.predict.model import Deployed
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import make_predict_step
@@ -43,7 +43,10 @@ class CompiledModel:
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
         self._variables = jax.device_put(model.variables, sharding.replicated(mesh))
-        self._step = jax.jit(self._answer, static_argnames="features", out_shardings=sharding.replicated(mesh))
+        self._layers: set[str] = set()  # known to exist
+        self._step = jax.jit(
+            self._answer, static_argnames=("features", "layer"), out_shardings=sharding.replicated(mesh)
+        )
 
     @property
     def _dtype(self) -> np.dtype:
@@ -59,14 +62,15 @@ class CompiledModel:
         """Shape of a preprocessed image: (h, w, c), or (5, h, w, c) with `config.eval.crops=10`."""
         return self.model.transform.shape
 
-    def compile(self, features: str = "", *, explain: bool = False) -> None:
+    def compile(self, features: str = "", *, explain: bool = False, layer: str = "") -> None:
         """Compiles every batch size, so that later calls don't wait for it."""
         for size in self.batch_sizes:
             classes = np.full(size, BEST_CLASS, np.int32) if explain else None
-            jax.block_until_ready(self.dispatch(np.zeros((size, *self.image_shape), self._dtype), features, classes))
+            images = np.zeros((size, *self.image_shape), self._dtype)
+            jax.block_until_ready(self.dispatch(images, features, classes, layer))
 
     def dispatch(
-        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None, layer: str = ""
     ) -> dict[str, jax.Array]:
         """Starts computing one batch and returns without waiting, so that the caller can read the next one.
 
@@ -75,6 +79,7 @@ class CompiledModel:
             features: also computes "pooled" or "pyramid"; "" computes probabilities only.
             classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
                 for `BEST_CLASS`.
+            layer: with classes, computes Grad-CAM at this inner layer instead; see `check_layer`.
 
         Returns:
             "probability" float32 [p, classes], and "pooled" float32 [p, c] or "stride_4", ... float32 [p, h, w, c],
@@ -83,7 +88,7 @@ class CompiledModel:
         Raises:
             UserError: the array has another shape or dtype, or there are no such features.
         """
-        self._check_batch(images, features, classes)
+        self._check_batch(images, features, classes, layer)
         size = next((size for size in self.batch_sizes if size >= len(images)), None)
         if size is None or not len(images):
             raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
@@ -92,33 +97,36 @@ class CompiledModel:
             images = np.concatenate([images, padding])
         if classes is not None:
             classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
-        return self._step(self._variables, jax.device_put(images, self._over_data), classes, features=features)
+        images = jax.device_put(images, self._over_data)
+        return self._step(self._variables, images, classes, features=features, layer=layer)
 
-    def output_shapes(self, features: str = "", *, explain: bool = False) -> dict[str, tuple[int, ...]]:
+    def output_shapes(
+        self, features: str = "", *, explain: bool = False, layer: str = ""
+    ) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the outputs of `dispatch` without the batch dimension; compiles nothing."""
         images = jax.ShapeDtypeStruct((1, *self.image_shape), self._dtype)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32) if explain else None
-        answer = functools.partial(self._answer, features=features)
+        answer = functools.partial(self._answer, features=features, layer=layer)
         shapes = jax.eval_shape(answer, self._variables, images, classes)
         return {name: leaf.shape[1:] for name, leaf in shapes.items()}
 
     def _in_chunks(
-        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None
+        self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None, layer: str = ""
     ) -> dict[str, np.ndarray]:
-        self._check_batch(images, features, classes)
+        self._check_batch(images, features, classes, layer)
         most = self.batch_sizes[-1]
         parts = []
         for start in range(0, len(images), most):
             chunk = images[start : start + most]
             of_chunk = None if classes is None else classes[start : start + most]
-            outputs = jax.device_get(self.dispatch(chunk, features, of_chunk))
+            outputs = jax.device_get(self.dispatch(chunk, features, of_chunk, layer))
             parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
         if not parts:
-            shapes = self.output_shapes(features, explain=classes is not None)
+            shapes = self.output_shapes(features, explain=classes is not None, layer=layer)
             return {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _check_batch(self, images: np.ndarray, features: str, classes: np.ndarray | None) -> None:
+    def _check_batch(self, images: np.ndarray, features: str, classes: np.ndarray | None, layer: str) -> None:
         if images.dtype not in (np.uint8, np.uint16) or images.shape[1:] != self.image_shape:
             raise UserError(
                 f"images are {images.dtype}{list(images.shape)}; expected uint8 or uint16 {['b', *self.image_shape]}, "
@@ -133,9 +141,17 @@ class CompiledModel:
             raise UserError(f"classes has shape {classes.shape}; expected one class for each of {len(images)} images.")
         if classes is not None and not np.all((classes >= BEST_CLASS) & (classes < len(self.class_names))):
             raise UserError(f"classes is {classes.tolist()}; expected numbers from 0 to {len(self.class_names) - 1}.")
+        if layer and layer not in self._layers:
+            check_layer(self.model, layer)
+            self._layers.add(layer)
 
     def _answer(
-        self, variables: dict[str, Any], images: jax.Array, classes: jax.Array | None = None, features: str = ""
+        self,
+        variables: dict[str, Any],
+        images: jax.Array,
+        classes: jax.Array | None = None,
+        features: str = "",
+        layer: str = "",
     ) -> dict[str, jax.Array]:
         model = self.model
         seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
@@ -151,5 +167,21 @@ class CompiledModel:
         if classes is not None:
             classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
             outputs["class_id"] = classes
-            outputs["map"] = activation_maps(model.module, variables, seen(images), classes)
+            arguments = (model.module, variables, seen(images), classes)
+            outputs["map"] = (
+                jax.nn.relu(weigh_by_gradients(*arguments, layer)) if layer else activation_maps(*arguments)
+            )
         return {name: array.astype(jnp.float32) for name, array in outputs.items()}
+
+
+def check_layer(model: Deployed, layer: str) -> None:
+    """Checks that Grad-CAM can look at a layer of the model.
+
+    Raises:
+        UserError: there is no such layer, or the model evaluates ten crops.
+    """
+    if len(model.transform.shape) != 3:
+        raise UserError("an explanation needs a single crop, but config.eval.crops is 10; set it to 1.")
+    names = layer_names(model.module, model.variables, model.transform.shape)
+    if layer not in names:
+        raise UserError(f"layer is {layer!r}; expected one of {model.name}'s {', '.join(names)}.")

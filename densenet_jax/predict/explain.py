@@ -1,8 +1,10 @@
-"""Class activation maps: where in an image the evidence for a class is."""
+"""Class activation maps and Grad-CAM: where in an image the evidence for a class is."""
 
+import functools
 import os
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -12,6 +14,8 @@ from PIL import Image
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.dtypes import wide
 from densenet_jax.errors import UserError
+from densenet_jax.models.head import INTERMEDIATES, PERTURBATIONS
+from densenet_jax.models.layers import convolve
 from densenet_jax.models.rdnet import RDNet, spread_norm
 
 _LEAST_PX = 320  # shorter side of an overlay
@@ -25,7 +29,8 @@ class Explanation(NamedTuple):
     class_id: int
     label: str
     probability: float  # in [0, 1]
-    # float32 [h, w], over the image as the model is given it; its mean plus `bias` is the logit.
+    # float32 [h, w], over the image as the model is given it; its mean plus `bias` is the logit. With a layer it is
+    # Grad-CAM's map of that layer instead, which has no negative values and no such sum.
     activation_map: np.ndarray
     bias: float  # the classifier's bias of the class
 
@@ -47,6 +52,59 @@ def activation_maps(
     weights = jnp.take(kernel, classes, axis=1).astype(features.dtype)
     kind = wide(features.dtype)
     return jnp.einsum("bhwc,cb->bhw", features, weights, precision="highest", preferred_element_type=kind)
+
+
+def logits_and_maps(
+    module: nn.Module, variables: dict[str, Any], inputs: Float[Array, "b height width c"]
+) -> tuple[Float[Array, "b k"], Float[Array, "b h w k"]]:
+    """Computes the logits of normalized images and, in the same pass, the class activation maps of all classes."""
+    state: dict[str, Any]
+    logits, state = module.apply(variables, inputs, train=False, mutable=[INTERMEDIATES])  # type: ignore[assignment]
+    levels = state[INTERMEDIATES]
+    (features,) = levels[max(levels, key=lambda name: int(name.removeprefix("stride_")))]
+    if isinstance(module, RDNet):
+        features = spread_norm(features, **variables["params"]["norm"], epsilon=module.epsilon)
+    kernel = variables["params"]["classifier"]["kernel"].astype(features.dtype)
+    return logits, convolve(features, kernel[None, None])
+
+
+def layer_names(module: nn.Module, variables: dict[str, Any], image_shape: tuple[int, ...]) -> list[str]:
+    """Names the layers that Grad-CAM can look at, "stride_4" and so on: the levels of the pyramid; computes nothing."""
+    apply = functools.partial(module.clone(output="pyramid").apply, train=False)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return [f"stride_{stride}" for stride in jax.eval_shape(apply, variables, image)]
+
+
+def weigh_by_gradients(
+    module: nn.Module,
+    variables: dict[str, Any],
+    inputs: Float[Array, "b height width c"],
+    classes: Int[Array, " b"],
+    layer: str,
+) -> Float[Array, "b h w"]:
+    """Computes Grad-CAM (arXiv:1610.02391, equations 1 and 2) before its ReLU, for one class of each normalized image.
+
+    The weight of a feature map is the mean over its positions of the gradient of the class's logit. At the last layer
+    this is the class activation map divided by the number of its positions.
+
+    Args:
+        layer: one of `layer_names`.
+    """
+    # Kernels and fused parts may have no gradient in evaluation.
+    plain = {name: getattr(type(module), name) for name in ("implementation", "depthwise") if hasattr(module, name)}
+    module = module.clone(output="logits", **plain)
+    levels = functools.partial(module.apply, train=False, mutable=[INTERMEDIATES])
+
+    def logits(perturbations: dict[str, Any]) -> tuple[Array, Array]:
+        each, state = levels({**variables, PERTURBATIONS: perturbations}, inputs)
+        chosen = jnp.take_along_axis(each, classes[:, None].astype(jnp.int32), axis=1)
+        return jnp.sum(chosen), state[INTERMEDIATES][layer][0]
+
+    shape: Any = jax.eval_shape(levels, variables, inputs)[1][INTERMEDIATES][layer][0]
+    gradients, activations = jax.grad(logits, has_aux=True)({layer: jnp.zeros(shape.shape, shape.dtype)})
+    kind = wide(shape.dtype)
+    weights = jnp.mean(gradients[layer], axis=(1, 2), dtype=kind)
+    return jnp.einsum("bhwc,bc->bhw", activations.astype(kind), weights, precision="highest")
 
 
 def draw_overlay(pixels: np.ndarray, activation_map: np.ndarray) -> Image.Image:

@@ -17,7 +17,8 @@ from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment
 from densenet_jax.models.create import create_model
-from densenet_jax.models.pretrained import load_pretrained, read_class_names
+from densenet_jax.models.dialects import thresholds_of
+from densenet_jax.models.pretrained import load_pretrained, read_class_names, read_state_dict
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
@@ -64,16 +65,18 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     if config.model.pretrained and not started_from(workdir, config.model.pretrained):
         source, workdir = config.model.pretrained, ""
         average = config.model.pretrained_average
-        changes = Experiment(config).architecture
-        variables = load_pretrained(
-            config.model.name, source, channels=config.data.channels, average=average, **changes
-        )
+        changes = {"channels": config.data.channels, **Experiment(config).architecture}
+        state = read_state_dict(source, average)
+        variables = load_pretrained(config.model.name, source, state=state, **changes)
+        calibration = _own_thresholds(state, variables, source)
     else:
         step, variables = _restore(workdir, str(config.eval.checkpoint), config.checkpoint.best_metric)
         source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)
     experiment = Experiment(config, head_classes=_class_count(variables, source))
     experiment.check_fits(variables, source)
-    if workdir and (calibration := read_calibration(workdir, step, experiment.num_classes)) is not None:
+    if workdir:
+        calibration = read_calibration(workdir, step, experiment.num_classes)
+    if calibration is not None:
         source, variables = f"{source}, {calibration.describe()}", calibration.scale(variables)
     mean, std = experiment.data.mean_std()
     return Deployed(
@@ -89,7 +92,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         allowed_classes=experiment.data.allowed_classes,
         dataset=dataset,
         calibration=calibration,
-        many_labels=experiment.many_labels,
+        many_labels=experiment.many_labels or bool(calibration is not None and calibration.thresholds),
     )
 
 
@@ -104,8 +107,9 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtyp
         UserError: there is no such variant or checkpoint, or the labels don't fit.
     """
     variant = get_variant(name)
-    variables = load_pretrained(name, source, channels=variant.channels)
-    count = _class_count(variables, source)
+    state = read_state_dict(source)
+    variables = load_pretrained(name, source, channels=variant.channels, state=state)
+    count, calibration = _class_count(variables, source), _own_thresholds(state, variables, str(source))
     seen = variant.preprocessing_of(str(source))
     transform = eval_transform(
         image_size_px=seen.test_px,
@@ -120,7 +124,19 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtyp
     if labels:
         names = read_labels(labels)
         check_count(names, count, labels)
-    return Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, dtype, names)
+    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, dtype, names)
+    return dataclasses.replace(deployed, calibration=calibration, many_labels=calibration is not None)
+
+
+def _own_thresholds(state: Mapping[str, Any], variables: Mapping[str, Any], source: str) -> Calibration | None:
+    """Returns the thresholds that torchxrayvision keeps beside its weights."""
+    calibration = Calibration.from_thresholds(thresholds_of(state), _class_count(variables, source), source)
+    if calibration is not None:
+        logger.warning(
+            "%s has operating points (op_threshs): each output is a label with a probability and threshold of its own.",
+            source,
+        )
+    return calibration
 
 
 def _bits(config: Any, dataset: Identity | None) -> int:

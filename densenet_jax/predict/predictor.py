@@ -87,14 +87,15 @@ class Predictor(CompiledModel):
             name: variant, such as "densenet121".
             source: hub id or file, as in `densenet_jax.load_pretrained`.
             labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes.
-            many_labels: the outputs are labels, each with a probability of its own.
+            many_labels: the outputs are labels, each with a probability of its own, as those of a file with
+                torchxrayvision's thresholds are in any case.
             **options: passed to the constructor.
 
         Raises:
             UserError: there is no such variant or checkpoint.
         """
-        model = dataclasses.replace(make_deployed_from_pretrained(name, source, labels), many_labels=many_labels)
-        return cls(model, **options)
+        model = make_deployed_from_pretrained(name, source, labels)
+        return cls(dataclasses.replace(model, many_labels=many_labels or model.many_labels), **options)
 
     def __call__(self, images: Iterable[ImageSource], topk: int = 5) -> list[list[ClassProbability]]:
         """Predicts the `topk` most probable classes of each image, best first; every label if it has many.
@@ -125,19 +126,23 @@ class Predictor(CompiledModel):
             return outputs["pooled"]
         return {int(name.removeprefix("stride_")): maps for name, maps in outputs.items() if name != "probability"}
 
-    def explain(self, images: Iterable[ImageSource], classes: Sequence[int] | None = None) -> list[Explanation]:
+    def explain(
+        self, images: Iterable[ImageSource], classes: Sequence[int] | None = None, *, layer: str = ""
+    ) -> list[Explanation]:
         """Computes a class activation map for each image: where in the image the evidence for a class is.
 
         Args:
             classes: class of each image; None takes the most probable ones.
+            layer: computes Grad-CAM (arXiv:1610.02391) at this inner layer instead, such as "stride_8": finer, but no
+                exact share of the logit. The layers are the levels of the feature pyramid.
 
         Raises:
             ImageError: an image is rejected.
-            UserError: a class does not exist, or the model evaluates ten crops.
+            UserError: a class or layer does not exist, or the model evaluates ten crops.
         """
         pixels = self._preprocess_all(images)
         chosen = np.full(len(pixels), BEST_CLASS, np.int32) if classes is None else np.asarray(classes, np.int32)
-        outputs = self._in_chunks(pixels, classes=chosen)
+        outputs = self._in_chunks(pixels, classes=chosen, layer=layer)
         bias = np.asarray(self.model.variables["params"]["classifier"]["bias"], np.float32)
         rows = zip(outputs["class_id"].astype(int).tolist(), outputs["probability"], outputs["map"], strict=True)
         return [

@@ -20,19 +20,22 @@ def is_table(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def column_names(class_names: Sequence[str], topk: int) -> tuple[str, ...]:
+def column_names(class_names: Sequence[str], topk: int, *, decided: bool = False) -> tuple[str, ...]:
     """Names the columns of a table.
 
     "image", "label" and "probability" come first and "error" last. Between them stand "label_2", "probability_2" and so
     on for the next classes, or if `topk` is 0, a column for each class with its probability; a class name that is
-    taken already gets its number appended.
+    taken already gets its number appended. If labels are `decided`, a column such as "Edema_predicted" follows each.
     """
     if topk:
         pairs = [(f"label_{place}", f"probability_{place}") for place in range(2, min(topk, len(class_names)) + 1)]
         return (*_FIRST_COLUMNS, *itertools.chain(*pairs), _LAST_COLUMN)
     names = dict.fromkeys((*_FIRST_COLUMNS, _LAST_COLUMN))
     for class_id, name in enumerate(map(_to_utf8, class_names)):
-        names[f"{name} ({class_id})" if name in names else name] = None
+        pair = [name, f"{name}_predicted"] if decided else [name]
+        if not names.keys().isdisjoint(pair):
+            pair = [each.replace(name, f"{name} ({class_id})", 1) for each in pair]
+        names |= dict.fromkeys(pair)
     classes = tuple(names)[len(_FIRST_COLUMNS) + 1 :]
     return (*_FIRST_COLUMNS, *classes, _LAST_COLUMN)
 
@@ -53,24 +56,25 @@ def check_table(path: str) -> None:
         raise UserError(f"{path} is not a table of predictions; choose another --output or remove it.")
 
 
-def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int) -> None:
+def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int, *, decided: bool = False) -> None:
     """Writes the JSON lines of a `PredictionFile` as a .csv or .parquet table, atomically and in little memory.
 
     Args:
         topk: number of classes of an image; 0 means all, see `column_names`.
+        decided: whether the lines say of every label if it is predicted.
 
     Raises:
         UserError: the table can't be written.
     """
-    columns = column_names(class_names, topk)
+    columns = column_names(class_names, topk, decided=decided)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(lines_path, encoding="utf-8") as lines:
-            rows = (_make_row(json.loads(line), columns, topk) for line in lines)
+            rows = (_make_row(json.loads(line), columns, topk, decided) for line in lines)
             if path.lower().endswith(".csv"):
                 _write_csv(temporary, columns, rows)
             else:
-                _write_parquet(temporary, columns, rows, topk)
+                _write_parquet(temporary, columns, rows, topk, decided)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror or error}); choose another --output.") from error
@@ -79,7 +83,7 @@ def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: in
             os.remove(temporary)
 
 
-def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int) -> list[Any]:
+def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int, decided: bool) -> list[Any]:
     """Returns a value for each column; None leaves a cell empty."""
     image, predictions = _to_utf8(entry["image"]), entry.get("predictions", ())
     if not predictions:
@@ -89,8 +93,11 @@ def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int) -> li
         pairs = [(_to_utf8(each["label"]), each["probability"]) for each in predictions]
         cells = list(itertools.chain(*pairs))
     else:
-        by_class = {each["class_id"]: each["probability"] for each in predictions}
-        cells = [_to_utf8(best["label"]), best["probability"], *map(by_class.get, range(len(columns) - 4))]
+        fields = ("probability", "predicted") if decided else ("probability",)
+        by_class = {each["class_id"]: [each[field] for field in fields] for each in predictions}
+        count = (len(columns) - 4) // len(fields)
+        each_class = (by_class.get(class_id, (None,) * len(fields)) for class_id in range(count))
+        cells = [_to_utf8(best["label"]), best["probability"], *itertools.chain(*each_class)]
     return [image, *cells, *(None,) * (len(columns) - 2 - len(cells)), None]
 
 
@@ -98,16 +105,18 @@ def _write_csv(path: str, columns: Sequence[str], rows: Iterable[list[Any]]) -> 
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(rows)
+        writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
 
 
-def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]], topk: int) -> None:
+def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]], topk: int, decided: bool) -> None:
     import pyarrow
     from pyarrow import parquet
 
     last = len(columns) - 1
     is_text = [place in (0, 1, last) or (topk > 0 and place % 2 == 1) for place in range(len(columns))]
     types = [pyarrow.string() if text else pyarrow.float32() for text in is_text]
+    if decided:
+        types[len(_FIRST_COLUMNS) + 1 : last : 2] = [pyarrow.bool_()] * ((last - len(_FIRST_COLUMNS)) // 2)
     schema = pyarrow.schema(list(zip(columns, types, strict=True)))
     with parquet.ParquetWriter(path, schema) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):

@@ -30,7 +30,7 @@ def text_format(monkeypatch):
 
     def load(path):
         call = jax.jit(module.graph.function)
-        return lambda batch: module.change(np.array(call(batch)))
+        return lambda batch: (module.change(np.array(call(batch))),)
 
     module.write, module.load = write, load
     monkeypatch.setitem(sys.modules, "text_format", module)
@@ -177,9 +177,11 @@ def test_every_image_goes_through_once(batch_size, sizes):
 
     def call(batch):
         seen.append(len(batch))
-        return batch * 2
+        return batch * 2, batch * 3
 
-    np.testing.assert_array_equal(run_in_chunks(call, given, batch_size, lambda count: None), given * 2)
+    twice, thrice = run_in_chunks(call, given, batch_size, lambda count: None)
+    np.testing.assert_array_equal(twice, given * 2)
+    np.testing.assert_array_equal(thrice, given * 3)
     assert seen == sizes
 
 

@@ -19,6 +19,7 @@ from tests.models import golden
 FOLDER = golden.GOLDEN / "dialects"
 SMALL = {"growth_rate": 4, "block_sizes": (2, 1), "stem_width": 8}
 CASES = {"monai": SMALL, "torchxrayvision": SMALL, "keras": {"block_sizes": (1, 2, 1, 1)}, "paddle": SMALL}
+THRESHOLDS = np.array([*np.linspace(0.3, 0.7, 16), np.nan, np.nan], np.float32)
 BASE, ARCHITECTURE = golden.SMALL_MODELS["small_densenet"]
 
 
@@ -31,7 +32,7 @@ def _shapes(case):
 def _write_state_dict(path, case):
     state = {name: draw(name, shape) for name, shape in _shapes(case).items()}
     if case == "torchxrayvision":
-        state["op_threshs"] = np.ones(18, np.float32)
+        state["op_threshs"] = THRESHOLDS
     save_file(state, path)
 
 

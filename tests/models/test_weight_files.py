@@ -1,6 +1,7 @@
 """Files of weights: read by their content, whole, and without executing anything in them."""
 
 import io
+import json
 import pickle
 import resource
 import shutil
@@ -292,3 +293,13 @@ def test_a_keras_archive_and_keras_2_s_layout_are_read(tmp_path):
     _assert_same(
         read_arrays(tmp_path / "x.keras"), {"classifier.weight": np.ones((2, 3)), "classifier.bias": np.ones(2)}
     )
+
+
+def test_float64_is_read_from_safetensors_and_float8_and_float6_are_refused(tmp_path):
+    save_file({"a": np.linspace(0, 1, 3)}, tmp_path / "x.safetensors")
+    _assert_same(read_arrays(tmp_path / "x.safetensors"), {"a": np.linspace(0, 1, 3)})
+    for dtype, size in (("F8_E4M3", 4), ("F6_E2M3", 3)):
+        header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        with pytest.raises(UserError, match=rf"holds {dtype} numbers \(a\)|not a file of weights"):
+            read_arrays(tmp_path / "x.safetensors")

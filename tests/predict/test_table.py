@@ -59,6 +59,29 @@ def test_a_row_an_image(tmp_path, suffix, topk):
     assert second == {key: refused.get(key, empty) for key in expected}
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_decided_labels_have_a_column_beside_their_probability(tmp_path, suffix):
+    lines, path = tmp_path / "lines", str(tmp_path / f"table{suffix}")
+    pairs = [(1, 0.75, False), (0, 0.5, True)]
+    answers = [
+        {"class_id": number, "label": "ab"[number], "probability": chance, "predicted": decided}
+        for number, chance, decided in pairs
+    ]
+    entries = [{"image": "x.png", "predictions": answers}, {"image": "y.png", "error": "it is empty"}]
+    lines.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    write_table(path, str(lines), ("a", "b"), 0, decided=True)
+    if suffix == ".csv":
+        assert (tmp_path / "table.csv").read_text().splitlines() == [
+            "image,label,probability,a,a_predicted,b,b_predicted,error",
+            "x.png,b,0.75,0.5,true,0.75,false,",
+            "y.png,,,,,,,it is empty",
+        ]
+    else:
+        first, second = parquet.read_table(path).to_pylist()
+        assert (first["a"], first["a_predicted"], first["b_predicted"]) == (0.5, True, False)
+        assert second["a_predicted"] is None
+
+
 def test_many_rows_keep_their_order(tmp_path):
     entries = [{"image": str(number), "error": "?"} for number in range(3000)]
     rows = table_of(tmp_path, ".parquet", 1, entries)
@@ -75,9 +98,10 @@ def test_other_files_are_not_replaced(tmp_path, suffix, content):
 
 
 def test_columns_are_distinct():
-    for topk in (0, 5):
-        columns = column_names(("a", "a", "error", "label"), topk)
+    for options in ({"topk": 0}, {"topk": 5}, {"topk": 0, "decided": True}):
+        columns = column_names(("a", "a", "error", "label", "b_predicted", "b", ""), **options)
         assert len(set(columns)) == len(columns)
+        assert len(columns) == {0: 11, 5: 12}[options["topk"]] + 7 * ("decided" in options)
 
 
 def test_removing_lines_leaves_nothing(tmp_path):

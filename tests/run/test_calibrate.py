@@ -1,5 +1,6 @@
 """Calibration of a finished run: fitted, kept with its checkpoint, and used by every prediction."""
 
+import csv
 import json
 import math
 
@@ -50,6 +51,22 @@ def predictions(workdir, path, user):
     images = workdir.parent / "data" / "images" / "*.png"
     run_here("predict", f"--workdir={workdir}", f"--images={images}", f"--output={path}", **user)
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_table_has_probability_and_decision_of_every_label(calibrated, tmp_path, user):
+    workdir, *_ = calibrated
+    lines = predictions(workdir, tmp_path / "lines.jsonl", user)
+    images = workdir.parent / "data" / "images" / "*.png"
+    run_here("predict", f"--workdir={workdir}", f"--images={images}", f"--output={tmp_path / 'table.csv'}", **user)
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    decisions = [name for label in LABELS for name in (label, f"{label}_predicted")]
+    assert list(rows[0]) == ["image", "label", "probability", *decisions, "error"]
+    for row, line in zip(rows, lines, strict=True):
+        for entry in line["predictions"]:
+            assert float(row[entry["label"]]) == entry["probability"]
+            assert row[f"{entry['label']}_predicted"] == str(entry["predicted"]).lower()
+    assert {row["bright_predicted"] for row in rows} == {"true", "false"}
 
 
 def logit(probability):
