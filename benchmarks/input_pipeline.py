@@ -11,14 +11,12 @@ own): it bounds one process, however many cores it has.
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import io
 import json
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from concurrent import futures
 from multiprocessing import shared_memory
 
 import interpreter_time
+from versus import report
 
 SIDE_PX = 224
 BATCH = 128
@@ -298,10 +297,7 @@ def main() -> None:
         versions = {name: _version(name, sys.executable) for name in names}
         if arguments.tensorflow_python:
             versions["tensorflow-cpu"] = _version("tensorflow-cpu", arguments.tensorflow_python)
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        content = {"date": date, "device": f"{platform.processor() or platform.machine()}, {everything} cores",
-                   "versions": versions, "rows": rows}  # fmt: skip
-        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        report.write(arguments.output, report.device_name("cpu"), versions, rows)
 
 
 def _row(pipeline: str, case: dict, entries: list[dict]) -> dict:

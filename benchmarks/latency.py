@@ -1,11 +1,12 @@
-"""Measures latency of small batches: this project's networks by JAX and onnxruntime beside PyTorch's, in turns.
+"""Measures latency of small batches: this project's networks by JAX, onnxruntime and OpenVINO, and PyTorch's, in turns.
 
     python benchmarks/latency.py --torch_python PYTHON_WITH_TIMM --onnx_python PYTHON_WITH_THE_EXPORT_EXTRA
 
 Milliseconds from call to logits, at the median (p50) and the 99th percentile (p99); a call begins when the one before
-has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager and onnxruntime, all in float32;
-what an interpreter lacks is left out. onnxruntime reads MODEL.onnx of --onnx_dir, or one that is written for it there,
-with batch norm folded.
+has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager, onnxruntime and OpenVINO, all in
+float32; what an interpreter lacks is left out. onnxruntime and OpenVINO read MODEL.onnx of --onnx_dir, or one that is
+written for them there, with batch norm folded. JAX has the same weights and images, so that logits are compared:
+`difference` is the largest relative one to the first of these runtimes, and one above 0.001 is printed.
 
 Without --models all variants are measured, a quarter of a minute to two minutes each on two cores, and as much again to
 write an ONNX file. A row is in the file as soon as it is measured, and --resume goes on with the file. A turn lasts
@@ -28,7 +29,14 @@ from typing import Any
 from versus import cases, report
 from versus.turns import Contestant, KeptWorkers, Worker, compete, say
 
-RUNTIMES = {"jax": "densenet_jax", "onnxruntime": None, "torch_eager": "torch_eager", "torch_compile": "torch_compile"}
+RUNTIMES = {
+    "jax": "densenet_jax",
+    "onnxruntime": None,
+    "openvino": None,
+    "torch_eager": "torch_eager",
+    "torch_compile": "torch_compile",
+}
+LARGEST_DIFFERENCE = 1e-3  # of float32 logits from one file to another program
 EXPORT_SECS = 600  # in which a file must be written
 
 
@@ -37,10 +45,12 @@ def contestant(
 ) -> Contestant:
     """Makes the contestant of one runtime on one model."""
     made = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
-    if runtime == "onnxruntime":
-        made.start = functools.partial(Worker, "onnx_worker.py", arguments.onnx_python)
+    if RUNTIMES[runtime] is None:
+        python = arguments.openvino_python if runtime == "openvino" else arguments.onnx_python
+        made.start = functools.partial(Worker, "onnx_worker.py", python)
         case = {key: made.case[key] for key in ("batch_size", "image_size_px", "channels")}
-        made.case = case | {"path": str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))}
+        path = str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))
+        made.case = case | {"path": path, "runtime": runtime}
     made.name = runtime
     made.start = functools.partial(workers.start, runtime, made.start)
     return made
@@ -72,7 +82,7 @@ def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict
     """Makes one row; times in milliseconds."""
     fields: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
     fields |= {"image_size_px": contestant.case["image_size_px"]}
-    fields |= {"dtype": "float32" if contestant.name == "onnxruntime" else dtype, "p50": None, "p99": None}
+    fields |= {"dtype": dtype if RUNTIMES[contestant.name] else "float32", "p50": None, "p99": None}
     if contestant.error:
         return fields | {"error": contestant.error}
     calls = [1000 * secs for turn in contestant.secs for secs in turn]
@@ -87,6 +97,20 @@ def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict
         "processor_milliseconds": round(processor, 3),
         "calls": len(calls),
         "turns": len(contestant.secs),
+    }
+
+
+def differences(contestants: list[Contestant]) -> dict[str, float]:
+    """Returns how much logits differ from those of the first that gives some, relative to the largest of these."""
+    samples = {one.name: one.prepared["sample"] for one in contestants if one.prepared.get("sample")}
+    if not samples:
+        return {}
+    first, reference = next(iter(samples.items()))
+    scale = max(map(abs, reference))
+    return {
+        name: max(abs(a - b) for a, b in zip(sample, reference, strict=True)) / scale
+        for name, sample in samples.items()
+        if name != first
     }
 
 
@@ -120,10 +144,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: those that belong to the device")
     parser.add_argument("--onnx_dir", default="", help="where MODEL.onnx lie or are written; default: a temporary one")
     parser.add_argument("--onnx_python", default=sys.executable, help="an interpreter that has the export extra")
+    parser.add_argument("--openvino_python", help="an interpreter that has openvino; default: --onnx_python")
     arguments = cases.parse(parser)
-    usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "torch_eager"]
+    arguments.openvino_python = arguments.openvino_python or arguments.onnx_python
+    usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "openvino", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual
-    needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime")}
+    needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime"), "openvino": (arguments.openvino_python, "openvino")}
     needs |= dict.fromkeys(("torch_eager", "torch_compile"), (arguments.torch_python, "torch", "timm", "torchvision"))
     for name in [name for name in arguments.runtimes if name in needs and not importable(*needs[name])]:
         say(f"{needs[name][0]} has no {' and '.join(needs[name][1:])}: {name} is left out")
@@ -162,7 +188,13 @@ def main() -> None:
                     contestants = [contestant(name, arguments, model, batch_size, workers) for name in wanted]
                     compete(contestants, arguments.turns, arguments.turn_secs)
                     device = next((one.prepared["device"] for one in contestants if one.prepared), "")
+                    apart = differences(contestants) if arguments.dtype == "float32" else {}
+                    for name, difference in apart.items():
+                        if difference > LARGEST_DIFFERENCE:
+                            say(f"{name}'s logits differ by {difference:.2g} from {contestants[0].name}'s")
                     measured = [row(one, model, batch_size, arguments.dtype) for one in contestants]
+                    for one in measured:
+                        one |= {"difference": float(f"{apart[one['runtime']]:.3g}")} if one["runtime"] in apart else {}
                     rows.add(measured, versions | cases.versions_of(contestants), device)
     print(layout(rows.rows))
 

@@ -13,14 +13,12 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import datetime
 import importlib.metadata
 import io
 import json
 import logging
 import os
 import pathlib
-import platform
 import re
 import statistics
 import subprocess
@@ -28,6 +26,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+
+from versus import report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -218,14 +218,8 @@ def main() -> None:
     show(rows)
     if arguments.output:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "uvicorn", "grpcio")}
-        content = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "versions": versions,
-            "model": f"{model} at {arguments.image_size_px} px",
-            "rows": rows,
-        }
-        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        named = [{"model": model, "image_size_px": arguments.image_size_px, **row} for row in rows]
+        report.write(arguments.output, report.device_name("cpu"), versions, named)
 
 
 def show(rows: list[dict]) -> None:

@@ -33,6 +33,10 @@ class JaxCase:
         if not np.isfinite(np.asarray(self._result).ravel()[0]):
             raise FloatingPointError("the result is not finite")
 
+    def sample(self) -> list[float]:
+        """Returns the loss, or the first image's logits."""
+        return np.atleast_2d(np.asarray(self._result, np.float32))[0].tolist()
+
     def forget_peak(self) -> None:
         """Does nothing, as JAX can't: on a GPU the peak includes the autotuning of convolutions."""
 
@@ -76,7 +80,7 @@ def prepare(
     shape = (batch_size, image_size_px, image_size_px, channels)
     images = jnp.asarray(random.standard_normal(shape, np.float32))
     labels = jnp.asarray(random.integers(0, variant.num_classes, batch_size), jnp.int32)
-    variables = draw_variables(network, images, random)
+    variables = draw_variables(network, images, np.random.default_rng(0))  # as versus/onnx_export.py does
     params, statistics = variables["params"], variables.get("batch_stats", {})
     device_info = {
         "platform": jax.default_backend(),

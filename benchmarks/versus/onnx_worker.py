@@ -1,29 +1,35 @@
-"""Runs a network of this project by onnxruntime from an ONNX file; a worker of `turns`, without JAX and torch."""
+"""Runs an ONNX file of this project by onnxruntime or OpenVINO; a worker of `turns`, without JAX and torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from worker import serve
+
+Run = Callable[[np.ndarray], np.ndarray]
 
 
 class OnnxCase:
-    """An onnxruntime session and its input."""
+    """A loaded file and its input."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> None:
-        self._session, self._feed = session, feed
-        self._result: np.ndarray | None = None
+    def __init__(self, run: Run, images: np.ndarray) -> None:
+        self._run, self._images = run, images
+        self._result = np.empty(0)
 
     def step(self) -> None:
         """Runs one inference; it is done when this returns."""
-        self._result = self._session.run(None, self._feed)[0]
+        self._result = self._run(self._images)
 
     def wait(self) -> None:
         """Does nothing: nothing is under way."""
-        if self._result is None or not np.isfinite(self._result).all():
+        if not self._result.size or not np.isfinite(self._result).all():
             raise FloatingPointError("the result is not finite")
+
+    def sample(self) -> list[float]:
+        """Returns the first image's logits."""
+        return self._result[0].tolist()
 
     def forget_peak(self) -> None:
         """Does nothing: there is no device."""
@@ -33,16 +39,42 @@ class OnnxCase:
         return None
 
 
-def prepare(path: str, batch_size: int, image_size_px: int, channels: int) -> tuple[OnnxCase, dict[str, Any]]:
-    """Makes the case that computes one batch's logits by the file at path."""
+def load_onnxruntime(path: str, shape: tuple[int, ...]) -> tuple[Run, Any, str]:
+    """Returns a function of images, their dtype and the library's version."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (wanted,) = session.get_inputs()
-    shape = (batch_size, image_size_px, image_size_px, channels)
-    images = np.random.default_rng(0).standard_normal(shape)
     kind = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}[wanted.type]
-    images = (np.abs(images) * 50).clip(0, 255).astype(kind) if kind is np.uint8 else images.astype(kind)
-    device_info = {"platform": "cpu", "device": "cpu", "version": onnxruntime.__version__}
-    return OnnxCase(session, {wanted.name: images}), device_info
+    return lambda images: session.run(None, {wanted.name: images})[0], kind, onnxruntime.__version__
+
+
+def load_openvino(path: str, shape: tuple[int, ...]) -> tuple[Run, Any, str]:
+    """Does the same by OpenVINO, compiled for this shape and told not to compute in bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape(list(shape))
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    kind = np.dtype(model.input(0).get_element_type().to_dtype()).type
+    return lambda images: request.infer({0: images})[0], kind, openvino.__version__.partition("-")[0]
+
+
+LOADERS = {"onnxruntime": load_onnxruntime, "openvino": load_openvino}
+
+
+def prepare(
+    path: str, batch_size: int, image_size_px: int, channels: int, runtime: str
+) -> tuple[OnnxCase, dict[str, Any]]:
+    """Makes the case that computes one batch's logits by the file at path."""
+    shape = (batch_size, image_size_px, image_size_px, channels)
+    run, kind, version = LOADERS[runtime](path, shape)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    if kind is np.uint8:
+        images = (np.abs(images) * 50).clip(0, 255).astype(kind)
+    return OnnxCase(run, images), {"platform": "cpu", "device": "cpu", "version": version}
 
 
 if __name__ == "__main__":

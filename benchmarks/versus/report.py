@@ -26,13 +26,16 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def device_name(reported: str) -> str:
-    """Returns the accelerator's own name, or the processor and its number of cores."""
+    """Returns the accelerator's own name, or the processor's, its generation and its number of cores."""
     if reported.lower() != "cpu":
         return reported
     name = platform.processor() or platform.machine()
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = fields.get("model name", name)
+        if {"cpu family", "model"} <= fields.keys():  # one name may stand for many generations
+            name += f" (family {fields['cpu family']}, model {fields['model']})"
     except OSError:
         pass
     return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"

@@ -28,6 +28,10 @@ class TorchCase:
         if not torch.isfinite(self._result.detach().reshape(-1)[0]):
             raise FloatingPointError("the result is not finite")
 
+    def sample(self) -> list[float]:
+        """Returns nothing: the weights are drawn otherwise than this project's."""
+        return []
+
     def forget_peak(self) -> None:
         """Resets the device allocator's peak."""
         if self._device == "cuda":

@@ -20,6 +20,9 @@ class Case(Protocol):
     def wait(self) -> None:
         """Returns when all issued steps are done; raises FloatingPointError where the result is not finite."""
 
+    def sample(self) -> list[float]:
+        """Returns some of the last result, for comparing programs of the same function; [] where there is none."""
+
     def forget_peak(self) -> None:
         """Lets the device's peak memory begin anew, where that can be had."""
 
@@ -63,7 +66,7 @@ def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str,
     step_secs = time.perf_counter() - first
     _forget_peak(case)
     # The first step's excess over an ordinary one: tracing, compiling, choosing algorithms.
-    return case, {"compile_secs": max(first - began - step_secs, 0.0), **info}
+    return case, {"compile_secs": max(first - began - step_secs, 0.0), "sample": case.sample(), **info}
 
 
 def _turn(case: Case, secs: float, steps_a_wait: int) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def line_chart(
         lines: those without values are left out.
         logarithmic: makes the vertical axis logarithmic if all values are positive and span more than a decade.
     """
-    figure, axes = _axes(theme)
+    figure, axes = make_axes(theme)
     drawn = [line for line in lines if len(line.xs)]
-    _draw(axes, drawn, theme)
+    draw_lines(axes, drawn, theme)
     finite = np.array([value for line in drawn for value in line.ys if np.isfinite(value)])
     if logarithmic and len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
         axes.set_yscale("log")
@@ -81,7 +81,7 @@ def line_chart(
     axes.set_ylabel(y_label)
     if len(drawn) > 1:
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
-    return _png(figure)
+    return to_png(figure)
 
 
 def confusion_chart(counts: np.ndarray, class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
@@ -98,7 +98,7 @@ def _matrix_chart(
     counts: np.ndarray, totals: np.ndarray, class_names: Sequence[str], axis_names: tuple[str, str], theme: Theme
 ) -> bytes:
     """Draws int [k, k] as a PNG with numbers and shades, each row as shares of its total."""
-    figure, axes = _axes(theme, (5.4, 5.0))
+    figure, axes = make_axes(theme, (5.4, 5.0))
     shares = counts / np.maximum(totals, 1)[:, None]
     # The square root makes rare mistakes visible.
     shades = np.sqrt(shares)
@@ -113,7 +113,7 @@ def _matrix_chart(
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "black" if shades[row, column] > 0.55 else "white"
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
-    return _png(figure)
+    return to_png(figure)
 
 
 def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_labels: bool = False) -> bytes:
@@ -123,7 +123,7 @@ def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_la
     """
     names = ("accuracy", "images", "confidence of the prediction")
     right, share, sure = ("with the label", "labels", "probability of a label") if many_labels else names
-    figure, (upper, lower) = _axes(theme, (5.4, 4.4), rows=2, height_ratios=(3, 1))
+    figure, (upper, lower) = make_axes(theme, (5.4, 4.4), rows=2, height_ratios=(3, 1))
     counts, bins = reliability.counts, len(reliability.counts)
     centers, shown = (np.arange(bins) + 0.5) / bins, reliability.counts > 0
     accuracy = reliability.right[shown] / counts[shown]
@@ -141,7 +141,7 @@ def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_la
             axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
         axes.grid(color=theme.grid, linewidth=0.6)
         axes.set_axisbelow(True)
-    return _png(figure)
+    return to_png(figure)
 
 
 def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
@@ -155,7 +155,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
     order = np.argsort(-next(iter(counts.values())), kind="stable")
     names = [_shorten(class_names[number]) for number in order]
     if len(order) <= _MOST_BARS:
-        figure, axes = _axes(theme, (5.4, 1.0 + 0.19 * len(order) * len(counts)))
+        figure, axes = make_axes(theme, (5.4, 1.0 + 0.19 * len(order) * len(counts)))
         height = 0.8 / len(counts)
         for place, (split, values) in enumerate(counts.items()):
             ys = np.arange(len(order)) + height * (place - (len(counts) - 1) / 2)
@@ -164,7 +164,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
         axes.invert_yaxis()
         axes.set_xlabel("examples")
     else:
-        figure, axes = _axes(theme)
+        figure, axes = make_axes(theme)
         for place, (split, values) in enumerate(counts.items()):
             axes.step(np.arange(len(order)), values[order], where="mid", color=theme.lines[place], label=split)
         axes.set_xticks((0, len(order) - 1), (f"largest: {names[0]}", f"smallest: {names[-1]}"))
@@ -175,7 +175,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
     axes.grid(color=theme.grid, linewidth=0.6, axis="x" if len(order) <= _MOST_BARS else "y")
     axes.set_axisbelow(True)
     figure.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="outside upper left", ncols=len(counts))
-    return _png(figure)
+    return to_png(figure)
 
 
 def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
@@ -215,18 +215,18 @@ def readme_curves(accuracy: Sequence[Line], loss: Sequence[Line]) -> bytes:
     `python -c "import sys; from densenet_jax.report.run import write_readme_curves as w; w(*sys.argv[1:])"
     runs/digits docs/digits.png`.
     """
-    figure, axes = _axes(LIGHT, (8.0, 2.9), columns=2)
+    figure, axes = make_axes(LIGHT, (8.0, 2.9), columns=2)
     for chart, lines, label in zip(axes, (accuracy, loss), ("top-1 accuracy", "loss, nats"), strict=True):
-        _draw(chart, lines, LIGHT)
+        draw_lines(chart, lines, LIGHT)
         chart.set_xlabel("epochs")
         chart.set_ylabel(label)
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False)
-    return _png(figure, dpi=110)
+    return to_png(figure, dpi=110)
 
 
-def _axes(
+def make_axes(
     theme: Theme,
     size: tuple[float, float] = _SIZE_INCHES,
     *,
@@ -234,6 +234,7 @@ def _axes(
     rows: int = 1,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Any, Any]:
+    """Returns a figure in a theme's colors and its axes: one, or an array of columns * rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -251,7 +252,8 @@ def _axes(
     return figure, axes if len(axes) > 1 else axes[0]
 
 
-def _draw(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
+def draw_lines(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
+    """Draws lines and a grid."""
     for line in lines:
         colors = len(theme.lines)
         dash, marker = _STYLES[(line.style + line.style // colors) % len(_STYLES)]  # no two of 36 look the same
@@ -279,7 +281,8 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _png(figure: Any, dpi: int = _DPI) -> bytes:
+def to_png(figure: Any, dpi: int = _DPI) -> bytes:
+    """Encodes a figure as a PNG."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names are in any script

@@ -285,3 +285,25 @@ def test_workers_that_fail_are_told_and_the_others_measured(monkeypatch):
     assert [one.peak_bytes for one in contestants] == [7, 9, None]
     assert [len(one.secs) for one in contestants] == [2, 2, 0]
     assert all(worker.stopped for worker in workers)
+
+
+def test_logits_of_runtimes_with_the_same_weights_are_compared(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency
+    from versus.turns import Contestant
+
+    samples = {"jax": [1.0, -4.0], "openvino": [1.0, -3.0], "torch_eager": []}
+    contestants = [Contestant(name, None, {}, {"sample": sample}) for name, sample in samples.items()]
+    assert latency.differences([*contestants, Contestant("onnxruntime", None, {})]) == {"openvino": 0.25}
+    assert latency.differences(contestants[2:]) == {}
+
+
+def test_a_runtime_that_is_not_installed_is_left_out_and_said(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency
+
+    monkeypatch.setattr(latency.cases, "device", lambda: ("cpu", "cpu"))
+    monkeypatch.setattr(latency, "importable", lambda interpreter, *modules: modules[0] != "openvino")
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--openvino_python", "its/python"])
+    assert latency.parse().runtimes == ["jax", "onnxruntime", "torch_eager"]
+    assert "its/python has no openvino: openvino is left out" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_no_two_of_many_lines_look_the_same():
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    plots._draw(axes, [Line(str(style), [0, 1], [0, 1], marked=True, style=style) for style in range(36)], LIGHT)
+    plots.draw_lines(axes, [Line(str(style), [0, 1], [0, 1], marked=True, style=style) for style in range(36)], LIGHT)
     looks = [(line.get_color(), str(line._dash_pattern), line.get_marker()) for line in axes.lines]
     assert len(set(looks)) == 36
     for first, second in itertools.pairwise(looks[:6]):
