@@ -72,6 +72,7 @@ TASKS = {
         Task("traffic_v5e", "traffic", ("--target", "v5e", "--models", "densenet121"), ("libtpu",)),
     ),
     "gpu": (
+        Task("kernels", "kernels", ()),
         _train("densenet121", ("densenet121",), "--batch_sizes", "256", *_COMPILED),
         _train("others", ("densenet161", "densenet201", "dpn68", "rdnet_tiny"), "--batch_sizes", "128", *_COMPILED,
                "--modes", "train", "--implementations", "densenet_jax", "torch_compile"),
@@ -201,9 +202,13 @@ def main() -> int:
             for task in TASKS.get(platform, ())
             if not arguments.only or task.name.startswith(tuple(arguments.only))
         ]
+        if not tasks and platform not in TASKS:
+            raise SystemExit(f"error: there are tasks for {' and '.join(TASKS)} alone, not for {platform}")
         if not tasks:
             names = ", ".join(task.name for task in TASKS.get(platform, ()))
-            raise SystemExit(f"error: no task for {platform} is called {arguments.only}; there are {names or 'none'}")
+            raise SystemExit(
+                f"error: no task for {platform} is called {' or '.join(arguments.only)}; there are {names}"
+            )
         end = time.monotonic() + 60 * arguments.minutes
         for task in tasks:
             if (left := end - time.monotonic()) <= 0:

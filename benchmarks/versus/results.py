@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OURS = ("densenet_jax", "jax", "batched")
+OURS = ("densenet_jax", "jax", "batched", "kernel")
 WHO = ("implementation", "runtime", "pipeline", "batches", "form")  # the key that names an implementation
-CASE = ("model", "mode", "protocol", "clients", "target", "cores", "threads", "antialias", "image_size_px",
-        "batch_size", "dtype")  # fmt: skip
+CASE = (
+    *("model", "mode", "operation", "rows", "channels", "protocol", "clients", "target", "cores", "threads"),
+    *("antialias", "image_size_px", "batch_size", "dtype"),
+)
 GROWTH = {"layers": "layers", "image_size_px": "image size, px", "batch_size": "batch size"}
-_SPREADS = ("quartiles", "p50_quartiles_over_turns")
 _DEEPENED = re.compile(r"densenet(121|169|201|264)")  # the networks that differ in depth alone
 
 Case = tuple[tuple[str, Any], ...]
@@ -33,7 +34,7 @@ class Results:
     @property
     def benchmark(self) -> str:
         """The start of the file's name, which names its program."""
-        programs = ("train_step", "latency", "serving", "input_pipeline", "traffic")
+        programs = ("train_step", "latency", "serving", "input_pipeline", "traffic", "kernels")
         return next((name for name in programs if self.path.name.startswith(name)), self.path.stem)
 
 
@@ -93,11 +94,11 @@ def name_of(row: Mapping[str, Any]) -> str:
 def goodness(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
     """Returns (lower, middle, upper) of a row's figure, larger being better; None if it has none."""
     middle = next((row[key] for key in ("images_per_sec", "requests_per_sec") if row.get(key)), None)
-    spread = next((row[key] for key in _SPREADS if row.get(key)), None)
+    spread = next((row[key] for key in ("quartiles", "p50_quartiles_over_turns") if row.get(key)), None)
     if middle:
         low, high = spread or (row.get("lowest", middle), row.get("highest", middle))
         return low, middle, high
-    less = row.get("p50") or row.get("bytes_per_image")
+    less = row.get("p50") or row.get("bytes_per_image") or row.get("microseconds")
     if not less:
         return None
     fast, slow = spread or (less, less)
@@ -146,7 +147,7 @@ def falls(every: Iterable[Ratio]) -> list[tuple[Ratio, Ratio]]:
 def describe(case: Case, without: Sequence[str] = ()) -> str:
     """Says a case in a few words."""
     units = {"batch_size": "batch {}", "image_size_px": "{} px"}
-    units |= {key: f"{key} {{}}" for key in ("clients", "cores", "threads", "antialias")}
+    units |= {key: f"{key} {{}}" for key in ("clients", "cores", "threads", "antialias", "rows", "channels")}
     told = [units.get(key, "{}").format(value) for key, value in case if key not in without and value != 0]
     return ", ".join(told)
 

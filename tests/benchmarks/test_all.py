@@ -115,7 +115,9 @@ def test_nothing_begins_after_the_time_and_a_stopped_task_keeps_its_part(every, 
     assert "train_step_depth is left out: the time is up" in err
 
 
-def test_every_task_is_a_command_that_its_program_accepts(every, monkeypatch, tmp_path, capsys):
+def test_every_task_is_a_command_that_its_program_accepts(every, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="error: no task for cpu is called nothing; there are latency, train_step_few"):
+        start(every, monkeypatch, tmp_path, "--only", "nothing")
     for platform, tasks in every.TASKS.items():
         assert start(every, monkeypatch, tmp_path, "--platform", platform, "--dry_run") == 0
         assert all((ROOT / "benchmarks" / f"{task.script}.py").exists() for task in tasks)
@@ -124,6 +126,19 @@ def test_every_task_is_a_command_that_its_program_accepts(every, monkeypatch, tm
         monkeypatch.setattr(every.cases, "device", lambda: ("gpu", "a GPU"))
         monkeypatch.setattr("sys.argv", [task.script, *task.flags])
         program.parse()
-    with pytest.raises(SystemExit, match="error: no task for cpu is called"):
-        start(every, monkeypatch, tmp_path, "--only", "nothing")
-    capsys.readouterr()
+
+
+def test_the_kernels_are_compared_with_their_references_and_a_fault_is_a_row(every, monkeypatch, tmp_path):
+    kernels = importlib.import_module("kernels")
+    monkeypatch.setattr(kernels, "TINY", ((17, 9),))
+    path = tmp_path / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--turns", "1", "--output", str(path)])
+    kernels.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["operation"], row["implementation"]) for row in rows] == [
+        (operation, name) for operation in ("forward", "backward") for name in ("kernel", "reference")
+    ]
+    assert all(row["difference"] < 2**-7 for row in rows[::2])
+    monkeypatch.setattr(kernels, "measure", lambda *_: 1 / 0)
+    kernels.main()
+    assert "ZeroDivisionError" in json.loads(path.read_text())["rows"][0]["error"]
