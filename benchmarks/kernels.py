@@ -114,7 +114,7 @@ def main() -> None:
             except Exception as error:  # the others are worth their time on the chip
                 measured = [{**case, "implementation": "kernel", "error": f"{type(error).__name__}: {error}"[:300]}]
             rows.add(measured, {"jax": jax.__version__}, jax.devices()[0].device_kind)
-    print(report.table(rows.rows, COLUMNS))
+    print(report.table([row | {"difference": str(row.get("difference", "-"))} for row in rows.rows], COLUMNS))
 
 
 if __name__ == "__main__":
