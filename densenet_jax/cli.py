@@ -26,8 +26,11 @@ from densenet_jax.system.console import drop, print_status
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
 
 
+_UNLIKE = 0.5  # likeness up to which a name is not taken for a misspelling of another
+
+
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Returns the end of an error's sentence that names the known key most like `name`, whole or by its last part."""
+    """Returns the known key most like `name`, whole or by its last part, after `prefix`; "" if none is alike."""
 
     def likeness(key: str) -> float:
         own, last = name.split(".")[-1], key.split(".")[-1]
@@ -35,7 +38,13 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
             return 1.0
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, key), (own, last)))
 
-    return f"; the nearest is {prefix}{max(known, key=likeness)}"
+    nearest = max(known, key=likeness)
+    return f"{prefix}{nearest}" if likeness(nearest) > _UNLIKE else ""
+
+
+def _explain_no_setting(start: str, name: str, known: list[str]) -> str:
+    nearest = _nearest(name, known, "config.")
+    return f"{start} is not a setting; " + (f"the nearest is {nearest}." if nearest else "configs/default.py has them all.")
 
 
 def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
@@ -47,13 +56,15 @@ def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.Conf
     """
     keys = [key for key, _ in flatten(known)]
     if name.startswith("config."):
-        return f"{name} is not a setting{_nearest(name.removeprefix('config.'), keys, 'config.')}."
+        return _explain_no_setting(name, name.removeprefix("config."), keys)
     plain = name.replace("-", "_")
     if (plain in flags or plain not in {key.split(".")[-1] for key in keys}) and (
         close := difflib.get_close_matches(plain, [*flags, "config"], n=1, cutoff=0.7)
     ):
         return f"--{name} is not a flag; the nearest is --{close[0]}."
-    return f"--{name} is not a flag{_nearest(plain, keys, '--config.')}=VALUE."
+    if nearest := _nearest(plain, keys, "--config."):
+        return f"--{name} is not a flag; the nearest is {nearest}=VALUE."
+    return f"--{name} is not a flag; --help lists them, and configs/default.py the settings."
 
 
 # Errors of the flags' parsers and their meaning.
@@ -62,6 +73,7 @@ _EXPECTED_BY_PARSERS = {
     "could not convert string to float": "a number",
     "Non-boolean argument": "True or False",
     "is not an integer in the range": "a whole number",
+    "is not a number in the range": "a number",
 }
 
 
@@ -73,10 +85,12 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
     """
     if wrong := re.match(r"flag --(\S+?)=(.*?): (.*)", str(error), re.DOTALL):
         name, value, why = wrong.groups()
+        if "as a ConfigDict" in why:
+            return f"{name} is a section of settings, not one; give one of its own, as in configs/default.py."
         for part, expected in _EXPECTED_BY_PARSERS.items():
             if part in why:
                 shown = name if name.startswith("config.") else f"--{name}"
-                limits = re.search(r"in the range \[(\d+), (\d+)\]", why)
+                limits = re.search(r"in the range \[(\d+)(?:\.0)?, (\d+)(?:\.0)?\]", why)
                 span = f" from {limits[1]} to {limits[2]}" if limits else ""
                 return f"{shown} is {value!r}; expected {expected}{span}."
     if not isinstance(error, AttributeError | KeyError):
@@ -87,8 +101,8 @@ def explain_flag_error(error: Exception, arguments: list[str], known: ml_collect
     for argument in arguments:
         given = argument.lstrip("-").split("=")[0]
         if given.startswith("config.") and name in given.split("."):
-            return f"{given} is not a setting{_nearest(given.removeprefix('config.'), keys, 'config.')}."
-    return f"the recipe sets or reads {name}, which is not a setting{_nearest(name, keys, 'config.')}."
+            return _explain_no_setting(given, given.removeprefix("config."), keys)
+    return _explain_no_setting(f"the recipe sets or reads {name}, which", name, keys)
 
 
 def parse(arguments: list[str]) -> tuple[Command, Any]:

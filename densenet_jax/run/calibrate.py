@@ -10,7 +10,6 @@ from densenet_jax.experiment import Experiment
 from densenet_jax.run.evaluate import gather_rows
 from densenet_jax.scores import calibration
 from densenet_jax.scores.calibration import Reliability, Trust
-from densenet_jax.system.console import spinner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,7 @@ def calibrate(
     if not many and (each_label or specificity):
         flag = "--each_label" if each_label else f"--specificity {specificity:g}"
         raise UserError(f"{flag} is for many labels, but config.data.labels is 'single'; leave it out.")
-    with spinner("compiling"):
-        step = experiment.compile_logits_step()
+    step = experiment.compile_logits_step()
     with data.eval_batches() as batches:
         rows = gather_rows(
             step, variables, batches, experiment.mesh, examples=len(data.eval_source), batch_count=data.eval_batch_count
@@ -77,7 +75,7 @@ def calibrate(
         raise UserError("the model's logits are not numbers (NaN), so nothing can be fitted; take another checkpoint.")
     if many and not np.any((rows["label"] > 0).any(axis=0) & (rows["label"] == 0).any(axis=0)):
         raise UserError(
-            f"no label of {experiment.config.data.name} {data.eval_split} has both kinds of examples"
-            ", so nothing can be fitted; name another config.data.eval_split."
+            f"no label of {experiment.config.data.name} {data.eval_split} has both kinds of examples, so nothing can "
+            "be fitted; name another config.data.eval_split."
         )
     return fit_calibration(rows["logit"], rows["label"], each_label=each_label, specificity=specificity)
