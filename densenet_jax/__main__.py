@@ -71,16 +71,20 @@ def main() -> NoReturn:
     open_standard_streams()
     if text := help_or_version(sys.argv[1:]):
         print_and_exit(text)
-    from densenet_jax import cli
+    try:
+        from densenet_jax import cli
 
-    if (checked := cli.check(sys.argv)) is None:
-        sys.exit(2)
-    from densenet_jax.system.host import keep_freed_memory
+        if (checked := cli.check(sys.argv)) is None:
+            sys.exit(2)
+        from densenet_jax.system.host import keep_freed_memory
 
-    keep_freed_memory()
-    from densenet_jax.distributed import processes
-
-    processes.leave(cli.run(*checked))
+        keep_freed_memory()
+        status = cli.run(*checked)
+        from densenet_jax.distributed import processes
+    except KeyboardInterrupt:  # while modules are imported; a mode handles it by itself
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+    processes.leave(status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ once.
 """
 
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from densenet_jax.flags import MODES, Command
 from densenet_jax.models.variants import get_variant
 from densenet_jax.run_settings import read_run_settings
 from densenet_jax.system.console import drop, print_status
+from densenet_jax.system.logs import start_quietly
 
 # Errors of absl, ml_collections and recipes.
 _MISTAKES = (flags.Error, ArithmeticError, LookupError, AttributeError, OSError, TypeError, ValueError)
@@ -44,7 +46,8 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 def _explain_no_setting(start: str, name: str, known: list[str]) -> str:
     nearest = _nearest(name, known, "config.")
-    return f"{start} is not a setting; " + (f"the nearest is {nearest}." if nearest else "configs/default.py has them all.")
+    where = f"the nearest is {nearest}" if nearest else "configs/default.py has them all"
+    return f"{start} is not a setting; {where}."
 
 
 def explain_unknown_flag(name: str, flags: list[str], known: ml_collections.ConfigDict) -> str:
@@ -216,6 +219,7 @@ def check(arguments: list[str]) -> tuple[Command, Any] | None:
 
 def run(command: Command, config: Any) -> int:
     """Runs one mode with checked settings and returns the exit status."""
+    start_quietly(lambda: importlib.import_module("jax"))
     from densenet_jax import modes
     from densenet_jax.distributed import processes
     from densenet_jax.distributed.cluster import find_cluster

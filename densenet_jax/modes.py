@@ -15,18 +15,21 @@ from densenet_jax.flags import Command
 from densenet_jax.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import user_cache
-from densenet_jax.system.logs import set_up_logging
+from densenet_jax.system.logs import set_up_logging, start_quietly
 
 logger = logging.getLogger(__name__)
 Config: TypeAlias = Any  # ml_collections.FrozenConfigDict: its keys are not known to a type checker
 
 
-def _use_compilation_cache() -> None:
+def _set_up_jax(mode: str) -> None:
     """Caches compiled programs in $JAX_COMPILATION_CACHE_DIR, by default densenet_jax/compiled in the user's cache."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", user_cache("compiled"))
+    if mode == "plan":
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, and chips of this machine stay free
+    start_quietly(jax.local_devices)
 
 
 def train_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -261,12 +264,9 @@ def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
 
 def plan_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Compiles the step for the chips of --topology, which need not be there, and reports its costs."""
-    import jax
-
     from densenet_jax.plan.plan import plan
 
     del workdir
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, and chips of this machine stay free
     return plan(config, command.topology)
 
 
@@ -302,7 +302,7 @@ _OF_THE_HOST = ("data.dir", "data.table", "data.reader_threads", "data.prefetch_
 def run(mode: str, config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Runs one mode in a process of its own and returns the figures of its last line."""
     set_up_logging()
-    _use_compilation_cache()
+    _set_up_jax(mode)
     settings = (f"config.{key}={value}" for key, value in flatten(to_dict(config)) if key not in _OF_THE_HOST)
     processes.check_same("settings", "\n".join([f"--mode {mode}", *settings]))
     return {"mode": mode, **FUNCTIONS[mode](config, workdir, command)}

@@ -131,7 +131,8 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
                 f"{checked.source}; prepare the data set (--mode prepare), or use --precision float32."
             )
         training = samples.representative(model.transform, _REPRESENTATIVE) if options.precision == "int8" else None
-        with spinner(f"exporting {model.source} to {options.format}"):
+        print_status(f"exporting {model.source}")
+        with spinner(f"writing {options.format}"):
             writer.write(graph, temporary, options.precision, training)
         results = _compare_with_model(model, graph, checked, writer.load(temporary))
         for result, what in zip(results, ("", "maps: "), strict=False):

@@ -28,13 +28,16 @@ class Comparison:
     many_labels: bool = False
 
     def describe(self) -> str:
-        """Formats the comparison as one line."""
+        """Formats the comparison, a line a sentence so that each fits a narrow terminal."""
         what, share = ("decision", "right labels") if self.many_labels else ("class", "top-1")
-        line = f"largest difference {self.max_abs_difference:.2e}, same {what} for {self.agreement:.2%}"
+        line = (
+            f"{self.examples} images, largest difference {self.max_abs_difference:.2e}\n"
+            f"same {what} for {self.agreement:.2%}"
+        )
         if self.accuracy is not None:
             model, file = self.accuracy
             line += f"; {share} of the model {model:.2%}, of the file {file:.2%} ({file - model:+.2%})"
-        return f"{line} ({self.examples} images)"
+        return line
 
     def check(self, precision: str, what: str) -> None:
         """Checks that the file is close enough to the model.

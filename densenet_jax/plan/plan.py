@@ -116,5 +116,5 @@ class Planned:
             return attempt
 
         print_status(format_attempt(first, self.images(first.units)))
-        print_status(f"looking for the largest batch that fits, to within {RESOLUTION:.0%} and in steps of {self.unit}")
+        print_status(f"looking for the largest batch that fits, to within {RESOLUTION:.0%}, in steps of {self.unit}")
         return largest_that_fits(attempted, first)

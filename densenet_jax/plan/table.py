@@ -37,19 +37,19 @@ def format_limit(fitting: int, failing: int, unit: int, topology: Topology) -> s
     if not fitting:
         return f"even the smallest batch, {failing}, does not fit {topology.name}"
     more = "the next larger" if failing <= fitting + unit else f"{failing / fitting - 1:.1%} more"
-    fits = f"the largest global batch found to fit {topology.name} is {fitting}"
-    return f"{fits}; {failing}, {more}, does not fit"
+    return f"the largest batch found to fit {topology.name} is {fitting}; {failing}, {more}, does not fit"
 
 
 def format_plan(figures: dict[str, Any], topology: Topology, costs: Costs | None, bounds: Bounds | None) -> list[str]:
     """Formats the figures of a plan with their sources."""
     chip, batch = topology.chip, figures["global_batch_size"]
     memory, capacity = figures["memory_bytes_per_chip"], figures["capacity_bytes_per_chip"]
-    needs = "more than available" if memory is None else f"{format_size(memory)}, {memory / capacity:.0%} of it"
+    there = f"{format_size(capacity)} a chip"
+    needs = f"more than {there}" if memory is None else f"{format_size(memory)} of {there}, {memory / capacity:.0%}"
     lines = [
         f"{topology.name}: {_count(topology.chips, 'chip')} in {_count(topology.hosts, 'host')}",
         f"batch         {batch} images, {batch / topology.chips:.10g} a chip",
-        f"memory        {needs} ({format_size(capacity)} a chip){'' if figures['fits'] else ': DOES NOT FIT'}",
+        f"memory        {needs}{'' if figures['fits'] else ': DOES NOT FIT'}",
     ]
     if costs is None or bounds is None:
         return lines
@@ -65,15 +65,14 @@ def format_plan(figures: dict[str, Any], topology: Topology, costs: Costs | None
     if rest:
         total = sum(one.bytes * one.count for one in rest)
         lines.append(f"              {sum(one.count for one in rest)} smaller ones, {format_size(total)} in total")
-    lines.append(f"lower bounds on a step, from the published peaks of {chip.name} ({chip.source}):")
+    lines += [f"lower bounds on a step, from the published peaks of {chip.name}", f"  ({chip.source}):"]
     for name, secs in (
         (f"arithmetic at {chip.flops / 1e12:g} TFLOP/s", bounds.arithmetic),
         (f"memory at {chip.memory_bytes_per_sec / 1e9:g} GB/s", bounds.memory),
         (f"links at {chip.link_bytes_per_sec / 1e9:g} GB/s", bounds.interconnect),
     ):
         lines.append(f"  {name:32}{'unknown' if secs is None else f'{1000 * secs:.3g} ms'}")
-    lines.append(
-        f"bound by {bounds.binding}: at most {figures['images_per_sec_bound']:,.0f} images/s, at least "
-        f"{figures['hours_bound']:.3g} h for the recipe. These are bounds, not predictions: a real run is slower."
-    )
+    most, least = f"{figures['images_per_sec_bound']:,.0f} images/s", f"{figures['hours_bound']:.3g} h"
+    lines.append(f"bound by {bounds.binding}: at most {most}, at least {least} a run")
+    lines.append("These are bounds, not predictions: a real run is slower.")
     return lines

@@ -70,7 +70,7 @@ def duration(secs: float) -> str:
 def spinner(what: str) -> Iterator[None]:
     """Shows that `what` is running, and afterwards how long it took; no terminal gets the latter alone."""
     start = time.perf_counter()
-    note = f"{what} takes long: large networks take minutes the first time, and the next start reads what was compiled"
+    note = f"{what} takes long: large networks take minutes the first time"
     explain = threading.Timer(_LONG_SECS, print_status, [note])
     explain.daemon = True
     explain.start()

@@ -1,7 +1,11 @@
 """Prints warnings as status lines, ours and no library's."""
 
+import contextlib
+import importlib.util
 import logging
+import os
 import sys
+from collections.abc import Callable
 
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import drop_late_errors
@@ -19,6 +23,21 @@ def set_up_logging() -> None:
     ours = logging.getLogger("densenet_jax")
     ours.propagate = False
     ours.handlers = [_StatusHandler()]
+
+
+def start_quietly(start: Callable[[], object]) -> None:
+    """Calls `start`, which makes JAX load its plugins, where a CUDA plugin without a GPU would print a page about it.
+
+    That is where the plugin is installed for `--mode plan` alone; elsewhere it does nothing.
+    """
+    if has_nvidia() or not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        return
+    with open(os.devnull, "wb") as nothing, contextlib.ExitStack() as stack:
+        kept = os.dup(2)
+        stack.callback(os.close, kept)
+        os.dup2(nothing.fileno(), 2)
+        stack.callback(os.dup2, kept, 2)
+        start()
 
 
 def _is_not_missing_gpu(record: logging.LogRecord) -> bool:

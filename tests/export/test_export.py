@@ -190,7 +190,7 @@ def test_accuracies_and_agreement_are_counted():
     theirs = ours[[0, 1, 2, 2]]
     result = compare(ours, theirs, np.array([0, 1, 0, 2]))
     assert (result.agreement, result.accuracy, result.max_abs_difference) == (0.75, (0.5, 0.75), 1.0)
-    assert "top-1 of the model 50.00%, of the file 75.00% (+25.00%) (4 images)" in result.describe()
+    assert "top-1 of the model 50.00%, of the file 75.00% (+25.00%)" in result.describe()
 
 
 def test_classes_that_are_left_out_do_not_differ():

@@ -70,7 +70,7 @@ def test_a_plan_tells_every_figure_of_a_data_set_that_is_not_here(monkeypatch, c
     assert figures["hours_bound"] == pytest.approx(images / figures["images_per_sec_bound"] / 3600, rel=1e-3)
     said = capsys.readouterr().err
     assert "bounds, not predictions" in said
-    assert "37% of it" in said
+    assert "a chip, 37%" in said
     assert "all-reduce: 2 of 10 MB" in said
 
 
