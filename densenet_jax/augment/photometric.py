@@ -1,5 +1,6 @@
-"""Pillow's tone and blend operations on the accelerator, on integers 0 to 255 held as float32.
+"""Pillow's tone and blend operations on the accelerator, on whole numbers held as float32.
 
+Pixels of 8 bits give Pillow's answers. Those of 16 are looked up in the same tables of 256 levels, interpolated.
 Every operation is computed for the whole batch; for examples that don't use it, it is exactly the identity.
 """
 
@@ -41,6 +42,14 @@ def look_up(images: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]) ->
     size, height, width, channels = images.shape
     places = images.reshape(size, height * width, channels).astype(jnp.int32)
     return jnp.take_along_axis(jnp.swapaxes(tables, 1, 2), places, axis=1).reshape(images.shape)
+
+
+def look_up_wide(
+    images: Float[Array, "b h w c"], levels: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]
+) -> Float[Array, "b h w c"]:
+    """Replaces each 16-bit value, which lies between `levels` and the next ones, by what lies between their entries."""
+    first, second = look_up(levels, tables), look_up(jnp.minimum(levels + 1.0, LEVELS - 1.0), tables)
+    return jnp.rint(257.0 * first + (images - 257.0 * levels) * (second - first))
 
 
 def _values() -> Float[Array, "1 1 256"]:
@@ -105,11 +114,11 @@ def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def blend(
-    references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"]
+    references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"], white: float
 ) -> Float[Array, "b h w c"]:
     """Blends like Pillow: reference + factor * (image - reference), clipped and truncated to integers."""
     blended = references + factors[:, None, None, None] * (images - references)
-    return jnp.floor(jnp.clip(blended, 0.0, 255.0))
+    return jnp.floor(jnp.clip(blended, 0.0, white))
 
 
 def choose(which: Int[Array, " b"], index: int, ndim: int) -> Bool[Array, "..."]:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt16
 
 from densenet_jax.augment import photometric as tones
 from densenet_jax.augment.affine import rotation, warp
-from densenet_jax.augment.basic import uniforms, whole_below
+from densenet_jax.augment.basic import uniforms, white_of, whole_below
 from densenet_jax.errors import UserError
 
 OPERATIONS = (
@@ -36,6 +36,7 @@ OPERATIONS = (
 )
 NOTHING = len(OPERATIONS)
 HIGHEST_LEVEL = 10.0
+Whole = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"]
 
 
 def _pick(operations: Int[Array, " b"], choices: dict[str, Array], otherwise: Array) -> Array:
@@ -47,9 +48,11 @@ def _pick(operations: Int[Array, " b"], choices: dict[str, Array], otherwise: Ar
 
 
 def _apply_tone(
-    images: Float[Array, "b h w c"], operations: Int[Array, " b"], share: Float[Array, " b"]
+    images: Float[Array, "b h w c"], operations: Int[Array, " b"], share: Float[Array, " b"], white: float
 ) -> Float[Array, "b h w c"]:
-    counts = tones.histogram(images)
+    is_wide = white > 255.0
+    levels = jnp.floor((images + 0.5) / 257.0) if is_wide else images
+    counts = tones.histogram(levels)
     identity = jnp.broadcast_to(jnp.arange(256, dtype=jnp.float32)[None, None, :], counts.shape)
     tables = _pick(
         operations,
@@ -63,11 +66,11 @@ def _apply_tone(
         },
         identity,
     )
-    return tones.look_up(images, tables)
+    return tones.look_up_wide(images, levels, tables) if is_wide else tones.look_up(images, tables)
 
 
 def _apply_blend(
-    images: Float[Array, "b h w c"], operations: Int[Array, " b"], signed_share: Float[Array, " b"]
+    images: Float[Array, "b h w c"], operations: Int[Array, " b"], signed_share: Float[Array, " b"], white: float
 ) -> Float[Array, "b h w c"]:
     gray = tones.gray(images)
     mean = jnp.floor(jnp.mean(gray, axis=(1, 2, 3), keepdims=True) + 0.5)
@@ -76,7 +79,7 @@ def _apply_blend(
         {"color": gray, "contrast": mean, "brightness": jnp.zeros_like(mean), "sharpness": tones.smoothed(images)},
         images,
     )
-    return tones.blend(references, images, jnp.maximum(0.1, 1.0 + 0.9 * signed_share))
+    return tones.blend(references, images, jnp.maximum(0.1, 1.0 + 0.9 * signed_share), white)
 
 
 def _apply_warp(
@@ -103,13 +106,15 @@ def _apply_warp(
 
 
 def apply_operations(
-    images: UInt8[Array, "b h w c"],
+    images: Whole,
     operations: Int[Array, " b"],
     levels: Float[Array, " b"],
     signs: Float[Array, " b"],
     fill: Sequence[float],
-) -> UInt8[Array, "b h w c"]:
+) -> Whole:
     """Applies one operation per image, within one level of Pillow's (sampling rounds differently now and then).
+
+    Images of 16 bits keep them.
 
     Args:
         operations: index into `OPERATIONS`; `NOTHING` changes nothing.
@@ -117,16 +122,17 @@ def apply_operations(
         signs: 1 or -1: the direction of warps, more or less of blends.
         fill: color outside the image for warps, 0 to 255.
     """
-    floats = images.astype(jnp.float32)
+    floats, white = images.astype(jnp.float32), white_of(images)
     share = levels / HIGHEST_LEVEL
-    floats = _apply_tone(floats, operations, share)
-    floats = _apply_blend(floats, operations, signs * share)
-    floats = _apply_warp(floats, operations, signs * share, jnp.asarray(fill, jnp.float32))
-    return floats.astype(jnp.uint8)
+    floats = _apply_tone(floats, operations, share, white)
+    floats = _apply_blend(floats, operations, signs * share, white)
+    outside = jnp.asarray([value * white / 255.0 for value in fill], jnp.float32)
+    floats = _apply_warp(floats, operations, signs * share, outside)
+    return floats.astype(images.dtype)
 
 
 def rand_augment(
-    images: UInt8[Array, "b h w c"],
+    images: Whole,
     keys: Key[Array, " b"],
     *,
     num_layers: int = 2,
@@ -134,7 +140,7 @@ def rand_augment(
     magnitude_std: float = 0.5,
     probability: float = 0.5,
     fill: Sequence[float] = (124.0, 116.0, 104.0),
-) -> UInt8[Array, "b h w c"]:
+) -> Whole:
     """Applies `num_layers` random operations, drawn with repetition, to each image of one or three channels.
 
     Args:

@@ -11,7 +11,6 @@ from densenet_jax.augment.color import color_jitter
 from densenet_jax.augment.erasing import random_erase
 from densenet_jax.augment.mixup import mix
 from densenet_jax.augment.randaugment import rand_augment
-from densenet_jax.errors import UserError
 from densenet_jax.rng import Purpose, example_keys, step_key
 from densenet_jax.training.steps import Augment
 
@@ -36,11 +35,6 @@ def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) 
             images = augment.random_flip(images, keys(Purpose.FLIP))
         if config.augment.pad_px:
             images = augment.pad_and_crop(images, keys(Purpose.PAD_CROP), config.augment.pad_px)
-        if config.augment.rand_layers and images.dtype != jnp.uint8:
-            raise UserError(
-                f"config.augment.rand_layers is {config.augment.rand_layers}, but RandAugment computes on 8 bits and "
-                "these images have 16; set it to 0, config.augment.color_jitter works."
-            )
         if config.augment.rand_layers:
             fill = tuple(round(255 * value) for value in mean)
             images = rand_augment(

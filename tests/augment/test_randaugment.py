@@ -100,6 +100,19 @@ def test_gray_images(images):
     assert (np.abs(np.asarray(rotated[2, ..., 0], int) - np.asarray(expected)) > 1).mean() < 0.01
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_sixteen_bits_answer_as_eight_do_and_stay_sixteen(images, name):
+    operations = jnp.full(len(images), OPERATIONS.index(name))
+    arguments = operations, jnp.asarray(LEVELS), jnp.ones(len(images))
+    narrow = np.asarray(APPLY(images, *arguments)).astype(np.int64)
+    wide = np.asarray(APPLY(images.astype(np.uint16) * 257, *arguments))
+    assert wide.dtype == np.uint16
+    assert np.abs(wide.astype(np.int64) - 257 * narrow).max() <= 2 * 257
+    if name == "invert":
+        fine = images.astype(np.uint16) * 257 - 100
+        np.testing.assert_array_equal(APPLY(fine, *arguments), 65535 - fine)
+
+
 def test_draws_are_a_function_of_the_key_and_touch_the_expected_share(images):
     many = jnp.asarray(np.repeat(images[3:4], 300, axis=0))
     augment = jax.jit(functools.partial(rand_augment, num_layers=1, probability=0.5))
