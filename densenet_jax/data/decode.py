@@ -294,11 +294,13 @@ def exif_orientation(data: bytes) -> int:
         return 1  # most photographs on the web: skips parsing every marker
     if data[:8] == _PNG and not any(kind in data for kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
         return 1  # Pillow would decode all of it to look for these behind the pixels
+    if data.startswith(_TIFF):
+        return rare_formats.tiff_orientation(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data is no reason to refuse the pixels
-        return rare_formats.tiff_orientation(data) if data.startswith(_TIFF) else 1
+        return 1
     return orientation if orientation in range(1, 9) else 1
 
 

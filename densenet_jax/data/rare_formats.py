@@ -18,6 +18,8 @@ NPY_MAGIC = b"\x93NUMPY"
 BIG_ENDIAN_BIG_TIFF = b"MM\0+"  # which Pillow does not read
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's sample formats
 _RGB, _CMYK, _CIE_LAB, _PLANES = 2, 5, 8, 2  # photometric interpretations and a planar configuration
+_WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # TIFF's types; an orientation should be of the second
+_ORIENTATION, _XMP_ORIENTATION = 0x0112, b"tiff:Orientation"
 _MAX_VALUES = 320_000_000  # values decoded at most: four channels of the largest image
 _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
@@ -231,30 +233,37 @@ def _byte_order(data: bytes) -> str:
     return "<" if data[:2] == b"II" else ">"
 
 
-def _orientation_place(data: bytes) -> tuple[int, str] | None:
-    """Finds the orientation in a TIFF file's first directory: its offset, and the byte order."""
-    order = _byte_order(data)
+def _orientation_entry(data: bytes) -> tuple[int, int] | None:
+    """Finds the orientation in a TIFF file's first directory: offsets of its entry and of the value."""
     entries, value = next(_directories(data), (range(0), 0))
     with contextlib.suppress(struct.error):
         for entry in entries:
-            if struct.unpack_from(order + "HH", data, entry) == (0x0112, 3):
-                struct.unpack_from(order + "H", data, entry + value)
-                return entry + value, order
+            if struct.unpack_from(_byte_order(data) + "H", data, entry) == (_ORIENTATION,):
+                struct.unpack_from("8s", data, entry + value - 4)  # all of it is there
+                return entry, entry + value
     return None
 
 
 def tiff_orientation(data: bytes) -> int:
-    """Reads the orientation of a TIFF file, 1 to 8."""
-    if (place := _orientation_place(data)) is None:
-        return 1
-    (orientation,) = struct.unpack_from(place[1] + "H", data, place[0])
+    """Reads the orientation of a TIFF file, 1 to 8: of its tag, else of its XMP text, as Pillow does."""
+    if (place := _orientation_entry(data)) is None:
+        text = re.search(_XMP_ORIENTATION + rb'(?:="|>)([1-8])', data)
+        return int(text[1]) if text else 1
+    entry, value = place
+    order, orientation = _byte_order(data), 1
+    with contextlib.suppress(struct.error, OverflowError):
+        (kind,) = struct.unpack_from(order + "H", data, entry + 2)
+        if kind == 16 and 43 not in data[2:4]:  # eight bytes have no room in an entry of a small file
+            (value,) = struct.unpack_from(order + "I", data, value)
+        (orientation,) = struct.unpack_from(order + _WHOLE_NUMBERS.get(kind, ""), data, value) or (1,)
     return orientation if orientation in range(1, 9) else 1
 
 
 def without_orientation(data: bytes) -> bytes:
     """Sets the orientation of a TIFF file to upright, so that decoders leave the pixels as they are stored."""
-    if (place := _orientation_place(data)) is None:
-        return data
-    upright = bytearray(data)
-    struct.pack_into(place[1] + "H", upright, place[0], 1)
+    if (place := _orientation_entry(data)) is None:
+        return data.replace(_XMP_ORIENTATION, _XMP_ORIENTATION.lower())
+    (entry, value), order, upright = place, _byte_order(data), bytearray(data)
+    struct.pack_into(order + "HH" + ("Q" if 43 in data[2:4] else "I"), upright, entry, _ORIENTATION, 3, 1)
+    struct.pack_into(order + "H", upright, value, 1)
     return bytes(upright)

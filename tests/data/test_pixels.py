@@ -131,6 +131,27 @@ def test_orientation_of_every_kind_of_tiff(orientation, write):
     np.testing.assert_array_equal(turned, np.rot90(WIDE, 2 if orientation == 3 else -1))
 
 
+@pytest.mark.parametrize("pixels", [GRAY, WIDE], ids=["8 bits", "16 bits"])
+@pytest.mark.parametrize("write", [{}, {"byteorder": ">"}, {"bigtiff": True}])
+@pytest.mark.parametrize("kind", "BHIQh")
+def test_orientation_of_another_type_counts_once(kind, write, pixels):
+    """Pillow turns a TIFF file whatever the type of its tag is."""
+    data = tiff(pixels, extratags=[(274, kind, 1, 6, True)], **write)
+    np.testing.assert_array_equal(decode_image(data, 1, bits=0)[:, :, 0], pixels)
+    turned = decode_image(data, 1, bits=0, apply_exif_orientation=True)[:, :, 0]
+    np.testing.assert_array_equal(turned, pixels if kind == "h" else np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("tag", [0, 1, 3])
+def test_orientation_in_xmp_counts_once_where_there_is_no_tag(tag):
+    text = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    tags = [(274, "H", 1, tag, True)] if tag else []
+    data = tiff(GRAY, extratags=[*tags, (700, "B", len(text), text, True)])
+    np.testing.assert_array_equal(decode_image(data, 1)[:, :, 0], GRAY)
+    turned = decode_image(data, 1, apply_exif_orientation=True)[:, :, 0]
+    np.testing.assert_array_equal(turned, np.rot90(GRAY, {0: -1, 1: 0, 3: 2}[tag]))
+
+
 def test_12_bit_tiff_is_scaled_by_its_own_white():
     values = TWELVE[:, :4]  # two numbers in three bytes
     pairs = values.reshape(-1, 2).astype(int)
