@@ -5,16 +5,21 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
+import numpy as np
+
 from densenet_jax.data.class_names import LABELS_FILE, read_labels
+from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.records import Source
 from densenet_jax.errors import UserError
 
 # {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...],
-# "names": packed paths and sizes, or "" if unknown or too many}}}
+# "names": packed paths and sizes, or "" if unknown or too many, "contents": {name: checksum} of a sample}}}
 Identity = dict[str, Any]
 _NAMED = 5  # differences listed per kind
+_SAMPLE, _THREADS = 256, 16  # files of a split whose contents are compared, spread evenly; reading waits for the disk
 _MAX_PACKED, _MAX_NAMES = 16 * 2**20, 2**28  # characters; ImageNet's 1.3 million files take 14 million
 
 
@@ -25,10 +30,26 @@ def identify(name: str, sources: Mapping[str, Source]) -> Identity:
             "examples": len(source),
             "files": [list(entry) for entry in source.identity()],
             "names": _pack(source.files()),
+            "contents": _sample_contents(source) if source.files() else {},
         }
         for split, source in sources.items()
     }
     return {"name": name, "classes": list(next(iter(sources.values())).class_names), "splits": splits}
+
+
+def _sample_contents(source: Source) -> dict[str, int]:
+    """Returns the checksum of each readable file of a sample by its name."""
+
+    def read(index: int) -> tuple[str, int] | None:
+        try:
+            record = source[index]
+        except DamagedImage:
+            return None
+        return record.name, zlib.crc32(record.image)
+
+    places = np.unique(np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int)).tolist()
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(entry for entry in pool.map(read, places) if entry)
 
 
 def _pack(files: Mapping[str, int]) -> str:
@@ -165,7 +186,8 @@ def _file_changes(saved: Identity, current: Identity) -> list[str]:
         ]
         if details:
             changes.append(_list(f"{split}: ", details))
-        changes += _list_files(split, before, now, skip=set(saved["classes"]) ^ set(current["classes"]))
+        files = _list_files(split, before, now, skip=set(saved["classes"]) ^ set(current["classes"]))
+        changes += files or _list_contents(split, before, now)
     return changes
 
 
@@ -180,6 +202,15 @@ def _list_files(split: str, before: dict[str, Any], now: dict[str, Any], skip: s
     kinds = {"removed": had.keys() - have.keys(), "added": have.keys() - had.keys(), "of another size": changed}
     kept = {kind: sorted(name for name in names if name.partition("/")[0] not in skip) for kind, names in kinds.items()}
     return [_list(f"{split} files {kind}: ", names) for kind, names in kept.items() if names]
+
+
+def _list_contents(split: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists files of both samples whose contents differ."""
+    had, have = (sampled if isinstance(sampled := part.get("contents"), dict) else {} for part in (before, now))
+    both = had.keys() & have.keys()
+    if not (changed := sorted(name for name in both if had[name] != have[name])):
+        return []
+    return [_list(f"{split}: other contents of {len(changed)} of {len(both)} sampled files: ", changed)]
 
 
 def _list(start: str, entries: Sequence[str]) -> str:
