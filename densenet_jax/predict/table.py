@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from densenet_jax.errors import UserError
 
@@ -103,9 +103,16 @@ def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int, decid
 
 def _write_csv(path: str, columns: Sequence[str], rows: Iterable[list[Any]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
+        plain = ([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
+        write_csv(file, itertools.chain([columns], plain))
+
+
+def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
+    """Writes rows as CSV; quotes those with a carriage return, which Python leaves bare between line feeds."""
+    plain = csv.writer(file, lineterminator="\n")
+    quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    for row in rows:
+        (quoting if any(isinstance(cell, str) and "\r" in cell for cell in row) else plain).writerow(row)
 
 
 def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]], topk: int, decided: bool) -> None:

@@ -1,6 +1,5 @@
 """Metrics of each class and the confusion matrix as CSV files."""
 
-import csv
 import dataclasses
 import io
 import os
@@ -9,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from densenet_jax.errors import UserError
+from densenet_jax.predict.table import write_csv
 from densenet_jax.scores.classes import ClassScores
 
 
@@ -65,7 +65,7 @@ def per_class_rows(scores: ClassScores, names: Sequence[str], classes: Sequence[
 def to_csv(rows: Iterable[list[object]]) -> bytes:
     """Formats rows as CSV in UTF-8."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_csv(text, rows)
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

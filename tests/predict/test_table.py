@@ -14,7 +14,7 @@ from densenet_jax.predict.table import check_table, column_names, write_table
 NAMES = ("crane", "image", "crane")
 ENTRIES = [
     {
-        "image": 'photos/a, "b"\n.png',
+        "image": 'photos/a, "b"\n\r.png',
         "predictions": [
             {"class_id": 2, "label": "crane", "probability": 0.5},
             {"class_id": 0, "label": "crane", "probability": 0.25},

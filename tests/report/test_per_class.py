@@ -29,6 +29,7 @@ def test_scores_are_those_of_scikit_learn():
     rows = list(per_class_rows(scores, [f"name, {number}" for number in range(7)], [6, 0]))
     assert rows[1] == [6, "name, 6", 0, 0, "", "", "", ""]
     assert to_csv(rows[1:2]) == b'6,"name, 6",0,0,,,,\n'
+    assert to_csv([["carriage\rreturn", 1], ["line\nbreak", 2]]) == b'"carriage\rreturn",1\n"line\nbreak",2\n'
 
 
 @pytest.mark.parametrize("parts", [1, 3])
