@@ -42,6 +42,7 @@ def _unquote(line: str) -> str:
     name = json.loads(line)
     if not isinstance(name, str):
         raise ValueError(f"{line[:40]} is no JSON string")
+    name.encode()  # a lone surrogate is no text
     return name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import numpy as np
 from flax import linen as nn
 
 from densenet_jax.augment.basic import normalize
-from densenet_jax.data.class_names import format_labels
 from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models.fold import fold_batch_norm
@@ -102,7 +101,7 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0,
         info={
             "model": model.name,
             "weights": model.source,
-            "class_names": format_labels(model.class_names).rstrip("\n"),
+            **_class_names(model.class_names),
             **({"labels": "multi"} if model.many_labels else {}),
             **_thresholds(model),
         },
@@ -115,6 +114,13 @@ def make_graph(model: Deployed, *, preprocess: bool = True, batch_size: int = 0,
 def apply_module(module: nn.Module, variables: dict[str, Any], images: jax.Array) -> Any:
     """Returns the logits of normalized images."""
     return module.apply(variables, images, train=False)
+
+
+def _class_names(names: Sequence[str]) -> dict[str, str]:
+    """Returns the names as a JSON list, and one a line unless a name has a line break."""
+    lines = "\n".join(names)
+    plain = {"class_names": lines} if lines.splitlines() == list(names) else {}
+    return plain | {"class_names_json": to_json(list(names))}
 
 
 def _thresholds(model: Deployed) -> dict[str, str]:

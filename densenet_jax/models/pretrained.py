@@ -175,6 +175,7 @@ def read_class_names(source: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         with safe_open(source, "numpy") as file:
             names = json.loads((file.metadata() or {})[_CLASS_NAMES])
+        json.dumps(names, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (OSError, ValueError, LookupError, SafetensorError):
         return ()
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()

@@ -37,7 +37,8 @@ def test_files_of_others(tmp_path, data):
 @pytest.mark.parametrize(
     ("data", "why"),
     [(b"", "holds no labels"), (b"# \n\n", "holds no labels"), ("cat\n".encode("utf-16"), "can't be read as labels"),
-     (b'# Lines that begin with " are JSON strings.\n"broken\n', "can't be read as labels")],
+     (b'# Lines that begin with " are JSON strings.\n"broken\n', "can't be read as labels"),
+     (b'# Lines that begin with " are JSON strings.\n"\\ud800"\n', "can't be read as labels.*surrogates")],
 )  # fmt: skip
 def test_what_is_no_list_of_names(tmp_path, data, why):
     (tmp_path / "labels.txt").write_bytes(data)

@@ -1,6 +1,7 @@
 """Options, places and checks of the export mode; the formats have files of their own."""
 
 import dataclasses
+import json
 import os
 import sys
 import types
@@ -78,6 +79,18 @@ def test_the_graph_with_preprocessing_gives_the_probabilities_of_bytes():
     logits = jax.jit(bare.function)(bare.prepare(images()))
     np.testing.assert_allclose(jax.jit(whole.function)(images()), jax.nn.softmax(logits), atol=1e-6)
     np.testing.assert_allclose(reference_outputs(model, whole, images()), jax.nn.softmax(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "odd", ["# one", " lead", "\ufeffmark", '"quoted"', "two\nlines", "line\u2028separator", "a\rb"]
+)
+def test_a_file_names_its_classes_exactly(odd):
+    """A comment or quotes, as labels.txt has, would shift the classes of a reader that takes a line for a name."""
+    names = (odd, *"bcdefg")
+    info = make_graph(dataclasses.replace(small_model(), class_names=names)).info
+    assert json.loads(info["class_names_json"]) == list(names)
+    assert info.get("class_names", "\n".join(names)) == "\n".join(names)
+    assert ("class_names" in info) == (len(odd.splitlines()) == 1)
 
 
 def test_ten_crops_are_refused():

@@ -41,7 +41,8 @@ def test_the_file_says_what_it_is(tmp_path):
     export_small(tmp_path / "model.onnx", format="onnx", preprocess=False, batch_size=4)
     model = onnx.load(tmp_path / "model.onnx")
     properties = {prop.key: prop.value for prop in model.metadata_props}
-    assert properties == {"model": "small_cifar", "weights": "drawn weights", "class_names": "a\nb\nc\nd\ne\nf\ng"}
+    names = {"class_names": "a\nb\nc\nd\ne\nf\ng", "class_names_json": '["a", "b", "c", "d", "e", "f", "g"]'}
+    assert properties == {"model": "small_cifar", "weights": "drawn weights", **names}
     assert not {"BatchNormalization"} & {node.op_type for node in model.graph.node}
     given, result, logits = run(str(tmp_path / "model.onnx"), np.zeros((4, 32, 32, 3), np.float32))
     assert (given.shape, result.name, logits.shape) == ([4, 32, 32, 3], "logits", (4, 7))
