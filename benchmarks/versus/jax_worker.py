@@ -54,7 +54,7 @@ def draw_variables(network: Any, images: jax.Array, random: np.random.Generator)
         if name == "kernel":
             deviation = np.sqrt(2 / np.prod(like.shape[:-1]))
             return jnp.asarray(random.standard_normal(like.shape, np.float32) * deviation, like.dtype)
-        return jnp.full(like.shape, name in ("scale", "var"), like.dtype)
+        return jnp.full(like.shape, name in ("scale", "var", "gamma"), like.dtype)
 
     shapes = jax.eval_shape(network.init, jax.random.key(0), images[:1])
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -19,7 +19,7 @@ from densenet_jax.kernels.select import KERNEL_DTYPES
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
 from densenet_jax.models.fused import BACKENDS, Fused
-from densenet_jax.models.head import OUTPUTS, HeadOptions
+from densenet_jax.models.head import GLOBAL_POOLS, OUTPUTS, HeadOptions
 from densenet_jax.models.layers import NormOptions, convolve
 from densenet_jax.models.rdnet import RDNet
 from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant, list_models
@@ -29,6 +29,7 @@ __all__ = ["create_model", "list_models"]
 _CHOICES = {
     "stem": STEMS,
     "output": OUTPUTS,
+    "global_pool": GLOBAL_POOLS,
     "blur": ("none", "stem", "all"),
     "init_fan": ("fan_in", "fan_out"),
     "block_form": ("normalize_once", *(f"normalize_once_{platform}" for platform in BACKENDS), "plain"),
@@ -48,6 +49,7 @@ def create_model(
     drop_path_rate: float = 0.0,
     dropout_every_convolution: bool = True,
     output: str = "logits",
+    global_pool: str = "avg",
     test_time_pool_px: int = 0,
     remat: bool = False,
     batch_norm_momentum: float = 0.9,
@@ -77,6 +79,8 @@ def create_model(
         dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
             after each dense layer's last.
         output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: features} of all stages.
+        global_pool: what the classifier is given: "avg", "max", "avgmax" (the mean of both), or "catavgmax" (both, one
+            after the other, so that pooled features and the classifier are twice as wide).
         test_time_pool_px: in evaluation on images larger than the training's, classify every window of that side in
             the last feature map (7 in the references) and take the mean of the windows' average and maximum; 0 is off.
         remat: recompute cheap intermediate values in the backward pass to save memory.
@@ -107,6 +111,8 @@ def create_model(
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout, drop_path_rate=drop_path_rate)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
+    if test_time_pool_px and global_pool != "avg":
+        raise UserError(f"global_pool={global_pool!r}: expected 'avg' beside test_time_pool_px; set one of the two")
     is_densenet = isinstance(variant.architecture, DenseNetArchitecture)
     is_rdnet = isinstance(variant.architecture, RDNetArchitecture)
     if kernels == "pallas" and not is_densenet:
@@ -114,7 +120,14 @@ def create_model(
     if drop_path_rate and not is_rdnet:
         raise UserError(f"drop_path_rate={drop_path_rate}: {name} is no RDNet and drops no paths; set it to 0")
     common: dict[str, Any] = {
-        "head_options": HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype),
+        "head_options": HeadOptions(
+            num_classes,
+            classifier_dropout,
+            test_time_pool_px,
+            dtype,
+            param_dtype,
+            _chosen("global_pool", global_pool),
+        ),
         "output": _chosen("output", output),
         **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
     }

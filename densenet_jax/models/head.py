@@ -16,6 +16,7 @@ from densenet_jax.models.layers import dropout, global_average_pool
 
 OUTPUTS = ("logits", "pooled", "map", "pyramid")
 INTERMEDIATES, PERTURBATIONS = "intermediates", "perturbations"  # collections of flax, see `tap`
+GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class HeadOptions:
     Attributes:
         dropout_rate: between pooling and classifier, in training.
         test_time_pool_px: as for `create_model`; 0 is off.
+        global_pool: one of GLOBAL_POOLS.
     """
 
     num_classes: int
@@ -32,6 +34,7 @@ class HeadOptions:
     test_time_pool_px: int = 0
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
+    global_pool: str = "avg"
 
 
 class Classifier(nn.Module):
@@ -74,6 +77,17 @@ def tap(module: nn.Module, stride: int, x: Float[Array, "b h w c"]) -> Float[Arr
     return x
 
 
+def pool_globally(x: Float[Array, "b h w c"], kind: str) -> Float[Array, "b c2"]:
+    """Returns the mean over all positions, the maximum, the mean of both, or both one after the other (c2 = 2c)."""
+    if kind == "avg":
+        return global_average_pool(x)
+    largest = jnp.max(x, axis=(1, 2))
+    if kind == "max":
+        return largest
+    mean = global_average_pool(x)
+    return 0.5 * (mean + largest) if kind == "avgmax" else jnp.concatenate([mean, largest], axis=-1)
+
+
 def check_size(height: int, width: int, smallest: int) -> None:
     """Checks that images are large enough for a network's strides.
 
@@ -107,12 +121,12 @@ def select_output(
     if output == "map":
         return x
     if output == "pooled":
-        return norm(global_average_pool(x))
+        return norm(pool_globally(x, options.global_pool))
     classifier = Classifier(options.num_classes, options.dtype, options.param_dtype, name="classifier")
     if options.test_time_pool_px and not train:
         logits = classifier(norm(_windows(x, options.test_time_pool_px)))
         return 0.5 * (logits.mean(axis=(1, 2)) + logits.max(axis=(1, 2)))
-    pooled = norm(global_average_pool(x))
+    pooled = norm(pool_globally(x, options.global_pool))
     if train and options.dropout_rate:
         pooled = dropout(pooled, options.dropout_rate, make_rng("dropout"))
     return classifier(pooled)

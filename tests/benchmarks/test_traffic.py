@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
+from densenet_jax.models.variants import RDNetArchitecture, Variant
 from tests.extras import needs
 from tests.running import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from versus import floor
 from versus.floor import floor_elements
 
 
@@ -39,6 +41,15 @@ def test_the_floor_of_a_network_small_enough_to_count_by_hand():
     entering = 7 * (24 * 64 + 30 * 16 + 33 * 4)
     by_hand = 2 * 3 * 64 + entering + block(24, 8) + block(30, 4) + block(33, 2)
     assert floor_elements("densenet_bc_22_12", 8) == by_hand
+
+
+def test_the_floor_of_an_rdnet_small_enough_to_count_by_hand(monkeypatch):
+    # Two stages of one layer on 8 and 4 positions a side: 8 maps and 4 more, of these 8 and 4 more, which are gated.
+    small = RDNetArchitecture((1, 1), (4, 4), (1,), squeeze_excite_from=1, stem_width=8, compression=0.7)
+    monkeypatch.setattr(floor, "get_variant", lambda name: Variant(name, small, 0))
+    first = (4 * 8 + 5 * (8 + 32) + 2 * 4) * 8**2 + 3 * 12 * 8**2
+    second = (2 * 8 + 4 * 8 + 5 * (8 + 32) + 6 * 4) * 4**2 + 3 * 12 * 4**2
+    assert floor_elements("small", 32) == 2 * 3 * 32**2 + 5 * 8 * 8**2 + first + second
 
 
 @pytest.mark.parametrize("model", ["dpn68", "densenet264d"])

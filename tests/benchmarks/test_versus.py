@@ -51,6 +51,18 @@ def test_train_step(tmp_path):
         assert row["compile_secs"] > 0
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_an_rdnet_is_a_case_like_the_others(mode, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "versus"))
+    from jax_worker import prepare
+
+    overrides = {"block_sizes": (1, 1), "growth_rate": 8}
+    case, _ = prepare("rdnet_tiny", mode, 2, 16, 3, "float32", "default", overrides)
+    for _ in range(2):
+        case.step()
+        case.wait()
+
+
 @pytest.mark.slow
 def test_latency(tmp_path):
     path, arguments = tmp_path / "rows.json", ("--runtimes", "jax", "--resume", "--batch_sizes")

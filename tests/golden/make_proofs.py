@@ -19,6 +19,7 @@ from references import timm  # noqa: F401 - lets a CPU build of torch import wha
 HERE = Path(__file__).parent / "proofs"
 CASES = ((1, 161), (2, 65))  # (batch, side in pixels)
 CIFAR_CASES = ((2, 32),)
+DUAL_PATH = ("dpn68", "dpn68b", "dpn98", "dpn107", "dpn131")
 KERAS_EPSILON, EPSILON = 1.001e-5, 1e-5
 
 # Other programs' names of modules, and torchvision's.
@@ -34,6 +35,19 @@ PYTORCHCV = (
     (r"\.conv([12])\.conv\.", r".conv\1."),
     (r"(transition\d)\.conv\.bn\.", r"\1.norm."),
     (r"(transition\d)\.conv\.conv\.", r"\1.conv."),
+)
+PYTORCHCV_DPN = (
+    (r"^features\.init_block\.", "features.conv1_1."),
+    (r"^features\.final_block\.activ\.", "features.conv5_bn_ac."),
+    (r"^output\.", ""),
+    *((rf"^features\.stage{i}\.unit", f"features.conv{i + 1}_") for i in (1, 2, 3, 4)),
+    (r"(conv2_1)\.conv_proj\.", r"\1.c1x1_w_s1."),
+    (r"(conv[345]_1)\.conv_proj\.", r"\1.c1x1_w_s2."),
+    (r"(conv[2-5]_\d+)\.conv1\.", r"\1.c1x1_a."),
+    (r"(conv[2-5]_\d+)\.conv2\.", r"\1.c3x3_b."),
+    (r"(conv[2-5]_\d+)\.(conv3|preactiv)\.", r"\1.c1x1_c."),
+    (r"(conv[2-5]_\d+)\.conv3a\.", r"\1.c1x1_c1."),
+    (r"(conv[2-5]_\d+)\.conv3b\.", r"\1.c1x1_c2."),
 )
 MONAI = ((r"\.layers\.", "."), (r"^class_layers\.out\.", "classifier."))
 KERAS = (
@@ -56,6 +70,11 @@ def renamed(name, rules):
     return name
 
 
+def joined(output):
+    """The output of a block, or both paths of a dual path network's."""
+    return torch.cat(output, dim=1).numpy() if isinstance(output, tuple) else output.numpy()
+
+
 def from_torch(make, rules=(), cases=CASES):
     """Logits and every block's output of a PyTorch network with drawn weights."""
     model = make().double().eval()
@@ -68,10 +87,13 @@ def from_torch(make, rules=(), cases=CASES):
     shapes = {names[key]: tuple(value.shape) for key, value in state.items()}
     arrays = {"keys_sha256": np.array(hashlib.sha256(key_lines(shapes).encode()).hexdigest())}
     blocks = {name: part for name, part in model.features.named_children() if name.startswith("denseblock")}
+    if rules == PYTORCHCV_DPN:  # the last unit of each stage
+        stages = {name: part for name, part in model.features.named_children() if name.startswith("stage")}
+        blocks = {f"conv{number}_{len(part)}": part[-1] for number, part in enumerate(stages.values(), 2)}
     for batch, side_px in cases:
         for name, part in blocks.items():
             part.register_forward_hook(
-                lambda _, __, output, key=f"{side_px}/{name}": arrays.update({key: summarize(output.numpy())})
+                lambda _, __, output, key=f"{side_px}/{name}": arrays.update({key: summarize(joined(output))})
             )
         with torch.no_grad():
             arrays[f"{side_px}/logits"] = model(torch.from_numpy(draw_images(batch, side_px)).double()).numpy()
@@ -106,6 +128,28 @@ def pytorchcv(name):
     from pytorchcv.models import densenet_cifar
 
     return from_torch(getattr(densenet_cifar, name), PYTORCHCV, CIFAR_CASES)
+
+
+def pytorchcv_dual_path(name):
+    from pytorchcv.models import dpn
+
+    return from_torch(lambda: getattr(dpn, name)(for_training=True), PYTORCHCV_DPN)
+
+
+def pytorchcv_dpn92():
+    """pytorchcv's class with the numbers of the paper's table 1; it has no such name."""
+    from pytorchcv.models.dpn import DPN
+
+    widths, increments, sizes = (256, 512, 1024, 2048), (16, 32, 24, 128), (3, 4, 20, 3)
+    shape = {"init_block_channels": 64, "init_block_kernel_size": 7, "init_block_padding": 3, "groups": 32}
+    channels = [
+        [width + (unit + 3) * increment for unit in range(size)]
+        for width, increment, size in zip(widths, increments, sizes, strict=True)
+    ]
+    shape |= {"b_case": False, "for_training": True, "test_time_pool": False}
+    return from_torch(
+        lambda: DPN(channels, rs=[96, 192, 384, 768], bws=[*widths], incs=[*increments], **shape), PYTORCHCV_DPN
+    )
 
 
 def keras(name):
@@ -146,6 +190,8 @@ PROOFS = {
     "densenet_bc_100_12": lambda: pytorchcv("densenet100_k12_bc_cifar10"),
     "densenet_bc_250_24": lambda: pytorchcv("densenet250_k24_bc_cifar10"),
     "densenet_bc_190_40": lambda: pytorchcv("densenet190_k40_bc_cifar10"),
+    **{f"pytorchcv_{name}": lambda name=name: pytorchcv_dual_path(name) for name in DUAL_PATH},
+    "pytorchcv_dpn92": pytorchcv_dpn92,
     "keras_densenet121": lambda: keras("DenseNet121"),
     "keras_densenet169": lambda: keras("DenseNet169"),
     "keras_densenet201": lambda: keras("DenseNet201"),

@@ -61,6 +61,33 @@ def test_the_four_outputs_belong_together(name):
     np.testing.assert_allclose(outputs["pyramid"][max(outputs["pyramid"])], outputs["map"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("max", lambda x: x.max((1, 2))),
+        ("avgmax", lambda x: (x.mean((1, 2)) + x.max((1, 2))) / 2),
+        ("catavgmax", lambda x: np.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=1)),
+    ],
+)
+def test_kinds_of_global_pooling(kind, expected):
+    images = _images()
+    model = _model(global_pool=kind)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    pooled = expected(np.asarray(_apply(_model(output="map"), variables, images)))
+    np.testing.assert_allclose(_apply(_model(output="pooled", global_pool=kind), variables, images), pooled, rtol=1e-5)
+    head = variables["params"]["classifier"]
+    np.testing.assert_allclose(
+        _apply(model, variables, images), pooled @ head["kernel"] + head["bias"][None], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_kind_of_pooling_is_refused_where_it_says_nothing():
+    with pytest.raises(UserError, match="global_pool='mean': expected one of avg, max, avgmax, catavgmax"):
+        _model(global_pool="mean")
+    with pytest.raises(UserError, match="global_pool='max': expected 'avg' beside test_time_pool_px"):
+        _model(global_pool="max", test_time_pool_px=7)
+
+
 def test_the_pyramid_has_four_stages():
     for name in ("small_densenet", "small_dpn"):
         model = golden.make(name, output="pyramid")

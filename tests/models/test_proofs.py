@@ -21,7 +21,7 @@ AS_PYTORCHCV = {
     "densenet_100_12": {"stem_width": 24, "compression": 0.5},
     "densenet_100_24": {"stem_width": 48, "compression": 0.5},
 }
-QUICK = ("densenet_40_12",)
+QUICK = ("densenet_40_12", "pytorchcv_dpn68")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,10 @@ def _largest_error(name, dtype):
     """Of the logits and of every block's output that the source shows, at every size."""
     expected = golden.golden(f"proofs/{name}")
     with jax.enable_x64(dtype is np.float64):
-        row, sides = name.removeprefix("keras_"), {key.split("/")[0] for key in expected if key.endswith("logits")}
+        row, sides = (
+            name.removeprefix("keras_").removeprefix("pytorchcv_"),
+            {key.split("/")[0] for key in expected if key.endswith("logits")},
+        )
         model = create_model(row, dtype=dtype, param_dtype=dtype, **AS_PYTORCHCV.get(name, {}))
         shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 65, 65, 3), dtype))
         keys = golden.torch_shapes(shapes)

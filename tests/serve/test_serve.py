@@ -16,6 +16,7 @@ from PIL import Image
 from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run_settings import read_run_settings
+from tests.deployed_run import make_run
 from tests.extras import needs
 from tests.predict.files import BOMBS, encoded
 from tests.running import free_port, last_line, run_main, start_main
@@ -83,6 +84,20 @@ def test_it_tells_of_itself(server, served):
     assert [output.name for output in client.get_model_metadata(MODEL).outputs] == [
         output["name"] for output in told["outputs"]
     ]
+
+
+@needs_server
+def test_an_rdnet_is_served_as_it_predicts(digits, tmp_path, user):
+    shape = {"model__name": "rdnet_tiny", "model__block_sizes": (1, 2), "model__growth_rate": 16}
+    make_run(tmp_path / "run", digits[1].config.data.dir, data__image_size_px=16, **shape)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
+    expected = Predictor.from_workdir(tmp_path / "run").probabilities(pixels)
+    with serving(tmp_path / "run", **user) as running:
+        wanted = request_of(pixels_input(pixels), outputs=[{"name": "probabilities"}, {"name": "activation_map"}])
+        answer = requests.post(f"{running.url}/v2/models/rdnet_tiny/infer", json=wanted, timeout=60)
+    got = outputs_of(answer)
+    np.testing.assert_allclose(got["probabilities"], expected, **TOLERANCE)
+    assert got["activation_map"].shape == (3, 2, 2)
 
 
 @needs_server
