@@ -21,6 +21,7 @@ class LossKind(NamedTuple):
 
 LOSSES = {
     "softmax": LossKind("single"),
+    "binary": LossKind("single"),
     "sigmoid": LossKind("multi"),
     "focal": LossKind("multi", (2.0, 2.0)),
     "asymmetric": LossKind("multi", (0.0, 4.0), has_margin=True),

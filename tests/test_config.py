@@ -170,7 +170,7 @@ def test_differences_of_equal_settings_are_none():
             {"data.labels": "multi", "train.loss": "softmax"},
             "train.loss is 'softmax', which .*single, .*'multi'",
         ),
-        ({"train.loss": "focal"}, "train.loss is 'focal', .*'single'; expected softmax, or empty"),
+        ({"train.loss": "focal"}, "train.loss is 'focal', .*'single'; expected softmax or binary, or empty"),
         ({"data.labels": "multi", "eval.class_map": "present"}, "eval.class_map is 'present', .*one class an image"),
         ({"train.class_weights": (1, 0, 2)}, r"train.class_weights is \(1, 0, 2\); expected none, balanced or one num"),
         ({"train.class_weights": 2.0}, "train.class_weights is 2.0"),

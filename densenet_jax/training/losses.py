@@ -86,6 +86,32 @@ class SoftmaxLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class BinaryLoss(SoftmaxLoss):
+    """Binary cross entropy of every class of one class an image, as a mean over classes and batch.
+
+    The target is one-hot, smoothed or mixed, as of timm's --bce-loss (arXiv:2110.00476): (1 - eps) * q + eps / k. Class
+    weights are factors of the classes' terms, as torch's `BCEWithLogitsLoss(weight=w)` has them.
+    """
+
+    def __call__(self, logits: Float[Array, "b k"], targets: Array) -> Float[Array, " b"]:
+        """Computes one value per example; NaN for a class number outside the range."""
+        logits = logits.astype(wide(logits.dtype))
+        classes = jnp.arange(logits.shape[-1])[None]
+        if targets.ndim == 1:
+            known = (targets >= 0) & (targets < logits.shape[-1])
+            targets = jnp.where(known[:, None], targets[:, None] == classes, jnp.nan)
+        targets = targets.astype(logits.dtype) * (1.0 - self.label_smoothing) + self.label_smoothing / classes.size
+        terms = -targets * jax.nn.log_sigmoid(logits) - (1.0 - targets) * jax.nn.log_sigmoid(-logits)
+        if self.class_weights:
+            terms = terms * jnp.asarray([self.class_weights], terms.dtype)
+        return jnp.mean(terms, axis=-1)
+
+    def divisor(self, targets: Array) -> None:
+        """Returns None: the sum over a batch is divided by the number of examples."""
+        del targets
+
+
+@dataclasses.dataclass(frozen=True)
 class SigmoidLoss:
     """Binary cross entropy of many labels an image, as a mean over the known labels of the batch.
 
@@ -164,7 +190,7 @@ def make_loss(
     """Makes the loss of one of the `LOSSES`; `gammas` and `margin` change only those that have them."""
     kind = LOSSES[name]
     if kind.labels == "single":
-        return SoftmaxLoss(label_smoothing, class_weights)
+        return (BinaryLoss if name == "binary" else SoftmaxLoss)(label_smoothing, class_weights)
     first, second = gammas if gammas and any(kind.gammas) else kind.gammas
     return SigmoidLoss(label_smoothing, class_weights, (first, second), margin if kind.has_margin else 0.0)
 

@@ -75,6 +75,22 @@ def label_losses(logits, targets, weights, first, second, margin, smoothing):
     return np.nan_to_num(-(targets * positive + (1 - targets) * negative))
 
 
+@pytest.mark.parametrize("weights", [(), (1.0, 5.0, 0.2)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_binary_loss_of_one_class(weights, mixed):
+    logits = np.array([[0.3, -2.0, 40.0], [1.5, 0.0, -0.7]])
+    one_hot = np.array([[0.0, 0.0, 1.0], [0.3, 0.7, 0.0]] if mixed else [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    loss = make_loss("binary", label_smoothing=0.1, class_weights=weights)
+    targets = jnp.asarray(one_hot if mixed else [2, 1])
+    q, p = one_hot * 0.9 + 0.1 / 3, 1 / (1 + np.exp(-logits))
+    terms = -(q * np.log(p) + (1 - q) * np.log1p(-np.minimum(p, 1 - 1e-16)))
+    terms[0, 2] = (1 - q[0, 2]) * 40.0  # log(1 - sigmoid(40)) is -40
+    expected = (terms * (np.array(weights) if weights else 1.0)).mean(axis=-1)
+    np.testing.assert_allclose(loss(jnp.asarray(logits), targets), expected, rtol=1e-5)
+    assert loss.divisor(targets) is None
+    assert np.isnan(loss(jnp.asarray(logits), jnp.asarray([-1, 3]))).all()
+
+
 LABEL_LOSSES = [
     ("sigmoid", {}, (0, 0, 0)),
     ("focal", {}, (2, 2, 0)),
