@@ -90,9 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.microbatches = 1  # number of parts in which the batch is computed, to save memory
     train.sharding = "replicated"  # "fsdp": parameters and optimizer state split over the devices, gathered on use
     train.average_decay = 0.0  # kept share of the weights' moving average, which is then evaluated; 0: no average
-    train.loss = (
-        ""  # "softmax" or "binary" for one class; "sigmoid", "focal" or "asymmetric" for many labels; "": the first
-    )
+    train.loss = ""  # one class: "softmax" or "binary"; many: "sigmoid", "focal" or "asymmetric"; "": the first
     train.loss_gammas = ()  # powers for present and absent labels; (): focal (2.0, 2.0), asymmetric (0.0, 4.0)
     train.loss_margin = 0.05  # asymmetric: absent labels of a smaller probability count nothing
     train.class_weights = ml_collections.FieldReference("none", object)  # or "balanced", or one number a class
