@@ -20,7 +20,7 @@ from densenet_jax.config import check_config, flatten, to_dict
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.flags import MODES, Command
 from densenet_jax.models.variants import get_variant
-from densenet_jax.run_settings import read_run_settings
+from densenet_jax.run_settings import read_run_settings, read_settings, started_from
 from densenet_jax.system.console import drop, print_status
 from densenet_jax.system.logs import start_quietly
 
@@ -203,6 +203,21 @@ def _check_read(command: Command, name: str) -> None:
             )
 
 
+def _check_model(command: Command, config: Any) -> None:
+    """Checks that the weights or the run that the mode needs are there.
+
+    Raises:
+        UserError: they aren't.
+    """
+    weights, applies = config.model.pretrained, ("predict", "export", "serve")
+    if weights and command.mode in ("train", "eval", *applies) and not started_from(command.workdir, weights):
+        from densenet_jax.models.weight_files import check_source
+
+        check_source(weights)
+    elif command.mode in applies:
+        read_settings(command.workdir)
+
+
 def check(arguments: list[str]) -> tuple[Command, Any] | None:
     """Reads and checks the command line, which starts with the program's name; returns None where it is refused."""
     try:
@@ -211,6 +226,7 @@ def check(arguments: list[str]) -> tuple[Command, Any] | None:
         config = check_config(config)
         get_variant(config.model.name)
         _check_read(command, config.data.name)
+        _check_model(command, config)
         return command, config
     except UserError as error:
         _print_mistake(error)

@@ -60,20 +60,21 @@ def test_help_loads_no_jax():
 
 
 def test_a_mistake_is_reported_before_what_only_a_run_needs_is_imported():
-    """Settings need no JAX; data and weights neither Orbax, Grain, TensorBoard nor what reports are drawn with."""
+    """Settings and the place of weights need no JAX; data sets neither Orbax, Grain nor what draws reports."""
     code = """if True:
         import sys
         from densenet_jax import cli
         drawn = ("scipy", "matplotlib", "tensorboard")
         for word, late in (
             ("--config.data.mean=(0.1,0.2)", ("jax", "numpy", "densenet_jax.modes")),
-            ("--config.model.pretrained=/no.pth", ("orbax", "grain", "tensorflow", *drawn)),
+            ("--config.model.pretrained=/no.pth", ("jax", "densenet_jax.modes")),
+            ("--config.data.name=nowhere", ("orbax", "grain", "tensorflow", *drawn)),
         ):
             assert cli.main(["densenet-jax", "--config=digits", word]) == 2
             print([name for name in late if name in sys.modules])
     """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert output.stdout.split() == ["[]", "[]"]
+    assert output.stdout.split() == ["[]", "[]", "[]"]
 
 
 def test_models_training_and_kernels_know_neither_data_nor_settings():

@@ -12,7 +12,7 @@ from densenet_jax.data.identity import read_identity
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.experiment.parts import Parts
-from densenet_jax.models.pretrained import check_source, load_pretrained
+from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
@@ -36,8 +36,6 @@ class Experiment(Parts):
         Raises:
             UserError: the settings, the data, the weights or the machine are not as they should be.
         """
-        if starts and self.config.model.pretrained:
-            check_source(self.config.model.pretrained)
         self.data.check_batch()
         self.data.mean_std()
         self.check_kernels()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,13 @@ from densenet_jax.models.dialects import MAX_CHANNELS, adapt_channels, modern_na
 from densenet_jax.models.head import Classifier
 from densenet_jax.models.torch_weights import from_torch, join_lines, mismatches, to_torch
 from densenet_jax.models.variants import get_variant
-from densenet_jax.models.weight_files import read_arrays, write_keras
+from densenet_jax.models.weight_files import check_source, read_arrays, write_keras
 
 log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_ENDINGS = (".pth", ".pt", ".bin", ".pth.tar")
 _KERAS_ENDING = ".weights.h5"
-_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5", ".keras", ".pdparams", ".json")
 _CLASS_NAMES = "class_names"  # of a file's metadata
 _HEAD = ("classifier.weight", "classifier.bias")
 
@@ -222,23 +219,6 @@ def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> di
     """
     is_file = check_source(source)
     return read_arrays(Path(source) if is_file else Path(_download(os.fspath(source))), average)
-
-
-def check_source(source: str | os.PathLike[str]) -> bool:
-    """Returns whether the weights are a file here, rather than named by a hub id.
-
-    Raises:
-        UserError: they can't be either.
-    """
-    path, text = Path(source), os.fspath(source)
-    if path.is_dir():
-        raise UserError(f"{text} is a folder: name the file of weights in it")
-    if not path.is_file() and (not _HUB_ID.match(text) or path.suffix in _FILE_SUFFIXES):
-        raise UserError(
-            f"no weights at {text!r}: expected an existing file of weights (.safetensors, .pth, .weights.h5, ...), or "
-            "a hub id such as timm/densenet121.ra_in1k"
-        )
-    return path.is_file()
 
 
 def _download(hub_id: str) -> str:

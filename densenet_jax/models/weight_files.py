@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ Arrays = dict[str, np.ndarray]
 AVERAGES = ("auto", "raw", "average")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # timm looks for the first two, in this order
 _RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5", ".keras", ".pdparams", ".json")
 _MAX_GROWTH = 16  # arrays may be this many times larger than the file: HDF5 compresses, and tensors can share numbers
 _MAX_DEPTH = 8
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
@@ -30,6 +34,23 @@ _NOT_WEIGHTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch it with git lfs pull",
     b"<": "a web page: fetch the file itself, not the page that shows it",
 }
+
+
+def check_source(source: str | os.PathLike[str]) -> bool:
+    """Returns whether the weights are a file here, rather than named by a hub id.
+
+    Raises:
+        UserError: they can't be either.
+    """
+    path, text = Path(source), os.fspath(source)
+    if path.is_dir():
+        raise UserError(f"{text} is a folder: name the file of weights in it")
+    if not path.is_file() and (not _HUB_ID.match(text) or path.suffix in _FILE_SUFFIXES):
+        raise UserError(
+            f"no weights at {text!r}: expected an existing file of weights (.safetensors, .pth, .weights.h5, ...), or "
+            "a hub id such as timm/densenet121.ra_in1k"
+        )
+    return path.is_file()
 
 
 def read_arrays(path: Path, average: str = "auto") -> Arrays:
