@@ -19,37 +19,40 @@ from densenet_jax.errors import UserError
 # "names": packed paths and sizes, or "" if unknown or too many, "contents": {name: checksum} of a sample}}}
 Identity = dict[str, Any]
 _NAMED = 5  # differences listed per kind
-_SAMPLE, _THREADS = 256, 16  # files of a split whose contents are compared, spread evenly; reading waits for the disk
+_SAMPLE, _LEAST_SAMPLE = 256, 16  # files of a split whose contents are compared, spread evenly
+_SAMPLE_BYTES = 64 * 2**20  # of all of them together, as far as _LEAST_SAMPLE allows
+_THREADS = 16  # reading waits for the disk
 _MAX_PACKED, _MAX_NAMES = 16 * 2**20, 2**28  # characters; ImageNet's 1.3 million files take 14 million
 
 
 def identify(name: str, sources: Mapping[str, Source]) -> Identity:
     """Describes a data set as JSON values, to be saved in a checkpoint."""
-    splits = {
-        split: {
+    splits = {}
+    for split, source in sources.items():
+        files = source.files()
+        splits[split] = {
             "examples": len(source),
             "files": [list(entry) for entry in source.identity()],
-            "names": _pack(source.files()),
-            "contents": _sample_contents(source) if source.files() else {},
+            "names": _pack(files),
+            "contents": _sample_contents(source) if files else {},
         }
-        for split, source in sources.items()
-    }
     return {"name": name, "classes": list(next(iter(sources.values())).class_names), "splits": splits}
 
 
 def _sample_contents(source: Source) -> dict[str, int]:
-    """Returns the checksum of each readable file of a sample by its name."""
+    """Returns the checksum of each readable file of a sample by its name; the sample is smaller if files are large."""
 
-    def read(index: int) -> tuple[str, int] | None:
+    def read(index: int) -> tuple[str, int, int]:
         try:
             record = source[index]
         except DamagedImage:
-            return None
-        return record.name, zlib.crc32(record.image)
+            return "", 0, 0
+        return record.name, zlib.crc32(record.image), len(record.image)
 
-    places = np.unique(np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int)).tolist()
+    most = min(_SAMPLE, max(_LEAST_SAMPLE, _SAMPLE_BYTES // max(read(0)[2], 1)), len(source))
+    places = np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(entry for entry in pool.map(read, places) if entry)
+        return {name: checksum for name, checksum, _ in pool.map(read, places) if name}
 
 
 def _pack(files: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors.numpy import save_file
 from configs import digits
 from densenet_jax.config import check_config
 from densenet_jax.data.class_names import read_labels
-from densenet_jax.data.identity import check_identity, is_contradiction
+from densenet_jax.data.identity import _sample_contents, check_identity, is_contradiction
+from densenet_jax.data.records import Record
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.export.graph import make_graph
@@ -187,6 +189,20 @@ def test_training_does_not_go_on_with_other_data(run, tmp_path, change, why):
     root, settings = run
     with pytest.raises(UserError, match=why):
         _check_dataset(experiment_on(changed_copy(root, tmp_path, change), settings), str(root / "run"))
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 256), (1000, 64), (10**5, 16)])
+def test_fewer_large_files_are_compared(monkeypatch, size, count):
+    class Files:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            return Record(image=bytes([index % 256]) * size, label=0, name=str(index))
+
+    monkeypatch.setattr("densenet_jax.data.identity._SAMPLE_BYTES", 64_000)
+    sample = _sample_contents(Files())
+    assert (len(sample), sample["999"]) == (count, zlib.crc32(bytes([999 % 256]) * size))
 
 
 def test_damaged_metrics_are_reported_before_anything_is_compiled(run, tmp_path, monkeypatch):
