@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from densenet_jax.models import densenet, dual_path, layers
+from densenet_jax.models import densenet, dual_path, layers, rdnet
 from densenet_jax.models.create import create_model
 from densenet_jax.models.densenet import DenseNet
 from densenet_jax.models.layers import FeatureMap
@@ -81,15 +81,39 @@ class ShapesOnly(densenet.Plain):
         return FeatureMap(jnp.zeros((*x.shape[:3], width), x.dtype))
 
 
+class DualPathShapesOnly(dual_path.Plain):
+    """Dual path blocks without their arithmetic, likewise."""
+
+    def stage(self, blocks, x, train, remat):
+        for block in blocks:
+            parts = [block.c1x1_a, block.c3x3_b, block.c1x1_c, *filter(None, [block.projection()])]
+            _ = [part.bn.arrays() for part in parts]
+            if block.split_projection:
+                parts.remove(block.c1x1_c)
+                _ = block.c1x1_c1.kernel, block.c1x1_c2.kernel
+            _ = [part.conv.kernel for part in parts]
+        # A stage begins with twice the increment, and every block adds one.
+        width = blocks[0].residual_width + (len(blocks) + 2) * blocks[0].dense_increment
+        return FeatureMap(jnp.zeros((*x.values.shape[:3], width), x.values.dtype))
+
+
 @functools.cache
 def abstract_variables(name):
     """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initializers."""
     model = make(name)
     if isinstance(model, DenseNet):
         model = model.clone(implementation=ShapesOnly())
+    elif isinstance(model, dual_path.DualPathNetwork):
+        model = model.clone(implementation=DualPathShapesOnly())
     side_px = 65 if name in SMALL_MODELS else get_variant(name).preprocessing.input_px
     images = jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
-    with mock.patch.object(layers, "he_normal", return_value=jax.nn.initializers.zeros):
+    with (
+        mock.patch.object(layers, "he_normal", return_value=jax.nn.initializers.zeros),
+        mock.patch.object(rdnet, "he_normal", return_value=jax.nn.initializers.zeros),
+        mock.patch.object(rdnet, "normalize_channels", lambda x, *_: x),
+        mock.patch.object(jax.nn, "gelu", lambda x, approximate: x),
+        mock.patch.object(jax.random, "uniform", lambda key, shape, dtype, *_: jnp.zeros(shape, dtype)),
+    ):
         return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
