@@ -15,6 +15,7 @@ from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from densenet_jax.errors import UserError
 from densenet_jax.run.metrics_file import METRICS_FILE, read_metrics
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.workdir import to_json
@@ -55,10 +56,12 @@ class Writers:
         """Writes one report: a line {"step", "split", **values} and a scalar "split/name" for every number.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the work directory is gone.
         """
         if self._file is None:
             return
+        if not os.path.isdir(self._directory):  # or the run would go on until it saves
+            raise UserError(f"{self._directory} was removed during the run; bring it back from a copy, or train again")
         scalars = [
             summary_pb2.Summary.Value(tag=f"{split}/{name}", simple_value=value)
             for name, value in values.items()

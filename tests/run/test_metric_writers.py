@@ -15,6 +15,17 @@ from densenet_jax.run.metrics_file import read_metrics
 FIGURES = {"epoch": 0.5, "loss": 1.0, "top1": 0.5, "top5": 1.0}
 
 
+def test_a_work_directory_that_is_gone_is_reported_at_the_next_report(tmp_path):
+    (tmp_path / "run").mkdir()
+    writers = Writers(str(tmp_path / "run"))
+    writers.write(5, "train", FIGURES)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"run was removed during the run; bring it back"):
+        writers.write(6, "train", FIGURES)
+    writers.close()
+    assert [each["step"] for each in read_metrics(str(tmp_path / "moved"))] == [5]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tensorboard_shows_settings_and_images(channels, tmp_path):
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
