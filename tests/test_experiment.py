@@ -143,6 +143,19 @@ def test_early_stopping_waits_for_so_many_epochs_since_the_best(scores, patience
     assert trainer._has_stalled() is stalled
 
 
+def test_patience_counts_validations_where_an_epoch_is_no_whole_number_of_steps():
+    timeline = Timeline(1437, 256, 60.0, 1.0, 1000, 10)
+    validated = [step for step in range(1, 337) if timeline.is_eval_step(step)]
+    for best in range(50):
+        scores = {step: float(number == best) for number, step in enumerate(validated)}
+        first = next(
+            number
+            for number in range(best, len(validated))
+            if timeline.stalled_since({step: scores[step] for step in validated[: number + 1]}, 4.0) is not None
+        )
+        assert first - best == 4
+
+
 def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, tmp_path, monkeypatch):
     changes = ("model.block_sizes=(1,1)", "model.growth_rate=4", "train.global_batch_size=512", "train.epochs=9")
     changes += ("optim.learning_rate=1e-12", "optim.warmup_epochs=0", "checkpoint.every_steps=2")

@@ -212,11 +212,10 @@ class Trainer:
             return False
         if (best := self._timeline.stalled_since(self._scores, patience)) is None:
             return False
-        waited = self._timeline.epochs_done(self._step - best)
+        metric, score = metric_words(self._metric), show_score(self._scores[best], self._metric)
         print_status(
-            f"stopping early after step {self._step}: validation {metric_words(self._metric)} has not "
-            f"{'fallen' if self._metric == 'loss' else 'risen'} for {waited:.1f} epochs, since step {best} "
-            f"({show_score(self._scores[best], self._metric)})"
+            f"stopping early after step {self._step}: no better {metric} for {patience:g} epochs, since step {best} "
+            f"({score})"
         )
         return True
 

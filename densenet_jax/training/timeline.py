@@ -57,8 +57,9 @@ class Timeline:
         if not scores or not patience_epochs:
             return None
         best = max(scores, key=lambda step: (scores[step], -step))
-        waited = self.epochs_done(max(scores)) - self.epochs_done(best)
-        return best if round(waited, 6) >= patience_epochs else None
+        # Validations are at whole steps: four of them, an epoch apart, may be a part of a step less than four epochs.
+        waited = self.epochs_done(max(scores) - best + 1)
+        return best if round(waited, 6) > patience_epochs else None
 
     def is_save_step(self, step: int) -> bool:
         """Returns whether a checkpoint is due after `step` steps."""
