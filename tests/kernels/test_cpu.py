@@ -231,11 +231,10 @@ def test_norm_relu_conv_in_groups_and_its_gradients(case, normalizes):
 
 
 @pytest.mark.parametrize(
-    "case", [(*one, 1, 1) for one in NORM_RELU_CONVS] + [(2, 7, 6, c, c, *r) for c, *r in IN_GROUPS]
+    "case", [(*one[:6], 1, 1, one[6]) for one in NORM_RELU_CONVS] + [(2, 7, 6, c, c, *r) for c, *r in IN_GROUPS]
 )
 def test_sums_come_with_its_output(case):
-    b, h, w, width, c, o, *others = case
-    k, groups, stride = (others[0], 1, 1) if len(case) == 9 else (others[2], others[0], others[1])
+    b, h, w, width, c, o, groups, stride, k = case
     x, conv, shift = draw(b, h, w, width), drawn_operands(c, o, k, True, groups), draw(o, seed=7)
     options = {"groups": groups, "stride": stride}
     function = functools.partial(norm_relu_conv.norm_relu_conv_with_sums, **options)
@@ -412,3 +411,10 @@ def test_a_network_and_its_gradients():
         reference = run()
     assert_same(ours, reference)
     assert not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True))
+
+
+def test_given_shapes_are_taken_without_tracing_the_reference():
+    shapes = {"shapes": lambda x, y: [(*x.shape, 2), y.shape]}
+    made = primitive.define("shaped", lambda x, y: 1 / 0, lambda *_: None, multiple_results=True, **shapes)
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (4, 5)))
+    assert [(one.shape, one.dtype) for one in jax.eval_shape(made.bind, x, y)] == [((3, 2), x.dtype), ((4, 5), x.dtype)]

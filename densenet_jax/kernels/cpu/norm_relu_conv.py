@@ -172,15 +172,51 @@ def _lower(call: str, kernel: int | None = 5, *, transposed: bool = False, in_pl
     return lowering
 
 
-def _define(name: str, reference: Callable[..., Any], kernel: int | None = 5, **options: Any) -> Primitive:
-    return define(name, reference, _lower(name, kernel, **options), multiple_results=True)
+def _output_shapes(x: Any, *operands: Any, stride: int, groups: int) -> list[tuple[int, ...]]:
+    size, features = operands[4].shape[1], operands[4].shape[3]
+    sides = [(side + 2 * (size // 2) - size) // stride + 1 for side in x.shape[1:3]]
+    return [(x.shape[0], *sides, features), (features,), (features,)]
 
 
-_forward_p = define("norm_relu_conv", plain_norm_relu_conv, _lower("norm_relu_conv"))
-_sums_p = _define("norm_relu_conv_sums", _plain_norm_relu_conv_sums)
-_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, 6, in_place=True)
-_gradient_p = _define("norm_relu_conv_gradient", _plain_gradient, transposed=True)
-_add_gradient_p = _define("add_norm_relu_conv_gradient", _plain_add_gradient, 6, transposed=True, in_place=True)
+def _sums_shapes(total: Any, *operands: Any, **_: int) -> list[tuple[int, ...]]:
+    return [total.shape, operands[-1].shape, operands[-1].shape]
+
+
+def _gradient_shapes(x: Any, *operands: Any, groups: int) -> list[tuple[int, ...]]:
+    scale = operands[2].shape
+    return [(*x.shape[:3], *scale), scale, scale]
+
+
+def _add_gradient_shapes(total: Any, *operands: Any, groups: int) -> list[tuple[int, ...]]:
+    return [total.shape, *_gradient_shapes(*operands, groups=groups)[1:]]
+
+
+def _kernel_shapes(x: Any, *operands: Any, size: int, stride: int, groups: int) -> list[tuple[int, ...]]:
+    return [(size, size, operands[2].shape[0] // groups, operands[4].shape[3])]
+
+
+def _define(
+    name: str, reference: Callable[..., Any], shapes: Callable[..., Any], kernel: int | None = 5, **options: Any
+) -> Primitive:
+    lowering = _lower(name, kernel, **options)
+    return define(name, reference, lowering, multiple_results=True, shapes=shapes)
+
+
+_forward_p = define(
+    "norm_relu_conv",
+    plain_norm_relu_conv,
+    _lower("norm_relu_conv"),
+    shapes=lambda *operands, **options: _output_shapes(*operands, **options)[:1],
+)
+_sums_p = _define("norm_relu_conv_sums", _plain_norm_relu_conv_sums, _output_shapes)
+_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, _sums_shapes, 6, in_place=True)
+_gradient_p = _define("norm_relu_conv_gradient", _plain_gradient, _gradient_shapes, transposed=True)
+_add_gradient_p = _define(
+    "add_norm_relu_conv_gradient", _plain_add_gradient, _add_gradient_shapes, 6, transposed=True, in_place=True
+)
 _kernel_gradient_p = define(
-    "norm_relu_conv_kernel_gradient", _plain_kernel_gradient, _lower("norm_relu_conv_kernel_gradient", None)
+    "norm_relu_conv_kernel_gradient",
+    _plain_kernel_gradient,
+    _lower("norm_relu_conv_kernel_gradient", None),
+    shapes=_kernel_shapes,
 )

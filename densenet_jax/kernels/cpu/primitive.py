@@ -48,11 +48,16 @@ def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool = False, **a
 
 
 def define(
-    name: str, reference: Callable[..., Any], lowering: Callable[..., Any], multiple_results: bool = False
+    name: str,
+    reference: Callable[..., Any],
+    lowering: Callable[..., Any],
+    *,
+    multiple_results: bool = False,
+    shapes: Callable[..., Any] | None = None,
 ) -> Primitive:
-    """Makes a primitive with a kernel for programs of one CPU device; lowering is as for `dispatch.define`."""
+    """Makes a primitive with a kernel for programs of one CPU device; lowering and shapes as for `dispatch.define`."""
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         return lowering(ctx, *operands, **params) if target_names() else None
 
-    return dispatch.define(name, reference, lower, platform="cpu", multiple_results=multiple_results)
+    return dispatch.define(name, reference, lower, platform="cpu", multiple_results=multiple_results, shapes=shapes)
