@@ -6,6 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("DENSENET_JAX_BUILD", "0")  # native code is compiled only where a test asks for it
 # Programs are compiled without the expensive passes, here and in the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# What one process of a user has compiled the next one reads, however quickly it was compiled.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from tests.xla_flags import xla_flags
 
@@ -36,6 +38,14 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user"
     home.mkdir(exist_ok=True)
     return {"TFDS_DATA_DIR": str(home / "datasets"), "XDG_CACHE_HOME": str(home / "cache")}
+
+
+@pytest.fixture(scope="module")
+def no_report():
+    """Runs in this process end without the page about them, which takes as long as training a small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densenet_jax.report.run.report_run", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def kill_in(moment: str, run: Run, workdir: pathlib.Path, datasets: pathlib.Path
     steps = chance.randint(3, 9)
     begins, delay_secs = {
         "data preparation": (lambda: datasets.exists() and any(datasets.iterdir()), 0.1),
-        "compiling": (lambda: run.says(r"steps, .* an epoch"), 1.0),
+        "compiling": (lambda: run.says(r"steps, .* an epoch"), 0.5),
         "step": (lambda: len(run.steps_reported()) >= steps, 0.2),
         "save": (temporary, 0.05),
         "evaluation": (lambda: set(run.steps_reported()) & set(EVAL_STEPS), 0.3),

@@ -1,4 +1,4 @@
-"""Weights from a file through the real entry point: evaluated as they are, fine-tuned, refused where they don't fit."""
+"""Weights from a file through the command line: evaluated as they are, fine-tuned, refused where they don't fit."""
 
 import pathlib
 
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 import densenet_jax
-from tests.running import last_line, run_main
+from tests.in_process import run_here
+from tests.running import last_line
 
-NAME = "densenet_bc_22_12"
+NAME, BLOCK_SIZES = "densenet_bc_22_12", (1,)
 SMALL = (
     f"--config.model.name={NAME}",
+    f"--config.model.block_sizes={BLOCK_SIZES}",
     "--config.data.image_size_px=8",
     "--config.train.epochs=0.2",
     "--config.train.log_every_steps=1",
@@ -21,7 +23,7 @@ SMALL = (
 
 def weights_file(path: pathlib.Path, num_classes: int, channels: int) -> dict:
     """Writes random weights as PyTorch has them, and returns them."""
-    module = densenet_jax.create_model(NAME, num_classes=num_classes)
+    module = densenet_jax.create_model(NAME, num_classes=num_classes, block_sizes=BLOCK_SIZES)
     variables = jax.jit(module.init)(jax.random.key(7), jnp.zeros((1, 8, 8, channels)))
     densenet_jax.save_torch_state_dict(variables, path)
     return variables
@@ -40,10 +42,11 @@ def test_evaluates_weights_of_a_file_and_leaves_the_work_directory_alone(user, t
     arguments = (
         "--mode=eval",
         "--config=configs/digits.py",
+        f"--config.model.block_sizes={BLOCK_SIZES}",
         f"--workdir={workdir}",
         f"--config.model.pretrained={path}",
     )
-    output, errors = run_main(*arguments, **user)
+    output, errors = run_here(*arguments, **user)
     result = last_line(output)
     assert (result["mode"], result["step"], result["examples"]) == ("eval", 0, 360)
     assert 0 <= result["top1"] < 0.5
@@ -51,10 +54,10 @@ def test_evaluates_weights_of_a_file_and_leaves_the_work_directory_alone(user, t
     assert not workdir.exists()
 
 
-def test_new_classes_keep_the_body_and_a_frozen_one_stays_bit_for_bit(seven_classes, user, tmp_path):
+def test_new_classes_keep_the_body_and_a_frozen_one_stays_bit_for_bit(seven_classes, no_report, user, tmp_path):
     path, before = seven_classes
     frozen = ("--config.optim.freeze=^params/(?!classifier)", f"--config.model.pretrained={path}")
-    _, errors = run_main("--config=configs/finetune.py:digits", *SMALL, *frozen, f"--workdir={tmp_path}", **user)
+    _, errors = run_here("--config=configs/finetune.py:digits", *SMALL, *frozen, f"--workdir={tmp_path}", **user)
     assert "its body is kept, the classifier starts anew" in errors
     after = densenet_jax.load_checkpoint(str(tmp_path))
     head = after["params"].pop("classifier")
@@ -70,7 +73,7 @@ def test_new_classes_keep_the_body_and_a_frozen_one_stays_bit_for_bit(seven_clas
     ("changes", "said"),
     [
         (["--config.model.pretrained=nowhere.safetensors"], "nowhere.safetensors"),
-        (["--config.model.name=densenet_bc_40_12"], "seven.safetensors does not fit the model: features.denseblock"),
+        (["--config.model.block_sizes=(2,)"], "seven.safetensors does not fit the model: features.norm5.bias is"),
         (["--config.optim.freeze=^params/nothing"], "config.optim.freeze"),
         (["--config.optim.freeze=("], "expected a regular expression"),
     ],
@@ -82,7 +85,7 @@ def test_weights_that_do_not_fit_are_one_clear_line(changes, said, seven_classes
         f"--config.model.pretrained={seven_classes[0]}",
         *changes,
     )
-    output, errors = run_main(*arguments, f"--workdir={tmp_path / 'run'}", expect=2, **user)
+    output, errors = run_here(*arguments, f"--workdir={tmp_path / 'run'}", expect=2, **user)
     assert output == ""
     last = errors.splitlines()[-1]
     assert last.startswith("error: ")

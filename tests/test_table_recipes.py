@@ -13,6 +13,8 @@ SMALL = (
     *("--config.train.global_batch_size=8", "--config.eval.batch_size=8"),
 )
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

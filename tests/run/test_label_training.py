@@ -32,7 +32,7 @@ TIMES = ("images_per_sec", "data_wait_fraction", "compile_secs", "host_memory_by
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, user):
+def finished(tmp_path_factory, user, no_report):
     """The flags of a finished run of eight steps, and its directory."""
     folder = tmp_path_factory.mktemp("labels")
     flags = label_flags(write_label_set(folder / "data"), **OPTIONS)
@@ -71,7 +71,7 @@ def test_predictions_have_every_label(finished, user):
 def test_weights_with_another_number_of_outputs_begin_a_run(finished, tmp_path, user):
     flags, _ = finished
     model = densenet_jax.create_model("densenet_bc_22_12", block_sizes=(1,), growth_rate=4, num_classes=10)
-    variables = model.init(jax.random.key(3), jnp.zeros((1, 8, 8, 1)), train=False)
+    variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
     state = {name: np.ascontiguousarray(array) for name, array in to_torch(jax.device_get(variables)).items()}
     save_file(state, tmp_path / "ten.safetensors")
     changes = {"model.pretrained": tmp_path / "ten.safetensors", "optim.learning_rate": 1e-9, "train.epochs": 1.0}
