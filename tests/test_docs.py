@@ -1,8 +1,9 @@
 """What the documentation names exists, and what it marks as runnable runs.
 
 A fenced bash block that follows the line `<!-- runnable -->` in README.md or docs/*.md is run in a copy of the
-checkout, in which the digits train for 4 epochs by default. It counts as slow where it calls main.py for more than its
-help, or where the line says `<!-- runnable: slow -->`. The blocks of one page share their copy and run in its order.
+checkout, in which the digits train a small network for 4 epochs by default. It counts as slow where it calls main.py
+for more than its help, or where the line says `<!-- runnable: slow -->`. The blocks of one page share their copy and
+run in its order.
 """
 
 import ast
@@ -47,7 +48,10 @@ CITED_TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 NOT_IN_THE_CHECKOUT = ("runs/", "./runs/", "checkpoints/", "report/")
 
 RUNNABLE = re.compile(r"^<!-- runnable(: slow)? -->\n+```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SHORTER = (("train.epochs", 40.0, 4.0), ("optim.warmup_epochs", 2.0, 0.5), ("eval.every_epochs", 5.0, 2.0))
+SMALLER = (
+    *(("train.epochs", 40.0, 4.0), ("optim.warmup_epochs", 2.0, 0.5), ("eval.every_epochs", 5.0, 2.0)),
+    ("model.name", '"densenet_bc_22_12"', '"densenet_bc_22_12"\n    config.model.block_sizes = (1, 1)'),
+)
 NOT_COPIED = (".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs", ".whl")
 
 
@@ -200,7 +204,7 @@ def copy_of(tmp_path_factory) -> Callable[[pathlib.Path], pathlib.Path]:
         shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*NOT_COPIED))
         recipe = directory / "configs" / "digits.py"
         text = recipe.read_text()
-        for setting, usual, short in SHORTER:
+        for setting, usual, short in SMALLER:
             assert f"config.{setting} = {usual}\n" in text
             text = text.replace(f"config.{setting} = {usual}\n", f"config.{setting} = {short}\n")
         recipe.write_text(text)

@@ -73,10 +73,10 @@ def test_several_groups_on_a_device_are_left_to_xla():
 def test_a_model_over_several_devices_trains_in_memory_that_begins_unwritten():
     mesh = make_mesh()
     images = jnp.sin(jnp.arange(16 * 8 * 8 * 3.0)).reshape(16, 8, 8, 3)
-    actual = []
+    actual, variables = [], None
     for settings in ({"block_form": "plain"}, {"block_form": "normalize_once_tpu", "mesh": mesh}):
-        model = create_model("densenet_bc_22_12", num_classes=3, **settings)
-        variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+        model = create_model("densenet_bc_22_12", num_classes=3, block_sizes=(2, 2), **settings)
+        variables = variables or jax.jit(model.init)(jax.random.key(0), images[:1])
         shardings = (replicated(mesh), over_data(mesh))
         step = jax.jit(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), in_shardings=shardings)
         actual.append(step(variables, images))

@@ -12,8 +12,14 @@ from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.models.layers import max_pool
 from tests.models.golden import SMALL_MODELS
 
+_DUAL_PATH = {"reduction_width": 16, "groups": 4, "dense_increments": (4, 6)}
+_RDNET = {"stem_width": 20, "growth_rate": (8, 12), "halved_stages": (1,), "squeeze_excite_from": 1}
 MODELS = {
-    **SMALL_MODELS,
+    "small_densenet": SMALL_MODELS["small_densenet"],
+    "small_densenet_blur": SMALL_MODELS["small_densenet_blur"],
+    "small_dpn": ("dpn68", {**_DUAL_PATH, "block_sizes": (1, 2)}),
+    "small_dpn_b": ("dpn48b", {**_DUAL_PATH, "stem_width": 6, "block_sizes": (2, 1)}),
+    "small_rdnet": ("rdnet_tiny", {**_RDNET, "block_sizes": (2, 1)}),
     "small_cifar": ("densenet_40_12", {"block_sizes": (2, 2)}),
     "small_cifar_bc": ("densenet_bc_100_12", {"block_sizes": (2, 2)}),
     "small_test_time_pool": ("densenet121", {"growth_rate": 4, "block_sizes": (1, 1), "test_time_pool_px": 3}),
@@ -22,8 +28,8 @@ MODELS = {
 TAKEN_IN = {
     "small_densenet": 1 + 9,
     "small_densenet_blur": 3 + 4,
-    "small_dpn": 1 + 2 * 6,
-    "small_dpn_b": 1 + 2 * 5,
+    "small_dpn": 1 + 2 * 3,
+    "small_dpn_b": 1 + 2 * 3,
     "small_rdnet": 0,
     "small_cifar": 0,
     "small_cifar_bc": 4,
