@@ -24,14 +24,6 @@ AS_PYTORCHCV = {
 QUICK = ("densenet_40_12", "pytorchcv_dpn68")
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    """Optimizing a large network takes far longer than running it twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _largest_error(name, dtype):
     """Of the logits and of every block's output that the source shows, at every size."""
     expected = golden.golden(f"proofs/{name}")
