@@ -19,8 +19,9 @@ from densenet_jax.report.look import Look
 from densenet_jax.report.run import run_page, write_readme_curves
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.training.timeline import Timeline
+from tests.in_process import run_here
 from tests.report.reading import Page, records
-from tests.running import last_line, run_main
+from tests.running import last_line
 
 EVIL = "<script>x</script>"
 SETTINGS = {"seed": 3, "model": {"name": "tiny"}, "data": {"name": EVIL}, "augment": {"mixup_alpha": 0.2}}
@@ -121,6 +122,7 @@ def test_run_that_has_nothing_yet_has_a_page():
 
 QUICK = (
     "--config=configs/digits.py",
+    "--config.model.block_sizes=(1,)",
     "--config.train.epochs=0.3",
     "--config.optim.warmup_epochs=0.1",
     "--config.train.log_every_steps=3",
@@ -131,7 +133,7 @@ QUICK = (
 @pytest.fixture(scope="module")
 def finished(user, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("report") / "run"
-    _, errors = run_main(*QUICK, f"--workdir={workdir}", **user)
+    _, errors = run_here(*QUICK, f"--workdir={workdir}", **user)
     assert "warning" not in errors
     assert f"report: {workdir}/report/index.html" in errors
     return workdir
@@ -174,7 +176,7 @@ def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finish
 
     before = files()
     (finished / "report" / "index.html").unlink()
-    output, _ = run_main(*QUICK, "--mode=report", f"--workdir={finished}", **user)
+    output, _ = run_here(*QUICK, "--mode=report", f"--workdir={finished}", **user)
     assert last_line(output) == {"mode": "report", "path": f"{finished}/report/index.html"}
     assert files() == before
 
@@ -183,7 +185,7 @@ def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finish
     (stopped / "config.json").write_bytes((finished / "config.json").read_bytes())
     line = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0]
     (stopped / "metrics.jsonl").write_bytes(line + b'{"step": 5, "cut sh')
-    _, errors = run_main(*QUICK, "--mode=report", f"--workdir={stopped}", **user)
+    _, errors = run_here(*QUICK, "--mode=report", f"--workdir={stopped}", **user)
     assert "warning: No predictions: " in errors
     text = Page((stopped / "report" / "index.html").read_text()).text
     assert "3 of 7 steps are done" in text
@@ -199,7 +201,7 @@ def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finish
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments, said, user, tmp_path):
-    _, errors = run_main(*QUICK, f"--workdir={tmp_path / 'x'}", *arguments, expect=2, **user)
+    _, errors = run_here(*QUICK, f"--workdir={tmp_path / 'x'}", *arguments, expect=2, **user)
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
     assert said in errors

@@ -37,7 +37,7 @@ def augment(images, labels, step):
 
 def recipe_of(dtype, **changes) -> StateRecipe:
     model = create_model(
-        "densenet_bc_22_12", block_sizes=(1, 2), growth_rate=4, dtype=dtype, param_dtype=dtype, layer_dropout=0.2
+        "densenet_bc_22_12", block_sizes=(1, 1), growth_rate=4, dtype=dtype, param_dtype=dtype, layer_dropout=0.2
     )
     schedule = make_schedule("constant", learning_rate=0.1, total_steps=10)
     optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -144,9 +144,10 @@ def test_step_is_a_function_of_seed_and_step_alone(one):
 
 
 def test_a_network_without_statistics_trains_alike_on_any_number_of_devices():
-    settings = {"num_classes": 10, "block_sizes": (2,), "growth_rate": 8, "drop_path_rate": 0.5, "layer_scale": 1.0}
+    sizes = {"num_classes": 10, "block_sizes": (2,), "growth_rate": 8, "stem_width": 8}
+    model = create_model("rdnet_tiny", **sizes, drop_path_rate=0.5, layer_scale=1.0)
     optimizer = make_optimizer("sgd", make_schedule("constant", learning_rate=0.1, total_steps=10))
-    recipe = StateRecipe(create_model("rdnet_tiny", **settings), optimizer, 0, SHAPE, averages=True)
+    recipe = StateRecipe(model, optimizer, 0, SHAPE, averages=True)
     one, eight = (Trainer(recipe, devices, average_decay=0.5) for devices in (1, 8))
     state = one.states[-1]
     assert state.batch_stats == {} == state.average["batch_stats"]
