@@ -54,7 +54,7 @@ def digits(tmp_path_factory):
     from tests.deployed_run import make_run
 
     root = tmp_path_factory.mktemp("deployed")
-    return root / "run", make_run(root / "run", root / "datasets")
+    return root / "run", make_run(root / "run", root / "datasets", model__block_sizes=(2, 1))
 
 
 @pytest.fixture(scope="session")

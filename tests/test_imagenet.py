@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data import fake_imagenet
+from tests.in_process import run_here
 from tests.running import last_line, run_main
 
 
@@ -40,7 +41,7 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
 
 def test_unprepared_imagenet_is_told_how_to_get_it(user, tmp_path):
     arguments = ("--config=configs/densenet121.py", f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path}")
-    output, errors = run_main(*arguments, expect=2, **user)
+    output, errors = run_here(*arguments, expect=2, **user)
     assert output == ""
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from tests.ended_runs import all_reports_of, checkpoint_steps, saved_arrays
+from tests.in_process import run_here
 from tests.running import (
     ROOT,
     end_of,
@@ -293,7 +294,7 @@ def test_the_others_do_not_come(user, tmp_path):
     ],
 )
 def test_flags_that_contradict_themselves_are_one_line(tmp_path, flags, message):
-    output, errors = run_main(*QUICK, f"--workdir={tmp_path}/run", *flags, expect=2)
+    output, errors = run_here(*QUICK, f"--workdir={tmp_path}/run", *flags, expect=2)
     assert (output, len(errors.splitlines())) == ("", 1)
     assert errors.startswith("error: ")
     assert message in errors

@@ -16,6 +16,7 @@ from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
 from densenet_jax.flags import Command
 from densenet_jax.predict.predictor import Predictor
+from tests.in_process import run_here
 from tests.predict.files import encoded, gradient
 from tests.running import last_line, run_main, start_main
 
@@ -55,7 +56,7 @@ def test_predictions_and_exit_status(digits, pictures, user, tmp_path):
     words = ["--images", *(str(pictures / f"{number:02d}.png") for number in (3, 1)), "--output", str(tmp_path / "o")]
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"digit {number}\n" for number in range(10)))
-    output, _ = run_main("--mode=predict", f"--workdir={workdir}", *words, f"--labels={labels}", **user)
+    output, _ = run_here("--mode=predict", f"--workdir={workdir}", *words, f"--labels={labels}", **user)
     assert last_line(output)["images"] == 2
     named = lines_of(tmp_path / "o")
     assert named[1]["predictions"][0]["label"] == f"digit {named[1]['predictions'][0]['class_id']}"
@@ -69,7 +70,7 @@ def test_predictions_and_exit_status(digits, pictures, user, tmp_path):
     ],
 )
 def test_mistakes(digits, arguments, message, user):
-    output, errors = run_main(*arguments, f"--workdir={digits[0]}", expect=2, **user)
+    output, errors = run_here(*arguments, f"--workdir={digits[0]}", expect=2, **user)
     assert errors.splitlines()[-1].startswith(message)
     assert output == ""
 

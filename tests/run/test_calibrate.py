@@ -37,7 +37,7 @@ def test_a_fit_has_what_was_asked_for():
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory, user):
+def calibrated(tmp_path_factory, user, no_report):
     """The directory of a run, its predictions before it was calibrated, and the last line of that."""
     folder = tmp_path_factory.mktemp("calibrated")
     table = write_label_set(folder / "data", 60)

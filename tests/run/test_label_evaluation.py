@@ -81,7 +81,7 @@ def test_figures_are_those_of_scikit_learn_over_the_whole_split(split):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, user):
+def finished(tmp_path_factory, user, no_report):
     """The table's path, the directory of a finished run, and the last line of its training."""
     folder = tmp_path_factory.mktemp("labels")
     table = write_label_set(folder / "data")
