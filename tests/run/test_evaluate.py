@@ -22,9 +22,10 @@ from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
 from densenet_jax.training.eval_step import EvalSums
 from densenet_jax.training.metrics import ClassificationSums
 from tests.data import fake_imagenet
+from tests.in_process import run_here
 from tests.running import last_line, run_main
 
-MODEL = "densenet_bc_22_12"
+MODEL, BLOCK_SIZES = "densenet_bc_22_12", (1, 1)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # those of the model's row
 LABELS = [1, 2, 0, 2, 3, 4, 1, 8, 2]
 
@@ -32,17 +33,17 @@ LABELS = [1, 2, 0, 2, 3, 4, 1, 8, 2]
 @pytest.fixture(scope="module")
 def variables():
     """A small model with ImageNet's thousand classes, whose logits differ between images as much as between classes."""
-    module = create_model(MODEL, num_classes=1000)
+    module = create_model(MODEL, num_classes=1000, block_sizes=BLOCK_SIZES)
     started = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
     kernel = started["params"]["classifier"]["kernel"]
-    started["params"]["classifier"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(2), kernel.shape)
+    started["params"]["classifier"]["kernel"] = jax.random.normal(jax.random.key(2), kernel.shape)
     return started
 
 
 @pytest.fixture(scope="module")
 def logits_of(variables):
     """Logits of uint8 images."""
-    module = create_model(MODEL, num_classes=1000)
+    module = create_model(MODEL, num_classes=1000, block_sizes=BLOCK_SIZES)
     apply = jax.jit(lambda images: module.apply(variables, normalize(images, MEAN, STD), train=False))
     return lambda images: np.asarray(apply(np.stack(images)))
 
@@ -56,6 +57,7 @@ def arguments(variables, tmp_path_factory):
         "--mode=eval",
         f"--config.model.pretrained={path}",
         f"--config.model.name={MODEL}",
+        f"--config.model.block_sizes={BLOCK_SIZES}",
         "--config.data.image_size_px=32",
         "--config.eval.batch_size=4",
         "--config.eval.crop_fraction=0.8",
@@ -129,7 +131,13 @@ def test_imagenet_a_is_judged_among_its_classes_and_written_by_class(arguments, 
 
 def settings(**changes):
     config = default.get_config()
-    small = {"model.name": MODEL, "data.image_size_px": 32, "train.global_batch_size": 8, "eval.crop_fraction": 0.8}
+    small = {
+        "model.name": MODEL,
+        "model.block_sizes": BLOCK_SIZES,
+        "data.image_size_px": 32,
+        "train.global_batch_size": 8,
+        "eval.crop_fraction": 0.8,
+    }
     config.update_from_flattened_dict(small | changes)
     return check_config(config)
 
@@ -192,6 +200,6 @@ def test_mixing_does_not_pair_the_copies_of_an_image():
 
 def test_repeats_that_do_not_divide_the_batch_are_refused_before_anything_is_written(user, tmp_path):
     arguments = ("--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", "--config.augment.repeats=3")
-    _, errors = run_main(*arguments, expect=2, **user)
+    _, errors = run_here(*arguments, expect=2, **user)
     assert "config.augment.repeats is 3, which does not divide config.train.global_batch_size 64" in errors
     assert not (tmp_path / "run" / "config.json").exists()
