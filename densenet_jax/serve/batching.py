@@ -2,41 +2,14 @@
 
 import asyncio
 import collections
-import concurrent.futures
-import queue
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class DaemonThreads(concurrent.futures.Executor):
-    """Executor whose threads don't keep the process alive: a slow decoder must not delay its end."""
-
-    def __init__(self, count: int, name: str):
-        self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]]] = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def submit(self, work: Callable, /, *args: Any, **options: Any) -> concurrent.futures.Future:
-        """Queues a call."""
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self._jobs.put((future, lambda: work(*args, **options)))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, job = self._jobs.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:
-                    future.set_exception(error)
-            del future, job  # else the thread keeps the last result while it waits
 
 
 class _Call(Generic[Item, Result]):
@@ -75,7 +48,7 @@ class FairQueue(Generic[Item, Result]):
             wait_secs: how long a free worker waits for a group to fill.
         """
         self._work, self._most, self._workers, self._wait_secs = work, most, workers, wait_secs
-        self._threads = DaemonThreads(workers, name)
+        self._threads = ThreadPoolExecutor(workers, name)
         self._calls: collections.deque[_Call[Item, Result]] = collections.deque()
         self._running: set[asyncio.Task[None]] = set()
 

@@ -4,7 +4,7 @@ The messages are the published definitions of the Open Inference Protocol, as Tr
 ourselves, large ones in a thread: grpcio would parse them on the event loop.
 """
 
-import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2 as pb
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access, BodyMemory
 from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array
-from densenet_jax.serve.runtime import VERSION, Classifier, Outputs
+from densenet_jax.serve.runtime import NOT_LOADED, VERSION, Classifier, Outputs
 from densenet_jax.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler
     """Makes the handler of a method, which turns exceptions into statuses and counts them."""
     labels = ("UNARY", SERVICE, name)
     started, duration = STARTED.labels(*labels), DURATION.labels(*labels)
+    handled = functools.cache(lambda code: HANDLED.labels(*labels, code.name))
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         begun = time.perf_counter()
@@ -99,17 +100,14 @@ def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler
             code = grpc.StatusCode.OK
             return answer
         except RequestError as error:
-            code = STATUS.get(error.status, grpc.StatusCode.FAILED_PRECONDITION)
-            await context.abort(code, str(error))
-        except asyncio.CancelledError:
-            raise
+            code, why = STATUS.get(error.status, grpc.StatusCode.FAILED_PRECONDITION), str(error)
         except Exception:
             logger.exception("a gRPC request failed")
-            code = grpc.StatusCode.INTERNAL
-            await context.abort(code, "the server is at fault; its log says why")
+            code, why = grpc.StatusCode.INTERNAL, "the server is at fault; its log says why"
         finally:
-            HANDLED.labels(*labels, code.name).inc()
+            handled(code).inc()
             duration.observe(time.perf_counter() - begun)
+        await context.abort(code, why)
 
     return grpc.unary_unary_rpc_method_handler(call, None, lambda message: message.SerializeToString())
 
@@ -140,14 +138,10 @@ class _Service:
         return pb.ModelMetadataResponse(**self._model.metadata())
 
     async def RepositoryIndex(self, data: bytes) -> pb.RepositoryIndexResponse:  # noqa: N802
-        response = pb.RepositoryIndexResponse()
-        if self._model.is_ready or not _parse(pb.RepositoryIndexRequest, data).ready:
-            state = "READY" if self._model.is_ready else "LOADING"
-            response.models.add(name=self._model.name, version=VERSION, state=state)
-        return response
+        return pb.RepositoryIndexResponse(models=self._model.index(_parse(pb.RepositoryIndexRequest, data).ready))
 
     async def RepositoryModelLoad(self, data: bytes) -> NoReturn:  # noqa: N802
-        raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
+        raise RequestError(NOT_LOADED, 501)
 
     RepositoryModelUnload = RepositoryModelLoad
 

@@ -77,10 +77,9 @@ class Access:
         return context
 
     def check_host(self, host: str) -> None:
-        """Checks a Host header: a page under another name that leads here must not reach us from a visitor's browser.
+        """Raises RequestError (421) unless a Host header is ours.
 
-        Raises:
-            RequestError: 421, it is not one of ours.
+        A page under another name that leads here must not reach us from a visitor's browser.
         """
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
@@ -92,11 +91,7 @@ class Access:
         raise RequestError(f"the host {shorten(name)} is not served here; config.serve.hosts adds names", 421)
 
     def check_token(self, authorization: str) -> None:
-        """Checks the token sent as `Bearer TOKEN`, or, as browsers ask for it, as the password of `Basic`.
-
-        Raises:
-            RequestError: 401, it is not the token.
-        """
+        """Raises RequestError (401) unless the token is sent as `Bearer TOKEN` or, by browsers, as `Basic` password."""
         if not self.token:
             return
         scheme, _, given = authorization.partition(" ")
@@ -127,11 +122,7 @@ class BodyMemory:
         self.used = self.seen = 0
 
     def take(self, count: int, size: int) -> None:
-        """Reserves `count` more bytes for a body that has `size` now; the caller gives them back.
-
-        Raises:
-            RequestError: 503, there is no room.
-        """
+        """Reserves `count` bytes for a body that has `size` now, or raises RequestError (503) if there is no room."""
         if size > SMALL_BODY_BYTES and self.used + count > ALL_BODIES_BYTES:
             raise RequestError("the server has no memory for so large a request at the moment; come again", 503)
         self.used += count
@@ -210,11 +201,7 @@ def _borrow_socket(number: int) -> Iterator[socket.socket]:
 
 
 def check_json(text: bytes | bytearray) -> None:
-    """Rejects JSON that would take much time or memory to parse.
-
-    Raises:
-        RequestError: 413.
-    """
+    """Raises RequestError (413) for JSON that would take much time or memory to parse."""
     if len(text) > MAX_JSON_BYTES:
         raise RequestError(f"the JSON is larger than {MAX_JSON_BYTES} bytes; send the data in binary", 413)
     if text.count(b",") > MAX_JSON_VALUES or text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:

@@ -8,6 +8,7 @@ import array
 import base64
 import binascii
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -83,11 +84,7 @@ class InputChecker:
     dtype: np.dtype  # of pixels: uint8 or uint16
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
-        """Returns the pixels of a request, [n, h, w, c], or its pictures, none of which is decoded yet.
-
-        Raises:
-            RequestError: the request can't be answered.
-        """
+        """Returns the pixels of a request, [n, h, w, c], or its pictures, not decoded; raises RequestError."""
         check_id(request.request_id)
         tensors = request.tensors
         if len(tensors) != 1 or tensors[0].name not in (PIXELS, ENCODED):
@@ -97,7 +94,7 @@ class InputChecker:
             )
         return self._pixels(tensors[0]) if tensors[0].name == PIXELS else self._pictures(tensors[0])
 
-    @property
+    @functools.cached_property
     def datatype(self) -> str:
         """The protocol's name for `dtype`."""
         return self.dtype.name.upper()
@@ -141,11 +138,7 @@ class InputChecker:
 
 
 def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
-    """Reads the size of an encoded picture from its first bytes.
-
-    Raises:
-        RequestError: it is no picture, or too large.
-    """
+    """Reads the size of an encoded picture from its first bytes; raises RequestError if it is none, or too large."""
     if isinstance(value, list) and len(value) == 1:  # shape [n, 1]
         value = value[0]
     if isinstance(value, str) or is_base64:

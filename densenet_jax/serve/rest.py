@@ -1,6 +1,7 @@
 """Serves the protocol over REST: an ASGI application with a page, metrics and a description of itself."""
 
 import asyncio
+import functools
 import html
 import importlib.resources
 import logging
@@ -15,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_
 
 from densenet_jax.serve.limits import BODY_SECS, MAX_BODY_BYTES, MAX_JSON_BYTES, Access, BodyMemory, check_json, header
 from densenet_jax.serve.requests import ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
-from densenet_jax.serve.runtime import MAX_IMAGES, VERSION, Classifier, Outputs
+from densenet_jax.serve.runtime import MAX_IMAGES, NOT_LOADED, VERSION, Classifier, Outputs
 from densenet_jax.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,9 @@ class Rest:
         await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
         method, route = scope["method"] if scope["method"] in METHODS else "other", scope["state"].get("route", "")
-        REQUESTS.labels(method, route, status).inc()
-        DURATION.labels(route).observe(time.perf_counter() - started)
+        requests, duration = _metrics(method, route, status)
+        requests.inc()
+        duration.observe(time.perf_counter() - started)
 
     async def _route(self, scope: Scope, headers: Headers, receive: Receive) -> Reply:
         if scope["method"] not in METHODS:
@@ -119,19 +121,14 @@ class Rest:
                 return _answer_if(model.is_ready and not model.is_stopping, "ready")
             case ["v2", "repository", "index"]:
                 _require(scope, "POST")
-                return _to_json(self._index(await self._body(headers, receive)))
+                body = await self._body(headers, receive)
+                check_json(body)
+                return _to_json(model.index(bool(_parse_json(body).get("ready")) if body else False))
             case ["v2", "repository", "models", name, "load" | "unload"]:
                 _require(scope, "POST")
                 model.check_name(name)
-                raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
+                raise RequestError(NOT_LOADED, 501)
         raise RequestError("there is nothing at this address; /docs tells what there is", 404)
-
-    def _index(self, body: bytes | bytearray) -> list[dict[str, str]]:
-        check_json(body)
-        only_ready = _parse_json(body).get("ready", False) if body else False
-        state = "READY" if self._model.is_ready else "LOADING"
-        one = {"name": self._model.name, "version": VERSION, "state": state, "reason": ""}
-        return [one] if self._model.is_ready or not only_ready else []
 
     async def _infer(self, headers: Headers, receive: Receive) -> Reply:
         # A small compressed body may unpack to any size.
@@ -191,6 +188,11 @@ class Rest:
         if refused is not None:
             raise refused
         return body
+
+
+@functools.cache
+def _metrics(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    return REQUESTS.labels(method, route, status), DURATION.labels(route)
 
 
 def _answer_if(is_good: bool, state: str, **more: str) -> Reply:

@@ -5,12 +5,12 @@ requests taking turns.
 """
 
 import asyncio
-import contextlib
 import functools
 import gc
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,11 +27,13 @@ OUTPUTS = {PROBABILITIES: "FP32", "class_ids": "INT32", "labels": "BYTES", "top_
 PREDICTED = "predicted"
 BEST = 5  # classes in the outputs that name the best; a model of many labels names all
 VERSION = "1"  # the only one of the model
+NOT_LOADED = "models are not loaded or unloaded: a server serves the one it started with"
 MAX_IMAGES = 64  # in one request
 MAX_REQUESTS = 256  # at a time; more are asked to come back
 INLINE_BYTES = 256 * 2**10  # smaller requests are parsed on the event loop: a thread would cost more
 DECODED_TOGETHER = 16  # pictures: handing one to a thread costs as much as decoding a small one
 LARGE_PIXELS = 2_000_000  # larger pictures have threads of their own
+LATE = -1.0  # in place of the deadline of a request that has been given up
 BATCHES = Counter("served_batches", "Batches that were computed, each of one or more requests.")
 IMAGES = Counter("served_images", "Images that were computed.")
 _LABELS = ("model", "version")
@@ -46,56 +48,37 @@ Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; 
 class Classifier:
     """The model behind both protocols."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        *,
-        batch_wait_secs: float = 0.0,
-        request_secs: float = 30.0,
-        max_pixels: int = 2 * 10**8,
-    ):
-        """Takes the settings of `config.serve`; compiles nothing yet."""
+    def __init__(self, predictor: Predictor, settings: Any):
+        """Takes `config.serve`; compiles nothing yet."""
         self.name = predictor.model.name
         # Calibrated labels have thresholds, and with them an answer: 1 from its threshold on, else 0.
         self._outputs = OUTPUTS if predictor.thresholds is None else OUTPUTS | {PREDICTED: "INT32"}
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
-        self._predictor, self._request_secs = predictor, request_secs
-        self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, max_pixels, predictor.model.transform.dtype)
+        self._predictor, self._request_secs = predictor, settings.request_secs
+        transform, most_pixels = predictor.model.transform, settings.max_request_pixels
+        self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, most_pixels, transform.dtype)
         self._read = FairQueue(_call_all, name="read")
         cores = os.cpu_count() or 1
         self._decode = FairQueue(self._decode_all, name="decode", most=DECODED_TOGETHER, workers=2)
         self._decode_large = FairQueue(self._decode_all, name="decode-large", workers=max(1, cores // 2))
         self._compute = FairQueue(
-            self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=batch_wait_secs
+            self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=settings.batch_wait_secs
         )
         # Files of more bits than the model was trained on are rare: one size is compiled for them.
         self._wide_sizes: dict[np.dtype, tuple[int, ...]] = {}
-        if predictor.model.transform.bits == 0:
+        if transform.bits == 0:
             self._wide_sizes[np.dtype(np.uint16)] = predictor.batch_sizes[:1]
         self._explain = FairQueue(self._explain_all, name="explain", most=predictor.batch_sizes[0])
         self._can_explain = len(predictor.image_shape) == 3  # not with ten crops
-        self._under_way: set[asyncio.Timeout] = set()
+        self._deadlines: dict[asyncio.Task, float] = {}  # of requests under way
         labels = {"model": self.name, "version": VERSION}
         self._successes, self._failures = SUCCESSES.labels(**labels), FAILURES.labels(**labels)
         self._duration = DURATION.labels(**labels)
 
     async def compile(self) -> None:
         """Compiles every batch size; after that the model is ready."""
-        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-
-        def work() -> None:
-            try:
-                self._compile()
-                error = None
-            except Exception as raised:
-                error = raised
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(done.set_result, error)
-
-        threading.Thread(target=work, daemon=True).start()
-        if (error := await done) is not None:
-            raise error
+        await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), self._compile)
         gc.freeze()  # later collections skip everything loaded at the start
         self.is_ready = True
 
@@ -117,6 +100,12 @@ class Classifier:
         if name != self.name or version not in ("", VERSION):
             which = f" of version {shorten(version)}" if version else ""
             raise RequestError(f"there is no model {shorten(name)}{which}", 404)
+
+    def index(self, only_ready: bool) -> list[dict[str, str]]:
+        """Lists the models of the repository."""
+        state = "READY" if self.is_ready else "LOADING"
+        one = {"name": self.name, "version": VERSION, "state": state, "reason": ""}
+        return [one] if self.is_ready or not only_ready else []
 
     def metadata(self) -> dict[str, Any]:
         """Describes inputs and outputs in the protocol's terms; -1 is any number of images."""
@@ -151,43 +140,56 @@ class Classifier:
             RequestError: it is rejected (400, 404, 413), the server is too busy or stopping (503), or it took too long
                 (504).
         """
-        with self._duration.time(), self._failures.count_exceptions():
-            with self._admit() as deadline:
-                try:
-                    async with deadline:
-                        request, answers, outputs = await self._answer(read, size)
-                except TimeoutError as error:
-                    if self.is_stopping:
-                        raise RequestError("the server is stopping", 503) from error
-                    raise RequestError(f"it took more than {self._request_secs:g} seconds", 504) from error
-            written = [self._output(wanted, *answers) for wanted in outputs]
+        begun = time.perf_counter()
+        try:
+            request, outputs, count = await self._infer(read, size)
+        except Exception:
+            self._failures.inc()
+            raise
+        finally:
+            self._duration.observe(time.perf_counter() - begun)
         self._successes.inc()
         self.requests_served += 1
-        self.images_served += len(answers[0])
-        return request, written
+        self.images_served += count
+        return request, outputs
 
-    @contextlib.contextmanager
-    def _admit(self) -> Iterator[asyncio.Timeout]:
+    async def _infer(self, read: Callable[[], Request], size: int) -> tuple[Request, Outputs, int]:
         if self.is_stopping or not self.is_ready:
             raise RequestError(f"the server is {'stopping' if self.is_stopping else 'not ready yet'}", 503)
-        if len(self._under_way) >= MAX_REQUESTS:
+        if len(self._deadlines) >= MAX_REQUESTS:
             raise RequestError(f"{MAX_REQUESTS} requests are under way; come again", 503)
-        deadline = asyncio.timeout(self._request_secs)
-        self._under_way.add(deadline)
+        task = asyncio.current_task()
+        assert task is not None
+        self._deadlines[task] = time.monotonic() + self._request_secs
         try:
-            yield deadline
+            request, answers, outputs = await self._answer(read, size)
+            return request, [self._output(wanted, *answers) for wanted in outputs], len(answers[0])
+        except asyncio.CancelledError:
+            if self._deadlines[task] != LATE:
+                raise  # its client is gone
+            task.uncancel()
+            if self.is_stopping:
+                raise RequestError("the server is stopping", 503) from None
+            raise RequestError(f"it took more than {self._request_secs:g} seconds", 504) from None
         finally:
-            self._under_way.discard(deadline)
+            del self._deadlines[task]
+
+    def give_up_late(self) -> None:
+        """Gives up the requests that are past their deadline; called many times a second."""
+        now = time.monotonic()
+        for task, deadline in list(self._deadlines.items()):
+            if LATE < deadline <= now:
+                self._deadlines[task] = LATE
+                task.cancel()
 
     async def stop(self, secs: float) -> None:
         """Rejects new requests and gives up those not answered within `secs`."""
         self.is_stopping = True
-        loop = asyncio.get_running_loop()
-        end = loop.time() + secs
-        while self._under_way and loop.time() < end:
+        end = time.monotonic() + secs
+        while self._deadlines and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        for deadline in self._under_way:
-            deadline.reschedule(loop.time())
+        self._deadlines |= {task: min(deadline, end) for task, deadline in self._deadlines.items()}
+        self.give_up_late()
 
     async def _answer(self, read: Callable[[], Request], size: int) -> tuple[Request, Answers, list[Wanted]]:
         def prepare() -> tuple[Request, np.ndarray | list[Picture]]:
@@ -272,8 +274,7 @@ def _call_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 def select_outputs(request: Request, outputs: Mapping[str, str] = OUTPUTS) -> list[Wanted]:
     """Returns those of the `outputs` that a request asks for, in its order; all but activation maps if it names none.
 
-    Raises:
-        RequestError: there is no such output, or classes of one that has none.
+    Raises RequestError if there is no such output, or for classes of one that has none.
     """
     for wanted in request.outputs:
         if wanted.name not in outputs:

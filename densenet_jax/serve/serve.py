@@ -1,6 +1,5 @@
 """Serves a classifier over REST and gRPC: the Open Inference Protocol v2, metrics, and a page to try it on."""
 
-import asyncio
 import dataclasses
 import importlib.util
 import os
@@ -12,9 +11,9 @@ from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.limits import Access
-from densenet_jax.system.console import print_status, spinner
+from densenet_jax.system.console import print_status
 
-NEEDED = ("uvicorn", "httptools", "orjson", "grpc", "tritonclient", "prometheus_client")
+NEEDED = ("uvicorn", "httptools", "uvloop", "orjson", "grpc", "tritonclient", "prometheus_client")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,37 +87,7 @@ def serve(
     """
     import uvloop
 
+    from densenet_jax.serve import server
+
     processes.abandon_threads()  # of a compilation, or of pictures that nobody waits for any more
-    return uvloop.run(_serve(predictor, listener, address, access, config))
-
-
-async def _serve(
-    predictor: Predictor, listener: socket.socket, address: Address, access: Access, config: Any
-) -> dict[str, Any]:
-    from densenet_jax.serve.runtime import Classifier
-    from densenet_jax.serve.server import Server
-
-    model = Classifier(
-        predictor,
-        batch_wait_secs=config.serve.batch_wait_secs,
-        request_secs=config.serve.request_secs,
-        max_pixels=config.serve.max_request_pixels,
-    )
-    server = Server(model, access, listener, address.host, address.grpc_port)
-    await server.start()
-    stopped = asyncio.create_task(server.stopped())
-    compiling = asyncio.create_task(model.compile())
-    with spinner(f"compiling for {', '.join(map(str, predictor.batch_sizes))} images"):
-        await asyncio.wait([stopped, compiling], return_when=asyncio.FIRST_COMPLETED)
-    if compiling.done():
-        compiling.result()
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        where = f"{'https' if access.certificate else 'http'}://{host}:{server.port}"
-        if not access.is_loopback and not access.token:
-            print_status(f"anybody who reaches {host} may ask: there is no login; config.serve.token_file sets one")
-        print_status(f"{model.name} is ready: REST and a page on {where}/, metrics on {where}/metrics")
-        print_status(f"gRPC on {host}:{server.grpc_port}; Ctrl-C or SIGTERM stops")
-    await stopped
-    await server.stop(config.serve.stop_secs)
-    print_status(f"stopped after {model.requests_served:,} requests with {model.images_served:,} images")
-    return {"requests": model.requests_served, "images": model.images_served}
+    return uvloop.run(server.run(predictor, listener, address.host, address.grpc_port, access, config.serve))

@@ -13,6 +13,7 @@ import pytest
 import requests
 from PIL import Image
 
+from configs import default
 from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run_settings import read_run_settings
@@ -334,7 +335,7 @@ def test_nothing_is_compiled_after_the_start(served, pictures):
     predictor = Predictor(served.model, batch_sizes=(8, 32))
 
     async def ask():
-        model = Classifier(predictor)
+        model = Classifier(predictor, default.get_config().serve)
         await model.compile()
         compiled = predictor._step._cache_size()
         request = Request(
