@@ -48,22 +48,22 @@ Outputs: TypeAlias = list[tuple[Wanted, str, np.ndarray]]  # with the datatype; 
 class Classifier:
     """The model behind both protocols."""
 
-    def __init__(self, predictor: Predictor, settings: Any):
-        """Takes `config.serve`; compiles nothing yet."""
+    def __init__(self, predictor: Predictor, config: Any):
+        """Reads `config.serve`; compiles nothing yet."""
         self.name = predictor.model.name
         # Calibrated labels have thresholds, and with them an answer: 1 from its threshold on, else 0.
         self._outputs = OUTPUTS if predictor.thresholds is None else OUTPUTS | {PREDICTED: "INT32"}
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
-        self._predictor, self._request_secs = predictor, settings.request_secs
-        transform, most_pixels = predictor.model.transform, settings.max_request_pixels
+        self._predictor, self._request_secs = predictor, config.serve.request_secs
+        transform, most_pixels = predictor.model.transform, config.serve.max_request_pixels
         self._checker = InputChecker(predictor.image_shape, MAX_IMAGES, most_pixels, transform.dtype)
         self._read = FairQueue(_call_all, name="read")
         cores = os.cpu_count() or 1
         self._decode = FairQueue(self._decode_all, name="decode", most=DECODED_TOGETHER, workers=2)
         self._decode_large = FairQueue(self._decode_all, name="decode-large", workers=max(1, cores // 2))
         self._compute = FairQueue(
-            self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=settings.batch_wait_secs
+            self._compute_all, name="device", most=predictor.batch_sizes[-1], wait_secs=config.serve.batch_wait_secs
         )
         # Files of more bits than the model was trained on are rare: one size is compiled for them.
         self._wide_sizes: dict[np.dtype, tuple[int, ...]] = {}

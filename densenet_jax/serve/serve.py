@@ -90,4 +90,4 @@ def serve(
     from densenet_jax.serve import server
 
     processes.abandon_threads()  # of a compilation, or of pictures that nobody waits for any more
-    return uvloop.run(server.run(predictor, listener, address.host, address.grpc_port, access, config.serve))
+    return uvloop.run(server.run(predictor, listener, address.host, address.grpc_port, access, config))

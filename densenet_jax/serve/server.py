@@ -35,7 +35,7 @@ FLUSH_SECS = 2.0  # to send the last answers
 
 
 async def run(
-    predictor: Predictor, listener: socket.socket, host: str, grpc_port: int, access: Access, settings: Any
+    predictor: Predictor, listener: socket.socket, host: str, grpc_port: int, access: Access, config: Any
 ) -> dict[str, Any]:
     """Serves until SIGTERM or Ctrl-C: accepts nothing new then, and finishes requests or answers 503 to them.
 
@@ -43,7 +43,6 @@ async def run(
 
     Args:
         listener: bound to the REST address.
-        settings: `config.serve`.
 
     Returns:
         the counts of answered requests and images.
@@ -54,10 +53,10 @@ async def run(
     for library in ("uvicorn.error", "uvicorn", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    model, memory = Classifier(predictor, settings), BodyMemory()
+    model, memory = Classifier(predictor, config), BodyMemory()
     most, most_grpc = allow_connections()
     state, tls = ServerState(), access.tls()
-    config = uvicorn.Config(
+    asgi = uvicorn.Config(
         Rest(model, access, memory),
         http=LimitedProtocol,
         log_config=None,
@@ -68,10 +67,10 @@ async def run(
         interface="asgi3",
         timeout_keep_alive=int(IDLE_SECS),
     )
-    config.load()
+    asgi.load()
     grpc, grpc_port = make_server(model, access, memory, host, grpc_port, most_grpc)
     rest = await loop.create_server(
-        lambda: LimitedProtocol(config, state, {}, most=most),
+        lambda: LimitedProtocol(asgi, state, {}, most=most),
         sock=listener,
         ssl=tls,
         backlog=256,
@@ -95,8 +94,8 @@ async def run(
     await stopping
     rest.close()
     _shut_down(state)
-    closing = asyncio.create_task(grpc.stop(settings.stop_secs + FLUSH_SECS / 2))
-    await model.stop(settings.stop_secs)
+    closing = asyncio.create_task(grpc.stop(config.serve.stop_secs + FLUSH_SECS / 2))
+    await model.stop(config.serve.stop_secs)
     await asyncio.wait([closing, *state.tasks], timeout=FLUSH_SECS)
     watching.cancel()
     _shut_down(state)

@@ -13,11 +13,11 @@ from densenet_jax.serve.requests import Request, Tensor, Wanted
 from densenet_jax.serve.runtime import Classifier
 from tests.export.exporting import small_model
 
-SETTINGS = default.get_config().serve
+CONFIG = default.get_config()
 
 
 def test_a_model_of_many_labels_names_all_of_them():
-    model = Classifier(Predictor(dataclasses.replace(small_model(), many_labels=True)), SETTINGS)
+    model = Classifier(Predictor(dataclasses.replace(small_model(), many_labels=True)), CONFIG)
     assert [output["shape"] for output in model.metadata()["outputs"]][:4] == [[-1, 7]] * 4
     rows = np.linspace(0.1, 0.9, 14, dtype=np.float32).reshape(2, 7)
     _, _, labels = model._output(Wanted("labels"), rows)
@@ -29,9 +29,7 @@ def test_a_model_of_many_labels_names_all_of_them():
 
 def test_calibrated_labels_say_which_are_predicted():
     calibration = Calibration((1.0,) * 7, (0.2, 0.2, 0.2, float("nan"), 0.95, 0.2, 0.2))
-    model = Classifier(
-        Predictor(dataclasses.replace(small_model(), many_labels=True, calibration=calibration)), SETTINGS
-    )
+    model = Classifier(Predictor(dataclasses.replace(small_model(), many_labels=True, calibration=calibration)), CONFIG)
     assert model.metadata()["outputs"][-1] == {"name": "predicted", "datatype": "INT32", "shape": [-1, 7]}
     rows = np.array([[0.1, 0.3, 0.31, 0.45, 0.9, 0.21, 0.22]], np.float32)
     _, datatype, predicted = model._output(Wanted("predicted"), rows, None)
@@ -42,7 +40,7 @@ def test_calibrated_labels_say_which_are_predicted():
 
 
 def test_a_late_request_is_given_up_and_one_without_a_client_dropped():
-    model = Classifier(Predictor(small_model()), SETTINGS)
+    model = Classifier(Predictor(small_model()), CONFIG)
     model.is_ready = True
     model._compute = lambda pixels: asyncio.Event().wait()
     shape = [1, *model._predictor.image_shape]

@@ -335,7 +335,7 @@ def test_nothing_is_compiled_after_the_start(served, pictures):
     predictor = Predictor(served.model, batch_sizes=(8, 32))
 
     async def ask():
-        model = Classifier(predictor, default.get_config().serve)
+        model = Classifier(predictor, default.get_config())
         await model.compile()
         compiled = predictor._step._cache_size()
         request = Request(
