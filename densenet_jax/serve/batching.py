@@ -10,6 +10,7 @@ import numpy as np
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+FRUITLESS_TURNS = 3  # of the event loop: grpcio takes a few for a request
 
 
 class _Call(Generic[Item, Result]):
@@ -71,11 +72,21 @@ class FairQueue(Generic[Item, Result]):
         try:
             if self._wait_secs and self._waiting() < self._most:
                 await asyncio.sleep(self._wait_secs)
-            while group := self._take():
-                await self._work_on(group)
+            while self._calls:
+                await self._gather()
+                if group := self._take():
+                    await self._work_on(group)
         finally:
             # At once, not when the loop gets to it: items queued meanwhile would wait for a worker that is gone.
             self._running.discard(asyncio.current_task())
+
+    async def _gather(self) -> None:
+        """Lets the event loop read what has arrived, as long as that brings calls; waits for no clock."""
+        known = fruitless = 0
+        while fruitless < FRUITLESS_TURNS and len(self._calls) < self._most:
+            fruitless = fruitless + 1 if len(self._calls) == known else 0
+            known = len(self._calls)
+            await asyncio.sleep(0)
 
     def _waiting(self) -> int:
         return sum(len(call.items) - call.next for call in self._calls)
