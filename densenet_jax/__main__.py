@@ -34,7 +34,7 @@ def help_or_version(arguments: list[str]) -> str:
     words = [word.removeprefix("--mode=") for word in arguments]
     if mode := next((word for word in words if word in MODES), ""):
         return describe(mode)
-    from densenet_jax import recipes
+    from densenet_jax.config import recipes
     from densenet_jax.models.variants import list_models
 
     listed = "\n".join(entry(name, text, width=24) for name, text in recipes.summaries().items())

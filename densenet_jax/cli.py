@@ -15,12 +15,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from densenet_jax import recipes
-from densenet_jax.config import check_config, flatten, to_dict
+from densenet_jax.config import check_config, flatten, recipes, to_dict
+from densenet_jax.config.run_settings import read_run_settings, read_settings, started_from
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.flags import MODES, Command
 from densenet_jax.models.variants import get_variant
-from densenet_jax.run_settings import read_run_settings, read_settings, started_from
 from densenet_jax.system.console import drop, print_status
 from densenet_jax.system.logs import start_quietly
 

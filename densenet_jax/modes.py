@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from densenet_jax.config import flatten, to_dict
+from densenet_jax.config.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.distributed import processes
 from densenet_jax.flags import Command
-from densenet_jax.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import user_cache
 from densenet_jax.system.logs import set_up_logging, start_quietly

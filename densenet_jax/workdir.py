@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 from densenet_jax.config import to_dict
+from densenet_jax.config.run_settings import check_settings, differences, read_settings
 from densenet_jax.data.class_names import LABELS_FILE, format_labels, read_labels
 from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
-from densenet_jax.run_settings import check_settings, differences, read_settings
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
 from densenet_jax.training.integrity import finished_steps

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from densenet_jax import cli, modes, recipes
+from densenet_jax import cli, modes
 from densenet_jax.__main__ import help_or_version
 from densenet_jax.cli import parse
+from densenet_jax.config import recipes
 from densenet_jax.flags import MODES, Command
 from densenet_jax.version import __version__
 from tests.in_process import run_here

@@ -12,8 +12,8 @@ import pytest
 from configs import default
 from densenet_jax.cli import explain_flag_error
 from densenet_jax.config import check_config, flatten, to_dict
+from densenet_jax.config.run_settings import differences
 from densenet_jax.errors import UserError
-from densenet_jax.run_settings import differences
 from densenet_jax.workdir import claim_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent

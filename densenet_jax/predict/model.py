@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from densenet_jax.config.run_settings import started_from
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
 from densenet_jax.data.sources import is_prepared
@@ -22,7 +23,6 @@ from densenet_jax.models.pretrained import load_pretrained, read_class_names, re
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
-from densenet_jax.run_settings import started_from
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.restore import restore_variables
 from densenet_jax.workdir import labels_path

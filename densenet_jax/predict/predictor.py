@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from densenet_jax.config.run_settings import read_run_settings
 from densenet_jax.data.batches import available_cores
 from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.pixels import join
@@ -30,7 +31,6 @@ from densenet_jax.predict.images import (
     read_encoded,
 )
 from densenet_jax.predict.model import Deployed, make_deployed, make_deployed_from_pretrained
-from densenet_jax.run_settings import read_run_settings
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import itertools
 import os
 from collections.abc import Sequence
 
+from densenet_jax.config.run_settings import read_settings
 from densenet_jax.errors import UserError
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE, compare_charts, final_figures
 from densenet_jax.report.settings import different_settings
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metrics_file import read_metrics
-from densenet_jax.run_settings import read_settings
 from densenet_jax.system.console import print_status
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from densenet_jax.config.run_settings import read_settings
 from densenet_jax.experiment import Experiment
 from densenet_jax.flags import Command, program_words
 from densenet_jax.report import page
@@ -27,7 +28,6 @@ from densenet_jax.report.settings import changed_settings, every_setting
 from densenet_jax.report.trust import calibration_section, label_sections
 from densenet_jax.report.write import write_page
 from densenet_jax.run.metrics_file import read_metrics
-from densenet_jax.run_settings import read_settings
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.best_metric import score_figures
 

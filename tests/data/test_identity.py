@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from configs import digits
 from densenet_jax.config import check_config
+from densenet_jax.config.run_settings import read_run_settings
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import _sample_contents, check_identity, is_contradiction
 from densenet_jax.data.records import Record
@@ -22,7 +23,6 @@ from densenet_jax.export.graph import make_graph
 from densenet_jax.models.pretrained import read_class_names, save_torch_state_dict
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset, train
-from densenet_jax.run_settings import read_run_settings
 from densenet_jax.workdir import write_labels
 from tests.deployed_run import make_run
 

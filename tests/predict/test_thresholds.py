@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from densenet_jax import recipes
-from densenet_jax.config import check_config
+from densenet_jax.config import check_config, recipes
 from densenet_jax.errors import UserError
 from densenet_jax.export.graph import make_graph
 from densenet_jax.models.dialects import thresholds_of

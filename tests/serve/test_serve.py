@@ -14,9 +14,9 @@ import requests
 from PIL import Image
 
 from configs import default
+from densenet_jax.config.run_settings import read_run_settings
 from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
-from densenet_jax.run_settings import read_run_settings
 from tests.deployed_run import make_run
 from tests.extras import needs
 from tests.predict.files import BOMBS, encoded

@@ -12,7 +12,7 @@ from typing import Any
 
 from densenet_jax.errors import UserError
 
-_PACKAGE = pathlib.Path(__file__).parent
+_PACKAGE = pathlib.Path(__file__).parent.parent
 
 
 def directory() -> pathlib.Path:

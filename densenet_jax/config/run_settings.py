@@ -7,8 +7,8 @@ from typing import Any
 
 import ml_collections
 
-from densenet_jax import recipes
-from densenet_jax.config import check_config, flatten, to_dict
+from densenet_jax.config import recipes
+from densenet_jax.config.rules import check_config, flatten, to_dict
 from densenet_jax.errors import UserError, first_line
 
 # A run may be continued with other values of these: they change where or how fast it computes, not what.
