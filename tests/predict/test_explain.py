@@ -69,8 +69,8 @@ def grad_cam_by_hand(module, variables, x, classes, inner):
     ("name", "layers", "layer", "inner"),
     [
         ("small_densenet", [4, 8, 16, 32], "stride_8", "denseblock2"),
-        ("small_dpn_b", [4, 8, 16, 32], "stride_4", "conv2_2"),
-        ("small_rdnet", [4, 8, 16], "stride_8", "stage3"),
+        ("small_dpn_b", [4, 8], "stride_4", "conv2_2"),
+        ("small_rdnet", [4, 8], "stride_4", "stage1"),
     ],
 )
 def test_grad_cam_weighs_a_layer_by_the_mean_gradient_of_the_logit(name, layers, layer, inner):

@@ -71,7 +71,7 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, ex
 
 
 def test_commands_fit_the_state(monkeypatch):
-    monkeypatch.setattr(plots, "_png", lambda figure, dpi=0: b"")  # drawing takes two seconds a page
+    monkeypatch.setattr(plots, "to_png", lambda figure, dpi=0: b"")  # drawing takes two seconds a page
 
     def commands(total_steps, recorded, **train):
         command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
