@@ -16,7 +16,7 @@ from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
-from densenet_jax.training.eval_step import EvalSums, make_eval_step, make_logits_step, make_predict_step
+from densenet_jax.training.eval_step import EvalSums, PredictStep, make_eval_step, make_logits_step, make_predict_step
 from densenet_jax.training.restore import check_same_shapes, restore_variables
 from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import TrainStep
@@ -138,13 +138,13 @@ class Experiment(Parts):
         jitted = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
         return jitted.lower(self._abstract_variables(), batch).compile()
 
-    def compile_predict_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+    def compile_predict_step(self) -> PredictStep:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
         step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes, many_labels=self.many_labels)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
-    def compile_logits_step(self) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+    def compile_logits_step(self) -> PredictStep:
         """Makes the step that returns the logits of every example, compiled on first use."""
         normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
         step = make_logits_step(self.model, normalize, classes=self.data.allowed_classes)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
+from densenet_jax.training.eval_step import PredictStep
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ class Surest(Generic[T]):
 
 
 def gather_answers(
-    predict_step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    predict_step: PredictStep,
     variables: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,

@@ -1,10 +1,9 @@
 """The report's part about many labels an image: predictions of a split, scores of each label, and mistakes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,6 +13,7 @@ from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.bootstrap import DRAWS, Intervals, label_intervals
 from densenet_jax.scores.calibration import Reliability, Trust, sigmoid, trust_labels
 from densenet_jax.scores.labels import SCORES, LabelScores, score_labels
+from densenet_jax.training.eval_step import PredictStep
 
 _MOST_WORK = 4e9  # examples times labels times draws
 _COLUMNS = ("auroc", "average_precision", "f1", "sensitivity", "specificity")
@@ -41,7 +41,7 @@ class LabelAnswers:
 
 
 def gather_label_answers(
-    step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    step: PredictStep,
     variables: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,

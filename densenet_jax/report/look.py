@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from densenet_jax.report.gather import Answers, gather_answers
 from densenet_jax.report.labels import LabelAnswers, LabelTable, gather_label_answers
 from densenet_jax.scores.bootstrap import Intervals, class_intervals
 from densenet_jax.scores.classes import ClassScores
+from densenet_jax.training.eval_step import PredictStep
 from densenet_jax.training.sharding import replicated
 from densenet_jax.training.timeline import Timeline
 
@@ -94,7 +94,7 @@ def look_at(experiment: Experiment, workdir: str) -> Look:
 
 def compile_explaining_step(
     experiment: Experiment,
-) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+) -> PredictStep:
     """Extends the prediction step by "map" float32 [b, h, w], the class activation map of the predicted class.
 
     With ten-crop evaluation it is that of the center crop.
@@ -114,7 +114,7 @@ def compile_explaining_step(
 
 def compile_label_step(
     experiment: Experiment,
-) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]:
+) -> PredictStep:
     """Extends the step of logits by "worst" int [b], each image's label with the largest error, and its "map"."""
     logits_step = experiment.compile_logits_step()
     normalize = normalize_with(experiment.data.mean_std(), experiment.policy.compute_dtype)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from densenet_jax.scores.classes import ClassScores
 from densenet_jax.scores.labels import score_labels
 from densenet_jax.system.console import Bar
-from densenet_jax.training.eval_step import EvalSums
+from densenet_jax.training.eval_step import EvalSums, PredictStep
 from densenet_jax.training.sharding import to_devices
 
 
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def predict_batches(
-    step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    step: PredictStep,
     variables: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
@@ -84,7 +84,7 @@ def predict_batches(
 
 
 def gather_rows(
-    step: Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]],
+    step: PredictStep,
     variables: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,

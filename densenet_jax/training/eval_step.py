@@ -16,6 +16,7 @@ from densenet_jax.training.metrics import ClassificationSums, LabelSums, best_of
 
 Batch = dict[str, Array]
 Normalize = Callable[[UInt[Array, "b h w c"]], Float[Array, "b h w c"]]
+PredictStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]  # jitted: (variables, batch)
 
 
 @flax.struct.dataclass
