@@ -125,9 +125,7 @@ def _class_names(names: Sequence[str]) -> dict[str, str]:
 
 def _thresholds(model: Deployed) -> dict[str, str]:
     """Returns the calibrated thresholds as a JSON list, null where a label has none."""
-    if model.calibration is None or not model.calibration.thresholds:
-        return {}
-    return {"thresholds": to_json(model.calibration.thresholds)}
+    return {} if model.thresholds is None else {"thresholds": to_json(model.thresholds)}
 
 
 def to_float32(module: nn.Module) -> nn.Module:

@@ -119,7 +119,7 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
             _Run(model, options, output, stop, todo).run()
         output.finish()
         if is_table(options.output):
-            decided = model.calibration is not None and bool(model.calibration.thresholds)
+            decided = model.thresholds is not None
             write_table(options.output, options.lines, model.class_names, options.topk, decided=decided)
             output.remove()
         figures = {"images": output.answered, "refused": output.refused, "path": options.output}

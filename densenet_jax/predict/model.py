@@ -50,6 +50,11 @@ class Deployed:
     calibration: Calibration | None = None  # already in the weights of the classifier
     many_labels: bool = False  # images have many labels, each with a probability of its own, instead of one class
 
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Probability of each label from which on it is predicted; None without a calibration of many labels."""
+        return (self.calibration.thresholds or None) if self.calibration is not None else None
+
 
 def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.

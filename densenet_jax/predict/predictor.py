@@ -224,8 +224,7 @@ class Predictor(CompiledModel):
     @property
     def thresholds(self) -> tuple[float, ...] | None:
         """Probability of each label from which on it is predicted; None without a calibration of many labels."""
-        calibration = self.model.calibration
-        return None if calibration is None or not calibration.thresholds else calibration.thresholds
+        return self.model.thresholds
 
     def is_predicted(self, answer: ClassProbability) -> bool:
         """Returns whether one of many labels is predicted: by its threshold, else if it is more likely than not."""
