@@ -1,47 +1,15 @@
 """Charts and final figures from the metrics of one or several runs."""
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from densenet_jax.report.page import Picture
-from densenet_jax.report.plots import DARK, LIGHT, Line, line_chart
+from densenet_jax.report.plots import Chart, Line
 from densenet_jax.training.best_metric import chosen_metric, metric_words, score_figures, show_score
 
 Record = Mapping[str, Any]
 NONE = "–"  # stands for a missing figure
 _MANY = 30  # lines with at least this many values are drawn without markers
-
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """One chart; the fields are those of `densenet_jax.report.plots.line_chart`."""
-
-    name: str
-    title: str
-    y_label: str
-    lines: tuple[Line, ...]
-    percent: bool = False
-    y_from_zero: bool = False
-    logarithmic: bool = False
-
-    def render(self) -> tuple[str, Picture]:
-        """Draws the chart for light and dark pages and returns its title and picture."""
-        light, dark = (
-            line_chart(
-                self.lines,
-                x_label="epochs",
-                y_label=self.y_label,
-                theme=theme,
-                percent=self.percent,
-                y_from_zero=self.y_from_zero,
-                logarithmic=self.logarithmic,
-            )
-            for theme in (LIGHT, DARK)
-        )
-        shown = ", ".join(line.label for line in self.lines if len(line.xs))
-        return self.title, Picture(self.name, light, f"{self.title} over epochs: {shown}", dark)
 
 
 def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
@@ -135,11 +103,6 @@ def _scores_of(record: Record) -> list[tuple[str, Callable[[float], str]]]:
     if "auroc" in record:
         return [(name, "{:.4f}".format) for name in ("auroc", "average_precision", "f1")]
     return [(name, "{:.2%}".format) for name in ("top1", "top5")]
-
-
-def curve(records: Sequence[Record], split: str, key: str, style: int) -> Line:
-    """Returns one metric of one split over epochs, labeled with the split."""
-    return _line(records, split, key, split, style)
 
 
 def _line(records: Sequence[Record], split: str, key: str, label: str, style: int) -> Line:

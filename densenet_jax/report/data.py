@@ -10,7 +10,7 @@ import numpy as np
 from densenet_jax.data.summary import SplitSummary, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.report import page
-from densenet_jax.report.plots import DARK, LIGHT, balance_chart, picture, together_chart
+from densenet_jax.report.plots import balance_chart, make_picture, picture, together_chart
 from densenet_jax.report.write import write_page
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import to_devices
@@ -45,8 +45,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         "evaluated": _grid("data_evaluated", shown, titles),
     }
     counts = {name: summary.class_counts for name, summary in splits.items()}
-    light, dark = (balance_chart(counts, names, theme=theme) for theme in (LIGHT, DARK))
-    balance = page.Picture("class_balance", light, "examples of each class, largest first", dark)
+    balance = make_picture("class_balance", "examples of each class, largest first", balance_chart, counts, names)
     labels, charts = _labels_section(splits, names)
     content = page.document(
         f"{data_name} as the model sees it",
@@ -127,9 +126,8 @@ def _labels_section(splits: dict[str, SplitSummary], names: Sequence[str]) -> tu
             share = f"{present / max(1, summary.examples - unknown):.1%}"
             rows.append((split, name, *(f"{count:,}" for count in counts), share))
         if len(names) <= _MOST_TOGETHER:
-            light, dark = (together_chart(summary.together, names, theme=theme) for theme in (LIGHT, DARK))
-            text = f"images of {split} that have both labels"
-            charts.append(page.Picture(f"labels_together_{split}", light, text, dark))
+            alt = f"images of {split} that have both labels"
+            charts.append(make_picture(f"labels_together_{split}", alt, together_chart, summary.together, names))
     headings = ("split", "label", "present", "absent", "unknown", "present of known")
     content = [page.table(headings, rows, numbers=range(2, 6))]
     if charts:

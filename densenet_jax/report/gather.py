@@ -1,177 +1,180 @@
-"""Predicts a whole split for the report: confusion counts and the most confident mistakes."""
+"""Predicts a whole split for the report: the answers, and the most confident mistakes."""
 
+import collections
 import dataclasses
+import functools
 import heapq
-from collections.abc import Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.scores.classes import ClassScores
-from densenet_jax.training.eval_step import PredictStep
 
 T = TypeVar("T")
+Batch = dict[str, np.ndarray]
+# This process's shares of padded and masked batches in the order of the split, each with the outputs for the whole
+# global batch, as `densenet_jax.run.evaluate.predict_batches` yields them.
+Predictions = Iterable[tuple[Batch, Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction."""
+    """A wrong prediction of one class."""
 
-    image: np.ndarray  # uint8 [h, w, c] as given to the model; the center crop if there are several
+    image: np.ndarray  # uint8 or uint16 [h, w, c] as given to the model; the center crop if there are several
     index: int  # position in the split
     label: int
     predicted: int
     confidence: float  # probability of `predicted`
     label_probability: float  # probability of `label`, the true class
-    # float32 [h, w], class activation map of `predicted`; None if the step has none.
-    activation_map: np.ndarray | None = None
+    activation_map: np.ndarray  # float32 [h, w], of `predicted`
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelMistake:
+    """An image with many labels and the one that the model is most wrong about; `image`, `index` as in `Mistake`."""
+
+    image: np.ndarray
+    index: int
+    label: int
+    present: bool  # what is true
+    logit: float
+    activation_map: np.ndarray  # float32 [h, w], of the label
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Predictions of a split, summed up."""
+    """Predictions of a split with one class an image."""
 
-    pairs: dict[tuple[int, int], int]  # number of examples by (true class, predicted class)
-    mistakes: tuple[Mistake, ...]  # the most confident ones in this process's share, most confident first
-    reliability: Reliability = dataclasses.field(default_factory=Reliability)  # accuracy by confidence
     # int32 [2, n]: true and predicted class of each example in the order of the split, -1 where there is no right one.
-    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int32))
+    rows: np.ndarray
+    mistakes: tuple[Mistake, ...]  # the most confident ones in this process's share, most confident first
+    reliability: Reliability  # accuracy by confidence
 
-    @property
-    def examples(self) -> int:
-        """Number of examples."""
-        return sum(self.pairs.values())
+    @functools.cached_property
+    def counted(self) -> np.ndarray:
+        """The columns of `rows` that have a right class."""
+        return self.rows[:, self.rows[0] >= 0]
 
     @property
     def right(self) -> int:
         """Number of correct predictions."""
-        return sum(count for (true, predicted), count in self.pairs.items() if true == predicted)
+        true, predicted = self.counted
+        return int(np.count_nonzero(true == predicted))
 
     def list_confused(self, most: int) -> list[tuple[int, int, int]]:
         """Returns the `most` frequent mistakes as (true class, predicted class, count); ties are in class order."""
-        wrong = ((true, predicted, count) for (true, predicted), count in self.pairs.items() if true != predicted)
-        return heapq.nsmallest(most, wrong, key=lambda entry: (-entry[2], entry[:2]))
-
-    def class_total(self, true: int) -> int:
-        """Counts the examples of one class."""
-        return sum(count for (label, _), count in self.pairs.items() if label == true)
+        true, predicted = self.counted
+        wrong = collections.Counter(zip(*self.counted[:, true != predicted].tolist(), strict=True))
+        entries = ((*pair, count) for pair, count in wrong.items())
+        return heapq.nsmallest(most, entries, key=lambda entry: (-entry[2], entry[:2]))
 
     def scores(self, num_classes: int) -> ClassScores:
         """Computes precision, recall and F1 of each class."""
-        examples, predicted, right = np.zeros((3, num_classes), np.int64)
-        for (true, answer), count in self.pairs.items():
-            examples[true] += count
-            predicted[answer] += count
-            right[true] += count * (true == answer)
-        return ClassScores.from_counts(examples, predicted, right)
+        true, predicted = self.counted
+        parts = (true, predicted, true[true == predicted])
+        return ClassScores.from_counts(*(np.bincount(part, minlength=num_classes) for part in parts))
 
     def matrix(self, num_classes: int) -> np.ndarray:
         """Returns the confusion matrix, int64 [k, k]: true classes in rows, predicted ones in columns."""
         counts = np.zeros((num_classes, num_classes), np.int64)
-        for (true, predicted), count in self.pairs.items():
-            counts[true, predicted] = count
+        np.add.at(counts, tuple(self.counted), 1)
         return counts
 
 
-class Surest(Generic[T]):
+@dataclasses.dataclass(frozen=True)
+class LabelAnswers:
+    """Predictions of a split with many labels an image."""
+
+    logits: np.ndarray  # float [n, k], before any calibration
+    targets: np.ndarray  # float [n, k]: 1, 0, or NaN for unknown
+    mistakes: tuple[LabelMistake, ...]  # as in `Answers`
+
+
+class _Surest(Generic[T]):
     """Keeps the few most confident mistakes of a split; of equal ones the first."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, make: Callable[..., T]) -> None:
+        self._most, self._make = most, make
         self._heap: list[tuple[float, int, T]] = []
 
-    def wants(self, confidence: float, place: int) -> bool:
-        """Returns whether a mistake at this place would be kept, so that others need not be made."""
-        return len(self._heap) < self._most or (confidence, -place) > self._heap[0][:2]
+    def add(self, number: int, batch: Batch, wrong: np.ndarray, surety: np.ndarray, **columns: np.ndarray) -> None:
+        """Adds the mistakes in this process's share of a batch.
 
-    def keep(self, confidence: float, place: int, mistake: T) -> None:
-        """Adds a mistake and drops the least confident one where there are too many."""
-        heapq.heappush(self._heap, (confidence, -place, mistake))
-        if len(self._heap) > self._most:
-            heapq.heappop(self._heap)
+        Args:
+            number: the batch's place in the split.
+            batch: this process's share of it.
+            wrong: bool [b], like the rest about the global batch.
+            surety: float [b], by which mistakes are ranked.
+            columns: [b, ...], fields of a mistake besides `image` and `index`.
+        """
+        share = len(batch["label"])
+        first = jax.process_index() * share
+        for row in (first + np.flatnonzero(wrong[first : first + share])).tolist():
+            place = number * len(wrong) + row
+            rank = (float(surety[row]), -place)
+            if len(self._heap) == self._most and rank < self._heap[0][:2]:
+                continue
+            image = batch["image"][row - first]
+            fields = {name: column[row].copy() for name, column in columns.items()}
+            mistake = self._make(image=(image if image.ndim == 3 else image[-1]).copy(), index=place, **fields)
+            heapq.heappush(self._heap, (*rank, mistake))
+            if len(self._heap) > self._most:
+                heapq.heappop(self._heap)
 
     def best_first(self) -> tuple[T, ...]:
         """Returns the mistakes, most confident first."""
-        return tuple(mistake for _, _, mistake in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
+        return tuple(mistake for *_, mistake in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
 
 
-def gather_answers(
-    predict_step: PredictStep,
-    variables: dict[str, Any],
-    batches: Iterable[dict[str, np.ndarray]],
-    mesh: Mesh,
-    *,
-    batch_count: int,
-    most_mistakes: int = 12,
-) -> Answers:
-    """Predicts every example, keeping counts and a few images so that memory does not grow with the split.
+def gather_answers(predictions: Predictions, most_mistakes: int = 12) -> Answers:
+    """Collects the answers for every example, and a few images.
 
-    If an example has a set of right classes, any of them is correct; an empty set excludes the example.
-
-    Args:
-        predict_step: jitted result of `make_predict_step` with replicated outputs, which may also have "map", float32
-            [b, h, w], for the mistakes.
-        variables: {"params", "batch_stats"}.
-        batches: this process's shares of padded and masked global batches, in the order of the split.
+    If an example has a set of right classes, any of them is correct; an empty set excludes the example. The outputs are
+    those of `make_predict_step` and "map", float32 [b, h, w], of the predicted class.
     """
-    pairs: dict[tuple[int, int], int] = {}
-    surest: Surest[Mistake] = Surest(most_mistakes)
+    surest: _Surest[Mistake] = _Surest(most_mistakes, Mistake)
     reliability, rows = Reliability(), [np.zeros((2, 0), np.int32)]
-    predictions = predict_batches(predict_step, variables, batches, mesh, batch_count)
-    for number, (batch, answers) in enumerate(predictions):
-        labels, predicted, counted = _judge(answers)
-        _count(pairs, labels[counted], predicted[counted])
-        rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, answers["mask"]].astype(np.int32))
-        reliability.add(answers["probability"].max(axis=-1)[counted], (labels == predicted)[counted])
-        for row, image in own_images(counted & (labels != predicted), batch):
-            place, confidence = number * len(labels) + row, float(answers["probability"][row, predicted[row]])
-            if surest.wants(confidence, place):
-                of_row = {name: array[row] for name, array in answers.items()}
-                surest.keep(confidence, place, _make_mistake(image.copy(), place, of_row, labels[row]))
-    return Answers(pairs, surest.best_first(), reliability, np.concatenate(rows, axis=1))
+    for number, (batch, outputs) in enumerate(predictions):
+        probabilities, labels, counted = outputs["probability"], outputs["label"], outputs["mask"]
+        predicted, confidence = np.argmax(probabilities, axis=-1), np.max(probabilities, axis=-1)
+        if "label_set" in outputs:
+            right = outputs["label_set"]
+            counted = counted & right.any(axis=-1)
+            labels = np.argmax(np.where(right, probabilities, -1.0), axis=-1)
+        rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, outputs["mask"]].astype(np.int32))
+        reliability.add(confidence[counted], (labels == predicted)[counted])
+        surest.add(
+            number,
+            batch,
+            counted & (labels != predicted),
+            confidence,
+            label=labels,
+            predicted=predicted,
+            confidence=confidence,
+            label_probability=np.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
+            activation_map=outputs["map"],
+        )
+    return Answers(np.concatenate(rows, axis=1), surest.best_first(), reliability)
 
 
-def own_images(chosen: np.ndarray, batch: dict[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the chosen rows of a global batch that are in this process's share, with their images [h, w, c].
+def gather_label_answers(predictions: Predictions, most_mistakes: int = 12) -> LabelAnswers:
+    """Collects the logits of every example, and the images of a few mistakes.
 
-    Of several crops the image is the center one. It is a view, which keeps the whole batch in memory.
+    The outputs are those of `make_logits_step`, "worst" int [b], the label with the largest error, and "map" float32
+    [b, h, w], its class activation map.
     """
-    first = jax.process_index() * len(batch["label"])
-    for row in np.flatnonzero(chosen[first : first + len(batch["label"])]).tolist():
-        image = batch["image"][row]
-        yield first + row, image if image.ndim == 3 else image[-1]
-
-
-def _judge(answers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns true class, predicted class and whether the example counts, for each row of a global batch."""
-    probabilities, labels, counted = answers["probability"], answers["label"], answers["mask"]
-    predicted = np.argmax(probabilities, axis=-1)
-    if "label_set" in answers:
-        right = answers["label_set"]
-        counted = counted & right.any(axis=-1)
-        labels = np.argmax(np.where(right, probabilities, -1.0), axis=-1)
-    return labels, predicted, counted
-
-
-def _count(pairs: dict[tuple[int, int], int], labels: np.ndarray, predicted: np.ndarray) -> None:
-    distinct, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
-    for true, answer, count in zip(*distinct.tolist(), counts.tolist(), strict=True):
-        pairs[true, answer] = pairs.get((true, answer), 0) + count
-
-
-def _make_mistake(image: np.ndarray, place: int, answer: dict[str, np.ndarray], label: np.integer) -> Mistake:
-    probabilities = answer["probability"]
-    predicted = int(np.argmax(probabilities))
-    return Mistake(
-        image=image,
-        index=place,
-        label=int(label),
-        predicted=predicted,
-        confidence=float(probabilities[predicted]),
-        label_probability=float(probabilities[label]),
-        activation_map=answer["map"].copy() if "map" in answer else None,
-    )
+    surest: _Surest[LabelMistake] = _Surest(most_mistakes, LabelMistake)
+    logits, targets = [], []
+    for number, (batch, outputs) in enumerate(predictions):
+        mask, worst = outputs["mask"], outputs["worst"]
+        own, true = (np.take_along_axis(outputs[name], worst[:, None], axis=-1)[:, 0] for name in ("logit", "label"))
+        wrong = mask & ~np.isnan(true) & ((own >= 0) != (true > 0))
+        maps = outputs["map"]
+        surest.add(number, batch, wrong, np.abs(own), label=worst, present=true > 0, logit=own, activation_map=maps)
+        logits.append(outputs["logit"][mask])
+        targets.append(outputs["label"][mask])
+    return LabelAnswers(np.concatenate(logits), np.concatenate(targets), surest.best_first())

@@ -13,8 +13,9 @@ from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samp
 from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.explain import activation_maps
-from densenet_jax.report.gather import Answers, gather_answers
-from densenet_jax.report.labels import LabelAnswers, LabelTable, gather_label_answers
+from densenet_jax.report.gather import Answers, LabelAnswers, gather_answers, gather_label_answers
+from densenet_jax.report.labels import LabelTable
+from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.bootstrap import Intervals, class_intervals
 from densenet_jax.scores.classes import ClassScores
 from densenet_jax.training.eval_step import PredictStep
@@ -48,13 +49,9 @@ class Look:
     def intervals(self) -> Intervals:
         """Computes bootstrap intervals of accuracy, balanced accuracy and F1; needs `answers`."""
         assert self.answers is not None
-        if self.groups is None:
-            pairs = np.array(list(self.answers.pairs), np.int64).reshape(-1, 2)
-            true, predicted = np.repeat(pairs, list(self.answers.pairs.values()), axis=0).T
-            return class_intervals(true, predicted, len(self.class_names))
-        counted = self.answers.rows[0] >= 0
-        true, predicted = self.answers.rows[:, counted]
-        return class_intervals(true, predicted, len(self.class_names), groups=self.groups[counted])
+        groups = None if self.groups is None else self.groups[self.answers.rows[0] >= 0]
+        true, predicted = self.answers.counted
+        return class_intervals(true, predicted, len(self.class_names), groups=groups)
 
 
 def look_at(experiment: Experiment, workdir: str) -> Look:
@@ -68,11 +65,11 @@ def look_at(experiment: Experiment, workdir: str) -> Look:
         step, variables = experiment.saved_variables(workdir)
         data = experiment.data
         many, source = experiment.many_labels, data.eval_source
-        explaining = compile_label_step(experiment) if many else compile_explaining_step(experiment)
         calibration = read_calibration(workdir, step, source.num_classes)
+        explain = compile_explaining_step(experiment)
+        gather: Any = gather_label_answers if many else gather_answers
         with data.eval_batches() as batches:
-            gather: Any = gather_label_answers if many else gather_answers
-            answers = gather(explaining, variables, batches, experiment.mesh, batch_count=data.eval_batch_count)
+            answers = gather(predict_batches(explain, variables, batches, experiment.mesh, data.eval_batch_count))
         look = dataclasses.replace(
             look,
             step=step,
@@ -92,39 +89,25 @@ def look_at(experiment: Experiment, workdir: str) -> Look:
     return dataclasses.replace(look, missing=tuple(missing))
 
 
-def compile_explaining_step(
-    experiment: Experiment,
-) -> PredictStep:
-    """Extends the prediction step by "map" float32 [b, h, w], the class activation map of the predicted class.
+def compile_explaining_step(experiment: Experiment) -> PredictStep:
+    """Extends the step that predicts by "map" float32 [b, h, w], a class activation map, of the center crop of several.
 
-    With ten-crop evaluation it is that of the center crop.
+    It is that of the predicted class, or of many labels that of "worst" int [b], the one with the largest error.
     """
-    predict_step = experiment.compile_predict_step()
+    many = experiment.many_labels
+    predict_step = experiment.compile_logits_step() if many else experiment.compile_predict_step()
     normalize = normalize_with(experiment.data.mean_std(), experiment.policy.compute_dtype)
 
     def step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        answers = predict_step(variables, batch)
+        outputs = predict_step(variables, batch)
         images = batch["image"] if batch["image"].ndim == 4 else batch["image"][:, -1]
-        predicted = jnp.argmax(answers["probability"], axis=-1)
-        maps = activation_maps(experiment.model, variables, normalize(images), predicted)
-        return {**answers, "map": maps.astype(jnp.float32)}
-
-    return jax.jit(step, out_shardings=replicated(experiment.mesh))
-
-
-def compile_label_step(
-    experiment: Experiment,
-) -> PredictStep:
-    """Extends the step of logits by "worst" int [b], each image's label with the largest error, and its "map"."""
-    logits_step = experiment.compile_logits_step()
-    normalize = normalize_with(experiment.data.mean_std(), experiment.policy.compute_dtype)
-
-    def step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        rows = logits_step(variables, batch)
-        images = batch["image"] if batch["image"].ndim == 4 else batch["image"][:, -1]
-        errors = jnp.where(rows["label"] > 0, -rows["logit"], rows["logit"])
-        worst = jnp.argmax(jnp.where(jnp.isnan(rows["label"]), -jnp.inf, errors), axis=-1)
-        maps = activation_maps(experiment.model, variables, normalize(images), worst)
-        return {**rows, "worst": worst, "map": maps.astype(jnp.float32)}
+        if many:
+            errors = jnp.where(outputs["label"] > 0, -outputs["logit"], outputs["logit"])
+            chosen = jnp.argmax(jnp.where(jnp.isnan(outputs["label"]), -jnp.inf, errors), axis=-1)
+            outputs = {**outputs, "worst": chosen}
+        else:
+            chosen = jnp.argmax(outputs["probability"], axis=-1)
+        maps = activation_maps(experiment.model, variables, normalize(images), chosen)
+        return {**outputs, "map": maps.astype(jnp.float32)}
 
     return jax.jit(step, out_shardings=replicated(experiment.mesh))

@@ -6,48 +6,10 @@ All text is escaped here, and only this module writes tags.
 import base64
 import dataclasses
 import html
+import pathlib
 from collections.abc import Iterable, Sequence
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1b1b; --quiet: #5a5f66; --line: #d6d6d6;
-  --panel: #f4f5f7; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181d; --ink: #e8e8e8; --quiet: #a9b0ba; --line: #3c4048;
-  --panel: #20242b; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem clamp(0.8rem, 3vw, 2rem) 3rem; max-width: 82rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.6rem 0 0.2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); padding-bottom: 0.2rem; }
-p { margin: 0.3rem 0 0.8rem; max-width: 75ch; overflow-wrap: anywhere; }
-p.quiet, figcaption { color: var(--quiet); }
-.tiles { display: grid; gap: 0.6rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin: 1rem 0; }
-.tiles div { background: var(--panel); border-radius: 0.5rem; padding: 0.6rem 0.8rem; }
-.tiles b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tiles span { color: var(--quiet); font-size: 0.85rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-.images { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(min(30%, 8.5rem), 1fr)); }
-figure { margin: 0; min-width: 0; }
-figure img { display: block; width: 100%; height: auto; }
-.charts figure { max-width: 34rem; }
-.images img { image-rendering: pixelated; border-radius: 0.3rem; }
-.images.smooth { grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); }
-.images.smooth img, .images.wide img { image-rendering: auto; }
-.images.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.charts figcaption { font-weight: 600; color: var(--ink); margin-bottom: 0.2rem; }
-.images figcaption { font-size: 0.85rem; line-height: 1.35; margin-top: 0.25rem; overflow-wrap: anywhere; }
-.images figcaption b { color: var(--ink); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.92rem; }
-th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: break-word; min-width: 4.5rem; max-width: 26rem; }
-@media (max-width: 40rem) { table { font-size: 0.85rem; } }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 0.88rem; }
-pre { background: var(--panel); border-radius: 0.5rem; padding: 0.7rem 0.9rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; margin: 0.3rem 0 0.9rem; }
-summary { cursor: pointer; margin: 0.8rem 0; }
-"""
+_STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +32,7 @@ def document(title: str, *blocks: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{html.escape(title)}</h1>\n" + "\n".join(blocks) + "\n</body>\n</html>\n"
     )
 

@@ -6,14 +6,15 @@ Lines differ in color (Okabe and Ito's palette), dash and marker at once.
 import dataclasses
 import io
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.predict.explain import draw_overlay, to_rgb
+from densenet_jax.report.page import Picture
 from densenet_jax.scores.calibration import Reliability
 
 _SIZE_INCHES = (5.4, 3.4)
@@ -45,40 +46,56 @@ class Line:
     """One line of a chart."""
 
     label: str
-    xs: Sequence[float]
-    ys: Sequence[float]  # values; one that is not finite leaves a gap
+    xs: Sequence[float] | np.ndarray
+    ys: Sequence[float] | np.ndarray  # values; one that is not finite leaves a gap
     marked: bool = False  # whether each value gets a marker
     style: int = 0  # number of its color, dash and marker; a number looks the same in every chart
 
 
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    theme: Theme = LIGHT,
-    percent: bool = False,
-    y_from_zero: bool = False,
-    logarithmic: bool = False,
-) -> bytes:
-    """Draws lines over a common axis as a PNG.
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart over epochs.
 
-    Args:
+    Attributes:
+        name: of its file, without extension.
         lines: those without values are left out.
         logarithmic: makes the vertical axis logarithmic if all values are positive and span more than a decade.
     """
+
+    name: str
+    title: str
+    y_label: str
+    lines: Sequence[Line]
+    percent: bool = False
+    y_from_zero: bool = False
+    logarithmic: bool = False
+
+    def render(self) -> tuple[str, Picture]:
+        """Draws the chart for light and dark pages and returns its title and picture."""
+        shown = ", ".join(line.label for line in self.lines if len(line.xs))
+        return self.title, make_picture(self.name, f"{self.title} over epochs: {shown}", line_chart, self)
+
+
+def make_picture(name: str, alt: str, draw: Callable[..., bytes], *arguments: Any, **options: Any) -> Picture:
+    """Draws a chart for light and dark pages: `draw(*arguments, **options)` in both themes."""
+    light, dark = (draw(*arguments, **options, theme=theme) for theme in (LIGHT, DARK))
+    return Picture(name, light, alt, dark)
+
+
+def line_chart(chart: Chart, *, theme: Theme = LIGHT) -> bytes:
+    """Draws the lines of a chart over a common axis as a PNG."""
     figure, axes = make_axes(theme)
-    drawn = [line for line in lines if len(line.xs)]
+    drawn = [line for line in chart.lines if len(line.xs)]
     draw_lines(axes, drawn, theme)
     finite = np.array([value for line in drawn for value in line.ys if np.isfinite(value)])
-    if logarithmic and len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
+    if chart.logarithmic and len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
         axes.set_yscale("log")
-    elif y_from_zero or (percent and len(finite) and finite.min() >= 0 > axes.get_ylim()[0]):
+    elif chart.y_from_zero or (chart.percent and len(finite) and finite.min() >= 0 > axes.get_ylim()[0]):
         axes.set_ylim(bottom=0)
-    if percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    if chart.percent:
+        axes.yaxis.set_major_formatter(show_percent)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(chart.y_label)
     if len(drawn) > 1:
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
     return to_png(figure)
@@ -138,9 +155,8 @@ def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_la
     for axes in (upper, lower):
         axes.set_xlim(0, 1)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-        axes.grid(color=theme.grid, linewidth=0.6)
-        axes.set_axisbelow(True)
+            axis.set_major_formatter(show_percent)
+        draw_grid(axes, theme)
     return to_png(figure)
 
 
@@ -172,8 +188,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
             label.set_horizontalalignment(side)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("examples")
-    axes.grid(color=theme.grid, linewidth=0.6, axis="x" if len(order) <= _MOST_BARS else "y")
-    axes.set_axisbelow(True)
+    draw_grid(axes, theme, "x" if len(order) <= _MOST_BARS else "y")
     figure.legend(frameon=False, labelcolor=theme.ink, fontsize=9, loc="outside upper left", ncols=len(counts))
     return to_png(figure)
 
@@ -187,9 +202,7 @@ def evidence_picture(image: np.ndarray, activation_map: np.ndarray) -> bytes:
     both = Image.new("RGB", (2 * size[0] + _GAP_PX, height), (127, 127, 127))
     both.paste(plain.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST))
     both.paste(overlay.resize(size, Image.Resampling.LANCZOS), (size[0] + _GAP_PX, 0))
-    file = io.BytesIO()
-    both.save(file, format="png", optimize=True)
-    return file.getvalue()
+    return _encode(both)
 
 
 def picture(image: np.ndarray) -> bytes:
@@ -203,27 +216,13 @@ def picture(image: np.ndarray) -> bytes:
     elif longest < _SHORTEST_PX:
         times = -(-_SHORTEST_PX // longest)
         pixels = pixels.resize((pixels.width * times, pixels.height * times), Image.Resampling.NEAREST)
+    return _encode(pixels)
+
+
+def _encode(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    pixels.save(file, format="png", optimize=True)
+    image.save(file, format="png", optimize=True)
     return file.getvalue()
-
-
-def readme_curves(accuracy: Sequence[Line], loss: Sequence[Line]) -> bytes:
-    """Draws accuracy and loss over epochs side by side, for the README.
-
-    docs/digits.png is made from a finished run of the digits by
-    `python -c "import sys; from densenet_jax.report.run import write_readme_curves as w; w(*sys.argv[1:])"
-    runs/digits docs/digits.png`.
-    """
-    figure, axes = make_axes(LIGHT, (8.0, 2.9), columns=2)
-    for chart, lines, label in zip(axes, (accuracy, loss), ("top-1 accuracy", "loss, nats"), strict=True):
-        draw_lines(chart, lines, LIGHT)
-        chart.set_xlabel("epochs")
-        chart.set_ylabel(label)
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
-    return to_png(figure, dpi=110)
 
 
 def make_axes(
@@ -252,6 +251,11 @@ def make_axes(
     return figure, axes if len(axes) > 1 else axes[0]
 
 
+def show_percent(value: float, place: object = None) -> str:
+    """Formats a share, as a tick of an axis."""
+    return f"{100 * value:.4g} %"
+
+
 def draw_lines(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
     """Draws lines and a grid."""
     for line in lines:
@@ -267,7 +271,12 @@ def draw_lines(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
             marker=marker if line.marked or len(line.xs) == 1 else None,
             markersize=4.5,
         )
-    axes.grid(color=theme.grid, linewidth=0.6)
+    draw_grid(axes, theme)
+
+
+def draw_grid(axes: Any, theme: Theme, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Draws a grid below everything else."""
+    axes.grid(color=theme.grid, linewidth=0.6, axis=axis)
     axes.set_axisbelow(True)
 
 

@@ -1,14 +1,13 @@
 """Plots a recipe's learning rate schedule without training."""
 
 import os
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
 from densenet_jax.errors import UserError
+from densenet_jax.report.plots import LIGHT, Line, draw_lines, make_axes, to_png
 from densenet_jax.system.console import print_status
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.timeline import Timeline
@@ -67,27 +66,17 @@ def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
 
 
 def _draw(path: str, rates: np.ndarray, steps_per_epoch: float, title: str) -> None:
-    # Imported late: slow to load, and no other mode needs it at the start.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 4.0), dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = make_axes(LIGHT, (8.0, 4.0))
     shown = np.unique(np.append(np.arange(0, len(rates), max(1, len(rates) // 20_000)), len(rates) - 1))
-    axes.plot(shown, rates[shown], linewidth=1.5)
+    draw_lines(axes, [Line(title, shown, rates[shown])], LIGHT)
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_ylabel("learning rate")
     axes.set_xlim(0, max(1, len(rates) - 1))
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    to_epochs, to_steps = _times(1 / steps_per_epoch), _times(steps_per_epoch)
-    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
-    epochs.set_xlabel("epoch")
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def _times(factor: float) -> Callable[[ArrayLike], np.ndarray]:
-    return lambda values: np.asarray(values) * factor
+    epochs = axes.secondary_xaxis(
+        "top", functions=(lambda steps: steps / steps_per_epoch, lambda epochs: epochs * steps_per_epoch)
+    )
+    epochs.set_xlabel("epoch", fontsize=9)
+    with open(path, "wb") as file:
+        file.write(to_png(figure))

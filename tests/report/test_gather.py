@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from densenet_jax.report.gather import gather_answers
+from densenet_jax.report.gather import Answers, gather_answers
+from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.training import sharding
 
 CLASSES = 4
@@ -30,32 +31,35 @@ def split(examples: int, batch_size: int, seed: int = 0, crops: int = 0):
     return probabilities, labels, batches
 
 
-def answering(probabilities: np.ndarray, extra=None):
+def answering(probabilities: np.ndarray):
     """A step that looks its answers up by the number in the image."""
 
     def step(variables, batch):
         image = np.asarray(batch["image"])
         numbers = image.reshape(len(image), -1, 2, 2, 1)[:, -1, 0, 0, 0]
         rest = {name: np.asarray(array) for name, array in batch.items() if name != "image"}
-        return {**rest, "probability": probabilities[np.minimum(numbers, len(probabilities) - 1)]}
+        maps = np.zeros((len(image), 1, 1), np.float32)
+        return {**rest, "probability": probabilities[np.minimum(numbers, len(probabilities) - 1)], "map": maps}
 
     return step
+
+
+def gather(step, batches, **options) -> Answers:
+    return gather_answers(predict_batches(step, {}, batches, sharding.make_mesh(), len(batches)), **options)
 
 
 @pytest.mark.parametrize("crops", [0, 5])
 @pytest.mark.parametrize(("examples", "most"), [(50, 5), (50, 1), (3, 5), (8, 100)])
 def test_counts_and_surest_mistakes_are_those_of_a_recount(examples, most, crops):
     probabilities, labels, batches = split(examples, 8, crops=crops)
-    answers = gather_answers(
-        answering(probabilities), {}, batches, sharding.make_mesh(), batch_count=len(batches), most_mistakes=most
-    )
+    answers = gather(answering(probabilities), batches, most_mistakes=most)
     predicted = probabilities.argmax(axis=1)
     matrix = np.zeros((CLASSES, CLASSES), int)
     np.add.at(matrix, (labels, predicted), 1)
     np.testing.assert_array_equal(answers.matrix(CLASSES), matrix)
-    assert answers.examples == examples
+    assert answers.counted.shape == (2, examples)
     assert answers.right == (labels == predicted).sum()
-    assert [answers.class_total(label) for label in range(CLASSES)] == matrix.sum(axis=1).tolist()
+    np.testing.assert_array_equal(answers.scores(CLASSES).examples, matrix.sum(axis=1))
 
     wrong = np.flatnonzero(labels != predicted)
     surest = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")][:most]
@@ -71,7 +75,7 @@ def test_counts_and_surest_mistakes_are_those_of_a_recount(examples, most, crops
 
 def test_frequent_confusions_come_first():
     probabilities, _, batches = split(120, 8)
-    answers = gather_answers(answering(probabilities), {}, batches, sharding.make_mesh(), batch_count=15)
+    answers = gather(answering(probabilities), batches)
     confused = answers.list_confused(4)
     counts = [count for _, _, count in confused]
     off_diagonal = answers.matrix(CLASSES)
@@ -88,8 +92,8 @@ def test_any_of_several_right_classes_is_right_and_none_is_left_out():
     label_set = np.zeros((8, CLASSES), bool)
     label_set[0, [0, 1]] = label_set[1, [0, 2]] = True
     batch = {"image": image, "label": np.zeros(8, np.int32), "mask": np.ones(8, bool), "label_set": label_set}
-    answers = gather_answers(answering(probabilities), {}, [batch], sharding.make_mesh(), batch_count=1)
-    assert answers.pairs == {(1, 1): 1, (2, 1): 1}
+    answers = gather(answering(probabilities), [batch])
+    assert answers.rows.tolist() == [[1, 2, *[-1] * 6], [1, 1, *[-1] * 6]]
     assert [mistake.index for mistake in answers.mistakes] == [1]
 
 
@@ -102,8 +106,8 @@ def test_second_process_keeps_images_of_its_share_only(monkeypatch):
     )
     whole = answering(probabilities)
     step = lambda variables, batch: whole(variables, batches[0])  # noqa: E731 - as if gathered from both
-    answers = gather_answers(step, {}, share, sharding.make_mesh(), batch_count=1)
-    assert answers.examples == 16
+    answers = gather(step, share)
+    assert answers.counted.shape == (2, 16)
     wrong = set(np.flatnonzero(labels != probabilities.argmax(axis=1)).tolist())
     assert {mistake.index for mistake in answers.mistakes} == {index for index in wrong if index >= 8}
     assert all(mistake.image[0, 0, 0] == mistake.index for mistake in answers.mistakes)

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from densenet_jax.predict.calibration import Calibration
-from densenet_jax.report.labels import LabelAnswers, LabelMistake, LabelTable, describe_mistake, gather_label_answers
+from densenet_jax.report.curves import NONE
+from densenet_jax.report.gather import LabelAnswers, LabelMistake, gather_label_answers
+from densenet_jax.report.labels import LabelTable
+from densenet_jax.report.sections import describe_mistake
+from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.calibration import sigmoid
 from densenet_jax.scores.labels import score_labels
 from densenet_jax.training import sharding
@@ -49,8 +53,8 @@ def test_logits_of_all_examples_and_the_surest_mistakes(most):
             "map": maps,
         }
 
-    mesh = sharding.make_mesh()
-    answers = gather_label_answers(step, {}, batches, mesh, batch_count=len(batches), most_mistakes=most)
+    predictions = predict_batches(step, {}, batches, sharding.make_mesh(), len(batches))
+    answers = gather_label_answers(predictions, most)
     np.testing.assert_array_equal(answers.logits, logits)
     np.testing.assert_array_equal(answers.targets, targets)
     wrong = np.where(targets == 1, -logits, np.where(targets == 0, logits, -np.inf))
@@ -84,9 +88,9 @@ def test_the_table_has_scores_at_the_thresholds_with_intervals(answers):
         assert float(row["auroc_low"]) < float(row["auroc"]) < float(row["auroc_high"])
     assert (rows[2]["auroc"], rows[2]["f1_high"], rows[2]["negatives"]) == ("", "", "90")
     assert float(rows[3]["f1"]) == pytest.approx(expected.f1[:2].mean(), abs=1e-6)
-    shown = table.page_rows("none")
-    assert [row[0] for row in shown] == [*sorted("ab", key=lambda name: expected.auroc["ab".index(name)]), "c", "mean"]
-    assert shown[2][1:7] == ("none",) * 5 + ("0.500",)
+    shown = table.page_rows()
+    assert [row[0] for row in shown] == ["mean", *sorted("ab", key=lambda name: expected.auroc["ab".index(name)]), "c"]
+    assert shown[3][1:7] == (NONE,) * 5 + ("0.500",)
 
 
 def test_a_mistake_in_words():

@@ -15,11 +15,8 @@ from densenet_jax.scores.classes import ClassScores
 def test_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 5, 200), rng.integers(1, 6, 200)  # class 0 is never predicted, 5 never true
-    pairs = {}
-    for pair in zip(labels.tolist(), predicted.tolist(), strict=True):
-        pairs[pair] = pairs.get(pair, 0) + 1
-    scores = Answers(pairs, ()).scores(7)
-    matrix = Answers(pairs, ()).matrix(7)
+    answers = Answers(np.stack([labels, predicted]), (), Reliability())
+    scores, matrix = answers.scores(7), answers.matrix(7)
     from_matrix = ClassScores.from_counts(matrix.sum(axis=1), matrix.sum(axis=0), np.diag(matrix))
     expected = precision_recall_fscore_support(labels, predicted, labels=range(7), zero_division=np.nan)
     for ours, same, theirs in zip(scores[2:], from_matrix[2:], expected, strict=False):

@@ -11,6 +11,7 @@ from densenet_jax.report import plots
 from densenet_jax.report.plots import (
     DARK,
     LIGHT,
+    Chart,
     Line,
     balance_chart,
     confusion_chart,
@@ -37,7 +38,7 @@ def has(image: np.ndarray, color: str) -> bool:
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_chart_has_its_lines_on_its_page(theme):
     lines = [Line("a", [0, 1, 2], [1, 3, 2]), Line("b", [0, 2], [2, 2], marked=True, style=1)]
-    image = pixels(line_chart(lines, x_label="x", y_label="y", theme=theme))
+    image = pixels(line_chart(Chart("x", "title", "y", lines), theme=theme))
     assert (image[0, 0] == rgb(theme.page)).all()
     assert has(image, theme.lines[0])
     assert has(image, theme.lines[1])
@@ -49,9 +50,8 @@ def test_chart_has_its_lines_on_its_page(theme):
 )
 @pytest.mark.parametrize("logarithmic", [True, False])
 def test_chart_of_few_or_odd_values_is_drawn(ys, logarithmic):
-    png = line_chart(
-        [Line("a", list(range(len(ys))), ys)], x_label="x", y_label="$y", logarithmic=logarithmic, percent=True
-    )
+    lines = [Line("a", list(range(len(ys))), ys)]
+    png = line_chart(Chart("x", "title", "$y", lines, logarithmic=logarithmic, percent=True))
     assert pixels(png).shape == (510, 810, 3)
 
 

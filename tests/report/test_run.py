@@ -4,7 +4,9 @@ import csv
 import html
 import json
 import os
+import pathlib
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from densenet_jax.flags import Command
 from densenet_jax.report import plots
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.look import Look
-from densenet_jax.report.run import run_page, write_readme_curves
+from densenet_jax.report.run import run_page
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.training.timeline import Timeline
 from tests.in_process import run_here
@@ -28,27 +30,23 @@ SETTINGS = {"seed": 3, "model": {"name": "tiny"}, "data": {"name": EVIL}, "augme
 DEFAULTS = {**SETTINGS, "seed": 0}
 
 
-def look(classes: int, side: int, channels: int, explained: bool = True, total_steps: int = 6) -> Look:
+def look(classes: int, side: int, channels: int, total_steps: int = 6) -> Look:
     image = np.zeros((side, side, channels), np.uint8)
     names = tuple(f"{EVIL} {number}" for number in range(classes))
-    evidence = np.ones((2, 2), np.float32) if explained else None
+    evidence = np.ones((2, 2), np.float32)
     mistakes = (Mistake(image, 7, 0, 1, 0.9, 0.05, evidence), Mistake(image, 3, 1, 0, 0.8, 0.2, evidence))
-    pairs = {(0, 0): 3, (0, 1): 1, (1, 0): 2, (1, 1): 2}
+    rows = np.array([[0] * 4 + [1] * 4, [0, 0, 0, 1, 0, 0, 1, 1]])
     samples = AugmentedSamples(np.stack([image] * 3), (EVIL, "two", "three"))
     reliability = Reliability()
     reliability.add(np.array([0.9, 0.6]), np.array([True, False]))
     timeline = Timeline(2, 1, total_steps / 2, 1.0, 1000, 10)
-    return Look(5, Answers(pairs, mistakes, reliability), (EVIL, "file"), names, samples, timeline)
+    return Look(5, Answers(rows, mistakes, reliability), (EVIL, "file"), names, samples, timeline)
 
 
-@pytest.mark.parametrize(
-    ("classes", "side", "channels", "drawn", "explained"), [(2, 8, 1, 2, True), (1000, 224, 3, 0, False)]
-)
-def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, explained):
+@pytest.mark.parametrize(("classes", "side", "channels", "drawn"), [(2, 8, 1, 2), (1000, 224, 3, 0)])
+def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn):
     command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
-    pictures, content = run_page(
-        f"runs/{EVIL}", SETTINGS, records(3), look(classes, side, channels, explained), command
-    )
+    pictures, content = run_page(f"runs/{EVIL}", SETTINGS, records(3), look(classes, side, channels), command)
     page = Page(content)
     assert "script" not in page.tags
     assert f"tiny on {EVIL}" in page.text
@@ -57,7 +55,7 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn, ex
     assert f"{EVIL} 1 {EVIL} 0 2 50.0%" in page.text
     assert f"{EVIL} 0 predicted as {EVIL} 1" in page.text
     assert "90.0% sure; 5.0% for the true class" in page.text
-    assert ("class activation map" in page.text) == explained
+    assert "class activation map" in page.text
     assert "Expected calibration error (ECE) 35.00%" in page.text
     assert f"{EVIL} 0 4 60.0% 75.0% 66.7%" in page.text
     limits = r" \(\d+\.\d\d% to \d+\.\d\d%\)"
@@ -222,7 +220,8 @@ def test_training_does_not_fail_with_its_report(monkeypatch, caplog):
 
 
 def test_picture_for_the_readme_is_small(tmp_path):
+    draw = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "docs/site/curves.py"))["draw_curves"]
     lines = [json.dumps(record) + "\n" for record in records(40)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    write_readme_curves(str(tmp_path), str(tmp_path / "digits.png"))
+    draw(str(tmp_path), str(tmp_path / "digits.png"))
     assert 10_000 < (tmp_path / "digits.png").stat().st_size < 80_000
