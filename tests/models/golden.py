@@ -98,9 +98,9 @@ class DualPathShapesOnly(dual_path.Plain):
 
 
 @functools.cache
-def abstract_variables(name):
+def abstract_variables(name, **architecture):
     """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initializers."""
-    model = make(name)
+    model = make(name, **architecture)
     if isinstance(model, DenseNet):
         model = model.clone(implementation=ShapesOnly())
     elif isinstance(model, dual_path.DualPathNetwork):
@@ -124,10 +124,10 @@ def torch_shapes(template):
     return with_own_head({torch_name(path): torch_shape(path, leaf.shape, dual_path) for path, leaf in leaves.items()})
 
 
-def drawn_variables(name, dtype=np.float32, seed=SEED):
+def drawn_variables(name, dtype=np.float32, seed=SEED, **architecture):
     """A model's variables with the golden files' weights."""
-    leaves = flatten(abstract_variables(name))
-    shapes = torch_shapes(abstract_variables(name)).items()  # in the order of the leaves
+    leaves = flatten(abstract_variables(name, **architecture))
+    shapes = torch_shapes(abstract_variables(name, **architecture)).items()  # in the order of the leaves
     drawn = {path: from_torch_array(path, draw(*entry, seed)) for path, entry in zip(leaves, shapes, strict=True)}
     arrays = {path: array.astype(dtype) for path, array in drawn.items()}
     return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays)}
@@ -154,6 +154,11 @@ def run_plain_with_taps(model, variables, x):
         model = model.clone(depthwise=layers.convolve)
     else:
         model = model.clone(implementation=densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN)
+    return run_own_with_taps(model, variables, x)
+
+
+def run_own_with_taps(model, variables, x):
+    """Logits and every stage's output of the model as it is, by the references' module names."""
     logits, state = model.apply(variables, x, capture_intermediates=_is_tap, mutable=["intermediates"])
     outputs = {"logits": logits}
     for name, captured in state["intermediates"].items():
