@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from densenet_jax.choices import KERNELS_WANTED
 from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
-from densenet_jax.kernels.cpu.convolution import convolve_fast
 from densenet_jax.kernels.select import KERNEL_DTYPES
+from densenet_jax.models import rdnet
 from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
 from densenet_jax.models.fused import BACKENDS, Fused
+from densenet_jax.models.fused.rdnet import FusedRDNet
 from densenet_jax.models.head import GLOBAL_POOLS, OUTPUTS, HeadOptions
-from densenet_jax.models.layers import NormOptions, convolve
-from densenet_jax.models.rdnet import RDNet
+from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant, list_models
 
 __all__ = ["create_model", "list_models"]
@@ -136,8 +136,8 @@ def create_model(
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
         common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate}
-        depthwise = convolve if block_form == "plain" else convolve_fast
-        return RDNet(**fields, epsilon=epsilon, depthwise=depthwise, **common)
+        parts = rdnet.PLAIN if block_form == "plain" else FusedRDNet()
+        return rdnet.RDNet(**fields, epsilon=epsilon, implementation=parts, **common)
     common |= {
         "norm_options": NormOptions(
             epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,11 +24,14 @@ class LayerNorm(nn.Module):
     param_dtype: DType
 
     @nn.compact
+    def arrays(self, features: int) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Returns scale and bias."""
+        scale = self.param("scale", nn.initializers.ones, (features,), self.param_dtype)
+        return scale, self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
+
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         """Normalizes, scales and shifts; the result has the module's dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        return normalize_channels(x, x, scale, bias, self.epsilon).astype(self.dtype)
+        return normalize_channels(x, x, *self.arrays(x.shape[-1]), self.epsilon).astype(self.dtype)
 
 
 def normalize_channels(
@@ -64,12 +68,12 @@ class Convolution(nn.Module):
     groups: int = 1
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
-    implementation: Callable[..., Array] = convolve
+    convolve: Callable[..., Array] = convolve
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
-        """Convolves in dtype; the bias is drawn as torch draws it."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+    def arrays(self, in_features: int) -> tuple[Float[Array, "k k i o"], Float[Array, " o"]]:
+        """Returns kernel and bias, which is drawn as torch draws it."""
+        shape = (self.kernel_size, self.kernel_size, in_features // self.groups, self.features)
         reach = (self.kernel_size**2 * shape[2]) ** -0.5
         kernel = self.param("kernel", he_normal("fan_in"), shape, self.param_dtype)
         bias = self.param(
@@ -78,9 +82,33 @@ class Convolution(nn.Module):
             (self.features,),
             self.param_dtype,
         )
-        x = x.astype(self.dtype)
-        y = self.implementation(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return kernel, bias
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        """Convolves in dtype."""
+        x, (kernel, bias) = x.astype(self.dtype), self.arrays(x.shape[-1])
+        y = self.convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
         return y + bias.astype(self.dtype)[None, None, None, :]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Computes the costly parts of a network in plain JAX; other implementations have the same methods."""
+
+    def convolve(self, x: Array, kernel: Array, *, stride: int, padding: int, groups: int) -> Array:
+        """Convolves outside the dense layers: patches of the stem and of transitions."""
+        return convolve(x, kernel, stride=stride, padding=padding, groups=groups)
+
+    def depthwise_norm(self, depthwise: Convolution, norm: LayerNorm, x: Float[Array, "b h w c"]) -> Array:
+        """Convolves depthwise and normalizes."""
+        return norm(depthwise(x))
+
+    def bottleneck(self, conv1: Convolution, conv2: Convolution, x: Float[Array, "b h w c"]) -> Array:
+        """Convolves to the bottleneck and, behind the exact GELU, to the new feature maps."""
+        return conv2(jax.nn.gelu(conv1(x), approximate=False))
+
+
+PLAIN = Plain()
 
 
 def drop_path(x: Float[Array, "b h w c"], rate: float, key: Array | None) -> Float[Array, "b h w c"]:
@@ -112,7 +140,7 @@ class DenseLayer(nn.Module):
     drop_path_rate: float
     epsilon: float
     types: dict[str, DType]
-    depthwise: Callable[..., Array] = convolve
+    implementation: Plain = PLAIN
 
     @nn.compact
     def __call__(
@@ -126,11 +154,10 @@ class DenseLayer(nn.Module):
         """
         x = jnp.concatenate(features, axis=-1)
         width = x.shape[-1]
-        options = {"padding": 3, "groups": width, "implementation": self.depthwise, **self.types}
-        x = Convolution(width, 7, name="depthwise", **options)(x)
-        x = LayerNorm(self.epsilon, name="norm", **self.types)(x)
-        x = Convolution(int(width * self.bottleneck_width / 8) * 8, name="conv1", **self.types)(x)
-        x = Convolution(self.growth_rate, name="conv2", **self.types)(jax.nn.gelu(x, approximate=False))
+        depthwise = Convolution(width, 7, padding=3, groups=width, name="depthwise", **self.types)
+        x = self.implementation.depthwise_norm(depthwise, LayerNorm(self.epsilon, name="norm", **self.types), x)
+        conv1 = Convolution(int(width * self.bottleneck_width / 8) * 8, name="conv1", **self.types)
+        x = self.implementation.bottleneck(conv1, Convolution(self.growth_rate, name="conv2", **self.types), x)
         if self.squeeze_excite:
             gate = Convolution(self.growth_rate, name="gate", **self.types)
             x = x * jax.nn.hard_sigmoid(gate(global_average_pool(x)[:, None, None, :]))
@@ -165,7 +192,8 @@ class Stage(nn.Module):
         if self.transition:
             width, stride = self.transition
             x = LayerNorm(self.layer["epsilon"], name="norm", **self.layer["types"])(x)
-            x = Convolution(width, stride, stride, name="conv", **self.layer["types"])(x)
+            convolve = self.layer["implementation"].convolve
+            x = Convolution(width, stride, stride, name="conv", convolve=convolve, **self.layer["types"])(x)
         make_layer = nn.remat(DenseLayer) if self.remat else DenseLayer
         features: tuple[Array, ...] = (x,)
         for index, rate in enumerate(self.drop_path_rates):
@@ -183,11 +211,13 @@ class Stem(nn.Module):
     patch_px: int
     epsilon: float
     types: dict[str, DType]
+    implementation: Plain
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 features"]:
         """Returns one position a patch; a rest at the right and the bottom is left out."""
-        x = Convolution(self.features, self.patch_px, self.patch_px, name="conv", **self.types)(images)
+        options = {"convolve": self.implementation.convolve, **self.types}
+        x = Convolution(self.features, self.patch_px, self.patch_px, name="conv", **options)(images)
         return LayerNorm(self.epsilon, name="norm", **self.types)(x)
 
 
@@ -202,7 +232,7 @@ class RDNet(nn.Module):
             "drop_path".
         output: as for `create_model`; a pyramid has raw outputs, "pooled" is normalized.
         remat: keep only the dense layers' outputs for the backward pass and compute the rest again.
-        depthwise: computes the depthwise convolutions, as `layers.convolve` does.
+        implementation: computes the costly parts.
     """
 
     block_sizes: tuple[int, ...]
@@ -222,7 +252,7 @@ class RDNet(nn.Module):
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
-    depthwise: Callable[..., Array] = convolve
+    implementation: Plain = PLAIN
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -235,7 +265,8 @@ class RDNet(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         key = self.make_rng("dropout") if train and self.layer_dropout else None
         path_key = self.make_rng("drop_path") if train and self.drop_path_rate else None
-        x = Stem(self.stem_width, self.patch_px, self.epsilon, types, name="stem")(images.astype(self.dtype))
+        stem = Stem(self.stem_width, self.patch_px, self.epsilon, types, self.implementation, name="stem")
+        x = stem(images.astype(self.dtype))
         stride, pyramid = self.patch_px, {}
         for index in range(len(self.block_sizes)):
             stage = self._stage(index, x.shape[-1], types)
@@ -261,7 +292,7 @@ class RDNet(nn.Module):
             "drop_rate": self.layer_dropout,
             "epsilon": self.epsilon,
             "types": types,
-            "depthwise": self.depthwise,
+            "implementation": self.implementation,
         }
         return Stage(transition, self.growth_rate[index], tuple(rates), layer, self.remat, name=f"stage{index + 1}")
 

@@ -91,8 +91,7 @@ def weigh_by_gradients(
         layer: one of `layer_names`.
     """
     # Kernels and fused parts may have no gradient in evaluation.
-    plain = {name: getattr(type(module), name) for name in ("implementation", "depthwise") if hasattr(module, name)}
-    module = module.clone(output="logits", **plain)
+    module = module.clone(output="logits", implementation=type(module).implementation)
     levels = functools.partial(module.apply, train=False, mutable=[INTERMEDIATES])
 
     def logits(perturbations: dict[str, Any]) -> tuple[Array, Array]:

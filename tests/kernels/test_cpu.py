@@ -1,7 +1,6 @@
 """The CPU's compiled kernels give what their plain references give. Skipped where there is no compiler."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import densenet_jax
-from densenet_jax.kernels.cpu import build, convolution, library, norm_relu_conv, pooling, primitive
+from densenet_jax.kernels.cpu import convolution, library, norm_relu_conv, pooling, primitive
 from densenet_jax.models.fused.backend_cpu import CpuBackend
 
 # batch, height, width, channels, output channels, kernel, stride, padding
@@ -38,25 +37,7 @@ NORM_RELU_CONVS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """The library, compiled for this test from the sources as they are."""
-    patch = pytest.MonkeyPatch()
-    path = tmp_path_factory.mktemp("native") / f"densenet_cpu-test{os.getpid()}.so"
-    patch.setattr(build, "library_paths", lambda: [path])
-    patch.delenv("DENSENET_JAX_NATIVE", raising=False)
-    patch.setenv("CXXFLAGS", os.environ.get("CXXFLAGS", "-O1"))  # compiled in half the time
-    library.target_names.cache_clear()
-    try:
-        build.build()
-    except RuntimeError as error:
-        patch.undo()
-        library.target_names.cache_clear()
-        pytest.skip(f"the library can't be compiled here: {error}")
-    assert primitive.is_available()
-    yield
-    patch.undo()
-    library.target_names.cache_clear()
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from densenet_jax.models import densenet, dual_path, layers, rdnet
 from densenet_jax.models.create import create_model
 from densenet_jax.models.densenet import DenseNet
 from densenet_jax.models.layers import FeatureMap
-from densenet_jax.models.rdnet import RDNet
 from densenet_jax.models.torch_weights import (
     flatten,
     from_torch_array,
@@ -150,11 +149,7 @@ def run_with_taps(model, variables, x):
 
 def run_plain_with_taps(model, variables, x):
     """Logits and every stage's output of the plain implementation, by the references' module names."""
-    if isinstance(model, RDNet):
-        model = model.clone(depthwise=layers.convolve)
-    else:
-        model = model.clone(implementation=densenet.PLAIN if isinstance(model, DenseNet) else dual_path.PLAIN)
-    return run_own_with_taps(model, variables, x)
+    return run_own_with_taps(model.clone(implementation=type(model).implementation), variables, x)
 
 
 def run_own_with_taps(model, variables, x):

@@ -9,7 +9,7 @@ import pytest
 
 import densenet_jax
 from densenet_jax.errors import UserError
-from densenet_jax.models import create, rdnet
+from densenet_jax.models import rdnet
 from densenet_jax.models.create import create_model
 from densenet_jax.models.operations import count_multiply_adds
 from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
@@ -61,10 +61,8 @@ def norm_before_pooling(monkeypatch):
 
 
 def rows_shifted_by_one(monkeypatch):
-    convolve = create.convolve_fast
-    monkeypatch.setattr(
-        create, "convolve_fast", lambda x, *rest, **options: convolve(jnp.roll(x, 1, 1), *rest, **options)
-    )
+    function = rdnet.Plain.depthwise_norm
+    monkeypatch.setattr(rdnet.Plain, "depthwise_norm", lambda self, *rest: jnp.roll(function(self, *rest), 1, 1))
 
 
 def unbiased_variance(monkeypatch):
@@ -79,7 +77,7 @@ FAULTS = (approximate_gelu, newest_layer_first, no_gate, sigmoid_gate, norm_befo
 def test_a_planted_fault_is_caught(monkeypatch, variables, fault):
     golden.abstract_variables(NAME)
     fault(monkeypatch)
-    assert _logits_error(variables) > 1e-4
+    assert _logits_error(variables, block_form="plain") > 1e-4
 
 
 def test_other_architectures_and_epsilons_are_caught(variables):
@@ -91,6 +89,7 @@ def test_other_architectures_and_epsilons_are_caught(variables):
 def test_logits_equal_timm_in_float32_whatever_changes_nothing(variables, px):
     options = {"remat": True, "drop_path_rate": 0.5, "layer_dropout": 0.5, "classifier_dropout": 0.5}
     assert _logits_error(variables, px, **(options if px == 64 else {})) < 1e-5
+    assert _logits_error(variables, px, block_form="plain") < 1e-5
 
 
 def _make_few_layers(**options):

@@ -18,7 +18,7 @@ import jaxlib
 
 from densenet_jax.system.native_build import compile_library, find_compiler, library_places, main
 
-_SOURCE = pathlib.Path(__file__).parent / "native" / "densenet_cpu.cc"
+_FOLDER = pathlib.Path(__file__).parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fvisibility=hidden")
 _LIBRARY_FLAGS = ("-shared", "-fPIC", "-pthread")
 
@@ -37,10 +37,10 @@ def library_paths() -> list[pathlib.Path]:
 
     The name hashes all that it depends on: the sources, XLA's interface and the processor's instructions.
     """
-    files = sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".cc", ".h"))
+    files = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cc", ".h"))
     sources = b"".join(path.read_bytes() for path in files)
     inputs = sources + f"{jaxlib.__version__} {platform.machine()} {_processor()}".encode()
-    return library_places(_SOURCE, hashlib.sha256(inputs).hexdigest()[:12])
+    return library_places(_FOLDER / "densenet_cpu.cc", hashlib.sha256(inputs).hexdigest()[:12])
 
 
 def build() -> pathlib.Path:
@@ -51,8 +51,8 @@ def build() -> pathlib.Path:
     """
     extra = os.environ.get("CXXFLAGS", "").split()
     compiler, include = find_compiler("CXX", "c++", "C++"), f"-I{jax.ffi.include_dir()}"
-    command = [*compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, str(_SOURCE)]
-    return compile_library(library_paths(), command)
+    sources = map(str, sorted(_FOLDER.glob("*.cc")))
+    return compile_library(library_paths(), [*compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, *sources])
 
 
 if __name__ == "__main__":

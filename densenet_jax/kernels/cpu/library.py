@@ -21,6 +21,12 @@ _CALLS = {
     "norm_relu_conv_gradient": "DensenetNormReluConvGradient",
     "add_norm_relu_conv_gradient": "DensenetAddNormReluConvGradient",
     "norm_relu_conv_kernel_gradient": "DensenetNormReluConvKernelGradient",
+    "depthwise_norm": "DensenetDepthwiseNorm",
+    "depthwise_norm_kept": "DensenetDepthwiseNormKept",
+    "depthwise_norm_gradient": "DensenetDepthwiseNormGradient",
+    "bottleneck": "DensenetBottleneck",
+    "bottleneck_kept": "DensenetBottleneckKept",
+    "bottleneck_gradient": "DensenetBottleneckGradient",
 }
 
 

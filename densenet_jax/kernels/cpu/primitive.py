@@ -42,9 +42,10 @@ def have_static_sizes(*arrays: Any) -> bool:
 
 
 def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool = False, **attributes: Any) -> Any:
-    """Lowers to a kernel of `library` with bool or integer attributes; in_place: into the first operand's memory."""
+    """Lowers to a kernel of `library` with bool, integer or float attributes; in_place: into the first operand."""
     rule = jax.ffi.ffi_lowering(target_names()[call], operand_output_aliases={0: 0} if in_place else None)
-    return rule(ctx, *operands, **{k: v if isinstance(v, bool) else np.int64(v) for k, v in attributes.items()})
+    kinds = {bool: bool, float: np.float64}
+    return rule(ctx, *operands, **{key: kinds.get(type(v), np.int64)(v) for key, v in attributes.items()})
 
 
 def define(
