@@ -91,7 +91,8 @@ def weigh_by_gradients(
         layer: one of `layer_names`.
     """
     # Kernels and fused parts may have no gradient in evaluation.
-    module = module.clone(output="logits", implementation=type(module).implementation)
+    plain: Any = type(module)
+    module = module.clone(output="logits", implementation=plain.implementation)
     levels = functools.partial(module.apply, train=False, mutable=[INTERMEDIATES])
 
     def logits(perturbations: dict[str, Any]) -> tuple[Array, Array]:
