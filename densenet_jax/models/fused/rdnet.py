@@ -2,7 +2,8 @@
 
 A dense layer is two calls: depthwise convolution with layer norm, and both 1x1 convolutions with the GELU in between.
 Convolutions of patches become products of matrices. Where the kernels don't serve (other platforms, several devices,
-dtypes other than float32, exports) it is `rdnet.Plain`, whose function this is.
+dtypes other than float32, exports) it is `rdnet.Plain`, whose function this is; in float64 the depthwise convolutions
+are sums of shifted products.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class FusedRDNet(rdnet.Plain):
         """Convolves depthwise and normalizes rows while they are in cache."""
         arrays = [array.astype(x.dtype) for module in (depthwise, norm) for array in module.arrays(x.shape[-1])]
         if not dense_layer.is_usable(x, *arrays) or arrays[0].shape[0] != dense_layer.SIDE:
-            return super().depthwise_norm(depthwise, norm, x)
+            kernel, bias = arrays[:2]
+            y = convolve_fast(x, kernel, stride=1, padding=depthwise.padding, groups=depthwise.groups)
+            return norm(y + bias[None, None, None, :])
         return dense_layer.depthwise_norm(x, *arrays, norm.epsilon)
 
     def bottleneck(self, conv1: rdnet.Convolution, conv2: rdnet.Convolution, x: Float[Array, "b h w c"]) -> Array:
