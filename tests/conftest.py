@@ -27,6 +27,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# Files of a minute and more, longest first: the file that begins last is the one that all workers wait for.
+LONGEST_FIRST = (
+    *("test_deaths.py", "distributed/test_processes.py", "test_docs.py", "models/test_parity.py"),
+    *("models/test_proofs.py", "models/test_fused_dense_block.py", "models/test_fused_dual_path.py"),
+    *("test_sanitizers.py", "kernels/test_tpu.py", "kernels/test_gpu.py", "test_notebook.py"),
+    *("export/test_tensorflow.py", "export/test_onnx.py", "benchmarks/test_traffic.py", "plan/test_plan.py"),
+    *(
+        "test_main.py",
+        "models/test_rdnet.py",
+        "report/test_run.py",
+        "kernels/test_cpu.py",
+        "test_pretrained_weights.py",
+    ),
+    *("models/test_variants.py", "models/test_create.py", "training/test_steps.py", "run/test_label_training.py"),
+    *("models/test_fold.py", "test_table_recipes.py", "models/test_faults.py", "test_experiment.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files of tests; the order of tests inside a file stays."""
+    places = {f"tests/{file}": place for place, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.location[0], len(places)))
+
 
 @pytest.fixture(scope="session")
 def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

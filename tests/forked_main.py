@@ -108,12 +108,15 @@ class ForkedMain:
 
 def _run(arguments: tuple[str, ...], environment: dict[str, str], output: Connection, errors: Connection) -> None:
     """Becomes `python main.py ARGUMENTS` and ends as Python ends."""
+    from tensorflow_datasets.core import constants  # the server has imported it; who imports this module need not
+
     for number, connection in ((1, output), (2, errors)):
         os.dup2(connection.fileno(), number)
         connection.close()
     os.environ.clear()
     os.environ.update(environment)
     jax.config.update("jax_enable_x64", environment.get("JAX_ENABLE_X64") == "1")
+    constants.DATA_DIR = constants.get_default_data_dir()
     os.chdir(ROOT)
     sys.argv = ["main.py", *arguments]
     sys.path[0] = str(ROOT)

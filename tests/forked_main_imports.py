@@ -19,5 +19,7 @@ _ROOMS = {
 for _room, _modules in _ROOMS.items():
     for _module in _modules:
         importlib.import_module(f"densenet_jax.{_room}.{_module}")
-for _name in ("grain", "scipy.optimize", "densenet_jax.modes", "tests.forked_main"):
+# Data sets and pictures are imported where they are first wanted, which takes two seconds more.
+_LATE = ("densenet_jax.data.digits", "etils.edc", "matplotlib.backends.backend_agg", "matplotlib.figure")
+for _name in ("grain", "scipy.optimize", "densenet_jax.modes", "tests.forked_main", *_LATE):
     importlib.import_module(_name)

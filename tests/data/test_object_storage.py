@@ -59,8 +59,8 @@ def test_training_reads_from_a_bucket(store, tmp_path):
     folder, variables = store
     fake_imagenet.write(folder, train=16, validation=8)
     settings = {
-        "data.dir": "gs://bucket", "data.image_size_px": 32, "model.name": "densenet_40_12", "train.epochs": 1,
-        "train.global_batch_size": 8,
+        "data.dir": "gs://bucket", "data.image_size_px": 32, "model.name": "densenet_40_12",
+        "model.block_sizes": (1, 1, 1), "train.epochs": 1, "train.global_batch_size": 8,
     }  # fmt: skip
     output, _ = run_main(
         "--config=configs/densenet121.py", f"--workdir={tmp_path / 'run'}",

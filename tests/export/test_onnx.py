@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from densenet_jax.export.graph import make_graph, reference_outputs
+from tests.deployed_run import make_run
 from tests.export.exporting import FAMILIES, export_small, images
 from tests.extras import needs
 from tests.running import last_line, run_main
@@ -64,9 +65,8 @@ def test_int8_is_a_quarter_of_the_size_and_answers_alike(tmp_path):
 @uses_onnx
 def test_the_mode_exports_a_run_and_says_no_more_than_that(tmp_path, user):
     """jax2onnx logs a traceback for each library that it could support and that is not there, JAX one for CUDA."""
-    arguments = "--config=configs/digits.py", f"--workdir={tmp_path}"
-    run_main(*arguments, "--config.train.epochs=0.1", "--config.optim.warmup_epochs=0.0", **user)
-    output, errors = run_main(*arguments, "--mode=export", "--format=onnx", **user)
+    make_run(tmp_path, user["TFDS_DATA_DIR"], model__block_sizes=(1, 1))
+    output, errors = run_main(f"--workdir={tmp_path}", "--mode=export", "--format=onnx", **user)
     assert last_line(output)["examples"] == 64
     assert "checked with images of digits test" in errors
     assert "Traceback" not in errors
