@@ -171,19 +171,20 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     from densenet_jax.predict.model import make_deployed
     from densenet_jax.predict.predictor import Predictor
     from densenet_jax.serve.limits import LIMITS, Access
-    from densenet_jax.serve.serve import Address, check_installed, end_when_asked, listen, serve
+    from densenet_jax.serve.serve import check_installed, end_when_asked, listen
 
     warnings.filterwarnings("ignore", module="PIL")
     check_installed()
     end_when_asked()
-    address = Address(command.host, command.port, command.grpc_port)
-    with listen(address) as listener:
+    from densenet_jax.serve.server import serve
+
+    with listen(command.host, command.port, command.grpc_port) as listener:
         config = _as_trained(config, workdir, command)
-        access = Access.from_config(config, address.host)
+        access = Access(config, command.host)
         deployed = make_deployed(config, workdir, command.labels)
         print_status(f"serving {deployed.source}")
         predictor = Predictor(deployed, batch_sizes=config.serve.batch_sizes, limits=LIMITS)
-        return serve(predictor, listener, address, access, config)
+        return serve(predictor, listener, command.grpc_port, access, config)
 
 
 def _as_trained(config: Config, workdir: str, command: Command) -> Config:

@@ -114,13 +114,13 @@ class CompiledModel:
         self, images: np.ndarray, features: str = "", classes: np.ndarray | None = None, layer: str = ""
     ) -> dict[str, np.ndarray]:
         self._check_batch(images, features, classes, layer)
-        most = self.batch_sizes[-1]
-        parts = []
-        for start in range(0, len(images), most):
-            chunk = images[start : start + most]
-            of_chunk = None if classes is None else classes[start : start + most]
+        parts, start = [], 0
+        for size in cover(len(images), self.batch_sizes):
+            chunk = images[start : start + size]
+            of_chunk = None if classes is None else classes[start : start + size]
             outputs = jax.device_get(self.dispatch(chunk, features, of_chunk, layer))
             parts.append({name: array[: len(chunk)] for name, array in outputs.items()})
+            start += size
         if not parts:
             shapes = self.output_shapes(features, explain=classes is not None, layer=layer)
             return {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
@@ -172,6 +172,20 @@ class CompiledModel:
                 jax.nn.relu(weigh_by_gradients(*arguments, layer)) if layer else activation_maps(*arguments)
             )
         return {name: array.astype(jnp.float32) for name, array in outputs.items()}
+
+
+def cover(count: int, sizes: Sequence[int]) -> list[int]:
+    """Chooses compiled sizes (in rising order) that together take `count` images, at most half of each one padding.
+
+    Sizes (1, 4, 16, 64) give: 3 -> [4], 6 -> [4, 4], 9 -> [16], 18 -> [16, 4], 100 -> [64, 64].
+    """
+    batches: list[int] = []
+    while count > 0:
+        enough = next((size for size in sizes if size >= count), sizes[-1])
+        fits = [size for size in sizes if size <= count]
+        batches.append(enough if count >= enough / 2 or not fits else fits[-1])
+        count -= batches[-1]
+    return batches
 
 
 def check_layer(model: Deployed, layer: str) -> None:

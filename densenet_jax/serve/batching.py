@@ -1,32 +1,23 @@
 """Shares worker threads between requests, one item of each request in turn."""
 
 import asyncio
-import collections
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
-
-import numpy as np
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 FRUITLESS_TURNS = 3  # of the event loop: grpcio takes a few for a request
 
 
-class _Call(Generic[Item, Result]):
-    def __init__(self, items: Sequence[Item]):
-        self.items = items
-        self.next = self.done = 0
-        self.results: list[Any] = [None] * len(items)
-        self.future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
-
-
 class FairQueue(Generic[Item, Result]):
     """Hands items in groups to worker threads, and the results of each call to its caller.
 
     A free worker takes what is there at once; while all are busy, items gather for the next one. So nobody waits for an
-    idle worker, and groups grow with the load. A group has one item of each call in turn, so that a call with few items
-    doesn't wait for one with many. Belongs to one event loop.
+    idle worker, and groups grow with the load. A call's items queue in rounds, one in each, so that a call with few
+    items doesn't wait for one with many. Belongs to one event loop.
     """
 
     def __init__(
@@ -50,29 +41,35 @@ class FairQueue(Generic[Item, Result]):
         """
         self._work, self._most, self._workers, self._wait_secs = work, most, workers, wait_secs
         self._threads = ThreadPoolExecutor(workers, name)
-        self._calls: collections.deque[_Call[Item, Result]] = collections.deque()
+        self._queue: list[tuple[int, int, Item, asyncio.Future[Result]]] = []  # a heap by rounds, then by arrivals
+        self._arrivals, self._round = itertools.count(), 0
         self._running: set[asyncio.Task[None]] = set()
 
     async def __call__(self, items: Sequence[Item]) -> list[Result]:
-        """Returns the results of `items`. Canceling the caller removes the items that still wait.
+        """Returns the results of `items`. Canceling the caller drops the items that still wait.
 
         Raises:
             Exception: returned by `work` for one of the items, or raised by it.
         """
-        call: _Call[Item, Result] = _Call(items)
-        self._calls.append(call)
+        futures = [self._put(item, round_) for round_, item in enumerate(items, start=self._round + 1)]
         if len(self._running) < self._workers:
             self._running.add(asyncio.create_task(self._run()))
         try:
-            return await call.future
+            return [await future for future in futures]
         finally:
-            del call  # an exception would hold this frame, which held the exception
+            while futures:  # left there, they would hold an exception, which holds this frame
+                futures.pop().cancel()
+
+    def _put(self, item: Item, round_: int) -> asyncio.Future[Result]:
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._queue, (round_, next(self._arrivals), item, future))
+        return future
 
     async def _run(self) -> None:
         try:
-            if self._wait_secs and self._waiting() < self._most:
+            if self._wait_secs and len(self._queue) < self._most:
                 await asyncio.sleep(self._wait_secs)
-            while self._calls:
+            while self._queue:
                 await self._gather()
                 if group := self._take():
                     await self._work_on(group)
@@ -81,64 +78,32 @@ class FairQueue(Generic[Item, Result]):
             self._running.discard(asyncio.current_task())
 
     async def _gather(self) -> None:
-        """Lets the event loop read what has arrived, as long as that brings calls; waits for no clock."""
+        """Lets the event loop read what has arrived, as long as that brings items; waits for no clock."""
         known = fruitless = 0
-        while fruitless < FRUITLESS_TURNS and len(self._calls) < self._most:
-            fruitless = fruitless + 1 if len(self._calls) == known else 0
-            known = len(self._calls)
+        while fruitless < FRUITLESS_TURNS and len(self._queue) < self._most:
+            fruitless = fruitless + 1 if len(self._queue) == known else 0
+            known = len(self._queue)
             await asyncio.sleep(0)
 
-    def _waiting(self) -> int:
-        return sum(len(call.items) - call.next for call in self._calls)
-
-    def _take(self) -> list[tuple[_Call[Item, Result], int]]:
-        group: list[tuple[_Call[Item, Result], int]] = []
-        while self._calls and len(group) < self._most:
-            call = self._calls.popleft()
-            if call.future.done():  # its caller is gone or already has an error
-                continue
-            group.append((call, call.next))
-            call.next += 1
-            if call.next < len(call.items):
-                self._calls.append(call)
+    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        group: list[tuple[Item, asyncio.Future[Result]]] = []
+        while self._queue and len(group) < self._most:
+            self._round, _, item, future = heapq.heappop(self._queue)
+            if not future.done():  # else its caller is gone or already has an error
+                group.append((item, future))
         return group
 
-    async def _work_on(self, group: Sequence[tuple[_Call[Item, Result], int]]) -> None:
-        loop = asyncio.get_running_loop()
+    async def _work_on(self, group: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
+        results: Sequence[Result | Exception]
         try:
-            items = [call.items[number] for call, number in group]
-            results = await loop.run_in_executor(self._threads, self._work, items)
+            items = [item for item, _ in group]
+            results = await asyncio.get_running_loop().run_in_executor(self._threads, self._work, items)
         except Exception as error:
             results = [error] * len(group)
-        for (call, number), result in zip(group, results, strict=True):
-            if call.future.done():  # its caller is gone or already has an error
+        for (_, future), result in zip(group, results, strict=True):
+            if future.done():
                 continue
             if isinstance(result, Exception):
-                call.future.set_exception(result)
-                continue
-            call.results[number] = result
-            call.done += 1
-            if call.done == len(call.items):
-                call.future.set_result(call.results)
-
-
-def cover(count: int, sizes: Sequence[int]) -> list[int]:
-    """Chooses compiled sizes (in rising order) that together take `count` images, at most half of each one padding.
-
-    Sizes (1, 4, 16, 64) give: 3 -> [4], 6 -> [4, 4], 9 -> [16], 18 -> [16, 4], 100 -> [64, 64].
-    """
-    batches: list[int] = []
-    while count > 0:
-        enough = next((size for size in sizes if size >= count), sizes[-1])
-        fits = [size for size in sizes if size <= count]
-        batches.append(enough if count >= enough / 2 or not fits else fits[-1])
-        count -= batches[-1]
-    return batches
-
-
-def compute_in_batches(
-    images: np.ndarray, sizes: Sequence[int], compute: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Computes [n, ...] -> [n, k] by calls of `compute`, [b, ...] -> [b, k], with the sizes of `cover`."""
-    ends = np.cumsum(cover(len(images), sizes)[:-1])
-    return np.concatenate([compute(batch) for batch in np.split(images, ends)])
+                future.set_exception(result)
+            else:
+                future.set_result(result)

@@ -5,10 +5,9 @@ ourselves, large ones in a thread: grpcio would parse them on the event loop.
 """
 
 import functools
-import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NoReturn
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -17,22 +16,23 @@ from prometheus_client import Counter, Histogram
 from tritonclient.grpc import service_pb2 as pb
 
 from densenet_jax.errors import UserError, first_line
-from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access, BodyMemory
+from densenet_jax.serve.limits import MAX_BODY_BYTES, Access
 from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array
-from densenet_jax.serve.runtime import NOT_LOADED, VERSION, Classifier, Outputs
+from densenet_jax.serve.runtime import DATATYPES, VERSION, Classifier, Outputs, attempt
 from densenet_jax.version import __version__
 
-logger = logging.getLogger(__name__)
 SERVICE = "inference.GRPCInferenceService"
 LABELS = ("grpc_type", "grpc_service", "grpc_method")
 STARTED = Counter("grpc_server_started", "Requests that were begun.", LABELS)
 HANDLED = Counter("grpc_server_handled", "Requests that were answered, well or not.", (*LABELS, "grpc_code"))
 DURATION = Histogram("grpc_server_handling_seconds", "How long answering took.", LABELS)
 STATUS = {
+    200: grpc.StatusCode.OK,
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -40,7 +40,8 @@ STATUS = {
 MAX_FIELDS = 2000  # in a message with all it contains, except numbers of tensors
 MAX_SHAPE_BYTES = 256
 MAX_NUMBERS_BYTES = 4 * 2**20  # in a tensor outside of raw contents
-CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
+CONTENTS = {"f": "fp32_contents", "i": "int_contents"}  # by the kind of an array
+VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BODY_BYTES),
     ("grpc.max_metadata_size", 16384),
@@ -54,23 +55,28 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
-Method = Callable[[bytes], Awaitable[Any]]
+METHODS: dict[str, Callable[[Classifier, Any], dict[str, Any]]] = {  # fields of an answer, besides ModelInfer's
+    "ServerLive": lambda model, given: {"live": True},
+    "ServerReady": lambda model, given: {"ready": model.is_ready and not model.is_stopping},
+    "ServerMetadata": lambda model, given: {"name": "densenet_jax", "version": __version__},
+    "ModelReady": lambda model, given: {"ready": model.is_model_ready(given.name, given.version)},
+    "ModelMetadata": lambda model, given: model.metadata(given.name, given.version),
+    "RepositoryIndex": lambda model, given: {"models": model.index(given.ready)},
+    "RepositoryModelLoad": lambda model, given: model.refuse_to_load(),
+    "RepositoryModelUnload": lambda model, given: model.refuse_to_load(),
+}
 
 
-def make_server(
-    model: Classifier, access: Access, memory: BodyMemory, host: str, port: int, most: int
-) -> tuple[grpc.aio.Server, int]:
+def make_server(model: Classifier, access: Access, port: int, most: int) -> tuple[grpc.aio.Server, int]:
     """Makes a server for at most `most` connections on an address of its own; returns it and its port.
 
     Raises:
         UserError: the address is in use.
     """
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", most)])
-    service = _Service(model, memory)
-    methods = {name: getattr(service, name) for name in dir(service) if name[0].isupper()}
-    handlers = {name: _handler(name, method, access) for name, method in methods.items()}
+    handlers = {name: _handler(name, model, access) for name in ("ModelInfer", *METHODS)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = f"[{access.host}]:{port}" if ":" in access.host else f"{access.host}:{port}"
     try:
         if not access.certificate:
             return server, server.add_insecure_port(where)
@@ -79,87 +85,50 @@ def make_server(
         return server, server.add_secure_port(where, credentials)
     except RuntimeError as error:
         raise UserError(
-            f"--grpc_port {port} of {host} can't be used ({first_line(error)}); give another one."
+            f"--grpc_port {port} of {access.host} can't be used ({first_line(error)}); give another one."
         ) from error
 
 
-def _handler(name: str, method: Method, access: Access) -> grpc.RpcMethodHandler:
-    """Makes the handler of a method, which turns exceptions into statuses and counts them."""
+def _handler(name: str, model: Classifier, access: Access) -> grpc.RpcMethodHandler:
+    """Makes the handler of a method, which turns errors into statuses and counts them."""
     labels = ("UNARY", SERVICE, name)
     started, duration = STARTED.labels(*labels), DURATION.labels(*labels)
     handled = functools.cache(lambda code: HANDLED.labels(*labels, code.name))
 
+    async def answer(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        if access.token:
+            access.check_token(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
+        if name == "ModelInfer":
+            return await _infer(model, data)
+        fields = METHODS[name](model, _parse(getattr(pb, f"{name}Request"), data))
+        return getattr(pb, f"{name}Response")(**fields)
+
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        begun = time.perf_counter()
         started.inc()
         code = grpc.StatusCode.CANCELLED  # stays if the client is gone
-        try:
-            if access.token:
-                access.check_token(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
-            answer = await method(data)
-            code = grpc.StatusCode.OK
-            return answer
-        except RequestError as error:
-            code, why = STATUS.get(error.status, grpc.StatusCode.FAILED_PRECONDITION), str(error)
-        except Exception:
-            logger.exception("a gRPC request failed")
-            code, why = grpc.StatusCode.INTERNAL, "the server is at fault; its log says why"
-        finally:
-            handled(code).inc()
-            duration.observe(time.perf_counter() - begun)
-        await context.abort(code, why)
+        with duration.time():
+            try:
+                status, result = await attempt(answer(data, context))
+                code = STATUS.get(status, grpc.StatusCode.FAILED_PRECONDITION)
+            finally:
+                handled(code).inc()
+        return result if status == 200 else await context.abort(code, result)
 
     return grpc.unary_unary_rpc_method_handler(call, None, lambda message: message.SerializeToString())
 
 
-class _Service:
-    """The methods of the protocol; each takes the bytes of its message."""
+async def _infer(model: Classifier, data: bytes) -> pb.ModelInferResponse:
+    is_raw = False
 
-    def __init__(self, model: Classifier, memory: BodyMemory):
-        self._model, self._memory = model, memory
+    def read() -> Request:
+        nonlocal is_raw
+        message = _parse(pb.ModelInferRequest, data)
+        model.check_name(message.model_name, message.model_version)
+        is_raw = bool(message.raw_input_contents)
+        return _read_request(message)
 
-    async def ServerLive(self, data: bytes) -> pb.ServerLiveResponse:  # noqa: N802 - the protocol's names
-        return pb.ServerLiveResponse(live=True)
-
-    async def ServerReady(self, data: bytes) -> pb.ServerReadyResponse:  # noqa: N802
-        return pb.ServerReadyResponse(ready=self._model.is_ready and not self._model.is_stopping)
-
-    async def ModelReady(self, data: bytes) -> pb.ModelReadyResponse:  # noqa: N802
-        message = _parse(pb.ModelReadyRequest, data)
-        self._model.check_name(message.name, message.version)
-        return pb.ModelReadyResponse(ready=self._model.is_ready)
-
-    async def ServerMetadata(self, data: bytes) -> pb.ServerMetadataResponse:  # noqa: N802
-        return pb.ServerMetadataResponse(name="densenet_jax", version=__version__)
-
-    async def ModelMetadata(self, data: bytes) -> pb.ModelMetadataResponse:  # noqa: N802
-        message = _parse(pb.ModelMetadataRequest, data)
-        self._model.check_name(message.name, message.version)
-        return pb.ModelMetadataResponse(**self._model.metadata())
-
-    async def RepositoryIndex(self, data: bytes) -> pb.RepositoryIndexResponse:  # noqa: N802
-        return pb.RepositoryIndexResponse(models=self._model.index(_parse(pb.RepositoryIndexRequest, data).ready))
-
-    async def RepositoryModelLoad(self, data: bytes) -> NoReturn:  # noqa: N802
-        raise RequestError(NOT_LOADED, 501)
-
-    RepositoryModelUnload = RepositoryModelLoad
-
-    async def ModelInfer(self, data: bytes) -> pb.ModelInferResponse:  # noqa: N802
-        is_raw = False
-
-        def read() -> Request:
-            nonlocal is_raw
-            message = _parse(pb.ModelInferRequest, data)
-            self._model.check_name(message.model_name, message.model_version)
-            is_raw = bool(message.raw_input_contents)
-            return _read_request(message)
-
-        try:
-            request, outputs = await self._model.infer(read, len(data))
-        finally:
-            self._memory.seen += len(data) if len(data) > SMALL_BODY_BYTES else 0
-        return _write_answer(self._model.name, request, outputs, is_raw)
+    request, outputs = await model.infer(read, len(data))
+    return _write_answer(model.name, request, outputs, is_raw)
 
 
 def _parse(kind: type, data: bytes) -> Any:
@@ -167,7 +136,7 @@ def _parse(kind: type, data: bytes) -> Any:
     try:
         _check_fields(data)
         return kind.FromString(data)  # type: ignore[attr-defined]
-    except (DecodeError, IndexError, ValueError) as error:
+    except (DecodeError, ValueError) as error:
         raise RequestError("the message is malformed") from error
 
 
@@ -195,26 +164,21 @@ def _read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
     def read_varint() -> int:
         nonlocal place
-        value, shift = 0, 0
-        while shift < 70:
-            byte = data[place]
-            place += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError("a number without an end")
+        if (match := VARINT.match(data, place)) is None:
+            raise ValueError("a number without an end")
+        place = match.end()
+        return sum((byte & 127) << 7 * number for number, byte in enumerate(match[0]))
 
     while place < len(data):
         key = read_varint()
         kind, size = key & 7, 0
         if kind == 0:
             read_varint()
-        elif kind in (1, 5):
-            place += 8 if kind == 1 else 4
         elif kind == 2:
             size = read_varint()
             place += size
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
         else:
             raise ValueError("an unknown kind of field")
         if place > len(data):
@@ -226,20 +190,15 @@ def _read_request(message: pb.ModelInferRequest) -> Request:
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise RequestError(f"{len(message.inputs)} inputs with {len(raw)} raw contents; expected one each")
-    contents = raw or [_read_contents(tensor) for tensor in message.inputs]
-    tensors = [
-        Tensor(tensor.name, tensor.datatype, list(tensor.shape), data, _is_base64(tensor))
-        for tensor, data in zip(message.inputs, contents, strict=True)
+    tensors = []
+    for tensor, data in zip(message.inputs, raw or map(_read_contents, message.inputs), strict=True):
+        is_base64 = "content_type" in tensor.parameters and tensor.parameters["content_type"].string_param == "base64"
+        tensors.append(Tensor(tensor.name, tensor.datatype, list(tensor.shape), data, is_base64))
+    outputs = [
+        Wanted(one.name, one.parameters["classification"].int64_param if "classification" in one.parameters else 0)
+        for one in message.outputs
     ]
-    outputs = []
-    for output in message.outputs:
-        classes = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
-        outputs.append(Wanted(output.name, classes))
     return Request(tensors, outputs, message.id or None)
-
-
-def _is_base64(tensor: pb.ModelInferRequest.InferInputTensor) -> bool:
-    return "content_type" in tensor.parameters and tensor.parameters["content_type"].string_param == "base64"
 
 
 def _read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | bytes:
@@ -261,14 +220,15 @@ def _read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] |
 def _write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:
     """Writes the message, in raw contents or in the contents of each datatype."""
     response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.request_id or "")
-    for wanted, datatype, values in outputs:
-        output = response.outputs.add(name=wanted.name, datatype=datatype, shape=values.shape)
-        if datatype == "BYTES":
+    for wanted, values in outputs:
+        kind = values.dtype.kind
+        output = response.outputs.add(name=wanted.name, datatype=DATATYPES[kind], shape=values.shape)
+        if kind == "O":
             output.parameters["content_type"].string_param = "str"
         if is_raw:
             response.raw_output_contents.append(pack_array(values))
-        elif datatype == "BYTES":
+        elif kind == "O":
             output.contents.bytes_contents.extend(text.encode() for text in values.flat)
         else:
-            getattr(output.contents, CONTENTS[datatype]).extend(values.ravel().tolist())
+            getattr(output.contents, CONTENTS[kind]).extend(values.ravel().tolist())
     return response

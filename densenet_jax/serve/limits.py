@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import hmac
 import ipaddress
@@ -11,7 +10,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from densenet_jax.errors import UserError, first_line
@@ -27,54 +26,41 @@ BODY_SECS = 30.0  # for a request's body to arrive
 SMALL_BODY_BYTES = 2**20  # bodies up to this size always have room
 ALL_BODIES_BYTES = 256 * 2**20  # larger bodies together
 LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=MAX_PICTURE_PIXELS)  # per picture
+GREETING_BYTES = 256  # that a client of gRPC sends before its first request, at most
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-@dataclasses.dataclass(frozen=True)
 class Access:
-    """Settings of who may send requests; an empty token or certificate means none is needed."""
+    """Who may send requests.
 
-    hosts: tuple[str, ...] = LOOPBACK  # allowed in Host headers, besides IP addresses if not on loopback
-    is_loopback: bool = True
-    token: str = ""
-    certificate: str = ""
-    key: str = ""
+    Attributes:
+        hosts: allowed in Host headers, besides IP addresses if not on loopback.
+        token: "" if none is asked for.
+        tls: None without a certificate.
+    """
 
-    @classmethod
-    def from_config(cls, config: Any, host: str) -> "Access":
+    def __init__(self, config: Any, host: str):
         """Reads the files that `config.serve` names, for a server that listens on `host`.
 
         Raises:
             UserError: one of them can't be used.
         """
-        certificate, key = config.serve.tls_certificate, config.serve.tls_key
-        if bool(certificate) != bool(key):
+        settings, self.host = config.serve, host
+        self.is_loopback = host in LOOPBACK or host.startswith("127.")
+        self.hosts = {*LOOPBACK, host.lower(), *map(str.lower, settings.hosts)}
+        self.token = _read_token(settings.token_file) if settings.token_file else ""
+        self.certificate, self.key = settings.tls_certificate, settings.tls_key
+        if bool(self.certificate) != bool(self.key):
             raise UserError("config.serve.tls_certificate and config.serve.tls_key belong together; set both or none.")
-        token = _read_token(config.serve.token_file) if config.serve.token_file else ""
-        is_loopback = host in LOOPBACK or host.startswith("127.")
-        access = cls(
-            (*LOOPBACK, host.lower(), *map(str.lower, config.serve.hosts)), is_loopback, token, certificate, key
-        )
-        access.tls()
-        return access
-
-    def tls(self) -> ssl.SSLContext | None:
-        """Makes the TLS context; None without a certificate.
-
-        Raises:
-            UserError: the files are not a certificate and its key.
-        """
-        if not self.certificate:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if self.certificate else None
         try:
-            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+            if self.tls is not None:
+                self.tls.load_cert_chain(self.certificate, self.key, password=lambda: "")
         except (OSError, ValueError) as error:  # also OpenSSL's errors
             raise UserError(
                 f"config.serve.tls_certificate {self.certificate} and config.serve.tls_key {self.key} can't be used "
                 f"({first_line(error)}); expected a certificate and its key without a password, in PEM."
             ) from error
-        return context
 
     def check_host(self, host: str) -> None:
         """Raises RequestError (421) unless a Host header is ours.
@@ -115,20 +101,6 @@ def _read_token(path: str) -> str:
     return token
 
 
-class BodyMemory:
-    """Memory of request bodies: `used` now, `seen` in large ones since freed memory was last returned."""
-
-    def __init__(self) -> None:
-        self.used = self.seen = 0
-
-    def take(self, count: int, size: int) -> None:
-        """Reserves `count` bytes for a body that has `size` now, or raises RequestError (503) if there is no room."""
-        if size > SMALL_BODY_BYTES and self.used + count > ALL_BODIES_BYTES:
-            raise RequestError("the server has no memory for so large a request at the moment; come again", 503)
-        self.used += count
-        self.seen += count if size > SMALL_BODY_BYTES else 0
-
-
 def return_memory() -> None:
     """Returns freed memory to the system if the C library can."""
     gc.collect()
@@ -163,8 +135,8 @@ def open_files() -> list[int]:
     return list(map(int, os.listdir("/proc/self/fd"))) if os.path.isdir("/proc/self/fd") else []
 
 
-def shed_quiet(port: int, most: int) -> int:
-    """Shuts down the quietest connections to `port` if more than half of `most` are open, and returns their number.
+def shed_quiet(port: int, most: int) -> None:
+    """Shuts down the quietest connections to `port` if more than half of `most` are open.
 
     gRPC closes silent connections only by a clock, and rejects new ones meanwhile. The kernel knows how long each has
     been quiet. Does nothing if there is no /proc.
@@ -173,21 +145,16 @@ def shed_quiet(port: int, most: int) -> int:
     for number in open_files():
         with contextlib.suppress(OSError), _borrow_socket(number) as given:  # closed meanwhile, no socket, or listening
             peer = given.getpeername()
-            if not isinstance(peer, tuple) or given.getsockname()[1] != port:
-                continue
-            # From struct tcp_info: milliseconds since the last data in either direction, bytes received.
-            information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-            sent, received = (struct.unpack_from("=I", information, place)[0] for place in (44, 52))
-            has_spoken = struct.unpack_from("=Q", information, 128)[0] > 256  # more than a greeting
-            quiet.append((has_spoken, -min(sent, received), number, peer))
-    if len(quiet) <= most // 2:
-        return 0
-    shed = sorted(quiet)[: len(quiet) - most // 4]
+            if isinstance(peer, tuple) and given.getsockname()[1] == port:
+                # From struct tcp_info: milliseconds since the last data in either direction, bytes received.
+                information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                sent, received, count = struct.unpack("=44xI4xI72xQ", information)
+                quiet.append((count > GREETING_BYTES, -min(sent, received), number, peer))
+    shed = sorted(quiet)[: len(quiet) - most // 4] if len(quiet) > most // 2 else []
     for _, _, number, peer in shed:
         with contextlib.suppress(OSError), _borrow_socket(number) as given:
             if given.getpeername() == peer:  # the number may stand for another connection by now
                 given.shutdown(socket.SHUT_RDWR)
-    return len(shed)
 
 
 @contextlib.contextmanager
@@ -210,8 +177,3 @@ def check_json(text: bytes | bytearray) -> None:
             "send the data in binary",
             413,
         )
-
-
-def header(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    """Returns a header's value, "" if it is missing."""
-    return headers.get(name, b"").decode("latin-1").strip()

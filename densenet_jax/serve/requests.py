@@ -85,56 +85,51 @@ class InputChecker:
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
         """Returns the pixels of a request, [n, h, w, c], or its pictures, not decoded; raises RequestError."""
-        check_id(request.request_id)
-        tensors = request.tensors
-        if len(tensors) != 1 or tensors[0].name not in (PIXELS, ENCODED):
-            names = ", ".join(shorten(tensor.name) for tensor in tensors[:4]) or "none"
+        request_id = request.request_id or ""
+        if len(request_id) > MAX_ID_LENGTH or not (request_id.isascii() and request_id.isprintable()):
+            raise RequestError(f"the request's id is not of at most {MAX_ID_LENGTH} printable ASCII characters")
+        names = [tensor.name for tensor in request.tensors]
+        if names not in ([PIXELS], [ENCODED]):
+            some = ", ".join(map(shorten, names[:4])) or "none"
             raise RequestError(
-                f"the inputs are {names}; expected one of {PIXELS} ({self.datatype}) and {ENCODED} (BYTES)"
+                f"the inputs are {some}; expected one of {PIXELS} ({self.datatype}) and {ENCODED} (BYTES)"
             )
-        return self._pixels(tensors[0]) if tensors[0].name == PIXELS else self._pictures(tensors[0])
+        tensor, is_pixels = request.tensors[0], names == [PIXELS]
+        if tensor.datatype != (datatype := self.datatype if is_pixels else "BYTES"):
+            raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
+        shape = tuple(tensor.shape)
+        if not shape or shape[1:] not in ([self.image_shape] if is_pixels else [(), (1,)]):
+            expected = ", ".join(map(str, ("n", *(self.image_shape if is_pixels else ()))))
+            raise RequestError(f"{tensor.name} has the shape {shorten(list(shape))}; expected [{expected}]")
+        if not 1 <= shape[0] <= self.max_images:
+            raise RequestError(f"{shorten(shape[0])} images in a request; expected 1 to {self.max_images}")
+        if not isinstance(tensor.data, bytes | list):
+            raise RequestError(f"the data of {tensor.name} is no list of values")
+        if is_pixels:
+            data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape, self.dtype)
+            count = len(data) / self.dtype.itemsize
+        else:
+            data = unpack_strings(tensor.data, shape[0]) if isinstance(tensor.data, bytes) else tensor.data
+            count = len(data)
+        if count != math.prod(shape):
+            raise RequestError(
+                f"{tensor.name} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}"
+            )
+        return np.frombuffer(data, self.dtype).reshape(shape) if is_pixels else self._pictures(data, tensor.is_base64)
 
     @functools.cached_property
     def datatype(self) -> str:
         """The protocol's name for `dtype`."""
         return self.dtype.name.upper()
 
-    def _pixels(self, tensor: Tensor) -> np.ndarray:
-        check_datatype(tensor, self.datatype)
-        shape = tuple(tensor.shape)
-        if not shape or shape[1:] != tuple(self.image_shape):
-            expected = ", ".join(map(str, ("n", *self.image_shape)))
-            raise RequestError(f"{PIXELS} has the shape {shorten(list(shape))}; expected [{expected}]")
-        self._check_count(shape[0])
-        data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape, self.dtype)
-        count = len(data) / self.dtype.itemsize
-        if count != math.prod(shape):
-            raise RequestError(f"{PIXELS} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}")
-        return np.frombuffer(data, self.dtype).reshape(shape)
-
-    def _pictures(self, tensor: Tensor) -> list[Picture]:
-        check_datatype(tensor, "BYTES")
-        shape = tuple(tensor.shape)
-        if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
-            raise RequestError(f"{ENCODED} has the shape {shorten(list(shape))}; expected [n]")
-        self._check_count(shape[0])
-        data = tensor.data
-        if isinstance(data, bytes):
-            data = unpack_strings(data, most=shape[0])
-        if not isinstance(data, list) or len(data) != shape[0]:
-            count = len(data) if isinstance(data, list) else "no list of"
-            raise RequestError(f"{ENCODED} has {count} values; its shape {list(shape)} takes {shape[0]}")
+    def _pictures(self, values: list[Any], is_base64: bool) -> list[Picture]:
         pictures, left = [], self.max_pixels
-        for number, value in enumerate(data):
-            pictures.append(make_picture(value, f"{ENCODED}[{number}]", tensor.is_base64))
+        for number, value in enumerate(values):
+            pictures.append(make_picture(value, f"{ENCODED}[{number}]", is_base64))
             left -= pictures[-1].pixels
             if left < 0:
                 raise RequestError(f"the pictures have more than {self.max_pixels:,} pixels together; send fewer", 413)
         return pictures
-
-    def _check_count(self, count: int) -> None:
-        if not 1 <= count <= self.max_images:
-            raise RequestError(f"{shorten(count)} images in a request; expected 1 to {self.max_images}")
 
 
 def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
@@ -155,19 +150,11 @@ def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
     return Picture(value, name, width * height)
 
 
-def check_datatype(tensor: Tensor, datatype: str) -> None:
-    """Raises RequestError if the tensor is not of `datatype`."""
-    if tensor.datatype != datatype:
-        raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
-
-
-def pack_pixels(values: Any, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def pack_pixels(values: list[Any], shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """Packs a list of numbers of `dtype`, flat or nested like `shape`.
 
     NumPy would also convert strings and ragged lists, at any cost in memory.
     """
-    if not isinstance(values, list):
-        raise RequestError(f"the data of {PIXELS} is no list of numbers")
     if values and isinstance(values[0], list):
         for size in shape[1:]:
             if not all(isinstance(value, list) and len(value) == size for value in values):
@@ -199,15 +186,6 @@ def pack_array(values: np.ndarray) -> bytes:
         return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     texts = [text.encode() for text in values.flat]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
-
-
-def check_id(request_id: str | None) -> None:
-    """Raises RequestError if an id is too long to send back, or has characters other than printable ASCII."""
-    fine = request_id is None or (
-        len(request_id) <= MAX_ID_LENGTH and request_id.isascii() and request_id.isprintable()
-    )
-    if not fine:
-        raise RequestError(f"the request's id is not of at most {MAX_ID_LENGTH} printable ASCII characters")
 
 
 def shorten(value: Any, most: int = 60) -> str:

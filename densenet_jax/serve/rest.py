@@ -1,224 +1,237 @@
 """Serves the protocol over REST: an ASGI application with a page, metrics and a description of itself."""
 
 import asyncio
+import contextlib
 import functools
 import html
 import importlib.resources
-import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 
-from densenet_jax.serve.limits import BODY_SECS, MAX_BODY_BYTES, MAX_JSON_BYTES, Access, BodyMemory, check_json, header
+from densenet_jax.serve.limits import (
+    ALL_BODIES_BYTES,
+    BODY_SECS,
+    MAX_BODY_BYTES,
+    MAX_JSON_BYTES,
+    SMALL_BODY_BYTES,
+    Access,
+    check_json,
+)
 from densenet_jax.serve.requests import ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
-from densenet_jax.serve.runtime import MAX_IMAGES, NOT_LOADED, VERSION, Classifier, Outputs
+from densenet_jax.serve.runtime import DATATYPES, MAX_IMAGES, VERSION, Classifier, Outputs, attempt
 from densenet_jax.version import __version__
 
-logger = logging.getLogger(__name__)
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers: TypeAlias = dict[bytes, bytes]
-Reply: TypeAlias = tuple[bytes, dict[str, str]]  # body, headers
+Headers: TypeAlias = dict[str, str]  # by their names in lower case
+Reply: TypeAlias = tuple[bytes, Headers]  # with the body
 
 METHODS = ("GET", "HEAD", "POST")
-PATHS = ("/metrics", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/repository/index")  # and the pages
+MODEL = "/v2/models/([^/]+)(?:/versions/([^/]+))?"
+LABELS = {f"{MODEL}/infer": "/v2/models/infer"}  # in metrics; "" for the rest that names models, and what is unknown
 READ_ON_FACTOR = 4  # a client that sends too much still gets its answer if it stops at this multiple of the limit
+STATUS_HEADERS = {401: {"www-authenticate": 'Bearer, Basic realm="model"'}, 503: {"retry-after": "1"}}
 # Pages may run their inline code and talk to this server, and nothing else.
 PAGE_POLICY = (
     "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-EXTENSIONS = ["binary_tensor_data", "classification", "model_repository"]
+PAGES = {"/": "page.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}
+SERVER = {
+    "name": "densenet_jax",
+    "version": __version__,
+    "extensions": ["binary_tensor_data", "classification", "model_repository"],
+}
+PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
 JSON = "application/json"
-JSON_LENGTH = "Inference-Header-Content-Length"
+JSON_LENGTH = "inference-header-content-length"
+KINDS = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+TENSOR = {"name": str, "datatype": str, "shape": list, "parameters?": {"binary_data_size?": int}}
+OUTPUT = {"name": str, "parameters?": {"classification?": int, "binary_data?": bool}}
+REQUEST = {"inputs": [TENSOR], "outputs?": [OUTPUT], "id?": str, "parameters?": {"binary_data_output?": bool}}
 REQUESTS = Counter("rest_server_requests", "Requests over REST.", ("method", "path", "status_code"))
 DURATION = Histogram("rest_server_request_duration_seconds", "How long answering took.", ("path",))
-
-
-class Gone(Exception):  # noqa: N818 - a client, not an error
-    """The client has closed the connection."""
+_metrics = functools.cache(
+    lambda method, label, status: (REQUESTS.labels(method, label, status), DURATION.labels(label))
+)
 
 
 class Rest:
     """ASGI application."""
 
-    def __init__(self, model: Classifier, access: Access, memory: BodyMemory):
-        self._model, self._access, self._memory = model, access, memory
-        self._pages: dict[str, Reply] = {}
-        for path, name in {"/": "page.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}.items():
-            text = importlib.resources.files("densenet_jax.serve").joinpath(name).read_text("utf-8")
-            text = text.replace("MODEL_NAME", html.escape(model.name)).replace("CROP_SHARE", f"{model.seen_share:.6g}")
-            body = text.encode()
-            kind = "text/html; charset=utf-8" if name.endswith("html") else JSON
-            security = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-            self._pages[path] = body, {"content-type": kind, **security}
+    def __init__(self, model: Classifier, access: Access):
+        self._model, self._access = model, access
+        self._body_bytes = 0  # of all requests under way
+        routes: list[tuple[str, str, Callable[..., Any]]] = [
+            ("POST", f"{MODEL}/infer", self._infer),
+            ("GET", MODEL, lambda *which: model.metadata(*which)),
+            ("GET", f"{MODEL}/ready", lambda *which: _answer_if(model.is_model_ready(*which), name=model.name)),
+            ("GET", "/v2", lambda: SERVER),
+            ("GET", "/v2/health/live", lambda: {"live": True}),
+            ("GET", "/v2/health/ready", lambda: _answer_if(model.is_ready and not model.is_stopping)),
+            ("POST", "/v2/repository/index", self._index),
+            (
+                "POST",
+                "/v2/repository/models/([^/]+)/(?:un)?load",
+                lambda headers, receive, name: model.refuse_to_load(name),
+            ),
+            ("GET", "/metrics", lambda: (generate_latest(), {"content-type": CONTENT_TYPE_LATEST})),
+            *[("GET", path, _make_page(model, name)) for path, name in PAGES.items()],
+        ]
+        self._routes = [(method, re.compile(path), answer) for method, path, answer in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         started = time.perf_counter()
-        scope["state"]["task"] = asyncio.current_task()  # canceled if the connection is lost
-        status, closes = 200, False
+        scope["state"] |= {"task": asyncio.current_task(), "label": ""}  # canceled if the connection is lost
         try:
-            reply = await self._route(scope, dict(scope["headers"]), receive)
-        except RequestError as error:
-            status, reply = error.status, _to_json({"error": str(error)})
-            closes = status not in (400, 404)  # something may be unread
-        except (Gone, asyncio.CancelledError):
+            status, reply = await attempt(self._route(scope, receive))
+        except asyncio.CancelledError:
             return
-        except Exception:
-            logger.exception("a REST request failed")
-            status, reply, closes = 500, _to_json({"error": "the server is at fault; its log says why"}), True
-        body, given = reply
-        given = given | {"content-length": str(len(body))} | ({"connection": "close"} if closes else {})
-        if status in (401, 503):
-            given |= {"WWW-Authenticate": 'Bearer, Basic realm="model"'} if status == 401 else {"Retry-After": "1"}
-        pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
+        if status != 200:
+            reply = {"error": reply}
+        body, headers = reply if isinstance(reply, tuple) else (orjson.dumps(reply), {"content-type": JSON})
+        headers = headers | {"content-length": str(len(body))} | STATUS_HEADERS.get(status, {})
+        if status not in (200, 400, 404):  # something may be unread
+            headers["connection"] = "close"
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
-        await send({"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b""})
-        method, route = scope["method"] if scope["method"] in METHODS else "other", scope["state"].get("route", "")
-        requests, duration = _metrics(method, route, status)
+        await send({"type": "http.response.body", "body": body})
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        requests, duration = _metrics(method, scope["state"]["label"], status)
         requests.inc()
         duration.observe(time.perf_counter() - started)
 
-    async def _route(self, scope: Scope, headers: Headers, receive: Receive) -> Reply:
+    async def _route(self, scope: Scope, receive: Receive) -> Any:
+        headers = {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in scope["headers"]}
         if scope["method"] not in METHODS:
             raise RequestError(f"the method is not one of {', '.join(METHODS)}", 405)
-        if b"host" in headers or scope["http_version"] == "1.1":
-            self._access.check_host(header(headers, b"host"))
-        self._access.check_token(header(headers, b"authorization"))
-        model = self._model
-        parts = scope["path"].split("/")[1:]
-        if parts[:2] == ["v2", "models"] and len(parts) > 2:
-            version = parts[4] if parts[3:4] == ["versions"] and len(parts) > 4 else ""
-            rest = parts[5:] if version else parts[3:]
-            if rest == ["infer"]:
-                _require(scope, "POST")
-                model.check_name(parts[2], version)
-                scope["state"]["route"] = "/v2/models/infer"
-                return await self._infer(headers, receive)
-            if rest in ([], ["ready"]):
-                _require(scope, "GET")
-                model.check_name(parts[2], version)
-                return _answer_if(model.is_ready, "ready", name=model.name) if rest else _to_json(model.metadata())
-        path = scope["path"]
-        scope["state"]["route"] = path if path in PATHS or path in self._pages else ""  # metrics keep names forever
-        if path in self._pages:
-            return self._pages[path]
-        match parts:
-            case ["metrics"]:
-                return generate_latest(), {"content-type": CONTENT_TYPE_LATEST}
-            case ["v2"]:
-                return _to_json({"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS})
-            case ["v2", "health", "live"]:
-                return _answer_if(True, "live")
-            case ["v2", "health", "ready"]:
-                return _answer_if(model.is_ready and not model.is_stopping, "ready")
-            case ["v2", "repository", "index"]:
-                _require(scope, "POST")
-                body = await self._body(headers, receive)
-                check_json(body)
-                return _to_json(model.index(bool(_parse_json(body).get("ready")) if body else False))
-            case ["v2", "repository", "models", name, "load" | "unload"]:
-                _require(scope, "POST")
-                model.check_name(name)
-                raise RequestError(NOT_LOADED, 501)
+        if "host" in headers or scope["http_version"] == "1.1":
+            self._access.check_host(headers.get("host", ""))
+        self._access.check_token(headers.get("authorization", ""))
+        for method, path, answer in self._routes:
+            if match := path.fullmatch(scope["path"]):
+                if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
+                    raise RequestError(f"expected the method {method}", 405)
+                scope["state"]["label"] = LABELS.get(path.pattern, "") if path.groups else path.pattern
+                which = match.groups("")
+                return await answer(headers, receive, *which) if method == "POST" else answer(*which)
         raise RequestError("there is nothing at this address; /docs tells what there is", 404)
 
-    async def _infer(self, headers: Headers, receive: Receive) -> Reply:
+    async def _index(self, headers: Headers, receive: Receive) -> list[dict[str, str]]:
+        async with self._body(headers, receive, MAX_JSON_BYTES) as body:
+            return self._model.index(bool(body and _parse_json(body, {"ready?": bool}).get("ready")))
+
+    async def _infer(self, headers: Headers, receive: Receive, *which: str) -> Reply:
+        self._model.check_name(*which)
         # A small compressed body may unpack to any size.
-        if header(headers, b"content-encoding") not in ("", "identity"):
+        if headers.get("content-encoding", "") not in ("", "identity"):
             raise RequestError("bodies with a Content-Encoding are not taken; send it unpacked", 415)
-        kind, _, options = header(headers, b"content-type").partition(";")
-        kind, length = kind.strip().lower(), header(headers, JSON_LENGTH.lower().encode())
-        body: bytes | bytearray = b""
-        held = [0]
-        try:
-            most = MAX_JSON_BYTES if kind in ("", JSON) and not length else MAX_BODY_BYTES
-            body = await self._body(headers, receive, held, most)
+        kind, _, options = headers.get("content-type", "").partition(";")
+        kind, length = kind.strip().lower(), headers.get(JSON_LENGTH, "")
+        most = MAX_JSON_BYTES if kind in ("", JSON) and not length else MAX_BODY_BYTES
+        async with self._body(headers, receive, most) as body:
             if kind == "multipart/form-data":
-                read = lambda: _read_files(body, options)  # noqa: E731
+                read = functools.partial(_read_files, body, options)
             elif kind.startswith("image/") or kind == "application/dicom":
-                read = lambda: _request_of_pictures([bytes(body)])  # noqa: E731
+                read = functools.partial(_request_of_pictures, [bytes(body)])
             elif kind in ("", JSON) or (kind == "application/octet-stream" and length):
-                read = lambda: _read_json(body, length)  # noqa: E731
+                read = functools.partial(_read_json, body, length)
             else:
                 raise RequestError("expected the Content-Type application/json, multipart/form-data or image/...", 415)
             request, outputs = await self._model.infer(read, len(body))
-        finally:
-            self._memory.used -= held[0]
         return _write_answer(self._model.name, request, outputs)
 
-    async def _body(
-        self, headers: Headers, receive: Receive, held: list[int] | None = None, most: int = MAX_JSON_BYTES
-    ) -> bytearray:
-        """Returns the whole body; `held` gets the memory it takes, which the caller gives back."""
-        length = header(headers, b"content-length")
-        announced = int(length) if length.isdecimal() and len(length) < 20 else 0
+    @contextlib.asynccontextmanager
+    async def _body(self, headers: Headers, receive: Receive, most: int) -> AsyncIterator[bytearray]:
+        """Yields the whole body of a request, and counts its bytes among those of all requests meanwhile."""
+        body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECS):
-                return await self._read(receive, announced, [0] if held is None else held, most)
-        except TimeoutError as error:
-            raise RequestError(f"the body did not arrive within {BODY_SECS:.0f} seconds", 408) from error
+            await self._read(headers, receive, most, body)
+            yield body
+        finally:
+            self._body_bytes -= len(body)
 
-    async def _read(self, receive: Receive, announced: int, held: list[int], most: int) -> bytearray:
-        body, size, has_more = bytearray(), 0, True
+    async def _read(self, headers: Headers, receive: Receive, most: int, body: bytearray) -> None:
+        length = headers.get("content-length", "")
+        announced = int(length) if length.isdecimal() and len(length) < 20 else 0
         too_large = RequestError(f"the body is larger than {most} bytes", 413)
         refused = too_large if announced > most else None
-        while has_more and (refused is None or max(size, announced) <= READ_ON_FACTOR * MAX_BODY_BYTES):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            part, has_more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            try:
-                if size > most:
-                    raise too_large
-                if refused is None:
-                    self._memory.take(len(part), size)
-                    held[0] += len(part)
-                    body += part
-            except RequestError as error:
-                refused, body = error, bytearray()
+        size, has_more = 0, True
+        try:
+            async with asyncio.timeout(BODY_SECS):
+                while has_more and (refused is None or max(size, announced) <= READ_ON_FACTOR * MAX_BODY_BYTES):
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise asyncio.CancelledError  # as losing the connection cancels the task
+                    part, has_more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    if size > most:
+                        refused = too_large
+                    elif size > SMALL_BODY_BYTES and self._body_bytes + len(part) > ALL_BODIES_BYTES:
+                        refused = RequestError(
+                            "the server has no memory for so large a request at the moment; come again", 503
+                        )
+                    if refused is None:
+                        self._body_bytes += len(part)
+                        body += part
+                    else:
+                        self._body_bytes -= len(body)
+                        body.clear()
+        except TimeoutError as error:
+            raise RequestError(f"the body did not arrive within {BODY_SECS:.0f} seconds", 408) from error
         if refused is not None:
+            self._model.last_large = time.monotonic()
             raise refused
-        return body
 
 
-@functools.cache
-def _metrics(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    return REQUESTS.labels(method, route, status), DURATION.labels(route)
+def _make_page(model: Classifier, name: str) -> Callable[[], Reply]:
+    text = importlib.resources.files("densenet_jax.serve").joinpath(name).read_text("utf-8")
+    text = text.replace("MODEL_NAME", html.escape(model.name)).replace("CROP_SHARE", f"{model.seen_share:.6g}")
+    kind = "text/html; charset=utf-8" if name.endswith("html") else JSON
+    reply = text.encode(), PAGE_HEADERS | {"content-type": kind}
+    return lambda: reply
 
 
-def _answer_if(is_good: bool, state: str, **more: str) -> Reply:
-    if not is_good:
-        raise RequestError(f"not {state}")  # the protocol's status is 4xx
-    return _to_json(more | {state: True})
+def _answer_if(is_ready: bool, **more: str) -> dict[str, Any]:
+    if not is_ready:
+        raise RequestError("not ready")  # the protocol's status is 4xx
+    return more | {"ready": True}
 
 
-def _require(scope: Scope, method: str) -> None:
-    """Raises RequestError (405) if a request has another method; HEAD counts as GET."""
-    if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
-        raise RequestError(f"expected the method {method}", 405)
-
-
-def _to_json(content: Any) -> Reply:
-    return orjson.dumps(content), {"content-type": JSON}
-
-
-def _parse_json(text: bytes | bytearray) -> dict[str, Any]:
+def _parse_json(text: bytes | bytearray, form: dict[str, Any]) -> dict[str, Any]:
+    """Parses an object of the given form; see `_check_form`."""
+    check_json(text)
     try:
         tree = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the request is malformed: it is not JSON ({error.msg})") from error
-    if not isinstance(tree, dict):
-        raise RequestError("the request is malformed: it is not an object")
+    _check_form(tree, form, "")
     return tree
+
+
+def _check_form(value: Any, form: Any, where: str) -> None:
+    """Raises RequestError unless a value of JSON has a form: a type, or one for each key or item.
+
+    A key that ends with "?" may be missing or null.
+    """
+    kind = form if isinstance(form, type) else type(form)
+    if type(value) is not kind:
+        problem = "missing" if value is None else f"not {KINDS[kind]}"
+        raise RequestError(f"the request is malformed: {where or 'it'} is {problem}; expected {KINDS[kind]}")
+    for key, inner in form.items() if isinstance(form, dict) else ():
+        name = key.rstrip("?")
+        if name == key or value.get(name) is not None:
+            _check_form(value.get(name), inner, f"{where}.{name}".lstrip("."))
+    for number, item in enumerate(value) if isinstance(form, list) else ():
+        _check_form(item, form[0], f"{where}.{number}")
 
 
 def _read_json(body: bytes | bytearray, json_length: str = "") -> Request:
@@ -226,53 +239,31 @@ def _read_json(body: bytes | bytearray, json_length: str = "") -> Request:
     if json_length and not (json_length.isdecimal() and len(json_length) < 10 and int(json_length) <= len(body)):
         raise RequestError(f"{JSON_LENGTH} is {shorten(json_length)}; the body has {len(body)} bytes")
     end = int(json_length) if json_length else len(body)
-    text = body[:end] if json_length else body
-    check_json(text)
-    tree = _parse_json(text)
+    tree = _parse_json(body[:end] if json_length else body, REQUEST)
     tensors, place = [], end
-    for number, given in enumerate(_field(tree, "inputs", list)):
-        where = f"inputs.{number}."
-        shape = _field(given, "shape", list, where=where)
-        if not all(type(size) is int for size in shape):
-            raise RequestError(f"the request is malformed: {where}shape is not a list of whole numbers")
-        size = _field(_field(given, "parameters", dict, {}, where=where), "binary_data_size", int, -1, where=where)
+    for number, given in enumerate(tree["inputs"]):
+        if not all(type(size) is int for size in given["shape"]):
+            raise RequestError(f"the request is malformed: inputs.{number}.shape is not a list of whole numbers")
+        data, size = given.get("data"), _parameter(given, "binary_data_size", -1)
         if size >= 0:
-            data: Any = bytes(memoryview(body)[place : place + size])
+            data = bytes(memoryview(body)[place : place + size])
             place += size
-        else:
-            data = _field(given, "data", list, where=where)
-        name, datatype = (_field(given, key, str, where=where) for key in ("name", "datatype"))
-        tensors.append(Tensor(name, datatype, shape, data, is_base64=size < 0))
+        tensors.append(Tensor(given["name"], given["datatype"], given["shape"], data, is_base64=size < 0))
     if place != len(body):
         raise RequestError(
             f"the binary data have {len(body) - end} bytes; the inputs' binary_data_size say {place - end}"
         )
-    parameters = _field(tree, "parameters", dict, {})
-    is_binary = _field(parameters, "binary_data_output", bool, False)
+    is_binary = _parameter(tree, "binary_data_output", False)
     outputs = [
-        _read_output(given, f"outputs.{number}.", is_binary)
-        for number, given in enumerate(_field(tree, "outputs", list, []))
+        Wanted(one["name"], _parameter(one, "classification", 0), _parameter(one, "binary_data", is_binary))
+        for one in tree.get("outputs") or ()
     ]
-    return Request(tensors, outputs, _field(tree, "id", str, None), is_binary)
+    return Request(tensors, outputs, tree.get("id"), is_binary)
 
 
-def _read_output(given: Any, where: str, is_binary: bool) -> Wanted:
-    parameters = _field(given, "parameters", dict, {}, where=where)
-    classes = _field(parameters, "classification", int, 0, where=where)
-    is_binary = _field(parameters, "binary_data", bool, is_binary, where=where)
-    return Wanted(_field(given, "name", str, where=where), classes, is_binary)
-
-
-def _field(tree: Any, name: str, kind: type, *default: Any, where: str = "") -> Any:
-    """Returns `tree[name]`, or the default if it is missing or null; raises RequestError unless it is of `kind`."""
-    value = tree.get(name) if isinstance(tree, dict) else None
-    if value is None and default:
-        return default[0]
-    if type(value) is not kind:
-        kinds = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
-        problem = "missing" if value is None else f"not {kinds[kind]}"
-        raise RequestError(f"the request is malformed: {where}{name} is {problem}; expected {kinds[kind]}")
-    return value
+def _parameter(tree: dict[str, Any], name: str, default: Any) -> Any:
+    value = (tree.get("parameters") or {}).get(name)
+    return default if value is None else value
 
 
 def _read_files(body: bytes | bytearray, options: str) -> Request:
@@ -301,15 +292,15 @@ def _write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
     """Writes the answer in JSON, followed by the binary tensors that were asked for."""
     told: list[dict[str, Any]] = []
     binary: list[bytes] = []
-    for wanted, datatype, values in outputs:
-        output: dict[str, Any] = {"name": wanted.name, "shape": list(values.shape), "datatype": datatype}
+    for wanted, values in outputs:
+        is_text = values.dtype == object
+        output = {"name": wanted.name, "shape": list(values.shape), "datatype": DATATYPES[values.dtype.kind]}
         if wanted.is_binary:
             binary.append(pack_array(values))
             told.append(output | {"parameters": {"binary_data_size": len(binary[-1])}})
             continue
-        output |= {"parameters": {"content_type": "str"}} if datatype == "BYTES" else {}
-        data = values.ravel().tolist() if values.dtype == object else np.ascontiguousarray(values).ravel()
-        told.append(output | {"data": data})
+        output |= {"parameters": {"content_type": "str"}} if is_text else {}
+        told.append(output | {"data": values.ravel().tolist() if is_text else np.ascontiguousarray(values).ravel()})
     content: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": told}
     content |= {"id": request.request_id} if request.request_id is not None else {}
     text = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -16,6 +16,7 @@ from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.transforms import eval_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.pretrained import save_torch_state_dict
+from densenet_jax.predict.compiled import cover
 from densenet_jax.predict.images import ImageError, ImageLimits
 from densenet_jax.predict.labels import imagenet_labels
 from densenet_jax.predict.model import make_deployed
@@ -77,6 +78,14 @@ def test_any_number_of_images(predictor, count):
     assert together.dtype == np.float32
     for index in range(0, count, 23):
         np.testing.assert_allclose(predictor.probabilities(images[index : index + 1])[0], together[index], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "batches"),
+    [(1, [1]), (2, [4]), (3, [4]), (5, [4, 1]), (9, [16]), (18, [16, 4]), (64, [64]), (70, [64, 4, 4])],
+)
+def test_few_sizes_cover_any_number(count, batches):
+    assert cover(count, (1, 4, 16, 64)) == batches
 
 
 def test_few_sizes_are_compiled(digits):

@@ -3,10 +3,9 @@
 import asyncio
 import threading
 
-import numpy as np
 import pytest
 
-from densenet_jax.serve.batching import FairQueue, compute_in_batches, cover
+from densenet_jax.serve.batching import FairQueue
 
 
 class Worker:
@@ -177,23 +176,3 @@ def test_callers_take_turns():
 
     assert run(case()) == (True, [2, 4, 6, 8, 10], [18])
     assert worker.groups == [[1, 2], [3, 9], [4, 5]]
-
-
-@pytest.mark.parametrize(
-    ("count", "batches"),
-    [(1, [1]), (2, [4]), (3, [4]), (5, [4, 1]), (9, [16]), (18, [16, 4]), (64, [64]), (70, [64, 4, 4])],
-)
-def test_few_sizes_cover_any_number(count, batches):
-    assert cover(count, (1, 4, 16, 64)) == batches
-
-
-def test_every_image_is_computed_once():
-    sizes = []
-
-    def compute(batch):
-        sizes.append(len(batch))
-        return batch * 2.0
-
-    images = np.arange(23, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(compute_in_batches(images, (8, 16), compute), images * 2)
-    assert sizes == [16, 7]

@@ -83,6 +83,11 @@ def test_forms_and_bare_pictures(server, pictures, expected, tmp_path):
     command = ["curl", "-sf", *[f"-Fimage=@{file}" for file in files], server.infer_url]
     outputs = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)["outputs"]
     np.testing.assert_allclose(np.reshape(outputs[0]["data"], (2, -1)), expected[:2], **TOLERANCE)
+    asked = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+    for session in (requests, requests.Session()):  # curl --http2 asks for another protocol with its first request
+        for picture, row in zip(pictures[:2], expected[:2], strict=True):
+            answer = session.post(server.infer_url, files={"image": ("a.png", picture)}, headers=asked, timeout=9)
+            np.testing.assert_allclose(answer.json()["outputs"][0]["data"], row, **TOLERANCE)
     bare = requests.post(server.infer_url, data=pictures[0], headers={"Content-Type": "image/png"}, timeout=9)
     np.testing.assert_allclose(bare.json()["outputs"][0]["data"], expected[0], **TOLERANCE)
     form = {"Content-Type": "multipart/form-data; boundary=b"}

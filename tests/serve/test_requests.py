@@ -10,9 +10,10 @@ from configs import default
 from densenet_jax.errors import UserError
 from densenet_jax.serve import serve
 from densenet_jax.serve.limits import Access
-from densenet_jax.serve.requests import InputChecker, Request, RequestError, Tensor, check_id
+from densenet_jax.serve.requests import InputChecker, Request, RequestError, Tensor
 from tests.predict.files import png
 
+HOST = "127.0.0.1"
 SHAPE = (2, 3, 1)
 PIXELS = np.arange(12, dtype=np.uint8).reshape(2, *SHAPE)
 WIDE = PIXELS.astype(np.uint16) * 5000
@@ -117,16 +118,16 @@ def test_it_is_refused(case):
 
 
 def test_ids_come_back_in_headers():
-    check_id("a-1 b")
+    CHECKER.check(Request([pixels(PIXELS.tolist())], request_id="a-1 b"))
     for wrong in ("a\r\nSet-Cookie: x", "é", "a" * 129):
         with pytest.raises(RequestError, match="printable ASCII"):
-            check_id(wrong)
+            CHECKER.check(Request([pixels(PIXELS.tolist())], request_id=wrong))
 
 
-def make_access(host="127.0.0.1", **settings) -> Access:
+def make_access(host=HOST, **settings) -> Access:
     config = default.get_config()
     config.serve.update(settings)
-    return Access.from_config(config, host)
+    return Access(config, host)
 
 
 def test_hosts_are_checked():
@@ -172,12 +173,12 @@ def test_a_missing_extra_is_told_with_its_command(monkeypatch):
 
 
 def test_a_port_in_use_is_told():
-    with serve.listen(serve.Address(port=0, grpc_port=0)) as taken:
+    with serve.listen(HOST, 0, 0) as taken:
         port = taken.getsockname()[1]
         taken.listen()
         with pytest.raises(UserError, match=f"--port {port} of 127.0.0.1 can't be used"):
-            serve.listen(serve.Address(port=port, grpc_port=0))
+            serve.listen(HOST, port, 0)
         with pytest.raises(UserError, match=f"--grpc_port {port} of 127.0.0.1 can't be used"):
-            serve.listen(serve.Address(port=0, grpc_port=port))
+            serve.listen(HOST, 0, port)
     with pytest.raises(UserError, match="another --host"):
-        serve.listen(serve.Address(host="203.0.113.1"))
+        serve.listen("203.0.113.1", 0, 0)
