@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from densenet_jax.config import flatten, to_dict
 from densenet_jax.config.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.distributed import processes
+from densenet_jax.errors import check_installed
 from densenet_jax.flags import Command
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import user_cache
@@ -170,11 +171,10 @@ def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]
     """Answers requests over REST and gRPC with the predictions of --mode predict, until it is stopped."""
     from densenet_jax.predict.model import make_deployed
     from densenet_jax.predict.predictor import Predictor
-    from densenet_jax.serve.limits import LIMITS, Access
-    from densenet_jax.serve.serve import check_installed, end_when_asked, listen
+    from densenet_jax.serve.limits import LIMITS, NEEDED, Access, end_when_asked, listen
 
     warnings.filterwarnings("ignore", module="PIL")
-    check_installed()
+    check_installed("--mode serve", NEEDED, "pip install -r requirements-serve.txt")
     end_when_asked()
     from densenet_jax.serve.server import serve
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from densenet_jax.errors import UserError, first_line
+from densenet_jax.errors import UserError, check_installed, first_line
 from densenet_jax.export.graph import Graph, make_graph, reference_outputs
 from densenet_jax.export.samples import CheckImages, Samples
 from densenet_jax.export.verify import Comparison, Outputs, compare, compare_maps, run_in_chunks
@@ -50,8 +49,7 @@ class Format:
         Raises:
             UserError: a library is missing; the message has the command that installs it.
         """
-        if missing := [need for need in self.needs if importlib.util.find_spec(need) is None]:
-            raise UserError(f"--format {name} needs {', '.join(missing)}, not installed here: run `{self.install}`.")
+        check_installed(f"--format {name}", self.needs, self.install)
         return importlib.import_module(self.module)
 
 

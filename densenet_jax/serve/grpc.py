@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Histogram
 from tritonclient.grpc import service_pb2 as pb
@@ -141,49 +140,43 @@ def _parse(kind: type, data: bytes) -> Any:
 
 
 def _check_fields(data: bytes) -> None:
-    """Counts fields of a message, its inputs (5) and their contents (5), which each cost far more than their bytes."""
-    levels = [(memoryview(data), 0)]
-    count = 0
-    while levels:
-        part, depth = levels.pop()
-        for number, content in _read_fields(part):
-            count += 1
-            if count > MAX_FIELDS:
-                raise RequestError(f"the message has more than {MAX_FIELDS} fields", 413)
-            if number == 5 and depth < 2:
-                levels.append((content, depth + 1))
-            elif depth == 1 and number == 3 and len(content) > MAX_SHAPE_BYTES:
-                raise RequestError("a tensor has too many dimensions", 413)
-            elif depth == 2 and number != 8 and len(content) > MAX_NUMBERS_BYTES:
-                raise RequestError("a tensor has too many numbers; send them in raw contents", 413)
+    """Refuses what costs far more than its bytes: many fields of a message, of its inputs and of their contents."""
+    for count, (depth, number, size) in enumerate(_read_fields(memoryview(data))):
+        if count >= MAX_FIELDS:
+            raise RequestError(f"the message has more than {MAX_FIELDS} fields", 413)
+        if depth == 1 and number == 3 and size > MAX_SHAPE_BYTES:
+            raise RequestError("a tensor has too many dimensions", 413)
+        if depth == 2 and number != 8 and size > MAX_NUMBERS_BYTES:
+            raise RequestError("a tensor has too many numbers; send them in raw contents", 413)
 
 
-def _read_fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yields number and content of each field of a message; the content of a field that is a number is empty."""
+def _read_fields(data: memoryview, depth: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yields depth, number and size of each field of a message, of its inputs (5) and of their contents (5)."""
     place = 0
-
-    def read_varint() -> int:
-        nonlocal place
-        if (match := VARINT.match(data, place)) is None:
-            raise ValueError("a number without an end")
-        place = match.end()
-        return sum((byte & 127) << 7 * number for number, byte in enumerate(match[0]))
-
     while place < len(data):
-        key = read_varint()
-        kind, size = key & 7, 0
+        key, place = _read_varint(data, place)
+        number, kind, size = key >> 3, key & 7, 0
         if kind == 0:
-            read_varint()
+            _, place = _read_varint(data, place)
         elif kind == 2:
-            size = read_varint()
-            place += size
+            size, place = _read_varint(data, place)
         elif kind in (1, 5):
-            place += 8 if kind == 1 else 4
+            size = 8 if kind == 1 else 4
         else:
             raise ValueError("an unknown kind of field")
-        if place > len(data):
-            raise ValueError("a field ends after the message")
-        yield key >> 3, data[place - size : place]
+        yield depth, number, size
+        if (kind, number) == (2, 5) and depth < 2:
+            yield from _read_fields(data[place : place + size], depth + 1)
+        place += size
+    if place > len(data):
+        raise ValueError("a field ends after the message")
+
+
+def _read_varint(data: memoryview, place: int) -> tuple[int, int]:
+    """Returns a number and the place after it."""
+    if (match := VARINT.match(data, place)) is None:
+        raise ValueError("a number without an end")
+    return sum((byte & 127) << 7 * shift for shift, byte in enumerate(match[0])), match.end()
 
 
 def _read_request(message: pb.ModelInferRequest) -> Request:
@@ -201,20 +194,12 @@ def _read_request(message: pb.ModelInferRequest) -> Request:
     return Request(tensors, outputs, message.id or None)
 
 
-def _read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any] | bytes:
-    """Reads the values of a tensor from whichever field they are in; pixels as bytes."""
+def _read_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> list[Any]:
+    """Reads the values of a tensor from whichever field they are in."""
     fields = tensor.contents.ListFields()
     if len(fields) != 1:
         raise RequestError(f"a tensor has contents of {len(fields)} datatypes; expected one")
-    descriptor, values = fields[0]
-    if descriptor.name != "uint_contents":
-        return list(values)
-    numbers = np.fromiter(values, np.uint32, len(values))
-    dtype = np.uint16 if tensor.datatype == "UINT16" else np.uint8
-    most = np.iinfo(dtype).max
-    if numbers.max() > most:
-        raise RequestError(f"the value {numbers.max()} of a tensor is not a whole number from 0 to {most}")
-    return numbers.astype(dtype).tobytes()
+    return list(fields[0][1])
 
 
 def _write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) -> pb.ModelInferResponse:

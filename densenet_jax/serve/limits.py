@@ -1,4 +1,4 @@
-"""Limits that hold before anything is parsed: on files, bytes, hosts and tokens."""
+"""Settles what holds before any request is parsed: the address, who may ask, and how many files may be open."""
 
 import base64
 import contextlib
@@ -7,24 +7,23 @@ import gc
 import hmac
 import ipaddress
 import os
+import signal
 import socket
 import ssl
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.predict.images import ImageLimits
 from densenet_jax.serve.requests import MAX_PICTURE_PIXELS, RequestError, shorten
+from densenet_jax.system.console import print_status
 
 MAX_CONNECTIONS = 1000  # per protocol, or fewer if the process may not open that many files
 SPARE_FILES = 128  # kept free of connections for everything else
 MAX_BODY_BYTES = 32 * 2**20  # per request
-MAX_JSON_BYTES = 16 * 2**20  # JSON part of a body
-MAX_JSON_VALUES, MAX_JSON_CONTAINERS = 1_000_000, 200_000
-BODY_SECS = 30.0  # for a request's body to arrive
 SMALL_BODY_BYTES = 2**20  # bodies up to this size always have room
-ALL_BODIES_BYTES = 256 * 2**20  # larger bodies together
+NEEDED = ("uvicorn", "httptools", "uvloop", "orjson", "grpc", "tritonclient", "prometheus_client")
 LIMITS = ImageLimits(max_bytes=MAX_BODY_BYTES, max_pixels=MAX_PICTURE_PIXELS)  # per picture
 GREETING_BYTES = 256  # that a client of gRPC sends before its first request, at most
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -101,6 +100,44 @@ def _read_token(path: str) -> str:
     return token
 
 
+def end_when_asked() -> None:
+    """Lets SIGTERM and Ctrl-C end the process at once, until the server handles them: there is nothing to finish."""
+
+    def end(*_: Any) -> NoReturn:
+        print_status("interrupted")
+        os._exit(130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
+def listen(host: str, port: int, grpc_port: int) -> socket.socket:
+    """Takes the REST address and checks that the gRPC address is free; port 0 is any free one.
+
+    Raises:
+        UserError: one of them is in use, or is not of this machine.
+    """
+    _bind("--grpc_port", host, grpc_port).close()
+    return _bind("--port", host, port)
+
+
+def _bind(flag: str, host: str, port: int) -> socket.socket:
+    bound = None
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(where)
+    except (OSError, OverflowError) as error:
+        if bound is not None:
+            bound.close()
+        raise UserError(
+            f"{flag} {port} of {host} can't be used ({getattr(error, 'strerror', None) or error}); "
+            "give another port, 0 for any free one, or another --host."
+        ) from error
+    return bound
+
+
 def return_memory() -> None:
     """Returns freed memory to the system if the C library can."""
     gc.collect()
@@ -165,15 +202,3 @@ def _borrow_socket(number: int) -> Iterator[socket.socket]:
         yield borrowed
     finally:
         borrowed.detach()
-
-
-def check_json(text: bytes | bytearray) -> None:
-    """Raises RequestError (413) for JSON that would take much time or memory to parse."""
-    if len(text) > MAX_JSON_BYTES:
-        raise RequestError(f"the JSON is larger than {MAX_JSON_BYTES} bytes; send the data in binary", 413)
-    if text.count(b",") > MAX_JSON_VALUES or text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:
-        raise RequestError(
-            f"the JSON has more than {MAX_JSON_VALUES:,} values or {MAX_JSON_CONTAINERS:,} lists; "
-            "send the data in binary",
-            413,
-        )

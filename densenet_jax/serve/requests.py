@@ -105,12 +105,12 @@ class InputChecker:
             raise RequestError(f"{shorten(shape[0])} images in a request; expected 1 to {self.max_images}")
         if not isinstance(tensor.data, bytes | list):
             raise RequestError(f"the data of {tensor.name} is no list of values")
+        data: Any = tensor.data
         if is_pixels:
-            data = tensor.data if isinstance(tensor.data, bytes) else pack_pixels(tensor.data, shape, self.dtype)
-            count = len(data) / self.dtype.itemsize
-        else:
-            data = unpack_strings(tensor.data, shape[0]) if isinstance(tensor.data, bytes) else tensor.data
-            count = len(data)
+            data = data if isinstance(data, bytes) else pack_pixels(data, shape, self.dtype)
+        elif isinstance(data, bytes):
+            data = unpack_strings(data, most=shape[0])
+        count = len(data) / (self.dtype.itemsize if is_pixels else 1)
         if count != math.prod(shape):
             raise RequestError(
                 f"{tensor.name} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}"

@@ -14,15 +14,7 @@ import numpy as np
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 
-from densenet_jax.serve.limits import (
-    ALL_BODIES_BYTES,
-    BODY_SECS,
-    MAX_BODY_BYTES,
-    MAX_JSON_BYTES,
-    SMALL_BODY_BYTES,
-    Access,
-    check_json,
-)
+from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access
 from densenet_jax.serve.requests import ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
 from densenet_jax.serve.runtime import DATATYPES, MAX_IMAGES, VERSION, Classifier, Outputs, attempt
 from densenet_jax.version import __version__
@@ -36,6 +28,10 @@ Reply: TypeAlias = tuple[bytes, Headers]  # with the body
 METHODS = ("GET", "HEAD", "POST")
 MODEL = "/v2/models/([^/]+)(?:/versions/([^/]+))?"
 LABELS = {f"{MODEL}/infer": "/v2/models/infer"}  # in metrics; "" for the rest that names models, and what is unknown
+MAX_JSON_BYTES = 16 * 2**20  # JSON part of a body
+MAX_JSON_VALUES, MAX_JSON_CONTAINERS = 1_000_000, 200_000
+BODY_SECS = 30.0  # for a request's body to arrive
+ALL_BODIES_BYTES = 256 * 2**20  # larger bodies together
 READ_ON_FACTOR = 4  # a client that sends too much still gets its answer if it stops at this multiple of the limit
 STATUS_HEADERS = {401: {"www-authenticate": 'Bearer, Basic realm="model"'}, 503: {"retry-after": "1"}}
 # Pages may run their inline code and talk to this server, and nothing else.
@@ -52,7 +48,13 @@ SERVER = {
 PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
 JSON = "application/json"
 JSON_LENGTH = "inference-header-content-length"
-KINDS = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+KINDS = {
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    dict: "an object",
+}
 TENSOR = {"name": str, "datatype": str, "shape": list, "parameters?": {"binary_data_size?": int}}
 OUTPUT = {"name": str, "parameters?": {"classification?": int, "binary_data?": bool}}
 REQUEST = {"inputs": [TENSOR], "outputs?": [OUTPUT], "id?": str, "parameters?": {"binary_data_output?": bool}}
@@ -111,8 +113,6 @@ class Rest:
 
     async def _route(self, scope: Scope, receive: Receive) -> Any:
         headers = {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in scope["headers"]}
-        if scope["method"] not in METHODS:
-            raise RequestError(f"the method is not one of {', '.join(METHODS)}", 405)
         if "host" in headers or scope["http_version"] == "1.1":
             self._access.check_host(headers.get("host", ""))
         self._access.check_token(headers.get("authorization", ""))
@@ -207,8 +207,12 @@ def _answer_if(is_ready: bool, **more: str) -> dict[str, Any]:
 
 
 def _parse_json(text: bytes | bytearray, form: dict[str, Any]) -> dict[str, Any]:
-    """Parses an object of the given form; see `_check_form`."""
-    check_json(text)
+    """Parses an object of the given form, see `_check_form`, unless it would take much time or memory."""
+    if len(text) > MAX_JSON_BYTES:
+        raise RequestError(f"the JSON is larger than {MAX_JSON_BYTES} bytes; send the data in binary", 413)
+    if text.count(b",") > MAX_JSON_VALUES or text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:
+        why = f"the JSON has more than {MAX_JSON_VALUES:,} values or {MAX_JSON_CONTAINERS:,} lists"
+        raise RequestError(f"{why}; send the data in binary", 413)
     try:
         tree = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -222,16 +226,18 @@ def _check_form(value: Any, form: Any, where: str) -> None:
 
     A key that ends with "?" may be missing or null.
     """
-    kind = form if isinstance(form, type) else type(form)
-    if type(value) is not kind:
+    kind, given = form if isinstance(form, type) else type(form), type(value)
+    if given is not kind:
         problem = "missing" if value is None else f"not {KINDS[kind]}"
         raise RequestError(f"the request is malformed: {where or 'it'} is {problem}; expected {KINDS[kind]}")
-    for key, inner in form.items() if isinstance(form, dict) else ():
-        name = key.rstrip("?")
-        if name == key or value.get(name) is not None:
-            _check_form(value.get(name), inner, f"{where}.{name}".lstrip("."))
-    for number, item in enumerate(value) if isinstance(form, list) else ():
-        _check_form(item, form[0], f"{where}.{number}")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            _check_form(item, form[0], f"{where}.{number}")
+    if isinstance(form, dict):
+        for key, inner in form.items():
+            name = key.rstrip("?")
+            if name == key or value.get(name) is not None:
+                _check_form(value.get(name), inner, f"{where}.{name}".lstrip("."))
 
 
 def _read_json(body: bytes | bytearray, json_length: str = "") -> Request:
@@ -294,7 +300,11 @@ def _write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
     binary: list[bytes] = []
     for wanted, values in outputs:
         is_text = values.dtype == object
-        output = {"name": wanted.name, "shape": list(values.shape), "datatype": DATATYPES[values.dtype.kind]}
+        output: dict[str, Any] = {
+            "name": wanted.name,
+            "shape": list(values.shape),
+            "datatype": DATATYPES[values.dtype.kind],
+        }
         if wanted.is_binary:
             binary.append(pack_array(values))
             told.append(output | {"parameters": {"binary_data_size": len(binary[-1])}})

@@ -204,7 +204,7 @@ class Classifier:
             await asyncio.sleep(0.02)
 
     async def _answer(self, read: Callable[[], Request], size: int) -> tuple[Request, Outputs]:
-        def prepare() -> tuple[Request, list[Wanted], np.ndarray | list[Picture]]:
+        def prepare() -> tuple[Request, list[Wanted], Any]:
             request = read()
             images = self._checker.check(request)
             return request, self._select_outputs(request), images
@@ -213,7 +213,7 @@ class Classifier:
             request, outputs, images = prepare()
         else:
             request, outputs, images = await asyncio.get_running_loop().run_in_executor(self._read, prepare)
-        if isinstance(images, list):
+        if not isinstance(images, np.ndarray):
             images = await _divide(images, lambda one: one.pixels > LARGE_PIXELS, self._decode, self._decode_large)
         dtype, maps = self._transform.dtype, None
         rows = np.stack(await _divide(images, lambda one: one.dtype != dtype, self._compute, self._compute_wide))

@@ -90,20 +90,17 @@ async def _run(
         print_status(f"gRPC on {shown}:{grpc_port}; Ctrl-C or SIGTERM stops")
     await stopping
     rest.close()
-    _shut_down(state)
+    for connection in list(state.connections):
+        connection.shutdown()
     closing = asyncio.create_task(grpc.stop(stop_secs + FLUSH_SECS / 2))
     await model.stop(stop_secs)
     await asyncio.wait([closing, *state.tasks], timeout=FLUSH_SECS)
     watching.cancel()
-    _shut_down(state)
+    for connection in list(state.connections):
+        connection.shutdown()
     await asyncio.sleep(0)  # lets transports flush what they can at once
     print_status(f"stopped after {model.requests_served:,} requests with {model.images_served:,} images")
     return {"requests": model.requests_served, "images": model.images_served}
-
-
-def _shut_down(state: ServerState) -> None:
-    for connection in list(state.connections):
-        connection.shutdown()
 
 
 async def _watch(model: Classifier, state: ServerState, grpc_port: int, most_grpc: int) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from configs import default
 from densenet_jax.errors import UserError
-from densenet_jax.serve import serve
-from densenet_jax.serve.limits import Access
+from densenet_jax.modes import serve_mode
+from densenet_jax.serve.limits import Access, listen
 from densenet_jax.serve.requests import InputChecker, Request, RequestError, Tensor
 from tests.predict.files import png
 
@@ -166,19 +166,19 @@ def test_files_that_are_no_token_or_certificate_are_told(tmp_path):
             make_access(**settings)
 
 
-def test_a_missing_extra_is_told_with_its_command(monkeypatch):
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-serve\.txt"):
-        serve.check_installed()
+def test_a_missing_extra_is_told_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("densenet_jax.serve.limits.NEEDED", ("grpc", "not_there"))
+    with pytest.raises(UserError, match=r"serve needs not_there.*pip install -r requirements-serve\.txt"):
+        serve_mode(default.get_config(), str(tmp_path), None)
 
 
 def test_a_port_in_use_is_told():
-    with serve.listen(HOST, 0, 0) as taken:
+    with listen(HOST, 0, 0) as taken:
         port = taken.getsockname()[1]
         taken.listen()
         with pytest.raises(UserError, match=f"--port {port} of 127.0.0.1 can't be used"):
-            serve.listen(HOST, port, 0)
+            listen(HOST, port, 0)
         with pytest.raises(UserError, match=f"--grpc_port {port} of 127.0.0.1 can't be used"):
-            serve.listen(HOST, 0, port)
+            listen(HOST, 0, port)
     with pytest.raises(UserError, match="another --host"):
-        serve.listen("203.0.113.1", 0, 0)
+        listen("203.0.113.1", 0, 0)
