@@ -7,6 +7,7 @@ import gc
 import hmac
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -153,13 +154,10 @@ def allow_connections() -> tuple[int, int]:
     Raises:
         UserError: the limit is too low.
     """
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MAX_CONNECTIONS + 4 * SPARE_FILES
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        soft = max(soft, wanted if hard == resource.RLIM_INFINITY else min(hard, wanted))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    soft = max(soft, wanted if hard == resource.RLIM_INFINITY else min(hard, wanted))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     opened = len(open_files())
     left = soft - opened - SPARE_FILES
     if left < 96:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ class RequestError(Exception):
         self.status = status
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """An input as it arrived."""
 
     name: str
@@ -46,8 +45,7 @@ class Tensor:
     is_base64: bool = True  # bytes are encoded, as JSON requires
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An output that a request asks for."""
 
     name: str
@@ -55,8 +53,7 @@ class Wanted:
     is_binary: bool = False  # after the JSON of a REST answer instead of inside
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A request for inference, of either protocol."""
 
     tensors: Sequence[Tensor]
@@ -65,8 +62,7 @@ class Request:
     is_binary: bool = False  # for outputs that are not named
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An encoded picture and the number of pixels in its header."""
 
     data: bytes
