@@ -40,29 +40,18 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGES = {"/": "page.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}
-SERVER = {
-    "name": "densenet_jax",
-    "version": __version__,
-    "extensions": ["binary_tensor_data", "classification", "model_repository"],
-}
+EXTENSIONS = ["binary_tensor_data", "classification", "model_repository"]
+SERVER = {"name": "densenet_jax", "version": __version__, "extensions": EXTENSIONS}
 PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
 JSON = "application/json"
 JSON_LENGTH = "inference-header-content-length"
-KINDS = {
-    list: "a list",
-    str: "a string",
-    int: "a whole number",
-    bool: "true or false",
-    dict: "an object",
-}
+KINDS = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 TENSOR = {"name": str, "datatype": str, "shape": list, "parameters?": {"binary_data_size?": int}}
 OUTPUT = {"name": str, "parameters?": {"classification?": int, "binary_data?": bool}}
 REQUEST = {"inputs": [TENSOR], "outputs?": [OUTPUT], "id?": str, "parameters?": {"binary_data_output?": bool}}
 REQUESTS = Counter("rest_server_requests", "Requests over REST.", ("method", "path", "status_code"))
 DURATION = Histogram("rest_server_request_duration_seconds", "How long answering took.", ("path",))
-_metrics = functools.cache(
-    lambda method, label, status: (REQUESTS.labels(method, label, status), DURATION.labels(label))
-)
+_metrics = functools.cache(lambda *labels: (REQUESTS.labels(*labels), DURATION.labels(labels[1])))
 
 
 class Rest:
@@ -79,11 +68,7 @@ class Rest:
             ("GET", "/v2/health/live", lambda: {"live": True}),
             ("GET", "/v2/health/ready", lambda: _answer_if(model.is_ready and not model.is_stopping)),
             ("POST", "/v2/repository/index", self._index),
-            (
-                "POST",
-                "/v2/repository/models/([^/]+)/(?:un)?load",
-                lambda headers, receive, name: model.refuse_to_load(name),
-            ),
+            ("POST", "/v2/repository/models/([^/]+)/(?:un)?load", lambda *given: model.refuse_to_load(given[-1])),
             ("GET", "/metrics", lambda: (generate_latest(), {"content-type": CONTENT_TYPE_LATEST})),
             *[("GET", path, _make_page(model, name)) for path, name in PAGES.items()],
         ]
