@@ -137,6 +137,8 @@ def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
             value = base64.b64decode(value, validate=True)
         except (binascii.Error, TypeError, ValueError) as error:
             raise RequestError(f"{name} is not base64 ({error})") from error
+    if not isinstance(value, bytes):
+        raise RequestError(f"{name} is no picture but of the type {type(value).__name__}")
     try:
         width, height = declared_size(value) or image_size(value, name)
     except DamagedImage as error:

@@ -98,6 +98,7 @@ REFUSED = {
     "no base64": ([pictures(["?" * 8])], "not base64"),
     "letters that base64 does not know": ([pictures(["é"])], "not base64"),
     "a number for a picture": ([pictures([7])], "not base64"),
+    "a number for the bytes of a picture": ([pictures([7], is_base64=False)], "is no picture"),
     "no picture": ([pictures(in_base64(b"x"))], r"image_bytes\[0\]: it is no JPEG"),
     "the second is no picture": ([pictures(in_base64(PICTURES[0], b"x"), (2,))], r"image_bytes\[1\]: it is no JPEG"),
     "a string for a list": ([pictures("a" * 4, (4,))], "no list of values"),
