@@ -16,8 +16,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.serve.limits import MAX_BODY_BYTES, Access
-from densenet_jax.serve.requests import Request, RequestError, Tensor, Wanted, pack_array
-from densenet_jax.serve.runtime import DATATYPES, VERSION, Classifier, Outputs, attempt
+from densenet_jax.serve.requests import DATATYPES, Request, RequestError, Tensor, Wanted, pack_array
+from densenet_jax.serve.runtime import VERSION, Classifier, Outputs, attempt
 from densenet_jax.version import __version__
 
 SERVICE = "inference.GRPCInferenceService"
@@ -39,7 +39,7 @@ STATUS = {
 MAX_FIELDS = 2000  # in a message with all it contains, except numbers of tensors
 MAX_SHAPE_BYTES = 256
 MAX_NUMBERS_BYTES = 4 * 2**20  # in a tensor outside of raw contents
-CONTENTS = {"f": "fp32_contents", "i": "int_contents"}  # by the kind of an array
+CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
 VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BODY_BYTES),
@@ -206,14 +206,14 @@ def _write_answer(model: str, request: Request, outputs: Outputs, is_raw: bool) 
     """Writes the message, in raw contents or in the contents of each datatype."""
     response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.request_id or "")
     for wanted, values in outputs:
-        kind = values.dtype.kind
-        output = response.outputs.add(name=wanted.name, datatype=DATATYPES[kind], shape=values.shape)
-        if kind == "O":
+        datatype = DATATYPES[values.dtype.name]
+        output = response.outputs.add(name=wanted.name, datatype=datatype, shape=values.shape)
+        if datatype == "BYTES":
             output.parameters["content_type"].string_param = "str"
         if is_raw:
             response.raw_output_contents.append(pack_array(values))
-        elif kind == "O":
+        elif datatype == "BYTES":
             output.contents.bytes_contents.extend(text.encode() for text in values.flat)
         else:
-            getattr(output.contents, CONTENTS[kind]).extend(values.ravel().tolist())
+            getattr(output.contents, CONTENTS[datatype]).extend(values.ravel().tolist())
     return response

@@ -7,8 +7,6 @@ A request's input is one tensor of the Open Inference Protocol: `image`, UINT8 (
 import array
 import base64
 import binascii
-import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,6 +16,8 @@ import numpy as np
 
 from densenet_jax.data.decode import DamagedImage, declared_size, image_size
 
+# Of the protocol, by NumPy's names; strings are objects.
+DATATYPES = {"uint8": "UINT8", "uint16": "UINT16", "int32": "INT32", "float32": "FP32", "object": "BYTES"}
 PIXELS, ENCODED = "image", "image_bytes"
 MAX_PICTURE_PIXELS = 50_000_000
 MAX_ID_LENGTH = 128  # of a request's id, which the answer repeats
@@ -70,32 +70,35 @@ class Picture(NamedTuple):
     pixels: int
 
 
-@dataclasses.dataclass(frozen=True)
 class InputChecker:
-    """Checks the input of a request and adds up its cost."""
+    """Checks the input of a request and adds up its cost.
 
-    image_shape: tuple[int, ...]  # (h, w, c), or (crops, h, w, c)
-    max_images: int
-    max_pixels: int  # of all pictures of a request together, before resizing
-    dtype: np.dtype  # of pixels: uint8 or uint16
+    Attributes:
+        inputs: datatype of each, and the shape of one image.
+    """
+
+    def __init__(self, image_shape: tuple[int, ...], dtype: np.dtype, max_images: int, max_pixels: int):
+        """Takes the shape and type of pixels, and limits of a request: images, and their pixels before resizing."""
+        self.inputs = {PIXELS: (DATATYPES[dtype.name], image_shape), ENCODED: ("BYTES", ())}
+        self.dtype, self.max_images, self.max_pixels = dtype, max_images, max_pixels
 
     def check(self, request: Request) -> np.ndarray | list[Picture]:
         """Returns the pixels of a request, [n, h, w, c], or its pictures, not decoded; raises RequestError."""
-        request_id = request.request_id or ""
+        request_id, names = request.request_id or "", [tensor.name for tensor in request.tensors]
         if len(request_id) > MAX_ID_LENGTH or not (request_id.isascii() and request_id.isprintable()):
             raise RequestError(f"the request's id is not of at most {MAX_ID_LENGTH} printable ASCII characters")
-        names = [tensor.name for tensor in request.tensors]
-        if names not in ([PIXELS], [ENCODED]):
-            some = ", ".join(map(shorten, names[:4])) or "none"
+        if len(names) != 1 or names[0] not in self.inputs:
+            known = " and ".join(f"{name} ({datatype})" for name, (datatype, _) in self.inputs.items())
             raise RequestError(
-                f"the inputs are {some}; expected one of {PIXELS} ({self.datatype}) and {ENCODED} (BYTES)"
+                f"the inputs are {', '.join(map(shorten, names[:4])) or 'none'}; expected one of {known}"
             )
-        tensor, is_pixels = request.tensors[0], names == [PIXELS]
-        if tensor.datatype != (datatype := self.datatype if is_pixels else "BYTES"):
+        tensor, is_pixels = request.tensors[0], names[0] == PIXELS
+        datatype, image_shape = self.inputs[tensor.name]
+        if tensor.datatype != datatype:
             raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
         shape = tuple(tensor.shape)
-        if not shape or shape[1:] not in ([self.image_shape] if is_pixels else [(), (1,)]):
-            expected = ", ".join(map(str, ("n", *(self.image_shape if is_pixels else ()))))
+        if not shape or (shape[1:] != image_shape and (is_pixels or shape[1:] != (1,))):
+            expected = ", ".join(map(str, ("n", *image_shape)))
             raise RequestError(f"{tensor.name} has the shape {shorten(list(shape))}; expected [{expected}]")
         if not 1 <= shape[0] <= self.max_images:
             raise RequestError(f"{shorten(shape[0])} images in a request; expected 1 to {self.max_images}")
@@ -112,11 +115,6 @@ class InputChecker:
                 f"{tensor.name} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}"
             )
         return np.frombuffer(data, self.dtype).reshape(shape) if is_pixels else self._pictures(data, tensor.is_base64)
-
-    @functools.cached_property
-    def datatype(self) -> str:
-        """The protocol's name for `dtype`."""
-        return self.dtype.name.upper()
 
     def _pictures(self, values: list[Any], is_base64: bool) -> list[Picture]:
         pictures, left = [], self.max_pixels

@@ -15,8 +15,8 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 
 from densenet_jax.serve.limits import MAX_BODY_BYTES, SMALL_BODY_BYTES, Access
-from densenet_jax.serve.requests import ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
-from densenet_jax.serve.runtime import DATATYPES, MAX_IMAGES, VERSION, Classifier, Outputs, attempt
+from densenet_jax.serve.requests import DATATYPES, ENCODED, Request, RequestError, Tensor, Wanted, pack_array, shorten
+from densenet_jax.serve.runtime import MAX_IMAGES, VERSION, Classifier, Outputs, attempt
 from densenet_jax.version import __version__
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -288,7 +288,7 @@ def _write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
         output: dict[str, Any] = {
             "name": wanted.name,
             "shape": list(values.shape),
-            "datatype": DATATYPES[values.dtype.kind],
+            "datatype": DATATYPES[values.dtype.name],
         }
         if wanted.is_binary:
             binary.append(pack_array(values))

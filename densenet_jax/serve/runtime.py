@@ -21,7 +21,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.serve.batching import FairQueue
 from densenet_jax.serve.limits import SMALL_BODY_BYTES
-from densenet_jax.serve.requests import ENCODED, PIXELS, InputChecker, Picture, Request, RequestError, Wanted, shorten
+from densenet_jax.serve.requests import DATATYPES, InputChecker, Picture, Request, RequestError, Wanted, shorten
 
 logger = logging.getLogger(__name__)
 PROBABILITIES, PREDICTED, MAP = "probabilities", "predicted", "activation_map"
@@ -30,7 +30,6 @@ BEST_OUTPUTS = {
     "labels": ("label", object),
     "top_probabilities": ("probability", np.float32),
 }
-DATATYPES = {"f": "FP32", "i": "INT32", "O": "BYTES"}  # by the kind of an array
 BEST = 5  # classes in the outputs that name the best; a model of many labels names all
 VERSION = "1"  # the only one of the model
 MAX_IMAGES = 64  # in one request
@@ -74,10 +73,9 @@ class Classifier:
         self.last_large = float("-inf")
         self._predictor, self._request_secs = predictor, config.serve.request_secs
         self._transform = predictor.model.transform
-        self._checker = InputChecker(
-            predictor.image_shape, MAX_IMAGES, config.serve.max_request_pixels, self._transform.dtype
-        )
-        can_explain = len(predictor.image_shape) == 3  # not with ten crops
+        shape, most_pixels = predictor.image_shape, config.serve.max_request_pixels
+        self._checker = InputChecker(shape, self._transform.dtype, MAX_IMAGES, most_pixels)
+        can_explain = len(shape) == 3  # not with ten crops
         self._map_shape = predictor.output_shapes(explain=True)["map"] if can_explain else ()
         # Calibrated labels have thresholds, and with them an answer: 1 from its threshold on, else 0.
         predicted = [PREDICTED] if predictor.thresholds is not None else []
@@ -153,11 +151,8 @@ class Classifier:
             "name": self.name,
             "versions": [VERSION],
             "platform": "densenet_jax",
-            "inputs": [
-                describe(PIXELS, self._checker.datatype, self._predictor.image_shape),
-                describe(ENCODED, "BYTES", ()),
-            ],
-            "outputs": [describe(name, DATATYPES[one.dtype.kind], one.shape[1:]) for name, one in arrays.items()],
+            "inputs": [describe(name, *given) for name, given in self._checker.inputs.items()],
+            "outputs": [describe(name, DATATYPES[one.dtype.name], one.shape[1:]) for name, one in arrays.items()],
         }
 
     async def infer(self, read: Callable[[], Request], size: int) -> tuple[Request, Outputs]:

@@ -1,7 +1,6 @@
 """Requests are checked before they may share a batch: what is refused, and what the pixels of the rest are."""
 
 import base64
-import dataclasses
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ PIXELS = np.arange(12, dtype=np.uint8).reshape(2, *SHAPE)
 WIDE = PIXELS.astype(np.uint16) * 5000
 
 
-CHECKER = InputChecker(SHAPE, max_images=4, max_pixels=1000, dtype=PIXELS.dtype)
+CHECKER = InputChecker(SHAPE, PIXELS.dtype, max_images=4, max_pixels=1000)
 PICTURES = [png(7, 9, b""), png(9, 5, b"")]
 
 
@@ -46,7 +45,7 @@ def test_pixels_come_nested_flat_or_raw(data):
 
 @pytest.mark.parametrize("data", [WIDE.tolist(), WIDE.reshape(-1).tolist(), WIDE.tobytes()])
 def test_a_model_of_16_bits_takes_16_bits_only(data):
-    checker = dataclasses.replace(CHECKER, dtype=WIDE.dtype)
+    checker = InputChecker(SHAPE, WIDE.dtype, max_images=4, max_pixels=1000)
     np.testing.assert_array_equal(checker.check(Request([pixels(data, datatype="UINT16")])), WIDE)
     for tensor, why in (
         (pixels(PIXELS.tolist()), "'UINT8'; expected UINT16"),
