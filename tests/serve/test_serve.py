@@ -258,7 +258,8 @@ def answers_over_grpc(server, code: str) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
     """Many times what one batch holds, so that most of it still queues when the signal comes."""
-    with serving(served_run, "--config.serve.batch_sizes=(1,)", **user) as short:
+    flags = ("--config.serve.batch_sizes=(1,)", "--config.serve.stop_secs=60")  # busy machines are slow
+    with serving(served_run, *flags, **user) as short:
         client = grpc_client(short)
         assert post(short, request_of(pixels_input(pixels[:3]))).status_code == 200
         assert client.is_model_ready(MODEL)  # connected
