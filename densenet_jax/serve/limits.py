@@ -45,11 +45,11 @@ class Access:
         Raises:
             UserError: one of them can't be used.
         """
-        settings, self.host = config.serve, host
+        self.host = host
         self.is_loopback = host in LOOPBACK or host.startswith("127.")
-        self.hosts = {*LOOPBACK, host.lower(), *map(str.lower, settings.hosts)}
-        self.token = _read_token(settings.token_file) if settings.token_file else ""
-        self.certificate, self.key = settings.tls_certificate, settings.tls_key
+        self.hosts = {*LOOPBACK, host.lower(), *map(str.lower, config.serve.hosts)}
+        self.token = _read_token(config.serve.token_file) if config.serve.token_file else ""
+        self.certificate, self.key = config.serve.tls_certificate, config.serve.tls_key
         if bool(self.certificate) != bool(self.key):
             raise UserError("config.serve.tls_certificate and config.serve.tls_key belong together; set both or none.")
         self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if self.certificate else None
