@@ -1,7 +1,8 @@
 """The exception for users' mistakes, and errors of libraries in one line."""
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
@@ -9,6 +10,19 @@ class UserError(Exception):
 
     The message names the key or file, the value found, what was expected and what to do next.
     """
+
+
+@contextlib.contextmanager
+def report_write_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turns an OSError inside into one line: that `what`, such as a path, can't be written, why, and the remedy.
+
+    Raises:
+        UserError: something inside could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} can't be written ({error.strerror or error}); {remedy}.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from densenet_jax.data.identity import is_contradiction
 from densenet_jax.distributed import processes
 from densenet_jax.errors import UserError
 from densenet_jax.system.console import print_status
-from densenet_jax.system.disk import report_full_disk
+from densenet_jax.system.disk import replace_file, report_full_disk
 from densenet_jax.training.integrity import finished_steps
 
 logger = logging.getLogger(__name__)
@@ -120,16 +120,8 @@ def to_json(content: Any, **options: Any) -> str:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes `content` atomically: to a neighboring file first, then moved into place."""
-    _write_whole(path, to_json(content, indent=2) + "\n")
-
-
-def _write_whole(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replace_file(path) as file:
+        file.write(f"{to_json(content, indent=2)}\n".encode())
 
 
 def labels_path(workdir: str) -> str:
@@ -151,7 +143,8 @@ def write_labels(workdir: str, class_names: Sequence[str], *, keep_others: bool 
     except UserError:
         there = ()
     if there != tuple(class_names) and not (keep_others and not is_contradiction(there, class_names)):
-        _write_whole(path, format_labels(class_names))
+        with replace_file(path) as file:
+            file.write(format_labels(class_names).encode())
 
 
 def claim_workdir(workdir: str, config: Any, defaults: Mapping[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ from concurrent import futures
 from typing import Any
 
 from densenet_jax.errors import UserError
+from densenet_jax.system.disk import replace_file
 
 Progress = Callable[[str, int, int], None]  # (activity, amount done, total)
 _INFO = "dataset_info.json"
@@ -102,7 +103,5 @@ def _announce(directory: str) -> None:
     with open(path, encoding="utf-8") as file:
         info = json.load(file)
     info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", []), "array_record"]
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replace_file(path, "w", encoding="utf-8") as file:
         json.dump(info, file, indent=2)
-    os.replace(temporary, path)

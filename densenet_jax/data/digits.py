@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from densenet_jax.data.filelock import locked
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, report_write_errors
 
 TEST_EXAMPLES = 360
 _SPLIT_SEED = 0  # never changes: the split is part of the data set
@@ -85,12 +85,12 @@ def prepare(directory: str) -> str:
     path = os.path.join(directory, "digits", "1.0.0")
     if _is_prepared(path):
         return path
-    try:
-        with locked(os.path.join(os.path.dirname(path), ".lock")):
-            if not _is_prepared(path):
-                _write(directory, path)
-    except OSError as error:
-        raise UserError(f"The digits can't be written to {path} ({error}); set config.data.dir.") from error
+    with (
+        report_write_errors(f"data set digits in {directory}", "set config.data.dir"),
+        locked(os.path.join(os.path.dirname(path), ".lock")),
+    ):
+        if not _is_prepared(path):
+            _write(directory, path)
     return path
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import tempfile
 import zipfile
 from concurrent import futures
 
@@ -17,7 +16,7 @@ from densenet_jax.data.class_names import order_classes
 from densenet_jax.data.decode import HEAD_BYTES, DamagedImage, is_image_start
 from densenet_jax.data.records import Record
 from densenet_jax.errors import UserError, list_some
-from densenet_jax.system.disk import user_cache
+from densenet_jax.system.disk import replace_file, user_cache
 
 logger = logging.getLogger(__name__)
 # Files with these endings are images; of others the first bytes decide.
@@ -274,19 +273,11 @@ def report_skipped(root: str, skipped: dict[str, int]) -> None:
 
 
 def _save(file: str, index: Index, stamp: dict[str, object]) -> None:
-    """Writes the index atomically."""
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(file), prefix=".index-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            text = np.frombuffer(json.dumps(stamp).encode(), np.uint8)
-            os.fchmod(handle, 0o644)  # readable by all users of the data
-            np.savez(stream, stamp=text, labels=index[0], ends=index[1], names=index[2], sizes=index[3])
-        os.replace(temporary, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replace_file(file) as stream:
+        os.fchmod(stream.fileno(), 0o644)  # readable by all users of the data
+        text = np.frombuffer(json.dumps(stamp).encode(), np.uint8)
+        np.savez(stream, stamp=text, labels=index[0], ends=index[1], names=index[2], sizes=index[3])
 
 
 def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import report_write_errors
 from densenet_jax.predict.explain import to_rgb
 from densenet_jax.predict.files import digest
 from densenet_jax.predict.images import ImageLimits, load_image
@@ -49,11 +49,9 @@ def annotate(
     decoded = load_image(path, 0, limits=limits, pixel_range=pixel_range, bits=0, dicom_frame=dicom_frame)
     pixels = to_rgb(decoded)
     picture = draw_answers(np.asarray(pixels), answers)
-    try:
+    with report_write_errors(target, "change --annotate"):
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         picture.save(target, "JPEG", quality=_QUALITY)
-    except OSError as error:
-        raise UserError(f"{target} can't be written ({error.strerror or error}); change --annotate.") from error
 
 
 def draw_answers(pixels: np.ndarray, answers: Sequence[ClassProbability]) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from densenet_jax.errors import UserError, first_line
+from densenet_jax.errors import UserError, first_line, report_write_errors
 from densenet_jax.training.integrity import weights_digest
 from densenet_jax.workdir import to_json, write_json
 
@@ -72,12 +72,8 @@ def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> st
     """
     path = calibration_path(workdir)
     content = {"step": step, "weights": _digest(workdir, step), **content}
-    try:
+    with report_write_errors(path, "make room or mend its rights"):
         write_json(path, {**content, "checksum": _checksum(content)})
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror or error}); make room or mend its rights."
-        ) from error
     return path
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from densenet_jax.data.pixels import to_picture
 from densenet_jax.dtypes import wide
-from densenet_jax.errors import UserError
+from densenet_jax.errors import report_write_errors
 from densenet_jax.models.head import INTERMEDIATES, PERTURBATIONS
 from densenet_jax.models.layers import convolve
 from densenet_jax.models.rdnet import RDNet, spread_norm
@@ -133,9 +133,7 @@ def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, ac
     Raises:
         UserError: they can't be written.
     """
-    try:
+    with report_write_errors(picture_path, "change --explain"):
         os.makedirs(os.path.dirname(picture_path) or ".", exist_ok=True)
         np.save(array_path, activation_map)
         draw_overlay(pixels, activation_map).save(picture_path, "PNG")
-    except OSError as error:
-        raise UserError(f"{picture_path} can't be written ({error.strerror or error}); change --explain.") from error

@@ -1,6 +1,7 @@
 """Writes features of any number of images to a NumPy archive, with the memory of one batch."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import zipfile
@@ -9,9 +10,11 @@ from typing import IO
 
 import numpy as np
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, report_write_errors
+from densenet_jax.system.disk import replace_file
 
 _NAMES = "image"
+_REMEDY = "choose another --output"
 _CHUNK = 4096  # names converted to an array at a time
 
 
@@ -33,7 +36,7 @@ class FeatureArchive:
         self.path, self._shapes = path, dict(shapes)
         self._folder = f"{path}.partial"
         self._files: dict[str, IO[bytes]] = {}
-        with self._convert_errors():
+        with self._report_errors():
             os.makedirs(self._folder, exist_ok=True)
             if rows and not os.listdir(self._folder):
                 self._unpack()
@@ -51,7 +54,7 @@ class FeatureArchive:
         Raises:
             UserError: a file can't be written.
         """
-        with self._convert_errors():
+        with self._report_errors():
             for name, file in self._files.items():
                 file.write(np.ascontiguousarray(arrays[name], np.float32).tobytes())
                 file.flush()
@@ -66,20 +69,19 @@ class FeatureArchive:
             UserError: the archive can't be written.
         """
         self.close()
-        temporary = f"{self.path}.{os.getpid()}.tmp"
-        with self._convert_errors():
-            width = max((len(name) for name in names()), default=1)
-            with zipfile.ZipFile(temporary, "w") as archive:
-                with _member(archive, _NAMES, f"<U{max(width, 1)}", (rows,)) as member:
-                    for part in _chunks(names()):
-                        member.write(np.array(part, f"<U{max(width, 1)}").tobytes())
+        with self._report_errors():
+            width = max((len(name) for name in names()), default=1) or 1
+            with replace_file(self.path) as file, zipfile.ZipFile(file, "w") as archive:
+                with _member(archive, _NAMES, f"<U{width}", (rows,)) as member:
+                    remaining = iter(names())
+                    while part := list(itertools.islice(remaining, _CHUNK)):
+                        member.write(np.array(part, f"<U{width}").tobytes())
                 for name, shape in self._shapes.items():
                     with (
                         open(os.path.join(self._folder, name), "rb") as raw,
                         _member(archive, name, "<f4", (rows, *shape)) as member,
                     ):
                         shutil.copyfileobj(raw, member, 2**20)
-            os.replace(temporary, self.path)
             shutil.rmtree(self._folder)
 
     def close(self) -> None:
@@ -100,12 +102,8 @@ class FeatureArchive:
             shutil.rmtree(self._folder)
             os.makedirs(self._folder)
 
-    @contextlib.contextmanager
-    def _convert_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written ({error.strerror}); choose another --output.") from error
+    def _report_errors(self) -> contextlib.AbstractContextManager[None]:
+        return report_write_errors(self.path, _REMEDY)
 
 
 @contextlib.contextmanager
@@ -113,14 +111,3 @@ def _member(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, .
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_2_0(member, {"descr": dtype, "fortran_order": False, "shape": shape})
         yield member
-
-
-def _chunks(names: Iterable[str]) -> Iterator[list[str]]:
-    part: list[str] = []
-    for name in names:
-        part.append(name)
-        if len(part) == _CHUNK:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -9,9 +9,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, report_write_errors
 from densenet_jax.predict.files import digest
 from densenet_jax.workdir import write_json
+
+_REMEDY = "choose another --output"
 
 
 class PredictionFile:
@@ -59,11 +61,9 @@ class PredictionFile:
             UserError: they can't be written.
         """
         lines = list(lines)
-        try:
+        with report_write_errors(self.path, _REMEDY):
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self._file.flush()
-        except OSError as error:
-            raise _write_error(self.path, error) from error
         refused = sum("error" in line for line in lines)
         self.refused += refused
         self.answered += len(lines) - refused
@@ -95,13 +95,11 @@ class PredictionFile:
         self.close()
 
     def _open(self) -> BinaryIO:
-        try:
+        with report_write_errors(self.path, _REMEDY):
+            if "\0" in self.path or (os.path.exists(self.path) and not os.path.isfile(self.path)):
+                raise OSError("it is not a file")
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            if os.path.exists(self.path) and not os.path.isfile(self.path):
-                raise IsADirectoryError("it is not a file")
             file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
-        except (OSError, ValueError) as error:
-            raise _write_error(self.path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -160,10 +158,8 @@ class PredictionFile:
         return f"{self.path}.request"
 
     def _mark(self, *, finished: bool) -> None:
-        try:
+        with report_write_errors(self._request_path, _REMEDY):
             write_json(self._request_path, {"finished": finished, "request": self._request})
-        except OSError as error:
-            raise _write_error(self._request_path, error) from error
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
@@ -177,8 +173,3 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         ):
             return entry
     return None
-
-
-def _write_error(path: str, error: Exception) -> UserError:
-    why = getattr(error, "strerror", None) or error
-    return UserError(f"{path} can't be written ({why}); choose another --output.")

@@ -1,13 +1,15 @@
 """Writes predictions as a CSV or Parquet table, one row an image."""
 
 import csv
+import io
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, report_write_errors
+from densenet_jax.system.disk import replace_file
 
 SUFFIXES = (".csv", ".parquet")
 _CHUNK = 1024  # rows converted at a time
@@ -67,20 +69,19 @@ def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: in
         UserError: the table can't be written.
     """
     columns = column_names(class_names, topk, decided=decided)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(lines_path, encoding="utf-8") as lines:
-            rows = (_make_row(json.loads(line), columns, topk, decided) for line in lines)
-            if path.lower().endswith(".csv"):
-                _write_csv(temporary, columns, rows)
-            else:
-                _write_parquet(temporary, columns, rows, topk, decided)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror or error}); choose another --output.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with (
+        report_write_errors(path, "choose another --output"),
+        open(lines_path, encoding="utf-8") as lines,
+        replace_file(path) as file,
+    ):
+        rows = (_make_row(json.loads(line), columns, topk, decided) for line in lines)
+        if path.lower().endswith(".csv"):
+            plain = ([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            write_csv(text, itertools.chain([columns], plain))
+            text.detach()  # leaves the file open
+        else:
+            _write_parquet(file, columns, rows, topk, decided)
 
 
 def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int, decided: bool) -> list[Any]:
@@ -101,12 +102,6 @@ def _make_row(entry: Mapping[str, Any], columns: Sequence[str], topk: int, decid
     return [image, *cells, *(None,) * (len(columns) - 2 - len(cells)), None]
 
 
-def _write_csv(path: str, columns: Sequence[str], rows: Iterable[list[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        plain = ([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
-        write_csv(file, itertools.chain([columns], plain))
-
-
 def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
     """Writes rows as CSV; quotes those with a carriage return, which Python leaves bare between line feeds."""
     plain = csv.writer(file, lineterminator="\n")
@@ -115,7 +110,9 @@ def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
         (quoting if any(isinstance(cell, str) and "\r" in cell for cell in row) else plain).writerow(row)
 
 
-def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]], topk: int, decided: bool) -> None:
+def _write_parquet(
+    file: IO[bytes], columns: Sequence[str], rows: Iterator[list[Any]], topk: int, decided: bool
+) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -125,7 +122,7 @@ def _write_parquet(path: str, columns: Sequence[str], rows: Iterator[list[Any]],
     if decided:
         types[len(_FIRST_COLUMNS) + 1 : last : 2] = [pyarrow.bool_()] * ((last - len(_FIRST_COLUMNS)) // 2)
     schema = pyarrow.schema(list(zip(columns, types, strict=True)))
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(file, schema) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             arrays = [pyarrow.array(cells, kind) for cells, kind in zip(zip(*chunk, strict=True), types, strict=True)]
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))

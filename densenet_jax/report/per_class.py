@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import report_write_errors
 from densenet_jax.predict.table import write_csv
 from densenet_jax.scores.classes import ClassScores
+
+_REMEDY = "change config.eval.per_class_output or .confusion_output"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,10 @@ class ClassTables:
         """
         for path in filter(None, (self.per_class, self.confusion)):
             directory = os.path.dirname(os.path.abspath(path))
-            try:
+            with report_write_errors(path, _REMEDY):
                 os.makedirs(directory, exist_ok=True)
-            except OSError as error:
-                raise _write_error(path, error) from error
-            if os.path.isdir(path) or not os.access(directory, os.W_OK):
-                raise _write_error(path, "it is a directory or in one that may not be written")
+                if os.path.isdir(path) or not os.access(directory, os.W_OK):
+                    raise OSError("it is a directory or in one that may not be written")
 
     def write(self, counts: np.ndarray, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
         """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all.
@@ -76,12 +76,5 @@ def _confusion_rows(counts: np.ndarray, names: Sequence[str], classes: Sequence[
 
 
 def _write(path: str, content: bytes) -> None:
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-    except OSError as error:
-        raise _write_error(path, error) from error
-
-
-def _write_error(path: str, why: object) -> UserError:
-    return UserError(f"{path} can't be written ({why}); change config.eval.per_class_output or .confusion_output.")
+    with report_write_errors(path, _REMEDY), open(path, "wb") as file:
+        file.write(content)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import report_write_errors
 from densenet_jax.report.plots import LIGHT, Line, draw_lines, make_axes, to_png
 from densenet_jax.system.console import print_status
 from densenet_jax.training.schedules import Schedule
@@ -28,11 +28,9 @@ def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: s
     for step in turning_points(rates):
         print_status(f"step {step:>9}  epoch {timeline.epochs_done(step):>7.2f}  learning rate {rates[step]:.6g}")
     path = os.path.join(workdir, "schedule.png")
-    try:
+    with report_write_errors(path, "choose another --workdir"):
         os.makedirs(workdir, exist_ok=True)
         _draw(path, rates, per_epoch, title)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error}); choose another --workdir.") from error
     return {
         "path": path,
         "total_steps": timeline.total_steps,

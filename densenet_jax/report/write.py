@@ -4,8 +4,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from densenet_jax.errors import UserError
+from densenet_jax.errors import report_write_errors
 from densenet_jax.report.page import Picture
+from densenet_jax.system.disk import replace_file
 
 DIRECTORY = "report"
 _NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # the next page may have fewer of these
@@ -23,29 +24,13 @@ def write_page(
     """
     directory = os.path.join(workdir, DIRECTORY)
     files = {file: content for picture in pictures for file, content in picture.files().items()}
-    try:
+    with report_write_errors(f"the report in {directory}", "fix that, then run --mode report"):
         os.makedirs(directory, exist_ok=True)
         for file, content in {**files, **tables, name: page.encode("utf-8")}.items():
-            _replace(os.path.join(directory, file), content)
+            with replace_file(os.path.join(directory, file)) as stream:
+                stream.write(content)
         if name == "index.html":
             for file in os.listdir(directory):
                 if _NUMBERED.fullmatch(file) and file not in files:
                     os.remove(os.path.join(directory, file))
-    except OSError as error:
-        raise UserError(
-            f"the report can't be written into {directory} ({error.strerror}); fix that, then run --mode report."
-        ) from error
     return os.path.join(directory, name)
-
-
-def _replace(path: str, content: bytes) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)

@@ -5,9 +5,10 @@ import errno
 import os
 import shutil
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from densenet_jax.errors import UserError
 
@@ -19,6 +20,25 @@ def user_cache(name: str) -> str:
     """Returns the path of a file or folder of this package in the user's cache, which need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "densenet_jax", name)
+
+
+@contextlib.contextmanager
+def replace_file(path: str, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """Writes a file atomically, whoever else writes it: opens a neighboring one, synced and moved to `path` at the end.
+
+    An error inside leaves `path` as it was and no other file.
+    """
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 @contextlib.contextmanager
