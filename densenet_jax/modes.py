@@ -246,8 +246,8 @@ def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, An
     splits = prepare_and_verify(
         data.name,
         data.dir,
-        tuple(data.pixel_range),
-        config.data.dicom_frame,
+        pixel_range=tuple(data.pixel_range),
+        dicom_frame=data.dicom_frame,
         table=TableSettings.from_config(config),
         labels=Labels.from_config(config),
     )

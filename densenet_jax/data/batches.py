@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.records import DamagedImage
 
 PART = 32  # examples per element at most
 FOREVER = range(2**40)

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-import numpy as np
-
 from densenet_jax.data.class_names import LABELS_FILE, read_labels
-from densenet_jax.data.decode import DamagedImage
-from densenet_jax.data.records import Source
+from densenet_jax.data.records import DamagedImage, Source
+from densenet_jax.data.sampler import spread
 from densenet_jax.errors import UserError
 
 # {"name": of the data set, "classes": names, "splits": {split: {"examples": n, "files": [[n, digest], ...],
@@ -49,10 +47,11 @@ def _sample_contents(source: Source) -> dict[str, int]:
             return "", 0, 0
         return record.name, zlib.crc32(record.image), len(record.image)
 
-    most = min(_SAMPLE, max(_LEAST_SAMPLE, _SAMPLE_BYTES // max(read(0)[2], 1)), len(source))
-    places = np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()
+    first = read(0)
+    most = min(_SAMPLE, max(_LEAST_SAMPLE, _SAMPLE_BYTES // max(first[2], 1)))
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        return {name: checksum for name, checksum, _ in pool.map(read, places) if name}
+        sampled = [first, *pool.map(read, spread(len(source), most)[1:])]
+    return {name: checksum for name, checksum, _ in sampled if name}
 
 
 def _pack(files: Mapping[str, int]) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from densenet_jax.data.batches import FOREVER, Batches, Damaged, Rows
-from densenet_jax.data.decode import DamagedImage
-from densenet_jax.data.records import Source
+from densenet_jax.data.records import DamagedImage, Source
 from densenet_jax.data.sampler import BalancedOrder, Draws, Order
 from densenet_jax.data.transforms import Transform
 from densenet_jax.errors import UserError

@@ -7,42 +7,39 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from densenet_jax.data import convert, sources
+from densenet_jax.data import convert, tfds_source
 from densenet_jax.data.batches import available_cores
 from densenet_jax.data.convert import Progress
-from densenet_jax.data.decode import DamagedImage, decode_image
+from densenet_jax.data.decode import decode_image
 from densenet_jax.data.filelock import locked
-from densenet_jax.data.records import Source
+from densenet_jax.data.records import DamagedImage, Source
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
+from densenet_jax.data.sources import open_source
 from densenet_jax.data.summary import count_labels
 from densenet_jax.errors import UserError
 
-# Examples in a complete data set.
-KNOWN_COUNTS: dict[str, dict[str, int]] = {
-    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
-    "imagenet2012_real": {"validation": 50_000},
-    "imagenet_v2": {"test": 10_000},
-    "imagenet_a": {"test": 7_500},
-    "imagenet_r": {"test": 30_000},
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "cifar100": {"train": 50_000, "test": 10_000},
-    "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
-    "digits": {"train": 1_437, "test": 360},
-}
-KNOWN_CLASSES: dict[str, int] = {
-    "imagenet2012": 1000,
-    "imagenet2012_real": 1000,
-    "imagenet_v2": 1000,
-    "imagenet_a": 1000,
-    "imagenet_r": 1000,
-    "cifar10": 10,
-    "cifar100": 100,
-    "svhn_cropped": 10,
-    "digits": 10,
+
+class KnownSet(NamedTuple):
+    """A published data set: its number of classes, 0 if unknown, and the examples of each complete split."""
+
+    classes: int
+    examples: dict[str, int]
+
+
+_KNOWN = {
+    "imagenet2012": KnownSet(1000, {"train": 1_281_167, "validation": 50_000}),
+    "imagenet2012_real": KnownSet(1000, {"validation": 50_000}),
+    "imagenet_v2": KnownSet(1000, {"test": 10_000}),
+    "imagenet_a": KnownSet(1000, {"test": 7_500}),
+    "imagenet_r": KnownSet(1000, {"test": 30_000}),
+    "cifar10": KnownSet(10, {"train": 50_000, "test": 10_000}),
+    "cifar100": KnownSet(100, {"train": 50_000, "test": 10_000}),
+    "svhn_cropped": KnownSet(10, {"train": 73_257, "test": 26_032, "extra": 531_131}),
+    "digits": KnownSet(10, {"train": 1_437, "test": 360}),
 }
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -65,13 +62,14 @@ class SplitReport:
     damaged: tuple[tuple[str, str], ...]
     class_counts: np.ndarray
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Describes each problem in one line."""
-        lines = [f"{self.split}: image {name} can't be decoded: {why}" for name, why in self.damaged]
-        if self.expected not in (None, self.examples):
-            lines.insert(0, f"{self.split}: {self.examples} images, expected {self.expected}")
-        return tuple(lines)
+
+def known_set(name: str) -> KnownSet:
+    """Returns what is known of a set "set", "set/config" or "set/config:1.2.3"; nothing of other sets."""
+    return _KNOWN.get(_set_name(name), KnownSet(0, {}))
+
+
+def _set_name(name: str) -> str:
+    return name.partition("/")[0].partition(":")[0]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -85,11 +83,9 @@ def prepare_dataset(
     splits: tuple[str, ...] = (),
     progress: Progress = _silent,
     workers: int = 0,
-    verify: bool = True,
-    pixel_range: tuple[float, ...] = (),
-    dicom_frame: int = 0,
     table: TableSettings | None = None,
     labels: Labels = SINGLE,
+    **decoding: Any,
 ) -> list[SplitReport]:
     """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
 
@@ -102,7 +98,7 @@ def prepare_dataset(
         splits: what to verify; (): all splits of a tfds set or table, or "train" and "validation" of class folders.
         progress: called with (activity, amount done, total).
         workers: threads that convert and verify; 0: one per core.
-        pixel_range: see `densenet_jax.data.decode.decode_image`, as for `dicom_frame`.
+        decoding: `pixel_range` and `dicom_frame` of `densenet_jax.data.decode.decode_image`.
 
     Returns:
         One report per split.
@@ -110,9 +106,8 @@ def prepare_dataset(
     Raises:
         UserError: something that only the user can do is missing; the message says what.
     """
-    directory = directory if name == "table" else directory or sources.default_directory()
+    directory = directory if name == "table" else directory or tfds_source.default_directory()
     workers = workers or available_cores()
-    known: dict[str, int] = KNOWN_COUNTS.get(name.partition("/")[0].partition(":")[0], {})
     if name == "folder":
         splits = splits or ("train", "validation")
     elif name == "table":
@@ -124,17 +119,15 @@ def prepare_dataset(
     else:
         path = _prepare_tfds(name, directory, progress, workers)
         splits = splits or _split_names(path)
-    if not verify:
-        return []
+    expected = known_set(name).examples
     return [
         verify_split(
-            sources.open_source(name, directory, split, table=table, labels=labels),
+            open_source(name, directory, split, table=table, labels=labels),
             split,
-            known.get(split),
+            expected.get(split),
             progress,
             workers,
-            pixel_range,
-            dicom_frame,
+            **decoding,
         )
         for split in splits
     ]
@@ -146,16 +139,15 @@ def verify_split(
     expected: int | None = None,
     progress: Progress = _silent,
     workers: int = 0,
-    pixel_range: tuple[float, ...] = (),
-    dicom_frame: int = 0,
+    **decoding: Any,
 ) -> SplitReport:
-    """Decodes every image of `source`, holding only the images in flight in memory."""
+    """Decodes every image of `source`, as `prepare_dataset`, holding only the images in flight in memory."""
     total = len(source)
     counts = np.zeros(source.num_classes, np.int64)
     damaged: list[tuple[str, str]] = []
     blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
     done = 0
-    check = functools.partial(_check, source, pixel_range=pixel_range, dicom_frame=dicom_frame)
+    check = functools.partial(_check, source, **decoding)
     for labels, refused in _in_order(check, blocks, workers or available_cores()):
         counts += count_labels(labels, source.num_classes)
         damaged += refused
@@ -201,7 +193,7 @@ def _split_names(path: str) -> tuple[str, ...]:
 
 def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -> str:
     """Prepares a tfds set as ArrayRecord files and returns its directory."""
-    set_name = name.partition("/")[0].partition(":")[0]
+    set_name = _set_name(name)
     if "://" in directory:
         raise UserError(f"{directory} is on object storage; prepare in a local directory and copy the files there.")
     try:
@@ -213,10 +205,10 @@ def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -
 
 def _prepare_locked(name: str, set_name: str, directory: str, progress: Progress, workers: int) -> str:
     try:
-        path = sources.find_prepared(name, directory)
+        path = tfds_source.find_prepared(name, directory)
     except UserError:
         _download_and_prepare(name, set_name, directory)
-        path = sources.find_prepared(name, directory)
+        path = tfds_source.find_prepared(name, directory)
     if "array_record" not in convert.stored_formats(path):
         convert.convert_to_array_record(path, progress, workers)
     return path
@@ -226,9 +218,9 @@ def _download_and_prepare(name: str, set_name: str, directory: str) -> None:
     import tensorflow_datasets as tfds
 
     manual = os.path.join(directory, "downloads", "manual")
-    archives = sources.MANUAL_ARCHIVES.get(set_name, ())
+    archives = tfds_source.MANUAL_ARCHIVES.get(set_name, ())
     if any(not os.path.exists(os.path.join(manual, archive)) for archive in archives):
-        raise UserError(sources.not_prepared_message(set_name, name, directory))
+        raise UserError(tfds_source.not_prepared_message(set_name, name, directory))
     try:
         if archives:
             import tensorflow as _  # noqa: F401  (tfds reads these archives with it)

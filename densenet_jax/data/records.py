@@ -1,9 +1,24 @@
-"""Records, and the protocol of a source of them."""
+"""Records, the base of their sources, and the error for images that can't be read."""
 
+import abc
 import dataclasses
-from typing import Protocol
+import logging
+from collections.abc import Sequence
 
 import numpy as np
+
+from densenet_jax.errors import UserError, list_some
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedImage(UserError):  # noqa: N818  (what it is, in the data set's words)
+    """An image that can't be read or decoded; the message names it and says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Image {name} can't be decoded: {why}.")
+        self.name = name
+        self.why = why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,28 +38,29 @@ class Record:
     label_set: tuple[int, ...] = ()
 
 
-class Source(Protocol):
-    """Random access to the examples of one split; safe to read from many threads."""
+class Source(abc.ABC):
+    """Random access to the examples of one split; safe to read from many threads.
+
+    Attributes:
+        class_names: of the data set, whether or not the split has examples of all; of labels if there are many.
+        label_sets: whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one.
+        many_labels: whether examples have many labels, each present, absent or unknown.
+    """
+
+    class_names: tuple[str, ...]
+    label_sets = False
+    many_labels = False
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the data set, whether or not the split has examples of all."""
+        """Number of classes or labels of the data set."""
+        return len(self.class_names)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """A name for each class."""
-
-    @property
-    def label_sets(self) -> bool:
-        """Whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one."""
-
-    @property
-    def many_labels(self) -> bool:
-        """Whether examples have many labels, each present, absent or unknown; `num_classes` and names are theirs."""
-
+    @abc.abstractmethod
     def __len__(self) -> int:
         """Number of examples."""
 
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
         """Reads the example at `index`, 0 <= index < len.
 
@@ -52,14 +68,30 @@ class Source(Protocol):
             DamagedImage: it can't be read.
         """
 
+    @abc.abstractmethod
     def labels(self) -> np.ndarray:
         """Returns every label, int32 [n] or float32 [n, k], without reading images where the files allow that."""
 
     def groups(self) -> np.ndarray | None:
         """Returns the number of each example's group (a patient, say), int32 [n]; None without groups."""
+        return None
 
     def identity(self) -> list[tuple[int, str]]:
         """Returns the count of each class and a digest of its names; [] if only the total is known."""
+        return []
 
     def files(self) -> dict[str, int]:
         """Returns the bytes of each file by its path, -1 if not known; {} if the files are not known."""
+        return {}
+
+    def missing_classes(self) -> list[str]:
+        """Returns the names of the classes without an image, for a source of one class an image."""
+        counts = np.bincount(self.labels(), minlength=self.num_classes)
+        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+
+
+def warn_of_missing(where: str, what: str, names: Sequence[str], total: int) -> None:
+    """Warns that `where` has `what` ("no images") of the classes `names` of `total`, if there are any."""
+    if names:
+        listed = list_some([repr(name) for name in names])
+        logger.warning("%s has %s of %d of %d classes: %s.", where, what, len(names), total, listed)

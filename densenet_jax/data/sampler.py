@@ -98,6 +98,11 @@ class BalancedOrder:
         return [examples[position // self._repeats - first] for position in range(start, start + count)]
 
 
+def spread(total: int, most: int) -> list[int]:
+    """Returns up to `most` of `total` positions, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(most, total)).astype(int)).tolist()
+
+
 class Draws:
     """Random numbers per position: Philox, counted from the position, so that any stretch is computed directly."""
 

@@ -8,8 +8,10 @@ import time
 import numpy as np
 
 from densenet_jax.data.batches import Batches
-from densenet_jax.data.decode import DamagedImage, decode_image, exif_orientation, has_wide_pixels, image_size
-from densenet_jax.data.records import Source
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.headers import exif_orientation, has_wide_pixels, image_size
+from densenet_jax.data.records import DamagedImage, Source
+from densenet_jax.data.sampler import spread
 
 _LOOKED_AT = 32  # images whose bit depth is checked before reading
 _SAMPLE = 2000  # images whose size is checked; spread evenly over the split
@@ -39,29 +41,12 @@ class SplitSummary:
     together: np.ndarray | None = None
     groups: int = 0
 
-    def as_dict(self) -> dict[str, float | int]:
-        """Returns plain numbers for a table: counts, class balance, and ranges of the sizes."""
-        counts, used = self.class_counts, self.class_counts[self.class_counts > 0]
-        table: dict[str, float | int] = {
-            "examples": self.examples,
-            "classes": len(counts),
-            "classes_without_examples": int((counts == 0).sum()),
-            "fewest_in_a_class": int(used.min()) if len(used) else 0,
-            "most_in_a_class": int(used.max()) if len(used) else 0,
-            "sampled_images": len(self.widths),
-            "damaged_in_sample": len(self.damaged),
-        }
-        for name, values in (("width_px", self.widths), ("height_px", self.heights), ("bytes", self.encoded_bytes)):
-            for key, share in (("lowest", 0), ("median", 50), ("highest", 100)):
-                table[f"{key}_{name}"] = int(np.percentile(values, share)) if len(values) else 0
-        return table
-
 
 def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
     """Counts all labels and reads the headers of up to `sample` images; decodes none."""
     total = len(source)
     widths, heights, sizes, damaged = [], [], [], []
-    for index in np.unique(np.linspace(0, total - 1, min(sample, total)).astype(int)).tolist():
+    for index in spread(total, sample):
         try:
             record = source[index]
             width, height = image_size(record.image, record.name)
@@ -107,7 +92,7 @@ def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[
     by kind.
     """
     wide, turned, brightest = 0, 0, list[int]()
-    places = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int)).tolist()
+    places = spread(len(source), sample)
     for index in places:
         with contextlib.suppress(DamagedImage, ValueError):  # training reports damaged files
             record = source[index]

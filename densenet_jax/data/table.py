@@ -1,7 +1,6 @@
 """Reads images that a CSV or Parquet table lists, with one class or several labels each."""
 
 import hashlib
-import logging
 import os
 import stat
 from concurrent import futures
@@ -10,19 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from densenet_jax.data.decode import DamagedImage
-from densenet_jax.data.records import Record
+from densenet_jax.data.records import DamagedImage, Record, Source, warn_of_missing
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.data.table_rows import Rows, read_rows
 from densenet_jax.errors import UserError, list_some
 
-logger = logging.getLogger(__name__)
 _SAME_SPLITS = {"val": "validation", "validation": "val"}
 _STAT_THREADS, _STAT_ROWS = 16, 4096
 _NAMED = 5  # values listed per message
 
 
-class TableSource:
+class TableSource(Source):
     """The images of one split of a table."""
 
     def __init__(
@@ -59,24 +56,16 @@ class TableSource:
         self._labels = rows.labels if every else rows.labels[mine]
         self._groups = rows.groups if every or rows.groups is None else rows.groups[mine]
         self.class_names = rows.class_names
-        self.num_classes = len(rows.class_names)
         self.many_labels = labels.many
-        self.label_sets = False
         _check_files(rows, mine, settings.table)
         if split == settings.train_split:
-            self._warn_of_missing_labels(settings.table, split)
+            what = "only one kind of example" if labels.many else "no images"
+            missing = self._labels_of_one_kind() if labels.many else self.missing_classes()
+            warn_of_missing(f"Split {split!r} of {settings.table}", what, missing, self.num_classes)
 
-    def _warn_of_missing_labels(self, table: str, split: str) -> None:
-        names = np.array(self.class_names, object)
-        if not self.many_labels:
-            counts = np.bincount(self._labels, minlength=self.num_classes)
-            absent, what = list(names[counts == 0]), "no images"
-        else:
-            known = [(self._labels == value).any(axis=0) for value in (0, 1)]
-            absent, what = list(names[~(known[0] & known[1])]), "only one kind of example"
-        if absent:
-            listed = list_some([repr(name) for name in absent])
-            logger.warning("%s, %s: %s of %d of %d classes: %s.", table, split, what, len(absent), len(names), listed)
+    def _labels_of_one_kind(self) -> list[str]:
+        known = [(self._labels == value).any(axis=0) for value in (0, 1)]
+        return [name for name, both in zip(self.class_names, known[0] & known[1], strict=True) if not both]
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -144,33 +144,14 @@ def _read_parquet(path: str, columns: list[str], plain: str) -> pa.Table:
 
 def first_duplicate(values: pa.LargeStringArray) -> tuple[int, int] | None:
     """Returns the first two rows that hold one value; None if all differ."""
-    hashes = np.sort(_hash(values))
-    if (hashes[1:] != hashes[:-1]).all():
+    encoded = values.dictionary_encode()
+    if len(encoded.dictionary) == len(values):
         return None
-    places = codes(values.dictionary_encode())
+    places = codes(encoded)
     order = np.argsort(places, kind="stable")
     same = np.flatnonzero(places[order][1:] == places[order][:-1])
-    if not len(same):
-        return None
     first = same[np.argmin(order[same + 1])]
     return int(order[first]), int(order[first + 1])
-
-
-def _hash(values: pa.LargeStringArray) -> np.ndarray:
-    """Hashes texts eight bytes at a time, uint64 [n]; takes a third of the time of pyarrow's count_distinct."""
-    _, offsets, data = values.buffers()
-    ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
-    text = np.append(np.frombuffer(data, np.uint8)[ends[0] : ends[-1]], np.zeros(8, np.uint8))
-    words = np.lib.stride_tricks.as_strided(text[:8].view(np.uint64), (len(text) - 7,), (1,))
-    starts, left = ends[:-1] - ends[0], np.diff(ends)
-    hashes = left.astype(np.uint64)
-    for _ in range(-(-int(left.max(initial=0)) // 8)):
-        bits = 8 * np.clip(left, 0, 7).astype(np.uint64)
-        mask = np.where(left >= 8, ~np.uint64(0), (np.uint64(1) << bits) - np.uint64(1))
-        hashes = (hashes ^ (words[np.minimum(starts, len(words) - 1)] & mask)) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(32)
-        starts, left = starts + 8, left - 8
-    return hashes
 
 
 def first_row(mask: pa.Array | np.ndarray) -> int:

@@ -4,18 +4,17 @@ All randomness is passed in as draws, so that a transform is a pure function.
 """
 
 import dataclasses
-import math
 from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
-from densenet_jax.data.decode import check_size, decode_image, exif_orientation, jpeg_size
+from densenet_jax.data.crop_boxes import TRIES, center_box, random_crop_box, resized_size
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.headers import check_size, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
 from densenet_jax.data.pixels import MAX_CHANNELS
 from densenet_jax.data.resize import PILLOW, resize, resize_closely
 from densenet_jax.errors import UserError
-
-_TRIES = 10  # to draw a crop that fits, as in torchvision
 
 
 class Transform(Protocol):
@@ -171,16 +170,15 @@ class RandomResizedCrop(_Square):
     antialias: bool
     area_range: tuple[float, ...]
     aspect_range: tuple[float, ...]
-    draws: ClassVar[int] = 4 * _TRIES
+    draws: ClassVar[int] = 4 * TRIES
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
-        pixels = None
         if size := self.native_size(data, name):
             box = random_crop_box(*size, self.area_range, self.aspect_range, draws)
-            pixels = _native_crop(data, box, self.image_size_px, self.interpolation, self.antialias)
-        if pixels is not None:
-            return pixels
+            pixels = native.crop(data, box, self.image_size_px, self.interpolation, self.antialias)
+            if pixels is not None:
+                return pixels
         whole = self.decode(data, name)
         top, left, height, width = random_crop_box(
             whole.shape[0], whole.shape[1], self.area_range, self.aspect_range, draws
@@ -217,7 +215,7 @@ class ResizedCenterCrop(_Square):
         del draws
         if size := self.native_size(data, name):
             box = center_box(*size, self.resize_px, self.image_size_px)
-            if (result := _native_resize(data, size, box, self.image_size_px, self.interpolation)) is not None:
+            if (result := native.crop_between(data, size, box, self.image_size_px, self.interpolation)) is not None:
                 return result
         return self.of_pixels(self.decode(data, name))
 
@@ -236,10 +234,8 @@ class FiveCrops(ResizedCenterCrop):
         """See `Transform`."""
         return 5, *super().shape
 
-    def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
-        """See `Transform`."""
-        del draws
-        return self.of_pixels(self.decode(data, name))
+    def native_size(self, data: bytes, name: str) -> None:
+        """Returns None: the helper cuts one part."""
 
     def of_pixels(self, stored: np.ndarray) -> np.ndarray:
         """See `ResizedCenterCrop`."""
@@ -250,72 +246,3 @@ class FiveCrops(ResizedCenterCrop):
         down, right = height - side, width - side
         corners = ((0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2)))
         return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
-
-
-def random_crop_box(
-    height: int, width: int, area_range: tuple[float, ...], aspect_range: tuple[float, ...], draws: np.ndarray
-) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width): the first of ten tries that fits, else the largest central crop in range.
-
-    Distributed as in torchvision's RandomResizedCrop. `draws` is float64 [40] in [0, 1).
-    """
-    low, high = math.log(aspect_range[0]), math.log(aspect_range[1])
-    for area, aspect, down, right in draws.reshape(_TRIES, 4).tolist():
-        target = height * width * (area_range[0] + area * (area_range[1] - area_range[0]))
-        ratio = math.exp(low + aspect * (high - low))
-        crop_width, crop_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < aspect_range[0]:
-        crop_height = max(1, round(width / aspect_range[0]))
-    elif width / height > aspect_range[1]:
-        crop_width = max(1, round(height * aspect_range[1]))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
-    """Returns (height, width) after resizing the short side to `resize_px`, rounded as torchvision's Resize does."""
-    resized_long = int(resize_px * max(height, width) / min(height, width))
-    return (resize_px, resized_long) if height <= width else (resized_long, resize_px)
-
-
-def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, right, bottom), in the stored image, of the central crop taken after the resize.
-
-    Rounds as torchvision's Resize and CenterCrop do, so that the crop has their pixels without computing others.
-    """
-    resized_height, resized_width = resized_size(height, width, resize_px)
-    top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
-    down, right = height / resized_height, width / resized_width
-    return left * right, top * down, min((left + crop_px) * right, width), min((top + crop_px) * down, height)
-
-
-def _native_crop(
-    data: bytes, box: tuple[int, int, int, int], out_px: int, interpolation: str, antialias: bool
-) -> np.ndarray | None:
-    """Decodes, cuts and resizes with the compiled helper; returns None where it can't."""
-    top, left, height, width = box
-    pixels = native.decode_part(data, left, top, width, height, rgbx=antialias)
-    if pixels is None:
-        return None
-    if not antialias:
-        return resize(pixels, out_px, out_px, interpolation, False)
-    return native.resize(pixels, out_px, (0.0, 0.0, width, height), cubic=interpolation == "bicubic")
-
-
-def _native_resize(
-    data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
-) -> np.ndarray | None:
-    """Resizes a box that may fall between pixels, decoding only what that reads; returns None where it can't."""
-    cubic = interpolation == "bicubic"
-    single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
-    x0, y0 = single[:2].tolist()
-    x1, y1 = x0 + float(single[2] - single[0]), y0 + float(single[3] - single[1])
-    left, right = native.window(x0, x1, out_px, size[1], cubic=cubic)
-    top, bottom = native.window(y0, y1, out_px, size[0], cubic=cubic)
-    pixels = native.decode_part(data, left, top, right - left, bottom - top, rgbx=True)
-    if pixels is None:
-        return None
-    return native.resize(pixels, out_px, (x0, y0, x1, y1), cubic=cubic, whole=size, corner=(top, left))

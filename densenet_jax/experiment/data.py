@@ -15,10 +15,12 @@ from densenet_jax.data.class_names import order_classes, orders_differ
 from densenet_jax.data.folder import find_split_folders
 from densenet_jax.data.identity import Identity, check_identity, identify, is_contradiction
 from densenet_jax.data.pipeline import Batches, eval_batches, train_batches
-from densenet_jax.data.prepare import KNOWN_CLASSES, KNOWN_COUNTS
+from densenet_jax.data.prepare import known_set
+from densenet_jax.data.records import Source
 from densenet_jax.data.settings import Labels, TableSettings
-from densenet_jax.data.sources import Source, default_directory, is_prepared, open_source
+from densenet_jax.data.sources import open_source
 from densenet_jax.data.summary import look_at_pixels
+from densenet_jax.data.tfds_source import default_directory, is_prepared
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
 from densenet_jax.errors import UserError
 from densenet_jax.models.pretrained import read_class_names
@@ -63,8 +65,7 @@ class Data:
             UserError: the data set is not prepared, and its size is not known.
         """
         config = self.config
-        set_name = config.data.name.partition("/")[0].partition(":")[0]
-        known = KNOWN_COUNTS.get(set_name, {}).get(config.data.train_split)
+        known = known_set(config.data.name).examples.get(config.data.train_split)
         try:
             return len(self.train_source), True
         except UserError:
@@ -80,7 +81,7 @@ class Data:
             UserError: none of these has one.
         """
         config = self.config
-        known = KNOWN_CLASSES.get(config.data.name.partition("/")[0].partition(":")[0]) or config.model.num_classes
+        known = known_set(config.data.name).classes or config.model.num_classes
         try:
             return self.eval_source.num_classes
         except UserError:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.pixels import widen
-from densenet_jax.data.records import Source
-from densenet_jax.data.sources import is_prepared
+from densenet_jax.data.records import DamagedImage, Source
+from densenet_jax.data.tfds_source import is_prepared
 from densenet_jax.data.transforms import ResizedCenterCrop
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment

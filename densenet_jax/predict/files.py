@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-from densenet_jax.data.folder import EXTENSIONS, is_image_file, report_skipped
+from densenet_jax.data.folder_index import EXTENSIONS, is_image_file, report_skipped
 from densenet_jax.errors import UserError
 
 Skipped: TypeAlias = "collections.Counter[str] | None"  # counts files that are no images, by their ending

@@ -10,8 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from densenet_jax.data.decode import MAX_PIXELS, DamagedImage, decode_image, image_size, with_bits
+from densenet_jax.data.decode import decode_image, with_bits
+from densenet_jax.data.headers import MAX_PIXELS, image_size
 from densenet_jax.data.pixels import Stored, stored_array, to_pixels
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.errors import UserError, first_line
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray
@@ -44,7 +46,7 @@ class ImageLimits:
     """Limits above which an image is rejected."""
 
     max_bytes: int = 64 * 2**20  # in the encoded file
-    max_pixels: int = MAX_PIXELS  # of the decoded image; `densenet_jax.data.decode.MAX_PIXELS` holds besides
+    max_pixels: int = MAX_PIXELS  # of the decoded image; `densenet_jax.data.headers.MAX_PIXELS` holds besides
 
 
 DEFAULT_LIMITS = ImageLimits()

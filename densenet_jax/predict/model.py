@@ -13,7 +13,7 @@ from flax import linen as nn
 from densenet_jax.config.run_settings import started_from
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
-from densenet_jax.data.sources import is_prepared
+from densenet_jax.data.tfds_source import is_prepared
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.experiment import Experiment

@@ -17,8 +17,8 @@ import numpy as np
 
 from densenet_jax.config.run_settings import read_run_settings
 from densenet_jax.data.batches import available_cores
-from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.pixels import join
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.predict.compiled import BATCH_SIZES, BEST_CLASS, CompiledModel
 from densenet_jax.predict.explain import Explanation
 from densenet_jax.predict.images import (

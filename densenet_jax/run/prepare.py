@@ -1,20 +1,17 @@
 """Prepares and verifies a data set, with a bar for each part of the work."""
 
+from typing import Any
+
 from densenet_jax.data.prepare import SplitReport, prepare_dataset
-from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.errors import UserError
 from densenet_jax.system.console import Bar, print_status
 
 
-def prepare_and_verify(
-    name: str,
-    directory: str,
-    pixel_range: tuple[float, ...] = (),
-    dicom_frame: int = 0,
-    table: TableSettings | None = None,
-    labels: Labels = SINGLE,
-) -> dict[str, int]:
+def prepare_and_verify(name: str, directory: str, **options: Any) -> dict[str, int]:
     """Prepares what is not yet prepared, decodes every image and returns the number of images of each split.
+
+    Args:
+        options: further ones of `densenet_jax.data.prepare.prepare_dataset`.
 
     Raises:
         UserError: the set can't be prepared, has damaged images (named on standard error), or another number of them
@@ -30,15 +27,7 @@ def prepare_and_verify(
         bars[what].move_to(done)
 
     try:
-        reports = prepare_dataset(
-            name,
-            directory,
-            progress=progress,
-            pixel_range=pixel_range,
-            dicom_frame=dicom_frame,
-            table=table,
-            labels=labels,
-        )
+        reports = prepare_dataset(name, directory, progress=progress, **options)
     finally:
         for bar in bars.values():
             bar.close()

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from densenet_jax.data.decode import DamagedImage, declared_size, image_size
+from densenet_jax.data.headers import declared_size, image_size
+from densenet_jax.data.records import DamagedImage
 
 # Of the protocol, by NumPy's names; strings are objects.
 DATATYPES = {"uint8": "UINT8", "uint16": "UINT16", "int32": "INT32", "float32": "FP32", "object": "BYTES"}

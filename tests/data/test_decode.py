@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from skimage import data as photographs
 
 from densenet_jax.data import decode
-from densenet_jax.data.decode import DamagedImage, decode_image
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.transforms import eval_transform
 from densenet_jax.predict.images import check_bytes
 

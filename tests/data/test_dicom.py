@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from densenet_jax.data import dicom
-from densenet_jax.data.decode import DamagedImage, decode_image, has_wide_pixels, image_size, is_image_start
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.headers import has_wide_pixels, image_size, is_image_start
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.settings import TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.summary import look_at_pixels

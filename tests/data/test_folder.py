@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from densenet_jax.data import folder
-from densenet_jax.data.decode import DamagedImage, is_image_start
+from densenet_jax.data.headers import is_image_start
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
 from tests.data import fake_imagenet

@@ -13,10 +13,11 @@ from PIL import Image
 from skimage import data as photographs
 
 from densenet_jax.data import resize
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.crop_boxes import random_crop_box
 from densenet_jax.data.native import build, crop
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.sampler import Draws
-from densenet_jax.data.transforms import eval_transform, random_crop_box, train_transform
+from densenet_jax.data.transforms import eval_transform, train_transform
 
 KINDS = {
     "420": {},
@@ -165,7 +166,7 @@ import io, sys
 import numpy as np
 from PIL import Image
 from skimage import data as photographs
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.native import crop
 from densenet_jax.data.sampler import Draws
 from densenet_jax.data.transforms import eval_transform, train_transform

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from densenet_jax.data.batches import PART
-from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.pipeline import eval_batches, train_batches
-from densenet_jax.data.records import Record
+from densenet_jax.data.records import DamagedImage, Record
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.transforms import eval_transform, train_transform
 from densenet_jax.errors import UserError

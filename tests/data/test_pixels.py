@@ -11,9 +11,10 @@ import tifffile
 from PIL import Image, ImageOps
 
 from densenet_jax.data import decode
-from densenet_jax.data.decode import DamagedImage, decode_image, exif_orientation, has_wide_pixels, is_image_start
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.headers import exif_orientation, has_wide_pixels, is_image_start
 from densenet_jax.data.pixels import join, to_picture, widen
-from densenet_jax.data.records import Record
+from densenet_jax.data.records import DamagedImage, Record
 from densenet_jax.data.resize import resize
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.transforms import eval_transform, train_transform

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from densenet_jax.data.decode import DamagedImage, decode_image
-from densenet_jax.data.sources import default_directory, find_prepared, open_source
+from densenet_jax.data.decode import decode_image
+from densenet_jax.data.records import DamagedImage
+from densenet_jax.data.sources import open_source
+from densenet_jax.data.tfds_source import default_directory, find_prepared
 from densenet_jax.errors import UserError
 from tests.data import fake_imagenet
 

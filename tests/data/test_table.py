@@ -10,9 +10,9 @@ from PIL import Image
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
-from densenet_jax.data.decode import DamagedImage
 from densenet_jax.data.identity import check_identity, identify
 from densenet_jax.data.pipeline import eval_batches, train_batches
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.table import TableSource

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from densenet_jax.data.decode import DamagedImage
+from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.settings import Labels
 from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError

@@ -9,9 +9,10 @@ from PIL import Image
 from skimage import data as photographs
 
 from densenet_jax.data import resize, transforms
+from densenet_jax.data.crop_boxes import center_box, random_crop_box
 from densenet_jax.data.native import crop as native
 from densenet_jax.data.sampler import Draws
-from densenet_jax.data.transforms import center_box, eval_transform, random_crop_box, train_transform
+from densenet_jax.data.transforms import eval_transform, train_transform
 from densenet_jax.errors import UserError
 
 PHOTOGRAPHS = ("astronaut", "cat", "chelsea", "coffee", "rocket", "brick")

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from densenet_jax.data.native.build import build, library_paths
+from densenet_jax.data.resize import resize as plain_resize
 from densenet_jax.data.resize import vertical_first
 from densenet_jax.system.native_build import build_at_first_use
 
@@ -144,3 +145,32 @@ def window(low: float, high: float, out_px: int, size: int, *, cubic: bool) -> t
     """Returns first and last + 1 of the `size` pixels that resizing low..high to `out_px` reads, with a margin."""
     reach = (2 if cubic else 1) * max((high - low) / out_px, 1) + 2
     return max(0, math.floor(low - reach)), min(size, math.ceil(high + reach))
+
+
+def crop(
+    data: bytes, box: tuple[int, int, int, int], out_px: int, interpolation: str, antialias: bool
+) -> np.ndarray | None:
+    """Decodes, cuts and resizes with the compiled helper; returns None where it can't."""
+    top, left, height, width = box
+    pixels = decode_part(data, left, top, width, height, rgbx=antialias)
+    if pixels is None:
+        return None
+    if not antialias:
+        return plain_resize(pixels, out_px, out_px, interpolation, False)
+    return resize(pixels, out_px, (0.0, 0.0, width, height), cubic=interpolation == "bicubic")
+
+
+def crop_between(
+    data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
+) -> np.ndarray | None:
+    """Resizes a box that may fall between pixels, decoding only what that reads; returns None where it can't."""
+    cubic = interpolation == "bicubic"
+    single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
+    x0, y0 = single[:2].tolist()
+    x1, y1 = x0 + float(single[2] - single[0]), y0 + float(single[3] - single[1])
+    left, right = window(x0, x1, out_px, size[1], cubic=cubic)
+    top, bottom = window(y0, y1, out_px, size[0], cubic=cubic)
+    pixels = decode_part(data, left, top, right - left, bottom - top, rgbx=True)
+    if pixels is None:
+        return None
+    return resize(pixels, out_px, (x0, y0, x1, y1), cubic=cubic, whole=size, corner=(top, left))
