@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from densenet_jax.augment.basic import uniforms, whole_below
-from densenet_jax.errors import UserError
 
-ERASE_MODES = ("zero", "color", "pixel")
 _ATTEMPTS = 10
 
 
@@ -68,12 +66,7 @@ def random_erase(
         area: the rectangle's share of the image, lowest and highest.
         aspect: its height over its width, lowest and highest.
         mode: "zero" (the mean image), "color" (one normal number a channel) or "pixel" (one a value).
-
-    Raises:
-        UserError: an unknown mode.
     """
-    if mode not in ERASE_MODES:
-        raise UserError(f"config.augment.erase_mode is {mode!r}; expected one of {', '.join(ERASE_MODES)}.")
     height, width, channels = images.shape[1:]
     box_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     boxes = erase_boxes(box_keys, height, width, probability=probability, area=area, aspect=aspect)

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt16
 from densenet_jax.augment import photometric as tones
 from densenet_jax.augment.affine import rotation, warp
 from densenet_jax.augment.basic import uniforms, white_of, whole_below
-from densenet_jax.errors import UserError
 
 OPERATIONS = (
     "auto_contrast",
@@ -148,12 +147,7 @@ def rand_augment(
         magnitude_std: standard deviation of the strength, which is cut to [0, 10].
         probability: that a drawn operation is applied at all.
         fill: color outside the image for warps, 0 to 255; timm's is the data's mean.
-
-    Raises:
-        UserError: a magnitude outside [0, 10].
     """
-    if not 0.0 <= magnitude <= HIGHEST_LEVEL:
-        raise UserError(f"config.augment.rand_magnitude is {magnitude}; expected 0 to {HIGHEST_LEVEL:g}.")
     fill = tuple(fill)[: images.shape[-1]]
     numbers = uniforms(keys, 4 * num_layers)
     for layer in range(num_layers):

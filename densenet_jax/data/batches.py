@@ -4,10 +4,13 @@ A Grain element is part of a batch: large enough to spend little time in the int
 work on the batch needed next and that memory does not grow with their number.
 """
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -17,6 +20,8 @@ from densenet_jax.data.records import DamagedImage
 PART = 32  # examples per element at most
 FOREVER = range(2**40)
 Batch = dict[str, np.ndarray]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Damaged:
@@ -174,3 +179,19 @@ class _PartBuilder:
 def available_cores() -> int:
     """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yields `function(item)` in order, computed by the pool for up to `ahead` items in advance."""
+    items = iter(items)
+    waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -54,8 +54,7 @@ def train_batches(
         UserError: the batch can't be shared out. DamagedImage: (while iterating) an image can't be decoded.
     """
     share = _share(global_batch_size, process_count)
-    check_repeats(global_batch_size, repeats)
-    damaged = Damaged(_skips(on_damaged))
+    damaged = Damaged(on_damaged == "skip")
     balanced = sampler == "balanced"
     order = BalancedOrder(source.labels(), seed, repeats) if balanced else Order(len(source), seed, repeats)
     draws = Draws(seed, transform.draws)
@@ -93,7 +92,7 @@ def eval_batches(
         [b, k], "mask": bool [b]}; with `label_sets` also {"label_set": bool [b, classes]}, True for every right class.
     """
     share = _share(global_batch_size, process_count)
-    damaged = Damaged(_skips(on_damaged))
+    damaged = Damaged(on_damaged == "skip")
     total = len(source)
     numbers = np.full(transform.draws, 0.5)
 
@@ -180,22 +179,3 @@ def _share(global_batch_size: int, process_count: int) -> int:
             f"choose a multiple of {process_count}."
         )
     return global_batch_size // process_count
-
-
-def check_repeats(global_batch_size: int, repeats: int) -> None:
-    """Checks that a batch holds all copies of its images.
-
-    Raises:
-        UserError: it doesn't.
-    """
-    if global_batch_size % repeats:
-        raise UserError(
-            f"config.augment.repeats is {repeats}, which does not divide config.train.global_batch_size "
-            f"{global_batch_size}; choose a divisor."
-        )
-
-
-def _skips(on_damaged: str) -> bool:
-    if on_damaged not in ("error", "skip"):
-        raise UserError(f"config.data.on_damaged is {on_damaged!r}; expected error or skip.")
-    return on_damaged == "skip"

@@ -5,14 +5,13 @@ import functools
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from densenet_jax.data import convert, tfds_source
-from densenet_jax.data.batches import available_cores
+from densenet_jax.data.batches import available_cores, read_ahead
 from densenet_jax.data.convert import Progress
 from densenet_jax.data.decode import decode_image
 from densenet_jax.data.filelock import locked
@@ -41,8 +40,6 @@ _KNOWN = {
     "svhn_cropped": KnownSet(10, {"train": 73_257, "test": 26_032, "extra": 531_131}),
     "digits": KnownSet(10, {"train": 1_437, "test": 360}),
 }
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _BLOCK = 64  # images checked per thread at a time
 
 
@@ -148,11 +145,13 @@ def verify_split(
     blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
     done = 0
     check = functools.partial(_check, source, **decoding)
-    for labels, refused in _in_order(check, blocks, workers or available_cores()):
-        counts += count_labels(labels, source.num_classes)
-        damaged += refused
-        done = min(done + _BLOCK, total)
-        progress(f"verify {split}", done, total)
+    workers = workers or available_cores()
+    with futures.ThreadPoolExecutor(workers) as pool:
+        for labels, refused in read_ahead(pool, check, blocks, 2 * workers):
+            counts += count_labels(labels, source.num_classes)
+            damaged += refused
+            done = min(done + _BLOCK, total)
+            progress(f"verify {split}", done, total)
     return SplitReport(split, total, expected, tuple(damaged), counts)
 
 
@@ -168,21 +167,6 @@ def _check(source: Source, block: range, **decoding: Any) -> tuple[np.ndarray, l
         except DamagedImage as error:
             damaged.append((error.name, error.why))
     return np.array(labels, np.float32 if source.many_labels else np.int64), damaged
-
-
-def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
-    """Maps with threads, in order, but takes items only as results are taken."""
-    pending: list[futures.Future[_Result]] = []
-    with futures.ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _split_names(path: str) -> tuple[str, ...]:

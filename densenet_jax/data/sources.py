@@ -38,8 +38,6 @@ def open_source(
     Raises:
         UserError: the data are missing, unreadable or of an unsupported kind; the message says what to do.
     """
-    if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
-        raise UserError(f"config.data.holdout is {holdout!r}; expected a share below 1, a whole count, or 0.")
     wanted = "train" if split == "holdout" else split
     if name == "table":
         from densenet_jax.data.table import TableSource

@@ -12,9 +12,7 @@ from densenet_jax.data.crop_boxes import TRIES, center_box, random_crop_box, res
 from densenet_jax.data.decode import decode_image
 from densenet_jax.data.headers import check_size, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
-from densenet_jax.data.pixels import MAX_CHANNELS
-from densenet_jax.data.resize import PILLOW, resize, resize_closely
-from densenet_jax.errors import UserError
+from densenet_jax.data.resize import resize, resize_closely
 
 
 class Transform(Protocol):
@@ -67,9 +65,6 @@ def train_transform(
             ones, as OpenCV and tf.image do, which is faster and gives other pixels.
         pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
     """
-    _check(image_size_px, channels, interpolation)
-    if kind not in ("none", "random_resized_crop"):
-        raise UserError(f"config.data.crop is {kind!r}; expected random_resized_crop or none.")
     common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
     if kind == "none":
         return Whole(*common, antialias)
@@ -99,21 +94,9 @@ def eval_transform(
         crops: 1, or 5 for the four corners and the middle, which are then the first axis of the result.
         pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
     """
-    _check(image_size_px, channels, interpolation)
-    if resize_px < image_size_px:
-        raise UserError(f"The resized short side ({resize_px} px) is below the crop ({image_size_px} px).")
     kind = FiveCrops if crops == 5 else ResizedCenterCrop
     common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
     return kind(*common, resize_px)
-
-
-def _check(image_size_px: int, channels: int, interpolation: str) -> None:
-    if image_size_px < 1:
-        raise UserError(f"config.data.image_size_px is {image_size_px}; expected more than 0.")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise UserError(f"config.data.channels is {channels}; expected 1 to {MAX_CHANNELS}.")
-    if interpolation not in PILLOW:
-        raise UserError(f"config.data.interpolation is {interpolation!r}; expected {' or '.join(PILLOW)}.")
 
 
 @dataclasses.dataclass(frozen=True)

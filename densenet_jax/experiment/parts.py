@@ -10,7 +10,6 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from densenet_jax.data.pipeline import check_repeats
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of
 from densenet_jax.experiment.data import Data
@@ -174,7 +173,6 @@ class Parts:
         mesh = self._all_devices
         sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
         sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
-        check_repeats(self.config.train.global_batch_size, self.config.augment.repeats)
         return mesh
 
     @functools.cached_property

@@ -1,18 +1,16 @@
 """Predicts any number of images into a file, with the memory of a few batches."""
 
 import dataclasses
-import itertools
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
-from densenet_jax.data.batches import available_cores
+from densenet_jax.data.batches import available_cores, read_ahead
 from densenet_jax.data.pixels import join
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
@@ -31,8 +29,6 @@ from densenet_jax.system.console import Bar, print_status, spinner
 logger = logging.getLogger(__name__)
 _SIZES = (1, 8, 64)  # only the one that suits the number of images is compiled
 _READ_AHEAD = 2  # batches prepared in advance
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,19 +262,3 @@ def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]
             batch, readable = [], 0
     if batch:
         yield batch
-
-
-def read_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """Yields `function(item)` in order, computed by the pool for up to `ahead` items in advance."""
-    items = iter(items)
-    waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()

@@ -1,9 +1,12 @@
 """Loads a trained model for use outside of its run: module, weights and preprocessing."""
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Mapping
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +25,12 @@ from densenet_jax.models.dialects import thresholds_of
 from densenet_jax.models.pretrained import load_pretrained, read_class_names, read_state_dict
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.calibration import Calibration, read_calibration
-from densenet_jax.predict.labels import check_count, imagenet_labels, make_readable
 from densenet_jax.training.checkpoint import find_checkpoint
 from densenet_jax.training.restore import restore_variables
 from densenet_jax.workdir import labels_path
 
 logger = logging.getLogger(__name__)
+_IMAGENET = pathlib.Path(__file__).with_name("imagenet_labels.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     )
 
 
-def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: Any = jnp.float32) -> Deployed:
+def make_deployed_from_pretrained(name: str, source: str, labels: str = "") -> Deployed:
     """Loads a published or local checkpoint with the preprocessing of its publisher.
 
     Args:
@@ -124,12 +127,12 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtyp
         apply_exif_orientation=True,
         bits=0,
     )
-    module = create_model(name, num_classes=count, dtype=dtype)
+    module = create_model(name, num_classes=count, dtype=jnp.float32)
     names = read_class_names(source) or (imagenet_labels() if count == 1000 else _numbers(count))
     if labels:
         names = read_labels(labels)
-        check_count(names, count, labels)
-    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, dtype, names)
+        _check_count(names, count, labels)
+    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, jnp.float32, names)
     return dataclasses.replace(deployed, calibration=calibration, many_labels=calibration is not None)
 
 
@@ -172,11 +175,11 @@ def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Ide
         if dataset is not None and is_contradiction(names, dataset["classes"]):
             logger.warning("%s contradicts the checkpoint, whose own class names are used.", where)
             names = tuple(dataset["classes"])
-        names = make_readable(names)
+        names = _make_readable(names)
     elif not workdir and (own := read_class_names(data_source := experiment.config.model.pretrained)):
-        names, where = make_readable(own), data_source
+        names, where = _make_readable(own), data_source
     elif dataset is not None:
-        names, where = make_readable(tuple(dataset["classes"])), "the checkpoint"
+        names, where = _make_readable(tuple(dataset["classes"])), "the checkpoint"
     elif count == 1000 and (not workdir or data.name.startswith("imagenet")):
         return imagenet_labels()
     elif workdir and (data.name == "folder" or is_prepared(data.name, data.dir)):
@@ -185,13 +188,32 @@ def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Ide
         names, where = (), ""
     if not names:
         return _numbers(count)
-    check_count(names, count, where)
+    _check_count(names, count, where)
     return names
+
+
+@functools.cache
+def imagenet_labels() -> tuple[str, ...]:
+    """Returns a short name for each ImageNet-1k class, in the order of the published weights (281 is "tabby")."""
+    return read_labels(_IMAGENET)
+
+
+def _check_count(names: Sequence[str], num_classes: int, where: str) -> None:
+    if len(names) != num_classes:
+        raise UserError(
+            f"{where} has {len(names)} labels, but the model has {num_classes} classes; give one label a class."
+        )
+
+
+def _make_readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Replaces ImageNet's 1,000 WordNet ids (n01440764, ...) with words; returns other names as they are."""
+    ids = len(names) == 1000 and list(names) == sorted(names) and all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return imagenet_labels() if ids else names
 
 
 def _names_of_data(experiment: Experiment) -> tuple[str, ...]:
     try:
-        return make_readable(tuple(experiment.data.eval_source.class_names))
+        return _make_readable(tuple(experiment.data.eval_source.class_names))
     except UserError:
         return ()
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from densenet_jax.augment.erasing import erase_boxes, inside_boxes, random_erase
-from densenet_jax.errors import UserError
 
 KEYS = jax.random.split(jax.random.key(0), 1000)
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -72,8 +71,3 @@ def test_a_box_that_never_fits_is_given_up():
     draw = functools.partial(erase_boxes, height=8, width=8, probability=1.0, area=(1.5, 2.0), aspect=(1.0, 1.0001))
     boxes = jax.jit(draw)(KEYS[:20])
     assert not np.asarray(boxes[:, 2:]).any()
-
-
-def test_unknown_mode():
-    with pytest.raises(UserError, match="erase_mode"):
-        random_erase(jnp.zeros((2, 4, 4, 3)), KEYS[:2], mode="noise")

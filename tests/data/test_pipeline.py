@@ -273,8 +273,6 @@ def test_batches_are_not_overwritten():
 def test_wrong_arguments_are_named():
     with pytest.raises(UserError, match="10 can't be shared by 4"):
         train_batches(Numbers(5), seed=0, global_batch_size=10, transform=Show(), process_count=4)
-    with pytest.raises(UserError, match="on_damaged is 'ignore'"):
-        eval_batches(Numbers(5), global_batch_size=10, transform=Show(), on_damaged="ignore")
 
 
 def test_real_photographs_come_through(imagenet):
@@ -306,46 +304,3 @@ def test_repeats_are_neighbours_with_draws_of_their_own_and_all_are_seen_equally
     assert all(len(set(row)) == repeats for row in images.tolist()[:4])
     late = take(train_batches(Numbers(size), **common, start_step=3), 1)[0]
     np.testing.assert_array_equal(late["label"], batches[3]["label"])
-
-
-def test_repeats_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(UserError, match=r"config.augment.repeats is 3, which does not divide .* 16"):
-        train_batches(Numbers(20), seed=0, global_batch_size=16, transform=Show(), repeats=3)
-
-
-def test_label_sets_become_rows_of_right_classes(tmp_path):
-    sets = [(1, 3), (), (0,), (2,), (3,)]
-    fake_imagenet.write_variant(str(tmp_path), "imagenet2012_real", "validation", [1, 2, 0, 2, 3], label_sets=sets)
-    source = open_source("imagenet2012_real", str(tmp_path), "validation")
-    assert source.label_sets
-    transform = eval_transform(image_size_px=16, resize_px=18, crops=5)
-    batches = take(eval_batches(source, global_batch_size=4, transform=transform), 2)
-    rows = np.concatenate([batch["label_set"] for batch in batches])
-    assert [tuple(np.flatnonzero(row)) for row in rows] == [*sets, (), (), ()]
-    assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [True] * 5 + [False] * 3
-    assert batches[0]["image"].shape == (4, 5, 16, 16, 3)
-    assert batches[1]["image"][0].any()
-    assert not batches[1]["image"][1:].any()
-
-
-@pytest.mark.parametrize("name", ["imagenet_v2/matched-frequency", "imagenet_a", "imagenet_r"])
-def test_variants_of_imagenet_open_with_all_its_classes(name, tmp_path):
-    fake_imagenet.write_variant(str(tmp_path), name, "test", [6, 11, 13])
-    source = open_source(name, str(tmp_path), "test")
-    assert (source.num_classes, source.label_sets) == (1000, False)
-    assert source.labels().tolist() == [6, 11, 13]
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_balanced_sampler_starts_at_any_step_on_any_number_of_processes(processes):
-    source = Numbers(10)
-    source.labels = lambda: np.array([0] * 8 + [1] * 2, np.int32)
-    options = {"seed": 1, "global_batch_size": 8, "transform": Show(), "sampler": "balanced"}
-    whole = [batch["label"] for batch in take(train_batches(source, **options), 6)]
-    parts = [
-        take(train_batches(source, start_step=4, process_index=index, process_count=processes, **options), 2)
-        for index in range(processes)
-    ]
-    for step in range(2):
-        np.testing.assert_array_equal(np.concatenate([part[step]["label"] for part in parts]), whole[4 + step])
-    assert [(batch >= 8).sum() for batch in whole] == [4] * 6

@@ -13,7 +13,6 @@ from densenet_jax.data.crop_boxes import center_box, random_crop_box
 from densenet_jax.data.native import crop as native
 from densenet_jax.data.sampler import Draws
 from densenet_jax.data.transforms import eval_transform, train_transform
-from densenet_jax.errors import UserError
 
 PHOTOGRAPHS = ("astronaut", "cat", "chelsea", "coffee", "rocket", "brick")
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -165,25 +164,6 @@ def test_the_central_box_lies_inside():
         left, top, right, bottom = center_box(height, width, 256, 224)
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "mosaic"}, "mosaic"),
-        ({"interpolation": "lanczos"}, "lanczos"),
-        ({"channels": 65}, "channels is 65; expected 1 to 64"),
-        ({"image_size_px": 0}, "image_size_px is 0"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message):
-    with pytest.raises(UserError, match=message):
-        train_transform(**arguments)
-
-
-def test_the_crop_can_not_be_larger_than_the_resized_image():
-    with pytest.raises(UserError, match="200"):
-        eval_transform(image_size_px=224, resize_px=200)
 
 
 def test_gray_crops():

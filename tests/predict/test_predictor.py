@@ -18,8 +18,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.models.pretrained import save_torch_state_dict
 from densenet_jax.predict.compiled import cover
 from densenet_jax.predict.images import ImageError, ImageLimits
-from densenet_jax.predict.labels import imagenet_labels
-from densenet_jax.predict.model import make_deployed
+from densenet_jax.predict.model import imagenet_labels, make_deployed
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.workdir import write_labels
 from tests.predict.files import encoded, gradient
