@@ -132,7 +132,7 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
         print_status(f"exporting {model.source}")
         with spinner(f"writing {options.format}"):
             writer.write(graph, temporary, options.precision, training)
-        results = _compare_with_model(model, graph, checked, writer.load(temporary))
+        results = _compare_with_model(graph, checked, writer.load(temporary))
         for result, what in zip(results, ("", "maps: "), strict=False):
             print_status(f"checked with {checked.source}: {what}{result.describe()}")
             result.check(options.precision, f"the {options.format} file")
@@ -145,21 +145,17 @@ def export(load_model: Callable[[], Deployed], samples: Samples, options: Export
     }
 
 
-def _compare_with_model(
-    model: Deployed, graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], Outputs]
-) -> list[Comparison]:
+def _compare_with_model(graph: Graph, checked: CheckImages, call: Callable[[np.ndarray], Outputs]) -> list[Comparison]:
     """Compares probabilities or logits, and maps where the file has them."""
-    expected = reference_outputs(model, graph, checked.images)
+    expected = reference_outputs(graph, checked.images)
     bar = Bar("checking", len(checked.images))
     try:
         outputs = run_in_chunks(call, graph.prepare(checked.images), graph.batch_size, bar.advance)
     finally:
         bar.close()
-    threshold = (0.0 if graph.preprocessed else 0.5) if graph.many_labels else None
-    if not graph.has_maps:
-        return [compare(expected, outputs[0], checked.labels, threshold)]
-    expected, maps = expected
-    return [compare(expected, outputs[0], checked.labels, threshold), compare_maps(maps, outputs[1])]
+    threshold = (0.0 if graph.preprocessed else 0.5) if graph.model.many_labels else None
+    maps = [compare_maps(*pair) for pair in zip(expected[1:], outputs[1:], strict=True)]
+    return [compare(expected[0], outputs[0], checked.labels, threshold), *maps]
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
     """
     import tensorflow as tf
 
-    if graph.allowed_classes is not None:
+    if graph.model.allowed_classes is not None:
         raise UserError("config.eval.class_map is not supported by --format tflite; leave it empty.")
     if graph.input_dtype == np.uint16 and precision == "int8":
         raise UserError("--precision int8 takes pixels of 8 bits, but this model has 16; choose float16 or float32.")
@@ -43,7 +43,7 @@ def write(graph: Graph, path: str, precision: str, representative: np.ndarray | 
         precision == "int8" and not graph.preprocessed
     )  # input bytes are the quantized values: nothing runs in float
     dtype = np.float32 if whole else graph.input_dtype
-    to_probabilities = tf.math.sigmoid if graph.many_labels else tf.nn.softmax
+    to_probabilities = tf.math.sigmoid if graph.model.many_labels else tf.nn.softmax
     after = to_probabilities if not graph.preprocessed else tf.identity
     function: Any = make_tensorflow_function(graph, graph.logits, dtype, graph.batch_size or 1, after)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)

@@ -69,7 +69,10 @@ def in_order(outputs: Mapping[str, np.ndarray]) -> Outputs:
 
 
 def run_in_chunks(
-    call: Callable[[np.ndarray], Outputs], images: np.ndarray, batch_size: int, done: Callable[[int], None]
+    call: Callable[[np.ndarray], Outputs],
+    images: np.ndarray,
+    batch_size: int,
+    done: Callable[[int], None] = lambda count: None,
 ) -> Outputs:
     """Computes the outputs of all images in padded batches; if any size is accepted (0), of one image and then of many.
 
