@@ -25,6 +25,7 @@ from densenet_jax.data.pixels import Stored, narrow, to_pixels, widen
 from densenet_jax.data.records import DamagedImage
 
 logger = logging.getLogger(__name__)
+_warned: list[str] = []  # the first image that lost bits
 _EXACT_JPEG = {"fastdct": False, "fastupsample": False}  # the pixels that Pillow gives
 
 
@@ -85,20 +86,14 @@ def with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
     if bits == 16:
         return widen(pixels)
     if bits == 8 and pixels.dtype == np.uint16:
-        _warn_of_lost_bits(name)
+        if not _warned:
+            _warned.append(name)
+            logger.warning(
+                "%s has more than 8 bits, of which 8 are kept; config.data.pixel_range=(0, 65535) keeps 16 of all.",
+                name,
+            )
         return narrow(pixels)
     return pixels
-
-
-_warned: list[str] = []
-
-
-def _warn_of_lost_bits(name: str) -> None:
-    if not _warned:
-        _warned.append(name)
-        logger.warning(
-            "%s has more than 8 bits, of which 8 are kept; config.data.pixel_range=(0, 65535) keeps 16 of all.", name
-        )
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:

@@ -92,8 +92,10 @@ def _list_class(root: str, folder: str) -> tuple[list[tuple[str, int]], dict[str
                         continue
                     elif is_image_file(entry):
                         images.append((os.path.join(here, entry.name), entry.stat().st_size))
+                    elif entry.is_file():
+                        skipped[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
                     else:
-                        skipped[_kind_of(entry)] += 1
+                        skipped["a broken link" if entry.is_symlink() else "no regular file"] += 1
         except OSError as error:
             raise UserError(f"Folder {os.path.join(root, here)} can't be read ({error.strerror}).") from error
     return sorted(images), times, skipped
@@ -112,26 +114,18 @@ def is_image_file(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _kind_of(entry: "os.DirEntry[str]") -> str:
-    if not entry.is_file():
-        return "a broken link" if entry.is_symlink() else "no regular file"
-    return os.path.splitext(entry.name)[1].lower() or "no ending"
-
-
 def _count_loose_files(root: str) -> collections.Counter[str]:
     """Counts images beside the class folders and in folders whose names begin with ".", which are not read."""
     counts: collections.Counter[str] = collections.Counter()
-    for folder, kind in [(root, "outside of class folders"), *_hidden_folders(root)]:
+    with os.scandir(root) as entries:
+        hidden = sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
+    kinds = {root: "outside of class folders"}
+    kinds |= {os.path.join(root, name): f"in the hidden folder {name!r}" for name in hidden}
+    for folder, kind in kinds.items():
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             if images := sum(not entry.name.startswith(".") and is_image_file(entry) for entry in entries):
                 counts[kind] = images
     return counts
-
-
-def _hidden_folders(root: str) -> list[tuple[str, str]]:
-    with os.scandir(root) as entries:
-        hidden = sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
-    return [(os.path.join(root, name), f"in the hidden folder {name!r}") for name in hidden]
 
 
 def report_skipped(root: str, skipped: dict[str, int]) -> None:

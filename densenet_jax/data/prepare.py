@@ -114,8 +114,10 @@ def prepare_dataset(
     elif name == "digits":
         splits = splits or ("train", "test")
     else:
-        path = _prepare_tfds(name, directory, progress, workers)
-        splits = splits or _split_names(path)
+        import tensorflow_datasets as tfds
+
+        info = tfds.builder_from_directory(_prepare_tfds(name, directory, progress, workers)).info
+        splits = splits or tuple(split for split in info.splits if split != "all")
     expected = known_set(name).examples
     return [
         verify_split(
@@ -169,12 +171,6 @@ def _check(source: Source, block: range, **decoding: Any) -> tuple[np.ndarray, l
     return np.array(labels, np.float32 if source.many_labels else np.int64), damaged
 
 
-def _split_names(path: str) -> tuple[str, ...]:
-    import tensorflow_datasets as tfds
-
-    return tuple(name for name in tfds.builder_from_directory(path).info.splits if name != "all")
-
-
 def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -> str:
     """Prepares a tfds set as ArrayRecord files and returns its directory."""
     set_name = _set_name(name)
@@ -182,20 +178,14 @@ def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -
         raise UserError(f"{directory} is on object storage; prepare in a local directory and copy the files there.")
     try:
         with locked(os.path.join(directory, f".{set_name}.lock")):
-            return _prepare_locked(name, set_name, directory, progress, workers)
+            if not tfds_source.is_prepared(name, directory):
+                _download_and_prepare(name, set_name, directory)
+            path = tfds_source.find_prepared(name, directory)
+            if "array_record" not in convert.stored_formats(path):
+                convert.convert_to_array_record(path, progress, workers)
+            return path
     except OSError as error:
         raise UserError(f"{name} can't be prepared in {directory} ({error}); set config.data.dir.") from error
-
-
-def _prepare_locked(name: str, set_name: str, directory: str, progress: Progress, workers: int) -> str:
-    try:
-        path = tfds_source.find_prepared(name, directory)
-    except UserError:
-        _download_and_prepare(name, set_name, directory)
-        path = tfds_source.find_prepared(name, directory)
-    if "array_record" not in convert.stored_formats(path):
-        convert.convert_to_array_record(path, progress, workers)
-    return path
 
 
 def _download_and_prepare(name: str, set_name: str, directory: str) -> None:

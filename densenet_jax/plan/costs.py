@@ -1,5 +1,6 @@
 """Compiles a step for absent chips and counts its costs."""
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -52,7 +53,9 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
         raise DoesNotFitError(*parse_memory_error(str(error))) from error
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
-    own = _analyze_costs(compiled)
+    own: dict[str, float] = {}
+    with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):  # the compiler has no cost analysis
+        own = dict(compiled.cost_analysis() or {})
     repeats = program.traffic() / max(1, program.traffic(once=True))
     return Costs(
         memory_bytes=memory.argument_size_in_bytes
@@ -66,14 +69,6 @@ def compile_costs(lowered: jax.stages.Lowered) -> Costs:
         memory_traffic_bytes=program.traffic(off_chip=True),
         collectives=tuple(program.collectives()),
     )
-
-
-def _analyze_costs(compiled: Any) -> dict[str, float]:
-    """Returns XLA's cost analysis, empty if the compiler has none."""
-    try:
-        return dict(compiled.cost_analysis() or {})
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        return {}
 
 
 def parse_memory_error(message: str) -> tuple[int | None, int | None]:

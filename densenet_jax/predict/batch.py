@@ -159,14 +159,17 @@ class _Run:
             self._archive.finish(self._output.answered_names, self._output.answered)
 
     def _predict_all(self, pool: ThreadPoolExecutor, bar: Bar) -> None:
-        wanted = (image for image in find_images(self._options.images) if image.path not in self._output)
+        options = self._options
+        wanted = (image for image in find_images(options.images) if image.path not in self._output)
         prepared = read_ahead(pool, self._prepare, wanted, _READ_AHEAD * self._size)
         waiting: tuple[list[_Prepared], Any] | None = None
         done = 0
         for batch in _batches(prepared, self._size):
             pixels = [item.pixels for item in batch if item.pixels is not None]
             # The devices compute this batch while the previous one is written.
-            computing = self._dispatch(pixels) if pixels else {}
+            classes = np.full(len(pixels), BEST_CLASS, np.int32) if options.explain else None
+            parts = (options.features, classes, options.explain_layer)
+            computing = self._predictor.dispatch(join(pixels), *parts) if pixels else {}
             if waiting is not None:
                 self._write(pool, *waiting)
                 bar.advance(len(waiting[0]))
@@ -179,11 +182,6 @@ class _Run:
             bar.advance(len(waiting[0]))
         if done < self._todo and self._stop.received is not None:
             raise Preempted(f"stopped after {done:,} of {self._todo:,} images; run the same command to continue")
-
-    def _dispatch(self, pixels: list[np.ndarray]) -> dict[str, jax.Array]:
-        classes = np.full(len(pixels), BEST_CLASS, np.int32) if self._options.explain else None
-        options = self._options
-        return self._predictor.dispatch(join(pixels), options.features, classes, options.explain_layer)
 
     def _prepare(self, candidate: Candidate) -> _Prepared:
         try:

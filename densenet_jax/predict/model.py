@@ -1,5 +1,6 @@
 """Loads a trained model for use outside of its run: module, weights and preprocessing."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -78,7 +79,8 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         variables = load_pretrained(config.model.name, source, state=state, **changes)
         calibration = _own_thresholds(state, variables, source)
     else:
-        step, variables = _restore(workdir, str(config.eval.checkpoint), config.checkpoint.best_metric)
+        directory, step = find_checkpoint(workdir, str(config.eval.checkpoint), config.checkpoint.best_metric)
+        variables = restore_variables(directory, step, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
         source, dataset = f"step {step} of {workdir}", read_identity(workdir, step)
     experiment = Experiment(config, head_classes=_class_count(variables, source))
     experiment.check_fits(variables, source)
@@ -87,12 +89,13 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     if calibration is not None:
         source, variables = f"{source}, {calibration.describe()}", calibration.scale(variables)
     mean, std = experiment.data.mean_std()
+    is_wide = config.data.pixel_range or (dataset or {}).get("bits") == 16  # it was trained so; else as an image has
     return Deployed(
         name=config.model.name,
         source=source,
         module=experiment.model,
         variables=variables,
-        transform=experiment.data.transform(_bits(config, dataset), apply_exif_orientation=True),
+        transform=experiment.data.transform(16 if is_wide else 0, apply_exif_orientation=True),
         mean=tuple(mean),
         std=tuple(std),
         dtype=experiment.policy.compute_dtype,
@@ -147,17 +150,6 @@ def _own_thresholds(state: Mapping[str, Any], variables: Mapping[str, Any], sour
     return calibration
 
 
-def _bits(config: Any, dataset: Identity | None) -> int:
-    """Returns the bits of pixels: 16 if the model was trained so, else as many as an image has."""
-    return 16 if config.data.pixel_range or (dataset or {}).get("bits") == 16 else 0
-
-
-def _restore(workdir: str, which: str, metric: str) -> tuple[int, dict[str, Any]]:
-    directory, step = find_checkpoint(workdir, which, metric)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return step, restore_variables(directory, step, here)
-
-
 def _class_count(variables: Mapping[str, Any], where: str) -> int:
     try:
         return int(variables["params"]["classifier"]["bias"].shape[0])
@@ -168,6 +160,7 @@ def _class_count(variables: Mapping[str, Any], where: str) -> int:
 def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Identity | None = None) -> tuple[str, ...]:
     """Returns the names in `labels`, else in the run's labels.txt, checkpoint or data set, ImageNet, else numbers."""
     count, data = experiment.num_classes, experiment.config.data
+    names: tuple[str, ...] = ()
     if labels:
         names, where = read_labels(labels), labels
     elif workdir and os.path.exists(where := labels_path(workdir)):
@@ -183,9 +176,8 @@ def _class_names(experiment: Experiment, workdir: str, labels: str, dataset: Ide
     elif count == 1000 and (not workdir or data.name.startswith("imagenet")):
         return imagenet_labels()
     elif workdir and (data.name == "folder" or is_prepared(data.name, data.dir)):
-        names, where = _names_of_data(experiment), f"data set {data.name}"
-    else:
-        names, where = (), ""
+        with contextlib.suppress(UserError):
+            names, where = _make_readable(tuple(experiment.data.eval_source.class_names)), f"data set {data.name}"
     if not names:
         return _numbers(count)
     _check_count(names, count, where)
@@ -209,13 +201,6 @@ def _make_readable(names: tuple[str, ...]) -> tuple[str, ...]:
     """Replaces ImageNet's 1,000 WordNet ids (n01440764, ...) with words; returns other names as they are."""
     ids = len(names) == 1000 and list(names) == sorted(names) and all(re.fullmatch(r"n\d{8}", name) for name in names)
     return imagenet_labels() if ids else names
-
-
-def _names_of_data(experiment: Experiment) -> tuple[str, ...]:
-    try:
-        return _make_readable(tuple(experiment.data.eval_source.class_names))
-    except UserError:
-        return ()
 
 
 def _numbers(count: int) -> tuple[str, ...]:
