@@ -173,7 +173,7 @@ def parse() -> argparse.Namespace:
 
 def draw(arguments: argparse.Namespace) -> int:
     """Writes the page, and the documents' pictures where asked; returns how many ratios fell."""
-    from densenet_jax.report.write import write_page
+    from densenet_jax.report.page import write_page
 
     read, faults = results.read_results(arguments.results)
     for fault in faults:

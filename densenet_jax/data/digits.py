@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from densenet_jax.data.filelock import locked
 from densenet_jax.errors import UserError, report_write_errors
+from densenet_jax.system.disk import locked
 
 TEST_EXAMPLES = 360
 _SPLIT_SEED = 0  # never changes: the split is part of the data set

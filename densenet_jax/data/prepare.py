@@ -14,12 +14,12 @@ from densenet_jax.data import convert, tfds_source
 from densenet_jax.data.batches import available_cores, read_ahead
 from densenet_jax.data.convert import Progress
 from densenet_jax.data.decode import decode_image
-from densenet_jax.data.filelock import locked
 from densenet_jax.data.records import DamagedImage, Source
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.data.summary import count_labels
 from densenet_jax.errors import UserError
+from densenet_jax.system.disk import locked
 
 
 class KnownSet(NamedTuple):

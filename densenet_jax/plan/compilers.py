@@ -31,19 +31,13 @@ def check_installed(compiler: str) -> None:
     Raises:
         UserError: it isn't; the message says what to install.
     """
-    missing = [module for module in _MODULES[compiler] if not _is_installed(module)]
+    find = importlib.util.find_spec  # raises an error where the parent package is missing
+    missing = [name for name in _MODULES[compiler] if not (find(name.partition(".")[0]) and find(name))]
     if missing:
         raise UserError(
             f"planning for a {'TPU' if compiler == 'tpu' else 'GPU'} needs its compiler, but {missing[0]} is not "
             f"installed; run: pip install -r {_REQUIREMENTS[compiler]}"
         )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
 
 
 def absent_devices(topology: Topology) -> list[jax.Device]:

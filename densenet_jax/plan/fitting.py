@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 RESOLUTION = 0.01  # relative to the batch; each halving would cost another compilation
 
@@ -23,8 +24,7 @@ class Attempt:
         return None if self.memory_bytes is None else self.memory_bytes / self.limit_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """Sizes around the limit: `fitting` is the largest seen to fit (0 if none), `failing` the smallest seen not to."""
 
     fitting: int

@@ -6,9 +6,8 @@ from typing import Any
 from densenet_jax.config import to_dict
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
-from densenet_jax.plan.bounds import Bounds, compute_bounds
 from densenet_jax.plan.compilers import check_installed
-from densenet_jax.plan.costs import Costs, DoesNotFitError
+from densenet_jax.plan.costs import Bounds, Costs, DoesNotFitError, compute_bounds
 from densenet_jax.plan.fitting import RESOLUTION, Attempt, Limit, largest_that_fits
 from densenet_jax.plan.table import format_attempt, format_limit, format_plan
 from densenet_jax.plan.topology import Topology, parse_topology

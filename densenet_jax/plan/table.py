@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from densenet_jax.plan.bounds import Bounds
-from densenet_jax.plan.costs import Costs
+from densenet_jax.plan.costs import Bounds, Costs
 from densenet_jax.plan.fitting import Attempt
 from densenet_jax.plan.topology import Topology
 
@@ -12,11 +11,11 @@ _SHOWN = 6  # collectives printed; the smaller ones are summed up
 
 def format_size(amount: float) -> str:
     """Formats bytes in decimal units with three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
             return f"{amount:.3g} {unit}"
         amount /= 1000
-    raise AssertionError("unreachable")
+    return f"{amount:.3g} TB"
 
 
 def _count(number: int, thing: str) -> str:

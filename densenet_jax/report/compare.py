@@ -9,7 +9,6 @@ from densenet_jax.errors import UserError
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE, compare_charts, final_figures
 from densenet_jax.report.settings import different_settings
-from densenet_jax.report.write import write_page
 from densenet_jax.run.metrics_file import read_metrics
 from densenet_jax.system.console import print_status
 
@@ -45,7 +44,7 @@ def report_comparison(compared: Sequence[str], into: str) -> str:
         ),
         page.section("Work directories", page.table(("run", "directory"), zip(names, chosen, strict=True))),
     )
-    path = write_page(into, "compare.html", content, [picture for _, picture in charts])
+    path = page.write_page(into, "compare.html", content, [picture for _, picture in charts])
     print_status(f"report: {path}")
     return path
 

@@ -11,7 +11,6 @@ from densenet_jax.data.summary import SplitSummary, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.report import page
 from densenet_jax.report.plots import balance_chart, make_picture, picture, together_chart
-from densenet_jax.report.write import write_page
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.sharding import to_devices
 
@@ -63,7 +62,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
         page.section("Evaluated images", page.images(pictures["evaluated"], enlarged=enlarged)),
     )
     every = [balance, *charts, *(entry[0] for entries in pictures.values() for entry in entries)]
-    path = write_page(workdir, "data.html", content, every)
+    path = page.write_page(workdir, "data.html", content, every)
     print_status(f"data page: {path}")
     return {"path": path, "pipeline_images_per_sec": round(pipeline, 1), "model_images_per_sec": round(model, 1)}
 

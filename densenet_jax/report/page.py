@@ -6,9 +6,16 @@ All text is escaped here, and only this module writes tags.
 import base64
 import dataclasses
 import html
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
+from densenet_jax.errors import report_write_errors
+from densenet_jax.system.disk import replace_file
+
+DIRECTORY = "report"
+_NUMBERED = re.compile(r"(mistake|augmented)_\d+\.png")  # the next page may have fewer of these
 _STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
@@ -112,3 +119,27 @@ def _image(picture: Picture) -> str:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def write_page(
+    workdir: str, name: str, content: str, pictures: Iterable[Picture], tables: Mapping[str, bytes] = {}
+) -> str:
+    """Writes `workdir/report/NAME`, its pictures as PNG files and `tables` beside it, and returns the page's path.
+
+    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one.
+
+    Raises:
+        UserError: the directory can't be written to.
+    """
+    directory = os.path.join(workdir, DIRECTORY)
+    files = {file: png for picture in pictures for file, png in picture.files().items()}
+    with report_write_errors(f"the report in {directory}", "fix that, then run --mode report"):
+        os.makedirs(directory, exist_ok=True)
+        for file, written in {**files, **tables, name: content.encode("utf-8")}.items():
+            with replace_file(os.path.join(directory, file)) as stream:
+                stream.write(written)
+        if name == "index.html":
+            for file in os.listdir(directory):
+                if _NUMBERED.fullmatch(file) and file not in files:
+                    os.remove(os.path.join(directory, file))
+    return os.path.join(directory, name)

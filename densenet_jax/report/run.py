@@ -1,5 +1,9 @@
 """Report page about one run."""
 
+import collections
+import importlib.metadata
+import os
+import platform
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +16,25 @@ from densenet_jax.flags import Command, program_words
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE, Record, final_figures, run_charts
 from densenet_jax.report.look import Look, look_at
-from densenet_jax.report.machine import hardware, versions
 from densenet_jax.report.per_class import per_class_rows, to_csv
 from densenet_jax.report.sections import look_sections
 from densenet_jax.report.settings import changed_settings, every_setting
-from densenet_jax.report.write import write_page
 from densenet_jax.run.metrics_file import read_metrics
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.training.best_metric import score_figures
+from densenet_jax.version import __version__
+
+_LIBRARIES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "numpy",
+    "matplotlib",
+)
 
 
 def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
@@ -43,7 +58,7 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
                 tables["per_class.csv"] = to_csv(rows)
             if look.label_table is not None:
                 tables["labels.csv"] = to_csv(look.label_table.csv_rows())
-            path = write_page(workdir, "index.html", content, pictures, tables)
+            path = page.write_page(workdir, "index.html", content, pictures, tables)
         print_status(f"report: {path}")
     return path
 
@@ -72,7 +87,7 @@ def run_page(
         page.section(
             "Versions and hardware",
             page.text("From the process that wrote this page.", quiet=True),
-            page.table(("what", "which"), [*versions(), *hardware()]),
+            page.table(("what", "which"), [*_versions(), *_hardware()]),
         ),
         _commands(workdir, command, records, is_finished=_is_finished(records, settings, look)),
     ]
@@ -111,6 +126,31 @@ def _best_metric(settings: dict[str, Any]) -> str:
 
 def _last_step(records: Sequence[Record]) -> int:
     return max((record["step"] for record in records), default=0)
+
+
+def _versions() -> list[tuple[str, str]]:
+    """Returns the versions of this package, Python and the libraries that affect results."""
+    rows = [("densenet_jax", __version__), ("python", platform.python_version())]
+    for name in _LIBRARIES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def _hardware() -> list[tuple[str, str]]:
+    """Returns devices, processes, cores and memory."""
+    kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
+    rows = [
+        ("devices", ", ".join(f"{count} × {kind}" for kind, count in kinds.items())),
+        ("processes", str(jax.process_count())),
+        ("machine", f"{platform.system()} {platform.machine()}"),
+        ("cores", str(os.cpu_count())),
+    ]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        rows.append(("memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"))
+    return rows
 
 
 def _settings(settings: dict[str, Any], command: Command) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from densenet_jax.scores import ranking
-from densenet_jax.scores.classes import ClassScores
+from densenet_jax.scores.classes import ClassScores, mean_known
 from densenet_jax.scores.labels import threshold_scores
 
 DRAWS = 1000
@@ -36,9 +36,8 @@ def label_intervals(
     groups: np.ndarray | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Intervals:
-    """Computes intervals of the scores of each label and of their mean over the labels with both kinds of examples.
+    """Computes intervals of 95% of each label's scores and of their mean over the labels with both kinds of examples.
 
     Args:
         scores: float [n, k], logits or probabilities.
@@ -63,8 +62,8 @@ def label_intervals(
             **threshold_scores(*(counts.astype(float) @ kind for kind in kinds)),
         }
         for name, column in values.items():
-            drawn.setdefault(name, []).append(np.concatenate([column, _row_means(column)], axis=-1))
-    return {name: _percentiles(np.concatenate(parts), level) for name, parts in drawn.items()}
+            drawn.setdefault(name, []).append(np.concatenate([column, mean_known(column)[..., None]], axis=-1))
+    return {name: _percentiles(np.concatenate(parts)) for name, parts in drawn.items()}
 
 
 def class_intervals(
@@ -74,10 +73,8 @@ def class_intervals(
     *,
     groups: np.ndarray | None = None,
     draws: int = DRAWS,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> Intervals:
-    """Computes intervals of accuracy, balanced accuracy and F1.
+    """Computes intervals of 95% of accuracy, balanced accuracy and F1.
 
     Args:
         true: int [n] class numbers, as `predicted`.
@@ -91,24 +88,24 @@ def class_intervals(
         return {name: np.full(2, np.nan) for name in ("top1", "balanced_accuracy", "f1")}
     codes, pair_of, pairs = np.unique(true * np.int64(classes) + predicted, return_inverse=True, return_counts=True)
     parts = []
-    for counts in _draw_pairs(pair_of, pairs, groups, draws, seed, max(len(codes), classes)):
+    for counts in _draw_pairs(pair_of, pairs, groups, draws, max(len(codes), classes)):
         sums = _sum_by_class(counts, codes // classes, codes % classes, classes)
         parts.append(ClassScores.from_counts(*sums).means())
-    return {name: _percentiles(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
+    return {name: _percentiles(np.concatenate([part[name] for part in parts])) for name in parts[0]}
 
 
 def _draw_pairs(
-    pair_of: np.ndarray, pairs: np.ndarray, groups: np.ndarray | None, draws: int, seed: int, width: int
+    pair_of: np.ndarray, pairs: np.ndarray, groups: np.ndarray | None, draws: int, width: int
 ) -> Iterator[np.ndarray]:
     """Yields how often a draw has each pair of classes, int64 [some draws, pairs].
 
     Drawing n single examples with replacement draws the counts of pairs from a multinomial distribution.
     """
     if groups is not None:
-        for counts in draw_counts(groups, draws, seed):
+        for counts in draw_counts(groups, draws, 0):
             yield np.stack([np.bincount(pair_of, weights=row, minlength=len(pairs)) for row in counts]).astype(np.int64)
         return
-    generator, total = np.random.default_rng(seed), int(pairs.sum())
+    generator, total = np.random.default_rng(0), int(pairs.sum())
     step = max(1, _MOST_ENTRIES // max(1, width))
     for start in range(0, draws, step):
         yield generator.multinomial(total, pairs / max(1, total), size=min(step, draws - start))
@@ -124,16 +121,9 @@ def _sum_by_class(
     return sums[0].T, sums[1].T, sums[2].T
 
 
-def _row_means(values: np.ndarray) -> np.ndarray:
-    counted = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(values, axis=-1, keepdims=True) / counted.sum(axis=-1, keepdims=True)
-
-
-def _percentiles(values: np.ndarray, level: float) -> np.ndarray:
+def _percentiles(values: np.ndarray) -> np.ndarray:
     """Returns low and high [..., 2] of the draws (first axis) that are not NaN."""
-    tail = 100 * (1 - level) / 2
     empty = np.all(np.isnan(values), axis=0)
     filled = np.where(empty, 0.0, values)
-    limits = np.nanpercentile(filled, (tail, 100 - tail), axis=0)
+    limits = np.nanpercentile(filled, (2.5, 97.5), axis=0)
     return np.moveaxis(np.where(empty, np.nan, limits), 0, -1)

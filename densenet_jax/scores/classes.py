@@ -32,13 +32,11 @@ class ClassScores(NamedTuple):
         or predictions.
         """
         with np.errstate(invalid="ignore"):
-            return {
-                "top1": self.right.sum(axis=-1) / self.examples.sum(axis=-1),
-                "balanced_accuracy": _mean(self.recall),
-                "f1": _mean(self.f1),
-            }
+            top1 = self.right.sum(axis=-1) / self.examples.sum(axis=-1)
+        return {"top1": top1, "balanced_accuracy": mean_known(self.recall), "f1": mean_known(self.f1)}
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    counted = ~np.isnan(values)
-    return np.nansum(values, axis=-1) / counted.sum(axis=-1)
+def mean_known(values: np.ndarray) -> np.ndarray:
+    """Averages over the last axis what is not NaN; NaN where nothing is."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=-1) / np.count_nonzero(~np.isnan(values), axis=-1)

@@ -1,5 +1,6 @@
 """Scores of several labels an example: AUROC, average precision, F1, sensitivity and specificity."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +29,9 @@ class LabelScores(NamedTuple):
         return (self.positives > 0) & (self.negatives > 0)
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of every score over the labels with both kinds of examples, NaN if there is none."""
-        return {name: macro_mean(getattr(self, name), self.is_scored) for name in SCORES}
+        """Returns the mean of every score over the labels with both kinds of examples; NaN if one is or without any."""
+        chosen = self.is_scored
+        return {name: float(getattr(self, name)[chosen].mean()) if chosen.any() else math.nan for name in SCORES}
 
 
 SCORES = LabelScores._fields[3:]
@@ -80,8 +82,3 @@ def threshold_scores(
             "sensitivity": both * (true_positives / positives),
             "specificity": both * (1 - false_positives / negatives),
         }
-
-
-def macro_mean(values: np.ndarray, chosen: np.ndarray) -> float:
-    """Averages the chosen values; NaN if there is none or one of them is NaN."""
-    return float(values[chosen].mean()) if chosen.any() else float("nan")

@@ -1,7 +1,8 @@
-"""The user's cache, and errors of a full disk as UserError."""
+"""The user's cache, files that several processes may write, and errors of a full disk as UserError."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -20,6 +21,15 @@ def user_cache(name: str) -> str:
     """Returns the path of a file or folder of this package in the user's cache, which need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "densenet_jax", name)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Holds a lock file exclusively on this machine; the kernel releases it when the process dies."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

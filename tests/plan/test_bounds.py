@@ -1,8 +1,7 @@
 import pytest
 
-from densenet_jax.plan.bounds import compute_bounds, count_sent_bytes
 from densenet_jax.plan.chips import CHIPS, Chip
-from densenet_jax.plan.costs import Costs
+from densenet_jax.plan.costs import Costs, compute_bounds, count_sent_bytes
 from densenet_jax.plan.hlo import Collective
 
 CHIP = Chip("x1", "tpu", 1e12, 10**9, 1e9, 1e8, 4, 2, "nowhere")

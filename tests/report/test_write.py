@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.report.page import Picture
+from densenet_jax.report.page import Picture, write_page
 from densenet_jax.report.plots import picture
-from densenet_jax.report.write import write_page
 
 PNG = picture(np.zeros((4, 4, 1), np.uint8))
 
