@@ -47,13 +47,10 @@ def has_wide_pixels(data: bytes) -> bool:
 
 
 def decode_dicom(data: bytes, frame: int = 0, pixel_range: tuple[float, ...] = ()) -> Stored:
-    """Decodes one image.
+    """Decodes one image: of a file with several frames number `frame`, from 1 on; 0 refuses such a file.
 
     Monochrome numbers are rescaled (modality), then the file's first window or lookup table (VOI) makes its range
     black to white; with `pixel_range` the rescaled numbers are kept instead. MONOCHROME1 is inverted.
-
-    Args:
-        frame: number from 1 of the frame to take from a file with several; 0 refuses those.
 
     Raises:
         ValueError: pydicom or a decoder is missing, the file is damaged, or there is no such frame.

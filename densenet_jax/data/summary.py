@@ -75,10 +75,9 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
 
 
 def count_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    """Counts the examples of each class, or those that have each label: int64 [count].
+    """Counts the examples of each class, integers [n], negative where unknown, or of each label: int64 [count].
 
-    Args:
-        labels: integers [n], negative where unknown, or floats [n, count] of 1, 0 and NaN.
+    Labels are floats [n, count] of 1, 0 and NaN.
     """
     if labels.ndim == 2:
         return (labels == 1).sum(axis=0, dtype=np.int64)

@@ -3,8 +3,9 @@
 All randomness is passed in as draws, so that a transform is a pure function.
 """
 
+import abc
 import dataclasses
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -13,29 +14,6 @@ from densenet_jax.data.decode import decode_image
 from densenet_jax.data.headers import check_size, exif_orientation, jpeg_size
 from densenet_jax.data.native import crop as native
 from densenet_jax.data.resize import resize, resize_closely
-
-
-class Transform(Protocol):
-    """Maps one encoded image to an array of `shape` and `dtype`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the result: height, width and channels, preceded by the number of crops if several."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the result: uint8 or uint16."""
-
-    @property
-    def draws(self) -> int:
-        """Number of uniform draws in [0, 1) that one example needs; 0 for a deterministic transform."""
-
-    def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
-        """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
-
-        Raises:
-            DamagedImage: `data` can't be decoded.
-        """
 
 
 def train_transform(
@@ -51,7 +29,7 @@ def train_transform(
     bits: int = 8,
     apply_exif_orientation: bool = False,
     dicom_frame: int = 0,
-) -> Transform:
+) -> "Transform":
     """Makes the training transform.
 
     Args:
@@ -100,8 +78,12 @@ def eval_transform(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Square:
-    """Settings that all transforms share."""
+class Transform(abc.ABC):
+    """Maps one encoded image to an array of `shape` and `dtype`; the fields are those of `decode_image`.
+
+    Attributes:
+        draws: number of uniform draws in [0, 1) that one example needs; 0 for a deterministic transform.
+    """
 
     image_size_px: int
     channels: int
@@ -110,15 +92,24 @@ class _Square:
     bits: int
     apply_exif_orientation: bool
     dicom_frame: int
+    draws: ClassVar[int] = 0
+
+    @abc.abstractmethod
+    def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
+        """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
+
+        Raises:
+            DamagedImage: `data` can't be decoded.
+        """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See `Transform`."""
+        """Shape of the result: height, width and channels, preceded by the number of crops if several."""
         return self.image_size_px, self.image_size_px, self.channels
 
     @property
     def dtype(self) -> np.dtype:
-        """See `Transform`; uint8 for `bits` 0."""
+        """Dtype of the result: uint8 or uint16; uint8 for `bits` 0."""
         return np.dtype(np.uint16 if self.bits == 16 else np.uint8)
 
     def with_fixed_bits(self) -> Self:
@@ -147,7 +138,7 @@ class _Square:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizedCrop(_Square):
+class RandomResizedCrop(Transform):
     """Cuts a random part of the image and resizes it to a square."""
 
     antialias: bool
@@ -173,29 +164,25 @@ class RandomResizedCrop(_Square):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole(_Square):
+class Whole(Transform):
     """Resizes the whole image to the square, whatever its shape."""
 
     antialias: bool
-    draws: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
-        del draws
         pixels = self.decode(data, name)
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)
-class ResizedCenterCrop(_Square):
+class ResizedCenterCrop(Transform):
     """Resizes the short side and cuts the middle."""
 
     resize_px: int
-    draws: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
-        del draws
         if size := self.native_size(data, name):
             box = center_box(*size, self.resize_px, self.image_size_px)
             if (result := native.crop_between(data, size, box, self.image_size_px, self.interpolation)) is not None:

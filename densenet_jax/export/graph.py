@@ -124,11 +124,7 @@ def to_float32(module: nn.Module) -> nn.Module:
 
 
 def reference_outputs(graph: Graph, images: np.ndarray) -> Outputs:
-    """Computes the original model's outputs, without folded batch norms, as the reference for a file.
-
-    Args:
-        images: uint8 [n, h, w, c].
-    """
+    """Computes the outputs of the model without folded batch norms for pixels [n, h, w, c], to compare a file with."""
     model, module = graph.model, to_float32(graph.model.module)
 
     def seen(pixels: jax.Array) -> jax.Array:

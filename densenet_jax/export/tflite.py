@@ -108,8 +108,7 @@ def load(path: str) -> Callable[[np.ndarray], Outputs]:
 def open_batch(content: bytes) -> bytes:
     """Lets a file converted for one image take any number, set by the interpreter's `resize_tensor_input`.
 
-    Args:
-        content: flatbuffer with one graph, whose first dimension is a batch of 1 from input to output.
+    `content` is a flatbuffer with one graph, whose first dimension is a batch of 1 from input to output.
 
     Raises:
         UserError: an operation depends on the batch size in a way that can't be edited.

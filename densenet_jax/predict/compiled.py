@@ -30,8 +30,7 @@ class CompiledModel:
     def __init__(self, model: Deployed, batch_sizes: Sequence[int]) -> None:
         """Puts the weights on the devices; compiles nothing yet (see `compile`).
 
-        Args:
-            batch_sizes: sizes to compile, rounded up to multiples of the number of devices.
+        `batch_sizes` are rounded up to multiples of the number of devices.
 
         Raises:
             UserError: a batch size is below 1.

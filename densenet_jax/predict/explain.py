@@ -84,11 +84,9 @@ def weigh_by_gradients(
 ) -> Float[Array, "b h w"]:
     """Computes Grad-CAM (arXiv:1610.02391, equations 1 and 2) before its ReLU, for one class of each normalized image.
 
-    The weight of a feature map is the mean over its positions of the gradient of the class's logit. At the last layer
-    this is the class activation map divided by the number of its positions.
-
-    Args:
-        layer: one of `layer_names`.
+    It is that of `layer`, one of `layer_names`. The weight of a feature map is the mean over its positions of the
+    gradient of the class's logit. At the last layer this is the class activation map divided by the number of its
+    positions.
     """
     # Kernels and fused parts may have no gradient in evaluation.
     plain: Any = type(module)

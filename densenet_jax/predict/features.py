@@ -27,8 +27,7 @@ class FeatureArchive:
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
         """Opens the raw files of the .npz file `path`, keeping the first `rows` rows of earlier runs.
 
-        Args:
-            shapes: shape of one row of each array.
+        `shapes` are those of a row of each array.
 
         Raises:
             UserError: rows are missing, or the files can't be written.
@@ -62,8 +61,7 @@ class FeatureArchive:
     def finish(self, names: Callable[[], Iterable[str]], rows: int) -> None:
         """Writes the archive atomically and removes the raw files.
 
-        Args:
-            names: returns the image of each row, in order; called twice.
+        `names` returns the image of each row, in order; it is called twice.
 
         Raises:
             UserError: the archive can't be written.

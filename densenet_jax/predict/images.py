@@ -117,10 +117,7 @@ def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) 
 
 
 def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> Stored:
-    """Checks an array of pixels.
-
-    Args:
-        array: [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
+    """Checks pixels [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
 
     Raises:
         ImageError: it is not such an array, or too large.

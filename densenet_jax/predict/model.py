@@ -63,8 +63,7 @@ class Deployed:
 def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.
 
-    Args:
-        labels: file with one class name a line; "" uses the run's own names.
+    `labels` is a file with one class name a line; "" uses the run's own names.
 
     Raises:
         UserError: there is no such model, or it does not fit the settings.

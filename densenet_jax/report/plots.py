@@ -164,9 +164,7 @@ def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], 
     """Draws the examples of each class as a PNG, the largest class first.
 
     Up to 40 classes are bars with their names; more are a curve on which the largest and the smallest are named.
-
-    Args:
-        counts: int [k] by split; the first split decides the order.
+    `counts` are int [k] by split, of which the first decides the order.
     """
     order = np.argsort(-next(iter(counts.values())), kind="stable")
     names = [_shorten(class_names[number]) for number in order]

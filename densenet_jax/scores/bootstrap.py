@@ -16,8 +16,7 @@ Intervals = dict[str, np.ndarray]
 def draw_counts(groups: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Draws all groups anew with replacement, and yields how often a draw has each example, int64 [some draws, n].
 
-    Args:
-        groups: [n], what is drawn as a whole, such as the patient; all different draws single examples.
+    `groups` [n] are drawn as a whole, such as a patient's examples; all different, they draw single examples.
     """
     names, members = np.unique(groups, return_inverse=True)
     generator = np.random.default_rng(seed)
@@ -78,7 +77,6 @@ def class_intervals(
 
     Args:
         true: int [n] class numbers, as `predicted`.
-        classes: their number.
         groups: [n], examples that are drawn together; None draws single examples.
 
     Returns:

@@ -43,11 +43,9 @@ def sigmoid_loss(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def fit_softmax_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Fits the temperature that minimizes the cross entropy of softmax(logits / temperature) (arXiv:1706.04599).
+    """Fits the temperature that minimizes the cross entropy of softmax(logits [n, k] / temperature) for labels [n].
 
-    Args:
-        logits: float [n, k].
-        labels: int [n].
+    See arXiv:1706.04599.
     """
     logits = np.asarray(logits, np.float64)
     return _minimize(lambda temperature: softmax_loss(logits / temperature, labels))
@@ -56,14 +54,8 @@ def fit_softmax_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def fit_sigmoid_temperatures(logits: np.ndarray, targets: np.ndarray, *, each_label: bool = False) -> np.ndarray:
     """Fits one temperature for all labels, or one a label, by the cross entropy of sigmoid(logits / temperature).
 
-    A label with one kind of example only would get a temperature of almost 0, and gets 1.
-
-    Args:
-        logits: float [n, k].
-        targets: float [n, k]: 1, 0, or NaN for unknown.
-
-    Returns:
-        float64 [k].
+    `logits` and `targets` (1, 0, or NaN for unknown) are float [n, k], the result is float64 [k]. A label with one kind
+    of example only would get a temperature of almost 0, and gets 1.
     """
     logits = np.asarray(logits, np.float64)
     both = np.any(targets > 0, axis=0) & np.any(targets == 0, axis=0)

@@ -15,11 +15,9 @@ class Ranked(NamedTuple):
 
 
 def rank_label(scores: np.ndarray, targets: np.ndarray) -> Ranked:
-    """Sorts the examples with a known target by score.
+    """Sorts the examples with a known target, float [n] of 1, 0, or NaN for unknown, by score, float [n].
 
-    Args:
-        scores: float [n]; higher means more likely positive.
-        targets: float [n]: 1, 0, or NaN for unknown.
+    A higher score means more likely positive.
     """
     known = np.flatnonzero(~np.isnan(targets))
     order = known[np.argsort(-scores[known], kind="stable")]
@@ -38,8 +36,7 @@ class Curve(NamedTuple):
 def count_curve(ranked: Ranked, weights: np.ndarray | None = None) -> Curve:
     """Counts what each threshold predicts as positive.
 
-    Args:
-        weights: int [..., n] of all examples, such as how often a bootstrap draw has each; None counts each once.
+    `weights` int [..., n] are of all examples, such as how often a bootstrap draw has each; None counts each once.
     """
     chosen = np.ones(len(ranked.order), np.int64) if weights is None else weights[..., ranked.order]
     if not len(ranked.starts):
