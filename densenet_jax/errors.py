@@ -22,7 +22,7 @@ def report_write_errors(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what} can't be written ({error.strerror or error}); {remedy}.") from error
+        raise UserError(f"{what} can't be written ({error.strerror or first_line(error)}); {remedy}.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ All randomness is passed in as draws, so that a transform is a pure function.
 
 import abc
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -16,82 +16,24 @@ from densenet_jax.data.native import crop as native
 from densenet_jax.data.resize import resize, resize_closely
 
 
-def train_transform(
-    *,
-    kind: str = "random_resized_crop",
-    image_size_px: int = 224,
-    channels: int = 3,
-    area_range: tuple[float, float] = (0.08, 1.0),
-    aspect_range: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bilinear",
-    antialias: bool = True,
-    pixel_range: tuple[float, ...] = (),
-    bits: int = 8,
-    apply_exif_orientation: bool = False,
-    dicom_frame: int = 0,
-) -> "Transform":
-    """Makes the training transform.
-
-    Args:
-        kind: "random_resized_crop" (Szegedy et al., arXiv:1409.4842, as torchvision draws it) or "none": the stored
-            image, resized if its size differs.
-        channels: 3 for RGB, 1 for gray, else the number that the files have.
-        area_range: share of the image's area that a crop covers.
-        aspect_range: width over height of a crop, drawn evenly in its logarithm.
-        interpolation: "bilinear" or "bicubic".
-        antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
-            ones, as OpenCV and tf.image do, which is faster and gives other pixels.
-        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
-    """
-    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
-    if kind == "none":
-        return Whole(*common, antialias)
-    return RandomResizedCrop(*common, antialias, tuple(area_range), tuple(aspect_range))
-
-
-def eval_transform(
-    *,
-    image_size_px: int = 224,
-    resize_px: int = 256,
-    channels: int = 3,
-    interpolation: str = "bilinear",
-    apply_exif_orientation: bool = False,
-    crops: int = 1,
-    pixel_range: tuple[float, ...] = (),
-    bits: int = 8,
-    dicom_frame: int = 0,
-) -> "ResizedCenterCrop":
-    """Makes the evaluation transform: resizes the short side to `resize_px`, then cuts the central square.
-
-    The pixels are Pillow's antialiased ones, as in torchvision and timm.
-
-    Args:
-        resize_px: length of the short side before the crop, at least `image_size_px`.
-        channels: 3 for RGB, 1 for gray, else the number that the files have.
-        interpolation: "bilinear" or "bicubic".
-        crops: 1, or 5 for the four corners and the middle, which are then the first axis of the result.
-        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
-    """
-    kind = FiveCrops if crops == 5 else ResizedCenterCrop
-    common = (image_size_px, channels, interpolation, tuple(pixel_range), bits, apply_exif_orientation, dicom_frame)
-    return kind(*common, resize_px)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(abc.ABC):
-    """Maps one encoded image to an array of `shape` and `dtype`; the fields are those of `decode_image`.
+    """Maps one encoded image to an array of `shape` and `dtype`.
 
     Attributes:
+        channels: 3 for RGB, 1 for gray, else the number that the files have.
+        interpolation: "bilinear" or "bicubic".
+        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
         draws: number of uniform draws in [0, 1) that one example needs; 0 for a deterministic transform.
     """
 
-    image_size_px: int
-    channels: int
-    interpolation: str
-    pixel_range: tuple[float, ...]
-    bits: int
-    apply_exif_orientation: bool
-    dicom_frame: int
+    image_size_px: int = 224
+    channels: int = 3
+    interpolation: str = "bilinear"
+    pixel_range: tuple[float, ...] = ()
+    bits: int = 8
+    apply_exif_orientation: bool = False
+    dicom_frame: int = 0
     draws: ClassVar[int] = 0
 
     @abc.abstractmethod
@@ -137,13 +79,20 @@ class Transform(abc.ABC):
         return jpeg_size(data, name)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop(Transform):
-    """Cuts a random part of the image and resizes it to a square."""
+    """Cuts a random part of the image (arXiv:1409.4842, as torchvision draws it) and resizes it to a square.
 
-    antialias: bool
-    area_range: tuple[float, ...]
-    aspect_range: tuple[float, ...]
+    Attributes:
+        antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
+            ones, as OpenCV and tf.image do, which is faster and gives other pixels.
+        area_range: share of the image's area that a crop covers.
+        aspect_range: width over height of a crop, drawn evenly in its logarithm.
+    """
+
+    antialias: bool = True
+    area_range: tuple[float, ...] = (0.08, 1.0)
+    aspect_range: tuple[float, ...] = (3 / 4, 4 / 3)
     draws: ClassVar[int] = 4 * TRIES
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
@@ -163,11 +112,11 @@ class RandomResizedCrop(Transform):
         return resize(crop, self.image_size_px, self.image_size_px, self.interpolation, False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole(Transform):
-    """Resizes the whole image to the square, whatever its shape."""
+    """Resizes the whole image to the square, whatever its shape; `antialias` as in `RandomResizedCrop`."""
 
-    antialias: bool
+    antialias: bool = True
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
         """See `Transform`."""
@@ -175,11 +124,14 @@ class Whole(Transform):
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, self.antialias)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizedCenterCrop(Transform):
-    """Resizes the short side and cuts the middle."""
+    """Resizes the short side to `resize_px`, at least `image_size_px`, then cuts the central square.
 
-    resize_px: int
+    The pixels are Pillow's antialiased ones, as in torchvision and timm.
+    """
+
+    resize_px: int = 256
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None, name: str = "image") -> np.ndarray:
         """See `Transform`."""
@@ -195,9 +147,12 @@ class ResizedCenterCrop(Transform):
         return resize(pixels, self.image_size_px, self.image_size_px, self.interpolation, True, box)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FiveCrops(ResizedCenterCrop):
-    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle of the resized image."""
+    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle of the resized image.
+
+    They are the first axis of the result.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,3 +171,19 @@ class FiveCrops(ResizedCenterCrop):
         down, right = height - side, width - side
         corners = ((0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2)))
         return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
+
+
+def train_transform(*, kind: str = "random_resized_crop", **settings: Any) -> Transform:
+    """Makes the training transform: "random_resized_crop", or "none" for the stored image, resized if its size differs.
+
+    `settings` are the fields of `RandomResizedCrop`; `Whole` leaves out the ranges.
+    """
+    if kind == "random_resized_crop":
+        return RandomResizedCrop(**settings)
+    known = {field.name for field in dataclasses.fields(Whole)}
+    return Whole(**{name: value for name, value in settings.items() if name in known})
+
+
+def eval_transform(*, crops: int = 1, **settings: Any) -> ResizedCenterCrop:
+    """Makes the evaluation transform from the fields of `ResizedCenterCrop`, of 1 crop or 5 (see `FiveCrops`)."""
+    return (FiveCrops if crops == 5 else ResizedCenterCrop)(**settings)

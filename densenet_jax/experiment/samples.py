@@ -1,6 +1,7 @@
 """Turns training images, as given to the model, back into pictures."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,11 +32,12 @@ def augmented_samples(experiment: Experiment, most: int = 16) -> AugmentedSample
     mean, std = (np.asarray(values, np.float32) for values in experiment.data.mean_std())
     pixels = to_picture(255 * (np.asarray(images, np.float32) * std + mean))
     names = experiment.data.train_source.class_names
-    titles = tuple(_title(label, names, experiment.many_labels) for label in np.asarray(labels))
+    titles = tuple(title_of(label, names, experiment.many_labels) for label in np.asarray(labels))
     return AugmentedSamples(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), titles)
 
 
-def _title(label: np.ndarray, names: tuple[str, ...], many_labels: bool) -> str:
+def title_of(label: np.ndarray, names: Sequence[str], many_labels: bool) -> str:
+    """Names an example's class, or the labels or mixed classes that it has, with their shares."""
     if label.ndim == 0:
         return names[int(label)]
     if many_labels:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from densenet_jax.errors import UserError, check_installed, first_line
+from densenet_jax.errors import UserError, check_installed, report_write_errors
 from densenet_jax.export.graph import Graph, make_graph, reference_outputs
 from densenet_jax.export.samples import CheckImages, Samples
 from densenet_jax.export.verify import Comparison, Outputs, compare, compare_maps, run_in_chunks
@@ -165,19 +166,17 @@ def _replace_when_done(path: str, *, overwrite: bool) -> Iterator[str]:
         raise UserError(f"--output {path} exists; add --overwrite to replace it, or choose another.")
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{os.getpid()}.{name}")
-    try:
+    reported = functools.partial(report_write_errors, f"--output {path}", "choose another")
+    with reported():
         os.makedirs(folder, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(f"--output {path} can't be written: {error.strerror}; choose another.") from error
     try:
-        yield temporary
-        if os.path.isdir(path) and not os.path.islink(path):  # a directory can't be replaced in one step
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--output {path} can't be written: {first_line(error)}; choose another.") from error
+        with reported():
+            yield temporary
+            if os.path.isdir(path) and not os.path.islink(path):  # a directory can't be replaced in one step
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)

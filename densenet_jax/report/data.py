@@ -9,6 +9,7 @@ import numpy as np
 
 from densenet_jax.data.summary import SplitSummary, measure_speed, summarize
 from densenet_jax.experiment import Experiment, augmented_samples
+from densenet_jax.experiment.samples import title_of
 from densenet_jax.report import page
 from densenet_jax.report.plots import balance_chart, make_picture, picture, together_chart
 from densenet_jax.system.console import print_status, spinner
@@ -37,7 +38,7 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     names = data.eval_source.class_names
     # With ten-crop evaluation, show the first crop.
     shown = [image if image.ndim == 3 else image[0] for image in evaluated["image"][:16]]
-    titles = [_title(label, names) for label in evaluated["label"][:16]]
+    titles = [title_of(label, names, experiment.many_labels) for label in evaluated["label"][:16]]
     enlarged = data.train_shape[0] < 64
     pictures = {
         "augmented": _grid("data_augmented", samples.images, samples.titles),
@@ -106,12 +107,6 @@ def _split_table(splits: dict[str, SplitSummary]) -> str:
     ]
     headings = ("split", "images", "classes", "width, px", "height, px", "bytes", "damaged in sample", "groups")
     return page.table(headings, rows, numbers=range(1, 8))
-
-
-def _title(label: np.ndarray, names: Sequence[str]) -> str:
-    if label.ndim == 0:
-        return names[int(label)]
-    return " + ".join(name for name, value in zip(names, label, strict=True) if value == 1) or "no label"
 
 
 def _labels_section(splits: dict[str, SplitSummary], names: Sequence[str]) -> tuple[list[str], list[page.Picture]]:

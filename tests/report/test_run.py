@@ -13,7 +13,7 @@ import pytest
 
 from densenet_jax import modes
 from densenet_jax.experiment import AugmentedSamples
-from densenet_jax.experiment.samples import _title
+from densenet_jax.experiment.samples import title_of
 from densenet_jax.flags import Command
 from densenet_jax.report import plots
 from densenet_jax.report.gather import Answers, Mistake
@@ -105,7 +105,7 @@ def test_commands_fit_the_state(monkeypatch):
     ],
 )
 def test_mixed_images_are_named_by_their_shares(label, title):
-    assert _title(label, ("one", "two", "three"), many_labels=False) == title
+    assert title_of(label, ("one", "two", "three"), many_labels=False) == title
 
 
 def test_run_that_has_nothing_yet_has_a_page():
