@@ -84,8 +84,7 @@ def run_in_chunks(
     outputs = []
     for start, end in zip(starts, [*starts[1:], len(images)], strict=True):
         batch = images[start:end]
-        missing = max(batch_size - len(batch), 0)
-        padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
+        padded = np.pad(batch, [(0, max(batch_size - len(batch), 0)), *[(0, 0)] * (batch.ndim - 1)])
         outputs.append([np.asarray(output, np.float32)[: len(batch)] for output in call(padded)])
         done(len(batch))
     return tuple(map(np.concatenate, zip(*outputs, strict=True)))

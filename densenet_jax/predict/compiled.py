@@ -25,6 +25,9 @@ class CompiledModel:
 
     Attributes:
         batch_sizes: compiled batch sizes, smallest first; other batches are padded to the next one.
+        class_names: of each class.
+        image_shape: of a preprocessed image: (h, w, c), or (5, h, w, c) with `config.eval.crops=10`.
+        thresholds: probability of each label from which on it is predicted; None without a calibration of many labels.
     """
 
     def __init__(self, model: Deployed, batch_sizes: Sequence[int]) -> None:
@@ -37,7 +40,8 @@ class CompiledModel:
         """
         if not batch_sizes or min(batch_sizes) < 1:
             raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
-        self.model = model
+        self.model, self.class_names, self.thresholds = model, model.class_names, model.thresholds
+        self.image_shape, self._dtype = model.transform.shape, model.transform.dtype
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
@@ -46,20 +50,6 @@ class CompiledModel:
         self._step = jax.jit(
             self._answer, static_argnames=("features", "layer"), out_shardings=sharding.replicated(mesh)
         )
-
-    @property
-    def _dtype(self) -> np.dtype:
-        return self.model.transform.dtype
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Name of each class."""
-        return self.model.class_names
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Shape of a preprocessed image: (h, w, c), or (5, h, w, c) with `config.eval.crops=10`."""
-        return self.model.transform.shape
 
     def compile(self, features: str = "", *, explain: bool = False, layer: str = "") -> None:
         """Compiles every batch size, so that later calls don't wait for it."""
@@ -91,9 +81,7 @@ class CompiledModel:
         size = next((size for size in self.batch_sizes if size >= len(images)), None)
         if size is None or not len(images):
             raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
-        if size > len(images):
-            padding = np.zeros((size - len(images), *self.image_shape), images.dtype)
-            images = np.concatenate([images, padding])
+        images = np.pad(images, [(0, size - len(images)), *[(0, 0)] * len(self.image_shape)])
         if classes is not None:
             classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
         images = jax.device_put(images, self._over_data)

@@ -221,11 +221,6 @@ class Predictor(CompiledModel):
             order = order[: len(self.model.allowed_classes)]
         return [ClassProbability(int(i), self.class_names[i], float(probabilities[i])) for i in order]
 
-    @property
-    def thresholds(self) -> tuple[float, ...] | None:
-        """Probability of each label from which on it is predicted; None without a calibration of many labels."""
-        return self.model.thresholds
-
     def is_predicted(self, answer: ClassProbability) -> bool:
         """Returns whether one of many labels is predicted: by its threshold, else if it is more likely than not."""
         threshold = self.thresholds[answer.class_id] if self.thresholds is not None else math.nan
