@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,22 +33,14 @@ def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, .
     return os.path.join(directory, *parts, name if name.lower().endswith(suffixes) else f"{name}{suffixes[0]}")
 
 
-def annotate(
-    path: str,
-    target: str,
-    answers: Sequence[ClassProbability],
-    limits: ImageLimits,
-    pixel_range: tuple[float, ...] = (),
-    dicom_frame: int = 0,
-) -> None:
-    """Writes the image at `path` with a bar for each of `answers` below it, as a JPEG to `target`.
+def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits, **decoding: Any) -> None:
+    """Writes the image at `path`, as `load_image` reads it, with a bar for each answer below, as a JPEG to `target`.
 
     Raises:
         ImageError: the image can no longer be read.
         UserError: `target` can't be written.
     """
-    decoded = load_image(path, 0, limits=limits, pixel_range=pixel_range, bits=0, dicom_frame=dicom_frame)
-    pixels = to_rgb(decoded)
+    pixels = to_rgb(load_image(path, 0, limits=limits, bits=0, **decoding))
     picture = draw_answers(np.asarray(pixels), answers)
     with report_write_errors(target, "change --annotate"):
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)

@@ -239,7 +239,8 @@ class _Run:
         target = annotation_path(self._options.annotate, path, self._root)
         try:
             transform = self._predictor.model.transform
-            annotate(path, target, answers, self._predictor.limits, transform.pixel_range, transform.dicom_frame)
+            decoding = {"pixel_range": transform.pixel_range, "dicom_frame": transform.dicom_frame}
+            annotate(path, target, answers, self._predictor.limits, **decoding)
         except ImageError as error:
             logger.warning("%s can't be annotated: %s", error.name, error.why)
 

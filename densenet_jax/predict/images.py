@@ -6,7 +6,7 @@ Everything that the first bytes reveal is checked before anything is decoded.
 import dataclasses
 import os
 import stat
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -136,9 +136,7 @@ def load_image(
     *,
     name: str = "",
     limits: ImageLimits = DEFAULT_LIMITS,
-    pixel_range: tuple[float, ...] = (),
-    bits: int = 8,
-    dicom_frame: int = 0,
+    **decoding: Any,
 ) -> np.ndarray:
     """Decodes an untrusted image to uint8 or uint16 [height, width, channels], turned as its EXIF data say.
 
@@ -147,7 +145,7 @@ def load_image(
             first frame), or an array as in `check_array`.
         channels: 3 for RGB, 1 for gray, else the number that the image has.
         name: name of the image in messages; "" uses its path.
-        pixel_range: as for `densenet_jax.data.decode.decode_image`, like `bits` and `dicom_frame`.
+        decoding: `pixel_range`, `bits` and `dicom_frame` of `densenet_jax.data.decode.decode_image`.
 
     Raises:
         ImageError: it is rejected; the message says why.
@@ -155,18 +153,10 @@ def load_image(
     name = name or name_of(source)
     try:
         if isinstance(source, np.ndarray):
-            pixels = to_pixels(check_array(source, name, limits), channels, pixel_range)
-            return with_bits(pixels, bits, name)
+            pixels = to_pixels(check_array(source, name, limits), channels, decoding.get("pixel_range", ()))
+            return with_bits(pixels, decoding.get("bits", 8), name)
         data = read_encoded(source, name, limits)
-        return decode_image(
-            data,
-            channels,
-            name=name,
-            apply_exif_orientation=True,
-            pixel_range=pixel_range,
-            bits=bits,
-            dicom_frame=dicom_frame,
-        )
+        return decode_image(data, channels, name=name, apply_exif_orientation=True, **decoding)
     except DamagedImage as error:
         raise ImageError(name, error.why) from error
     except ValueError as error:

@@ -167,16 +167,9 @@ class Predictor(CompiledModel):
         name, transform = name or name_of(image), self.model.transform
         try:
             if isinstance(image, np.ndarray):
-                return transform.of_pixels(
-                    load_image(
-                        image,
-                        transform.channels,
-                        name=name,
-                        limits=self.limits,
-                        pixel_range=transform.pixel_range,
-                        bits=transform.bits,
-                    )
-                )
+                decoding = {"pixel_range": transform.pixel_range, "bits": transform.bits}
+                pixels = load_image(image, transform.channels, name=name, limits=self.limits, **decoding)
+                return transform.of_pixels(pixels)
             pixels = transform(read_encoded(image, name, self.limits), name=name)
             if pixels.dtype == np.uint16 and not transform.pixel_range and 0 < (highest := pixels.max()) < 65536 // 16:
                 self._warn_of_dark(name, int(highest))

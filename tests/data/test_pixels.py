@@ -331,6 +331,6 @@ def test_any_image_can_be_annotated(tmp_path, name):
     (tmp_path / name).write_bytes(CASES[name].data)
     answers = [ClassProbability(0, "two\nlines", 0.5)]
     target = tmp_path / "annotated.jpg"
-    annotate(str(tmp_path / name), str(target), answers, DEFAULT_LIMITS, CASES[name].pixel_range)
+    annotate(str(tmp_path / name), str(target), answers, DEFAULT_LIMITS, pixel_range=CASES[name].pixel_range)
     with Image.open(target) as picture:
         assert picture.width == 320
