@@ -21,7 +21,7 @@ from densenet_jax.data.headers import (
     is_whole_png,
     why_not,
 )
-from densenet_jax.data.pixels import Stored, narrow, to_pixels, widen
+from densenet_jax.data.pixels import Stored, narrow, stored_array, to_pixels, widen
 from densenet_jax.data.records import DamagedImage
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,9 @@ def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
 def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
     """Decodes to the numbers in the file, 8-bit files straight to gray or RGB by Pillow."""
     if data.startswith(rare_formats.NPY_MAGIC):
-        check_size(*rare_formats.npy_size(data), name)
-        return rare_formats.decode_npy(data)
+        (height, width, *_), _ = rare_formats.npy_header(data)
+        check_size(width, height, name)
+        return stored_array(np.load(io.BytesIO(data), allow_pickle=False))
     if data[:8] == PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # Pillow keeps only 8 bits
         if not is_whole_png(data):
             raise ValueError("the PNG file is damaged or cut off")

@@ -61,7 +61,7 @@ def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
         if dicom.is_dicom(data):
             width, height = dicom.read_size(data)
         elif data.startswith(rare_formats.NPY_MAGIC):
-            width, height = rare_formats.npy_size(data)
+            (height, width, *_), _ = rare_formats.npy_header(data)
         else:
             try:
                 if data.startswith(rare_formats.BIG_ENDIAN_BIG_TIFF):
@@ -119,7 +119,7 @@ def has_wide_pixels(data: bytes) -> bool:
     if data[:8] == PNG:
         return data[24:25] == b"\x10"
     if data.startswith(rare_formats.NPY_MAGIC):
-        return rare_formats.npy_bits(data) > 8
+        return rare_formats.npy_header(data)[1].itemsize > 1
     if dicom.is_dicom(data):
         return dicom.has_wide_pixels(data)
     if data[:2] in (b"P5", b"P6", b"P2", b"P3", b"Pf"):

@@ -24,16 +24,12 @@ _MAX_VALUES = 320_000_000  # values decoded at most: four channels of the larges
 _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
 
-def decode_npy(data: bytes) -> Stored:
-    """Reads an array [height, width] or [height, width, channels]; never unpickles.
+def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads shape, [height, width] or [height, width, channels], and dtype of an NPY file.
 
     Raises:
-        ValueError: it is damaged or has another shape or type.
+        ValueError: it is damaged or has another shape.
     """
-    return stored_array(np.load(io.BytesIO(data), allow_pickle=False))
-
-
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -41,17 +37,6 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     if len(shape) not in (2, 3) or (len(shape) == 3 and not 1 <= shape[2] <= MAX_CHANNELS):
         raise ValueError(f"its shape is {shape}, expected [height, width] or [height, width, channels]")
     return shape, dtype
-
-
-def npy_size(data: bytes) -> tuple[int, int]:
-    """Reads (width, height) of an NPY file."""
-    shape, _ = _npy_header(data)
-    return shape[1], shape[0]
-
-
-def npy_bits(data: bytes) -> int:
-    """Reads the bits per number of an NPY file."""
-    return 8 * _npy_header(data)[1].itemsize
 
 
 def pnm_white(data: bytes) -> int:
