@@ -81,10 +81,8 @@ class Samples:
         return np.stack([transform(read_file(path), name=path) for path in paths])
 
     def _prepared(self) -> bool:
-        data = self.config.data
-        if data.name == "digits":
-            return True  # they are prepared on first use
-        return data.name in ("folder", "table") or is_prepared(data.name, data.dir)
+        data = self.config.data  # the digits are prepared on first use
+        return data.name in ("digits", "folder", "table") or is_prepared(data.name, data.dir)
 
 
 def generate_images(count: int, shape: Sequence[int], dtype: Any = np.uint8) -> np.ndarray:

@@ -56,9 +56,10 @@ class Look:
 
 def look_at(experiment: Experiment, workdir: str) -> Look:
     """Predicts the evaluated split with the saved model and augments some training images."""
-    look, missing = Look(), []
+    seen: dict[str, Any] = {}
+    missing = []
     try:
-        look = dataclasses.replace(look, samples=augmented_samples(experiment), timeline=experiment.timeline)
+        seen |= {"samples": augmented_samples(experiment), "timeline": experiment.timeline}
     except UserError as error:
         missing.append(f"No augmented training images: {error}")
     try:
@@ -70,23 +71,16 @@ def look_at(experiment: Experiment, workdir: str) -> Look:
         gather: Any = gather_label_answers if many else gather_answers
         with data.eval_batches() as batches:
             answers = gather(predict_batches(explain, variables, batches, experiment.mesh, data.eval_batch_count))
-        look = dataclasses.replace(
-            look,
-            step=step,
-            calibration=calibration,
-            groups=source.groups(),
-            names=tuple(source[mistake.index].name for mistake in answers.mistakes),
-            class_names=tuple(source.class_names),
-            **{"label_answers" if many else "answers": answers},
-        )
+        names = tuple(source[mistake.index].name for mistake in answers.mistakes)
+        seen |= {"step": step, "calibration": calibration, "groups": source.groups(), "names": names}
+        seen |= {"class_names": source.class_names, "label_answers" if many else "answers": answers}
         if many and jax.process_index() == 0:
-            table = LabelTable.from_answers(answers, source.class_names, source.groups(), calibration)
-            look = dataclasses.replace(look, label_table=table)
+            seen["label_table"] = LabelTable.from_answers(answers, source.class_names, source.groups(), calibration)
     except UserError as error:
         missing.append(f"No predictions: {error}")
     for why in missing:
         logger.warning("%s", why)
-    return dataclasses.replace(look, missing=tuple(missing))
+    return Look(missing=tuple(missing), **seen)
 
 
 def compile_explaining_step(experiment: Experiment) -> PredictStep:
