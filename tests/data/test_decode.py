@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
-from densenet_jax.data import decode
+from densenet_jax.data import decode, headers
 from densenet_jax.data.decode import decode_image
 from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.transforms import eval_transform
@@ -120,7 +120,7 @@ def test_truncated_files_are_refused_by_name(photograph, kind, share):
 
 
 def test_size_is_checked_before_decoding(photograph, monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 121 * 163 - 1)
+    monkeypatch.setattr(headers, "MAX_PIXELS", 121 * 163 - 1)
     monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("was decoded"))
     for kind in ("JPEG", "PNG"):
         with pytest.raises(DamagedImage, match="163x121"):

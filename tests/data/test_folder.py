@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densenet_jax.data import folder
+from densenet_jax.data import folder, folder_index
 from densenet_jax.data.headers import is_image_start
 from densenet_jax.data.records import DamagedImage
 from densenet_jax.data.sources import open_source
@@ -56,7 +56,7 @@ def test_labels_mean_the_same_in_every_split(tree, split):
 def test_the_index_is_used_until_something_changes(tree, monkeypatch):
     first = names(open_source("folder", str(tree), "train"))
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "_list", lambda *_: pytest.fail("was listed again"))
+        patched.setattr(folder_index, "_list", lambda *_: pytest.fail("was listed again"))
         assert names(open_source("folder", str(tree), "train")) == first
     (tree / "train" / "bee" / "new.png").write_bytes(b"")
     assert len(open_source("folder", str(tree), "train")) == 13
@@ -71,7 +71,7 @@ def test_the_index_is_used_until_something_changes(tree, monkeypatch):
 
 def test_a_damaged_index_is_replaced(tree):
     open_source("folder", str(tree), "train")
-    index = folder.index_files(str(tree), str(tree / "train"))[0]
+    index = folder_index.index_files(str(tree), str(tree / "train"))[0]
     with open(index, "r+b") as file:
         file.truncate(100)
     assert len(open_source("folder", str(tree), "train")) == 12
@@ -81,23 +81,23 @@ def test_a_damaged_index_is_replaced(tree):
 
 def test_an_index_of_other_content_is_replaced(tree):
     folder.FolderSource(str(tree), "train")
-    index = folder.index_files(str(tree), str(tree / "train"))[0]
+    index = folder_index.index_files(str(tree), str(tree / "train"))[0]
     for stamp in (b"[]", b'{"version": 3, "classes": 1}'):
         np.savez(index, stamp=np.frombuffer(stamp, np.uint8))
         assert len(folder.FolderSource(str(tree), "train")) == 12
 
 
 def test_the_index_goes_to_the_cache_where_the_data_are_read_only(tree, monkeypatch):
-    save = folder._save
+    save = folder_index._save
 
     def refuse(file, *arguments):
         if file.startswith(str(tree)):
             raise PermissionError(13, "Permission denied")
         save(file, *arguments)
 
-    monkeypatch.setattr(folder, "_save", refuse)
+    monkeypatch.setattr(folder_index, "_save", refuse)
     open_source("folder", str(tree), "train")
-    monkeypatch.setattr(folder, "_list", lambda *_: pytest.fail("was listed again"))
+    monkeypatch.setattr(folder_index, "_list", lambda *_: pytest.fail("was listed again"))
     assert len(open_source("folder", str(tree), "train")) == 12
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from densenet_jax.data import convert, prepare
+from densenet_jax.data import convert
 from densenet_jax.data.prepare import prepare_dataset, verify_split
+from densenet_jax.data.records import Record
 from densenet_jax.data.settings import Labels, TableSettings
 from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
@@ -155,7 +156,7 @@ def test_labels_outside_the_classes_are_damage():
             return 1
 
         def __getitem__(self, index):
-            return prepare.sources.Record(image=fake_imagenet.jpeg(0), label=-1, name="test_image")
+            return Record(image=fake_imagenet.jpeg(0), label=-1, name="test_image")
 
         def labels(self):
             return np.array([-1], np.int32)
