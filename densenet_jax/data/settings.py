@@ -51,10 +51,18 @@ class TableSettings:
     @classmethod
     def from_config(cls, config: Any) -> "TableSettings":
         """Takes them from the settings."""
-        settings = {field.name: config.data[field.name] for field in dataclasses.fields(cls)}
-        settings["label_columns"] = tuple(config.data.label_columns)
-        settings["split_lists"] = tuple((split, file) for split, file in config.data.split_lists)
-        return cls(**settings)
+        return cls(
+            table=config.data.table,
+            image_column=config.data.image_column,
+            label_columns=tuple(config.data.label_columns),
+            label_separator=config.data.label_separator,
+            label_none=config.data.label_none,
+            split_column=config.data.split_column,
+            split_lists=tuple((split, file) for split, file in config.data.split_lists),
+            group_column=config.data.group_column,
+            train_split=config.data.train_split,
+            eval_split=config.data.eval_split,
+        )
 
     def columns(self) -> list[tuple[str, str]]:
         """Returns pairs of a setting and the column that it names."""
