@@ -2,20 +2,18 @@
 
 A fenced bash block that follows the line `<!-- runnable -->` in README.md or docs/*.md is run in a copy of the
 checkout, in which the digits train a small network for 4 epochs by default. It counts as slow where it calls main.py
-for more than its help, or where the line says `<!-- runnable: slow -->`. The blocks of one page share their copy and
-run in its order.
+for more than its help, or where the line says `<!-- runnable: slow -->`. All blocks share the copy and run in the order
+of their pages, so that a run that several pages begin with, such as runs/digits, is trained for the first of them.
 """
 
 import ast
-import functools
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -28,6 +26,7 @@ from densenet_jax.models.variants import VARIANTS
 from densenet_jax.training.optimizer import OPTIMIZERS
 from densenet_jax.training.schedules import SCHEDULES
 from tests.running import ROOT, environment
+from tests.small_checkout import copy_checkout
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))
@@ -48,11 +47,6 @@ CITED_TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 NOT_IN_THE_CHECKOUT = ("runs/", "./runs/", "checkpoints/", "report/")
 
 RUNNABLE = re.compile(r"^<!-- runnable(: slow)? -->\n+```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SMALLER = (
-    *(("train.epochs", 40.0, 4.0), ("optim.warmup_epochs", 2.0, 0.5), ("eval.every_epochs", 5.0, 2.0)),
-    ("model.name", '"densenet_bc_22_12"', '"densenet_bc_22_12"\n    config.model.block_sizes = (1, 1)'),
-)
-NOT_COPIED = (".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs", ".whl")
 
 
 class Block(NamedTuple):
@@ -195,22 +189,9 @@ def test_recipe_states_its_command_and_result(name):
 
 
 @pytest.fixture(scope="module")
-def copy_of(tmp_path_factory) -> Callable[[pathlib.Path], pathlib.Path]:
-    """The copy of the checkout in which the blocks of a page run; made for the first of them."""
-
-    @functools.cache
-    def copy(page: pathlib.Path) -> pathlib.Path:
-        directory = tmp_path_factory.mktemp(page.stem) / "checkout"
-        shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*NOT_COPIED))
-        recipe = directory / "configs" / "digits.py"
-        text = recipe.read_text()
-        for setting, usual, short in SMALLER:
-            assert f"config.{setting} = {usual}\n" in text
-            text = text.replace(f"config.{setting} = {usual}\n", f"config.{setting} = {short}\n")
-        recipe.write_text(text)
-        return directory
-
-    return copy
+def checkout(tmp_path_factory) -> pathlib.Path:
+    """The copy of the checkout in which the blocks run."""
+    return copy_checkout(tmp_path_factory.mktemp("docs") / "checkout")
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +209,10 @@ def python_first(tmp_path_factory) -> str:
     [pytest.param(block, marks=[pytest.mark.slow] if block.slow else []) for block in BLOCKS],
     ids=lambda block: f"{block.page.relative_to(ROOT).as_posix()}:{block.line}",
 )
-def test_runnable_block_runs(block, copy_of, python_first, user):
+def test_runnable_block_runs(block, checkout, python_first, user):
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.commands],
-        cwd=copy_of(block.page),
+        cwd=checkout,
         env=environment(PATH=python_first, **user),
         capture_output=True,
         text=True,

@@ -145,7 +145,7 @@ def test_step_is_a_function_of_seed_and_step_alone(one):
 
 def test_a_network_without_statistics_trains_alike_on_any_number_of_devices():
     sizes = {"num_classes": 10, "block_sizes": (2,), "growth_rate": 8, "stem_width": 8}
-    model = create_model("rdnet_tiny", **sizes, drop_path_rate=0.5, layer_scale=1.0)
+    model = create_model("rdnet_tiny", **sizes, drop_path_rate=0.5, layer_scale=1.0, block_form="plain")
     optimizer = make_optimizer("sgd", make_schedule("constant", learning_rate=0.1, total_steps=10))
     recipe = StateRecipe(model, optimizer, 0, SHAPE, averages=True)
     one, eight = (Trainer(recipe, devices, average_decay=0.5) for devices in (1, 8))
