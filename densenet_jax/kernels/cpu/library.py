@@ -12,6 +12,7 @@ from densenet_jax.system.native_build import build_at_first_use
 
 # Call: symbol in the library.
 _CALLS = {
+    "block": "DensenetBlock",
     "output": "DensenetConvolution",
     "kernel_gradient": "DensenetKernelGradient",
     "pool_gradient": "DensenetPoolGradient",
@@ -31,24 +32,38 @@ _CALLS = {
 
 
 @functools.cache
+def vector_bytes() -> int:
+    """Returns the size of the vectors that the library computes with; 0 without one."""
+    library = _load()
+    return library[0].DensenetVectorBytes() if library else 0
+
+
+@functools.cache
 def target_names() -> dict[str, str]:
     """Returns XLA's name for each key of _CALLS; empty if the library was not built or DENSENET_JAX_NATIVE is 0.
 
     A name contains the library's hash, so that a program compiled with one library is not run with another.
     """
+    loaded = _load()
+    if loaded is None:
+        return {}
+    library, name = loaded
+    names = {call: f"densenet_{call}_{name}" for call in _CALLS}
+    for call, symbol in _CALLS.items():
+        jax.ffi.register_ffi_target(names[call], jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return names
+
+
+def _load() -> tuple[ctypes.CDLL, str] | None:
+    """Returns the library and the hash in its name, compiled first if there is none."""
     from densenet_jax.kernels.cpu.build import build, library_paths  # not at load: `python -m` runs that module
 
     if os.environ.get("DENSENET_JAX_NATIVE") == "0":
-        return {}
+        return None
     build_at_first_use("the CPU kernels", library_paths(), build)
     for path in library_paths():
         try:
-            library = ctypes.CDLL(os.fspath(path))
+            return ctypes.CDLL(os.fspath(path)), path.stem.split("-")[-1]
         except OSError:
             continue
-        names = {}
-        for call, symbol in _CALLS.items():
-            names[call] = f"densenet_{call}_{path.stem.split('-')[-1]}"
-            jax.ffi.register_ffi_target(names[call], jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-        return names
-    return {}
+    return None

@@ -45,6 +45,7 @@ from densenet_jax.models.fused.backend_gpu import GpuBackend
 from densenet_jax.models.fused.backend_tpu import TpuBackend
 from densenet_jax.models.fused.dense_block import fused_dense_block
 from densenet_jax.models.fused.dual_path import fused_stage
+from densenet_jax.models.fused.inference import evaluate_dense_block, evaluate_stage
 from densenet_jax.models.fused.norm_relu_conv import NormReluConv
 from densenet_jax.models.fused.pooling import conv_norm_relu_max_pool, norm_relu_conv_pool
 from densenet_jax.models.layers import (
@@ -68,11 +69,13 @@ class Fused(Plain):
         platform: a key of BACKENDS; "" is the platform that JAX runs on.
         kernels: "auto", "xla" or "pallas" as for `create_model`, or "interpret" for tests of the kernels.
         mesh: divides the batch; None is JAX's one device, or unknown.
+        is_packed: kernels are laid out for the CPU kernels (`densenet_jax.models.fold`).
     """
 
     platform: str = ""
     kernels: str = "auto"
     mesh: Mesh | None = None
+    is_packed: bool = False
 
     @property
     def backend(self) -> Backend:
@@ -109,9 +112,12 @@ class Fused(Plain):
         options: BlockOptions,
     ) -> FeatureMap:
         """Computes `Plain.dense_block` with each feature map normalized once."""
-        features = None
+        features, backend = None, self.backend
+        if not train and isinstance(backend, CpuBackend):
+            values = evaluate_dense_block(layers, x, options, is_packed=self.is_packed)
+            if values is not None:
+                return FeatureMap(values)
         if not options.norm.folded:
-            backend = self.backend
             if not train and backend.kernels == "pallas":
                 backend = replace(backend, kernels="auto")  # missing kernels are an error in training only
             features = fused_dense_block(layers, x, train, key, options, backend)
@@ -140,7 +146,11 @@ class Fused(Plain):
 
     def stage(self, blocks: Sequence[DualPathBlock], x: FeatureMap, train: bool, remat: bool) -> FeatureMap:
         """Computes `Plain.stage` with each feature map normalized once."""
-        features = None
-        if not blocks[0].norm_options.folded:
-            features = fused_stage(blocks, x, train, remat, self.backend)
+        features, backend, options = None, self.backend, blocks[0].norm_options
+        if not train and isinstance(backend, CpuBackend):
+            values = evaluate_stage(blocks, x.raw(options.epsilon), is_packed=self.is_packed)
+            if values is not None:
+                return FeatureMap(values)
+        if not options.folded:
+            features = fused_stage(blocks, x, train, remat, backend)
         return features or super().stage(blocks, x, train, remat)

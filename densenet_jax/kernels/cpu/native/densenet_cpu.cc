@@ -8,14 +8,20 @@
 // in cache.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "block.h"
 #include "input_rows.h"
 #include "kernel_gradient.h"
 #include "outputs.h"
 #include "pool_gradient.h"
 #include "sizes.h"
+#include "team.h"
 #include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -252,9 +258,95 @@ ffi::Error PoolGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result dx,
   });
 }
 
+constexpr size_t kStepFields = 7, kStepArrays = 5;
+
+// Returns the scale and bias of a norm by its running statistics; empty mean and var: scale and bias as they are, and an
+// empty scale is 1. `folded` has room for both.
+template <typename T>
+std::pair<const T*, const T*> Fold(Buffer scale, Buffer bias, Buffer mean, Buffer var, double epsilon, T* folded) {
+  const int64_t channels = static_cast<int64_t>(bias.element_count());
+  const bool is_scaled = scale.element_count() > 0, is_folded = mean.element_count() == 0;
+  if (is_scaled && is_folded) return {scale.typed_data<T>(), bias.typed_data<T>()};
+  for (int64_t c = 0; c < channels; ++c) {
+    folded[c] = is_scaled ? scale.typed_data<T>()[c] : T{1};
+    if (!is_folded) folded[c] /= std::sqrt(var.typed_data<T>()[c] + static_cast<T>(epsilon));
+    folded[channels + c] = bias.typed_data<T>()[c] - (is_folded ? T{0} : mean.typed_data<T>()[c] * folded[c]);
+  }
+  return {folded, folded + channels};
+}
+
+// Sets a step from its fields (../block.py's Step), the feature maps that it reads and writes, and its operands: scale,
+// bias, mean, var and kernel; false if they don't fit.
+template <typename T>
+bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buffer* arrays) {
+  const Buffer scale = arrays[0], bias = arrays[1], mean = arrays[2], var = arrays[3], kernel = arrays[4];
+  const int64_t offset = fields[2], added = fields[3], stride = fields[4], groups = fields[5];
+  const Shape k = kernel.dimensions(), to = y.dimensions();
+  const auto channels = bias.element_count();
+  if (k.size() != 4 || to.size() != 4 || k[0] != k[1] || k[0] % 2 == 0 || groups < 1 || k[3] % groups) return false;
+  const int64_t written[] = {to[0], to[1], to[2], k[3]};
+  if (!SetSizes(step.sizes, x.dimensions(), groups * k[2], Shape(written, 4), k[0], k[1], stride, k[0] / 2) ||
+      channels != static_cast<size_t>(step.sizes.channels) || added < 0 || offset < added || added > k[3] ||
+      offset + k[3] - added > to[3] || var.element_count() != mean.element_count())
+    return false;
+  for (const Buffer& array : {scale, mean})
+    if (array.element_count() != 0 && array.element_count() != channels) return false;
+  step.groups = groups, step.packed = fields[6] != 0, step.added = added, step.y_step = to[3];
+  step.source.x = x.typed_data<T>(), step.source.step = x.dimensions()[3];
+  step.kernel = kernel.typed_data<T>();
+  step.total = y.typed_data<T>(), step.y = step.total + offset - added;
+  return true;
+}
+
+// Computes steps one after another on feature maps: 0 is x, the others are results. The first `copied` channels of x
+// are copied to the first result before.
+ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, ffi::RemainingRets results,
+                     ffi::Span<const int64_t> steps, int64_t copied, double epsilon) {
+  const size_t count = steps.size() / kStepFields;
+  if (arrays.size() != count * kStepArrays) return Invalid("a block's operands do not fit its steps");
+  std::vector<Buffer> maps{x}, operands;
+  for (size_t i = 0; i < results.size(); ++i) maps.push_back(**results.get<ffi::AnyBuffer>(i));
+  for (size_t i = 0; i < arrays.size(); ++i) operands.push_back(*arrays.get<ffi::AnyBuffer>(i));
+  const Shape first = maps[1].dimensions(), shape = x.dimensions();
+  if (copied > 0 && (shape.size() != 4 || first.size() != 4 || copied > shape[3] || copied > first[3] ||
+                     !std::equal(shape.begin(), shape.begin() + 3, first.begin())))
+    return Invalid("a block's input does not fit its result");
+  for (const Buffer& buffer : operands)
+    if (buffer.element_type() != x.element_type()) return Invalid("operands of different types");
+  bool fits = true;
+  ffi::Error error = ForType({x, maps[1]}, [&](auto zero) {
+    using T = decltype(zero);
+    Team team(pool);
+    if (copied > 0) {
+      const int64_t pixels = first[0] * first[1] * first[2], bands = std::min<int64_t>(pixels, 4 * team.size());
+      team.Run(bands, [&](int64_t band) {
+        const T* from = x.typed_data<T>();
+        T* to = maps[1].typed_data<T>();
+        for (int64_t i = pixels * band / bands; i < pixels * (band + 1) / bands; ++i)
+          std::copy_n(from + i * shape[3], copied, to + i * first[3]);
+      });
+    }
+    std::vector<T> folded;
+    for (size_t i = 0; i < count && fits; ++i) {
+      const int64_t* fields = steps.begin() + i * kStepFields;
+      const Buffer* own = operands.data() + i * kStepArrays;
+      Step<T> step{};
+      fits = fields[0] >= 0 && fields[1] > 0 && std::max(fields[0], fields[1]) < static_cast<int64_t>(maps.size()) &&
+             SetStep(step, fields, maps[fields[0]], maps[fields[1]], own);
+      if (!fits) break;
+      folded.resize(std::max(folded.size(), 2 * own[1].element_count()));
+      std::tie(step.source.scale, step.source.bias) = Fold(own[0], own[1], own[2], own[3], epsilon, folded.data());
+      Run(team, step);
+    }
+  });
+  return fits ? error : Invalid("shapes of a block's step do not fit");
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)  // everything else is hidden and can be inlined
+extern "C" int DensenetVectorBytes() { return kVectorBytes; }
+
 // clang-format off
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetConvolution, ConvolutionCall,
@@ -317,6 +409,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetPoolGradient, PoolGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
         .Attr<int64_t>("window").Attr<int64_t>("stride").Attr<int64_t>("padding"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetBlock, BlockCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().RemainingArgs().RemainingRets()
+        .Attr<ffi::Span<const int64_t>>("steps").Attr<int64_t>("copied").Attr<double>("epsilon"));
 // clang-format on
 
 #pragma GCC visibility pop

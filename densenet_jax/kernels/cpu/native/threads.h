@@ -47,16 +47,16 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
 }
 
 template <typename T>
-class Scratch {  // memory of one thread, aligned to cache lines and kept between calls
+class Scratch {  // memory of one thread, aligned to cache lines, kept between calls; a vector may be read past its end
  public:
   T* Get(int slot, int64_t count) {
     std::vector<char>& memory = memory_[slot];
-    if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
+    if (memory.size() < count * sizeof(T) + 128) memory.resize(count * sizeof(T) + 128);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
   }
 
  private:
-  std::vector<char> memory_[3];
+  std::vector<char> memory_[4];
 };
 
 template <typename T>

@@ -30,8 +30,8 @@ struct Kernel {
 };
 
 // Packs an untransposed kernel of one group, row by row, in the order of memory.
-template <typename T>
-void PackRows(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
+template <typename T, typename Pool>
+void PackRows(Pool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
   const int64_t rows = s.kernel_height * s.run(), chunks = Chunk<T>::Count(s.out_channels);
   const int64_t tasks = std::clamp<int64_t>(rows * s.out_channels / kValuesWorthATask, 1, 4 * pool.num_threads());
   ParallelFor(pool, tasks, [&](int64_t task) {
@@ -115,7 +115,7 @@ void PackTransposed(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kern
 // Packs a kernel's weights as [chunk][taps][channels][vectors of output channels].
 template <typename T>
 void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
-  if (kernel.together == 1) return (kernel.transposed ? PackTransposed<T> : PackRows<T>)(pool, s, kernel, packed);
+  if (kernel.together == 1) return (kernel.transposed ? PackTransposed<T> : PackRows<T, ffi::ThreadPool>)(pool, s, kernel, packed);
   const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t group_channels = s.channels / kernel.together, group_outputs = s.out_channels / kernel.together;
   ParallelFor(pool, Chunk<T>::Count(s.out_channels), [&](int64_t index) {

@@ -1,0 +1,146 @@
+"""The convolutions of a whole block in one call, for inference.
+
+Between calls of one kernel after another, threads fall asleep and XLA copies, adds and folds norms. In one call they
+stay awake, outputs are added and appended where they lie, and groups are convolved without products with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from densenet_jax.kernels.cpu.convolution import plain_convolve
+from densenet_jax.kernels.cpu.library import target_names, vector_bytes
+from densenet_jax.kernels.cpu.primitive import are_known, define, is_available
+
+
+class Step(NamedTuple):
+    """One convolution of relu(norm(x)) among those of a block; feature map 0 is its input, the others are results.
+
+    Attributes:
+        source, target: feature maps that are read, from the first channel on, and written.
+        offset: the target's first channel that is written.
+        added: so many outputs are added to the target's first channels, before the others are written.
+        packed: the kernel is as `pack` lays it out.
+    """
+
+    source: int
+    target: int
+    offset: int = 0
+    added: int = 0
+    stride: int = 1
+    groups: int = 1
+    packed: bool = False
+
+
+class Arrays(NamedTuple):
+    """Operands of a step: a norm with running statistics, or folded, without these (and without a scale); a kernel."""
+
+    scale: Array
+    bias: Array
+    mean: Array
+    var: Array
+    kernel: Array
+
+
+def is_usable(x: Array, arrays: Sequence[Arrays]) -> bool:
+    """Whether the kernels are available and support these operands."""
+    return is_available() and are_known(x, *(array for own in arrays for array in own if array.size))
+
+
+def run_block(
+    x: Float[Array, "b h w c"],
+    arrays: Sequence[Arrays],
+    *,
+    steps: Sequence[Step],
+    shapes: Sequence[tuple[int, ...]],
+    epsilon: float,
+    copied: int = 0,
+) -> Float[Array, "b h2 w2 c2"]:
+    """Computes steps one after another and returns the first result, of `shapes[0]`; the others are for steps only.
+
+    The first `copied` channels of x are copied to the first result before.
+    """
+    operands = [array for own in arrays for array in own]
+    return _block_p.bind(x, *operands, steps=tuple(steps), shapes=tuple(shapes), epsilon=epsilon, copied=copied)[0]
+
+
+def _plain_norm(own: Arrays, epsilon: float) -> tuple[Array, Array]:
+    scale = own.scale if own.scale.size else jnp.ones_like(own.bias)
+    if not own.mean.size:
+        return scale, own.bias
+    scale = scale * lax.rsqrt(own.var + epsilon)
+    return scale, own.bias - own.mean * scale
+
+
+def plain_run_block(
+    x: Array,
+    *operands: Array,
+    steps: tuple[Step, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    epsilon: float,
+    copied: int,
+    convolve: Callable[..., Array] = plain_convolve,
+) -> list[Array]:
+    """Computes all results of `run_block` in plain JAX, by `plain_convolve` or a function like it."""
+    maps = [x, *(jnp.zeros(shape, x.dtype) for shape in shapes)]
+    if copied:
+        maps[1] = lax.dynamic_update_slice_in_dim(maps[1], x[..., :copied], 0, axis=3)
+    for index, step in enumerate(steps):
+        own = Arrays(*operands[5 * index : 5 * index + 5])
+        scale, bias = _plain_norm(own, epsilon)
+        activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
+        kernel = unpack(own.kernel) if step.packed else own.kernel
+        padding = kernel.shape[0] // 2
+        y = convolve(activation, kernel, stride=step.stride, padding=padding, groups=step.groups)
+        target = maps[step.target]
+        target = target.at[..., : step.added].add(y[..., : step.added])
+        maps[step.target] = lax.dynamic_update_slice_in_dim(target, y[..., step.added :], step.offset, axis=3)
+    return maps[1:]
+
+
+def _lower(ctx: Any, *operands: Any, steps: tuple[Step, ...], copied: int, epsilon: float, **_: Any) -> Any:
+    fields = np.array(steps, np.int64).ravel()
+    rule = jax.ffi.ffi_lowering(target_names()["block"])
+    return rule(ctx, *operands, steps=fields, copied=np.int64(copied), epsilon=np.float64(epsilon))
+
+
+def is_packable(kernel: Any, groups: int = 1) -> bool:
+    """Whether `pack` keeps the kernel's shape: whole vectors of outputs, without groups."""
+    lanes = vector_bytes() // kernel.dtype.itemsize
+    return groups == 1 and kernel.dtype in (np.float32, np.float64) and kernel.shape[-1] % lanes == 0
+
+
+def _order(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
+    """Returns the packed order of a kernel's values: for two vectors of outputs at a time all that they need."""
+    rows, outputs = int(np.prod(shape[:-1])), shape[-1]
+    width = 2 * vector_bytes() // itemsize
+    numbers = np.arange(rows * outputs).reshape(rows, outputs)
+    return np.concatenate([numbers[:, i : i + width].ravel() for i in range(0, outputs, width)])
+
+
+def pack(kernel: Any) -> np.ndarray:
+    """Lays a kernel for which `is_packable` out as the kernels read it, in the same shape."""
+    kernel = np.asarray(kernel)
+    return kernel.ravel()[_order(kernel.shape, kernel.itemsize)].reshape(kernel.shape)
+
+
+def unpack(kernel: Array) -> Array:
+    """Undoes `pack`."""
+    order = np.argsort(_order(kernel.shape, kernel.dtype.itemsize))
+    return kernel.ravel()[order].reshape(kernel.shape)
+
+
+_block_p = define(
+    "block",
+    plain_run_block,
+    _lower,
+    multiple_results=True,
+    shapes=lambda *_, shapes, **__: shapes,
+)

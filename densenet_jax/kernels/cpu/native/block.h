@@ -1,0 +1,307 @@
+// The convolutions of a whole block, one after another in one call: threads stay awake between them.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_BLOCK_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_BLOCK_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "input_rows.h"
+#include "sizes.h"
+#include "team.h"
+#include "tiles.h"
+#include "weights.h"
+
+namespace densenet_jax {
+
+constexpr int64_t kStepBytes = 384 * 1024;  // of the input that one task of a step reads
+constexpr int64_t kFewPixels = 112;         // up to which the weights are more than the input, and are shared out
+
+// One convolution of relu(scale * x + bias). Output channel o of a pixel goes to y[o]; the first `added` are added to
+// total[o] instead. Pixels of both are y_step values apart.
+template <typename T>
+struct Step {
+  Sizes sizes;  // of all groups
+  int64_t groups;
+  Source<T> source;
+  const T* kernel;
+  bool packed;  // weights are as `Pack` lays them out
+  T *y, *total;
+  int64_t y_step, added;
+
+  int64_t pixels() const { return sizes.batch * sizes.out_height * sizes.out_width; }
+};
+
+// Calls compute(to, step of to's pixels) for a tile of outputs from pixel `at` on and channel `first` on.
+template <typename T, typename F>
+void StoreOrAdd(const Step<T>& step, int64_t at, int tile, int64_t first, int64_t lanes, F compute) {
+  if (first >= step.added) return compute(step.y + at * step.y_step + first, step.y_step);
+  constexpr int64_t kMost = Chunk<T>::kMost;
+  alignas(64) T sums[kTileRows * kMost];
+  compute(sums, kMost);
+  const int64_t added = std::min(lanes, step.added - first);
+  for (int m = 0; m < tile; ++m) {
+    T *total = step.total + (at + m) * step.y_step + first, *y = step.y + (at + m) * step.y_step + first;
+#pragma GCC ivdep
+    for (int64_t o = 0; o < added; ++o) total[o] += sums[m * kMost + o];
+    for (int64_t o = added; o < lanes; ++o) y[o] = sums[m * kMost + o];
+  }
+}
+
+// The weights of a step without groups, packed first if reading them where they lie is slower.
+template <typename T>
+struct StepWeights {
+  const T* weights;
+  int64_t chunk_step, step;
+
+  StepWeights(Team& team, const Step<T>& of) : weights(of.kernel), chunk_step(of.sizes.kernel_height * of.sizes.run()), step(0) {
+    if (of.packed) return;
+    const int64_t outputs = of.sizes.out_channels;
+    const bool narrow = outputs % Lanes<T>::kCount == 0 && outputs * static_cast<int64_t>(sizeof(T)) <= kUnpackedBytes;
+    if (narrow && of.pixels() <= kUnpackedPixels) {
+      chunk_step = 1, step = outputs;
+      return;
+    }
+    T* to = ThreadScratch<T>(3, chunk_step * DivideUp(outputs, Lanes<T>::kCount) * Lanes<T>::kCount);
+    PackRows(team, of.sizes, Kernel<T>{of.kernel, outputs, 0, 1, false}, to);
+    weights = to;
+  }
+  const T* Of(const Chunk<T>& chunk) const { return weights + chunk.first * chunk_step; }
+  int64_t Step(const Chunk<T>& chunk) const { return step ? step : chunk.width(); }
+};
+
+// A 1x1 convolution. Tasks share the pixels, or, where these are few, the output channels.
+template <typename T>
+void RunPointwise(Team& team, const Step<T>& step) {
+  const Sizes& s = step.sizes;
+  const int64_t pixels = step.pixels(), channels = s.channels, chunks = Chunk<T>::Count(s.out_channels);
+  const StepWeights<T> weights(team, step);
+  const bool few = pixels <= kFewPixels && chunks >= team.size();
+  const int64_t parts = few ? team.size() : 1;
+  const int64_t most = std::max<int64_t>(kStepBytes / (channels * sizeof(T)), kTileRows);
+  int64_t bands = DivideUp(pixels, most);
+  if (!few) bands = std::min(DivideUp(bands, team.size()) * team.size(), DivideUp(pixels, kTileRows / 2));
+  team.Run(bands * parts, [&](int64_t task) {
+    const int64_t band = task / parts, part = task % parts;
+    const int64_t begin = pixels * band / bands, count = pixels * (band + 1) / bands - begin;
+    T* rows = ThreadScratch<T>(0, count * channels);
+    if (s.stride == 1) {
+      CopyPixels(step.source.AtPixel(begin), count, channels, rows);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = (begin + i) / s.out_width, image = row / s.out_height;
+        const int64_t line = image * s.height + row % s.out_height * s.stride;
+        const int64_t pixel = line * s.width + (begin + i) % s.out_width * s.stride;
+        CopyPixels(step.source.AtPixel(pixel), 1, channels, rows + i * channels);
+      }
+    }
+    for (int64_t index = chunks * part / parts; index < chunks * (part + 1) / parts; ++index) {
+      const Chunk<T> chunk(s.out_channels, index);
+      ForTiles(count, [&](int64_t at, int tile) {
+        StoreOrAdd(step, begin + at, tile, chunk.first, chunk.lanes, [&](T* to, int64_t to_step) {
+          OutputTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, rows + at * channels, channels, 0, weights.Of(chunk),
+                                                       weights.Step(chunk), 1, channels, chunk.lanes);
+        });
+      });
+    }
+  });
+}
+
+// Returns into how many bands of rows each image is cut, so that all threads have as much to do.
+inline int64_t RowBands(const Sizes& s, int64_t element_bytes, int64_t threads) {
+  const int64_t line = s.padded_width() * s.channels * element_bytes;
+  const int64_t most = std::max<int64_t>((kStepBytes / line - s.kernel_height) / s.stride + 1, 1);
+  const int64_t bands = DivideUp(DivideUp(s.out_height, most) * s.batch, threads) * threads;
+  return std::min(DivideUp(bands, s.batch), s.out_height);
+}
+
+// Calls run(rows, row step, first output pixel, columns) for each output row of a band; rows are its first input rows.
+template <typename T, typename F>
+void ForRows(const Sizes& s, const Source<T>& source, int64_t bands, int64_t band, F run) {
+  const int64_t image = band / bands, begin = s.out_height * (band % bands) / bands;
+  const int64_t end = s.out_height * (band % bands + 1) / bands, line = s.padded_width() * s.channels;
+  const T* rows = InputRows(s, source, image, begin, end, s.batch * s.out_height * s.out_width);
+  run(rows, line, (image * s.out_height + begin) * s.out_width, end - begin);
+}
+
+// A convolution of any size without groups.
+template <typename T>
+void RunWindow(Team& team, const Step<T>& step) {
+  const Sizes& s = step.sizes;
+  const StepWeights<T> weights(team, step);
+  const int64_t bands = RowBands(s, sizeof(T), team.size());
+  team.Run(bands * s.batch, [&](int64_t band) {
+    ForRows(s, step.source, bands, band, [&](const T* rows, int64_t line, int64_t first, int64_t count) {
+      for (int64_t index = 0; index < Chunk<T>::Count(s.out_channels); ++index) {
+        const Chunk<T> chunk(s.out_channels, index);
+        for (int64_t row = 0; row < count; ++row) {
+          ForTiles(s.out_width, [&](int64_t column, int tile) {
+            const T* from = rows + row * s.stride * line + column * s.stride * s.channels;
+            const auto compute = [&](T* to, int64_t to_step) {
+              OutputTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, s.stride * s.channels, line,
+                                                           weights.Of(chunk), weights.Step(chunk), s.kernel_height,
+                                                           s.run(), chunk.lanes);
+            };
+            StoreOrAdd(step, first + row * s.out_width + column, tile, chunk.first, chunk.lanes, compute);
+          });
+        }
+      }
+    });
+  });
+}
+
+// Sets every value of a vector to the kth of its own group of `group` channels.
+template <typename T>
+struct Spread {
+  using Vector = typename Lanes<T>::Vector;
+  typedef decltype(Vector{} < Vector{}) Index;
+  Index index;
+
+  Spread(int64_t group, int64_t k) {
+    for (int lane = 0; lane < Lanes<T>::kCount; ++lane)
+      index[lane] = static_cast<decltype(+index[0])>(std::min<int64_t>(lane / group * group + k, Lanes<T>::kCount - 1));
+  }
+  Vector operator()(const T* x) const {
+    const Vector all = *reinterpret_cast<const Vector*>(x);
+#ifdef __clang__
+    Vector spread;
+    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) spread[lane] = all[index[lane]];
+    return spread;
+#else
+    return __builtin_shuffle(all, index);
+#endif
+  }
+};
+
+// A 3x3 convolution of as many groups as a vector has room for, of M pixels: no products with zeros. w is [row of the
+// window][input of the group][column of the window][outputs].
+template <typename T, int M, int S>
+void GroupsTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t group,
+                int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  Vector sum[M][1];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m][0] = Vector{};
+  for (int r = 0; r < 3; ++r) {
+    for (int64_t k = 0; k < group; ++k, w += 3 * Lanes<T>::kCount) {
+      const Spread<T> spread(group, k);
+      Vector weights[3];
+#pragma GCC unroll 3
+      for (int q = 0; q < 3; ++q) weights[q] = *reinterpret_cast<const Vector*>(w + q * Lanes<T>::kCount);
+#pragma GCC unroll 32
+      for (int p = 0; p < (M - 1) * S + 3; ++p) {
+        const Vector value = spread(x + r * row_step + p * pixel_step);
+#pragma GCC unroll 3
+        for (int q = 0; q < 3; ++q)
+          if (p >= q && (p - q) % S == 0 && (p - q) / S < M) sum[(p - q) / S][0] += value * weights[q];
+      }
+    }
+  }
+  StoreTile<T, M, 1>(sum, y, y_step, lanes);
+}
+
+// A convolution of one group among others, whose channels lie between those of others.
+template <typename T, int M, int N>
+void GroupTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t column_step, int64_t row_step, const T* w,
+               int64_t size, int64_t channels, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
+  for (int64_t tap = 0; tap < size * size; ++tap) {
+    const T* from = x + tap / size * row_step + tap % size * column_step;
+    for (int64_t j = 0; j < channels; ++j, w += N * kLanes) {
+      Vector weights[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = from[m * pixel_step + j] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
+      }
+    }
+  }
+  StoreTile<T, M, N>(sum, y, y_step, lanes);
+}
+
+template <typename T, int... M>
+auto GroupsTileOf(int rows, int64_t stride, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&GroupsTile<T, 1, 1>) table[2][sizeof...(M)] = {{GroupsTile<T, M + 1, 1>...},
+                                                                            {GroupsTile<T, M + 1, 2>...}};
+  return table[stride - 1][rows - 1];
+}
+
+template <typename T, int... M>
+auto GroupTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&GroupTile<T, 1, 1>) table[2][sizeof...(M)] = {{GroupTile<T, M + 1, 1>...},
+                                                                           {GroupTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+// A convolution in groups. Tasks share the groups: each reads only the channels of its own.
+template <typename T>
+void RunGroups(Team& team, const Step<T>& step) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const Sizes& s = step.sizes;
+  const int64_t inputs = s.channels / step.groups, outputs = s.out_channels / step.groups, size = s.kernel_height;
+  const bool spreads = inputs == outputs && inputs <= kLanes && size == 3 && s.stride <= 2;
+  const int64_t together = spreads ? kLanes / inputs : 1, blocks = DivideUp(step.groups, together);
+  const int64_t parts = std::min(blocks, team.size());
+  Sizes own = s;  // of the widest task
+  own.channels = std::min(DivideUp(blocks, parts) * together * inputs, s.channels);
+  const int64_t bands = RowBands(own, sizeof(T), DivideUp(team.size(), parts));
+  team.Run(parts * bands * s.batch, [&](int64_t task) {
+    const int64_t part = task % parts, begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+    const int64_t first_group = begin * together, last_group = std::min(end * together, step.groups);
+    Sizes mine = s;
+    mine.channels = (last_group - first_group) * inputs;
+    const Source<T> source = step.source.From(first_group * inputs);
+    ForRows(mine, source, bands, task / parts, [&](const T* rows, int64_t line, int64_t first, int64_t count) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t group = block * together, all = std::min(together, step.groups - group) * outputs;
+        for (int64_t index = 0; index < Chunk<T>::Count(all); ++index) {
+          const Chunk<T> chunk(all, index);
+          const int64_t width = chunk.width(), output = group * outputs + chunk.first;
+          T* w = ThreadScratch<T>(1, size * size * inputs * width);
+          for (int64_t i = 0; i < size * size * inputs; ++i) {  // i is [row][column][input]
+            const int64_t row = i / (size * inputs), column = i / inputs % size, input = i % inputs;
+            T* to = w + (spreads ? (row * inputs + input) * size + column : i) * width;
+            std::copy_n(step.kernel + i * s.out_channels + output, chunk.lanes, to);
+            std::fill(to + chunk.lanes, to + width, T{0});
+          }
+          for (int64_t row = 0; row < count; ++row) {
+            ForTiles(s.out_width, [&](int64_t column, int tile) {
+              const int64_t pixel_step = mine.channels, step_of_outputs = s.stride * pixel_step;
+              const T* from = rows + row * s.stride * line + column * step_of_outputs + (group - first_group) * inputs;
+              const int64_t at = first + row * s.out_width + column;
+              StoreOrAdd(step, at, tile, output, chunk.lanes, [&](T* to, int64_t to_step) {
+                if (spreads) {
+                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, chunk.lanes);
+                } else {
+                  GroupTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, step_of_outputs, pixel_step, line, w,
+                                                              size, inputs, chunk.lanes);
+                }
+              });
+            });
+          }
+        }
+      }
+    });
+  });
+}
+
+template <typename T>
+void Run(Team& team, const Step<T>& step) {
+  if (step.groups > 1) return RunGroups(team, step);
+  if (step.sizes.kernel_height == 1) return RunPointwise(team, step);
+  RunWindow(team, step);
+}
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_BLOCK_H_

@@ -1,0 +1,87 @@
+// Threads that run loops one after another and stay awake in between.
+
+#ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_TEAM_H_
+#define DENSENET_JAX_KERNELS_CPU_NATIVE_TEAM_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "threads.h"
+
+namespace densenet_jax {
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// The calling thread and helpers from XLA's pool. Helpers join when the pool gives them a thread; the caller takes every
+// task that no one has begun, so nothing waits for a helper that never came.
+class Team {
+ public:
+  explicit Team(ffi::ThreadPool& pool) : size_(pool.num_threads()), shared_(std::make_shared<Shared>()) {
+    for (int64_t i = 1; i < size_; ++i) pool.Schedule([shared = shared_] { shared->Help(); });
+  }
+  ~Team() { shared_->is_over = true; }
+  Team(const Team&) = delete;
+
+  int64_t size() const { return size_; }
+  int64_t num_threads() const { return size_; }
+
+  // Runs task(0) ... task(count - 1), count < 2^20.
+  void Run(int64_t count, const std::function<void(int64_t)>& task) {
+    Shared& s = *shared_;
+    s.task = &task;
+    s.done.store(0, std::memory_order_relaxed);
+    s.ticket.store(++loop_ << 40 | static_cast<uint64_t>(count) << 20, std::memory_order_release);
+    while (s.Work()) {
+    }
+    for (int spins = 0; s.done.load(std::memory_order_acquire) < count; ++spins) Wait(spins);
+  }
+
+ private:
+  static void Wait(int spins) { spins < 4000 ? Pause() : std::this_thread::yield(); }
+
+  struct Shared {
+    std::atomic<uint64_t> ticket{0};  // number of the loop << 40 | its tasks << 20 | tasks begun
+    std::atomic<int64_t> done{0};
+    std::atomic<bool> is_over{false};
+    const std::function<void(int64_t)>* task = nullptr;  // set before the ticket, kept until all tasks are done
+
+    // Runs one task of the loop; false if all are begun.
+    bool Work() {
+      constexpr uint64_t kMask = (1 << 20) - 1;
+      const auto begun = [](uint64_t t) { return (t & kMask) >= (t >> 20 & kMask); };
+      if (begun(ticket.load(std::memory_order_acquire))) return false;
+      const uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
+      if (begun(mine)) return false;
+      (*task)(static_cast<int64_t>(mine & kMask));
+      done.fetch_add(1, std::memory_order_acq_rel);
+      return true;
+    }
+    void Help() {
+      for (int spins = 0; !is_over.load(std::memory_order_acquire); ++spins) {
+        if (Work())
+          spins = 0;
+        else
+          Wait(spins);
+      }
+    }
+  };
+
+  const int64_t size_;
+  uint64_t loop_ = 0;
+  std::shared_ptr<Shared> shared_;
+};
+
+inline void ParallelFor(Team& team, int64_t count, const std::function<void(int64_t)>& task) { team.Run(count, task); }
+
+}  // namespace densenet_jax
+
+#endif  // DENSENET_JAX_KERNELS_CPU_NATIVE_TEAM_H_
