@@ -11,6 +11,7 @@ import optax
 from worker import serve
 
 import densenet_jax
+from densenet_jax.models.fused.inference import pack_kernels
 from densenet_jax.models.variants import get_variant
 from densenet_jax.system.host import keep_freed_memory
 
@@ -88,6 +89,8 @@ def prepare(
         "version": jax.__version__,
     }
     if mode == "infer":
+        network, variables = pack_kernels(network, variables)  # as a Predictor does
+        variables = jax.device_put(variables)
         logits = jax.jit(lambda variables, images: (network.apply(variables, images, train=False),))
         return JaxCase(logits, (variables,), (images,), 0), device_info
     optimizer = optax.sgd(0.01, momentum=0.9)

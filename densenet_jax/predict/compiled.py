@@ -10,6 +10,7 @@ import numpy as np
 
 from densenet_jax.augment.basic import normalize
 from densenet_jax.errors import UserError
+from densenet_jax.models.fused.inference import pack_kernels
 from densenet_jax.predict.explain import activation_maps, layer_names, weigh_by_gradients
 from densenet_jax.predict.model import Deployed
 from densenet_jax.training import sharding
@@ -45,7 +46,11 @@ class CompiledModel:
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
-        self._variables = jax.device_put(model.variables, sharding.replicated(mesh))
+        module, variables = (model.module, model.variables)
+        if mesh.size == 1:
+            module, variables = pack_kernels(module, variables)
+        self._module = module
+        self._variables = jax.device_put(variables, sharding.replicated(mesh))
         self._layers: set[str] = set()  # known to exist
         self._step = jax.jit(
             self._answer, static_argnames=("features", "layer"), out_shardings=sharding.replicated(mesh)
@@ -140,13 +145,13 @@ class CompiledModel:
         features: str = "",
         layer: str = "",
     ) -> dict[str, jax.Array]:
-        model = self.model
+        model, module = self.model, self._module
         seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
-        step = make_predict_step(model.module, seen, classes=model.allowed_classes, many_labels=model.many_labels)
+        step = make_predict_step(module, seen, classes=model.allowed_classes, many_labels=model.many_labels)
         outputs = step(variables, {"image": images})
         if features:
             # The compiler merges this with the classification above, so the network runs once.
-            activations: Any = model.module.clone(output=features).apply(variables, seen(images), train=False)
+            activations: Any = module.clone(output=features).apply(variables, seen(images), train=False)
             pyramid = features == "pyramid"
             outputs |= (
                 {f"stride_{key}": part for key, part in activations.items()} if pyramid else {"pooled": activations}
@@ -154,7 +159,7 @@ class CompiledModel:
         if classes is not None:
             classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
             outputs["class_id"] = classes
-            arguments = (model.module, variables, seen(images), classes)
+            arguments = (module, variables, seen(images), classes)
             outputs["map"] = (
                 jax.nn.relu(weigh_by_gradients(*arguments, layer)) if layer else activation_maps(*arguments)
             )

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import densenet_jax
-from densenet_jax.kernels.cpu import convolution, library, norm_relu_conv, pooling, primitive
+from densenet_jax.kernels.cpu import block, convolution, library, norm_relu_conv, pooling, primitive
 from densenet_jax.models.fused.backend_cpu import CpuBackend
+from densenet_jax.models.fused.inference import pack_kernels
 
 # batch, height, width, channels, output channels, kernel, stride, padding
 CONVOLUTIONS = [
@@ -332,9 +333,67 @@ def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
     library.target_names.cache_clear()
 
 
+# batch, side, stride, groups, width of the grouped convolution, residual width, new channels, packed, folded
+BLOCKS = [
+    (2, 14, 1, 32, 128, 64, 16, True, False),  # groups that fill a vector
+    (1, 15, 2, 32, 96, 64, 16, False, True),  # and that do not
+    (3, 9, 2, 2, 80, 40, 24, False, False),  # groups of more channels than a vector
+    (1, 28, 1, 1, 32, 32, 48, True, True),
+]
+
+
+def drawn_step(c, o, size=1, groups=1, folded=False, packed=False):
+    """Operands of a step; a folded norm has no statistics, and here no scale."""
+    kernel = draw(size, size, c // groups, o, seed=c + o) / (size * (c / groups) ** 0.5)
+    empty, bias, others = jnp.zeros(0), draw(c, seed=o), [draw(c, seed=i) for i in range(2)]
+    norm = (empty, bias, empty, empty) if folded else (others[0], bias, others[1], jnp.abs(others[1]))
+    return block.Arrays(*norm, jnp.asarray(block.pack(kernel)) if packed else kernel)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_a_block_in_one_call(case, dtype):
+    """Outputs are added to the first channels and written behind them; borders, bands and odd sizes included."""
+    b, side, stride, groups, width, residual, new, packed, folded = case
+    after, end = (side - 1) // stride + 1, residual + 2 * new
+    steps = [
+        block.Step(0, 1, stride=stride),
+        block.Step(0, 2, packed=packed),
+        block.Step(2, 3, stride=stride, groups=groups),
+        block.Step(3, 1, offset=residual + new, added=residual),
+        block.Step(1, 1, offset=end),
+    ]
+    arrays = [
+        drawn_step(24, residual + new),
+        drawn_step(24, width, folded=folded, packed=packed),
+        drawn_step(width, width, 3, groups, folded),
+        drawn_step(width, residual + new),
+        drawn_step(end, 12, 3),
+    ]
+    x, *operands = (array.astype(dtype) for array in (draw(b, side, side, 40), *(a for own in arrays for a in own)))
+    arrays = [block.Arrays(*operands[i : i + 5]) for i in range(0, len(operands), 5)]
+    shapes = ((b, after, after, end + 12), (b, side, side, width), (b, after, after, width))
+    options = {"steps": tuple(steps), "shapes": shapes, "epsilon": 1e-3}
+    found = functools.partial(block.run_block, **options)
+    assert block.is_usable(x, arrays)
+    assert uses_kernels(found, x, arrays)
+    expected = jax.jit(functools.partial(block.plain_run_block, **options, copied=0))(x, *operands)[0]
+    bound = (1e-5 if dtype == jnp.float32 else 1e-13) * float(jnp.abs(expected).max())
+    assert_same(jax.jit(found)(x, arrays), expected, bound)
+
+
+def test_a_block_of_shapes_that_do_not_fit_is_refused():
+    arrays = [drawn_step(8, 4)]
+    run = jax.jit(
+        functools.partial(block.run_block, steps=[block.Step(0, 1, offset=3)], shapes=[(1, 2, 2, 6)], epsilon=1.0)
+    )
+    with pytest.raises(Exception, match="step do not fit"):
+        jax.block_until_ready(run(draw(1, 2, 2, 8), arrays))
+
+
 @pytest.mark.parametrize("bottleneck_width", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_network_evaluated(bottleneck_width):
-    """From one buffer a block, without a concatenation; the answers and their gradient are the plain form's."""
+    """By one call a block, without a concatenation; the answers and their gradient are the plain form's."""
     options = {"block_sizes": (1, 2), "num_classes": 3, "bottleneck_width": bottleneck_width, "dtype": jnp.float64}
     model, reference = (
         densenet_jax.create_model("densenet121", **options, block_form=form) for form in ("normalize_once", "plain")
@@ -348,7 +407,8 @@ def test_a_network_evaluated(bottleneck_width):
         return lambda images: jnp.sin(which.apply(variables, images, train=False))
 
     program = jax.jit(answers(model)).lower(images).compile().as_text()
-    assert program.count('custom_call_target="densenet_norm_relu_conv') == 3 * (2 if bottleneck_width else 1)
+    assert program.count('custom_call_target="densenet_block') == 2
+    assert 'custom_call_target="densenet_norm_relu_conv_' not in program
     assert "concatenate(" not in program
     found, pullback = jax.vjp(jax.jit(answers(model)), images)
     expected, other = jax.vjp(jax.jit(answers(reference)), images)
@@ -356,20 +416,31 @@ def test_a_network_evaluated(bottleneck_width):
     assert jnp.abs(pullback(found)[0]).max() > 1e-3
 
 
-def test_a_dual_path_network_evaluated():
-    """By the kernels, from buffers of its dense paths; the answers are the plain implementation's."""
-    options = {"reduction_width": 8, "groups": 2, "block_sizes": (1, 2), "dense_increments": (2, 3), "num_classes": 3}
+@pytest.mark.parametrize("name", ["dpn68", "dpn68b"])
+def test_a_dual_path_network_evaluated(name):
+    """By one call a stage; the answers are the plain implementation's, and its own with packed kernels."""
+    options = {"reduction_width": 8, "groups": 2, "block_sizes": (1, 2), "dense_increments": (8, 16), "num_classes": 3}
+    types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
     model, reference = (
-        densenet_jax.create_model("dpn68", **options, dtype=jnp.float64, block_form=form)
-        for form in ("normalize_once", "plain")
+        densenet_jax.create_model(name, **options, **types, block_form=form) for form in ("normalize_once", "plain")
     )
     images = draw(2, 16, 16, 3)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda leaf: jnp.abs(draw(*leaf.shape)) + 0.1, variables)
     answer = jax.jit(model.apply)
-    assert "@densenet_norm_relu_conv" in answer.lower(variables, images).as_text()
+    assert answer.lower(variables, images).as_text().count("@densenet_block") == 2
     expected = jax.jit(reference.apply)(variables, images)
     assert_same(answer(variables, images), expected, 1e-12 * jnp.abs(expected).max())
+    packed, laid_out = pack_kernels(model, variables)
+    kernels = [[leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim == 4] for arrays in (variables, laid_out)]
+    assert sum(not np.array_equal(a, b) for a, b in zip(*kernels, strict=True)) >= 4  # the widest are in another order
+    gradients = [
+        jax.jit(jax.grad(lambda x, m=m, v=v: m.apply(v, x).sum()))(images)
+        for m, v in ((model, variables), (packed, laid_out))
+    ]
+    assert_same(gradients[1], gradients[0], 1e-12 * jnp.abs(gradients[0]).max())
+    assert_same(jax.jit(packed.apply)(laid_out, images), answer(variables, images), 0)
+    assert pack_kernels(reference, variables) == (reference, variables)
 
 
 @pytest.mark.slow

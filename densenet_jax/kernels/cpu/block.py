@@ -94,7 +94,7 @@ def plain_run_block(
         maps[1] = lax.dynamic_update_slice_in_dim(maps[1], x[..., :copied], 0, axis=3)
     for index, step in enumerate(steps):
         own = Arrays(*operands[5 * index : 5 * index + 5])
-        scale, bias = _plain_norm(own, epsilon)
+        scale, bias = (vector[None, None, None, :] for vector in _plain_norm(own, epsilon))
         activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
         kernel = unpack(own.kernel) if step.packed else own.kernel
         padding = kernel.shape[0] // 2

@@ -69,13 +69,18 @@ class Fused(Plain):
         platform: a key of BACKENDS; "" is the platform that JAX runs on.
         kernels: "auto", "xla" or "pallas" as for `create_model`, or "interpret" for tests of the kernels.
         mesh: divides the batch; None is JAX's one device, or unknown.
-        is_packed: kernels are laid out for the CPU kernels (`densenet_jax.models.fold`).
+        is_packed: the variables are those of `inference.pack_kernels`.
     """
 
     platform: str = ""
     kernels: str = "auto"
     mesh: Mesh | None = None
     is_packed: bool = False
+
+    @property
+    def evaluates_by_cpu_kernels(self) -> bool:
+        """Whether the CPU kernels evaluate whole blocks, where they are available."""
+        return isinstance(self.backend, CpuBackend)
 
     @property
     def backend(self) -> Backend:
@@ -113,7 +118,7 @@ class Fused(Plain):
     ) -> FeatureMap:
         """Computes `Plain.dense_block` with each feature map normalized once."""
         features, backend = None, self.backend
-        if not train and isinstance(backend, CpuBackend):
+        if not train and self.evaluates_by_cpu_kernels:
             values = evaluate_dense_block(layers, x, options, is_packed=self.is_packed)
             if values is not None:
                 return FeatureMap(values)
@@ -147,7 +152,7 @@ class Fused(Plain):
     def stage(self, blocks: Sequence[DualPathBlock], x: FeatureMap, train: bool, remat: bool) -> FeatureMap:
         """Computes `Plain.stage` with each feature map normalized once."""
         features, backend, options = None, self.backend, blocks[0].norm_options
-        if not train and isinstance(backend, CpuBackend):
+        if not train and self.evaluates_by_cpu_kernels:
             values = evaluate_stage(blocks, x.raw(options.epsilon), is_packed=self.is_packed)
             if values is not None:
                 return FeatureMap(values)

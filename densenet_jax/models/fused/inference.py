@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
 from densenet_jax.kernels.cpu import block as cpu
 from densenet_jax.kernels.cpu.convolution import convolve_fast
+from densenet_jax.kernels.cpu.primitive import DTYPES, is_available
 from densenet_jax.models.densenet import BlockOptions, DenseLayer
 from densenet_jax.models.dual_path import DualPathBlock
 from densenet_jax.models.layers import BatchNorm
+
+_KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|conv\d_\d+/c.*/kernel")
+
+
+def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Lays the kernels of blocks out as the CPU kernels read them, once instead of in every call.
+
+    Returns a network for evaluation in this process and its variables, of the given shapes: the same function to the
+    bit. Without CPU kernels for it, both are as they were.
+    """
+    implementation: Any = getattr(module, "implementation", None)
+    if not getattr(implementation, "evaluates_by_cpu_kernels", False) or not is_available():
+        return module, variables
+    if module.dtype != module.param_dtype or module.dtype not in DTYPES:
+        return module, variables
+    params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    for name, kernel in params.items():
+        groups = module.groups if name.endswith("c3x3_b/conv/kernel") else 1
+        if _KERNEL.fullmatch(name) and cpu.is_packable(kernel, groups):
+            params[name] = cpu.pack(kernel)
+    packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
+    return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 
 
 class _Plan(NamedTuple):
@@ -34,7 +61,9 @@ def evaluate_dense_block(
     x, steps, arrays = x.astype(options.dtype), list[cpu.Step](), list[cpu.Arrays]()
     width, bottleneck = x.shape[-1], 0
     for layer in layers:
-        first, second = (layer.conv1.kernel, layer.conv2.kernel) if layer.bottleneck_width else (None, layer.conv1.kernel)
+        first, second = (
+            (layer.conv1.kernel, layer.conv2.kernel) if layer.bottleneck_width else (None, layer.conv1.kernel)
+        )
         if first is not None:
             bottleneck = first.shape[-1]
             steps.append(cpu.Step(1, 2, packed=is_packed and cpu.is_packable(first)))
@@ -57,23 +86,22 @@ def evaluate_stage(
     if projection is None:
         return None
 
-    def add(norm: BatchNorm, kernel: Array, *places: int, groups: int = 1, stride: int = 1) -> None:
-        packed = is_packed and cpu.is_packable(kernel, groups)
-        steps.append(cpu.Step(*places, stride=stride, groups=groups, packed=packed))
+    def add(norm: BatchNorm, kernel: Array, step: cpu.Step) -> None:
+        steps.append(step._replace(packed=is_packed and cpu.is_packable(kernel, step.groups)))
         arrays.append(_arrays(norm, kernel, dtype))
 
-    add(projection.bn, projection.conv.kernel, 0, 1, stride=stride)
+    add(projection.bn, projection.conv.kernel, cpu.Step(0, 1, stride=stride))
     width = projection.conv.kernel.shape[-1]
     for index, block in enumerate(blocks):
         inner = 4 if index else 2
-        add(block.c1x1_a.bn, block.c1x1_a.conv.kernel, 1 if index else 0, inner)
-        own = {"groups": block.groups, "stride": block.stride}
-        add(block.c3x3_b.bn, block.c3x3_b.conv.kernel, inner, 3, **own)
+        add(block.c1x1_a.bn, block.c1x1_a.conv.kernel, cpu.Step(1 if index else 0, inner))
+        grouped = cpu.Step(inner, 3, stride=block.stride, groups=block.groups)
+        add(block.c3x3_b.bn, block.c3x3_b.conv.kernel, grouped)
         if block.split_projection:
-            add(block.c1x1_c.bn, block.c1x1_c1.kernel, 3, 1, residual, residual)
-            add(block.c1x1_c.bn, block.c1x1_c2.kernel, 3, 1, width)
+            add(block.c1x1_c.bn, block.c1x1_c1.kernel, cpu.Step(3, 1, residual, residual))
+            add(block.c1x1_c.bn, block.c1x1_c2.kernel, cpu.Step(3, 1, width))
         else:
-            add(block.c1x1_c.bn, block.c1x1_c.conv.kernel, 3, 1, width, residual)
+            add(block.c1x1_c.bn, block.c1x1_c.conv.kernel, cpu.Step(3, 1, width, residual))
         width += new
     batch, *sides = x.shape[:3]
     after = [(side - 1) // stride + 1 for side in sides]
@@ -91,7 +119,10 @@ def _arrays(norm: BatchNorm, kernel: Array, dtype: DType) -> cpu.Arrays:
 
 
 def _run(plan: _Plan, x: Array, arrays: Sequence[cpu.Arrays]) -> Array | None:
-    return _evaluate(plan, x, tuple(arrays)) if cpu.is_usable(x, arrays) else None
+    if cpu.is_usable(x, arrays):
+        return _evaluate(plan, x, tuple(arrays))
+    assert not any(step.packed for step in plan.steps), "kernels are laid out for CPU kernels that can't be used here"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,7 +130,7 @@ def _evaluate(plan: _Plan, x: Array, arrays: tuple[cpu.Arrays, ...]) -> Array:
     return cpu.run_block(x, arrays, **plan._asdict())
 
 
-def _forward(plan: _Plan, x: Array, arrays: tuple[cpu.Arrays, ...]) -> tuple[Array, jax.tree_util.Partial]:
+def _forward(plan: _Plan, x: Array, arrays: tuple[cpu.Arrays, ...]) -> tuple[Array, Any]:
     def run(x: Array, arrays: tuple[cpu.Arrays, ...]) -> Array:
         operands = [array for own in arrays for array in own]
         return cpu.plain_run_block(x, *operands, convolve=convolve_fast, **plan._asdict())[0]
@@ -107,7 +138,7 @@ def _forward(plan: _Plan, x: Array, arrays: tuple[cpu.Arrays, ...]) -> tuple[Arr
     return jax.vjp(run, x, arrays)
 
 
-def _backward(plan: _Plan, pullback: jax.tree_util.Partial, gradient: Array) -> tuple[Array, ...]:
+def _backward(plan: _Plan, pullback: Any, gradient: Array) -> tuple[Any, Any]:
     del plan
     return pullback(gradient)
 

@@ -13,6 +13,8 @@
 
 namespace densenet_jax {
 
+constexpr int kSpins = 200;  // some ten microseconds, after which other threads may have the core
+
 inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -25,7 +27,7 @@ inline void Pause() {
 // task that no one has begun, so nothing waits for a helper that never came.
 class Team {
  public:
-  explicit Team(ffi::ThreadPool& pool) : size_(pool.num_threads()), shared_(std::make_shared<Shared>()) {
+  explicit Team(ffi::ThreadPool& pool) : size_(Cores(pool)), shared_(std::make_shared<Shared>()) {
     for (int64_t i = 1; i < size_; ++i) pool.Schedule([shared = shared_] { shared->Help(); });
   }
   ~Team() { shared_->is_over = true; }
@@ -46,7 +48,12 @@ class Team {
   }
 
  private:
-  static void Wait(int spins) { spins < 4000 ? Pause() : std::this_thread::yield(); }
+  // The pool has a thread for each core of the machine, of which this process may use fewer.
+  static int64_t Cores(ffi::ThreadPool& pool) {
+    const int64_t usable = std::thread::hardware_concurrency();
+    return usable > 0 ? std::min<int64_t>(pool.num_threads(), usable) : pool.num_threads();
+  }
+  static void Wait(int spins) { spins < kSpins ? Pause() : std::this_thread::yield(); }
 
   struct Shared {
     std::atomic<uint64_t> ticket{0};  // number of the loop << 40 | its tasks << 20 | tasks begun
