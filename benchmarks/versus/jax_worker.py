@@ -90,7 +90,6 @@ def prepare(
     }
     if mode == "infer":
         network, variables = pack_kernels(network, variables)  # as a Predictor does
-        variables = jax.device_put(variables)
         logits = jax.jit(lambda variables, images: (network.apply(variables, images, train=False),))
         return JaxCase(logits, (variables,), (images,), 0), device_info
     optimizer = optax.sgd(0.01, momentum=0.9)

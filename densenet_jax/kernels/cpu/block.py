@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -28,6 +29,7 @@ class Step(NamedTuple):
         offset: the target's first channel that is written.
         added: so many outputs are added to the target's first channels, before the others are written.
         packed: the kernel is as `pack` lays it out.
+        pooled: reads means of 2x2 pixels of relu(norm(x)), by a 1x1 kernel at stride 2.
     """
 
     source: int
@@ -37,6 +39,7 @@ class Step(NamedTuple):
     stride: int = 1
     groups: int = 1
     packed: bool = False
+    pooled: bool = False
 
 
 class Arrays(NamedTuple):
@@ -96,9 +99,10 @@ def plain_run_block(
         own = Arrays(*operands[5 * index : 5 * index + 5])
         scale, bias = (vector[None, None, None, :] for vector in _plain_norm(own, epsilon))
         activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
-        kernel = unpack(own.kernel) if step.packed else own.kernel
-        padding = kernel.shape[0] // 2
-        y = convolve(activation, kernel, stride=step.stride, padding=padding, groups=step.groups)
+        kernel, stride = unpack(own.kernel) if step.packed else own.kernel, step.stride
+        if step.pooled:
+            activation, stride = nn.avg_pool(activation, (2, 2), (2, 2)), 1
+        y = convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=step.groups)
         target = maps[step.target]
         target = target.at[..., : step.added].add(y[..., : step.added])
         maps[step.target] = lax.dynamic_update_slice_in_dim(target, y[..., step.added :], step.offset, axis=3)

@@ -45,7 +45,7 @@ from densenet_jax.models.fused.backend_gpu import GpuBackend
 from densenet_jax.models.fused.backend_tpu import TpuBackend
 from densenet_jax.models.fused.dense_block import fused_dense_block
 from densenet_jax.models.fused.dual_path import fused_stage
-from densenet_jax.models.fused.inference import evaluate_dense_block, evaluate_stage
+from densenet_jax.models.fused.inference import evaluate_dense_block, evaluate_stage, evaluate_transition
 from densenet_jax.models.fused.norm_relu_conv import NormReluConv
 from densenet_jax.models.fused.pooling import conv_norm_relu_max_pool, norm_relu_conv_pool
 from densenet_jax.models.layers import (
@@ -139,6 +139,10 @@ class Fused(Plain):
         key: Array | None = None,
     ) -> Float[Array, "b h2 w2 c2"]:
         """Computes `Plain.transition` with the pooling before the convolution, or in it."""
+        if not train and not blur and self.evaluates_by_cpu_kernels:
+            values = evaluate_transition(norm, convolution, x.raw(norm.options.epsilon), is_packed=self.is_packed)
+            if values is not None:
+                return values
         backend, pool, dtype = self.backend, blur_pool if blur else average_pool, convolution.dtype
         if key is not None:
             y = backend.convolve(jax.nn.relu(norm(x, train)).astype(dtype), convolution.kernel)

@@ -20,9 +20,9 @@ from densenet_jax.kernels.cpu.convolution import convolve_fast
 from densenet_jax.kernels.cpu.primitive import DTYPES, is_available
 from densenet_jax.models.densenet import BlockOptions, DenseLayer
 from densenet_jax.models.dual_path import DualPathBlock
-from densenet_jax.models.layers import BatchNorm
+from densenet_jax.models.layers import BatchNorm, Convolution
 
-_KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|conv\d_\d+/c.*/kernel")
+_KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel|conv\d_\d+/c.*/kernel")
 
 
 def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -39,8 +39,9 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     for name, kernel in params.items():
         groups = module.groups if name.endswith("c3x3_b/conv/kernel") else 1
-        if _KERNEL.fullmatch(name) and cpu.is_packable(kernel, groups):
-            params[name] = cpu.pack(kernel)
+        is_blurred = name.startswith("transition") and module.blur == "all"  # convolved by XLA's calls
+        if _KERNEL.fullmatch(name) and not is_blurred and cpu.is_packable(kernel, groups):
+            params[name] = jnp.asarray(cpu.pack(kernel))
     packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
     return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 
@@ -74,6 +75,17 @@ def evaluate_dense_block(
         width += second.shape[-1]
     shapes = [(*x.shape[:3], width), (*x.shape[:3], bottleneck)][: 2 if bottleneck else 1]
     return _run(_Plan(tuple(steps), tuple(shapes), options.norm.epsilon, x.shape[-1]), x, arrays)
+
+
+def evaluate_transition(
+    norm: BatchNorm, convolution: Convolution, x: Float[Array, "b h w c"], *, is_packed: bool
+) -> Float[Array, "b h2 w2 c2"] | None:
+    """Computes `densenet.Plain.transition` without blur in evaluation; None where the kernels can't."""
+    kernel, (batch, *sides) = convolution.kernel, x.shape[:3]
+    step = cpu.Step(0, 1, stride=2, packed=is_packed and cpu.is_packable(kernel), pooled=True)
+    shape = (batch, *(side // 2 for side in sides), kernel.shape[-1])
+    plan = _Plan((step,), (shape,), norm.options.epsilon)
+    return _run(plan, x.astype(convolution.dtype), [_arrays(norm, kernel, convolution.dtype)])
 
 
 def evaluate_stage(

@@ -15,7 +15,8 @@
 
 namespace densenet_jax {
 
-constexpr int64_t kStepBytes = 384 * 1024;  // of the input that one task of a step reads
+constexpr int64_t kStepBytes = 192 * 1024;     // of the input that one task of a step reads
+constexpr int64_t kTaskProducts = 2000 * 1000;  // worth a task
 constexpr int64_t kFewPixels = 112;         // up to which the weights are more than the input, and are shared out
 
 // One convolution of relu(scale * x + bias). Output channel o of a pixel goes to y[o]; the first `added` are added to
@@ -27,10 +28,17 @@ struct Step {
   Source<T> source;
   const T* kernel;
   bool packed;  // weights are as `Pack` lays them out
+  bool pooled;  // reads means of 2x2 pixels; only for 1x1 kernels, at stride 2
   T *y, *total;
   int64_t y_step, added;
 
   int64_t pixels() const { return sizes.batch * sizes.out_height * sizes.out_width; }
+  // How many tasks to make: the same number for each thread, up to four, so that one that is held up is helped.
+  int64_t tasks(int64_t threads) const {
+    const Sizes& s = sizes;
+    const int64_t products = pixels() * s.kernel_height * s.run() * s.out_channels / groups;
+    return std::clamp<int64_t>(products / kTaskProducts / threads, 1, 4) * threads;
+  }
 };
 
 // Calls compute(to, step of to's pixels) for a tile of outputs from pixel `at` on and channel `first` on.
@@ -71,6 +79,17 @@ struct StepWeights {
   int64_t Step(const Chunk<T>& chunk) const { return step ? step : chunk.width(); }
 };
 
+// Writes the mean of relu(scale * x + bias) of 2x2 pixels, from `pixel` on in lines of `width`.
+template <typename T>
+void AveragePixels(const Source<T>& source, int64_t pixel, int64_t width, int64_t channels, T* to) {
+  T* four = ThreadScratch<T>(2, 4 * channels);
+  CopyPixels(source.AtPixel(pixel), 2, channels, four);
+  CopyPixels(source.AtPixel(pixel + width), 2, channels, four + 2 * channels);
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c)
+    to[c] = (four[c] + four[channels + c] + four[2 * channels + c] + four[3 * channels + c]) * T{0.25};
+}
+
 // A 1x1 convolution. Tasks share the pixels, or, where these are few, the output channels.
 template <typename T>
 void RunPointwise(Team& team, const Step<T>& step) {
@@ -81,7 +100,10 @@ void RunPointwise(Team& team, const Step<T>& step) {
   const int64_t parts = few ? team.size() : 1;
   const int64_t most = std::max<int64_t>(kStepBytes / (channels * sizeof(T)), kTileRows);
   int64_t bands = DivideUp(pixels, most);
-  if (!few) bands = std::min(DivideUp(bands, team.size()) * team.size(), DivideUp(pixels, kTileRows / 2));
+  if (!few) {
+    bands = DivideUp(std::max(bands, step.tasks(team.size())), team.size()) * team.size();
+    bands = std::min(bands, DivideUp(pixels, kTileRows / 2));
+  }
   team.Run(bands * parts, [&](int64_t task) {
     const int64_t band = task / parts, part = task % parts;
     const int64_t begin = pixels * band / bands, count = pixels * (band + 1) / bands - begin;
@@ -93,7 +115,10 @@ void RunPointwise(Team& team, const Step<T>& step) {
         const int64_t row = (begin + i) / s.out_width, image = row / s.out_height;
         const int64_t line = image * s.height + row % s.out_height * s.stride;
         const int64_t pixel = line * s.width + (begin + i) % s.out_width * s.stride;
-        CopyPixels(step.source.AtPixel(pixel), 1, channels, rows + i * channels);
+        if (step.pooled)
+          AveragePixels(step.source, pixel, s.width, channels, rows + i * channels);
+        else
+          CopyPixels(step.source.AtPixel(pixel), 1, channels, rows + i * channels);
       }
     }
     for (int64_t index = chunks * part / parts; index < chunks * (part + 1) / parts; ++index) {
@@ -108,11 +133,11 @@ void RunPointwise(Team& team, const Step<T>& step) {
   });
 }
 
-// Returns into how many bands of rows each image is cut, so that all threads have as much to do.
-inline int64_t RowBands(const Sizes& s, int64_t element_bytes, int64_t threads) {
+// Returns into how many bands of rows each image is cut, to make about so many tasks, all of the same size.
+inline int64_t RowBands(const Sizes& s, int64_t element_bytes, int64_t tasks) {
   const int64_t line = s.padded_width() * s.channels * element_bytes;
   const int64_t most = std::max<int64_t>((kStepBytes / line - s.kernel_height) / s.stride + 1, 1);
-  const int64_t bands = DivideUp(DivideUp(s.out_height, most) * s.batch, threads) * threads;
+  const int64_t bands = DivideUp(DivideUp(s.out_height, most) * s.batch, tasks) * tasks;
   return std::min(DivideUp(bands, s.batch), s.out_height);
 }
 
@@ -130,7 +155,7 @@ template <typename T>
 void RunWindow(Team& team, const Step<T>& step) {
   const Sizes& s = step.sizes;
   const StepWeights<T> weights(team, step);
-  const int64_t bands = RowBands(s, sizeof(T), team.size());
+  const int64_t bands = RowBands(s, sizeof(T), step.tasks(team.size()));
   team.Run(bands * s.batch, [&](int64_t band) {
     ForRows(s, step.source, bands, band, [&](const T* rows, int64_t line, int64_t first, int64_t count) {
       for (int64_t index = 0; index < Chunk<T>::Count(s.out_channels); ++index) {
@@ -151,22 +176,21 @@ void RunWindow(Team& team, const Step<T>& step) {
   });
 }
 
-// Sets every value of a vector to the kth of its own group of `group` channels.
+// Sets every value of a vector to one of its own group of `group` channels.
 template <typename T>
 struct Spread {
   using Vector = typename Lanes<T>::Vector;
   typedef decltype(Vector{} < Vector{}) Index;
-  Index index;
+  Index first;  // of each lane's group
 
-  Spread(int64_t group, int64_t k) {
-    for (int lane = 0; lane < Lanes<T>::kCount; ++lane)
-      index[lane] = static_cast<decltype(+index[0])>(std::min<int64_t>(lane / group * group + k, Lanes<T>::kCount - 1));
+  explicit Spread(int64_t group) {
+    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) first[lane] = static_cast<int>(lane / group * group);
   }
-  Vector operator()(const T* x) const {
-    const Vector all = *reinterpret_cast<const Vector*>(x);
+  // Returns the kth of each group; lanes behind the last whole group get any value.
+  static Vector Take(Vector all, Index index) {
 #ifdef __clang__
     Vector spread;
-    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) spread[lane] = all[index[lane]];
+    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) spread[lane] = all[index[lane] & (Lanes<T>::kCount - 1)];
     return spread;
 #else
     return __builtin_shuffle(all, index);
@@ -178,20 +202,21 @@ struct Spread {
 // window][input of the group][column of the window][outputs].
 template <typename T, int M, int S>
 void GroupsTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t group,
-                int64_t lanes) {
+                const Spread<T>& spread, int64_t lanes) {
   using Vector = typename Lanes<T>::Vector;
   Vector sum[M][1];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) sum[m][0] = Vector{};
   for (int r = 0; r < 3; ++r) {
     for (int64_t k = 0; k < group; ++k, w += 3 * Lanes<T>::kCount) {
-      const Spread<T> spread(group, k);
+      const auto index = spread.first + static_cast<int>(k);
       Vector weights[3];
 #pragma GCC unroll 3
       for (int q = 0; q < 3; ++q) weights[q] = *reinterpret_cast<const Vector*>(w + q * Lanes<T>::kCount);
 #pragma GCC unroll 32
       for (int p = 0; p < (M - 1) * S + 3; ++p) {
-        const Vector value = spread(x + r * row_step + p * pixel_step);
+        const Vector all = *reinterpret_cast<const Vector*>(x + r * row_step + p * pixel_step);
+        const Vector value = Spread<T>::Take(all, index);
 #pragma GCC unroll 3
         for (int q = 0; q < 3; ++q)
           if (p >= q && (p - q) % S == 0 && (p - q) / S < M) sum[(p - q) / S][0] += value * weights[q];
@@ -249,12 +274,13 @@ void RunGroups(Team& team, const Step<T>& step) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   const Sizes& s = step.sizes;
   const int64_t inputs = s.channels / step.groups, outputs = s.out_channels / step.groups, size = s.kernel_height;
-  const bool spreads = inputs == outputs && inputs <= kLanes && size == 3 && s.stride <= 2;
+  const bool spreads = inputs == outputs && inputs <= kLanes / 2 && size == 3 && s.stride <= 2;
+  const Spread<T> spread(inputs);
   const int64_t together = spreads ? kLanes / inputs : 1, blocks = DivideUp(step.groups, together);
   const int64_t parts = std::min(blocks, team.size());
   Sizes own = s;  // of the widest task
   own.channels = std::min(DivideUp(blocks, parts) * together * inputs, s.channels);
-  const int64_t bands = RowBands(own, sizeof(T), DivideUp(team.size(), parts));
+  const int64_t bands = RowBands(own, sizeof(T), DivideUp(step.tasks(team.size()), parts));
   team.Run(parts * bands * s.batch, [&](int64_t task) {
     const int64_t part = task % parts, begin = blocks * part / parts, end = blocks * (part + 1) / parts;
     const int64_t first_group = begin * together, last_group = std::min(end * together, step.groups);
@@ -268,11 +294,13 @@ void RunGroups(Team& team, const Step<T>& step) {
           const Chunk<T> chunk(all, index);
           const int64_t width = chunk.width(), output = group * outputs + chunk.first;
           T* w = ThreadScratch<T>(1, size * size * inputs * width);
-          for (int64_t i = 0; i < size * size * inputs; ++i) {  // i is [row][column][input]
-            const int64_t row = i / (size * inputs), column = i / inputs % size, input = i % inputs;
-            T* to = w + (spreads ? (row * inputs + input) * size + column : i) * width;
-            std::copy_n(step.kernel + i * s.out_channels + output, chunk.lanes, to);
-            std::fill(to + chunk.lanes, to + width, T{0});
+          const T* from = step.kernel + output;
+          for (int64_t tap = 0; tap < size * size; ++tap) {
+            for (int64_t input = 0; input < inputs; ++input, from += s.out_channels) {
+              const int64_t at = spreads ? (tap / size * inputs + input) * size + tap % size : tap * inputs + input;
+              std::copy_n(from, chunk.lanes, w + at * width);
+              std::fill(w + at * width + chunk.lanes, w + (at + 1) * width, T{0});
+            }
           }
           for (int64_t row = 0; row < count; ++row) {
             ForTiles(s.out_width, [&](int64_t column, int tile) {
@@ -281,7 +309,7 @@ void RunGroups(Team& team, const Step<T>& step) {
               const int64_t at = first + row * s.out_width + column;
               StoreOrAdd(step, at, tile, output, chunk.lanes, [&](T* to, int64_t to_step) {
                 if (spreads) {
-                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, chunk.lanes);
+                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, spread, chunk.lanes);
                 } else {
                   GroupTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, step_of_outputs, pixel_step, line, w,
                                                               size, inputs, chunk.lanes);

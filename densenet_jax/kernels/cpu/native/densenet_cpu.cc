@@ -258,7 +258,7 @@ ffi::Error PoolGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result dx,
   });
 }
 
-constexpr size_t kStepFields = 7, kStepArrays = 5;
+constexpr size_t kStepFields = 8, kStepArrays = 5;
 
 // Returns the scale and bias of a norm by its running statistics; empty mean and var: scale and bias as they are, and an
 // empty scale is 1. `folded` has room for both.
@@ -285,13 +285,17 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
   const auto channels = bias.element_count();
   if (k.size() != 4 || to.size() != 4 || k[0] != k[1] || k[0] % 2 == 0 || groups < 1 || k[3] % groups) return false;
   const int64_t written[] = {to[0], to[1], to[2], k[3]};
-  if (!SetSizes(step.sizes, x.dimensions(), groups * k[2], Shape(written, 4), k[0], k[1], stride, k[0] / 2) ||
+  step.packed = fields[6] != 0, step.pooled = fields[7] != 0;
+  const int64_t size = step.pooled ? 2 : k[0], padding = step.pooled ? 0 : k[0] / 2;
+  if ((step.pooled && (k[0] != 1 || stride != 2 || groups != 1)) ||
+      !SetSizes(step.sizes, x.dimensions(), groups * k[2], Shape(written, 4), size, size, stride, padding) ||
       channels != static_cast<size_t>(step.sizes.channels) || added < 0 || offset < added || added > k[3] ||
       offset + k[3] - added > to[3] || var.element_count() != mean.element_count())
     return false;
   for (const Buffer& array : {scale, mean})
     if (array.element_count() != 0 && array.element_count() != channels) return false;
-  step.groups = groups, step.packed = fields[6] != 0, step.added = added, step.y_step = to[3];
+  step.sizes.kernel_height = step.sizes.kernel_width = k[0];
+  step.groups = groups, step.added = added, step.y_step = to[3];
   step.source.x = x.typed_data<T>(), step.source.step = x.dimensions()[3];
   step.kernel = kernel.typed_data<T>();
   step.total = y.typed_data<T>(), step.y = step.total + offset - added;
