@@ -63,7 +63,8 @@ struct StepWeights {
   const T* weights;
   int64_t chunk_step, step;
 
-  StepWeights(Team& team, const Step<T>& of) : weights(of.kernel), chunk_step(of.sizes.kernel_height * of.sizes.run()), step(0) {
+  StepWeights(Team& team, const Step<T>& of)
+      : weights(of.kernel), chunk_step(of.sizes.kernel_height * of.sizes.run()), step(0) {
     if (of.packed) return;
     const int64_t outputs = of.sizes.out_channels;
     const bool narrow = outputs % Lanes<T>::kCount == 0 && outputs * static_cast<int64_t>(sizeof(T)) <= kUnpackedBytes;
@@ -125,8 +126,9 @@ void RunPointwise(Team& team, const Step<T>& step) {
       const Chunk<T> chunk(s.out_channels, index);
       ForTiles(count, [&](int64_t at, int tile) {
         StoreOrAdd(step, begin + at, tile, chunk.first, chunk.lanes, [&](T* to, int64_t to_step) {
-          OutputTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, rows + at * channels, channels, 0, weights.Of(chunk),
-                                                       weights.Step(chunk), 1, channels, chunk.lanes);
+          OutputTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, rows + at * channels, channels, 0,
+                                                       weights.Of(chunk), weights.Step(chunk), 1, channels,
+                                                       chunk.lanes);
         });
       });
     }
@@ -309,7 +311,8 @@ void RunGroups(Team& team, const Step<T>& step) {
               const int64_t at = first + row * s.out_width + column;
               StoreOrAdd(step, at, tile, output, chunk.lanes, [&](T* to, int64_t to_step) {
                 if (spreads) {
-                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, spread, chunk.lanes);
+                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, spread,
+                                                          chunk.lanes);
                 } else {
                   GroupTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, step_of_outputs, pixel_step, line, w,
                                                               size, inputs, chunk.lanes);

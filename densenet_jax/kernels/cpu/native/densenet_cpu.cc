@@ -260,8 +260,8 @@ ffi::Error PoolGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result dx,
 
 constexpr size_t kStepFields = 8, kStepArrays = 5;
 
-// Returns the scale and bias of a norm by its running statistics; empty mean and var: scale and bias as they are, and an
-// empty scale is 1. `folded` has room for both.
+// Returns the scale and bias of a norm by its running statistics; empty mean and var: scale and bias as they are, and
+// an empty scale is 1. `folded` has room for both.
 template <typename T>
 std::pair<const T*, const T*> Fold(Buffer scale, Buffer bias, Buffer mean, Buffer var, double epsilon, T* folded) {
   const int64_t channels = static_cast<int64_t>(bias.element_count());

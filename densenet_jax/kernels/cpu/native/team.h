@@ -23,8 +23,8 @@ inline void Pause() {
 #endif
 }
 
-// The calling thread and helpers from XLA's pool. Helpers join when the pool gives them a thread; the caller takes every
-// task that no one has begun, so nothing waits for a helper that never came.
+// The calling thread and helpers from XLA's pool. Helpers join when the pool gives them a thread; the caller takes
+// every task that no one has begun, so nothing waits for a helper that never came.
 class Team {
  public:
   explicit Team(ffi::ThreadPool& pool) : size_(Cores(pool)), shared_(std::make_shared<Shared>()) {

@@ -115,7 +115,8 @@ void PackTransposed(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kern
 // Packs a kernel's weights as [chunk][taps][channels][vectors of output channels].
 template <typename T>
 void Pack(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
-  if (kernel.together == 1) return (kernel.transposed ? PackTransposed<T> : PackRows<T, ffi::ThreadPool>)(pool, s, kernel, packed);
+  if (kernel.together == 1)
+    return (kernel.transposed ? PackTransposed<T> : PackRows<T, ffi::ThreadPool>)(pool, s, kernel, packed);
   const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t group_channels = s.channels / kernel.together, group_outputs = s.out_channels / kernel.together;
   ParallelFor(pool, Chunk<T>::Count(s.out_channels), [&](int64_t index) {
