@@ -72,10 +72,7 @@ def _keep_bottleneck(x: Array, kernel1: Array, bias1: Array, kernel2: Array, bia
 
 
 def _differentiate_bottleneck(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    x, z, kernel1, kernel2 = kept
-    grad_x, grad_z, hidden, grad_bias1 = _bottleneck_gradient_p.bind(z, kernel1, kernel2, g)
-    grad_kernel1, grad_kernel2 = (jnp.einsum("bhwi,bhwo->io", *pair) for pair in ((x, grad_z), (hidden, g)))
-    return grad_x, grad_kernel1, grad_bias1, grad_kernel2, jnp.sum(g, axis=(0, 1, 2))
+    return *_bottleneck_gradient_p.bind(*kept, g)[:4], jnp.sum(g, axis=(0, 1, 2))
 
 
 bottleneck.defvjp(_keep_bottleneck, _differentiate_bottleneck)
@@ -127,10 +124,11 @@ def plain_bottleneck(*operands: Array) -> list[Array]:
     return _plain_bottleneck_kept(*operands)[:1]
 
 
-def _plain_bottleneck_gradient(z: Array, kernel1: Array, kernel2: Array, g: Array) -> list[Array]:
+def _plain_bottleneck_gradient(x: Array, z: Array, kernel1: Array, kernel2: Array, g: Array) -> list[Array]:
     hidden, pullback = jax.vjp(_gelu, z)
     (grad_z,) = pullback(g @ kernel2.T)
-    return [grad_z @ kernel1.T, grad_z, hidden, jnp.sum(grad_z, axis=(0, 1, 2))]
+    grad_kernel1, grad_kernel2 = (jnp.einsum("bhwi,bhwo->io", *pair) for pair in ((x, grad_z), (hidden, g)))
+    return [grad_z @ kernel1.T, grad_kernel1, jnp.sum(grad_z, axis=(0, 1, 2)), grad_kernel2, grad_z, hidden]
 
 
 def _define(name: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> Primitive:
@@ -158,5 +156,5 @@ _bottleneck_kept_p = _define(
 _bottleneck_gradient_p = _define(
     "bottleneck_gradient",
     _plain_bottleneck_gradient,
-    lambda z, kernel1, *_: [(*z.shape[:-1], kernel1.shape[0]), z.shape, z.shape, (kernel1.shape[1],)],
+    lambda x, z, kernel1, kernel2, _: [x.shape, kernel1.shape, kernel1.shape[1:], kernel2.shape, z.shape, z.shape],
 )

@@ -18,6 +18,7 @@ using FloatChunk = Chunk<float>;
 constexpr int64_t kBlockBytes = 1 << 20;  // of a block of pixels and its hidden values: half of a core's L2 cache
 // With fewer pixels a thread, threads share the weights' columns instead of the pixels, and read each weight once.
 constexpr int64_t kPixelsWorthABlock = 128;
+constexpr int64_t kPixelsOfAPanel = 128;  // of a sum over pixels: a chunk of their columns stays in the L1 cache
 
 // Weights [inputs][outputs]; transposed, they lie in memory as [outputs][inputs].
 struct Matrix {
@@ -121,6 +122,32 @@ void MultiplyTwice(ffi::ThreadPool& pool, const Blocks& blocks, const float* x, 
     float* hidden = ThreadScratch<float>(0, (end - begin) * step);
     for (int64_t index = 0; index < chunks; ++index) multiply_first(block, begin, end, index, hidden);
     for (int64_t index = 0; index < last_chunks; ++index) multiply_second(begin, end, index, hidden);
+  });
+}
+
+// Computes dw [rows][columns], the sum over pixels of a [pixels][rows] times b [pixels][columns].
+inline void MultiplyOverPixels(ffi::ThreadPool& pool, int64_t pixels, const float* a, int64_t rows, const float* b,
+                               int64_t columns, float* dw) {
+  const int64_t chunks = FloatChunk::Count(columns);
+  const int64_t parts = std::clamp<int64_t>(DivideUp(4 * pool.num_threads(), chunks), 1, DivideUp(rows, kTileRows));
+  ParallelFor(pool, chunks * parts, [&](int64_t task) {
+    const FloatChunk chunk(columns, task / parts);
+    const int64_t part = task % parts, first = rows * part / parts, count = rows * (part + 1) / parts - first;
+    const int64_t width = chunk.width();
+    float* panel = ThreadScratch<float>(0, kPixelsOfAPanel * width);
+    float* sums = ThreadScratch<float>(1, count * width);
+    std::fill(sums, sums + count * width, 0.0f);
+    for (int64_t begin = 0; begin < pixels; begin += kPixelsOfAPanel) {
+      const int64_t own = std::min(kPixelsOfAPanel, pixels - begin);
+      PackPanel({b + begin * columns, own, columns, false}, chunk, panel);
+      ForTiles(count, [&](int64_t row, int tile) {
+        float* sum = sums + row * width;
+        KernelTileOf<float>(tile, chunk.vectors, kTiles)(sum, width, sum, a + begin * rows + first + row, rows, 0, panel,
+                                                         0, 1, own, width);
+      });
+    }
+    for (int64_t row = 0; row < count; ++row)
+      std::memcpy(dw + (first + row) * columns + chunk.first, sums + row * width, chunk.lanes * sizeof(float));
   });
 }
 

@@ -157,13 +157,15 @@ ffi::Error BottleneckKeptCall(ffi::ThreadPool pool, Array x, Array kernel1, Arra
   return BottleneckForward(pool, x, kernel1, bias1, kernel2, bias2, *y, &*z);
 }
 
-// Computes dx, dz and dbias1 from g, the gradient of y, and hidden = GELU(z), which kernel2's gradient is made of.
-ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array z, Array kernel1, Array kernel2, Array g, ArrayResult dx,
-                                  ArrayResult dz, ArrayResult hidden, ArrayResult dbias1) {
+// Computes the gradients of x, kernel1, bias1 and kernel2 from g, that of y; dz and hidden = GELU(z) are in between.
+ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array x, Array z, Array kernel1, Array kernel2, Array g,
+                                  ArrayResult dx, ArrayResult dkernel1, ArrayResult dbias1, ArrayResult dkernel2,
+                                  ArrayResult dz, ArrayResult hidden) {
   Bottleneck s;
   if (!s.Set(g, kernel1, kernel2) || !HaveCount({g}, s.pixels * s.outputs) ||
-      !HaveCount({z, *dz, *hidden}, s.pixels * s.hidden) || !HaveCount({*dx}, s.pixels * s.inputs) ||
-      !HaveCount({*dbias1}, s.hidden))
+      !HaveCount({z, *dz, *hidden}, s.pixels * s.hidden) || !HaveCount({x, *dx}, s.pixels * s.inputs) ||
+      !HaveCount({*dbias1}, s.hidden) || !HaveCount({*dkernel1}, s.inputs * s.hidden) ||
+      !HaveCount({*dkernel2}, s.hidden * s.outputs))
     return Invalid("shapes of a bottleneck's gradient do not fit");
   float *dx_to = dx->typed_data(), *dz_to = dz->typed_data(), *hidden_to = hidden->typed_data();
   const float* z_from = z.typed_data();
@@ -197,6 +199,8 @@ ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array z, Array kernel1, 
   float* total = sums_of_dz.get() + blocks.count * blocks.step;
   AddRows(sums_of_dz.get(), blocks.count, blocks.step, total);
   std::memcpy(dbias1->typed_data(), total, s.hidden * sizeof(float));
+  MultiplyOverPixels(pool, s.pixels, x.typed_data(), s.inputs, dz_to, s.hidden, dkernel1->typed_data());
+  MultiplyOverPixels(pool, s.pixels, hidden_to, s.hidden, g.typed_data(), s.outputs, dkernel2->typed_data());
   return ffi::Error::Success();
 }
 
@@ -237,8 +241,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetBottleneckGradient, BottleneckGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-        .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-        .Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
+        .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+        .Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
 // clang-format on
 
 #pragma GCC visibility pop
