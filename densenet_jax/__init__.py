@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
     from densenet_jax.models.variants import list_models
     from densenet_jax.predict.predictor import Predictor
-    from densenet_jax.training.checkpoint import load_checkpoint
+    from densenet_jax.training.restore import load_checkpoint
 
 __all__ = [
     "Predictor",
@@ -36,7 +36,7 @@ _MODULES = {
     "UserError": "errors",
     "create_model": "models.create",
     "list_models": "models.variants",
-    "load_checkpoint": "training.checkpoint",
+    "load_checkpoint": "training.restore",
     "load_pretrained": "models.pretrained",
     "save_torch_state_dict": "models.pretrained",
 }

@@ -174,17 +174,8 @@ def _define_flags(values: flags.FlagValues) -> None:
             define(flag.name, default, **common)
 
 
-_OF_TABLES = (
-    "data.table",
-    "data.image_column",
-    "data.label_columns",
-    "data.label_separator",
-    "data.label_none",
-    "data.split_column",
-    "data.split_lists",
-    "data.group_column",
-    "data.empty",
-)
+# Keys that only tables have, or how they begin.
+_OF_TABLES = tuple(f"data.{start}" for start in ("table", "image_column", "label_", "split_", "group_column", "empty"))
 
 
 def _check_read(command: Command, name: str) -> None:
@@ -194,7 +185,8 @@ def _check_read(command: Command, name: str) -> None:
         UserError: it does not read one of them.
     """
     for key in command.overrides:
-        kinds = ("table",) if key in _OF_TABLES else ("folder", "table") if key == "data.class_order" else (name,)
+        kinds = ("folder", "table") if key == "data.class_order" else (name,)
+        kinds = ("table",) if key.startswith(_OF_TABLES) else kinds
         if name not in kinds:
             raise UserError(
                 f"config.{key} is for config.data.name={' or '.join(kinds)}, but that is {name!r}; leave it out, or "

@@ -13,7 +13,7 @@ from densenet_jax.config import flatten, to_dict
 from densenet_jax.config.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.distributed import processes
 from densenet_jax.errors import check_installed
-from densenet_jax.flags import Command
+from densenet_jax.flags import MODES, Command
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import user_cache
 from densenet_jax.system.logs import set_up_logging, start_quietly
@@ -72,7 +72,7 @@ def eval_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     from densenet_jax.report.per_class import ClassTables
     from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
     from densenet_jax.training.best_metric import describe_figures
-    from densenet_jax.training.checkpoint import describe_checkpoints
+    from densenet_jax.training.restore import describe_checkpoints
 
     del command
     experiment = Experiment(config)
@@ -231,27 +231,16 @@ def schedule_mode(config: Config, workdir: str, command: Command) -> dict[str, A
     examples, counted = experiment.data.count_train_examples()
     if not counted:
         print_status(f"{config.data.name} is not prepared here; taking its known {examples:,} training images")
-    timeline = experiment.timeline_of(examples)
     title = f"{config.optim.schedule}, {config.model.name}"
-    return plot_schedule(experiment.schedule_of(timeline), timeline, workdir, title)
+    return plot_schedule(experiment.schedule, experiment.timeline, workdir, title)
 
 
 def prepare_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Prepares the data set of the settings where it is not yet prepared, and verifies every image of it."""
-    from densenet_jax.data.settings import Labels, TableSettings
     from densenet_jax.run.prepare import prepare_and_verify
 
     del workdir, command  # data sets lie in config.data.dir
-    data = config.data
-    splits = prepare_and_verify(
-        data.name,
-        data.dir,
-        pixel_range=tuple(data.pixel_range),
-        dicom_frame=data.dicom_frame,
-        table=TableSettings.from_config(config),
-        labels=Labels.from_config(config),
-    )
-    return {"name": data.name, "splits": splits}
+    return {"name": config.data.name, "splits": prepare_and_verify(config)}
 
 
 def data_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
@@ -283,18 +272,7 @@ def parameters_mode(config: Config, workdir: str, command: Command) -> dict[str,
 
 
 FUNCTIONS: dict[str, Callable[[Config, str, Command], dict[str, Any]]] = {
-    "train": train_mode,
-    "eval": eval_mode,
-    "calibrate": calibrate_mode,
-    "predict": predict_mode,
-    "export": export_mode,
-    "prepare": prepare_mode,
-    "data": data_mode,
-    "schedule": schedule_mode,
-    "parameters": parameters_mode,
-    "plan": plan_mode,
-    "report": report_mode,
-    "serve": serve_mode,
+    mode: globals()[f"{mode}_mode"] for mode in MODES
 }
 # Settings in which hosts may differ: where data are and how they are read.
 _OF_THE_HOST = ("data.dir", "data.table", "data.reader_threads", "data.prefetch_batches")

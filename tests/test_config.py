@@ -75,6 +75,13 @@ def test_default_values_pass_their_own_check():
         ("eval.checkpoint", "newest"),
         ("optim.learning_rate", 0.0),
         ("optim.freeze", "("),
+        ("optim.name", "adam"),
+        ("optim.schedule", "linear"),
+        ("optim.cycle_multiplier", 0.5),
+        ("optim.cycle_decay", 0.0),
+        ("optim.rise_fraction", 1.0),
+        ("optim.start_divisor", 0.5),
+        ("optim.rate_multipliers", (("(", 1.0),)),
     ],
 )
 def test_value_out_of_range_names_key_value_and_expectation(key, value):

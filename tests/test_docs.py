@@ -19,12 +19,11 @@ from typing import NamedTuple
 import pytest
 
 from configs import default
+from densenet_jax.choices import OPTIMIZERS, SCHEDULES
 from densenet_jax.cli import parse
 from densenet_jax.config import check_config, flatten
 from densenet_jax.flags import MODES
 from densenet_jax.models.variants import VARIANTS
-from densenet_jax.training.optimizer import OPTIMIZERS
-from densenet_jax.training.schedules import SCHEDULES
 from tests.running import ROOT, environment
 from tests.small_checkout import copy_checkout
 

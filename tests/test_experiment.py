@@ -97,9 +97,9 @@ def test_training_with_kernels_that_are_not_there_is_refused(monkeypatch, tmp_pa
 
 def test_growth_and_blocks_of_a_variant_can_be_changed(tmp_path):
     changes = {"data.dir": str(tmp_path), "model.growth_rate": 4, "model.block_sizes": (1, 2)}
-    model = experiment(digits, **changes).model
-    assert (model.growth_rate, model.block_sizes) == (4, (1, 2))
-    assert experiment(digits, **{"data.dir": str(tmp_path)}).model.block_sizes == (3, 3, 3)
+    changed = experiment(digits, **changes).model.architecture
+    assert (changed.growth_rate, changed.block_sizes) == (4, (1, 2))
+    assert experiment(digits, **{"data.dir": str(tmp_path)}).model.architecture.block_sizes == (3, 3, 3)
     with pytest.raises(UserError, match="has no setting 'growth_rate'"):
         _ = experiment(digits, **changes, **{"model.name": "dpn68"}).model
 

@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import runpy
 import sys
-from types import ModuleType
 from typing import Any
 
 from densenet_jax.errors import UserError
@@ -52,12 +52,12 @@ def load(recipe: str) -> Any:
         UserError: there is no such recipe, or it is not one.
     """
     path, _, choice = recipe.partition(":")
-    module = _module(_find(path))
-    if not callable(getattr(module, "get_config", None)):
+    get_config = _run(_find(path)).get("get_config")
+    if not callable(get_config):
         raise UserError(
             f"--config {path} has no function get_config() that returns the settings; see configs/digits.py."
         )
-    return (module.get_config(choice) if choice else module.get_config()).lock()
+    return (get_config(choice) if choice else get_config()).lock()
 
 
 def defaults() -> Any:
@@ -84,17 +84,13 @@ def _find(path: str) -> pathlib.Path:
     raise UserError(f"--config {path}: there is no such recipe or file; {' '.join([*nearest, '--help lists them'])}.")
 
 
-def _module(path: pathlib.Path) -> ModuleType:
+def _run(path: pathlib.Path) -> dict[str, Any]:
+    """Runs a recipe and returns its global names."""
     _register_configs()
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        return runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
     except SyntaxError as error:
         raise UserError(f"--config {path} is not Python: {error.msg} in line {error.lineno}.") from error
-    return module
 
 
 def _register_configs() -> None:

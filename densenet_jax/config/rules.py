@@ -1,5 +1,6 @@
 """The rules of all settings, and their check."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,14 +13,14 @@ import ml_collections
 
 from densenet_jax.choices import DTYPES, KERNELS_WANTED, LOSSES, OPTIMIZERS, PROFILE, SCHEDULES, parse_weights
 from densenet_jax.errors import UserError
-from densenet_jax.training.best_metric import METRICS
+from densenet_jax.training.best_metric import METRIC_WORDS
 
-_Rule = tuple[str, Callable[[Any], bool]]  # expectation, check; a check that raises met another type
+_Rule = tuple[str, Callable[[Any], object]]  # expectation, check; a check that raises met another type
 _LARGEST = 3.4e38  # finite float32
 
 
 def _one_of(*values: str | int) -> _Rule:
-    *most, last = map(str, values)
+    *most, last = (str(value) or "empty" for value in values)
     return f"{', '.join(most)} or {last}", lambda value: value in values
 
 
@@ -31,19 +32,16 @@ def _whole(low: int, high: int = 2**31 - 1) -> _Rule:
     return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
 
 
-def _each(expected: str, accepts: Callable[[float], bool], count: int = 0) -> _Rule:
-    """Makes the rule for a tuple of `count` numbers (0: any number of them)."""
+def _each(expected: str, accepts: Callable[[float], bool], counts: tuple[int, ...] = ()) -> _Rule:
+    """Makes the rule for a tuple of as many numbers as `counts` has; () is any number."""
     right = _number("", accepts)[1]
-    return expected, lambda value: len(value) in (count or len(value),) and all(map(right, value))
+    return expected, lambda value: len(value) in (counts or (len(value),)) and all(map(right, value))
 
 
 def _is_regular_expression(value: str) -> bool:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            re.compile(value)
-    except re.error:
-        return False
-    return True
+    with contextlib.suppress(re.error), warnings.catch_warnings(action="ignore"):
+        return bool(re.compile(value))
+    return False
 
 
 def _is_pairs(value: Any) -> bool:
@@ -71,10 +69,7 @@ _SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
 
 # In the order of configs/default.py.
 RULES: dict[str, _Rule] = {
-    "profile": (
-        "STEP:COUNT, both from 1 on, or empty",
-        lambda value: value == "" or PROFILE.fullmatch(value) is not None,
-    ),
+    "profile": ("STEP:COUNT, both from 1 on, or empty", lambda value: value == "" or PROFILE.fullmatch(value)),
     "seed": _whole(0, 2**63 - 1),
     "model.name": _NAME,
     "model.pretrained": _TEXT,
@@ -93,7 +88,7 @@ RULES: dict[str, _Rule] = {
     "model.remat": _SWITCH,
     "model.block_form": (
         "normalize_once, plain, or normalize_once_cpu, _tpu or _gpu",
-        lambda value: value == "plain" or re.fullmatch("normalize_once(_cpu|_tpu|_gpu)?", value) is not None,
+        lambda value: re.fullmatch("plain|normalize_once(_cpu|_tpu|_gpu)?", value),
     ),
     "model.kernels": _one_of(*KERNELS_WANTED),
     "data.name": _NAME,
@@ -146,7 +141,7 @@ RULES: dict[str, _Rule] = {
     "data.prefetch_batches": _whole(1, 2**16),
     "augment.flip": _SWITCH,
     "augment.pad_px": _whole(0, _SIDE),
-    "augment.color_jitter": _each("three strengths from 0 on", lambda value: value >= 0, count=3),
+    "augment.color_jitter": _each("three strengths from 0 on", lambda value: value >= 0, counts=(3,)),
     "augment.rand_layers": _whole(0, 64),
     "augment.rand_magnitude": _number("a strength from 0 to 10", lambda value: 0 <= value <= 10),
     "augment.erase_mode": _one_of("zero", "color", "pixel"),
@@ -162,11 +157,8 @@ RULES: dict[str, _Rule] = {
     "train.microbatches": _whole(1),
     "train.sharding": _one_of("replicated", "fsdp"),
     "train.average_decay": _BELOW_1,
-    "train.loss": (f"{', '.join(LOSSES)} or empty", lambda value: value in ("", *LOSSES)),
-    "train.loss_gammas": (
-        "two powers from 0 on, or ()",
-        lambda value: len(value) in (0, 2) and all(map(_NOT_NEGATIVE[1], value)),
-    ),
+    "train.loss": _one_of(*LOSSES, ""),
+    "train.loss_gammas": _each("two powers from 0 on, or ()", lambda value: value >= 0, counts=(0, 2)),
     "train.loss_margin": _BELOW_1,
     "train.class_weights": (
         "none, balanced or one number above 0 a class, such as (2.0, 1.0)",
@@ -183,7 +175,7 @@ RULES: dict[str, _Rule] = {
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.decay_norm_and_bias": _SWITCH,
     "optim.clip_grad_norm": _NOT_NEGATIVE,
-    "optim.betas": _each("two shares in [0, 1), such as (0.9, 0.999)", lambda value: 0 <= value < 1, count=2),
+    "optim.betas": _each("two shares in [0, 1), such as (0.9, 0.999)", lambda value: 0 <= value < 1, counts=(2,)),
     "optim.rms_decay": _BELOW_1,
     "optim.epsilon": _NOT_NEGATIVE,
     "optim.freeze": ("a regular expression", _is_regular_expression),
@@ -193,7 +185,7 @@ RULES: dict[str, _Rule] = {
     "optim.milestone_epochs": _each("epochs above 0, at most a million", lambda value: 0 < value <= 1e6),
     "optim.milestone_steps": ("whole numbers from 1 on", lambda value: all(map(_whole(1)[1], value))),
     "optim.milestone_rates": _each("rates from 0 on", lambda value: value >= 0),
-    "optim.decay_factor": _number("more than 0", lambda value: value > 0),
+    "optim.decay_factor": _POSITIVE,
     "optim.decay_epochs": _EPOCHS,
     "optim.decay_steps": _STEPS,
     "optim.staircase": _SWITCH,
@@ -208,26 +200,23 @@ RULES: dict[str, _Rule] = {
     "optim.warmup_epochs": _EPOCHS,
     "optim.warmup_steps": _STEPS,
     "optim.warmup_learning_rate": _NOT_NEGATIVE,
-    "eval.every_epochs": _number("more than 0", lambda value: value > 0),
+    "eval.every_epochs": _POSITIVE,
     "eval.batch_size": _whole(0),
     "eval.image_size_px": _whole(0, _SIDE),
     "eval.crop_fraction": _SHARE,
-    "eval.interpolation": ("bilinear, bicubic or empty", lambda value: value in ("", "bilinear", "bicubic")),
+    "eval.interpolation": _one_of("bilinear", "bicubic", ""),
     "eval.crops": _one_of(1, 10),
-    "eval.class_map": ("present or empty", lambda value: value in ("", "present")),
+    "eval.class_map": _one_of("present", ""),
     "eval.per_class_output": _TEXT,
     "eval.confusion_output": _TEXT,
     "eval.checkpoint": (
         "latest, best or a step",
         lambda value: value in ("latest", "best") or (str(value).isdecimal() and str(value).isascii()),
     ),
-    "checkpoint.best_metric": (f"{', '.join(METRICS)} or empty", lambda value: value in ("", *METRICS)),
+    "checkpoint.best_metric": _one_of(*METRIC_WORDS, ""),
     "checkpoint.every_steps": _whole(1),
     "checkpoint.max_to_keep": _whole(1),
-    "serve.batch_sizes": (
-        "sizes from 1 to 1024",
-        lambda value: bool(value) and all(map(_whole(1, 1024)[1], value)),
-    ),
+    "serve.batch_sizes": ("sizes from 1 to 1024", lambda value: value and all(map(_whole(1, 1024)[1], value))),
     "serve.batch_wait_secs": _number("a time from 0 to 10", lambda value: 0 <= value <= 10),
     "serve.request_secs": _POSITIVE,
     "serve.stop_secs": _number("a time from 0 to 600", lambda value: 0 <= value <= 600),

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from densenet_jax.system.console import redirect
+
 _SPEAKING: list["LastWord"] = []  # keeps handlers alive: C holds only their address
 
 
@@ -42,15 +44,11 @@ class LastWord:
     def alone(self) -> Iterator[None]:
         """Drops everything written to standard error inside, except the handler's line."""
         sys.stderr.flush()
-        self._stderr = os.dup(2)
-        with tempfile.TemporaryFile() as held_back:
-            os.dup2(held_back.fileno(), 2)
-            try:
+        try:
+            with tempfile.TemporaryFile() as held_back, redirect(2, held_back.fileno()) as self._stderr:
                 yield
-            finally:
-                os.dup2(self._stderr, 2)
-                os.close(self._stderr)
-                self._stderr = 2
+        finally:
+            self._stderr = 2
 
     def _speak(self, _: int) -> None:
         os.write(self._stderr, f"error: {self._message}\n".encode())

@@ -55,16 +55,13 @@ def find_cluster(
 
 
 def _from_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
-    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-    if missing := [name for name, value in given.items() if value is None]:
+    if coordinator is None or num_processes is None or process_id is None:
+        given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+        missing = " and ".join(name for name, value in given.items() if value is None)
         present = next(name for name, value in given.items() if value is not None)
         raise UserError(
-            f"{present} is given without {' and '.join(missing)}; give all three, or none where SLURM or a TPU slice "
-            "tells them."
+            f"{present} is given without {missing}; give all three, or none where SLURM or a TPU slice tells them."
         )
-    assert coordinator is not None
-    assert num_processes is not None
-    assert process_id is not None
     address = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", coordinator)
     if address is None or not 0 < int(address.group(2)) < 2**16:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as 10.0.0.2:8476.")

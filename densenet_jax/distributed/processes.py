@@ -25,6 +25,7 @@ from densenet_jax.distributed.abort import LastWord
 from densenet_jax.distributed.cluster import Cluster
 from densenet_jax.distributed.preemption import Preempted
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.system.console import redirect
 
 _JOIN_SECS = 30  # to wait for all processes; JAX adds up to ten
 _SILENCE_SECS = 30  # without a heartbeat until a process counts as dead
@@ -184,14 +185,11 @@ def _connect(cluster: Cluster, last_word: LastWord, stops_together: bool) -> Non
 def _only_the_result_on_stdout() -> Iterator[None]:
     """Redirects standard output to standard error: gloo prints its connections there."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    with redirect(1, 2):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 def _part(watch: "_Watch", last_word: LastWord) -> None:

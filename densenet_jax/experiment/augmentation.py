@@ -1,6 +1,5 @@
 """Makes the augmentation of `config.augment`, which runs inside the jitted step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,21 +10,13 @@ from densenet_jax.augment.color import color_jitter
 from densenet_jax.augment.erasing import random_erase
 from densenet_jax.augment.mixup import mix
 from densenet_jax.augment.randaugment import rand_augment
+from densenet_jax.dtypes import DType
 from densenet_jax.rng import Purpose, example_keys, step_key
 from densenet_jax.training.steps import Augment
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
-
-def normalize_with(mean_std: Statistics, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function from bytes to normalized floats, as in evaluation."""
-    mean, std = mean_std
-    return lambda images: augment.normalize(images, mean, std, dtype)
-
-
-def augment_of(config: Any, mean_std: Statistics, num_classes: int, dtype: Any) -> Augment:
+def augment_of(config: Any, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, dtype: DType) -> Augment:
     """Returns the augmentation of images and labels in training, as a function of (seed, step, example)."""
-    mean, std = mean_std
 
     def apply(images: jax.Array, labels: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         def keys(purpose: Purpose) -> jax.Array:

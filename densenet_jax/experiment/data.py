@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from densenet_jax.data.sources import open_source
 from densenet_jax.data.summary import look_at_pixels
 from densenet_jax.data.tfds_source import default_directory, is_prepared
 from densenet_jax.data.transforms import ResizedCenterCrop, eval_transform, train_transform
-from densenet_jax.errors import UserError
+from densenet_jax.errors import UserError, list_some
 from densenet_jax.models.pretrained import read_class_names
 from densenet_jax.models.published import Preprocessing
 
@@ -133,25 +132,25 @@ class Data:
             UserError: the file has the classes in another order.
         """
         names, classes = read_class_names(weights), self.eval_source.class_names
-        if names and is_contradiction(names, classes) and len(names) == len(classes):
+        weights_have, data_have = (list_some(list(map(repr, some)), 4) for some in (names, classes))
+        is_comparable = len(names) == len(classes)
+        if is_comparable and is_contradiction(names, classes):
             if not self.config.data.allow_changed:
                 raise UserError(
-                    f"{weights} has the classes {_first(names)}, but the data set {_first(classes)}; name a file with "
+                    f"{weights} has the classes {weights_have}, but the data set {data_have}; name a file with "
                     "the weights' order as config.data.class_order, or set config.data.allow_changed=True."
                 )
-        elif names and len(names) == len(classes) and names != tuple(classes):
-            self._warn_once("weights", f"{weights} has the classes {_first(names)}, the data set {_first(classes)}.")
-        elif not names and os.path.isfile(weights) and self._is_order_doubtful():
-            natural = order_classes(classes, "natural")
+        elif is_comparable and names != tuple(classes):
+            self._warn_once("weights", f"{weights} has the classes {weights_have}, the data set {data_have}.")
+        elif not names and os.path.isfile(weights) and self.config.data.name == "folder":
+            if self.config.data.class_order != "text" or not orders_differ(classes):
+                return
+            natural = list_some(list(map(repr, order_classes(classes, "natural"))), 4)
             self._warn_once(
                 "order",
-                f"{weights} doesn't name its classes; this data set's are in text order ({_first(classes)}), timm's "
-                f"would be in natural order ({_first(natural)}): config.data.class_order=natural.",
+                f"{weights} doesn't name its classes; this data set's are in text order ({data_have}), timm's "
+                f"would be in natural order ({natural}): config.data.class_order=natural.",
             )
-
-    def _is_order_doubtful(self) -> bool:
-        is_text = self.config.data.name == "folder" and self.config.data.class_order == "text"
-        return is_text and orders_differ(self.eval_source.class_names)
 
     @functools.cached_property
     def train_bits(self) -> int:
@@ -217,13 +216,9 @@ class Data:
         """Yields this process's shares of the global batches from `start_step` on, without end."""
         config = self.config
         transform = train_transform(
-            bits=self.train_bits,
-            pixel_range=tuple(config.data.pixel_range),
-            dicom_frame=config.data.dicom_frame,
-            apply_exif_orientation=config.data.exif_orientation,
+            **self._decoding(self.train_bits, config.data.exif_orientation),
             kind=config.data.crop,
             image_size_px=config.data.image_size_px,
-            channels=config.data.channels,
             area_range=config.data.crop_area,
             aspect_range=config.data.crop_aspect,
             interpolation=config.data.interpolation,
@@ -261,14 +256,19 @@ class Data:
         return eval_transform(
             image_size_px=side,
             resize_px=round(side / (config.eval.crop_fraction or self.preprocessing.crop_fraction)),
-            channels=config.data.channels,
             interpolation=config.eval.interpolation or self.preprocessing.interpolation,
-            apply_exif_orientation=apply_exif_orientation,
-            bits=bits,
-            pixel_range=tuple(config.data.pixel_range),
-            dicom_frame=config.data.dicom_frame,
+            **self._decoding(bits, apply_exif_orientation),
             crops=5 if config.eval.crops == 10 else 1,  # mirrored on the accelerator
         )
+
+    def _decoding(self, bits: int, apply_exif_orientation: bool) -> dict[str, Any]:
+        return {
+            "bits": bits,
+            "pixel_range": tuple(self.config.data.pixel_range),
+            "dicom_frame": self.config.data.dicom_frame,
+            "apply_exif_orientation": apply_exif_orientation,
+            "channels": self.config.data.channels,
+        }
 
     def _look_at(self, source: Source) -> int:
         bits, warnings = look_at_pixels(source)
@@ -305,7 +305,3 @@ class Data:
             "reader_threads": config.data.reader_threads,
             "prefetch_batches": config.data.prefetch_batches,
         }
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")

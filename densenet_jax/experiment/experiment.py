@@ -10,14 +10,13 @@ import jax.numpy as jnp
 
 from densenet_jax.data.identity import read_identity
 from densenet_jax.errors import UserError
-from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.experiment.parts import Parts
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import EvalSums, PredictStep, make_eval_step, make_logits_step, make_predict_step
-from densenet_jax.training.restore import check_same_shapes, restore_variables
+from densenet_jax.training.restore import check_same_shapes, find_checkpoint, restore_variables
 from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import TrainStep
 
@@ -82,8 +81,6 @@ class Experiment(Parts):
         Raises:
             UserError: `workdir` has no such checkpoint, or it is of another model.
         """
-        from densenet_jax.training.checkpoint import find_checkpoint  # loads Orbax, which checks don't need
-
         directory, step = find_checkpoint(workdir, str(self.config.eval.checkpoint), self.config.checkpoint.best_metric)
         self.data.check_same(read_identity(workdir, step), f"step {step} of {workdir}")
         variables = restore_variables(directory, step, sharding.replicated(self.mesh))
@@ -108,7 +105,9 @@ class Experiment(Parts):
             average_decay=config.train.average_decay,
             mesh=self.mesh if config.train.sharding == "fsdp" else None,
         )
-        pixel = jnp.uint16 if self._train_bits == 16 else jnp.uint8
+        # When planning, 8 bits unless a pixel range is set, since the data set need not be here.
+        is_planned = self.absent_devices is not None and not config.data.pixel_range
+        pixel = jnp.uint8 if is_planned or self.data.train_bits != 16 else jnp.uint16
         batch = self._abstract_batch(config.train.global_batch_size, image=(self.data.train_shape, pixel))
         everywhere = sharding.replicated(self.mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings_of(self.abstract_state), everywhere))
@@ -128,26 +127,25 @@ class Experiment(Parts):
                 "config.checkpoint.best_metric expect one class an image, but "
                 f"{self.config.data.name} has several; leave them empty."
             )
-        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
-        step = make_eval_step(self.model, normalize, classes=self.data.allowed_classes, confusion=confusion)
+        step = make_eval_step(self.model, self.normalize, classes=self.data.allowed_classes, confusion=confusion)
         transform = self.data.eval_transform()
         rows: dict[str, Any] = {"mask": ((), jnp.bool_)}
         if self.data.eval_source.label_sets:
             rows["label_set"] = ((self.num_classes,), jnp.bool_)
         batch = self._abstract_batch(self.data.eval_batch_size, image=(transform.shape, transform.dtype), **rows)
         jitted = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
-        return jitted.lower(self._abstract_variables(), batch).compile()
+        return jitted.lower(sharding.with_sharding(self._variable_shapes(), self.layout), batch).compile()
 
     def compile_predict_step(self) -> PredictStep:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
-        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
-        step = make_predict_step(self.model, normalize, classes=self.data.allowed_classes, many_labels=self.many_labels)
+        step = make_predict_step(
+            self.model, self.normalize, classes=self.data.allowed_classes, many_labels=self.many_labels
+        )
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def compile_logits_step(self) -> PredictStep:
         """Makes the step that returns the logits of every example, compiled on first use."""
-        normalize = normalize_with(self.data.mean_std(), self.policy.compute_dtype)
-        step = make_logits_step(self.model, normalize, classes=self.data.allowed_classes)
+        step = make_logits_step(self.model, self.normalize, classes=self.data.allowed_classes)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:
@@ -185,9 +183,6 @@ class Experiment(Parts):
         images = jnp.zeros((1, *self.data.train_shape))
         shapes = jax.eval_shape(lambda key: self.model.init(key, images, train=False), jax.random.key(0))
         return {"batch_stats": {}, **shapes}  # {} where the model has none
-
-    def _abstract_variables(self) -> dict[str, Any]:
-        return sharding.with_sharding(self._variable_shapes(), self.layout)
 
     def _laid_out(self, variables: dict[str, Any]) -> dict[str, Any]:
         return jax.device_put(variables, sharding.shardings_of(sharding.with_sharding(variables, self.layout)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from densenet_jax.augment.basic import normalize
+from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.augmentation import augment_of
 from densenet_jax.experiment.data import Data
@@ -20,7 +23,7 @@ from densenet_jax.models.variants import Variant, get_variant
 from densenet_jax.training import sharding
 from densenet_jax.training.best_metric import BEST_METRICS
 from densenet_jax.training.losses import Loss
-from densenet_jax.training.precision import Policy, get_policy
+from densenet_jax.training.precision import get_dtype
 from densenet_jax.training.schedules import Schedule
 from densenet_jax.training.state import StateRecipe, TrainState
 from densenet_jax.training.steps import Augment
@@ -48,16 +51,10 @@ class Parts:
 
     @functools.cached_property
     def timeline(self) -> Timeline:
-        """Steps at which something is due."""
-        if self.absent_devices is not None:
-            return self.timeline_of(self.data.count_train_examples()[0])
-        return self.timeline_of(len(self.data.train_source))
-
-    def timeline_of(self, examples: int) -> Timeline:
-        """Makes the timeline of training on this number of images."""
+        """Steps at which something is due; without the data set, by its known size."""
         config = self.config
         return Timeline(
-            examples=examples,
+            examples=self.data.count_train_examples()[0],
             global_batch_size=config.train.global_batch_size,
             epochs=config.train.epochs,
             eval_every_epochs=config.eval.every_epochs,
@@ -74,10 +71,8 @@ class Parts:
         """
         if self.head_classes:
             return self.head_classes
-        config = self.config
-        planned = self.absent_devices is not None
+        config, count = self.config, self.data.count_classes()
         asked = config.model.num_classes
-        count = self.data.count_classes() if planned else self.data.eval_source.num_classes
         if asked and asked != count:
             raise UserError(
                 f"config.model.num_classes is {asked}, but {config.data.name} has {count} classes; "
@@ -86,23 +81,25 @@ class Parts:
         return count
 
     @functools.cached_property
-    def policy(self) -> Policy:
-        """Precision policy."""
-        return get_policy(self.config.model.dtype)
+    def dtype(self) -> DType:
+        """Dtype of activations and products."""
+        return get_dtype(self.config.model.dtype)
 
     @functools.cached_property
     def model(self) -> nn.Module:
         """Flax module."""
-        config = self.config
+        config, form = self.config, self.config.model.block_form
+        if self.absent_devices and form == "normalize_once":
+            form = f"{form}_{self._platform}"
         return create_model(
             config.model.name,
             num_classes=self.num_classes,
-            dtype=self.policy.compute_dtype,
+            dtype=self.dtype,
             classifier_dropout=config.model.classifier_dropout,
             layer_dropout=config.model.layer_dropout,
             drop_path_rate=config.model.drop_path,
             remat=config.model.remat,
-            block_form=self._block_form,
+            block_form=form,
             kernels=config.model.kernels,
             mesh=self._all_devices,
             batch_norm_momentum=config.model.batch_norm_momentum,
@@ -121,12 +118,6 @@ class Parts:
         return {name: value for name, value in changes.items() if value}
 
     @property
-    def _block_form(self) -> str:
-        """Implementation of dense blocks, for the planned chips where it depends on the chip."""
-        form = self.config.model.block_form
-        return f"{form}_{self._platform}" if self.absent_devices and form == "normalize_once" else form
-
-    @property
     def _platform(self) -> str:
         """Platform of the chips: "cpu", "tpu" or "gpu"."""
         platform = (self.absent_devices or jax.devices())[0].platform
@@ -138,16 +129,12 @@ class Parts:
         Raises:
             UserError: they don't, on these chips or in this precision.
         """
-        check_wanted(self.config.model.kernels, self._platform, self.policy.compute_dtype)
+        check_wanted(self.config.model.kernels, self._platform, self.dtype)
 
     @functools.cached_property
     def schedule(self) -> Schedule:
         """Learning rate as a function of the step."""
-        return self.schedule_of(self.timeline)
-
-    def schedule_of(self, timeline: Timeline) -> Schedule:
-        """Makes the learning rate as a function of the step for this timeline."""
-        return schedule_of(self.config, timeline)
+        return schedule_of(self.config, self.timeline)
 
     @functools.cached_property
     def loss(self) -> Loss:
@@ -171,8 +158,8 @@ class Parts:
     def mesh(self) -> Mesh:
         """Mesh of all devices of all processes along one data axis, which must divide the batches."""
         mesh = self._all_devices
-        sharding.check_batch_size("config.train.global_batch_size", self.config.train.global_batch_size, mesh)
-        sharding.check_batch_size("config.eval.batch_size", self.data.eval_batch_size, mesh)
+        sharding.check_divides("config.train.global_batch_size", self.config.train.global_batch_size, mesh.size)
+        sharding.check_divides("config.eval.batch_size", self.data.eval_batch_size, mesh.size)
         return mesh
 
     @functools.cached_property
@@ -189,7 +176,7 @@ class Parts:
             self.config.seed,
             self.data.train_shape,
             averages=self.config.train.average_decay > 0,
-            scales_loss=self.policy.scales_loss,
+            scales_loss=self.config.model.dtype == "float16",
         )
 
     @functools.cached_property
@@ -218,17 +205,13 @@ class Parts:
             )
         return asked or next(iter(metrics))
 
-    @property
-    def mixes(self) -> bool:
-        """Whether training examples are mixtures, on which accuracy is naturally low."""
-        return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
+    @functools.cached_property
+    def normalize(self) -> Callable[[jax.Array], jax.Array]:
+        """Function from bytes to normalized floats, as in evaluation."""
+        mean, std = self.data.mean_std()
+        return functools.partial(normalize, mean=mean, std=std, dtype=self.dtype)
 
     @functools.cached_property
     def augment(self) -> Augment:
         """Augmentation of a batch of images and labels as a function of the step."""
-        return augment_of(self.config, self.data.mean_std(), self.num_classes, self.policy.compute_dtype)
-
-    @property
-    def _train_bits(self) -> int:
-        """Bits of a pixel; when planning, 8 unless a pixel range is set, since the data set need not be here."""
-        return 8 if self.absent_devices is not None and not self.config.data.pixel_range else self.data.train_bits
+        return augment_of(self.config, *self.data.mean_std(), self.num_classes, self.dtype)

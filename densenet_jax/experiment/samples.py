@@ -40,11 +40,9 @@ def title_of(label: np.ndarray, names: Sequence[str], many_labels: bool) -> str:
     """Names an example's class, or the labels or mixed classes that it has, with their shares."""
     if label.ndim == 0:
         return names[int(label)]
+    named = [(share, name) for share, name in zip(label.tolist(), names, strict=True) if share > _NAMED_SHARE]
     if many_labels:
-        present = [(share, name) for share, name in zip(label.tolist(), names, strict=True) if share > _NAMED_SHARE]
-        return ", ".join(name if share == 1 else f"{share:.0%} {name}" for share, name in present) or "none"
-    named = ((share, index) for index, share in enumerate(label.tolist()) if share > _NAMED_SHARE)
-    shares = sorted(named, reverse=True)
-    if len(shares) == 1:
-        return names[shares[0][1]]
-    return " + ".join(f"{share:.0%} {names[index]}" for share, index in shares)
+        return ", ".join(name if share == 1 else f"{share:.0%} {name}" for share, name in named) or "none"
+    if len(named) == 1:
+        return named[0][1]
+    return " + ".join(f"{share:.0%} {name}" for share, name in sorted(named, reverse=True))

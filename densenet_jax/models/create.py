@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from typing import Any
@@ -22,7 +21,14 @@ from densenet_jax.models.fused import BACKENDS, Fused
 from densenet_jax.models.fused.rdnet import FusedRDNet
 from densenet_jax.models.head import GLOBAL_POOLS, OUTPUTS, HeadOptions
 from densenet_jax.models.layers import NormOptions
-from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant, list_models
+from densenet_jax.models.variants import (
+    Architecture,
+    DenseNetArchitecture,
+    DualPathArchitecture,
+    RDNetArchitecture,
+    get_variant,
+    list_models,
+)
 
 __all__ = ["create_model", "list_models"]
 
@@ -101,9 +107,8 @@ def create_model(
         UserError: an unknown name or override, or a value outside its range.
     """
     variant = get_variant(name)
-    fields = _override(name, variant.architecture, architecture)
-    own_epsilon = fields.pop("epsilon")
-    epsilon = own_epsilon if batch_norm_epsilon is None else batch_norm_epsilon
+    network = _override(name, variant.architecture, architecture)
+    epsilon = network.epsilon if batch_norm_epsilon is None else batch_norm_epsilon
     num_classes = variant.num_classes if num_classes is None else num_classes
     try:
         re.compile(frozen_norms)
@@ -111,45 +116,35 @@ def create_model(
         raise UserError(f"frozen_norms={frozen_norms!r}: expected a regular expression ({error})") from error
     _check_rates(classifier_dropout=classifier_dropout, layer_dropout=layer_dropout, drop_path_rate=drop_path_rate)
     _check_numbers(num_classes, batch_norm_momentum, epsilon, batch_norm_group_size, test_time_pool_px)
+    _check_family(name, network, kernels, drop_path_rate, layer_dropout)
     if test_time_pool_px and global_pool != "avg":
         raise UserError(f"global_pool={global_pool!r}: expected 'avg' beside test_time_pool_px; set one of the two")
-    is_densenet = isinstance(variant.architecture, DenseNetArchitecture)
-    is_rdnet = isinstance(variant.architecture, RDNetArchitecture)
-    if kernels == "pallas" and not is_densenet:
-        raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
-    if drop_path_rate and not is_rdnet:
-        raise UserError(f"drop_path_rate={drop_path_rate}: {name} is no RDNet and drops no paths; set it to 0")
-    common: dict[str, Any] = {
-        "head_options": HeadOptions(
-            num_classes,
-            classifier_dropout,
-            test_time_pool_px,
-            dtype,
-            param_dtype,
-            _chosen("global_pool", global_pool),
-        ),
-        "output": _chosen("output", output),
-        **{"remat": remat, "dtype": dtype, "param_dtype": param_dtype},
-    }
+    pool = _chosen("global_pool", global_pool)
+    head = HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype, pool)
+    common: dict[str, Any] = {"head_options": head, "output": _chosen("output", output), "remat": remat}
+    common |= {"dtype": dtype, "param_dtype": param_dtype}
     implementation = _make_implementation(block_form, kernels, mesh)
-    if is_rdnet:  # layer norms only
+    if isinstance(network, RDNetArchitecture):  # layer norms only
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
-        common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate}
         parts = rdnet.PLAIN if block_form == "plain" else FusedRDNet()
-        return rdnet.RDNet(**fields, epsilon=epsilon, implementation=parts, **common)
-    common |= {
-        "norm_options": NormOptions(
-            epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms
-        ),
-        "implementation": implementation,
-    }
-    if is_densenet:
+        common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate, "implementation": parts}
+        return rdnet.RDNet(**vars(network), **common)
+    norms = NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms)
+    common |= {"norm_options": norms, "implementation": implementation}
+    if isinstance(network, DenseNetArchitecture):
         common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
-        return DenseNet(**fields, **common)
-    if layer_dropout:
+        return DenseNet(network, **common)
+    return DualPathNetwork(network, **common)
+
+
+def _check_family(name: str, network: Architecture, kernels: str, drop_path_rate: float, layer_dropout: float) -> None:
+    if kernels == "pallas" and not isinstance(network, DenseNetArchitecture):
+        raise UserError(f"kernels='pallas': {name} has no dense blocks that kernels exist for; set it to 'auto'")
+    if drop_path_rate and not isinstance(network, RDNetArchitecture):
+        raise UserError(f"drop_path_rate={drop_path_rate}: {name} is no RDNet and drops no paths; set it to 0")
+    if layer_dropout and isinstance(network, DualPathArchitecture):
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
-    return DualPathNetwork(**fields, **common)
 
 
 def _make_implementation(block_form: str, kernels: str, mesh: Mesh | None) -> Plain:
@@ -159,8 +154,8 @@ def _make_implementation(block_form: str, kernels: str, mesh: Mesh | None) -> Pl
     return PLAIN if platform == "plain" else Fused(platform, kernels, mesh)
 
 
-def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+def _override(name: str, row: Architecture, overrides: dict[str, Any]) -> Architecture:
+    fields = dict(vars(row))
     for key, value in overrides.items():
         if key in ("channels", "in_channels", "in_chans"):
             raise UserError(
@@ -173,11 +168,6 @@ def _override(name: str, row: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         if key == "growth_rate" and isinstance(fields[key], tuple) and isinstance(value, int):
             value = (value,) * len(overrides.get("block_sizes", fields["block_sizes"]))  # RDNet: one for all stages
         fields[key] = tuple(value) if isinstance(fields[key], tuple) else _chosen(key, value)
-    _check_architecture(fields)
-    return fields
-
-
-def _check_architecture(fields: dict[str, Any]) -> None:
     sizes, increments = fields["block_sizes"], fields.get("dense_increments")
     if not sizes or min(sizes) < 1:
         raise UserError(f"block_sizes={sizes}: expected at least one block, each of at least one layer")
@@ -190,6 +180,7 @@ def _check_architecture(fields: dict[str, Any]) -> None:
         raise UserError(f"block_sizes={sizes} and growth_rate={rate}: expected one growth rate a stage, or one number")
     if not 0 < fields.get("compression", 1) <= 1:
         raise UserError(f"compression={fields['compression']}: expected a share above 0, up to 1")
+    return type(row)(**fields)
 
 
 def _chosen(key: str, value: Any) -> Any:

@@ -22,7 +22,6 @@ from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
     Convolution,
-    Fan,
     FeatureMap,
     NormOptions,
     average_pool,
@@ -31,6 +30,7 @@ from densenet_jax.models.layers import (
     fold_key,
     max_pool,
 )
+from densenet_jax.models.variants import DenseNetArchitecture, Fan
 
 STEMS = ("plain", "deep", "deep_tiered", "cifar")
 
@@ -50,6 +50,13 @@ class BlockOptions:
     dropout_rate: float = 0.0
     dropout_every_convolution: bool = True
     remat: bool = False
+    init_fan: Fan = "fan_in"
+    param_dtype: DType = jnp.float32
+
+    @property
+    def types(self) -> dict[str, DType]:
+        """Types of activations and parameters."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 def concatenate(features: Sequence[Array]) -> Float[Array, "b h w c"]:
@@ -66,14 +73,12 @@ class DenseLayer(nn.Module):
     in_features: int
     growth_rate: int
     bottleneck_width: int
-    init_fan: Fan
     options: BlockOptions
-    param_dtype: DType
 
     def setup(self) -> None:
         """Declares the layer's norms and convolutions."""
-        types = {"dtype": self.options.dtype, "param_dtype": self.param_dtype}
-        kernels = {"init_fan": self.init_fan, **types}
+        types = self.options.types
+        kernels = {"init_fan": self.options.init_fan, **types}
         self.norm1 = BatchNorm(self.in_features, self.options.norm, **types)
         if not self.bottleneck_width:
             self.conv1 = Convolution(self.in_features, self.growth_rate, 3, **kernels)
@@ -165,9 +170,7 @@ class DenseBlock(nn.Module):
     num_layers: int
     growth_rate: int
     bottleneck_width: int = 4
-    init_fan: Fan = "fan_in"
     options: BlockOptions = BlockOptions()
-    param_dtype: DType = jnp.float32
     implementation: Plain = PLAIN
 
     @nn.compact
@@ -182,9 +185,7 @@ class DenseBlock(nn.Module):
                 x.shape[-1] + index * self.growth_rate,
                 self.growth_rate,
                 self.bottleneck_width,
-                self.init_fan,
                 self.options,
-                self.param_dtype,
                 name=f"denselayer{index + 1}",
             )
             for index in range(self.num_layers)
@@ -199,24 +200,21 @@ class Transition(nn.Module):
     features: int
     options: BlockOptions
     blur: bool
-    init_fan: Fan
-    param_dtype: DType
     implementation: Plain = PLAIN
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool) -> Float[Array, "b h2 w2 features"]:
         """Returns features at half the size, rounded down."""
         width, options = x.values.shape[-1], self.options
-        types = {"dtype": options.dtype, "param_dtype": self.param_dtype}
-        norm = BatchNorm(width, options.norm, name="norm", **types)
-        convolution = Convolution(width, self.features, init_fan=self.init_fan, name="conv", **types)
+        norm = BatchNorm(width, options.norm, name="norm", **options.types)
+        convolution = Convolution(width, self.features, init_fan=options.init_fan, name="conv", **options.types)
         drops = train and options.dropout_rate and options.dropout_every_convolution
         key = self.make_rng("dropout") if drops else None
         return self.implementation.transition(norm, convolution, x, train, self.blur, options.dropout_rate, key)
 
 
 class DenseNet(nn.Module):
-    """A DenseNet; the attributes up to init_fan are those of variants.DenseNetArchitecture.
+    """A DenseNet.
 
     Parameters are named as in the published PyTorch checkpoints: conv0, norm0, denseblock{i}/denselayer{j}/...,
     transition{i}/..., norm5, classifier.
@@ -225,14 +223,7 @@ class DenseNet(nn.Module):
         output: as for `create_model`; a pyramid has raw block outputs, the last one after norm and ReLU.
     """
 
-    growth_rate: int = 32
-    block_sizes: tuple[int, ...] = (6, 12, 24, 16)
-    stem: str = "plain"
-    stem_width: int | None = None
-    bottleneck_width: int = 4
-    compression: float = 0.5
-    blur: str = "none"
-    init_fan: Fan = "fan_in"
+    architecture: DenseNetArchitecture = DenseNetArchitecture()
     norm_options: NormOptions = NormOptions()
     head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0
@@ -250,56 +241,47 @@ class DenseNet(nn.Module):
         Raises:
             UserError: the images are smaller than the strides allow.
         """
-        self._check_size(*images.shape[1:3])
-        options = BlockOptions(
-            self.norm_options, self.dtype, self.layer_dropout, self.dropout_every_convolution, self.remat
-        )
-        shared = {"param_dtype": self.param_dtype, "implementation": self.implementation}
-        layers = self._stem_layers(images.shape[-1])
-        x = self.implementation.stem(layers, images.astype(self.dtype), train, jax.nn.relu, self.blur != "none")
-        stride = 1 if self.stem == "cifar" else 4
+        net, halvings = self.architecture, 2 ** (len(self.architecture.block_sizes) - 1)
+        height, width = images.shape[1:3]
+        check_size(height, width, halvings if net.stem == "cifar" else 4 * (halvings - 1) + 1)
+        drops = (self.layer_dropout, self.dropout_every_convolution)
+        options = BlockOptions(self.norm_options, self.dtype, *drops, self.remat, net.init_fan, self.param_dtype)
+        layers = self._stem_layers(images.shape[-1], options.types)
+        x = self.implementation.stem(layers, images.astype(self.dtype), train, jax.nn.relu, net.blur != "none")
+        stride = 1 if net.stem == "cifar" else 4
         pyramid = {}
-        for index, num_layers in enumerate(self.block_sizes, 1):
-            shape = (num_layers, self.growth_rate, self.bottleneck_width, self.init_fan)
-            features = DenseBlock(*shape, options, name=f"denseblock{index}", **shared)(x, train)
-            if index < len(self.block_sizes):
+        for index, num_layers in enumerate(net.block_sizes, 1):
+            block = (num_layers, net.growth_rate, net.bottleneck_width, options, self.implementation)
+            features = DenseBlock(*block, name=f"denseblock{index}")(x, train)
+            if index < len(net.block_sizes):
                 features = features._replace(values=tap(self, stride, features.values))
                 if self.output == "pyramid":
                     pyramid[stride] = features.raw(self.norm_options.epsilon)
-                width = int(features.values.shape[-1] * self.compression)
-                blur = self.blur == "all"
-                transition = Transition(width, options, blur, self.init_fan, name=f"transition{index}", **shared)
-                x = transition(features, train)
+                width = int(features.values.shape[-1] * net.compression)
+                transition = (width, options, net.blur == "all", self.implementation)
+                x = Transition(*transition, name=f"transition{index}")(features, train)
                 stride *= 2
-        types = (self.dtype, self.param_dtype)
-        norm = BatchNorm(features.values.shape[-1], self.norm_options, *types, name="norm5")
+        norm = BatchNorm(features.values.shape[-1], self.norm_options, name="norm5", **options.types)
         x = tap(self, stride, jax.nn.relu(norm(features, train)))
         return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng)
 
     @nn.nowrap
-    def _stem_layers(self, channels: int) -> list[tuple[Convolution, BatchNorm | None]]:
-        k = self.growth_rate
-        last = self.stem_width or 2 * k
+    def _stem_layers(self, channels: int, types: dict[str, DType]) -> list[tuple[Convolution, BatchNorm | None]]:
+        net, k = self.architecture, self.architecture.growth_rate
+        last = net.stem_width or 2 * k
         kernel_size, widths = {
             "plain": (7, (last,)),
             "deep": (3, (k, k, last)),
             "deep_tiered": (3, (3 * (k // 4), 6 * (k // 4), last)),
             "cifar": (3, (last,)),
-        }[self.stem]
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        }[net.stem]
         layers: list[tuple[Convolution, BatchNorm | None]] = []
         for index, (before, width) in enumerate(zip((channels, *widths), widths, strict=False)):
-            stride = 2 if index == 0 and self.stem != "cifar" else 1
-            kernel = (kernel_size, stride, 1, self.init_fan)
+            stride = 2 if index == 0 and net.stem != "cifar" else 1
+            kernel = (kernel_size, stride, 1, net.init_fan)
             convolution = Convolution(before, width, *kernel, name=f"conv{index}", **types)
             norm = None
-            if self.stem != "cifar":
+            if net.stem != "cifar":
                 norm = BatchNorm(width, self.norm_options, after_convolution=True, name=f"norm{index}", **types)
             layers.append((convolution, norm))
         return layers
-
-    @nn.nowrap
-    def _check_size(self, height: int, width: int) -> None:
-        halvings = 2 ** (len(self.block_sizes) - 1)
-        smallest = halvings if self.stem == "cifar" else 4 * (halvings - 1) + 1
-        check_size(height, width, smallest)

@@ -19,10 +19,10 @@ from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
     Convolution,
-    Fan,
     FeatureMap,
     NormOptions,
 )
+from densenet_jax.models.variants import DualPathArchitecture, Fan
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
@@ -189,7 +189,7 @@ PLAIN = Plain()
 
 
 class DualPathNetwork(nn.Module):
-    """A Dual Path Network; the attributes up to init_fan are those of variants.DualPathArchitecture.
+    """A Dual Path Network.
 
     Parameters are named as in the published PyTorch checkpoints: conv1_1, conv{2-5}_{j}/..., conv5_bn_ac/bn,
     classifier.
@@ -198,15 +198,7 @@ class DualPathNetwork(nn.Module):
         output: as for `create_model`; a pyramid has raw stage outputs, the last one normalized and activated.
     """
 
-    block_sizes: tuple[int, ...] = (3, 4, 20, 3)
-    dense_increments: tuple[int, ...] = (16, 32, 24, 128)
-    reduction_width: int = 96
-    groups: int = 32
-    stem_width: int = 64
-    small: bool = False
-    split_projection: bool = False
-    activation: str = "relu"
-    init_fan: Fan = "fan_in"
+    architecture: DualPathArchitecture = DualPathArchitecture()
     norm_options: NormOptions = NormOptions(epsilon=1e-3)
     head_options: HeadOptions = HeadOptions(1000)
     output: str = "logits"
@@ -218,27 +210,23 @@ class DualPathNetwork(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
         """Returns logits (or what output names) of normalized images."""
-        common = {
-            "norm_options": self.norm_options,
-            "init_fan": self.init_fan,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        stem = Stem(images.shape[-1], self.stem_width, 3 if self.small else 7, name="conv1_1", **common)
-        activation = ACTIVATIONS[self.activation]
+        net, last = self.architecture, len(self.architecture.block_sizes) - 1
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        common = {"norm_options": self.norm_options, "init_fan": net.init_fan, **types}
+        stem = Stem(images.shape[-1], net.stem_width, 3 if net.small else 7, name="conv1_1", **common)
+        activation = ACTIVATIONS[net.activation]
         x = self.implementation.stem([(stem.conv, stem.bn)], images.astype(self.dtype), train, activation)
         features, pyramid = FeatureMap(x), {}
-        for stage in range(len(self.block_sizes)):
+        for stage in range(last + 1):
             blocks = self._blocks(features.values.shape[-1], stage, common)
             features = self.implementation.stage(blocks, features, train, self.remat)
-            if stage + 1 < len(self.block_sizes):
+            if stage < last:
                 features = features._replace(values=tap(self, 4 * 2**stage, features.values))
             if self.output == "pyramid":
                 pyramid[4 * 2**stage] = features.raw(self.norm_options.epsilon)
         width = features.values.shape[-1]
-        stride = 2 ** (len(self.block_sizes) + 1)
-        x = NormActivation(width, self.activation, name="conv5_bn_ac", **common)(features, train)
-        x = pyramid[stride] = tap(self, stride, x)
+        x = NormActivation(width, net.activation, name="conv5_bn_ac", **common)(features, train)
+        x = pyramid[4 * 2**last] = tap(self, 4 * 2**last, x)
         return select_output(self.output, x, pyramid, self.head_options, train, self.make_rng)
 
     @nn.nowrap
@@ -247,19 +235,20 @@ class DualPathNetwork(nn.Module):
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(SAVED_BY_REMAT)
             make_block = nn.remat(DualPathBlock, static_argnums=(2,), policy=policy)
-        residual_width = 64 * 2**stage * (1 if self.small else 4)
-        increment = self.dense_increments[stage]
+        net = self.architecture
+        residual_width = 64 * 2**stage * (1 if net.small else 4)
+        increment = net.dense_increments[stage]
         return [
             make_block(
                 kind="normal" if index else ("down" if stage else "proj"),
                 in_features=residual_width + (index + 2) * increment if index else in_features,
-                width=self.reduction_width * 2**stage,
+                width=net.reduction_width * 2**stage,
                 residual_width=residual_width,
                 dense_increment=increment,
-                groups=self.groups,
-                split_projection=self.split_projection,
+                groups=net.groups,
+                split_projection=net.split_projection,
                 name=f"conv{stage + 2}_{index + 1}",
                 **common,
             )
-            for index in range(self.block_sizes[stage])
+            for index in range(net.block_sizes[stage])
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax
 import jax
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType, wide
 from densenet_jax.errors import UserError
+from densenet_jax.models.variants import Fan
 
-Fan = Literal["fan_in", "fan_out"]
 SAVED_BY_REMAT = "convolution"  # name of the values that rematerialization keeps
 
 

@@ -78,11 +78,12 @@ def load_pretrained(
     template = dict(_make_template(model, row.preprocessing.input_px, channels))
     if num_classes is None or wanted == own_count:
         return jax.tree.map(jnp.asarray, from_torch(state, template, str(source)))
-    head = template["params"]["classifier"]
+    width, count = template["params"]["classifier"]["kernel"].shape
     template["params"] = {key: value for key, value in template["params"].items() if key != "classifier"}
     body = {key: value for key, value in state.items() if key not in _HEAD}
     variables = jax.tree.map(jnp.asarray, from_torch(body, template, str(source)))
-    variables["params"]["classifier"] = _make_head(head["kernel"].shape, param_dtype, head_seed)
+    head = Classifier(count, param_dtype=param_dtype)
+    variables["params"]["classifier"] = head.init(jax.random.key(head_seed), jnp.zeros((1, width)))["params"]
     log.warning(
         "%s has %s classes, not %d: its body is kept, the classifier starts anew", source, own_count or "no", wanted
     )
@@ -115,11 +116,6 @@ def _class_count(state: Mapping[str, np.ndarray]) -> int | None:
 def _make_template(model: nn.Module, side_px: int, channels: int) -> Mapping[str, Any]:
     images = jax.ShapeDtypeStruct((1, side_px, side_px, channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
-def _make_head(shape: tuple[int, ...], param_dtype: DType, seed: int) -> dict[str, Any]:
-    head = Classifier(shape[1], param_dtype=param_dtype)
-    return dict(head.init(jax.random.key(seed), jnp.zeros((1, shape[0])))["params"])
 
 
 def save_torch_state_dict(
@@ -223,6 +219,7 @@ def read_state_dict(source: str | os.PathLike[str], average: str = "auto") -> di
 
 def _download(hub_id: str) -> str:
     import huggingface_hub
+    from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = hub_id.partition("@")
@@ -230,7 +227,7 @@ def _download(hub_id: str) -> str:
         try:
             return huggingface_hub.hf_hub_download(repository, filename, revision=revision or None)
         except LocalEntryNotFoundError as error:
-            if filename == _HUB_FILES[-1] or not _offline():
+            if filename == _HUB_FILES[-1] or not is_offline_mode():
                 raise UserError(
                     f"{hub_id} is not in the hub's cache and the hub cannot be reached: connect once without "
                     "HF_HUB_OFFLINE, or give a local .safetensors file"
@@ -247,16 +244,6 @@ def _download(hub_id: str) -> str:
     raise UserError(f"the hub's {repository!r} has none of {', '.join(_HUB_FILES)}; give a local file")
 
 
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.is_offline_mode()
-
-
 def _is_network_error(error: Exception) -> bool:
-    return isinstance(error, (OSError, ValueError)) or type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpcore",
-        "requests",
-        "huggingface_hub",
-    )
+    origin = type(error).__module__.split(".")[0]
+    return isinstance(error, (OSError, ValueError)) or origin in ("httpx", "httpcore", "requests", "huggingface_hub")

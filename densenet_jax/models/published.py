@@ -141,8 +141,5 @@ PUBLISHED: dict[str, tuple[PublishedResult, ...]] = {
 
 def published_preprocessing(source: str | None) -> Preprocessing | None:
     """Returns how a published checkpoint expects images at its training size; None if it is not in the table."""
-    for results in PUBLISHED.values():
-        for result in results:
-            if result.hub_id and result.hub_id == source:
-                return result.preprocessing
-    return None
+    results = (result for results in PUBLISHED.values() for result in results if result.hub_id)
+    return next((result.preprocessing for result in results if result.hub_id == source), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import dataclass, field
+from typing import Literal
 
 from densenet_jax.errors import UserError
 from densenet_jax.models.published import PUBLISHED, Preprocessing, PublishedResult, published_preprocessing
@@ -13,6 +14,7 @@ IMAGENET = Preprocessing()
 TINY = Preprocessing(
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), input_px=32, test_px=32, crop_fraction=1.0
 )
+Fan = Literal["fan_in", "fan_out"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DenseNetArchitecture:
     bottleneck_width: int = 4
     compression: float = 0.5
     blur: str = "none"
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     epsilon: float = 1e-5
 
 
@@ -63,7 +65,7 @@ class DualPathArchitecture:
     small: bool = False
     split_projection: bool = False
     activation: str = "relu"
-    init_fan: str = "fan_in"
+    init_fan: Fan = "fan_in"
     epsilon: float = 1e-3
 
 
@@ -110,11 +112,6 @@ class Variant:
     channels: int = 3
     published: tuple[PublishedResult, ...] = field(default=())
 
-    @property
-    def hub_ids(self) -> tuple[str, ...]:
-        """Returns checkpoints on the Hugging Face hub that load into this variant, the recommended one first."""
-        return tuple(dict.fromkeys(result.hub_id for result in self.published if result.hub_id))
-
     def results_of(self, source: str) -> tuple[PublishedResult, ...]:
         """Returns the published results of one checkpoint; empty if there are none."""
         return tuple(result for result in self.published if result.hub_id and result.hub_id == source)
@@ -147,8 +144,8 @@ def _like_published(name: str, architecture: Architecture, count: int) -> Varian
     return Variant(name, architecture, count, preprocessing, published=published)
 
 
-def _dual_path(name: str, count: int, **fields) -> Variant:
-    return _like_published(name, DualPathArchitecture(**fields), count)
+def _dual_path(name: str, count: int, *stages, **fields) -> Variant:
+    return _like_published(name, DualPathArchitecture(*stages, **fields), count)
 
 
 def _rdnet(name: str, count: int, stem_width: int, growth_rate: tuple[int, ...], halved: tuple[int, ...]) -> Variant:
@@ -181,33 +178,10 @@ _ROWS = (
     _dual_path("dpn68", 12_611_602, **_SMALL, block_sizes=(3, 4, 12, 3)),
     _dual_path("dpn68b", 12_611_602, **_SMALL, block_sizes=(3, 4, 12, 3), split_projection=True),
     _dual_path("dpn92", 37_668_392),
-    _dual_path(
-        "dpn98",
-        61_570_728,
-        block_sizes=(3, 6, 20, 3),
-        dense_increments=(16, 32, 32, 128),
-        reduction_width=160,
-        groups=40,
-        stem_width=96,
-    ),
-    _dual_path(
-        "dpn107",
-        86_917_800,
-        block_sizes=(4, 8, 20, 3),
-        dense_increments=(20, 64, 64, 128),
-        reduction_width=200,
-        groups=50,
-        stem_width=128,
-    ),
-    _dual_path(
-        "dpn131",
-        79_254_504,
-        block_sizes=(4, 8, 28, 3),
-        dense_increments=(16, 32, 32, 128),
-        reduction_width=160,
-        groups=40,
-        stem_width=128,
-    ),
+    # Blocks and dense increments of the stages, width of the first 3x3 convolution, its groups, width of the stem.
+    _dual_path("dpn98", 61_570_728, (3, 6, 20, 3), (16, 32, 32, 128), 160, 40, 96),
+    _dual_path("dpn107", 86_917_800, (4, 8, 20, 3), (20, 64, 64, 128), 200, 50, 128),
+    _dual_path("dpn131", 79_254_504, (4, 8, 28, 3), (16, 32, 32, 128), 160, 40, 128),
     _rdnet("rdnet_tiny", 23_863_008, 64, (64, 104, *[128] * 4, 224), (1, 2, 6)),
     _rdnet("rdnet_small", 50_436_448, 72, (64, *[128] * 8, 240, 240), (1, 2, 9)),
     _rdnet("rdnet_base", 87_451_096, 120, (96, 128, *[168] * 7, 336, 336), (1, 2, 9)),

@@ -15,7 +15,8 @@ import numpy as np
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.models.dialects import COUNTER, from_keras, to_keras
-from densenet_jax.models.pickles import Array, Stranger, Tensor, read_pickle
+from densenet_jax.models.pickle_objects import Array, Stranger, Tensor
+from densenet_jax.models.pickles import read_pickle
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,16 @@ def _is_keras(path: Path) -> bool:
         return False
 
 
-def _read_keras(path: Path, average: str) -> Arrays:
+def _import_h5py(what: str) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise UserError(f"{path} is a Keras (HDF5) file and h5py is not installed: pip install h5py") from error
+        raise UserError(f"{what} and h5py is not installed: pip install h5py") from error
+    return h5py
+
+
+def _read_keras(path: Path, average: str) -> Arrays:
+    h5py = _import_h5py(f"{path} is a Keras (HDF5) file")
     try:
         with contextlib.ExitStack() as stack:
             source: Any = path
@@ -125,10 +131,7 @@ def write_keras(state: Mapping[str, np.ndarray], path: Path) -> None:
     Raises:
         UserError: h5py is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"cannot write {path}: a Keras file needs h5py: pip install h5py") from error
+    h5py = _import_h5py(f"cannot write {path}: it is a Keras (HDF5) file")
     with h5py.File(path, "w") as file:
         for place, (name, values) in to_keras({k: v for k, v in state.items() if not k.endswith(COUNTER)}).items():
             group = file.create_group(place)

@@ -26,8 +26,7 @@ from densenet_jax.models.dialects import thresholds_of
 from densenet_jax.models.pretrained import load_pretrained, read_class_names, read_state_dict
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.calibration import Calibration, read_calibration
-from densenet_jax.training.checkpoint import find_checkpoint
-from densenet_jax.training.restore import restore_variables
+from densenet_jax.training.restore import find_checkpoint, restore_variables
 from densenet_jax.workdir import labels_path
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
         transform=experiment.data.transform(16 if is_wide else 0, apply_exif_orientation=True),
         mean=tuple(mean),
         std=tuple(std),
-        dtype=experiment.policy.compute_dtype,
+        dtype=experiment.dtype,
         class_names=_class_names(experiment, workdir, labels, dataset),
         allowed_classes=experiment.data.allowed_classes,
         dataset=dataset,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from densenet_jax.report.plots import Chart, Line
-from densenet_jax.training.best_metric import chosen_metric, metric_words, score_figures, show_score
+from densenet_jax.training.best_metric import METRIC_WORDS, chosen_metric, score_figures, show_score
 
 Record = Mapping[str, Any]
 NONE = "–"  # stands for a missing figure
@@ -84,9 +84,9 @@ def final_figures(records: Sequence[Record], best_metric: str = "") -> list[tupl
     return [
         ("epochs", shown(newest, "epoch", "{:.4g}".format)),
         ("steps", shown(newest, "step", "{:,}".format)),
-        *((f"validation {metric_words(name)}", shown(last, name, form)) for name, form in _scores_of(last)),
+        *((f"validation {METRIC_WORDS[name]}", shown(last, name, form)) for name, form in _scores_of(last)),
         ("validation loss", shown(last, "loss", "{:.4f}".format)),
-        (f"best {metric_words(metric) if best else 'top-1'}", best_figure),
+        (f"best {METRIC_WORDS[metric] if best else 'top-1'}", best_figure),
         ("step of the best", shown(best, "step", "{:,}".format)),
         ("last training loss", shown(train[-1] if train else {}, "loss", "{:.4f}".format)),
         (

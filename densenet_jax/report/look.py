@@ -10,7 +10,6 @@ import numpy as np
 
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import AugmentedSamples, Experiment, augmented_samples
-from densenet_jax.experiment.augmentation import normalize_with
 from densenet_jax.predict.calibration import Calibration, read_calibration
 from densenet_jax.predict.explain import activation_maps
 from densenet_jax.report.gather import Answers, LabelAnswers, gather_answers, gather_label_answers
@@ -90,7 +89,6 @@ def compile_explaining_step(experiment: Experiment) -> PredictStep:
     """
     many = experiment.many_labels
     predict_step = experiment.compile_logits_step() if many else experiment.compile_predict_step()
-    normalize = normalize_with(experiment.data.mean_std(), experiment.policy.compute_dtype)
 
     def step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         outputs = predict_step(variables, batch)
@@ -101,7 +99,7 @@ def compile_explaining_step(experiment: Experiment) -> PredictStep:
             outputs = {**outputs, "worst": chosen}
         else:
             chosen = jnp.argmax(outputs["probability"], axis=-1)
-        maps = activation_maps(experiment.model, variables, normalize(images), chosen)
+        maps = activation_maps(experiment.model, variables, experiment.normalize(images), chosen)
         return {**outputs, "map": maps.astype(jnp.float32)}
 
     return jax.jit(step, out_shardings=replicated(experiment.mesh))

@@ -1,5 +1,6 @@
 """Exact figures over a whole split: every example counts once, whatever the batch size."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -31,16 +32,14 @@ def evaluate(
         eval_step: as `densenet_jax.training.eval_step.make_eval_step` builds it, jitted.
         batches: this process's shares of padded and masked global batches.
         examples: size of the split, which the count is checked against.
-        batch_count: length of the progress bar.
 
     Raises:
         RuntimeError: another number of examples was seen than the split has.
     """
-    bar = Bar("evaluating", batch_count)
     total: EvalSums | None = None
     waiting: dict[str, Any] | None = None
     rows: list[dict[str, np.ndarray]] = []
-    try:
+    with contextlib.closing(Bar("evaluating", batch_count)) as bar:
         for batch in batches:
             part = eval_step(variables, to_devices(batch, mesh))
             before, total = total, part if total is None else total.merge(part)
@@ -49,8 +48,6 @@ def evaluate(
                 rows.append(_unpadded(waiting))
             waiting = part.rows
             bar.advance()
-    finally:
-        bar.close()
     counts: EvalSums | None = jax.device_get(total)
     if counts is not None and waiting is not None:
         rows.append(_unpadded(waiting))
@@ -70,17 +67,12 @@ def predict_batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Yields each batch, this process's share, with the outputs for the whole global batch, on the host.
 
-    Args:
-        step: jitted with replicated outputs.
-        batch_count: length of the progress bar.
+    `step` is jitted with replicated outputs.
     """
-    bar = Bar("predicting", batch_count)
-    try:
+    with contextlib.closing(Bar("predicting", batch_count)) as bar:
         for batch in batches:
             yield batch, jax.device_get(step(variables, to_devices(batch, mesh)))
             bar.advance()
-    finally:
-        bar.close()
 
 
 def gather_rows(
@@ -94,15 +86,13 @@ def gather_rows(
 ) -> dict[str, np.ndarray]:
     """Returns the rows of every example in the order of the split, without padding, the same on all processes.
 
-    Args:
-        step: as `densenet_jax.training.eval_step.make_logits_step` builds it, jitted with replicated outputs.
+    `step` is as `densenet_jax.training.eval_step.make_logits_step` builds it, jitted with replicated outputs.
 
     Raises:
         RuntimeError: another number of examples was seen than the split has.
     """
     predictions = predict_batches(step, variables, batches, mesh, batch_count)
-    rows = [_unpadded(outputs) for _, outputs in predictions]
-    joined = _join(rows)
+    joined = _join([_unpadded(outputs) for _, outputs in predictions])
     if len(joined["label"]) != examples:
         raise RuntimeError(f"counted {len(joined['label'])} examples of a split that has {examples}")
     return joined

@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from densenet_jax.errors import UserError
 from densenet_jax.run.metrics_file import METRICS_FILE, read_metrics
-from densenet_jax.system.disk import report_full_disk
+from densenet_jax.system.disk import replace_file, report_full_disk
 from densenet_jax.workdir import to_json
 
 
@@ -40,10 +40,8 @@ class Writers:
     def _open(self, workdir: str, resumed_step: int) -> None:
         path = os.path.join(workdir, METRICS_FILE)
         kept = [record for record in read_metrics(workdir) if record["step"] <= resumed_step] if resumed_step else []
-        temporary = f"{path}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(to_json(record) + "\n" for record in kept)
-        os.replace(temporary, path)
+        with replace_file(path) as file:
+            file.writelines(f"{to_json(record)}\n".encode() for record in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         # Not EventFileWriter: errors in its thread can't be caught.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"

@@ -1,5 +1,6 @@
 """The training loop: next batch, step, report, evaluate, save, stop."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,14 +20,16 @@ from densenet_jax.system.disk import report_full_disk
 from densenet_jax.system.host import memory_used
 from densenet_jax.system.profiler import Profile
 from densenet_jax.training.best_metric import (
+    METRIC_WORDS,
     NEED_CONFUSION,
     describe_figures,
     describe_score,
-    metric_words,
     score_figures,
     show_score,
 )
 from densenet_jax.training.integrity import finished_steps
+from densenet_jax.training.metrics import ClassificationSums, LabelSums
+from densenet_jax.training.restore import describe_checkpoints
 from densenet_jax.training.sharding import to_devices
 from densenet_jax.training.state import TrainState
 from densenet_jax.workdir import claim_workdir, only_run_in, write_labels
@@ -52,26 +55,15 @@ class Trainer:
         Raises:
             UserError: something in the settings, the data or the work directory is wrong.
         """
-        self._experiment = experiment
-        self._dataset = dataset
-        self._stop = stop
-        self._check_workdir = check_workdir
-        self._watchdog = watchdog
+        self._experiment, self._dataset, self._profile = experiment, dataset, profile
+        self._stop, self._watchdog, self._check_workdir = stop, watchdog, check_workdir
         self._config = to_dict(experiment.config)
-        self._timeline = experiment.timeline
-        self._profile = profile
-        total, per_epoch = self._timeline.total_steps, self._timeline.steps_per_epoch
-        print_status(
-            f"{experiment.config.model.name} on {experiment.config.data.name}: {total} steps, {per_epoch:.1f} an epoch"
-        )
+        self._timeline, self._metric = experiment.timeline, experiment.best_metric
+        _announce(experiment)
         # These load Orbax and TensorBoard: the run is checked before.
         from densenet_jax.run.metric_writers import Writers
         from densenet_jax.training.checkpoint import Checkpoints
 
-        if experiment.data.eval_split != experiment.config.data.eval_split:
-            held_out, rest = len(experiment.data.eval_source), len(experiment.data.train_source)
-            print_status(f"no folder for validation: {held_out} images are held out, {rest} are for training")
-        self._metric = experiment.best_metric
         keep = experiment.config.checkpoint.max_to_keep
         self._checkpoints = Checkpoints(workdir, max_to_keep=keep, metric=self._metric)
         restored = self._checkpoints.restore_newest(experiment.abstract_state)
@@ -83,8 +75,9 @@ class Trainer:
         self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
         self._state: TrainState
         self._begun: dict[str, float] | None
-        self._state, self._begun = restored if restored is not None else (experiment.initial_state(), None)
-        self._no_sums = experiment.loss.empty_sums(experiment.num_classes)
+        self._state, self._begun = restored or (experiment.initial_state(), None)
+        many = experiment.many_labels
+        self._no_sums = LabelSums.zeros(experiment.num_classes) if many else ClassificationSums.zeros()
         self._step = int(self._state.step)
         if self._step:
             print_status(f"continuing after step {self._step}")
@@ -116,10 +109,12 @@ class Trainer:
         if self._step == self._timeline.total_steps or self._has_stalled():
             print_status("nothing left to train")
             return result or self._validate(record=False)  # the validations may have been at other steps before
-        batches = experiment.data.train_batches(self._step)
-        bar = Bar("training", self._timeline.total_steps, self._step)
         window = Window(self._step, self._state, self._no_sums, self._begun)
-        try:
+        with (
+            contextlib.closing(self._profile),
+            experiment.data.train_batches(self._step) as batches,
+            contextlib.closing(Bar("training", self._timeline.total_steps, self._step)) as bar,
+        ):
             while self._step < self._timeline.total_steps:
                 number = self._step + 1
                 with self._profile.step(number):
@@ -154,10 +149,6 @@ class Trainer:
                     break
                 if stopping:
                     raise Preempted(f"stopped and saved after step {self._step}; the same command continues it")
-        finally:
-            bar.close()
-            batches.close()
-            self._profile.close()
         return result
 
     def close(self) -> None:
@@ -179,7 +170,8 @@ class Trainer:
         values |= memory_used() | skipped | self._at_start
         self._at_start = {}
         self._writers.write(self._step, "train", values)
-        mixed = " of mixed images" if self._experiment.mixes else ""
+        augment = self._experiment.config.augment
+        mixed = " of mixed images" if augment.mixup_alpha or augment.cutmix_alpha else ""
         bar.figures(
             f"loss {figures['loss']:.4f}",
             f"{speed['images_per_sec']:.0f} images/s",
@@ -212,7 +204,7 @@ class Trainer:
             return False
         if (best := self._timeline.stalled_since(self._scores, patience)) is None:
             return False
-        metric, score = metric_words(self._metric), show_score(self._scores[best], self._metric)
+        metric, score = METRIC_WORDS[self._metric], show_score(self._scores[best], self._metric)
         print_status(
             f"stopping early after step {self._step}: no better {metric} for {patience:g} epochs, since step {best} "
             f"({score})"
@@ -234,6 +226,15 @@ class Trainer:
     @property
     def _counts_by_class(self) -> bool:
         return self._metric in NEED_CONFUSION and not self._experiment.many_labels
+
+
+def _announce(experiment: Experiment) -> None:
+    config, data, timeline = experiment.config, experiment.data, experiment.timeline
+    steps = f"{timeline.total_steps} steps, {timeline.steps_per_epoch:.1f} an epoch"
+    print_status(f"{config.model.name} on {config.data.name}: {steps}")
+    if data.eval_split != config.data.eval_split:
+        held_out, rest = len(data.eval_source), len(data.train_source)
+        print_status(f"no folder for validation: {held_out} images are held out, {rest} are for training")
 
 
 def _means(figures: dict[str, float]) -> dict[str, float]:
@@ -281,8 +282,6 @@ def train(experiment: Experiment, workdir: str, defaults: Mapping[str, Any]) -> 
             raise
         trainer.close()
         if processes.is_first():
-            from densenet_jax.training.checkpoint import describe_checkpoints
-
             print_status(describe_checkpoints(workdir, experiment.best_metric))
         by_class = NEED_CONFUSION if "top1" in figures else ()
         return {name: value for name, value in figures.items() if name not in by_class}

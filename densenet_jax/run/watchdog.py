@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -75,16 +75,12 @@ class Watchdog:
         try:
             with open(self.path, "a+", encoding="utf-8") as file:
                 start = file.tell()
-                self._dump(file, title)
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+                file.writelines(f"Thread 0x{one.ident:016x} is {one.name}\n" for one in threading.enumerate())
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")
                 file.seek(start)
                 print_status(file.read())
         except OSError as error:
             print_status(f"{self.path} can't be written to: {error.strerror}")
-
-    @staticmethod
-    def _dump(file: IO[str], title: str) -> None:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
-        file.writelines(f"Thread 0x{thread.ident:016x} is {thread.name}\n" for thread in threading.enumerate())
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.write("\n")

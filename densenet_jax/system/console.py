@@ -37,6 +37,18 @@ class _StandardError:
         return getattr(sys.stderr, name)
 
 
+@contextlib.contextmanager
+def redirect(descriptor: int, target: int) -> Iterator[int]:
+    """Redirects a file descriptor, and so what native code writes there; yields one for where it went before."""
+    kept = os.dup(descriptor)
+    os.dup2(target, descriptor)
+    try:
+        yield kept
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
 def drop(stream: IO[str]) -> None:
     """Redirects a broken standard stream to /dev/null, so that no later write and no exit fails."""
     with contextlib.suppress(OSError, ValueError):
@@ -113,20 +125,15 @@ class Bar:
         """Moves to `done` steps."""
         self.advance(done - self._done)
 
-    def time_left_secs(self) -> float:
-        """Estimates the time left from the mean speed since the start."""
-        done = self._done - self._start_step
-        if done <= 0:
-            return float("inf")
-        return (time.perf_counter() - self._started) / done * (self._total - self._done)
-
     def figures(self, *texts: str) -> None:
         """Shows the newest figures and the time left beside the bar, or as a line where there is no terminal.
 
         The most important come first: a narrow terminal leaves out the last.
         """
-        left = self.time_left_secs()
-        parts = [f"left {duration(left)}", *texts] if left != float("inf") else list(texts)
+        parts = list(texts)
+        if (done := self._done - self._start_step) > 0:
+            left_secs = (time.perf_counter() - self._started) / done * (self._total - self._done)
+            parts.insert(0, f"left {duration(left_secs)}")
         if self._progress is None:
             print_status(f"{self._what} {self._done}/{self._total}  {'  '.join([*parts[1:], parts[0]])}")
             return

@@ -1,13 +1,12 @@
 """Prints warnings as status lines, ours and no library's."""
 
-import contextlib
 import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 
-from densenet_jax.system.console import print_status
+from densenet_jax.system.console import print_status, redirect
 from densenet_jax.system.disk import drop_late_errors
 from densenet_jax.system.host import has_nvidia
 
@@ -32,11 +31,7 @@ def start_quietly(start: Callable[[], object]) -> None:
     """
     if has_nvidia() or not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
         return
-    with open(os.devnull, "wb") as nothing, contextlib.ExitStack() as stack:
-        kept = os.dup(2)
-        stack.callback(os.close, kept)
-        os.dup2(nothing.fileno(), 2)
-        stack.callback(os.dup2, kept, 2)
+    with open(os.devnull, "wb") as nothing, redirect(2, nothing.fileno()):
         start()
 
 

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from densenet_jax.errors import UserError
-
 # (parameters, batch statistics, microbatch, its number) -> (gradients of its mean loss, new statistics, outputs that
 # have an example axis first)
 GradientFunction = Callable[[Any, Any, Any, Int[Array, ""]], tuple[Any, Any, Any]]
@@ -40,20 +38,11 @@ def accumulate_gradients(
     Args:
         gradient_function: called once a microbatch; see `GradientFunction`. It must not see the running statistics
             in its loss, as batch norm in training doesn't. Dropout keys should depend on the microbatch's number.
-        batch: a tree of arrays [b, ...].
+        batch: a tree of arrays [b, ...]; `count` divides b.
 
     Returns:
         Gradients, batch statistics after the last microbatch, and the outputs as [b, ...] in the batch's order.
-
-    Raises:
-        UserError: `count` does not divide the batch.
     """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % count:
-        raise UserError(
-            f"config.train.microbatches is {count}, which does not divide config.train.global_batch_size "
-            f"{size}; choose a divisor."
-        )
     if count == 1:
         return gradient_function(params, batch_stats, batch, jnp.zeros((), jnp.int32))
 

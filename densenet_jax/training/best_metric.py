@@ -16,8 +16,7 @@ BEST_METRICS: dict[str, dict[str, str]] = {
     "multi": {"auroc": "AUROC", "average_precision": "average precision", "f1": "F1", "loss": "loss"},
 }
 NEED_CONFUSION = ("balanced_accuracy", "f1")  # metrics of one class an image that counts by class give
-_WORDS = {name: words for kind in BEST_METRICS.values() for name, words in kind.items()}
-METRICS = tuple(_WORDS)
+METRIC_WORDS = {name: words for kind in BEST_METRICS.values() for name, words in kind.items()}
 _PERCENT = ("top1", "top5", "balanced_accuracy")  # shown in percent, others with four digits
 
 
@@ -38,17 +37,12 @@ def score_figures(figures: Mapping[str, Any], metric: str = "") -> float:
 def describe_score(figures: Mapping[str, Any], metric: str = "") -> str:
     """Returns the figure that `score_figures` scores as text, such as "top-1 98.33%" or "AUROC 0.8412"."""
     metric, score = chosen_metric(figures, metric), score_figures(figures, metric)
-    return f"{_WORDS[metric]} {show_score(score, metric)}"
-
-
-def metric_words(metric: str) -> str:
-    """Returns a metric's name for a person, such as "top-1"."""
-    return _WORDS[metric]
+    return f"{METRIC_WORDS[metric]} {show_score(score, metric)}"
 
 
 def describe_figures(figures: Mapping[str, Any]) -> str:
     """Returns all figures of a validation as text, such as "loss 0.0612  top-1 98.33%  top-5 100.00%"."""
-    return "  ".join(describe_score(figures, name) for name in figures if name in _WORDS)
+    return "  ".join(describe_score(figures, name) for name in figures if name in METRIC_WORDS)
 
 
 def chosen_metric(figures: Mapping[str, Any], metric: str = "") -> str:

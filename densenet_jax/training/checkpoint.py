@@ -18,14 +18,13 @@ from orbax.checkpoint import checkpoint_managers
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import report_full_disk
-from densenet_jax.training.best_metric import describe_score, score_figures
+from densenet_jax.training.best_metric import score_figures
 from densenet_jax.training.integrity import (
     CHECKSUMS_MARK,
     METRICS_ITEM,
     DamagedCheckpointError,
     check_files,
-    find_missing_file,
-    finished_steps,
+    find_unreadable_scores,
     saved_figures,
     set_aside,
     write_checksums,
@@ -35,7 +34,6 @@ from densenet_jax.training.restore import (
     check_same_shapes,
     orbax_errors_only,
     read_saved_tree,
-    restore_variables,
 )
 from densenet_jax.training.sharding import shardings_of, with_sharding
 from densenet_jax.training.state import TrainState
@@ -46,20 +44,12 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one work directory: the newest few and the best by a validation metric."""
 
-    def __init__(self, workdir: str, *, max_to_keep: int = 10, read_only: bool = False, metric: str = ""):
-        """Opens `workdir/checkpoints`.
-
-        Args:
-            read_only: create and change nothing on disk, not even a directory.
-            metric: what the best checkpoint is best in, see `score_figures`.
-        """
+    def __init__(self, workdir: str, *, max_to_keep: int = 10, metric: str = ""):
+        """Opens `workdir/checkpoints`; `metric` is what the best checkpoint is best in, see `score_figures`."""
         self._last_saved: int | None = None
         self._metric = metric
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
-        if read_only and not os.path.isdir(self.directory):
-            raise UserError(f"--workdir {workdir} has no checkpoints; train there first, or name a run's directory.")
-        if not read_only:
-            set_aside(self.directory, _find_unreadable_scores(self.directory))
+        set_aside(self.directory, find_unreadable_scores(self.directory))
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(max_to_keep),
@@ -73,10 +63,7 @@ class Checkpoints:
                     preservation_policy=keep,
                     # The policy above decides what is kept; without this Orbax writes no metrics for it.
                     best_fn=self._score,
-                    read_only=read_only,
-                    create=not read_only,
-                    cleanup_tmp_directories=not read_only,
-                    lightweight_initialize=read_only,  # so that a damaged checkpoint does not block a whole one
+                    cleanup_tmp_directories=True,
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
                 ),
                 item_names=("state", "data", "config"),
@@ -134,50 +121,8 @@ class Checkpoints:
         multihost_utils.sync_global_devices("a validation is added to a checkpoint")
         self._manager.reload()
 
-    def steps(self) -> list[int]:
-        """Returns the steps whose checkpoint is finished and has lost no file, oldest first."""
-        return [step for step in self._all_steps() if not find_missing_file(self._path(step))]
-
-    def _all_steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
-
     def _score(self, figures: dict[str, Any]) -> float:
         return score_figures(figures, self._metric)
-
-    def best_step(self) -> int | None:
-        """Returns the step with the best validation, the newest of equals; None if none was validated."""
-        scores: dict[int, float] = {}
-        for step in self.steps():
-            try:
-                figures = saved_figures(self._path(step))
-            except DamagedCheckpointError as error:
-                logger.warning("%s; another one may have been better.", error)
-            else:
-                scores |= {} if figures is None else {step: self._score(figures)}
-        return max(scores, key=lambda step: (scores[step], step)) if scores else None
-
-    def resolve(self, which: str) -> int:
-        """Returns the step that "latest", "best" or a number names.
-
-        Raises:
-            UserError: there is none, or the newest has lost files.
-        """
-        steps, everything = self.steps(), self._all_steps()
-        if not everything:
-            raise UserError(f"{self.directory} holds no finished checkpoint; train first, or name a run's directory.")
-        if which == "latest" or (which.isdigit() and int(which) in everything):
-            step = everything[-1] if which == "latest" else int(which)
-            if step not in steps:
-                whole = f"give config.eval.checkpoint={steps[-1]}" if steps else "no other is whole"
-                path = self._path(step)
-                raise DamagedCheckpointError(f"{path} is damaged: {find_missing_file(path)} is missing; {whole}")
-            return step
-        if which == "best":
-            best = self.best_step()
-            if best is None:
-                raise UserError(f"{self.directory} holds no validated checkpoint; give latest or one of {steps}.")
-            return best
-        raise UserError(f"{self.directory} has no step {which}; it has {', '.join(map(str, steps)) or 'none'}.")
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, float]]:
         """Restores the state saved at `step`, laid out like the abstract state, and the sums of its log interval.
@@ -224,7 +169,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but all are damaged; or one that is whole is of another model.
         """
-        steps, damaged = self._all_steps(), []
+        steps, damaged = sorted(self._manager.all_steps()), []
         for step in reversed(steps):
             try:
                 restored = self.restore(step, like)
@@ -291,65 +236,3 @@ class Checkpoints:
             f"{self.directory} was removed during the run, and what was saved there with it; bring it back from a "
             "copy, or train again"
         )
-
-
-def _find_unreadable_scores(directory: str) -> list[int]:
-    """Lists the steps whose metrics can't be read, which would keep Orbax from opening the directory."""
-    damaged: list[int] = []
-    steps = finished_steps(directory)
-    for step in steps:
-        try:
-            saved_figures(os.path.join(directory, str(step)))
-        except DamagedCheckpointError as error:
-            if len(damaged) == len(steps) - 1:
-                raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
-            logger.warning("%s; it is set aside.", error)
-            damaged.append(step)
-    multihost_utils.sync_global_devices("all processes have looked at the checkpoints")
-    return damaged
-
-
-def find_checkpoint(workdir: str, which: str, metric: str = "") -> tuple[str, int]:
-    """Finds the directory of a run's checkpoints and the step that `which` ("latest", "best" or a number) names.
-
-    `metric` is what the best is best in, see `score_figures`.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
-    checkpoints = Checkpoints(workdir, read_only=True, metric=metric)
-    try:
-        return checkpoints.directory, checkpoints.resolve(which)
-    finally:
-        checkpoints.close()
-
-
-def describe_checkpoints(workdir: str, metric: str = "") -> str:
-    """Describes a run's latest and best checkpoints in one line, the best by `metric`.
-
-    Raises:
-        UserError: there are none.
-    """
-    checkpoints = Checkpoints(workdir, read_only=True, metric=metric)
-    try:
-        latest, best = checkpoints.resolve("latest"), checkpoints.best_step()
-        if best is None:
-            return f"the latest checkpoint is step {latest}; none was validated"
-        figures = saved_figures(os.path.join(checkpoints.directory, str(best))) or {}
-        which = "also the best" if best == latest else f"the best is step {best}"
-        return f"the latest checkpoint is step {latest}, {which} (validation {describe_score(figures, metric)})"
-    finally:
-        checkpoints.close()
-
-
-def load_checkpoint(workdir: str, step: int | None = None, averaged: bool = True) -> dict[str, Any]:
-    """Loads {"params", "batch_stats"} of a run onto the default device, without its model or settings.
-
-    Takes the newest step by default and, if `averaged`, the moving average where the run keeps one, as validation does.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is damaged.
-    """
-    directory, chosen = find_checkpoint(workdir, "latest" if step is None else str(step))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return restore_variables(directory, chosen, here, averaged)

@@ -38,9 +38,7 @@ class EvalSums:
 
     def merge(self, other: "EvalSums") -> "EvalSums":
         """Adds the counts of other examples."""
-        both = None if self.confusion is None or other.confusion is None else self.confusion + other.confusion
-        sums: Any = self.sums
-        return EvalSums(sums=sums.merge(other.sums), seen=self.seen + other.seen, confusion=both)
+        return jax.tree.map(jnp.add, self.replace(rows=None), other.replace(rows=None))  # type: ignore[attr-defined]
 
 
 def make_eval_step(
@@ -144,7 +142,7 @@ def mean_logits(
     def one(number: Int[Array, ""]) -> Float[Array, "b k"]:
         crop = jnp.take(images, number % count, axis=1)
         logits = logits_of(jnp.where(number < count, crop, crop[:, :, ::-1]))
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits.astype(wide(logits.dtype))
 
     return jnp.mean(jax.lax.map(one, jnp.arange(2 * count)), axis=0)
 

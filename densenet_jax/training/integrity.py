@@ -7,6 +7,7 @@ missing checksums are noticed. Checkpoints from before that mark may have none a
 
 import hashlib
 import json
+import logging
 import os
 from typing import Any
 
@@ -14,7 +15,10 @@ import jax
 from jax.experimental import multihost_utils
 
 from densenet_jax.errors import UserError, first_line
+from densenet_jax.system.disk import replace_file
 from densenet_jax.training.best_metric import score_figures
+
+logger = logging.getLogger(__name__)
 
 CHECKSUMS_FILE = "checksums.json"
 # Written anew when Orbax gives the checkpoint its final name; nothing is read from them.
@@ -38,12 +42,8 @@ def write_checksums(path: str, item: str = "") -> None:
     if sums is None:
         return
     sums |= {name: _checksum(os.path.join(path, name)) for name in _files(path) if name.startswith(item)}
-    temporary = os.path.join(path, f"{CHECKSUMS_FILE}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(sums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, os.path.join(path, CHECKSUMS_FILE))
+    with replace_file(os.path.join(path, CHECKSUMS_FILE)) as file:
+        file.write(json.dumps(sums, indent=1).encode())
 
 
 def check_files(path: str, item: str = "") -> bool:
@@ -129,6 +129,26 @@ def saved_figures(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"{METRICS_ITEM}/{METRICS_ITEM} can't be read ({error!r})"
         raise DamagedCheckpointError(f"{path} is damaged: {why}") from error
+
+
+def find_unreadable_scores(directory: str) -> list[int]:
+    """Lists the steps whose metrics can't be read, which would keep Orbax from opening the directory.
+
+    Raises:
+        UserError: all of them are such steps.
+    """
+    damaged: list[int] = []
+    steps = finished_steps(directory)
+    for step in steps:
+        try:
+            saved_figures(os.path.join(directory, str(step)))
+        except DamagedCheckpointError as error:
+            if len(damaged) == len(steps) - 1:
+                raise UserError(f"{error}, and there is no other; start again in a new --workdir.") from error
+            logger.warning("%s; it is set aside.", error)
+            damaged.append(step)
+    multihost_utils.sync_global_devices("all processes have looked at the checkpoints")
+    return damaged
 
 
 def _read_checksums(path: str) -> dict[str, str] | None:

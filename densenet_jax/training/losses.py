@@ -79,11 +79,6 @@ class SoftmaxLoss:
             losses = losses * (losses.shape[0] / divisor)
         return ClassificationSums.from_batch(logits, targets, losses)
 
-    def empty_sums(self, num_classes: int) -> ClassificationSums:
-        """Returns the sums over no example."""
-        del num_classes
-        return ClassificationSums.zeros()
-
 
 @dataclasses.dataclass(frozen=True)
 class BinaryLoss(SoftmaxLoss):
@@ -169,10 +164,6 @@ class SigmoidLoss:
     def sums(self, logits: Float[Array, "b k"], targets: Float[Array, "b k"], losses: Array) -> LabelSums:
         """Sums up a batch; a mixed label counts as present from one half on."""
         return LabelSums.from_batch(logits, targets, losses)
-
-    def empty_sums(self, num_classes: int) -> LabelSums:
-        """Returns the sums over no example."""
-        return LabelSums.zeros(num_classes)
 
 
 Loss = SoftmaxLoss | SigmoidLoss

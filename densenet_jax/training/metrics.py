@@ -70,12 +70,7 @@ class ClassificationSums:
 
     def merge(self, other: "ClassificationSums") -> "ClassificationSums":
         """Adds the sums over other examples."""
-        return ClassificationSums(
-            loss=self.loss + other.loss,
-            top1=self.top1 + other.top1,
-            top5=self.top5 + other.top5,
-            examples=self.examples + other.examples,
-        )
+        return jax.tree.map(jnp.add, self, other)
 
     def compute(self) -> dict[str, float]:
         """Computes means on the host: "loss", "top1", "top5" (fractions) and "examples" (a count).
@@ -175,9 +170,3 @@ def confusion_counts(
     weights = jnp.ones(labels.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
     counts = jnp.zeros((num_classes, num_classes), jnp.int32)
     return counts.at[labels, jnp.argmax(logits, axis=-1)].add(weights)
-
-
-def per_class_accuracy(confusion: Int[Array, "k k"]) -> Float[Array, " k"]:
-    """Returns the recall of each class; NaN for a class without examples."""
-    totals = jnp.sum(confusion, axis=1)
-    return jnp.where(totals > 0, jnp.diagonal(confusion) / jnp.maximum(totals, 1), jnp.nan)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from densenet_jax.dtypes import wide
+
 
 def not_finite(tree: Any) -> Bool[Array, " n"]:
     """Flags each leaf whose sum of squares is not finite, in the order of `jax.tree.leaves`.
 
     The gradient's norm needs these sums too, so the compiler computes them once.
     """
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)]
-    sums = [jnp.sum(jnp.square(leaf)) for leaf in wide]
+    sums = [jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
     return ~jnp.isfinite(jnp.stack(sums)) if sums else jnp.zeros((0,), bool)
 
 

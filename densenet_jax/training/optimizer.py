@@ -1,5 +1,13 @@
 """Optimizers by name as optax chains, and the parameters that weight decay, freezing and rate factors touch.
 
+- "sgd" as in torch: weight decay is added to the gradient, momentum accumulates it without dampening, and the rate
+  multiplies the result, so that the buffer knows nothing of the rate.
+- "adamw": decay beside the adaptive step (arXiv:1711.05101), multiplied by the rate as in torch.
+- "lamb": adamw's step scaled per parameter by its norm over the step's (arXiv:1904.00962); parameters that weight decay
+  spares are spared the scaling as well.
+- "rmsprop" as in torch: decay is added to the gradient, epsilon stands outside the root, momentum accumulates the
+  scaled gradient.
+
 A parameter pattern is a regular expression searched in each path that `flax.traverse_util.flatten_dict(..., sep="/")`
 gives, collection first: `params/denseblock1/denselayer1/norm1/scale`. `^params/(?!classifier)` names all but the
 classifier.
@@ -14,14 +22,12 @@ from typing import Any
 import jax
 import optax
 
-from densenet_jax.choices import OPTIMIZERS
 from densenet_jax.errors import UserError
 from densenet_jax.training.schedules import Schedule
 
-_FREEZE_KEY = "config.optim.freeze"
-_LAYER = re.compile(r"(?:denseblock(\d+)/denselayer(\d+)|conv([2-5])_(\d+)|stage(\d+))(?:/|$)")
-_TRANSITION = re.compile(r"transition(\d+)/")
-_STEM = re.compile(r"(?:conv[0-2]|norm[0-2]|conv1_1/\w+|stem/\w+)$")
+_LAYER = re.compile(r"params/(?:denseblock(\d+)/denselayer(\d+)|conv([2-5])_(\d+)|stage(\d+))/")
+_TRANSITION = re.compile(r"params/transition(\d+)/")
+_STEM = re.compile(r"params/(?:conv[0-2]|norm[0-2]|conv1_1/\w+|stem/\w+)/\w+$")
 _USUAL_EPSILON = {"adamw": 1e-8, "lamb": 1e-6, "rmsprop": 1e-8}
 
 
@@ -37,40 +43,26 @@ def decay_mask(params: Any, decay_norm_and_bias: bool) -> Any:
     return jax.tree_util.tree_map_with_path(touched, params)
 
 
-def path_name(path: tuple[Any, ...], collection: str = "params") -> str:
-    """Joins a leaf's key path in a collection to its name."""
-    return f"{collection}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-
-
-def _compile(pattern: str, key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{key} is {pattern!r}, which is no regular expression ({error}).") from error
-
-
-def _check_some_but_not_all(matched: int, total: int, pattern: str, example: str) -> None:
-    if 0 < matched < total:
-        return
-    raise UserError(
-        f"{_FREEZE_KEY} is {pattern!r}, which matches {matched} of {total} parameters; expected some, but not all; "
-        f"a parameter is called, for example, {example}."
-    )
+def _names(params: Any) -> Any:
+    """Returns a tree of the parameters' names, such as "params/norm0/scale"."""
+    separated = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: f"params/{separated(path)}", params)
 
 
 def frozen_mask(params: Any, pattern: str) -> Any:
-    """Returns a tree that is True for each parameter that `pattern` freezes; "" freezes nothing.
+    """Returns a tree that is True for each parameter that `pattern` freezes.
 
     Raises:
-        UserError: no regular expression, or one that matches no parameter or all of them.
+        UserError: it matches no parameter or all of them.
     """
-    if not pattern:
-        return jax.tree.map(lambda _: False, params)
-    expression = _compile(pattern, _FREEZE_KEY)
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: bool(expression.search(path_name(path))), params)
+    key, names = "config.optim.freeze", _names(params)
+    mask = jax.tree.map(lambda name: bool(re.search(pattern, name)), names)
     flags = jax.tree.leaves(mask)
-    first = path_name(jax.tree_util.tree_leaves_with_path(params)[0][0])
-    _check_some_but_not_all(sum(flags), len(flags), pattern, first)
+    if not 0 < sum(flags) < len(flags):
+        raise UserError(
+            f"{key} is {pattern!r}, which matches {sum(flags)} of {len(flags)} parameters; expected some, but not all; "
+            f"a parameter is called, for example, {jax.tree.leaves(names)[0]}."
+        )
     return mask
 
 
@@ -78,23 +70,18 @@ def rate_factors(params: Any, multipliers: Sequence[tuple[str, float]]) -> Any:
     """Returns a tree of each parameter's learning-rate factor: the first pattern that matches counts, else 1.
 
     Raises:
-        UserError: no regular expression, or one that matches no parameter.
+        UserError: a pattern matches no parameter.
     """
-    key = "config.optim.rate_multipliers"
-    expressions = [(_compile(pattern, key), factor) for pattern, factor in multipliers]
-    for expression, _ in expressions:
-        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        if not any(map(expression.search, names)):
+    key, names = "config.optim.rate_multipliers", _names(params)
+    for pattern, _ in multipliers:
+        if not any(map(re.compile(pattern).search, jax.tree.leaves(names))):
             raise UserError(
-                f"{key} has {expression.pattern!r}, which matches no parameter; "
-                f"a parameter is called, for example, {names[0]}."
+                f"{key} has {pattern!r}, which matches no parameter; "
+                f"a parameter is called, for example, {jax.tree.leaves(names)[0]}."
             )
-
-    def factor_of(path: tuple[Any, ...], _: Any) -> float:
-        name = path_name(path)
-        return next((factor for expression, factor in expressions if expression.search(name)), 1.0)
-
-    return jax.tree_util.tree_map_with_path(factor_of, params)
+    return jax.tree.map(
+        lambda name: next((factor for pattern, factor in multipliers if re.search(pattern, name)), 1.0), names
+    )
 
 
 def layer_factors(params: Any, decay: float) -> Any:
@@ -104,22 +91,18 @@ def layer_factors(params: Any, decay: float) -> Any:
     network, each stage of an RDNet, and the head with its norm, whose factor is 1; as timm's --layer-decay.
     """
 
-    def layer_of(path: tuple[Any, ...]) -> tuple[float, float]:
-        name = "/".join(entry.key for entry in path[:-1])
+    def layer_of(name: str) -> tuple[float, float]:
         if match := _LAYER.match(name):
             block, layer = [*filter(None, match.groups()), 0][:2]
             return float(block), float(layer)
         if match := _TRANSITION.match(name):
-            return float(match[1]), _last_layer(params, match[1])
+            layers = params[f"denseblock{match[1]}"]
+            return float(match[1]), float(sum(part.startswith("denselayer") for part in layers))
         return (0.0, 0.0) if _STEM.match(name) else (math.inf, 0.0)
 
-    order = sorted({layer_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
-    behind = {layer: len(order) - 1 - number for number, layer in enumerate(order)}
-    return jax.tree_util.tree_map_with_path(lambda path, _: decay ** behind[layer_of(path)], params)
-
-
-def _last_layer(params: Any, block: str) -> float:
-    return float(sum(name.startswith("denselayer") for name in params[f"denseblock{block}"]))
+    names = _names(params)
+    order = sorted(set(map(layer_of, jax.tree.leaves(names))), reverse=True)
+    return jax.tree.map(lambda name: decay ** order.index(layer_of(name)), names)
 
 
 def make_optimizer(
@@ -138,17 +121,9 @@ def make_optimizer(
     rate_multipliers: Sequence[tuple[str, float]] = (),
     layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Builds the optimizer; its state has the parameters' dtype, and the schedule counts its updates.
+    """Builds one of `choices.OPTIMIZERS`; its state has the parameters' dtype, and the schedule counts its updates.
 
     Args:
-        name: one of `OPTIMIZERS`:
-            "sgd" as in torch: weight decay is added to the gradient, momentum accumulates it without dampening, and
-            the rate multiplies the result, so that the buffer knows nothing of the rate.
-            "adamw": decay beside the adaptive step (arXiv:1711.05101), multiplied by the rate as in torch.
-            "lamb": adamw's step scaled per parameter by its norm over the step's (arXiv:1904.00962); parameters that
-            weight decay spares are spared the scaling as well.
-            "rmsprop" as in torch: decay is added to the gradient, epsilon stands outside the root, momentum
-            accumulates the scaled gradient.
         momentum: for sgd and rmsprop, in [0, 1); 0 keeps no buffer.
         decay_norm_and_bias: False spares batch-norm scales and all biases.
         clip_grad_norm: the gradient's norm over all parameters that move is cut to this first; 0 leaves it.
@@ -160,44 +135,30 @@ def make_optimizer(
         layer_decay: see `layer_factors`; 1 leaves all rates as they are.
 
     Raises:
-        UserError: an unknown name; from the optimizer's init, a pattern that fits no parameter.
+        UserError: from the optimizer's init, a pattern fits no parameter.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"config.optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)}.")
-    epsilon = epsilon or _USUAL_EPSILON.get(name, 0.0)
-
-    def mask(params: Any) -> Any:
-        return decay_mask(params, decay_norm_and_bias)
-
-    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
-    if name == "sgd":
-        body = [decay, _momentum(momentum, nesterov)]
-    elif name == "rmsprop":
-        body = [decay, optax.scale_by_rms(rms_decay, epsilon, eps_in_sqrt=False), _momentum(momentum, False)]
-    else:
-        body = [optax.scale_by_adam(betas[0], betas[1], epsilon), decay]
-        if name == "lamb":
-            body.append(optax.masked(optax.scale_by_trust_ratio(), mask))
+    epsilon, nothing = epsilon or _USUAL_EPSILON.get(name, 0.0), optax.identity()
+    mask = functools.partial(decay_mask, decay_norm_and_bias=decay_norm_and_bias)
+    decay = optax.add_decayed_weights(weight_decay, mask) if weight_decay else nothing
+    trace = optax.trace(momentum, nesterov and name == "sgd") if momentum else nothing
+    body = {
+        "sgd": [decay, trace],
+        "rmsprop": [decay, optax.scale_by_rms(rms_decay, epsilon, eps_in_sqrt=False), trace],
+        "adamw": [optax.scale_by_adam(*betas, epsilon), decay],
+        "lamb": [optax.scale_by_adam(*betas, epsilon), decay, optax.masked(optax.scale_by_trust_ratio(), mask)],
+    }[name]
     # Zeroing comes twice: first, so that frozen gradients count in no norm; last, because of weight decay.
-    zero_frozen = (
-        optax.masked(optax.set_to_zero(), lambda params: frozen_mask(params, freeze)) if freeze else optax.identity()
-    )
-    clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else optax.identity()
-    rate = optax.scale_by_learning_rate(schedule)
-    scaled = [_scale_by_tree(functools.partial(rate_factors, multipliers=rate_multipliers), bool(rate_multipliers))]
+    frozen = functools.partial(frozen_mask, pattern=freeze)
+    zero_frozen = optax.masked(optax.set_to_zero(), frozen) if freeze else nothing
+    clip = optax.clip_by_global_norm(clip_grad_norm) if clip_grad_norm else nothing
+    factors = functools.partial(rate_factors, multipliers=rate_multipliers)
+    scaled = [_scale_by_tree(factors) if rate_multipliers else nothing]
     if layer_decay != 1.0:
         scaled.append(_scale_by_tree(functools.partial(layer_factors, decay=layer_decay)))
-    return optax.chain(zero_frozen, clip, *body, rate, *scaled, zero_frozen)
+    return optax.chain(zero_frozen, clip, *body, optax.scale_by_learning_rate(schedule), *scaled, zero_frozen)
 
 
-def _momentum(momentum: float, nesterov: bool) -> optax.GradientTransformation:
-    return optax.trace(momentum, nesterov) if momentum else optax.identity()
-
-
-def _scale_by_tree(factors_of: Callable[[Any], Any], wanted: bool = True) -> optax.GradientTransformation:
-    if not wanted:
-        return optax.identity()
-
+def _scale_by_tree(factors_of: Callable[[Any], Any]) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.EmptyState:
         factors_of(params)  # which checks its patterns
         return optax.EmptyState()

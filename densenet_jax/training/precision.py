@@ -1,10 +1,9 @@
-"""Precision policies by name, and the dynamic loss scaling that float16 needs.
+"""Precisions by name, and the dynamic loss scaling that float16 needs, since its gradients underflow.
 
-Parameters, running statistics, losses and optimizer state are float32 under every policy; the policy sets the dtype of
+Parameters, running statistics, losses and optimizer state are float32 in every precision, which is the dtype of
 activations and matrix products.
 """
 
-import dataclasses
 from typing import Any
 
 import flax
@@ -12,36 +11,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from densenet_jax.choices import DTYPES
+from densenet_jax.dtypes import DType
 from densenet_jax.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """A precision policy; float16 scales the loss because its gradients underflow."""
-
-    name: str
-    compute_dtype: Any
-    scales_loss: bool
+_GROWTH_INTERVAL_STEPS = 2000
+_SMALLEST, _LARGEST = 1.0, 2.0**24
 
 
-POLICIES = {name: Policy(name, getattr(jnp, name), scales_loss=name == "float16") for name in DTYPES}
-
-
-def get_policy(name: str) -> Policy:
-    """Looks up a policy; float64 is for comparing runs on devices that sum in different orders.
+def get_dtype(name: str) -> DType:
+    """Returns one of `choices.DTYPES`; float64 is for comparing runs on devices that sum in different orders.
 
     Raises:
-        UserError: the name is unknown; or it is float64, and JAX was started without x64.
+        UserError: it is float64, and JAX was started without x64.
     """
-    if name not in POLICIES:
-        raise UserError(f"config.model.dtype is {name!r}; expected one of {', '.join(POLICIES)}.")
     if name == "float64" and jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
         raise UserError(
             "config.model.dtype is 'float64', which JAX rounds to float32 by default; set "
             "JAX_ENABLE_X64=1 in the environment."
         )
-    return POLICIES[name]
+    return getattr(jnp, name)
 
 
 @flax.struct.dataclass
@@ -81,20 +69,13 @@ class LossScale:
         """Divides gradients of the scaled loss by the scale."""
         return jax.tree.map(lambda leaf: leaf * (1.0 / self.scale).astype(leaf.dtype), gradients)
 
-    def update(
-        self,
-        finite: Bool[Array, ""],
-        *,
-        growth_interval_steps: int = 2000,
-        smallest: float = 1.0,
-        largest: float = 2.0**24,
-    ) -> "LossScale":
-        """Halves the scale after a skipped step; doubles it after `growth_interval_steps` good ones in a row."""
+    def update(self, finite: Bool[Array, ""]) -> "LossScale":
+        """Halves the scale after a skipped step; doubles it after 2000 good ones in a row."""
         good = jnp.where(finite, self.good_steps + 1, 0)
-        grows = good >= growth_interval_steps
+        grows = good >= _GROWTH_INTERVAL_STEPS
         factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
         return LossScale(
-            scale=jnp.clip(self.scale * factor, smallest, largest),
+            scale=jnp.clip(self.scale * factor, _SMALLEST, _LARGEST),
             good_steps=jnp.where(grows, 0, good),
             skipped_steps=self.skipped_steps + jnp.where(finite, 0, 1),
         )

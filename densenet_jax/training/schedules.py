@@ -2,6 +2,18 @@
 
 Steps count from 0, and step 0 is the first of the warmup where there is one. Every schedule works under `jax.jit` and
 keeps its last value beyond its end.
+
+- "constant" is `learning_rate` throughout.
+- "multistep" drops at each milestone, counted from step 0, warmup included.
+- "cosine" falls from `learning_rate` at the end of the warmup to `end_learning_rate` at `total_steps`
+  (arXiv:1608.03983, one cycle).
+- "exponential" multiplies by `decay_factor` every `decay_steps` after the warmup, in one fall per `decay_steps` where
+  `staircase` and smoothly otherwise, and never goes below `end_learning_rate`.
+- "cosine_restarts" is cosine over cycles of `cycle_steps`, `cycle_steps * cycle_multiplier`, ... after the warmup, each
+  cycle's peak `cycle_decay` times the one before (arXiv:1608.03983).
+- "one_cycle" rises along a cosine from `learning_rate / start_divisor` to `learning_rate` over `rise_fraction` of the
+  steps after the warmup and falls to `learning_rate / start_divisor / end_divisor` at the last step (arXiv:1708.07120
+  as torch's OneCycleLR does it).
 """
 
 import itertools
@@ -39,21 +51,9 @@ def make_schedule(
     start_divisor: float = 25.0,
     end_divisor: float = 1e4,
 ) -> Schedule:
-    """Builds a schedule, step -> learning rate, by name; all lengths are in optimizer steps.
+    """Builds one of `SCHEDULES`, step -> learning rate; all lengths are in optimizer steps.
 
     Args:
-        name: one of `SCHEDULES`:
-            "constant" is `learning_rate` throughout.
-            "multistep" drops at each milestone, counted from step 0, warmup included.
-            "cosine" falls from `learning_rate` at the end of the warmup to `end_learning_rate` at `total_steps`
-            (arXiv:1608.03983, one cycle).
-            "exponential" multiplies by `decay_factor` every `decay_steps` after the warmup, in one fall per
-            `decay_steps` where `staircase` and smoothly otherwise, and never goes below `end_learning_rate`.
-            "cosine_restarts" is cosine over cycles of `cycle_steps`, `cycle_steps * cycle_multiplier`, ... after the
-            warmup, each cycle's peak `cycle_decay` times the one before (arXiv:1608.03983).
-            "one_cycle" rises along a cosine from `learning_rate / start_divisor` to `learning_rate` over
-            `rise_fraction` of the steps after the warmup and falls to `learning_rate / start_divisor / end_divisor`
-            at the last step (arXiv:1708.07120 as torch's OneCycleLR does it).
         total_steps: steps of the whole training, warmup included.
         warmup_steps: steps W of linear warmup in front: the rate at step s < W lies s/W of the way from
             `warmup_learning_rate` to what the schedule starts with at step W.
@@ -61,9 +61,6 @@ def make_schedule(
         milestone_rates: the rates of multistep, the first equal to `learning_rate`; either one more than
             milestones, or as many, each then holding until its milestone and the last beyond it. (): each milestone
             multiplies the rate by `decay_factor`.
-        end_learning_rate: floor of cosine, cosine_restarts and exponential.
-        cycle_multiplier: 1 or more.
-        rise_fraction: in (0, 1).
 
     Raises:
         UserError: an unknown name, or values that contradict each other; the message names the key.
@@ -79,12 +76,10 @@ def make_schedule(
             f"which is {learning_rate}."
         )
     span = total_steps - warmup_steps
-    main: Schedule
     if name == "constant":
         main = _constant(learning_rate)
     elif name == "multistep":
-        rates = _multistep_rates(learning_rate, milestone_steps, milestone_rates, decay_factor, warmup_steps)
-        main = _piecewise(rates, [step - warmup_steps for step in milestone_steps])
+        main = _multistep(learning_rate, milestone_steps, milestone_rates, decay_factor, warmup_steps)
     elif name == "cosine":
         main = _cosine(learning_rate, span, end_learning_rate)
     elif name == "exponential":
@@ -115,14 +110,9 @@ def _constant(rate: float) -> Schedule:
     return lambda step: jnp.asarray(rate, float)
 
 
-def _multistep_rates(
-    learning_rate: float,
-    milestones: Sequence[int],
-    rates: Sequence[float],
-    factor: float,
-    warmup_steps: int,
-) -> list[float]:
-    """Returns the rate of each stretch, one more than milestones; checks that all agree."""
+def _multistep(
+    learning_rate: float, milestones: Sequence[int], rates: Sequence[float], factor: float, warmup_steps: int
+) -> Schedule:
     if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
         raise UserError(f"config.optim.milestone_steps is {tuple(milestones)}; expected increasing steps.")
     if milestones and milestones[0] < max(warmup_steps, 1):
@@ -130,8 +120,7 @@ def _multistep_rates(
             f"config.optim.milestone_steps begins with {milestones[0]}; expected the first drop after step 0 and not "
             f"before the end of the warmup at step {warmup_steps}."
         )
-    if not rates:
-        return [learning_rate * factor**drops for drops in range(len(milestones) + 1)]
+    rates = rates or [learning_rate * factor**drops for drops in range(len(milestones) + 1)]
     if len(rates) not in (len(milestones), len(milestones) + 1):
         raise UserError(
             f"config.optim.milestone_rates has {len(rates)} rates for {len(milestones)} milestones; expected as many "
@@ -142,14 +131,12 @@ def _multistep_rates(
             f"config.optim.milestone_rates begins with {rates[0]} but config.optim.learning_rate is {learning_rate}; "
             "expected the same value; set both, or leave milestone_rates empty."
         )
-    stretches = [float(rate) for rate in rates]
-    return stretches if len(rates) > len(milestones) else [*stretches, stretches[-1]]
+    stretches = rates if len(rates) > len(milestones) else [*rates, rates[-1]]
+    boundaries = [step - warmup_steps for step in milestones]
 
-
-def _piecewise(rates: Sequence[float], boundaries: Sequence[int]) -> Schedule:
     def schedule(step: Step) -> Float[Array, ""]:
         passed = jnp.sum(jnp.asarray(step) >= jnp.asarray(boundaries, jnp.int32))
-        return jnp.asarray(rates, float)[passed]
+        return jnp.asarray(stretches, float)[passed]
 
     return schedule
 
@@ -184,10 +171,6 @@ def _cosine_restarts(
 ) -> Schedule:
     if cycle_steps <= 0:
         raise UserError(f"config.optim.cycle_steps is {cycle_steps}; the schedule with restarts expects more than 0.")
-    if multiplier < 1:
-        raise UserError(f"config.optim.cycle_multiplier is {multiplier}; expected 1 or more.")
-    if not 0 < decay <= 1:
-        raise UserError(f"config.optim.cycle_decay is {decay}; expected a factor in (0, 1].")
     starts, length = [0], float(cycle_steps)
     while starts[-1] < span:
         starts.append(starts[-1] + round(length))
@@ -206,13 +189,6 @@ def _cosine_restarts(
 
 
 def _one_cycle(peak: float, span: int, rise: float, start_divisor: float, end_divisor: float) -> Schedule:
-    if not 0 < rise < 1:
-        raise UserError(f"config.optim.rise_fraction is {rise}; expected a share in (0, 1).")
-    if start_divisor < 1 or end_divisor < 1:
-        raise UserError(
-            f"config.optim.start_divisor is {start_divisor} and config.optim.end_divisor is {end_divisor}; "
-            "expected 1 or more."
-        )
     first = peak / start_divisor
     top, last = rise * span - 1.0, span - 1.0
     if top <= 0:

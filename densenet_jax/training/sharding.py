@@ -33,36 +33,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spread(mesh: Mesh) -> Layout:
-    """Splits large arrays along the longest axis that the number of devices divides; replicates the others.
+def layout_of(name: str, mesh: Mesh) -> Layout:
+    """Returns the state layout for the setting "replicated" or "fsdp".
 
-    Parameters and optimizer state then take 1/devices of the memory on each device (ZeRO, arXiv:1910.02054; PyTorch's
-    FSDP). A step gathers the parameters where it uses them; see `gather`.
+    The latter splits large arrays along the longest axis that the number of devices divides, and replicates the others:
+    parameters and optimizer state take 1/devices of the memory on each device (ZeRO, arXiv:1910.02054; PyTorch's FSDP).
+    A step gathers the parameters where it uses them.
     """
 
     def lay_out(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         fitting = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0]
-        if not fitting or math.prod(leaf.shape) < _LARGE:
+        if name != "fsdp" or not fitting or math.prod(leaf.shape) < _LARGE:
             return replicated(mesh)
         longest = max(fitting, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, DATA_AXIS))
 
     return lay_out
-
-
-def layout_of(name: str, mesh: Mesh) -> Layout:
-    """Returns the state layout for the setting "replicated" or "fsdp"."""
-    return spread(mesh) if name == "fsdp" else lambda _: replicated(mesh)
-
-
-def gather(tree: Any, mesh: Mesh) -> Any:
-    """Replicates arrays inside a jitted function while they are used."""
-    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
-def check_batch_size(key: str, global_batch_size: int, mesh: Mesh) -> None:
-    """Checks that a mesh divides a batch evenly; see `check_divides`."""
-    check_divides(key, global_batch_size, mesh.size)
 
 
 def check_divides(key: str, global_batch_size: int, count: int) -> None:

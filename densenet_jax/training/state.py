@@ -73,12 +73,9 @@ class StateRecipe:
 
     def create(self, sharding: NamedSharding | Layout, variables: Any = None) -> TrainState:
         """Creates the state where `sharding` puts it, from `variables` if given."""
-        given = () if variables is None else (variables,)
 
-        def begin(*variables: Any) -> TrainState:
-            return self.start_from(*(variables or (self.init_variables(),)))
+        def begin(variables: Any) -> TrainState:
+            return self.start_from(self.init_variables() if variables is None else variables)
 
-        where = sharding
-        if not isinstance(sharding, NamedSharding):
-            where = shardings_of(with_sharding(jax.eval_shape(begin, *given), sharding))
-        return jax.jit(begin, out_shardings=where)(*given)
+        where = shardings_of(with_sharding(jax.eval_shape(begin, variables), sharding))
+        return jax.jit(begin, out_shardings=where)(variables)

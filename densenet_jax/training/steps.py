@@ -20,7 +20,7 @@ from densenet_jax.training.losses import SOFTMAX, Loss
 from densenet_jax.training.metrics import ClassificationSums, LabelSums
 from densenet_jax.training.nonfinite import not_finite
 from densenet_jax.training.precision import LossScale, all_finite, select
-from densenet_jax.training.sharding import gather
+from densenet_jax.training.sharding import replicated
 from densenet_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -125,7 +125,7 @@ class TrainStep:
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             if self.mesh is not None:
-                params = gather(params, self.mesh)
+                params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             logits, mutated = self.model.apply(
                 {"params": params, "batch_stats": batch_stats},
                 images,

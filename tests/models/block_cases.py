@@ -27,8 +27,8 @@ CASES = {
 
 def results(implementation, dtype, options, shardings=None, batch=4, layers=2):
     """(outputs, statistics) and the gradients of parameters and inputs, of a linear loss."""
-    options = BlockOptions(dtype=dtype, **options)
-    module = DenseBlock(layers, 4, options=options, param_dtype=dtype, implementation=implementation)
+    options = BlockOptions(dtype=dtype, param_dtype=dtype, **options)
+    module = DenseBlock(layers, 4, options=options, implementation=implementation)
     x = jax.random.normal(jax.random.key(0), (batch, 3, 3, 8)).astype(dtype)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
     chance = np.random.default_rng(1)

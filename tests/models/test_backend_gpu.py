@@ -31,9 +31,9 @@ def test_evaluation_by_the_kernels_is_the_plain_block_s():
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8), jnp.float64)
         actual = []
-        options = BlockOptions(dtype=jnp.float64)
+        options = BlockOptions(dtype=jnp.float64, param_dtype=jnp.float64)
         for implementation in (INTERPRETED, PLAIN):
-            module = DenseBlock(2, 4, options=options, param_dtype=jnp.float64, implementation=implementation)
+            module = DenseBlock(2, 4, options=options, implementation=implementation)
             shapes = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), x, False))
             keys = iter(jax.random.split(jax.random.key(1), 99))
             variables = jax.tree.map(lambda leaf, keys=keys: jax.random.uniform(next(keys), leaf.shape) + 0.1, shapes)

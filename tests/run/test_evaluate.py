@@ -191,7 +191,7 @@ def test_figures_by_class_weigh_every_class_alike():
 
 def test_mixing_does_not_pair_the_copies_of_an_image():
     config = settings(**{"augment.repeats": 2, "augment.mixup_alpha": 1.0, "augment.flip": False})
-    augment = jax.jit(augment_of(config, (MEAN, STD), 4, jnp.float32))
+    augment = jax.jit(augment_of(config, MEAN, STD, 4, jnp.float32))
     labels = jnp.asarray([0, 0, 1, 1, 2, 2, 3, 3])
     _, targets = augment(jnp.zeros((8, 4, 4, 3), jnp.uint8), labels, jnp.asarray(0))
     used = [set(np.flatnonzero(row).tolist()) for row in np.asarray(targets)]

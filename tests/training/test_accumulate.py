@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from densenet_jax.errors import UserError
 from densenet_jax.training.accumulate import accumulate_gradients, join_batch, split_batch
 
 RNG = np.random.default_rng(0)
@@ -65,8 +64,3 @@ def test_no_example_leaves_its_device():
     program = compiled.as_text()
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in program
-
-
-def test_a_count_that_does_not_divide():
-    with pytest.raises(UserError, match=r"config\.train\.microbatches is 5"):
-        accumulate_gradients(gradient_function, PARAMS, STATISTICS, BATCH, 5)

@@ -14,7 +14,8 @@ import pytest
 from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
 from densenet_jax.training import sharding
-from densenet_jax.training.checkpoint import Checkpoints, describe_checkpoints, find_checkpoint, load_checkpoint
+from densenet_jax.training.checkpoint import Checkpoints
+from densenet_jax.training.restore import describe_checkpoints, find_checkpoint, load_checkpoint
 from densenet_jax.training.state import StateRecipe
 
 WINDOW = {"loss": 1.25, "top1": 3, "top5": 7, "examples": 8}
@@ -92,13 +93,9 @@ def test_a_loss_scale_begins_anew_or_is_dropped_with_the_precision(recipe, tmp_p
 def test_newest_are_kept_and_the_best_besides(recipe, tmp_path):
     saved(recipe, tmp_path, {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.6, 6: None}, max_to_keep=2)
     assert steps_in(tmp_path) == [2, 5, 6]
-    checkpoints = Checkpoints(str(tmp_path), read_only=True)
-    assert checkpoints.resolve("best") == 2
-    assert checkpoints.resolve("latest") == 6
-    assert checkpoints.resolve("5") == 5
+    assert [find_checkpoint(str(tmp_path), which)[1] for which in ("best", "latest", "5")] == [2, 6, 5]
     with pytest.raises(UserError, match="has no step 3; it has 2, 5, 6"):
-        checkpoints.resolve("3")
-    checkpoints.close()
+        find_checkpoint(str(tmp_path), "3")
     saved(recipe, tmp_path, {7: 0.8, 8: None}, max_to_keep=2)  # a restart must not forget which is best
     assert steps_in(tmp_path) == [2, 7, 8]
 
@@ -123,7 +120,7 @@ def test_checkpoint_that_is_validated_later_can_be_the_best(recipe, tmp_path):
     checkpoints = Checkpoints(str(tmp_path), max_to_keep=1)
     checkpoints.add_metrics(2, {"top1": 0.9})
     checkpoints.add_metrics(2, {"top1": 0.1})  # what a checkpoint has stays
-    assert checkpoints.resolve("best") == 2
+    assert find_checkpoint(str(tmp_path), "best")[1] == 2
     for step in (3, 4):
         checkpoints.save(step, state_at(recipe, step), CONFIG, WINDOW, {"top1": 0.7})
     checkpoints.close()
@@ -189,7 +186,7 @@ def test_harm_to_any_file_is_detected_and_the_file_named(harm, recipe, tmp_path)
     checkpoint, like = tmp_path / "checkpoints" / "2", recipe.abstract(everywhere())
     files = [name for name in files_of(checkpoint) if not name.endswith(NOT_READ)]
     assert {"data/metadata", "metrics/metrics", "state/_METADATA", "checksums.json"} <= set(files)
-    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    checkpoints = Checkpoints(str(tmp_path))
     for name in files:
         content = (checkpoint / name).read_bytes()
         harmed = harm(content)
@@ -208,14 +205,12 @@ def test_harm_to_any_file_is_detected_and_the_file_named(harm, recipe, tmp_path)
 def test_checkpoint_whose_validation_is_unreadable_is_passed_over(recipe, tmp_path, caplog):
     saved(recipe, tmp_path, {1: 0.5, 2: 0.9, 3: 0.7})
     (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text("{")
-    reader = Checkpoints(str(tmp_path), read_only=True)
-    assert reader.resolve("best") == 3
-    reader.close()
+    assert find_checkpoint(str(tmp_path), "best")[1] == 3
     assert steps_in(tmp_path) == [1, 2, 3]
     checkpoints = Checkpoints(str(tmp_path))
     assert steps_in(tmp_path) == [1, 3]
     assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
-    assert checkpoints.resolve("best") == 3
+    assert find_checkpoint(str(tmp_path), "best")[1] == 3
     checkpoints.close()
     assert sum("2 is damaged: metrics/metrics" in record.getMessage() for record in caplog.records) == 2
 
@@ -238,17 +233,14 @@ def test_checkpoint_from_before_there_were_checksums_is_read(recipe, tmp_path):
 def test_half_deleted_checkpoints_are_not_listed(recipe, tmp_path):
     saved(recipe, tmp_path, {1: 0.9, 2: 0.5, 3: 0.7})
     (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
-    checkpoints = Checkpoints(str(tmp_path), read_only=True)
-    assert checkpoints.steps() == [2, 3]
-    assert (checkpoints.resolve("latest"), checkpoints.resolve("best")) == (3, 3)
+    assert [find_checkpoint(str(tmp_path), which)[1] for which in ("latest", "best")] == [3, 3]
     with pytest.raises(UserError, match="has no step 7; it has 2, 3"):
-        checkpoints.resolve("7")
+        find_checkpoint(str(tmp_path), "7")
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "data")
     for which in ("latest", "3"):
         message = r"checkpoints/3 is damaged: data/metadata is missing; give config.eval.checkpoint=2"
         with pytest.raises(UserError, match=message):
-            checkpoints.resolve(which)
-    checkpoints.close()
+            find_checkpoint(str(tmp_path), which)
     checkpoints = Checkpoints(str(tmp_path))
     restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
     checkpoints.close()

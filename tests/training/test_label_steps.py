@@ -61,10 +61,10 @@ def run(devices=1, steps=3, dtype=jnp.float32, batch=batch_of, **options):
         **options,
     )
     compiled = jax.jit(step, out_shardings=sharding.replicated(mesh))
-    state, sums = recipe.create(sharding.replicated(mesh)), step.loss.empty_sums(LABELS)
+    state, sums = recipe.create(sharding.replicated(mesh)), None
     for number in range(steps):
         state, report = compiled(state, sharding.to_devices(batch(number), mesh))
-        sums = sums.merge(jax.device_get(report.sums))
+        sums = report.sums if sums is None else sums.merge(report.sums)
     return jax.device_get(state), sums.compute()
 
 

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 
 from densenet_jax.errors import UserError
-from densenet_jax.training.precision import LossScale, all_finite, get_policy, select
+from densenet_jax.training import precision
+from densenet_jax.training.precision import LossScale, all_finite, get_dtype, select
 
 
 def test_policies():
-    assert get_policy("bfloat16").compute_dtype == jnp.bfloat16
-    assert [get_policy(name).scales_loss for name in ("float32", "bfloat16", "float16")] == [False, False, True]
-    with pytest.raises(UserError, match=r"config\.model\.dtype is 'fp16'"):
-        get_policy("fp16")
+    assert get_dtype("bfloat16") == jnp.bfloat16
 
 
 def test_float64_is_refused_where_jax_would_round_it():
     with pytest.raises(UserError, match="set JAX_ENABLE_X64=1"):
-        get_policy("float64")
+        get_dtype("float64")
     with jax.enable_x64(True):
-        assert get_policy("float64").compute_dtype == jnp.float64
+        assert get_dtype("float64") == jnp.float64
 
 
 def test_scaling_and_unscaling_round_nothing():
@@ -31,8 +29,10 @@ def test_scaling_and_unscaling_round_nothing():
     np.testing.assert_array_equal(scale.unscale(scaled)["k"], gradients["k"])
 
 
-def test_scale_grows_backs_off_and_counts():
-    update = jax.jit(lambda scale, finite: scale.update(finite, growth_interval_steps=3, largest=2.0**18))
+def test_scale_grows_backs_off_and_counts(monkeypatch):
+    monkeypatch.setattr(precision, "_GROWTH_INTERVAL_STEPS", 3)
+    monkeypatch.setattr(precision, "_LARGEST", 2.0**18)
+    update = jax.jit(LossScale.update)
     scale, seen = LossScale.create(), []
     for finite in [True, True, True, True, False, True, True, True, True, True, True, True, True, True]:
         scale = update(scale, jnp.asarray(finite))

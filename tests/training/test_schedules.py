@@ -173,10 +173,6 @@ def test_warmup_meets_every_schedule_where_it_starts(name):
         ("config.optim.decay_steps", "exponential", {}),
         ("config.optim.decay_factor", "exponential", {"decay_steps": 10, "decay_factor": 1.5}),
         ("config.optim.cycle_steps", "cosine_restarts", {}),
-        ("config.optim.cycle_multiplier", "cosine_restarts", {"cycle_steps": 10, "cycle_multiplier": 0.5}),
-        ("config.optim.cycle_decay", "cosine_restarts", {"cycle_steps": 10, "cycle_decay": 0.0}),
-        ("config.optim.rise_fraction", "one_cycle", {"rise_fraction": 1.0}),
-        ("config.optim.start_divisor", "one_cycle", {"start_divisor": 0.5}),
     ],
 )
 def test_contradictions_name_their_key(key, name, settings):

@@ -68,7 +68,7 @@ def bytes_on_one_device(tree) -> int:
     ],
 )
 def test_the_longest_axis_that_the_devices_divide_is_split(shape, expected):
-    layout = sharding.spread(sharding.make_mesh())
+    layout = sharding.layout_of("fsdp", sharding.make_mesh())
     assert tuple(layout(jax.ShapeDtypeStruct(shape, jnp.float32)).spec) == expected
 
 
@@ -87,7 +87,7 @@ def test_a_split_state_trains_to_the_same_numbers(options):
 
 def test_a_device_keeps_a_share_of_a_split_state():
     recipe, mesh = recipe_of(jnp.float32), sharding.make_mesh()
-    whole, split = recipe.create(sharding.replicated(mesh)), recipe.create(sharding.spread(mesh))
+    whole, split = recipe.create(sharding.replicated(mesh)), recipe.create(sharding.layout_of("fsdp", mesh))
     for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for part in ("params", "opt_state", "average"):

@@ -100,7 +100,7 @@ def test_batch_and_state_lie_where_they_should(eight):
 def test_batch_that_devices_do_not_divide_is_a_users_error():
     mesh = sharding.make_mesh(jax.devices())
     with pytest.raises(Exception, match=r"config.x is 20, which 8 devices don't divide; take 16 or 24"):
-        sharding.check_batch_size("config.x", 20, mesh)
+        sharding.check_divides("config.x", 20, mesh.size)
 
 
 def test_moving_average_follows_its_closed_form(one):

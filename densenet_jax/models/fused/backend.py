@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from densenet_jax.dtypes import DType, wide
 from densenet_jax.kernels.select import BlockShape
 from densenet_jax.models import layers
-from densenet_jax.models.fused.norm import Normalization, Sums
+from densenet_jax.models.fused.norm import Normalization, Sums, select_channels
 from densenet_jax.models.fused.norm_relu_conv import (
     DENSE,
     Gradients,
@@ -239,9 +239,7 @@ class Backend:
     ) -> Float[Array, "b h w c"]:
         """Returns the gradient of channels start to end before their norm, from total, the gradient of x_hat."""
         x_hat = self.channels(buffer, 0, end)[..., start:end]
-        return norm.select(start, end).gradient(
-            total[..., start:end], x_hat, (sums[0][:, start:end], sums[1][:, start:end])
-        )
+        return norm.select(start, end).gradient(total[..., start:end], x_hat, select_channels(sums, start, end))
 
     def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
         """Computes the backward pass of one dense layer from total, the gradient of x_hat from all later layers.

@@ -22,7 +22,7 @@ from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
 from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from densenet_jax.kernels.tpu.tiles import put_examples_last
 from densenet_jax.models.fused.backend import Backend, Buffer, DenseLayer, SavedLayer, take_device_share
-from densenet_jax.models.fused.norm import Normalization, Sums
+from densenet_jax.models.fused.norm import Normalization, Sums, select_channels
 from densenet_jax.models.fused.norm_relu_conv import Gradients, NormReluConv, sums_from_gradients
 from densenet_jax.models.layers import BatchStats, NormOptions
 
@@ -91,8 +91,7 @@ class TpuBackend(Backend):
         assert saved.bottleneck_norm is not None
         (start, end), sums = saved.channels, saved.sums
         count = total.size // total.shape[-1] // sums[0].shape[0]
-        own_sums = (sums[0][:, start:end], sums[1][:, start:end])
-        factors = saved.norm.select(start, end).gradient_factors(own_sums, count)
+        factors = saved.norm.select(start, end).gradient_factors(select_channels(sums, start, end), count)
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
         convolve = functools.partial(conv3x3_gradients.implementation(self.kernels), start=start)
         multiply = conv1x1_gradients.implementation(self.kernels)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from densenet_jax.models.fused.backend import Backend, Buffer
-from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, make_normalization
+from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, make_normalization, select_channels
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
     Operands,
@@ -231,7 +231,7 @@ def _first_backward(
     groups = stats.mean.shape[0]
     grads = split_conv_grads(parts, conv, (gradient,), groups, config.backend, totals=(None, total))
     sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
-    own = (sums[0][:, :width], sums[1][:, :width])
+    own = select_channels(sums, 0, width)
     norm = config.normalization(stats, saved.shifts.residual[index - 1])
     grad_residual = norm.gradient(grads.x[0][..., :width], x_hat, own)
     if total is not None:
@@ -261,7 +261,7 @@ def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _C
     width, stats = saved.residual[-1].shape[-1], saved.stats.residual[-1]
     groups = stats.mean.shape[0]
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
-    grad_stats = BatchStats(*(kind[:, :width] for kind in cotangents.stats))
+    grad_stats = select_channels(cotangents.stats, 0, width)
     sums = sum_gradient(residual, saved.residual[-1], groups)
     norm = config.normalization(stats, saved.shifts.residual[-1], grad_stats)
     residual = norm.gradient(residual, saved.residual[-1], sums)
@@ -276,12 +276,12 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
     inputs = None
     for index in reversed(range(len(saved.blocks))):
         start, end = ends[index - 1] if index else 0, ends[index]
-        grad_stats = BatchStats(*(kind[:, width + start : width + end] for kind in cotangents.stats))
+        grad_stats = select_channels(cotangents.stats, width + start, width + end)
         norm = config.normalization(saved.stats.dense[index], saved.shifts.dense[index], grad_stats)
         new = norm.gradient(
             carry.dense[..., start:end],
             config.backend.channels(saved.dense, start, end),
-            (carry.dense_sums[0][:, start:end], carry.dense_sums[1][:, start:end]),
+            select_channels(carry.dense_sums, start, end),
         )
         own = new.shape[-1] - saved.blocks[index].third.kernels[1].shape[-1]  # after the shortcut's
         parts = _block_inputs(config, saved.inputs, saved.residual[index - 1] if index else None, saved.dense, start)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType, wide
 from densenet_jax.models.layers import BatchStats, NormOptions, compute_stats, normalize, per_example
 
+Tree = TypeVar("Tree")
 Sums = tuple[Array, Array]  # each float[g, c], over a group of examples: of a gradient, and of the gradient times x_hat
 
 
@@ -57,10 +59,8 @@ class Normalization(NamedTuple):
 
     def select(self, start: int, end: int) -> Normalization:
         """Returns the normalization of channels start to end."""
-        stats = select_channels(self.stats, start, end)
-        return Normalization(
-            stats, self.epsilon, None if self.grad_stats is None else select_channels(self.grad_stats, start, end)
-        )
+        stats, grad_stats = select_channels((self.stats, self.grad_stats), start, end)
+        return Normalization(stats, self.epsilon, grad_stats)
 
     def mean_and_rstd(self) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
         """Returns the mean and 1 / deviation that make x_hat of x."""
@@ -92,9 +92,9 @@ def make_normalization(
     return Normalization(stats or compute_stats(x, options.group_size, shift), options.epsilon)
 
 
-def select_channels(stats: BatchStats, start: int, end: int) -> BatchStats:
-    """Returns the statistics of channels start to end."""
-    return BatchStats(stats.mean[:, start:end], stats.var[:, start:end])
+def select_channels(tree: Tree, start: int, end: int) -> Tree:
+    """Returns channels start to end of statistics or sums, float[g, c]."""
+    return jax.tree.map(lambda array: array[:, start:end], tree)
 
 
 def concatenate_stats(stats: list[BatchStats]) -> BatchStats:

@@ -187,17 +187,13 @@ def max_pool_with_index(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 
     least = jnp.asarray(-jnp.inf, x.dtype)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=least)
     ends = [2 * ((side + 1) // 2) - 1 for side in x.shape[1:3]]
-    best = index = None
-    for row in range(3):
-        for column in range(3):
-            value = padded[:, row : row + ends[0] : 2, column : column + ends[1] : 2]
-            if best is None or index is None:
-                best, index = value, jnp.zeros(value.shape, jnp.int8)
-                continue
-            index = jnp.where(value > best, jnp.int8(3 * row + column), index)
-            best = jnp.maximum(best, value)
-    assert best is not None
-    assert index is not None
+    starts = ((row, column) for row in range(3) for column in range(3))
+    values = (padded[:, row : row + ends[0] : 2, column : column + ends[1] : 2] for row, column in starts)
+    best = next(values)
+    index = jnp.zeros(best.shape, jnp.int8)
+    for position, value in enumerate(values, 1):
+        index = jnp.where(value > best, jnp.int8(position), index)
+        best = jnp.maximum(best, value)
     return best, index
 
 
