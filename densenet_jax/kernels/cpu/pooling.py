@@ -31,8 +31,7 @@ def is_usable(x: Array) -> bool:
 def max_pool(x: Float[Array, "b h w c"], window: int, stride: int) -> Float[Array, "b h2 w2 c"]:
     """Computes `plain_max_pool`; the gradient goes to the first of equal maxima, as in XLA.
 
-    Feature maps that fit a cache: one axis after the other, as maxima of slices, for which XLA's windows take 1.7 to 2.7
-    times as long.
+    Small feature maps: one axis after the other, as maxima of slices. XLA's windows take 1.7 to 2.7 times as long.
     """
     if x.size > _CACHED_VALUES:
         return plain_max_pool(x, window=window, stride=stride)
