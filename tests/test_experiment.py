@@ -60,6 +60,13 @@ def test_held_out_part_of_train_is_evaluated_and_not_trained_on(tmp_path):
     assert train & held_out == set()
 
 
+def test_a_known_data_set_that_is_not_here_has_its_classes_and_its_size(tmp_path):
+    made = experiment(densenet121, **{"data.dir": str(tmp_path)})
+    assert (made.num_classes, made.timeline.examples) == (1000, 1_281_167)
+    with pytest.raises(UserError, match="is not prepared"):
+        made.check(str(tmp_path), starts=True)
+
+
 def test_one_number_a_channel(tmp_path):
     with pytest.raises(UserError, match=r"config.data.mean has 3 numbers .* config.data.channels is 1"):
         experiment(digits, **{"data.mean": (0.1, 0.2, 0.3)})
