@@ -31,10 +31,6 @@ class CpuBackend(Backend):
         check_wanted(self.kernels, "cpu", dtype)
         return self
 
-    def reads_buffer(self, x: Array, kernel: Array) -> bool:
-        """Whether the kernels support these operands."""
-        return cpu.is_usable(x, kernel)
-
     def readable(self, buffer: Buffer, width: int) -> Array:
         """Returns the whole buffer: the kernels read its front."""
         return buffer

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "input_rows.h"
@@ -276,7 +277,8 @@ void RunGroups(Team& team, const Step<T>& step) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   const Sizes& s = step.sizes;
   const int64_t inputs = s.channels / step.groups, outputs = s.out_channels / step.groups, size = s.kernel_height;
-  const bool spreads = inputs == outputs && inputs <= kLanes / 2 && size == 3 && s.stride <= 2;
+  constexpr bool kSpreads = std::is_same_v<T, float>;  // float64 isn't worth the time to compile it
+  const bool spreads = kSpreads && inputs == outputs && inputs <= kLanes / 2 && size == 3 && s.stride <= 2;
   const Spread<T> spread(inputs);
   const int64_t together = spreads ? kLanes / inputs : 1, blocks = DivideUp(step.groups, together);
   const int64_t parts = std::min(blocks, team.size());
@@ -310,13 +312,13 @@ void RunGroups(Team& team, const Step<T>& step) {
               const T* from = rows + row * s.stride * line + column * step_of_outputs + (group - first_group) * inputs;
               const int64_t at = first + row * s.out_width + column;
               StoreOrAdd(step, at, tile, output, chunk.lanes, [&](T* to, int64_t to_step) {
-                if (spreads) {
-                  GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs, spread,
-                                                          chunk.lanes);
-                } else {
-                  GroupTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, step_of_outputs, pixel_step, line, w,
-                                                              size, inputs, chunk.lanes);
+                if constexpr (kSpreads) {
+                  if (spreads)
+                    return GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs,
+                                                                   spread, chunk.lanes);
                 }
+                GroupTileOf<T>(tile, chunk.vectors, kTiles)(to, to_step, from, step_of_outputs, pixel_step, line, w,
+                                                            size, inputs, chunk.lanes);
               });
             });
           }
