@@ -5,7 +5,6 @@ ourselves, large ones in a thread: grpcio would parse them on the event loop.
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +39,6 @@ MAX_FIELDS = 2000  # in a message with all it contains, except numbers of tensor
 MAX_SHAPE_BYTES = 256
 MAX_NUMBERS_BYTES = 4 * 2**20  # in a tensor outside of raw contents
 CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents"}
-VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BODY_BYTES),
     ("grpc.max_metadata_size", 16384),
@@ -135,7 +133,7 @@ def _parse(kind: type, data: bytes) -> Any:
     try:
         _check_fields(data)
         return kind.FromString(data)  # type: ignore[attr-defined]
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, IndexError, ValueError) as error:
         raise RequestError("the message is malformed") from error
 
 
@@ -174,9 +172,13 @@ def _read_fields(data: memoryview, depth: int = 0) -> Iterator[tuple[int, int, i
 
 def _read_varint(data: memoryview, place: int) -> tuple[int, int]:
     """Returns a number and the place after it."""
-    if (match := VARINT.match(data, place)) is None:
-        raise ValueError("a number without an end")
-    return sum((byte & 127) << 7 * shift for shift, byte in enumerate(match[0])), match.end()
+    value = data[place] & 127
+    for shift in range(7, 77, 7):  # ten bytes at most
+        if data[place] < 128:
+            return value, place + 1
+        place += 1
+        value |= (data[place] & 127) << shift
+    raise ValueError("a number without an end")
 
 
 def _read_request(message: pb.ModelInferRequest) -> Request:

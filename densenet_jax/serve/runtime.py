@@ -270,8 +270,11 @@ async def _divide(
     items: Sequence[Any], is_special: Callable[[Any], bool], usual: FairQueue[Any, Any], special: FairQueue[Any, Any]
 ) -> list[Any]:
     """Hands each item to one of two queues; returns the results in the items' order."""
+    kinds = [is_special(item) for item in items]
+    if not any(kinds):
+        return await usual(items)
     done: dict[int, Any] = {}
     for queue, kind in ((usual, False), (special, True)):
-        if numbers := [number for number, item in enumerate(items) if is_special(item) == kind]:
+        if numbers := [number for number, is_of in enumerate(kinds) if is_of == kind]:
             done |= zip(numbers, await queue([items[number] for number in numbers]), strict=True)
     return [done[number] for number in range(len(items))]
