@@ -11,6 +11,7 @@ import densenet_jax
 from densenet_jax.errors import UserError
 from densenet_jax.models import rdnet
 from densenet_jax.models.create import create_model
+from densenet_jax.models.fused.rdnet import FusedRDNet
 from densenet_jax.models.operations import count_multiply_adds
 from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
 from densenet_jax.models.torch_weights import from_torch, to_torch
@@ -260,3 +261,16 @@ def test_a_run_without_statistics_is_evaluated_predicted_and_explained(digits, t
         "stride_8": (2, 2, 56),
     }
     assert outputs["map"].shape[1:] == (2, 2)
+
+
+def test_the_backward_pass_keeps_the_gelus_input_and_output_alone():
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+    x = jnp.ones((1, 8, 8, 16), jnp.bfloat16)
+
+    def count_kept(implementation):
+        layer = rdnet.DenseLayer(8, 4, False, 0.0, 0.0, 0.0, 1e-6, types, implementation)
+        params = layer.init(jax.random.key(0), (x,))
+        _, pullback = jax.vjp(lambda params: layer.apply(params, (x,)), params)
+        return sum(kept.shape == (1, 8, 8, 64) for kept in jax.tree.leaves(pullback))
+
+    assert count_kept(FusedRDNet()) == 2 < count_kept(rdnet.PLAIN)

@@ -2,14 +2,15 @@
 
 A dense layer is two calls: depthwise convolution with layer norm, and both 1x1 convolutions with the GELU in between.
 Convolutions of patches become products of matrices. Where the kernels don't serve (other platforms, several devices,
-dtypes other than float32, exports) it is `rdnet.Plain`, whose function this is; in float64 the depthwise convolutions
-are sums of shifted products.
+dtypes other than float32, exports) it is `rdnet.Plain`, whose function this is, with the GELU computed again in the
+backward pass; in float64 the depthwise convolutions are sums of shifted products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu import dense_layer
@@ -42,9 +43,15 @@ class FusedRDNet(rdnet.Plain):
         layers = ((conv1, x.shape[-1]), (conv2, conv1.features))
         arrays = [array.astype(x.dtype) for conv, width in layers for array in conv.arrays(width)]
         if not dense_layer.is_usable(x, *arrays):
-            return super().bottleneck(conv1, conv2, x)
+            return conv2(_gelu(conv1(x)))
         kernel1, bias1, kernel2, bias2 = arrays
         return dense_layer.bottleneck(x, kernel1[0, 0], bias1, kernel2[0, 0], bias2)
+
+
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+    """Computes the exact GELU, of which the backward pass keeps x alone: computing costs less than reading."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def _split_into_patches(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 w2 c2"]:
