@@ -22,10 +22,10 @@ CHANGES = (
 )
 
 
-def copy_checkout(directory: pathlib.Path, small: bool = True) -> pathlib.Path:
-    """Copies the checkout to `directory`, which does not exist yet, makes its examples `small` and returns it."""
+def copy_checkout(directory: pathlib.Path) -> pathlib.Path:
+    """Copies the checkout to `directory`, which does not exist yet, makes its examples small and returns it."""
     shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    for file, usual, short in CHANGES if small else ():
+    for file, usual, short in CHANGES:
         text = (directory / file).read_text()
         assert usual in text, f"{file} has no {usual!r} to be made small"
         (directory / file).write_text(text.replace(usual, short))

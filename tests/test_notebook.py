@@ -15,8 +15,7 @@ def test_notebook_runs(name, count, tmp_path, monkeypatch, user):
 
     for variable, value in environment(**user).items():
         monkeypatch.setenv(variable, value)
-    # The notebook of the digits states an accuracy, which a smaller network may miss.
-    examples = copy_checkout(tmp_path / "checkout", small=name != "digits") / "examples"
+    examples = copy_checkout(tmp_path / "checkout") / "examples"
     notebook = nbformat.read(examples / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(examples)}}
