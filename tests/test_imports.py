@@ -14,7 +14,8 @@ OURS = "densenet_jax"
 FLOORS = (
     ("errors", "version", "rng", "dtypes", "choices"),
     ("system", "scores"),
-    ("kernels", "data", "training"),
+    ("kernels", "data"),
+    ("training",),
     ("models", "augment", "config", "flags"),
     ("distributed",),
     ("experiment", "workdir"),

@@ -9,12 +9,17 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = ("tests/kernels/test_cpu.py", "tests/kernels/test_cpu_dense_layer.py", "tests/data/test_native.py")
+FILES = (
+    "tests/kernels/test_cpu.py",
+    "tests/kernels/test_cpu_dense_layer.py",
+    "tests/kernels/test_cpu_elementwise.py",
+    "tests/data/test_native.py",
+)
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # What reads or writes memory; the rest of these files is about Python or about whole networks.
 WANTED = (
     "convolution or reader or norm_relu_conv or pooling or refuse or part or crop or passes or crash or tiny"
-    " or dense_layer"
+    " or dense_layer or elementwise"
 )
 
 

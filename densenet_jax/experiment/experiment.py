@@ -14,6 +14,7 @@ from densenet_jax.experiment.parts import Parts
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
+from densenet_jax.system.host import release_freed_memory
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import EvalSums, PredictStep, make_eval_step, make_logits_step, make_predict_step
 from densenet_jax.training.restore import check_same_shapes, find_checkpoint, restore_variables
@@ -89,7 +90,7 @@ class Experiment(Parts):
 
     def compile_train_step(self) -> Callable[[TrainState, dict[str, jax.Array]], Any]:
         """Compiles the training step for this mesh; its state argument is donated."""
-        return self.lower_train_step().compile()
+        return _compile(self.lower_train_step())
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """Traces the training step for this mesh, ready to be compiled."""
@@ -134,7 +135,7 @@ class Experiment(Parts):
             rows["label_set"] = ((self.num_classes,), jnp.bool_)
         batch = self._abstract_batch(self.data.eval_batch_size, image=(transform.shape, transform.dtype), **rows)
         jitted = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
-        return jitted.lower(sharding.with_sharding(self._variable_shapes(), self.layout), batch).compile()
+        return _compile(jitted.lower(sharding.with_sharding(self._variable_shapes(), self.layout), batch))
 
     def compile_predict_step(self) -> PredictStep:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
@@ -186,3 +187,9 @@ class Experiment(Parts):
 
     def _laid_out(self, variables: dict[str, Any]) -> dict[str, Any]:
         return jax.device_put(variables, sharding.shardings_of(sharding.with_sharding(variables, self.layout)))
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    compiled = lowered.compile()
+    release_freed_memory()
+    return compiled

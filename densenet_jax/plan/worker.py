@@ -18,6 +18,7 @@ import ml_collections
 from densenet_jax.config import check_config
 from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
+from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.plan.compilers import ENVIRONMENT, absent_devices
 from densenet_jax.plan.costs import Costs, DoesNotFitError, compile_costs
 from densenet_jax.plan.hlo import Collective
@@ -60,7 +61,9 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     try:
         config = check_config(ml_collections.ConfigDict(request["config"]))
         devices = tuple(absent_devices(parse_topology(request["topology"])))
-        costs = compile_costs(Experiment(config, absent_devices=devices).lower_train_step())
+        with plain_kernels():  # this machine's
+            lowered = Experiment(config, absent_devices=devices).lower_train_step()
+        costs = compile_costs(lowered)
         if costs.flops is None:
             costs = dataclasses.replace(costs, flops=_count_traced_flops(request["config"], len(devices)))
     except UserError as mistake:
@@ -78,7 +81,8 @@ def _count_traced_flops(settings: dict[str, Any], chips: int) -> float | None:
     whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
     whole["model"] = {**settings["model"], "kernels": "xla"}  # this machine has no other kernels
     experiment = Experiment(check_config(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))
-    flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
+    with plain_kernels():  # whose operations nobody counts
+        flops = (experiment.lower_train_step().cost_analysis() or {}).get("flops")
     return None if flops is None else flops / chips
 
 

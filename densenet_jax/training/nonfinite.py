@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+import optax
+from jaxtyping import Array, Bool, Float
 
 from densenet_jax.dtypes import wide
+from densenet_jax.kernels.cpu.elementwise import are_usable, square_sums
 
 
 def not_finite(tree: Any) -> Bool[Array, " n"]:
@@ -16,8 +18,20 @@ def not_finite(tree: Any) -> Bool[Array, " n"]:
 
     The gradient's norm needs these sums too, so the compiler computes them once.
     """
-    sums = [jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
-    return ~jnp.isfinite(jnp.stack(sums)) if sums else jnp.zeros((0,), bool)
+    leaves = jax.tree.leaves(tree)
+    return ~jnp.isfinite(_square_sums(leaves)) if leaves else jnp.zeros((0,), bool)
+
+
+def tree_norm(tree: Any) -> Float[Array, ""]:
+    """Computes the norm over all leaves."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.sqrt(jnp.sum(_square_sums(leaves))) if are_usable(leaves) else optax.tree.norm(tree)
+
+
+def _square_sums(leaves: list[Array]) -> Float[Array, " n"]:
+    if are_usable(leaves):
+        return square_sums(leaves)
+    return jnp.stack([jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) for leaf in leaves])
 
 
 def leaf_names(tree: Any) -> list[str]:

@@ -13,12 +13,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from densenet_jax.kernels.cpu.elementwise import update_in_place
 from densenet_jax.rng import Purpose, step_key
 from densenet_jax.training.accumulate import accumulate_gradients
 from densenet_jax.training.ema import ema_decay, update_ema
 from densenet_jax.training.losses import SOFTMAX, Loss
 from densenet_jax.training.metrics import ClassificationSums, LabelSums
-from densenet_jax.training.nonfinite import not_finite
+from densenet_jax.training.nonfinite import not_finite, tree_norm
 from densenet_jax.training.precision import LossScale, all_finite, select
 from densenet_jax.training.sharding import replicated
 from densenet_jax.training.state import TrainState
@@ -86,13 +87,12 @@ class TrainStep:
         )
         if state.loss_scale is not None:
             gradients = state.loss_scale.unscale(gradients)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        new = state.replace(  # type: ignore[attr-defined]
-            params=optax.apply_updates(state.params, updates), batch_stats=batch_stats, opt_state=opt_state
+        params, opt_state, average = update_in_place(
+            self._update, (state.params, state.opt_state, state.average), gradients, batch_stats, state.step
         )
-        if state.average is not None:
-            decay = ema_decay(state.step, self.average_decay)
-            new = new.replace(average=update_ema(state.average, new.variables, decay))
+        new = state.replace(  # type: ignore[attr-defined]
+            params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
+        )
         skipped = jnp.zeros((), jnp.int32)
         if state.loss_scale is not None:
             finite = all_finite(gradients)
@@ -100,12 +100,22 @@ class TrainStep:
             skipped = 1 - finite.astype(jnp.int32)
         report = StepReport(
             sums=self.loss.sums(logits, targets, losses),
-            grad_norm=jnp.where(skipped == 1, 0.0, optax.tree.norm(gradients)),
+            grad_norm=jnp.where(skipped == 1, 0.0, tree_norm(gradients)),
             skipped=skipped,
             faulty_gradients=not_finite(gradients),
             faulty_statistics=not_finite(batch_stats),
         )
         return new.replace(step=state.step + 1), report
+
+    def _update(self, state: tuple[Any, Any, Any], gradients: Any, batch_stats: Any, step: Array) -> tuple[Any, ...]:
+        """Returns parameters, optimizer state and moving average after an update."""
+        params, opt_state, average = state
+        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            average = update_ema(average, variables, ema_decay(step, self.average_decay))
+        return params, opt_state, average
 
     def _gradients(
         self,

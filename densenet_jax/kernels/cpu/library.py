@@ -28,6 +28,10 @@ _CALLS = {
     "bottleneck": "DensenetBottleneck",
     "bottleneck_kept": "DensenetBottleneckKept",
     "bottleneck_gradient": "DensenetBottleneckGradient",
+    "elementwise": "DensenetElementwise",
+    "square_sums": "DensenetSquareSums",
+    "tail": "DensenetTail",
+    "number": "DensenetNumber",
 }
 
 

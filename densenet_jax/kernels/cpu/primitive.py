@@ -41,10 +41,14 @@ def have_static_sizes(*arrays: Any) -> bool:
     return all(isinstance(side, int) and side > 0 for array in arrays for side in array.shape)
 
 
-def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool = False, **attributes: Any) -> Any:
-    """Lowers to a kernel of `library` with bool, integer or float attributes; in_place: into the first operand."""
-    rule = jax.ffi.ffi_lowering(target_names()[call], operand_output_aliases={0: 0} if in_place else None)
-    kinds = {bool: bool, float: np.float64}
+def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool | dict[int, int] = False, **attributes: Any) -> Any:
+    """Lowers to a kernel of `library` with bool, integer, float or array attributes.
+
+    in_place: the result in the memory of each of these operands; True is {0: 0}.
+    """
+    aliases = {0: 0} if in_place is True else in_place or None
+    rule = jax.ffi.ffi_lowering(target_names()[call], operand_output_aliases=aliases)
+    kinds: dict[type, Any] = {bool: bool, float: np.float64, np.ndarray: np.asarray}
     return rule(ctx, *operands, **{key: kinds.get(type(v), np.int64)(v) for key, v in attributes.items()})
 
 

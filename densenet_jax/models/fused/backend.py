@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ from densenet_jax.models.fused.norm_relu_conv import (
     norm_relu_gradients,
     sums_from_gradients,
 )
-from densenet_jax.models.layers import BatchStats, NormOptions, dropout, group_count
+from densenet_jax.models.layers import BatchNorm, BatchStats, NormOptions, dropout, group_count
 
 Buffer = Any  # one array float[b, h, w, c] or a tuple of arrays, as a backend keeps a block's feature maps
 
@@ -231,6 +231,29 @@ class Backend:
         grads = self.norm_relu_conv_grads(operands, gradient, groups)
         added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
         return grads._replace(x=added)
+
+    # Batch statistics.
+
+    def tails(self, vectors: Sequence[Float[Array, " _"]], size: int) -> list[Float[Array, " {size}"]]:
+        """Returns the last values of each vector."""
+        return [vector[-size:] for vector in vectors]
+
+    def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
+        """Updates the running statistics of norms by their channels' statistics over so many positions.
+
+        A norm's channels are the first of the statistics' channels.
+        """
+        own = [
+            stats if norm.features == stats.mean.shape[-1] else select_channels(stats, 0, norm.features)
+            for norm, stats in norms
+        ]
+        for (norm, _), stats in zip(norms, own, strict=True):
+            norm.update_running(stats, positions)
+
+    def add_sums(self, sums: Sums, conv: NormReluConv, grads: Gradients) -> Sums:
+        """Adds the sums of a layer's part of the gradient to the first channels of sums; may return only these."""
+        start, own = conv.scale.shape[0], sums_from_gradients(conv.scale, grads.scale, grads.bias)
+        return sums[0][:, :start] + own[0], sums[1][:, :start] + own[1]
 
     # The backward pass of a dense layer.
 

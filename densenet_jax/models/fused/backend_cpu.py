@@ -5,19 +5,23 @@ XLA computes where the kernels were not built or don't support the operands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.kernels.cpu import convolution, pooling
+from densenet_jax.kernels.cpu import convolution, elementwise, pooling
 from densenet_jax.kernels.cpu import norm_relu_conv as cpu
 from densenet_jax.kernels.select import BlockShape, check_wanted
 from densenet_jax.models.fused.backend import Backend, Buffer
-from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, Operands
-from densenet_jax.models.layers import BatchStats, NormOptions, group_count
+from densenet_jax.models.fused.norm import Normalization, Sums
+from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, NormReluConv, Operands
+from densenet_jax.models.layers import BatchNorm, BatchStats, NormOptions, group_count
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,18 @@ class CpuBackend(Backend):
     def readable(self, buffer: Buffer, width: int) -> Array:
         """Returns the whole buffer: the kernels read its front."""
         return buffer
+
+    def append(self, buffer: Buffer, new: Array, start: int) -> Buffer:
+        """Returns the buffer with new feature maps behind the first `start` channels."""
+        if not elementwise.are_usable([buffer, new]):
+            return super().append(buffer, new, start)
+        return lax.dynamic_update_slice_in_dim(buffer, new, elementwise.hidden_number(start), axis=3)
+
+    def tails(self, vectors: Sequence[Float[Array, " _"]], size: int) -> list[Float[Array, " {size}"]]:
+        """Returns the last values of each vector."""
+        if not elementwise.are_usable(vectors):
+            return super().tails(vectors, size)
+        return [elementwise.tail(lax.stop_gradient(vector), size) for vector in vectors]
 
     def convolve(
         self, x: Array, kernel: Array, *, stride: int = 1, padding: int = 0, groups: int = 1
@@ -90,6 +106,49 @@ class CpuBackend(Backend):
             return super().accumulate_grads(total, operands, gradient, groups)
         x, arrays, _ = _kernel_operands(operands)
         return _add_group_axis(*cpu.add_gradients(total, x, arrays, gradient))
+
+    def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
+        """Updates the means of all norms in one call, and the variances in another."""
+        variables = [(norm.mean, norm.var) for norm, _ in norms if not norm.is_initializing()]
+        arrays = [array for norm, stats in norms for array in (norm.mean.value, *stats)]
+        same = {(norm.options.momentum, norm.options.unbiased_running_variance) for norm, _ in norms}
+        if len(variables) < len(norms) or len(same) != 1 or not elementwise.are_usable(arrays):
+            return super().update_running(norms, positions)
+        if any(stats.mean.shape[0] != 1 for _, stats in norms):
+            return super().update_running(norms, positions)
+        ((keep, unbiased),) = same
+        correction = positions / max(positions - 1, 1) if unbiased else 1.0
+        for number, factor in ((0, 1.0), (1, correction)):
+            items = [
+                (pair[number].value, lax.stop_gradient(stats[number]).reshape(-1))
+                for pair, (_, stats) in zip(variables, norms, strict=True)
+            ]
+            new = elementwise.map_fronts(lambda old, new: keep * old + (1 - keep) * (new * factor), items)  # noqa: B023
+            for pair, value in zip(variables, new, strict=True):
+                pair[number].value = value
+        return None
+
+    def add_sums(self, sums: Sums, conv: NormReluConv, grads: Gradients) -> Sums:
+        """Adds into the first channels of sums in place; all of their channels are returned."""
+        if sums[0].shape[0] != 1 or not elementwise.are_usable([*sums, conv.scale, grads.scale, grads.bias]):
+            return super().add_sums(sums, conv, grads)
+        items = [(total[0], grad[0], conv.scale) for total, grad in zip(sums, (grads.bias, grads.scale), strict=True)]
+        first, second = elementwise.map_fronts(lambda total, grad, scale: total + grad * scale, items)
+        return first[None, :], second[None, :]
+
+    def grad_before_norm(
+        self, total: Array, buffer: Buffer, norm: Normalization, sums: Sums, start: int, end: int
+    ) -> Float[Array, "b h w c"]:
+        """Returns the gradient of channels start to end before their norm; the layers of a block share its program."""
+        if start == 0 or not elementwise.are_usable([total, buffer]):
+            return super().grad_before_norm(total, buffer, norm, sums, start, end)
+        place = elementwise.hidden_number(start)
+
+        def take(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, place, end - start, axis=-1)
+
+        norm = jax.tree.map(take, norm._replace(epsilon=None))._replace(epsilon=norm.epsilon)
+        return norm.gradient(take(total), take(buffer), (take(sums[0]), take(sums[1])))
 
     def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
         """Computes `layers.max_pool`, whose derivative is a kernel."""

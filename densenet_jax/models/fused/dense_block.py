@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,14 +21,12 @@ from densenet_jax.models.fused.norm import (
     Normalization,
     concatenate_stats,
     make_normalization,
-    select_channels,
 )
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
     Operands,
     scale_and_bias,
     sum_gradient,
-    sums_from_gradients,
 )
 from densenet_jax.models.layers import BatchStats, FeatureMap, NormArrays, dropout, fold_key
 
@@ -101,9 +100,9 @@ def fused_dense_block(
     if any(pair.first.frozen != are_frozen for pair in norms):
         return None
     arrays = tuple(_arrays(layer, pair, options) for layer, pair in zip(layers, norms, strict=True))
-    outputs = _block(Config(options, backend), x, arrays, _shifts(norms, layers[0].growth_rate), key)
+    outputs = _block(Config(options, backend), x, arrays, _shifts(norms, layers[0].growth_rate, backend), key)
     if train:
-        _update_running(layers, norms, outputs)
+        _update_running(layers, norms, outputs, backend)
     return FeatureMap(outputs.values, None if are_frozen else outputs.stats)
 
 
@@ -130,27 +129,26 @@ def _arrays(layer: densenet.DenseLayer, norms: LayerNorms, options: BlockOptions
     return DenseLayer(first, NormReluConv(*scale_and_bias(norms.second, options.norm), layer.conv2.kernel))
 
 
-def _shifts(norms: Sequence[LayerNorms], growth: int) -> Shifts:
+def _shifts(norms: Sequence[LayerNorms], growth: int, backend: Backend) -> Shifts:
     """Takes a feature map's running mean from the first layer that reads it; no layer reads the last one."""
     bottlenecks = tuple(None if second is None or second.frozen else second.mean for _, second in norms)
     if norms[0].first.frozen:
         return Shifts(None, bottlenecks, (None,) * len(norms))
     means = [first.mean for first, _ in norms]
-    outputs = [mean[-growth:] for mean in means[1:]]
+    outputs = backend.tails(means[1:], growth)
     return Shifts(means[0], bottlenecks, (*outputs, jnp.zeros_like(means[0], shape=(growth,))))
 
 
-def _update_running(layers: Sequence[densenet.DenseLayer], norms: Sequence[LayerNorms], outputs: Outputs) -> None:
-    positions = outputs.values.size // outputs.values.shape[-1]
-    bottleneck_stats = iter(outputs.bottleneck_stats)
-    stats = []
-    for first, second in norms:
-        own = None if first.frozen else select_channels(outputs.stats, 0, first.scale.shape[0])
-        stats.append((own, None if second is None else next(bottleneck_stats)))
-    for layer, (_, second), (own, bottleneck) in zip(layers, norms, stats, strict=True):
-        layer.norm1.update_running(own, positions)
+def _update_running(
+    layers: Sequence[densenet.DenseLayer], norms: Sequence[LayerNorms], outputs: Outputs, backend: Backend
+) -> None:
+    updated = []
+    for layer, (first, second), bottleneck in itertools.zip_longest(layers, norms, outputs.bottleneck_stats):
+        if not first.frozen:
+            updated.append((layer.norm1, outputs.stats))
         if second is not None and not second.frozen:
-            layer.norm2.update_running(bottleneck, positions)
+            updated.append((layer.norm2, bottleneck))
+    backend.update_running(updated, outputs.values.size // outputs.values.shape[-1])
 
 
 def _dropout_keys(options: BlockOptions, layer: DenseLayer, key: Array | None) -> tuple[Array | None, Array | None]:
@@ -244,8 +242,7 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
         if backend.barrier_after_layer:
             total, layer = lax.optimization_barrier((total, layer))
         layers.append(layer)
-        own = sums_from_gradients(conv.scale, grads.scale, grads.bias)
-        sums = (sums[0][:, :start] + own[0], sums[1][:, :start] + own[1])
+        sums = backend.add_sums(sums, conv, grads)
         width = start
     grad_inputs = backend.grad_before_norm(total, saved.buffer, norm, sums, 0, width)
     return grad_inputs, tuple(reversed(layers)), None, None

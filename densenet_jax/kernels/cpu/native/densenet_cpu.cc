@@ -11,17 +11,18 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "block.h"
+#include "elementwise.h"
 #include "input_rows.h"
 #include "kernel_gradient.h"
 #include "outputs.h"
 #include "pool_gradient.h"
 #include "sizes.h"
-#include "team.h"
 #include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -346,6 +347,73 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
   return fits ? error : Invalid("shapes of a block's step do not fit");
 }
 
+// Computes a program of elementwise operations for many items. The operands are the vector of scalars and each item's
+// inputs; the results are each item's outputs, all of one type. Of inputs and outputs that are longer than an item's
+// shortest input only the front is used.
+ffi::Error ElementwiseCall(ffi::ThreadPool pool, Buffer scalars, ffi::RemainingArgs inputs, ffi::RemainingRets outputs,
+                           ffi::Span<const int64_t> code, ffi::Span<const int64_t> results, int64_t items) {
+  if (items < 1 || inputs.size() < static_cast<size_t>(items) || inputs.size() % items || outputs.size() != items * results.size() || code.size() % 4)
+    return Invalid("operands of an elementwise program do not fit");
+  const int64_t in = inputs.size() / items, out = results.size();
+  const Program program{code.begin(), static_cast<int64_t>(code.size() / 4), in,
+                        static_cast<int64_t>(scalars.element_count()), results.begin(), out};
+  if (!IsValid(program)) return Invalid("an elementwise program reads what it has not");
+  bool fits = true;
+  const ffi::Error error = ForType({scalars}, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Item<T>> all(items);
+    for (int64_t item = 0; item < items; ++item) {
+      all[item].size = std::numeric_limits<int64_t>::max();
+      for (int64_t i = 0; i < in; ++i)
+        all[item].size = std::min<int64_t>(all[item].size, inputs.get<Buffer>(item * in + i)->element_count());
+      const auto add = [&](Buffer buffer, auto& pointers) {
+        fits = fits && buffer.element_type() == scalars.element_type() &&
+               static_cast<int64_t>(buffer.element_count()) >= all[item].size;
+        pointers.push_back(static_cast<T*>(buffer.untyped_data()));
+      };
+      for (int64_t i = 0; i < in; ++i) add(*inputs.get<Buffer>(item * in + i), all[item].inputs);
+      for (int64_t i = 0; i < out; ++i) add(**outputs.get<Buffer>(item * out + i), all[item].outputs);
+    }
+    if (fits) RunProgram<T>(pool, program, scalars.typed_data<T>(), all);
+  });
+  return fits ? error : Invalid("the arrays of an elementwise program differ in type or size");
+}
+
+// Computes the sum of each operand's squares.
+ffi::Error SquareSumsCall(ffi::ThreadPool pool, ffi::RemainingArgs arrays, Result sums) {
+  if (arrays.size() != sums->element_count()) return Invalid("one sum an array was expected");
+  bool fits = true;
+  const ffi::Error error = ForType({*sums}, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<const T*> items;
+    std::vector<int64_t> sizes;
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      const Buffer array = *arrays.get<Buffer>(i);
+      fits = fits && array.element_type() == sums->element_type();
+      items.push_back(static_cast<const T*>(array.untyped_data()));
+      sizes.push_back(array.element_count());
+    }
+    if (fits) SquareSums<T>(pool, items, sizes, sums->typed_data<T>());
+  });
+  return fits ? error : Invalid("arrays of different types");
+}
+
+// Copies the last values of a vector, as many as y has.
+ffi::Error TailCall(Buffer x, Result y) {
+  const size_t size = y->element_count();
+  if (size > x.element_count()) return Invalid("a vector is shorter than its tail");
+  return ForType({x, *y}, [&](auto zero) {
+    using T = decltype(zero);
+    std::copy_n(x.typed_data<T>() + x.element_count() - size, size, y->typed_data<T>());
+  });
+}
+
+// Returns an int32 that the compiler doesn't know.
+ffi::Error NumberCall(ffi::Result<ffi::BufferR0<ffi::S32>> y, int64_t number) {
+  *y->typed_data() = static_cast<int32_t>(number);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)  // everything else is hidden and can be inlined
@@ -418,6 +486,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetBlock, BlockCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().RemainingArgs().RemainingRets()
         .Attr<ffi::Span<const int64_t>>("steps").Attr<int64_t>("copied").Attr<double>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetElementwise, ElementwiseCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().RemainingArgs().RemainingRets()
+        .Attr<ffi::Span<const int64_t>>("code").Attr<ffi::Span<const int64_t>>("results").Attr<int64_t>("items"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetSquareSums, SquareSumsCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DensenetTail, TailCall, ffi::Ffi::Bind().Arg<Buffer>().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetNumber, NumberCall, ffi::Ffi::Bind().Ret<ffi::BufferR0<ffi::S32>>().Attr<int64_t>("number"));
 // clang-format on
 
 #pragma GCC visibility pop
