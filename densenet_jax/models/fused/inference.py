@@ -38,7 +38,7 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
         return module, variables
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     for name, kernel in params.items():
-        groups = module.groups if name.endswith("c3x3_b/conv/kernel") else 1
+        groups = kernel.shape[3] // kernel.shape[2] if name.endswith("c3x3_b/conv/kernel") else 1
         is_blurred = name.startswith("transition") and module.blur == "all"  # convolved by XLA's calls
         if _KERNEL.fullmatch(name) and not is_blurred and cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel))
