@@ -39,7 +39,7 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     for name, kernel in params.items():
         groups = kernel.shape[3] // kernel.shape[2] if name.endswith("c3x3_b/conv/kernel") else 1
-        is_blurred = name.startswith("transition") and module.net.blur == "all"  # by XLA
+        is_blurred = name.startswith("transition") and module.architecture.blur == "all"  # by XLA
         if _KERNEL.fullmatch(name) and not is_blurred and cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel))
     packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
