@@ -164,7 +164,7 @@ def run_own_with_taps(model, variables, x):
             outputs[name] = jax.nn.relu(value) if name.startswith("norm") else value
     if "conv1_1" in state["intermediates"]:
         value = state["intermediates"]["conv1_1"]["bn"]["__call__"][0]
-        outputs["conv1_1"] = dual_path.ACTIVATIONS[model.activation](value)
+        outputs["conv1_1"] = dual_path.ACTIVATIONS[model.architecture.activation](value)
     return outputs
 
 
