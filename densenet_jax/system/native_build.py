@@ -15,6 +15,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import user_cache
@@ -92,8 +93,17 @@ def _take_lock(file: int) -> bool:
     return False
 
 
-def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> pathlib.Path:
-    """Compiles into the first writable place, which is returned; `command` lacks the output's name.
+def compile_library(
+    places: Sequence[pathlib.Path],
+    command: Sequence[str],
+    sources: Sequence[pathlib.Path],
+    libraries: Sequence[str] = (),
+) -> pathlib.Path:
+    """Compiles sources side by side and links them in the first writable place, which is returned.
+
+    Args:
+        command: the compiler and its flags, for compiling and linking.
+        libraries: flags that name what is linked as well.
 
     Raises:
         RuntimeError: it fails, or there is nowhere to write.
@@ -102,21 +112,26 @@ def compile_library(places: Sequence[pathlib.Path], command: Sequence[str]) -> p
     if place is None:
         raise RuntimeError("Neither the package nor the user's cache can be written.")
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        compiled = pathlib.Path(folder) / place.name
-        try:
-            result = subprocess.run(
-                [*command, "-o", str(compiled)], capture_output=True, text=True, check=False, timeout=_BUILD_SECS
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{command[0]} took longer than {_BUILD_SECS:.0f} s") from error
-        except OSError as error:
-            raise RuntimeError(f"{command[0]} failed: {error}") from error
-        if result.returncode:
-            lines = result.stderr.strip().splitlines() or ["no message"]
-            why = next((line for line in lines if "error" in line), lines[0])
-            raise RuntimeError(f"{' '.join(command)} failed: {why}")
-        os.replace(compiled, place)
+        linked, *objects = (os.path.join(folder, name) for name in (place.name, *(f"{s.stem}.o" for s in sources)))
+        commands = [[*command, "-c", str(s), "-o", made] for s, made in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run_compiler, commands))
+        _run_compiler([*command, *objects, *libraries, "-o", linked])
+        os.replace(linked, place)
     return place
+
+
+def _run_compiler(command: Sequence[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_BUILD_SECS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} took longer than {_BUILD_SECS:.0f} s") from error
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} failed: {error}") from error
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        why = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"{' '.join(command)} failed: {why}")
 
 
 def _writable(folder: pathlib.Path) -> bool:

@@ -89,4 +89,4 @@ def test_a_wheel_brings_a_compiler_where_there_is_none(monkeypatch):
 def test_a_compiler_that_hangs_is_reported_in_plain_words(tmp_path, monkeypatch):
     monkeypatch.setattr(native_build, "_BUILD_SECS", 0.2)
     with pytest.raises(RuntimeError, match=r"^bash took longer than 0 s$"):
-        native_build.compile_library([tmp_path / "x.so"], ["bash", "-c", "sleep 9"])
+        native_build.compile_library([tmp_path / "x.so"], ["bash", "-c", "sleep 9"], [])

@@ -28,8 +28,8 @@ def build() -> pathlib.Path:
         RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.
     """
     extra = os.environ.get("CFLAGS", "").split()
-    command = [*find_compiler("CC", "cc", "C"), *_FLAGS, *extra, str(_SOURCE), "-ljpeg"]
-    return compile_library(library_paths(), command)
+    command = [*find_compiler("CC", "cc", "C"), *_FLAGS, *extra]
+    return compile_library(library_paths(), command, [_SOURCE], ["-ljpeg"])
 
 
 if __name__ == "__main__":

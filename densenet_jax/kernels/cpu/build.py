@@ -51,8 +51,8 @@ def build() -> pathlib.Path:
     """
     extra = os.environ.get("CXXFLAGS", "").split()
     compiler, include = find_compiler("CXX", "c++", "C++"), f"-I{jax.ffi.include_dir()}"
-    sources = map(str, sorted(_FOLDER.glob("*.cc")))
-    return compile_library(library_paths(), [*compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include, *sources])
+    command = [*compiler, *_FLAGS, *_LIBRARY_FLAGS, *extra, include]
+    return compile_library(library_paths(), command, sorted(_FOLDER.glob("*.cc")))
 
 
 if __name__ == "__main__":
