@@ -48,7 +48,7 @@ class Graph:
 
     @property
     def info(self) -> dict[str, str]:
-        """What a file says about itself: class names as a JSON list, and one a line unless one has a line break."""
+        """Metadata of the exported file: class names as a JSON list, and one a line unless one has a line break."""
         model = self.model
         info = {"model": model.name, "weights": model.source}
         if (lines := "\n".join(model.class_names)).splitlines() == list(model.class_names):

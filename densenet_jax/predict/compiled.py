@@ -46,7 +46,7 @@ class CompiledModel:
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
-        module, variables = (model.module, model.variables)
+        module, variables = model.module, model.variables
         if mesh.size == 1:
             module, variables = pack_kernels(module, variables)
         self._module = module
@@ -86,7 +86,8 @@ class CompiledModel:
         size = next((size for size in self.batch_sizes if size >= len(images)), None)
         if size is None or not len(images):
             raise UserError(f"a batch of {len(images)} images; expected 1 to {self.batch_sizes[-1]}.")
-        images = np.pad(images, [(0, size - len(images)), *[(0, 0)] * len(self.image_shape)])
+        if size > len(images):  # np.pad would copy a full batch
+            images = np.pad(images, [(0, size - len(images)), *[(0, 0)] * len(self.image_shape)])
         if classes is not None:
             classes = jax.device_put(np.pad(classes, (0, size - len(classes))), self._over_data)
         images = jax.device_put(images, self._over_data)

@@ -31,7 +31,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Access:
-    """Who may send requests.
+    """Decides who may send requests.
 
     Attributes:
         hosts: allowed in Host headers, besides IP addresses if not on loopback.
