@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu.convolution import plain_convolve
-from densenet_jax.kernels.cpu.library import target_names, vector_bytes
-from densenet_jax.kernels.cpu.primitive import are_known, define, is_available
+from densenet_jax.kernels.cpu.library import vector_bytes
+from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, is_available
 
 
 class Step(NamedTuple):
@@ -111,8 +111,7 @@ def plain_run_block(
 
 def _lower(ctx: Any, *operands: Any, steps: tuple[Step, ...], copied: int, epsilon: float, **_: Any) -> Any:
     fields = np.array(steps, np.int64).ravel()
-    rule = jax.ffi.ffi_lowering(target_names()["block"])
-    return rule(ctx, *operands, steps=fields, copied=np.int64(copied), epsilon=np.float64(epsilon))
+    return call_kernel("block", ctx, *operands, steps=fields, copied=copied, epsilon=float(epsilon))
 
 
 def is_packable(kernel: Any, groups: int = 1) -> bool:

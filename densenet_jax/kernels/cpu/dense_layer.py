@@ -8,17 +8,15 @@ never go through memory; training keeps the GELU's input, and computes the GELU 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from densenet_jax.kernels.cpu.convolution import plain_convolve
-from densenet_jax.kernels.cpu.primitive import call_kernel, define, have_static_sizes, is_available
+from densenet_jax.kernels.cpu.primitive import define, have_static_sizes, is_available
 
 SIDE = 7  # of the depthwise kernel
 
@@ -131,30 +129,33 @@ def _plain_bottleneck_gradient(x: Array, z: Array, kernel1: Array, kernel2: Arra
     return [grad_z @ kernel1.T, grad_kernel1, jnp.sum(grad_z, axis=(0, 1, 2)), grad_kernel2, grad_z, hidden]
 
 
-def _define(name: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> Primitive:
-    def lower(ctx: Any, *operands: Any, **attributes: Any) -> Any:
-        return call_kernel(name, ctx, *operands, **attributes)
-
-    return define(name, reference, lower, multiple_results=True, shapes=shapes)
-
-
-_depthwise_norm_p = _define("depthwise_norm", plain_depthwise_norm, lambda x, *_, epsilon: [x.shape])
+_define = functools.partial(define, multiple_results=True)
+_depthwise_norm_p = _define("depthwise_norm", plain_depthwise_norm, shapes=lambda x, *_, epsilon: [x.shape])
 _depthwise_norm_kept_p = _define(
-    "depthwise_norm_kept", _plain_depthwise_norm_kept, lambda x, *_, epsilon: [x.shape, x.shape]
+    "depthwise_norm_kept", _plain_depthwise_norm_kept, shapes=lambda x, *_, epsilon: [x.shape, x.shape]
 )
 _depthwise_norm_gradient_p = _define(
     "depthwise_norm_gradient",
     _plain_depthwise_norm_gradient,
-    lambda x, kernel, scale, *_, epsilon: [x.shape, kernel.shape, *[scale.shape] * 3, x.shape],
+    shapes=lambda x, kernel, scale, *_, epsilon: [x.shape, kernel.shape, *[scale.shape] * 3, x.shape],
 )
-_bottleneck_p = _define("bottleneck", plain_bottleneck, lambda x, *parameters: [(*x.shape[:-1], *parameters[-1].shape)])
+_bottleneck_p = _define(
+    "bottleneck", plain_bottleneck, shapes=lambda x, *parameters: [(*x.shape[:-1], *parameters[-1].shape)]
+)
 _bottleneck_kept_p = _define(
     "bottleneck_kept",
     _plain_bottleneck_kept,
-    lambda x, _, bias1, __, bias2: [(*x.shape[:-1], *bias2.shape), (*x.shape[:-1], *bias1.shape)],
+    shapes=lambda x, _, bias1, __, bias2: [(*x.shape[:-1], *bias2.shape), (*x.shape[:-1], *bias1.shape)],
 )
 _bottleneck_gradient_p = _define(
     "bottleneck_gradient",
     _plain_bottleneck_gradient,
-    lambda x, z, kernel1, kernel2, _: [x.shape, kernel1.shape, kernel1.shape[1:], kernel2.shape, z.shape, z.shape],
+    shapes=lambda x, z, kernel1, kernel2, _: [
+        x.shape,
+        kernel1.shape,
+        kernel1.shape[1:],
+        kernel2.shape,
+        z.shape,
+        z.shape,
+    ],
 )

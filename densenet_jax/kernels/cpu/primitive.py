@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,14 +56,18 @@ def call_kernel(call: str, ctx: Any, *operands: Any, in_place: bool | dict[int, 
 def define(
     name: str,
     reference: Callable[..., Any],
-    lowering: Callable[..., Any],
+    lowering: Callable[..., Any] | None = None,
     *,
     multiple_results: bool = False,
     shapes: Callable[..., Any] | None = None,
 ) -> Primitive:
-    """Makes a primitive with a kernel for programs of one CPU device; lowering and shapes as for `dispatch.define`."""
+    """Makes a primitive with a kernel for programs of one CPU device; lowering and shapes as for `dispatch.define`.
+
+    Without a lowering, the kernel of that name gets all operands and parameters as they are.
+    """
+    own = lowering or functools.partial(call_kernel, name)
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        return lowering(ctx, *operands, **params) if target_names() else None
+        return own(ctx, *operands, **params) if target_names() else None
 
     return dispatch.define(name, reference, lower, platform="cpu", multiple_results=multiple_results, shapes=shapes)
