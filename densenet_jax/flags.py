@@ -110,7 +110,7 @@ class Command:
     explain_layer: str = _flag(
         "", "With --explain: Grad-CAM at this layer, such as stride_8, instead of the last layer's map.", "predict"
     )
-    features: str = _flag("", "pooled or pyramid, written to a NumPy archive beside the output.", "predict")
+    features: str = _flag("", "pooled, pyramid or stride_2,stride_8,..., written to a NumPy archive.", "predict")
     format: str = _flag("", "stablehlo, onnx, savedmodel or tflite.", "export")
     precision: str = _flag("float32", "float32, or what the format has of float16 and int8.", "export")
     preprocess: bool = _flag(

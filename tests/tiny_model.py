@@ -10,6 +10,7 @@ from densenet_jax.predict.model import Deployed
 class Tiny(nn.Module):
     """Three classes by the mean of the image; features like those of the real networks."""
 
+    strides = (1, 2)
     output: str = "logits"
 
     def __call__(self, images, train=False):

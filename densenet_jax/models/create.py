@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from densenet_jax.models.densenet import STEMS, DenseNet
 from densenet_jax.models.dual_path import ACTIVATIONS, PLAIN, DualPathNetwork, Plain
 from densenet_jax.models.fused import BACKENDS, Fused
 from densenet_jax.models.fused.rdnet import FusedRDNet
-from densenet_jax.models.head import GLOBAL_POOLS, OUTPUTS, HeadOptions
+from densenet_jax.models.head import GLOBAL_POOLS, HeadOptions, check_output
 from densenet_jax.models.layers import NormOptions
 from densenet_jax.models.variants import (
     Architecture,
@@ -34,7 +35,6 @@ __all__ = ["create_model", "list_models"]
 
 _CHOICES = {
     "stem": STEMS,
-    "output": OUTPUTS,
     "global_pool": GLOBAL_POOLS,
     "blur": ("none", "stem", "all"),
     "init_fan": ("fan_in", "fan_out"),
@@ -54,7 +54,7 @@ def create_model(
     layer_dropout: float = 0.0,
     drop_path_rate: float = 0.0,
     dropout_every_convolution: bool = True,
-    output: str = "logits",
+    output: str | Sequence[int] = "logits",
     global_pool: str = "avg",
     test_time_pool_px: int = 0,
     remat: bool = False,
@@ -84,7 +84,8 @@ def create_model(
             linearly from 0 at the first layer (stochastic depth, RDNet only).
         dropout_every_convolution: the paper's placement, after every convolution but the first; False is torchvision's,
             after each dense layer's last.
-        output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: features} of all stages.
+        output: "logits", "pooled" float[b, c], "map" float[b, h, w, c], or "pyramid", {stride: features} of all stages;
+            or the strides of the feature maps to return, such as (2, 8), of which 2 is the stem's before its pooling.
         global_pool: what the classifier is given: "avg", "max", "avgmax" (the mean of both), or "catavgmax" (both, one
             after the other, so that pooled features and the classifier are twice as wide).
         test_time_pool_px: in evaluation on images larger than the training's, classify every window of that side in
@@ -121,21 +122,27 @@ def create_model(
         raise UserError(f"global_pool={global_pool!r}: expected 'avg' beside test_time_pool_px; set one of the two")
     pool = _chosen("global_pool", global_pool)
     head = HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype, pool)
-    common: dict[str, Any] = {"head_options": head, "output": _chosen("output", output), "remat": remat}
+    common: dict[str, Any] = {"head_options": head, "remat": remat}
+    common |= {"output": tuple(output) if isinstance(output, list) else output}
     common |= {"dtype": dtype, "param_dtype": param_dtype}
     implementation = _make_implementation(block_form, kernels, mesh)
+    module: DenseNet | DualPathNetwork | rdnet.RDNet
     if isinstance(network, RDNetArchitecture):  # layer norms only
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
         parts = rdnet.PLAIN if block_form == "plain" else FusedRDNet()
         common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate, "implementation": parts}
-        return rdnet.RDNet(**vars(network), **common)
-    norms = NormOptions(epsilon, batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms)
-    common |= {"norm_options": norms, "implementation": implementation}
-    if isinstance(network, DenseNetArchitecture):
-        common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
-        return DenseNet(network, **common)
-    return DualPathNetwork(network, **common)
+        module = rdnet.RDNet(**vars(network), **common)
+    else:
+        running = (batch_norm_momentum, batch_norm_group_size, unbiased_running_variance, frozen_norms)
+        common |= {"norm_options": NormOptions(epsilon, *running), "implementation": implementation}
+        if isinstance(network, DenseNetArchitecture):
+            common |= {"layer_dropout": layer_dropout, "dropout_every_convolution": dropout_every_convolution}
+            module = DenseNet(network, **common)
+        else:
+            module = DualPathNetwork(network, **common)
+    check_output(module.output, module.strides, name)
+    return module
 
 
 def _check_family(name: str, network: Architecture, kernels: str, drop_path_rate: float, layer_dropout: float) -> None:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.models.head import HeadOptions, check_size, select_output, tap
+from densenet_jax.models.head import HeadOptions, Output, check_size, has_stride, select_output, tap
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -115,22 +115,23 @@ class Plain:
         train: bool,
         activation: Callable[[Array], Array],
         blur: bool = False,
-    ) -> Float[Array, "b h2 w2 c2"]:
+        keep: bool = False,
+    ) -> tuple[Float[Array, "b h1 w1 c2"] | None, Float[Array, "b h2 w2 c2"]]:
         """Convolution, norm and activation for each layer, then 3x3 max pooling at stride 2.
 
         Args:
             layers: convolutions with their norms; without a norm, a convolution is the whole stem (CIFAR).
             blur: pool at stride 1, then blur at stride 2.
+            keep: also return the feature map before pooling, else None.
         """
         for convolution, norm in layers:
             x = convolution(x)
             if norm is None:
-                return x
+                return None, x
             x = activation(norm(x, train))
             repeat_border = norm.options.folded
-        if blur:
-            return blur_pool(max_pool(x, stride=1, repeat_border=repeat_border))
-        return max_pool(x, repeat_border=repeat_border)
+        pooled = max_pool(x, stride=1 if blur else 2, repeat_border=repeat_border)
+        return x if keep else None, blur_pool(pooled) if blur else pooled
 
     def dense_block(
         self,
@@ -220,7 +221,8 @@ class DenseNet(nn.Module):
     transition{i}/..., norm5, classifier.
 
     Attributes:
-        output: as for `create_model`; a pyramid has raw block outputs, the last one after norm and ReLU.
+        output: as for `create_model`; stride 2 is the stem before its pooling, the others are raw block outputs, the
+            last one after norm and ReLU.
     """
 
     architecture: DenseNetArchitecture = DenseNetArchitecture()
@@ -228,11 +230,19 @@ class DenseNet(nn.Module):
     head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0
     dropout_every_convolution: bool = True
-    output: str = "logits"
+    output: Output = "logits"
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     implementation: Plain = PLAIN
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the feature maps that output may name."""
+        blocks = range(len(self.architecture.block_sizes))
+        if self.architecture.stem == "cifar":
+            return tuple(2**block for block in blocks)
+        return (2, *(4 * 2**block for block in blocks))
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -247,15 +257,16 @@ class DenseNet(nn.Module):
         drops = (self.layer_dropout, self.dropout_every_convolution)
         options = BlockOptions(self.norm_options, self.dtype, *drops, self.remat, net.init_fan, self.param_dtype)
         layers = self._stem_layers(images.shape[-1], options.types)
-        x = self.implementation.stem(layers, images.astype(self.dtype), train, jax.nn.relu, net.blur != "none")
+        stem = (layers, images.astype(self.dtype), train, jax.nn.relu, net.blur != "none")
+        unpooled, x = self.implementation.stem(*stem, has_stride(self.output, 2, by_default=False))
+        pyramid = {} if unpooled is None else {2: unpooled}
         stride = 1 if net.stem == "cifar" else 4
-        pyramid = {}
         for index, num_layers in enumerate(net.block_sizes, 1):
             block = (num_layers, net.growth_rate, net.bottleneck_width, options, self.implementation)
             features = DenseBlock(*block, name=f"denseblock{index}")(x, train)
             if index < len(net.block_sizes):
                 features = features._replace(values=tap(self, stride, features.values))
-                if self.output == "pyramid":
+                if has_stride(self.output, stride):
                     pyramid[stride] = features.raw(self.norm_options.epsilon)
                 width = int(features.values.shape[-1] * net.compression)
                 transition = (width, options, net.blur == "all", self.implementation)

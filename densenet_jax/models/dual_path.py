@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
 from densenet_jax.models import densenet
-from densenet_jax.models.head import HeadOptions, select_output, tap
+from densenet_jax.models.head import HeadOptions, Output, has_stride, select_output, tap
 from densenet_jax.models.layers import (
     SAVED_BY_REMAT,
     BatchNorm,
@@ -195,17 +195,23 @@ class DualPathNetwork(nn.Module):
     classifier.
 
     Attributes:
-        output: as for `create_model`; a pyramid has raw stage outputs, the last one normalized and activated.
+        output: as for `create_model`; stride 2 is the stem before its pooling, the others are raw stage outputs, the
+            last one normalized and activated.
     """
 
     architecture: DualPathArchitecture = DualPathArchitecture()
     norm_options: NormOptions = NormOptions(epsilon=1e-3)
     head_options: HeadOptions = HeadOptions(1000)
-    output: str = "logits"
+    output: Output = "logits"
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     implementation: Plain = PLAIN
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the feature maps that output may name: of the stem and of each stage."""
+        return tuple(2 ** (stage + 1) for stage in range(1 + len(self.architecture.block_sizes)))
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -215,18 +221,19 @@ class DualPathNetwork(nn.Module):
         common = {"norm_options": self.norm_options, "init_fan": net.init_fan, **types}
         stem = Stem(images.shape[-1], net.stem_width, 3 if net.small else 7, name="conv1_1", **common)
         activation = ACTIVATIONS[net.activation]
-        x = self.implementation.stem([(stem.conv, stem.bn)], images.astype(self.dtype), train, activation)
-        features, pyramid = FeatureMap(x), {}
-        for stage in range(last + 1):
+        keep, images = has_stride(self.output, 2, by_default=False), images.astype(self.dtype)
+        unpooled, x = self.implementation.stem([(stem.conv, stem.bn)], images, train, activation, keep=keep)
+        features, pyramid = FeatureMap(x), {} if unpooled is None else {2: unpooled}
+        for stage, stride in enumerate(self.strides[1:]):
             blocks = self._blocks(features.values.shape[-1], stage, common)
             features = self.implementation.stage(blocks, features, train, self.remat)
             if stage < last:
-                features = features._replace(values=tap(self, 4 * 2**stage, features.values))
-            if self.output == "pyramid":
-                pyramid[4 * 2**stage] = features.raw(self.norm_options.epsilon)
+                features = features._replace(values=tap(self, stride, features.values))
+            if has_stride(self.output, stride):
+                pyramid[stride] = features.raw(self.norm_options.epsilon)
         width = features.values.shape[-1]
         x = NormActivation(width, net.activation, name="conv5_bn_ac", **common)(features, train)
-        x = pyramid[4 * 2**last] = tap(self, 4 * 2**last, x)
+        x = pyramid[stride] = tap(self, stride, x)
         return select_output(self.output, x, pyramid, self.head_options, train, self.make_rng)
 
     @nn.nowrap

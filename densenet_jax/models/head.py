@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from densenet_jax.models.layers import dropout, global_average_pool
 OUTPUTS = ("logits", "pooled", "map", "pyramid")
 INTERMEDIATES, PERTURBATIONS = "intermediates", "perturbations"  # collections of flax, see `tap`
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
+Output = str | tuple[int, ...]  # one of OUTPUTS, or strides of feature maps
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,27 @@ def check_size(height: int, width: int, smallest: int) -> None:
         )
 
 
+def has_stride(output: Output, stride: int, *, by_default: bool = True) -> bool:
+    """Whether output holds the feature map of this stride; by_default, whether "pyramid" does."""
+    return stride in output if isinstance(output, tuple) else by_default and output == "pyramid"
+
+
+def check_output(output: Any, strides: Sequence[int], name: str) -> None:
+    """Checks what a network is to return.
+
+    Raises:
+        UserError: it is none of OUTPUTS, and no tuple of some of the network's strides.
+    """
+    if not isinstance(output, tuple):
+        if output not in OUTPUTS:
+            raise UserError(f"output={output!r}: expected one of {', '.join(OUTPUTS)}, or strides such as (4, 8)")
+    elif not output or any(stride not in strides for stride in output):
+        known = ", ".join(map(str, strides))
+        raise UserError(f"output={output}: expected some of the strides of {name}'s feature maps: {known}")
+
+
 def select_output(
-    output: str,
+    output: Output,
     x: Float[Array, "b h w c"],
     pyramid: dict[int, Array],
     options: HeadOptions,
@@ -110,7 +130,7 @@ def select_output(
     make_rng: Callable[[str], Array],
     norm: Callable[[Array], Array] = lambda pooled: pooled,
 ) -> Any:
-    """Returns what output, one of OUTPUTS, names; called inside a module, it may declare its child "classifier".
+    """Returns what output names; called inside a module, it may declare its child "classifier".
 
     Args:
         x: the last feature map.
@@ -118,6 +138,8 @@ def select_output(
     """
     if output == "pyramid":
         return pyramid
+    if isinstance(output, tuple):
+        return {stride: pyramid[stride] for stride in output}
     if output == "map":
         return x
     if output == "pooled":

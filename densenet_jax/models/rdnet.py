@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType, wide
-from densenet_jax.models.head import HeadOptions, check_size, select_output, tap
+from densenet_jax.models.head import HeadOptions, Output, check_size, select_output, tap
 from densenet_jax.models.layers import convolve, dropout, fold_key, global_average_pool, he_normal
 
 
@@ -248,11 +248,17 @@ class RDNet(nn.Module):
     head_options: HeadOptions = HeadOptions(1000)
     layer_dropout: float = 0.0
     drop_path_rate: float = 0.0
-    output: str = "logits"
+    output: Output = "logits"
     remat: bool = False
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     implementation: Plain = PLAIN
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the feature maps that output may name: the stem's, and twice that with each halving."""
+        halvings = sum(stage in range(len(self.block_sizes)) for stage in self.halved_stages)
+        return tuple(self.patch_px * 2**halving for halving in range(halvings + 1))
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Any:
@@ -261,7 +267,8 @@ class RDNet(nn.Module):
         Raises:
             UserError: the images are smaller than the strides allow.
         """
-        self._check_size(*images.shape[1:3])
+        height, width = images.shape[1:3]
+        check_size(height, width, self.strides[-1])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         key = self.make_rng("dropout") if train and self.layer_dropout else None
         path_key = self.make_rng("drop_path") if train and self.drop_path_rate else None
@@ -295,9 +302,3 @@ class RDNet(nn.Module):
             "implementation": self.implementation,
         }
         return Stage(transition, self.growth_rate[index], tuple(rates), layer, self.remat, name=f"stage{index + 1}")
-
-    @nn.nowrap
-    def _check_size(self, height: int, width: int) -> None:
-        stages = range(len(self.block_sizes))
-        smallest = self.patch_px * 2 ** sum(stage in stages for stage in self.halved_stages)
-        check_size(height, width, smallest)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,7 @@ from densenet_jax.data.pixels import join
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.errors import UserError
 from densenet_jax.predict.annotate import annotate, annotation_path
-from densenet_jax.predict.compiled import BEST_CLASS, FEATURES, check_layer
+from densenet_jax.predict.compiled import BEST_CLASS, FEATURES, check_layer, parse_features
 from densenet_jax.predict.explain import write_explanation
 from densenet_jax.predict.features import FeatureArchive
 from densenet_jax.predict.files import Candidate, check_places, common_folder, find_images
@@ -29,6 +30,7 @@ from densenet_jax.system.console import Bar, print_status, spinner
 logger = logging.getLogger(__name__)
 _SIZES = (1, 8, 64)  # only the one that suits the number of images is compiled
 _READ_AHEAD = 2  # batches prepared in advance
+_STRIDES = re.compile(r"stride_\d+(,stride_\d+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PredictOptions:
     annotate: str = ""  # directory for annotated images; "" writes none
     explain: str = ""  # directory for class activation maps; "" writes none
     explain_layer: str = ""  # computes Grad-CAM at this layer instead, such as "stride_8"
-    features: str = ""  # "pooled" or "pyramid", written to an archive beside the predictions; "" writes none
+    features: str = ""  # see `parse_features`, written to an archive beside the predictions; "" writes none
     largest_batch: int = 0  # images computed at a time; 0 means 64
 
     def check(self) -> None:
@@ -52,8 +54,10 @@ class PredictOptions:
         """
         if self.topk < 0:
             raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
-        if self.features and self.features not in FEATURES:
-            raise UserError(f"--features is {self.features!r}; expected {' or '.join(FEATURES)}.")
+        if self.features not in ("", *FEATURES) and not _STRIDES.fullmatch(self.features):
+            raise UserError(
+                f"--features is {self.features!r}; expected pooled, pyramid or strides such as stride_2,stride_8."
+            )
         if self.explain_layer and not self.explain:
             raise UserError(f"--explain_layer {self.explain_layer} needs --explain and a directory for the maps.")
 
@@ -101,6 +105,8 @@ def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, 
     model = load()
     if options.explain_layer:
         check_layer(model, options.explain_layer)
+    if options.features:
+        parse_features(options.features, model)
     if model.many_labels:
         options = dataclasses.replace(options, topk=0)
     request = {"model": f"{model.name}, {model.source}", "labels": list(model.class_names), **options.request()}

@@ -70,7 +70,7 @@ class CompiledModel:
 
         Args:
             images: uint8 or uint16 [b, *image_shape], where b is at most the largest of `batch_sizes`.
-            features: also computes "pooled" or "pyramid"; "" computes probabilities only.
+            features: also computes these, see `parse_features`; "" computes probabilities only.
             classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
                 for `BEST_CLASS`.
             layer: with classes, computes Grad-CAM at this inner layer instead; see `check_layer`.
@@ -125,8 +125,8 @@ class CompiledModel:
                 f"images are {images.dtype}{list(images.shape)}; expected uint8 or uint16 {['b', *self.image_shape]}, "
                 "as preprocess gives them."
             )
-        if features and features not in FEATURES:
-            raise UserError(f"features is {features!r}; expected {' or '.join(FEATURES)}.")
+        if features:
+            parse_features(features, self.model)
         if (features or classes is not None) and len(self.image_shape) != 3:
             what = "features need" if features else "an explanation needs"
             raise UserError(f"{what} a single crop, but config.eval.crops is 10; set it to 1.")
@@ -152,10 +152,12 @@ class CompiledModel:
         outputs = step(variables, {"image": images})
         if features:
             # The compiler merges this with the classification above, so the network runs once.
-            activations: Any = module.clone(output=features).apply(variables, seen(images), train=False)
-            pyramid = features == "pyramid"
+            body = module.clone(output=parse_features(features, model))
+            activations: Any = body.apply(variables, seen(images), train=False)
             outputs |= (
-                {f"stride_{key}": part for key, part in activations.items()} if pyramid else {"pooled": activations}
+                {"pooled": activations}
+                if features == "pooled"
+                else {f"stride_{stride}": part for stride, part in activations.items()}
             )
         if classes is not None:
             classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
@@ -179,6 +181,21 @@ def cover(count: int, sizes: Sequence[int]) -> list[int]:
         batches.append(enough if count >= enough / 2 or not fits else fits[-1])
         count -= batches[-1]
     return batches
+
+
+def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
+    """Parses "pooled", "pyramid" or strides such as "stride_2,stride_8" to an output of the model's module.
+
+    Raises:
+        UserError: there are no such features.
+    """
+    module: Any = model.module
+    strides = {f"stride_{stride}": stride for stride in module.strides}
+    names = features.split(",")
+    if features not in FEATURES and not strides.keys() >= set(names):
+        known = ", ".join(strides)
+        raise UserError(f"features is {features!r}; expected pooled, pyramid or some of {model.name}'s {known}.")
+    return features if features in FEATURES else tuple(strides[name] for name in names)
 
 
 def check_layer(model: Deployed, layer: str) -> None:

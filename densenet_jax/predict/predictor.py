@@ -112,7 +112,8 @@ class Predictor(CompiledModel):
         """Extracts features, for retrieval for example.
 
         Args:
-            kind: "pooled" for the classifier's input, "pyramid" for the last feature map of every stage.
+            kind: "pooled" for the classifier's input, "pyramid" for the last feature map of every stage, or strides
+                such as "stride_2,stride_8", of which 2 is the stem's before its pooling.
 
         Returns:
             float32[n, c], or {stride: float32[n, h, w, c]}.

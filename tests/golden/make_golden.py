@@ -16,6 +16,7 @@ from drawn import draw, draw_images, key_lines, summarize
 from references import timm, torchvision
 from timm.layers import EffectiveSEModule
 from timm.layers.test_time_pool import TestTimePoolHead
+from timm.models._features import FeatureListNet
 from timm.models.densenet import DenseNet
 from timm.models.dpn import DPN
 from timm.models.rdnet import RDNet
@@ -134,6 +135,16 @@ def evaluation(name):
     return arrays
 
 
+def pyramid(name, images):
+    """Summaries of what timm's features_only=True gives, by stride."""
+    model = fill(SMALL[name]()).double().eval()
+    strides = [info["reduction"] for info in model.feature_info]
+    features = FeatureListNet(model, out_indices=tuple(range(len(strides))), flatten_sequential=True)
+    with torch.no_grad():
+        outputs = zip(strides, features(images), strict=True)
+        return {f"pyramid/{stride}": summarize(output.numpy()) for stride, output in outputs}
+
+
 def training(name):
     """Training-mode logits, running statistics after one step, and every gradient of a random linear loss."""
     model = exact_gates(fill(SMALL[name]()).double().train())
@@ -151,6 +162,7 @@ def training(name):
         arrays |= {f"{side_px}/{key}": value for key, value in outputs.items()}
     if isinstance(evaluating, RDNet):
         return arrays
+    arrays |= pyramid(name, images.detach())
     windows = TestTimePoolHead(evaluating, original_pool=WINDOW_PX).double()  # takes the model apart, so it comes last
     with torch.no_grad():
         arrays["windows/logits"] = windows(images.detach()).numpy()

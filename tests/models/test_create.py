@@ -1,6 +1,7 @@
 """Every option of create_model does what it says, on small networks."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +98,62 @@ def test_the_pyramid_has_four_stages():
         }
 
 
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_strides_choose_levels_of_the_pyramid(name):
+    variables, images = _variables(name), _images()
+    pyramid, last = (_apply(_model(name, output=kind), variables, images) for kind in ("pyramid", "map"))
+    strides = _model(name).strides
+    chosen = _apply(_model(name, output=list(strides)), variables, images)
+    assert set(strides) - set(pyramid) == (set() if "bc" in name else {2}), "the default has no stem's"
+    for stride, level in chosen.items():
+        assert level.shape[1:3] == (32 // stride, 32 // stride)
+        if stride in pyramid:
+            np.testing.assert_allclose(level, pyramid[stride], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(chosen[strides[-1]], last, rtol=1e-4, atol=1e-5)
+    assert set(_apply(_model(name, output=strides[1:]), variables, images)) == set(strides[1:])
+
+
+@pytest.mark.parametrize("name", ["densenet121", "dpn68"])
+def test_gradients_through_the_stem_s_level_are_the_plain_form_s(name):
+    variables, images = _variables(name), _images()
+
+    def gradients(form):
+        model = _model(name, output=(2, 8), block_form=form)
+
+        def loss(params):
+            everything = {**variables, "params": params}
+            levels, state = model.apply(everything, images, train=True, mutable=["batch_stats"])
+            return sum(jnp.sum(jnp.sin(level)) for level in levels.values()), state
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    actual, expected = gradients("normalize_once"), gradients("plain")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "known"),
+    [
+        (
+            "rdnet_tiny",
+            (2, 4),
+            "output=(2, 4): expected some of the strides of rdnet_tiny's feature maps: 4, 8, 16, 32",
+        ),
+        (
+            "densenet_bc_22_12",
+            [8],
+            "output=(8,): expected some of the strides of densenet_bc_22_12's feature maps: 1, 2",
+        ),
+        ("densenet121", (), "output=(): expected some of the strides of densenet121's feature maps: 2, 4, 8, 16, 32"),
+    ],
+)
+def test_strides_that_a_network_lacks_are_refused(name, output, known):
+    with pytest.raises(UserError, match=re.escape(known)):
+        create_model(name, output=output)
+
+
 def test_features_need_no_classifier():
-    for kind in ("pooled", "map", "pyramid"):
+    for kind in ("pooled", "map", "pyramid", (2,)):
         shapes = jax.eval_shape(_model(output=kind).init, jax.random.key(0), _images())
         assert "classifier" not in shapes["params"]
 

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from densenet_jax.kernels.cpu.primitive import is_available
 from densenet_jax.models import layers
+from densenet_jax.models.fused.inference import pack_kernels
 from densenet_jax.models.rdnet import RDNet
 from densenet_jax.models.torch_weights import to_torch
 from tests.golden.drawn import draw, relative_error, summarize
@@ -66,6 +68,26 @@ def test_test_time_pooling_equals_the_reference(name):
         logits = jax.device_get(run(golden.drawn_variables(name, np.float64), golden.images(4, 67, np.float64)))
     expected = golden.golden(name)["windows/logits"]
     assert np.abs(logits - expected).max() < 1e-9 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", ["normalize_once", "plain"])
+@pytest.mark.parametrize("name", [name for name in golden.SMALL_MODELS if name != "small_rdnet"])
+def test_every_level_of_the_pyramid_equals_the_reference(name, form):
+    file, prefix = golden.golden(name), "pyramid/"
+    expected = {int(key.removeprefix(prefix)): value for key, value in file.items() if key.startswith(prefix)}
+    model = golden.make(name, output=tuple(expected), block_form=form)
+    assert tuple(expected) == model.strides
+    packed, variables = pack_kernels(model, golden.drawn_variables(name))
+    if form == "normalize_once" and is_available():  # so that this is another path than below
+        assert packed.implementation.is_packed
+    images = golden.images(4, 67)
+    for network, arrays in ((model, golden.drawn_variables(name)), (packed, variables)):
+        actual = jax.device_get(jax.jit(network.apply)(arrays, images))
+        if "dpn" in name:
+            del actual[max(actual)]  # here behind the last norm, as the classifier's input is; timm's is the raw output
+        for stride, level in actual.items():
+            error = relative_error(summarize(golden.torch_layout(level)), expected[stride])
+            assert error < TOLERANCES[np.float32], (stride, error)
 
 
 def _train_once(name, **options):

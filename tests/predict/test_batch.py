@@ -134,8 +134,11 @@ def test_nothing_to_predict(photos):
 def test_wrong_options(photos):
     with pytest.raises(UserError, match="--topk is -1; expected 1 or more"):
         run("photos", topk=-1)
-    with pytest.raises(UserError, match="--features is 'deep'; expected pooled or pyramid"):
+    with pytest.raises(UserError, match="--features is 'deep'; expected pooled, pyramid or strides such as stride_2"):
         run("photos", features="deep")
+    with pytest.raises(UserError, match="'stride_2,stride_4'; expected pooled, pyramid or some of tiny's stride_1, s"):
+        run("photos", features="stride_2,stride_4")
+    assert not pathlib.Path("out.jsonl").exists()
     with pytest.raises(UserError, match="photos can't be written"):
         run("photos", output="photos")
 

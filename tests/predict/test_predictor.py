@@ -97,7 +97,7 @@ def test_few_sizes_are_compiled(digits):
     assert predictor._step._cache_size() == compiled == 2
 
 
-@pytest.mark.parametrize("kind", ["pooled", "pyramid"])
+@pytest.mark.parametrize("kind", ["pooled", "pyramid", "stride_2"])
 def test_features_are_the_module_s(digits, predictor, kind):
     workdir, experiment = digits
     images = records_of(experiment, 9)
@@ -105,7 +105,9 @@ def test_features_are_the_module_s(digits, predictor, kind):
     mean, std = experiment.data.mean_std()
     variables = densenet_jax.load_checkpoint(str(workdir))
     seen = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
-    want = jax.jit(experiment.model.clone(output=kind).apply)(variables, jnp.asarray(seen))
+    want = jax.jit(experiment.model.clone(output=(2,) if kind == "stride_2" else kind).apply)(
+        variables, jnp.asarray(seen)
+    )
     actual = predictor.features(images, kind)
     assert jax.tree.structure(actual) == jax.tree.structure(want)
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
@@ -131,7 +133,7 @@ def test_what_is_refused(predictor):
         predictor.preprocess(b"hello", name="photo")
     with pytest.raises(UserError, match=r"images are uint8\[2, 9, 8, 1\]; expected uint8 or uint16 \['b', 8, 8, 1\]"):
         predictor.probabilities(np.zeros((2, 9, 8, 1), np.uint8))
-    with pytest.raises(UserError, match="features is 'deep'; expected pooled or pyramid"):
+    with pytest.raises(UserError, match=r"features is 'deep'; expected pooled, pyramid or some of .* stride_1"):
         predictor.features([], "deep")
     with pytest.raises(UserError, match="expected 1 to 32"):
         predictor.dispatch(np.zeros((33, 8, 8, 1), np.uint8))

@@ -94,19 +94,21 @@ class Fused(Plain):
         train: bool,
         activation: Callable[[Array], Array],
         blur: bool = False,
-    ) -> Float[Array, "b h2 w2 c2"]:
+        keep: bool = False,
+    ) -> tuple[Float[Array, "b h1 w1 c2"] | None, Float[Array, "b h2 w2 c2"]]:
         """Computes `Plain.stem`; a maximum behind a ReLU, which is monotone, is taken before norm and ReLU."""
         backend = self.backend
+        is_movable = activation is jax.nn.relu and not blur and not keep
         for index, (convolution, norm) in enumerate(layers):
-            if norm is not None and index + 1 == len(layers) and not blur and activation is jax.nn.relu:
-                return conv_norm_relu_max_pool(convolution, norm, x, train, backend)
+            if norm is not None and index + 1 == len(layers) and is_movable:
+                return None, conv_norm_relu_max_pool(convolution, norm, x, train, backend)
             x = backend.convolve_stem(x.astype(convolution.dtype), convolution.kernel, convolution.stride)
             if norm is None:
-                return x
+                return None, x
             x, is_folded = activation(norm(x, train)), norm.options.folded
         stride = 1 if blur else 2
-        x = max_pool(x, stride, repeat_border=True) if is_folded else backend.max_pool(x, stride)
-        return blur_pool(x) if blur else x
+        pooled = max_pool(x, stride, repeat_border=True) if is_folded else backend.max_pool(x, stride)
+        return x if keep else None, blur_pool(pooled) if blur else pooled
 
     def dense_block(
         self,
