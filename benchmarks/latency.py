@@ -4,8 +4,9 @@
 
 Milliseconds from call to logits, at the median (p50) and the 99th percentile (p99); a call begins when the one before
 has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager, onnxruntime and OpenVINO, all in
-float32; what an interpreter lacks is left out. onnxruntime and OpenVINO read MODEL.onnx of --onnx_dir, or one that is
-written for them there, with batch norm folded. JAX has the same weights and images, so that logits are compared:
+float32; what an interpreter lacks is left out. jax_bfloat16 and openvino_bfloat16 multiply bfloat16 values, where the
+processor can. onnxruntime and OpenVINO read MODEL.onnx of --onnx_dir, or one that is written for them there, with batch
+norm folded. JAX has the same weights and images, so that logits are compared:
 `difference` is the largest relative one to the first of these runtimes, and one above 0.001 is printed.
 
 Without --models all variants are measured, a quarter of a minute to two minutes each on two cores, and as much again to
@@ -35,6 +36,8 @@ RUNTIMES = {
     "openvino": None,
     "torch_eager": "torch_eager",
     "torch_compile": "torch_compile",
+    "jax_bfloat16": "densenet_jax",
+    "openvino_bfloat16": None,
 }
 LARGEST_DIFFERENCE = 1e-3  # of float32 logits from one file to another program
 EXPORT_SECS = 600  # in which a file must be written
@@ -46,11 +49,12 @@ def contestant(
     """Makes the contestant of one runtime on one model."""
     made = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
     if RUNTIMES[runtime] is None:
-        python = arguments.openvino_python if runtime == "openvino" else arguments.onnx_python
+        python = arguments.openvino_python if runtime.startswith("openvino") else arguments.onnx_python
         made.start = functools.partial(Worker, "onnx_worker.py", python)
         case = {key: made.case[key] for key in ("batch_size", "image_size_px", "channels")}
         path = str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))
-        made.case = case | {"path": path, "runtime": runtime}
+        made.case = case | {"path": path, "runtime": runtime.partition("_")[0], "dtype": "float32"}
+    made.case |= {"dtype": "bfloat16"} if runtime.endswith("_bfloat16") else {}
     made.name = runtime
     made.start = functools.partial(workers.start, runtime, made.start)
     return made
@@ -78,11 +82,11 @@ def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, cha
     return path
 
 
-def row(contestant: Contestant, model: str, batch_size: int, dtype: str) -> dict[str, Any]:
+def row(contestant: Contestant, model: str, batch_size: int) -> dict[str, Any]:
     """Makes one row; times in milliseconds."""
     fields: dict[str, Any] = {"model": model, "batch_size": batch_size, "runtime": contestant.name}
     fields |= {"image_size_px": contestant.case["image_size_px"]}
-    fields |= {"dtype": dtype if RUNTIMES[contestant.name] else "float32", "p50": None, "p99": None}
+    fields |= {"dtype": contestant.case["dtype"], "p50": None, "p99": None}
     if contestant.error:
         return fields | {"error": contestant.error}
     calls = [1000 * secs for turn in contestant.secs for secs in turn]
@@ -149,7 +153,8 @@ def parse() -> argparse.Namespace:
     arguments.openvino_python = arguments.openvino_python or arguments.onnx_python
     usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "openvino", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual
-    needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime"), "openvino": (arguments.openvino_python, "openvino")}
+    needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime")}
+    needs |= dict.fromkeys(("openvino", "openvino_bfloat16"), (arguments.openvino_python, "openvino"))
     needs |= dict.fromkeys(("torch_eager", "torch_compile"), (arguments.torch_python, "torch", "timm", "torchvision"))
     for name in [name for name in arguments.runtimes if name in needs and not importable(*needs[name])]:
         say(f"{needs[name][0]} has no {' and '.join(needs[name][1:])}: {name} is left out")
@@ -190,9 +195,9 @@ def main() -> None:
                     device = next((one.prepared["device"] for one in contestants if one.prepared), "")
                     apart = differences(contestants) if arguments.dtype == "float32" else {}
                     for name, difference in apart.items():
-                        if difference > LARGEST_DIFFERENCE:
+                        if difference > LARGEST_DIFFERENCE and not name.endswith("_bfloat16"):
                             say(f"{name}'s logits differ by {difference:.2g} from {contestants[0].name}'s")
-                    measured = [row(one, model, batch_size, arguments.dtype) for one in contestants]
+                    measured = [row(one, model, batch_size) for one in contestants]
                     for one in measured:
                         one |= {"difference": float(f"{apart[one['runtime']]:.3g}")} if one["runtime"] in apart else {}
                     rows.add(measured, versions | cases.versions_of(contestants), device)

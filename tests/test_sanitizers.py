@@ -10,14 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {  # each library is compiled once
-    "kernels": ("test_cpu.py", "test_cpu_dense_layer.py", "test_cpu_elementwise.py"),
+    "kernels": ("test_cpu.py", "test_cpu_dense_layer.py", "test_cpu_elementwise.py", "test_cpu_bfloat16.py"),
     "data": ("test_native.py",),
 }
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # What reads or writes memory; the rest of these files is about Python or about whole networks.
 WANTED = (
     "convolution or reader or norm_relu_conv or pooling or refuse or part or crop or passes or crash or tiny"
-    " or dense_layer or elementwise"
+    " or dense_layer or elementwise or plainly or in_bfloat16"
 )
 
 

@@ -39,7 +39,7 @@ class OnnxCase:
         return None
 
 
-def load_onnxruntime(path: str, shape: tuple[int, ...]) -> tuple[Run, Any, str]:
+def load_onnxruntime(path: str, shape: tuple[int, ...], dtype: str) -> tuple[Run, Any, str]:
     """Returns a function of images, their dtype and the library's version."""
     import onnxruntime
 
@@ -49,14 +49,14 @@ def load_onnxruntime(path: str, shape: tuple[int, ...]) -> tuple[Run, Any, str]:
     return lambda images: session.run(None, {wanted.name: images})[0], kind, onnxruntime.__version__
 
 
-def load_openvino(path: str, shape: tuple[int, ...]) -> tuple[Run, Any, str]:
-    """Does the same by OpenVINO, compiled for this shape and told not to compute in bfloat16."""
+def load_openvino(path: str, shape: tuple[int, ...], dtype: str) -> tuple[Run, Any, str]:
+    """Does the same by OpenVINO, compiled for this shape and told what to compute in."""
     import openvino
 
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape(list(shape))
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
     request = core.compile_model(model, "CPU", options).create_infer_request()
     kind = np.dtype(model.input(0).get_element_type().to_dtype()).type
     return lambda images: request.infer({0: images})[0], kind, openvino.__version__.partition("-")[0]
@@ -66,11 +66,11 @@ LOADERS = {"onnxruntime": load_onnxruntime, "openvino": load_openvino}
 
 
 def prepare(
-    path: str, batch_size: int, image_size_px: int, channels: int, runtime: str
+    path: str, batch_size: int, image_size_px: int, channels: int, runtime: str, dtype: str
 ) -> tuple[OnnxCase, dict[str, Any]]:
     """Makes the case that computes one batch's logits by the file at path."""
     shape = (batch_size, image_size_px, image_size_px, channels)
-    run, kind, version = LOADERS[runtime](path, shape)
+    run, kind, version = LOADERS[runtime](path, shape, dtype)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     if kind is np.uint8:
         images = (np.abs(images) * 50).clip(0, 255).astype(kind)

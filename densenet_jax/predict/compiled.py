@@ -46,7 +46,8 @@ class CompiledModel:
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
-        module, variables = model.module, model.variables
+        module: Any = model.module
+        variables = model.variables
         if mesh.size == 1:
             module, variables = pack_kernels(module, variables)
         self._module = module
@@ -147,7 +148,7 @@ class CompiledModel:
         layer: str = "",
     ) -> dict[str, jax.Array]:
         model, module = self.model, self._module
-        seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=model.dtype)
+        seen = functools.partial(normalize, mean=model.mean, std=model.std, dtype=module.dtype)
         step = make_predict_step(module, seen, classes=model.allowed_classes, many_labels=model.many_labels)
         outputs = step(variables, {"image": images})
         if features:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from densenet_jax.choices import DTYPES
 from densenet_jax.config.run_settings import started_from
 from densenet_jax.data.class_names import read_labels
 from densenet_jax.data.identity import Identity, is_contradiction, read_identity
@@ -105,17 +106,20 @@ def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     )
 
 
-def make_deployed_from_pretrained(name: str, source: str, labels: str = "") -> Deployed:
+def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtype: str = "float32") -> Deployed:
     """Loads a published or local checkpoint with the preprocessing of its publisher.
 
     Args:
         source: as in `load_pretrained`.
         labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes, else numbers.
+        dtype: as `config.model.dtype`.
 
     Raises:
-        UserError: there is no such variant or checkpoint, or the labels don't fit.
+        UserError: there is no such variant, checkpoint or dtype, or the labels don't fit.
     """
-    variant = get_variant(name)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    kind, variant = jnp.dtype(dtype), get_variant(name)
     state = read_state_dict(source)
     variables = load_pretrained(name, source, channels=variant.channels, state=state)
     count, calibration = _class_count(variables, source), _own_thresholds(state, variables, str(source))
@@ -128,12 +132,12 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "") -> D
         apply_exif_orientation=True,
         bits=0,
     )
-    module = create_model(name, num_classes=count, dtype=jnp.float32)
+    module = create_model(name, num_classes=count, dtype=kind)
     names = read_class_names(source) or (imagenet_labels() if count == 1000 else _numbers(count))
     if labels:
         names = read_labels(labels)
         _check_count(names, count, labels)
-    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, jnp.float32, names)
+    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, kind, names)
     return dataclasses.replace(deployed, calibration=calibration, many_labels=calibration is not None)
 
 

@@ -61,25 +61,40 @@ class Predictor(CompiledModel):
 
     @classmethod
     def from_workdir(
-        cls, workdir: str | os.PathLike[str], checkpoint: str = "latest", labels: str = "", **options: Any
+        cls,
+        workdir: str | os.PathLike[str],
+        checkpoint: str = "latest",
+        labels: str = "",
+        *,
+        dtype: str = "",
+        **options: Any,
     ) -> "Predictor":
         """Loads the model of a run.
 
         Args:
             checkpoint: "latest", "best" or a step.
             labels: file with one class name a line; "" uses the run's own names.
+            dtype: as `config.model.dtype`; "" is the run's own.
             **options: passed to the constructor.
 
         Raises:
             UserError: there is no such checkpoint, or its settings can't be read.
         """
         path = os.fspath(workdir)
-        config = read_run_settings(path, {"eval.checkpoint": str(checkpoint)})
+        overrides = {"eval.checkpoint": str(checkpoint)} | ({"model.dtype": dtype} if dtype else {})
+        config = read_run_settings(path, overrides)
         return cls(make_deployed(config, path, labels), **options)
 
     @classmethod
     def from_pretrained(
-        cls, name: str, source: str, labels: str = "", *, many_labels: bool = False, **options: Any
+        cls,
+        name: str,
+        source: str,
+        labels: str = "",
+        *,
+        many_labels: bool = False,
+        dtype: str = "float32",
+        **options: Any,
     ) -> "Predictor":
         """Loads a published or local checkpoint with its own preprocessing.
 
@@ -89,12 +104,13 @@ class Predictor(CompiledModel):
             labels: file with one class name a line; "" uses ImageNet's names for 1,000 classes.
             many_labels: the outputs are labels, each with a probability of its own, as those of a file with
                 torchxrayvision's thresholds are in any case.
+            dtype: as `config.model.dtype`.
             **options: passed to the constructor.
 
         Raises:
             UserError: there is no such variant or checkpoint.
         """
-        model = make_deployed_from_pretrained(name, source, labels)
+        model = make_deployed_from_pretrained(name, source, labels, dtype)
         return cls(dataclasses.replace(model, many_labels=many_labels or model.many_labels), **options)
 
     def __call__(self, images: Iterable[ImageSource], topk: int = 5) -> list[list[ClassProbability]]:

@@ -16,8 +16,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+from densenet_jax.kernels.cpu import bfloat16
 from densenet_jax.kernels.cpu.convolution import plain_convolve
-from densenet_jax.kernels.cpu.library import vector_bytes
+from densenet_jax.kernels.cpu.library import bfloat16_products, vector_bytes
 from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, is_available
 
 
@@ -43,7 +44,10 @@ class Step(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """Operands of a step: a norm with running statistics, or folded, without these (and without a scale); a kernel."""
+    """Operands of a step: a norm with running statistics, or folded, without these (and without a scale); a kernel.
+
+    A bfloat16 kernel beside float32 operands is as `bfloat16.pack` lays it out, and multiplies rounded inputs.
+    """
 
     scale: Array
     bias: Array
@@ -54,7 +58,10 @@ class Arrays(NamedTuple):
 
 def is_usable(x: Array, arrays: Sequence[Arrays]) -> bool:
     """Whether the kernels are available and support these operands."""
-    return is_available() and are_known(x, *(array for own in arrays for array in own if array.size))
+    operands = [array for own in arrays for array in own if array.size]
+    if x.dtype == jnp.float32:
+        operands = [array for array in operands if not _is_rounded(array)]
+    return is_available() and are_known(x, *operands)
 
 
 def run_block(
@@ -72,6 +79,10 @@ def run_block(
     """
     operands = [array for own in arrays for array in own]
     return _block_p.bind(x, *operands, steps=tuple(steps), shapes=tuple(shapes), epsilon=epsilon, copied=copied)[0]
+
+
+def _is_rounded(array: Any) -> bool:
+    return array.ndim == 4 and array.dtype == jnp.bfloat16
 
 
 def _plain_norm(own: Arrays, epsilon: float) -> tuple[Array, Array]:
@@ -102,6 +113,9 @@ def plain_run_block(
         kernel, stride = unpack(own.kernel) if step.packed else own.kernel, step.stride
         if step.pooled:
             activation, stride = nn.avg_pool(activation, (2, 2), (2, 2)), 1
+        if _is_rounded(kernel):
+            kernel = bfloat16.unpack(kernel).astype(x.dtype)
+            activation = activation.astype(jnp.bfloat16).astype(x.dtype)
         y = convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=step.groups)
         target = maps[step.target]
         target = target.at[..., : step.added].add(y[..., : step.added])
@@ -111,7 +125,8 @@ def plain_run_block(
 
 def _lower(ctx: Any, *operands: Any, steps: tuple[Step, ...], copied: int, epsilon: float, **_: Any) -> Any:
     fields = np.array(steps, np.int64).ravel()
-    return call_kernel("block", ctx, *operands, steps=fields, copied=copied, epsilon=float(epsilon))
+    products = bfloat16_products()
+    return call_kernel("block", ctx, *operands, steps=fields, copied=copied, epsilon=float(epsilon), products=products)
 
 
 def is_packable(kernel: Any, groups: int = 1) -> bool:

@@ -43,6 +43,13 @@ def vector_bytes() -> int:
 
 
 @functools.cache
+def bfloat16_products() -> int:
+    """Returns how the library multiplies bfloat16 values here: by AMX (2), AVX512-BF16 (1) or slowly (0)."""
+    library = _load()
+    return library[0].DensenetBfloat16Products() if library else 0
+
+
+@functools.cache
 def target_names() -> dict[str, str]:
     """Returns XLA's name for each key of _CALLS; empty if the library was not built or DENSENET_JAX_NATIVE is 0.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,13 +16,16 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
+from densenet_jax.kernels.cpu import bfloat16
 from densenet_jax.kernels.cpu import block as cpu
 from densenet_jax.kernels.cpu.convolution import convolve_fast
+from densenet_jax.kernels.cpu.library import bfloat16_products
 from densenet_jax.kernels.cpu.primitive import DTYPES, is_available
 from densenet_jax.models.densenet import BlockOptions, DenseLayer
 from densenet_jax.models.dual_path import DualPathBlock
 from densenet_jax.models.layers import BatchNorm, Convolution
 
+logger = logging.getLogger(__name__)
 _KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel|conv\d_\d+/c.*/kernel")
 
 
@@ -29,18 +33,32 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
     """Lays the kernels of blocks out as the CPU kernels read them, once instead of in every call.
 
     Returns a network for evaluation in this process and its variables, of the given shapes: the same function to the
-    bit. Without CPU kernels for it, both are as they were.
+    bit. Without CPU kernels for it, both are as they were. A network in bfloat16 gets feature maps in float32; products
+    are of values rounded to bfloat16 if the processor has an instruction for that, and are summed in float32.
     """
     implementation: Any = getattr(module, "implementation", None)
     if not getattr(implementation, "evaluates_by_cpu_kernels", False) or not is_available():
         return module, variables
+    rounds = module.dtype == jnp.bfloat16 and module.param_dtype == jnp.float32
+    if rounds:
+        head = dataclasses.replace(module.head_options, dtype=jnp.float32)
+        module, rounds = module.clone(dtype=jnp.float32, head_options=head), bool(bfloat16_products())
+        if not rounds:
+            logger.warning(
+                "config.model.dtype=bfloat16: this processor multiplies no bfloat16 values (it has no AMX or "
+                "AVX512-BF16), so predictions are computed in float32."
+            )
     if module.dtype != module.param_dtype or module.dtype not in DTYPES:
         return module, variables
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     for name, kernel in params.items():
         groups = kernel.shape[3] // kernel.shape[2] if name.endswith("c3x3_b/conv/kernel") else 1
         is_blurred = name.startswith("transition") and module.architecture.blur == "all"  # by XLA
-        if _KERNEL.fullmatch(name) and not is_blurred and cpu.is_packable(kernel, groups):
+        if not _KERNEL.fullmatch(name) or is_blurred:
+            continue
+        if rounds and bfloat16.is_packable(kernel, groups) and "c3x3" not in name:  # which may have a stride
+            params[name] = jnp.asarray(bfloat16.pack(kernel))
+        elif cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel))
     packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
     return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
@@ -127,7 +145,9 @@ def _arrays(norm: BatchNorm, kernel: Array, dtype: DType) -> cpu.Arrays:
         own = (empty if norm.after_convolution else norm.scale, norm.bias, empty, empty, kernel)
     else:
         own = (norm.scale, norm.bias, norm.mean.value, norm.var.value, kernel)
-    return cpu.Arrays(*(array.astype(dtype) for array in own))
+    is_rounded = kernel.dtype == jnp.bfloat16 != norm.bias.dtype  # by `pack_kernels`
+    arrays = cpu.Arrays(*(array.astype(dtype) for array in own))
+    return arrays._replace(kernel=kernel) if is_rounded else arrays
 
 
 def _run(plan: _Plan, x: Array, arrays: Sequence[cpu.Arrays]) -> Array | None:

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "bfloat16.h"
 #include "input_rows.h"
 #include "sizes.h"
 #include "team.h"
@@ -30,6 +31,8 @@ struct Step {
   const T* kernel;
   bool packed;  // weights are as `Pack` lays them out
   bool pooled;  // reads means of 2x2 pixels; only for 1x1 kernels, at stride 2
+  const Bfloat16* pairs;  // the kernel for products of bfloat16 values, or null
+  int64_t products;       // how these are computed
   T *y, *total;
   int64_t y_step, added;
 
@@ -330,6 +333,11 @@ void RunGroups(Team& team, const Step<T>& step) {
 
 template <typename T>
 void Run(Team& team, const Step<T>& step) {
+  if constexpr (std::is_same_v<T, float>) {
+    const Outputs to{step.y, step.total, step.y_step, step.added};
+    if (step.pairs != nullptr)
+      return RunBfloat16(team, step.sizes, step.source, step.pooled, step.pairs, to, step.products);
+  }
   if (step.groups > 1) return RunGroups(team, step);
   if (step.sizes.kernel_height == 1) return RunPointwise(team, step);
   RunWindow(team, step);

@@ -298,7 +298,12 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
   step.sizes.kernel_height = step.sizes.kernel_width = k[0];
   step.groups = groups, step.added = added, step.y_step = to[3];
   step.source.x = x.typed_data<T>(), step.source.step = x.dimensions()[3];
-  step.kernel = kernel.typed_data<T>();
+  if (kernel.element_type() == ffi::BF16) {
+    step.pairs = static_cast<const Bfloat16*>(kernel.untyped_data());
+    if (groups != 1 || k[0] > 3 || k[2] % 2 || (k[0] > 1 && stride > 1)) return false;
+  } else {
+    step.kernel = kernel.typed_data<T>();
+  }
   step.total = y.typed_data<T>(), step.y = step.total + offset - added;
   return true;
 }
@@ -306,7 +311,7 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
 // Computes steps one after another on feature maps: 0 is x, the others are results. The first `copied` channels of x
 // are copied to the first result before.
 ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, ffi::RemainingRets results,
-                     ffi::Span<const int64_t> steps, int64_t copied, double epsilon) {
+                     ffi::Span<const int64_t> steps, int64_t copied, double epsilon, int64_t products) {
   const size_t count = steps.size() / kStepFields;
   if (arrays.size() != count * kStepArrays) return Invalid("a block's operands do not fit its steps");
   std::vector<Buffer> maps{x}, operands;
@@ -316,8 +321,11 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
   if (copied > 0 && (shape.size() != 4 || first.size() != 4 || copied > shape[3] || copied > first[3] ||
                      !std::equal(shape.begin(), shape.begin() + 3, first.begin())))
     return Invalid("a block's input does not fit its result");
-  for (const Buffer& buffer : operands)
-    if (buffer.element_type() != x.element_type()) return Invalid("operands of different types");
+  for (size_t i = 0; i < operands.size(); ++i) {
+    const bool is_kernel = i % kStepArrays == kStepArrays - 1, is_float = x.element_type() == ffi::F32;
+    const bool is_rounded = is_kernel && is_float && operands[i].element_type() == ffi::BF16;
+    if (!is_rounded && operands[i].element_type() != x.element_type()) return Invalid("operands of different types");
+  }
   bool fits = true;
   ffi::Error error = ForType({x, maps[1]}, [&](auto zero) {
     using T = decltype(zero);
@@ -336,6 +344,7 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
       const int64_t* fields = steps.begin() + i * kStepFields;
       const Buffer* own = operands.data() + i * kStepArrays;
       Step<T> step{};
+      step.products = products;
       fits = fields[0] >= 0 && fields[1] > 0 && std::max(fields[0], fields[1]) < static_cast<int64_t>(maps.size()) &&
              SetStep(step, fields, maps[fields[0]], maps[fields[1]], own);
       if (!fits) break;
@@ -418,6 +427,7 @@ ffi::Error NumberCall(ffi::Result<ffi::BufferR0<ffi::S32>> y, int64_t number) {
 
 #pragma GCC visibility push(default)  // everything else is hidden and can be inlined
 extern "C" int DensenetVectorBytes() { return kVectorBytes; }
+extern "C" int DensenetBfloat16Products() { return static_cast<int>(FastestProducts()); }
 
 // clang-format off
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -485,7 +495,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetBlock, BlockCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().RemainingArgs().RemainingRets()
-        .Attr<ffi::Span<const int64_t>>("steps").Attr<int64_t>("copied").Attr<double>("epsilon"));
+        .Attr<ffi::Span<const int64_t>>("steps").Attr<int64_t>("copied").Attr<double>("epsilon")
+        .Attr<int64_t>("products"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetElementwise, ElementwiseCall,

@@ -1,0 +1,125 @@
+"""Products of bfloat16 values on a CPU, summed in float32, give what NumPy gives from rounded operands."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import densenet_jax
+from densenet_jax.kernels.cpu import bfloat16, block, library
+from densenet_jax.models.fused import inference
+from densenet_jax.models.fused.inference import pack_kernels
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+PRODUCTS = {"plainly": 0, "by_avx512": 1, "by_amx": 2}
+# batch, side, inputs, outputs, kernel, stride, pooled, added
+STEPS = [
+    (2, 14, 64, 32, 1, 1, False, 0),  # whole tiles
+    (3, 7, 34, 20, 1, 1, False, 18),  # of pixels, inputs and outputs some are left
+    (1, 9, 98, 50, 3, 1, False, 4),
+    (2, 12, 32, 12, 3, 1, False, 0),
+    (1, 15, 48, 40, 1, 2, False, 0),
+    (2, 9, 66, 24, 1, 2, True, 0),
+    (1, 1, 2, 2, 3, 1, False, 0),
+    (1, 40, 6, 33, 3, 1, False, 0),
+]
+
+
+@pytest.fixture(params=PRODUCTS)
+def products(request, monkeypatch):
+    """Computes so, if this processor can."""
+    if library.bfloat16_products() < PRODUCTS[request.param]:
+        pytest.skip(f"this processor multiplies no bfloat16 values {request.param.replace('_', ' ')}")
+    monkeypatch.setattr(block, "bfloat16_products", lambda: PRODUCTS[request.param])
+
+
+def rounded(values):
+    return np.asarray(values, np.float32).astype(jnp.bfloat16).astype(np.float64)
+
+
+def expected(x, scale, bias, kernel, stride, pooled):
+    """Convolves relu(scale * x + bias) in float64; operands are exact in float32, so that they round alike."""
+    activation = np.maximum(x.astype(np.float64) * scale + bias, 0)
+    size, (batch, height, width, channels) = kernel.shape[0], activation.shape
+    if pooled:
+        activation = activation[:, : height // 2 * 2, : width // 2 * 2]
+        activation = activation.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+    else:
+        activation = activation[:, ::stride, ::stride]
+    height, width = activation.shape[1:3]
+    border = size // 2
+    padded = np.pad(rounded(activation), ((0, 0), (border, border), (border, border), (0, 0)))
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    return sum(padded[:, i : i + height, j : j + width] @ rounded(kernel[i, j]) for i, j in taps)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step(case, products):
+    b, side, c, o, size, stride, pooled, added = case
+    random = np.random.default_rng(0)
+    x = (random.integers(-512, 512, (b, side, side, c + 3)) / 64).astype(np.float32)
+    scale, bias = 2.0 ** random.integers(-1, 2, c), random.integers(-8, 9, c) / 16
+    kernel = random.standard_normal((size, size, c, o)).astype(np.float32)
+    wanted = expected(x[..., :c], scale, bias, kernel, stride, pooled)
+    if added:
+        wanted[..., :added] += x[..., :added]
+
+    def run(packed):
+        own = block.Arrays(jnp.float32(scale), jnp.float32(bias), jnp.zeros(0), jnp.zeros(0), jnp.asarray(packed))
+        assert block.is_usable(x, [own])
+        steps = (block.Step(0, 1, added, added, stride, pooled=pooled),)
+        options = {"steps": steps, "shapes": (wanted.shape,), "epsilon": 1.0, "copied": added}
+        found = jax.jit(functools.partial(block.run_block, **options))(x, [own])
+        return found, block.plain_run_block(x, *own, **options)[0]
+
+    bound = 2e-6 * np.abs(wanted).max() * np.sqrt(c * size)
+    packed = bfloat16.pack(kernel)
+    np.testing.assert_array_equal(bfloat16.unpack(jnp.asarray(packed)).astype(jnp.float32), rounded(kernel))
+    found, plain = run(packed)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+    np.testing.assert_allclose(plain, wanted, rtol=0, atol=bound)
+    swapped, _ = run(packed.reshape(-1, 2)[:, ::-1].reshape(packed.shape))  # both inputs of every pair
+    assert np.abs(swapped - wanted).max() > 100 * bound
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network in bfloat16, the same in float32, and variables with norms that do something."""
+    options = {"block_sizes": (1, 2), "growth_rate": 12, "num_classes": 3}
+    networks = [densenet_jax.create_model("densenet121", **options, dtype=kind) for kind in (jnp.bfloat16, jnp.float32)]
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 40, 3)), jnp.float32)
+    shapes, random = jax.eval_shape(networks[0].init, jax.random.key(0), images), np.random.default_rng(1)
+
+    def draw(leaf):
+        values = random.standard_normal(leaf.shape)
+        return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1 + 0.3 * np.abs(values))
+
+    return *networks, jax.tree.map(draw, shapes), images
+
+
+def test_a_network_in_bfloat16(network):
+    """Kernels are rounded and laid out once; feature maps and logits are float32, and near those of float32."""
+    ours, exact, variables, images = network
+    packed, arrays = pack_kernels(ours, variables)
+    kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.bfloat16]
+    assert len(kernels) == (7 if library.bfloat16_products() else 0)  # of three layers and a transition
+    assert jax.tree.map(jnp.shape, arrays) == jax.tree.map(jnp.shape, variables)
+    answer, pullback = jax.vjp(lambda images: packed.apply(arrays, images, train=False), images)
+    wanted, other = jax.vjp(lambda images: exact.apply(variables, images, train=False), images)
+    if kernels:
+        assert 0 < np.abs(answer - wanted).max() < 0.01 * np.abs(wanted).max()
+    gradient, exact_gradient = pullback(wanted)[0], other(wanted)[0]
+    assert jnp.linalg.norm(gradient - exact_gradient) < 0.1 * jnp.linalg.norm(exact_gradient)
+
+
+def test_without_the_instructions_it_is_float32(network, monkeypatch, caplog):
+    monkeypatch.setattr(inference, "bfloat16_products", lambda: 0)
+    ours, exact, variables, images = network
+    (packed, arrays), (other, others) = (pack_kernels(one, variables) for one in (ours, exact))
+    assert packed == other
+    assert "config.model.dtype=bfloat16: this processor multiplies no bfloat16 values" in caplog.text
+    assert jax.tree.all(jax.tree.map(np.array_equal, arrays, others))
+    np.testing.assert_array_equal(packed.apply(arrays, images), other.apply(others, images))
