@@ -169,9 +169,10 @@ def predict_mode(config: Config, workdir: str, command: Command) -> dict[str, An
 
 def serve_mode(config: Config, workdir: str, command: Command) -> dict[str, Any]:
     """Answers requests over REST and gRPC with the predictions of --mode predict, until it is stopped."""
+    from densenet_jax.distributed.preemption import end_when_asked
     from densenet_jax.predict.model import make_deployed
     from densenet_jax.predict.predictor import Predictor
-    from densenet_jax.serve.limits import LIMITS, NEEDED, Access, end_when_asked, listen
+    from densenet_jax.serve.limits import LIMITS, NEEDED, Access, listen
 
     warnings.filterwarnings("ignore", module="PIL")
     check_installed("--mode serve", NEEDED, "pip install -r requirements-serve.txt")

@@ -1,7 +1,8 @@
 """Handles requests to stop: the current step is finished and saved first."""
 
+import os
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -11,6 +12,17 @@ from densenet_jax.system.console import print_status
 
 class Preempted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved its state."""
+
+
+def end_when_asked() -> None:
+    """Lets SIGTERM and Ctrl-C end the process at once: there is nothing to finish yet."""
+
+    def end(*_: Any) -> NoReturn:
+        print_status("interrupted")
+        os._exit(130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 class StopRequest:

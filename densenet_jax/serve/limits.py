@@ -2,23 +2,19 @@
 
 import base64
 import contextlib
-import ctypes
-import gc
 import hmac
 import ipaddress
 import os
+import pathlib
 import resource
-import signal
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from densenet_jax.errors import UserError, first_line
 from densenet_jax.predict.images import ImageLimits
 from densenet_jax.serve.requests import MAX_PICTURE_PIXELS, RequestError, shorten
-from densenet_jax.system.console import print_status
 
 MAX_CONNECTIONS = 1000  # per protocol, or fewer if the process may not open that many files
 SPARE_FILES = 128  # kept free of connections for everything else
@@ -31,42 +27,33 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Access:
-    """Decides who may send requests.
-
-    Attributes:
-        hosts: allowed in Host headers, besides IP addresses if not on loopback.
-        token: "" if none is asked for.
-        tls: None without a certificate.
-    """
+    """Decides who may send requests."""
 
     def __init__(self, config: Any, host: str):
-        """Reads the files that `config.serve` names, for a server that listens on `host`.
-
-        Raises:
-            UserError: one of them can't be used.
-        """
-        self.host = host
+        """Reads the files that `config.serve` names; raises UserError if one of them can't be used."""
+        self.host, self.shown_host = host, f"[{host}]" if ":" in host else host
         self.is_loopback = host in LOOPBACK or host.startswith("127.")
+        # Allowed in Host headers, besides IP addresses if not on loopback.
         self.hosts = {*LOOPBACK, host.lower(), *map(str.lower, config.serve.hosts)}
         self.token = _read_token(config.serve.token_file) if config.serve.token_file else ""
-        self.certificate, self.key = config.serve.tls_certificate, config.serve.tls_key
-        if bool(self.certificate) != bool(self.key):
+        self.tls: ssl.SSLContext | None = None
+        self.pem: list[tuple[bytes, bytes]] = []  # key and certificate
+        certificate, key = config.serve.tls_certificate, config.serve.tls_key
+        if bool(certificate) != bool(key):
             raise UserError("config.serve.tls_certificate and config.serve.tls_key belong together; set both or none.")
-        self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if self.certificate else None
         try:
-            if self.tls is not None:
-                self.tls.load_cert_chain(self.certificate, self.key, password=lambda: "")
+            if certificate:
+                self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                self.tls.load_cert_chain(certificate, key, password=lambda: "")
+                self.pem = [(pathlib.Path(key).read_bytes(), pathlib.Path(certificate).read_bytes())]
         except (OSError, ValueError) as error:  # also OpenSSL's errors
             raise UserError(
-                f"config.serve.tls_certificate {self.certificate} and config.serve.tls_key {self.key} can't be used "
+                f"config.serve.tls_certificate {certificate} and config.serve.tls_key {key} can't be used "
                 f"({first_line(error)}); expected a certificate and its key without a password, in PEM."
             ) from error
 
     def check_host(self, host: str) -> None:
-        """Raises RequestError (421) unless a Host header is ours.
-
-        A page under another name that leads here must not reach us from a visitor's browser.
-        """
+        """Raises RequestError (421) unless a Host header is ours: a page of another name must not reach us."""
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
         if name in self.hosts:
@@ -101,23 +88,8 @@ def _read_token(path: str) -> str:
     return token
 
 
-def end_when_asked() -> None:
-    """Lets SIGTERM and Ctrl-C end the process at once, until the server handles them: there is nothing to finish."""
-
-    def end(*_: Any) -> NoReturn:
-        print_status("interrupted")
-        os._exit(130)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-
-
 def listen(host: str, port: int, grpc_port: int) -> socket.socket:
-    """Takes the REST address and checks that the gRPC address is free; port 0 is any free one.
-
-    Raises:
-        UserError: one of them is in use, or is not of this machine.
-    """
+    """Takes the REST address; port 0 is any free one. Raises UserError if it or the gRPC address can't be used."""
     _bind("--grpc_port", host, grpc_port).close()
     return _bind("--port", host, port)
 
@@ -125,8 +97,8 @@ def listen(host: str, port: int, grpc_port: int) -> socket.socket:
 def _bind(flag: str, host: str, port: int) -> socket.socket:
     bound = None
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(where)
     except (OSError, OverflowError) as error:
@@ -139,20 +111,10 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
     return bound
 
 
-def return_memory() -> None:
-    """Returns freed memory to the system if the C library can."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def allow_connections() -> tuple[int, int]:
     """Raises the limit of open files as far as possible; returns how many connections REST and gRPC may have.
 
-    gRPC gets more of them: REST makes room for a newcomer at once.
-
-    Raises:
-        UserError: the limit is too low.
+    gRPC gets more of them: REST makes room for a newcomer at once. Raises UserError if the limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MAX_CONNECTIONS + 4 * SPARE_FILES
@@ -176,27 +138,20 @@ def shed_quiet(port: int, most: int) -> None:
     gRPC closes silent connections only by a clock, and rejects new ones meanwhile. The kernel knows how long each has
     been quiet. Does nothing if there is no /proc.
     """
-    quiet: list[tuple[bool, int, int, Any]] = []
-    for number in open_files():
-        with contextlib.suppress(OSError), _borrow_socket(number) as given:  # closed meanwhile, no socket, or listening
-            peer = given.getpeername()
-            if isinstance(peer, tuple) and given.getsockname()[1] == port:
-                # From struct tcp_info: milliseconds since the last data in either direction, bytes received.
-                information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-                sent, received, count = struct.unpack("=44xI4xI72xQ", information)
-                quiet.append((count > GREETING_BYTES, -min(sent, received), number, peer))
-    shed = sorted(quiet)[: len(quiet) - most // 4] if len(quiet) > most // 2 else []
-    for _, _, number, peer in shed:
-        with contextlib.suppress(OSError), _borrow_socket(number) as given:
-            if given.getpeername() == peer:  # the number may stand for another connection by now
-                given.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def _borrow_socket(number: int) -> Iterator[socket.socket]:
-    """Yields a socket and leaves it open; a copy would keep gRPC's poller from noticing that it is closed."""
-    borrowed = socket.socket(fileno=number)
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
+    with contextlib.ExitStack() as stack:
+        quiet = []
+        for number in open_files():
+            with contextlib.suppress(OSError):  # closed meanwhile, no socket, or listening
+                # Left open afterwards. A copy would keep gRPC's poller from noticing that it is closed.
+                given = socket.socket(fileno=number)
+                stack.callback(given.detach)
+                peer = given.getpeername()
+                if isinstance(peer, tuple) and given.getsockname()[1] == port:
+                    # From struct tcp_info: milliseconds since the last data in either direction, bytes received.
+                    information = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                    sent, received, count = struct.unpack("=44xI4xI72xQ", information)
+                    quiet.append((count > GREETING_BYTES, -min(sent, received), number, peer, given))
+        for _, _, _, peer, given in sorted(quiet)[: len(quiet) - most // 4] if len(quiet) > most // 2 else []:
+            with contextlib.suppress(OSError):
+                if given.getpeername() == peer:  # the number may stand for another connection by now
+                    given.shutdown(socket.SHUT_RDWR)

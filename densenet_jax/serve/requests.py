@@ -6,7 +6,6 @@ A request's input is one tensor of the Open Inference Protocol: `image`, UINT8 (
 
 import array
 import base64
-import binascii
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from densenet_jax.data.headers import declared_size, image_size
 from densenet_jax.data.records import DamagedImage
 
-# Of the protocol, by NumPy's names; strings are objects.
+# The protocol's names of NumPy's types; strings are objects.
 DATATYPES = {"uint8": "UINT8", "uint16": "UINT16", "int32": "INT32", "float32": "FP32", "object": "BYTES"}
 PIXELS, ENCODED = "image", "image_bytes"
 MAX_PICTURE_PIXELS = 50_000_000
@@ -25,11 +24,7 @@ MAX_ID_LENGTH = 128  # of a request's id, which the answer repeats
 
 
 class RequestError(Exception):
-    """A rejected request; the message is for its sender.
-
-    Attributes:
-        status: HTTP status; gRPC has an equivalent of each.
-    """
+    """A rejected request: a message for its sender and a status of HTTP, of which gRPC has equivalents."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -72,14 +67,11 @@ class Picture(NamedTuple):
 
 
 class InputChecker:
-    """Checks the input of a request and adds up its cost.
-
-    Attributes:
-        inputs: datatype of each, and the shape of one image.
-    """
+    """Checks the input of a request and adds up its cost."""
 
     def __init__(self, image_shape: tuple[int, ...], dtype: np.dtype, max_images: int, max_pixels: int):
         """Takes the shape and type of pixels, and limits of a request: images, and their pixels before resizing."""
+        # Datatype of each, and the shape of one image.
         self.inputs = {PIXELS: (DATATYPES[dtype.name], image_shape), ENCODED: ("BYTES", ())}
         self.dtype, self.max_images, self.max_pixels = dtype, max_images, max_pixels
 
@@ -89,16 +81,16 @@ class InputChecker:
         if len(request_id) > MAX_ID_LENGTH or not (request_id.isascii() and request_id.isprintable()):
             raise RequestError(f"the request's id is not of at most {MAX_ID_LENGTH} printable ASCII characters")
         if len(names) != 1 or names[0] not in self.inputs:
+            given = ", ".join(map(shorten, names[:4])) or "none"
             known = " and ".join(f"{name} ({datatype})" for name, (datatype, _) in self.inputs.items())
-            raise RequestError(
-                f"the inputs are {', '.join(map(shorten, names[:4])) or 'none'}; expected one of {known}"
-            )
+            raise RequestError(f"the inputs are {given}; expected one of {known}")
         tensor, is_pixels = request.tensors[0], names[0] == PIXELS
         datatype, image_shape = self.inputs[tensor.name]
         if tensor.datatype != datatype:
             raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
         shape = tuple(tensor.shape)
-        if not shape or (shape[1:] != image_shape and (is_pixels or shape[1:] != (1,))):
+        is_of_images = shape[1:] == image_shape or (shape[1:] == (1,) and not is_pixels)
+        if not shape or not is_of_images or not all(type(size) is int for size in shape):
             expected = ", ".join(map(str, ("n", *image_shape)))
             raise RequestError(f"{tensor.name} has the shape {shorten(list(shape))}; expected [{expected}]")
         if not 1 <= shape[0] <= self.max_images:
@@ -111,19 +103,13 @@ class InputChecker:
         elif isinstance(data, bytes):
             data = unpack_strings(data, most=shape[0])
         count = len(data) / (self.dtype.itemsize if is_pixels else 1)
-        if count != math.prod(shape):
-            raise RequestError(
-                f"{tensor.name} has {count:.12g} values; its shape {list(shape)} takes {math.prod(shape)}"
-            )
-        return np.frombuffer(data, self.dtype).reshape(shape) if is_pixels else self._pictures(data, tensor.is_base64)
-
-    def _pictures(self, values: list[Any], is_base64: bool) -> list[Picture]:
-        pictures, left = [], self.max_pixels
-        for number, value in enumerate(values):
-            pictures.append(make_picture(value, f"{ENCODED}[{number}]", is_base64))
-            left -= pictures[-1].pixels
-            if left < 0:
-                raise RequestError(f"the pictures have more than {self.max_pixels:,} pixels together; send fewer", 413)
+        if count != (total := math.prod(shape)):
+            raise RequestError(f"{tensor.name} has {count:.12g} values; its shape {list(shape)} takes {total}")
+        if is_pixels:
+            return np.frombuffer(data, self.dtype).reshape(shape)
+        pictures = [make_picture(one, f"{ENCODED}[{number}]", tensor.is_base64) for number, one in enumerate(data)]
+        if sum(picture.pixels for picture in pictures) > self.max_pixels:
+            raise RequestError(f"the pictures have more than {self.max_pixels:,} pixels together; send fewer", 413)
         return pictures
 
 
@@ -134,7 +120,7 @@ def make_picture(value: Any, name: str, is_base64: bool) -> Picture:
     if isinstance(value, str) or is_base64:
         try:
             value = base64.b64decode(value, validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise RequestError(f"{name} is not base64 ({error})") from error
     if not isinstance(value, bytes):
         raise RequestError(f"{name} is no picture but of the type {type(value).__name__}")

@@ -9,17 +9,17 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
-from prometheus_client import Counter, Summary
+from prometheus_client import Counter, Gauge, Summary
 
 from densenet_jax.data.pixels import narrow
 from densenet_jax.errors import UserError
 from densenet_jax.predict.predictor import Predictor
-from densenet_jax.serve.batching import FairQueue
+from densenet_jax.serve.batching import FairQueue, take_turns
 from densenet_jax.serve.limits import SMALL_BODY_BYTES
 from densenet_jax.serve.requests import DATATYPES, InputChecker, Picture, Request, RequestError, Wanted, shorten
 
@@ -42,6 +42,7 @@ IMAGES = Counter("served_images", "Images that were computed.")
 _LABELS = ("model", "version")
 SUCCESSES = Counter("model_infer_request_success", "Requests for inference that were answered.", _LABELS)
 FAILURES = Counter("model_infer_request_failure", "Requests for inference that were refused or failed.", _LABELS)
+UNDER_WAY = Gauge("model_infer_requests_under_way", "Requests for inference that are not answered yet.")
 DURATION = Summary("model_infer_request_duration", "Seconds that a request for inference took.", _LABELS)
 
 Outputs: TypeAlias = list[tuple[Wanted, np.ndarray]]  # strings are objects
@@ -59,45 +60,43 @@ async def attempt(work: Awaitable[Any]) -> tuple[int, Any]:
 
 
 class Classifier:
-    """The model behind both protocols.
-
-    Attributes:
-        last_large: when a large request came, by `time.monotonic`.
-    """
+    """The model behind both protocols."""
 
     def __init__(self, predictor: Predictor, config: Any):
         """Reads `config.serve`; compiles nothing yet."""
         self.name, self.batch_sizes = predictor.model.name, predictor.batch_sizes
         self.is_ready = self.is_stopping = False
         self.requests_served = self.images_served = 0
-        self.last_large = float("-inf")
+        self.last_large = float("-inf")  # when a large request came, by `time.monotonic`
         self._predictor, self._request_secs = predictor, config.serve.request_secs
-        self._transform = predictor.model.transform
-        shape, most_pixels = predictor.image_shape, config.serve.max_request_pixels
-        self._checker = InputChecker(shape, self._transform.dtype, MAX_IMAGES, most_pixels)
-        can_explain = len(shape) == 3  # not with ten crops
-        self._map_shape = predictor.output_shapes(explain=True)["map"] if can_explain else ()
+        self._transform, shape = predictor.model.transform, predictor.image_shape
+        self._checker = InputChecker(shape, self._transform.dtype, MAX_IMAGES, config.serve.max_request_pixels)
+        rows = np.zeros((1, len(predictor.class_names)), np.float32)
+        self._outputs = {name: self._output(Wanted(name), rows) for name in (PROBABILITIES, *BEST_OUTPUTS)}
+        self.seen_share = 0.0  # of an image's short side in its activation map, if it has one
+        if len(shape) == 3:  # not with ten crops
+            self.seen_share = self._transform.image_size_px / self._transform.resize_px
+            self._outputs[MAP] = np.zeros((1, *predictor.output_shapes(explain=True)["map"]), np.float32)
         # Calibrated labels have thresholds, and with them an answer: 1 from its threshold on, else 0.
-        predicted = [PREDICTED] if predictor.thresholds is not None else []
-        self._outputs = [PROBABILITIES, *BEST_OUTPUTS, *([MAP] if can_explain else []), *predicted]
+        if predictor.thresholds is not None:
+            self._outputs[PREDICTED] = self._output(Wanted(PREDICTED), rows)
         self._read = ThreadPoolExecutor(1, "read")
         self._decode = FairQueue(self._decode_all, name="decode", most=DECODED_TOGETHER, workers=2)
-        self._decode_large = FairQueue(
-            self._decode_all, name="decode-large", workers=max(1, (os.cpu_count() or 1) // 2)
-        )
+        large_workers = max(1, (os.cpu_count() or 1) // 2)
+        self._decode_large = FairQueue(self._decode_all, name="decode-large", workers=large_workers)
         sizes, wait_secs = self.batch_sizes, config.serve.batch_wait_secs
         self._compute = FairQueue(self._compute_all, name="device", most=sizes[-1], wait_secs=wait_secs)
         # Files of more bits than the model was trained on are rare: one size is compiled for them.
         self._compute_wide = FairQueue(self._compute_all, name="device-wide", most=sizes[0])
         self._explain = FairQueue(self._explain_all, name="explain", most=sizes[0])
         self._deadlines: set[asyncio.Timeout] = set()  # of requests under way
-        labels = {"model": self.name, "version": VERSION}
-        self._successes, self._failures = SUCCESSES.labels(**labels), FAILURES.labels(**labels)
-        self._duration = DURATION.labels(**labels)
+        which = (self.name, VERSION)
+        self._successes, self._failures = SUCCESSES.labels(*which), FAILURES.labels(*which)
+        self._duration = DURATION.labels(*which)
 
     async def compile(self) -> None:
         """Compiles every batch size; after that the model is ready."""
-        await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), self._compile)
+        await asyncio.get_running_loop().run_in_executor(self._read, self._compile)
         gc.freeze()  # later collections skip everything loaded at the start
         self.is_ready = True
 
@@ -108,11 +107,6 @@ class Classifier:
             self._predictor.probabilities(np.zeros((1, *shape), np.uint16))
         if MAP in self._outputs:
             self._explain_all([(np.zeros(shape, self._transform.dtype), 0)])
-
-    @property
-    def seen_share(self) -> float:
-        """Share of an image's short side that the model sees; 0 if it can't be explained."""
-        return self._transform.image_size_px / self._transform.resize_px if MAP in self._outputs else 0.0
 
     def check_name(self, name: str, version: str = "") -> None:
         """Raises RequestError (404) if a client asks for another model."""
@@ -125,48 +119,32 @@ class Classifier:
         self.check_name(name, version)
         return self.is_ready
 
-    def refuse_to_load(self, name: str = "") -> NoReturn:
+    def refuse_to_load(self, name: str) -> NoReturn:
         """Refuses to load or unload a model (501)."""
-        if name:
-            self.check_name(name)
+        self.check_name(name)
         raise RequestError("models are not loaded or unloaded: a server serves the one it started with", 501)
 
     def index(self, only_ready: bool) -> list[dict[str, str]]:
         """Lists the models of the repository."""
-        state = "READY" if self.is_ready else "LOADING"
-        one = {"name": self.name, "version": VERSION, "state": state, "reason": ""}
+        one = {"name": self.name, "version": VERSION, "state": "READY" if self.is_ready else "LOADING", "reason": ""}
         return [one] if self.is_ready or not only_ready else []
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Describes inputs and outputs in the protocol's terms; -1 is any number of images."""
         self.check_name(name, version)
-        rows = np.zeros((1, len(self._predictor.class_names)), np.float32)
-        maps = np.zeros((1, *self._map_shape), np.float32)
-        arrays = {output: self._output(Wanted(output), rows, maps) for output in self._outputs}
-
-        def describe(tensor: str, datatype: str, shape: Sequence[int]) -> dict[str, Any]:
-            return {"name": tensor, "datatype": datatype, "shape": [-1, *shape]}
-
-        return {
-            "name": self.name,
-            "versions": [VERSION],
-            "platform": "densenet_jax",
-            "inputs": [describe(name, *given) for name, given in self._checker.inputs.items()],
-            "outputs": [describe(name, DATATYPES[one.dtype.name], one.shape[1:]) for name, one in arrays.items()],
+        outputs = {output: (DATATYPES[one.dtype.name], one.shape[1:]) for output, one in self._outputs.items()}
+        return {"name": self.name, "versions": [VERSION], "platform": "densenet_jax"} | {
+            key: [{"name": one, "datatype": kind, "shape": [-1, *shape]} for one, (kind, shape) in tensors.items()]
+            for key, tensors in (("inputs", self._checker.inputs), ("outputs", outputs))
         }
 
     async def infer(self, read: Callable[[], Request], size: int) -> tuple[Request, Outputs]:
-        """Answers a request.
+        """Answers a request of `size` bytes, which `read` parses: in a thread if it is large.
 
-        Args:
-            read: parses the request; called in a thread if it is large.
-            size: bytes of the request.
-
-        Raises:
-            RequestError: it is rejected (400, 404, 413), the server is too busy or stopping (503), or it took too long
-                (504).
+        Raises RequestError if it is rejected (400, 404, 413), the server is too busy or stopping (503), or it takes too
+        long (504).
         """
-        with self._duration.time(), self._failures.count_exceptions():
+        with self._duration.time(), self._failures.count_exceptions(), UNDER_WAY.track_inprogress():
             if size > SMALL_BODY_BYTES:
                 self.last_large = time.monotonic()
             if self.is_stopping or not self.is_ready:
@@ -209,45 +187,42 @@ class Classifier:
         else:
             request, outputs, images = await asyncio.get_running_loop().run_in_executor(self._read, prepare)
         if not isinstance(images, np.ndarray):
-            images = await _divide(images, lambda one: one.pixels > LARGE_PIXELS, self._decode, self._decode_large)
+            images = await take_turns(
+                images, lambda one: self._decode_large if one.pixels > LARGE_PIXELS else self._decode
+            )
         dtype, maps = self._transform.dtype, None
-        rows = np.stack(await _divide(images, lambda one: one.dtype != dtype, self._compute, self._compute_wide))
+        answers = await take_turns(images, lambda one: self._compute if one.dtype == dtype else self._compute_wide)
+        rows = np.stack(answers)
         if any(wanted.name == MAP for wanted in outputs):
-            maps = np.stack(await self._explain(list(zip(images, rows.argmax(axis=-1).tolist(), strict=True))))
+            chosen = list(zip(images, rows.argmax(axis=-1).tolist(), strict=True))
+            maps = np.stack(await take_turns(chosen, lambda _: self._explain))
         return request, [(wanted, self._output(wanted, rows, maps)) for wanted in outputs]
 
     def _select_outputs(self, request: Request) -> list[Wanted]:
         """Returns the outputs that a request asks for, in its order; all but activation maps if it names none."""
-        for wanted in request.outputs:
-            if wanted.name not in self._outputs:
-                some = ", ".join(self._outputs)
-                raise RequestError(f"there is no output {shorten(wanted.name)}; expected some of {some}")
-            if wanted.classes and (wanted.name != PROBABILITIES or wanted.classes < 0):
-                raise RequestError(
-                    f"a classification of {wanted.name} is not offered; expected a count for {PROBABILITIES}"
-                )
-        named = {wanted.name: wanted for wanted in request.outputs}
-        return list(named.values()) or [
-            Wanted(name, is_binary=request.is_binary) for name in self._outputs if name != MAP
-        ]
+        for name, classes, _ in request.outputs:
+            if name not in self._outputs:
+                raise RequestError(f"there is no output {shorten(name)}; expected some of {', '.join(self._outputs)}")
+            if classes and (name != PROBABILITIES or classes < 0):
+                raise RequestError(f"a classification of {name} is not offered; expected a count for {PROBABILITIES}")
+        default = [Wanted(name, is_binary=request.is_binary) for name in self._outputs if name != MAP]
+        return list({wanted.name: wanted for wanted in request.outputs}.values()) or default
 
-    def _decode_all(self, pictures: Sequence[Picture]) -> list[np.ndarray | Exception]:
+    def _decode_all(self, pictures: list[Picture]) -> list[np.ndarray | Exception]:
         results: list[np.ndarray | Exception] = []
         for picture in pictures:
             try:
                 results.append(self._predictor.preprocess(picture.data, picture.name))
-            except UserError as error:  # without a traceback, which would hold the request's memory
-                results.append(RequestError(str(error)))
-            except Exception as error:
-                results.append(error)
+            except Exception as error:  # a user's without its traceback, which would hold the request's memory
+                results.append(RequestError(str(error)) if isinstance(error, UserError) else error)
         return results
 
-    def _compute_all(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _compute_all(self, images: list[np.ndarray]) -> list[np.ndarray]:
         BATCHES.inc()
         IMAGES.inc(len(images))
         return list(self._predictor.probabilities(np.stack(images)))
 
-    def _explain_all(self, chosen: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+    def _explain_all(self, chosen: list[tuple[np.ndarray, int]]) -> list[np.ndarray]:
         images = [narrow(image) if self._transform.dtype == np.uint8 else image for image, _ in chosen]
         return list(self._predictor.activation_maps(np.stack(images), [number for _, number in chosen]))
 
@@ -264,17 +239,3 @@ class Classifier:
             return np.asarray([[self._predictor.is_predicted(one) for one in row] for row in best], np.int32)
         field, dtype = BEST_OUTPUTS[wanted.name]
         return np.asarray([[getattr(one, field) for one in row] for row in best], dtype)
-
-
-async def _divide(
-    items: Sequence[Any], is_special: Callable[[Any], bool], usual: FairQueue[Any, Any], special: FairQueue[Any, Any]
-) -> list[Any]:
-    """Hands each item to one of two queues; returns the results in the items' order."""
-    kinds = [is_special(item) for item in items]
-    if not any(kinds):
-        return await usual(items)
-    done: dict[int, Any] = {}
-    for queue, kind in ((usual, False), (special, True)):
-        if numbers := [number for number, is_of in enumerate(kinds) if is_of == kind]:
-            done |= zip(numbers, await queue([items[number] for number in numbers]), strict=True)
-    return [done[number] for number in range(len(items))]

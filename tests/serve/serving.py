@@ -59,15 +59,18 @@ class Server:
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
+    def metrics(self, *names: str) -> list[float]:
+        """The values of metrics, each of its first labels."""
+        text = requests.get(f"{self.url}/metrics", timeout=9).text
+        return [float(re.search(rf"^{name}(?:{{.*}})? (.*)$", text, re.M)[1]) for name in names]
+
     def longest_stall_secs(self) -> float:
         """How long the event loop has been kept from its work at most, since the start."""
-        text = requests.get(f"{self.url}/metrics", timeout=9).text
-        return float(re.search(r"^event_loop_longest_stall_seconds (.*)$", text, re.M)[1])
+        return self.metrics("event_loop_longest_stall_seconds")[0]
 
-    def computed(self) -> tuple[float, float]:
+    def computed(self) -> list[float]:
         """Batches and images that it has computed."""
-        text = requests.get(f"{self.url}/metrics", timeout=9).text
-        return tuple(float(re.search(rf"^served_{what}_total (.*)$", text, re.M)[1]) for what in ("batches", "images"))
+        return self.metrics("served_batches_total", "served_images_total")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Asks it to stop; returns its exit status and standard output."""

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from densenet_jax.serve.batching import FairQueue
+from densenet_jax.serve.batching import FairQueue, take_turns
 
 
 class Worker:
@@ -37,6 +37,10 @@ def run(case):
     return asyncio.run(limited())
 
 
+def ask(queue, items):
+    return take_turns(items, lambda _: queue)
+
+
 def make_queue(worker, **options):
     return FairQueue(worker, name="test", **{"most": 4, **options})
 
@@ -55,7 +59,7 @@ def test_an_idle_worker_begins_at_once(monkeypatch):
     async def case():
         queue = FairQueue(work, name="test", most=4)
         monkeypatch.setattr(asyncio, "sleep", waits)
-        asked = asyncio.create_task(queue([3]))
+        asked = asyncio.create_task(ask(queue, [3]))
         assert await asyncio.to_thread(began.wait, 20)
         return await asked
 
@@ -69,7 +73,7 @@ def test_who_asks_again_the_moment_the_answer_comes_is_answered():
         queue = FairQueue(lambda items: items, name="test", most=4)
 
         async def caller(number):
-            return [(await queue([10 * number + item]))[0] for item in range(10)]
+            return [(await ask(queue, [10 * number + item]))[0] for item in range(10)]
 
         alone = await caller(0)
         together = await asyncio.gather(*map(caller, (1, 2, 3)))
@@ -83,9 +87,9 @@ def test_what_queues_while_the_worker_is_busy_is_one_group():
 
     async def case():
         queue = make_queue(worker)
-        first = asyncio.create_task(queue([1]))
+        first = asyncio.create_task(ask(queue, [1]))
         await begun(worker, 1)
-        rest = [asyncio.create_task(queue([item])) for item in (2, 3, 4, 5, 6)]
+        rest = [asyncio.create_task(ask(queue, [item])) for item in (2, 3, 4, 5, 6)]
         await asyncio.sleep(0.01)
         worker.free.release(3)
         return [(await task)[0] for task in (first, *rest)]
@@ -100,7 +104,7 @@ def test_a_bad_item_fails_alone():
 
     async def case():
         queue = make_queue(worker, wait_secs=0.05)
-        return await asyncio.gather(*[queue([item]) for item in (1, -1, 2)], return_exceptions=True)
+        return await asyncio.gather(*[ask(queue, [item]) for item in (1, -1, 2)], return_exceptions=True)
 
     first, bad, last = run(case())
     assert (first, last) == ([2], [4])
@@ -116,7 +120,7 @@ def test_what_the_work_raises_goes_to_its_group_and_the_next_one_is_worked_on():
 
     async def case():
         queue = FairQueue(work, name="test", most=2, wait_secs=0.05)
-        return await asyncio.gather(*[queue([item]) for item in (0, 1, 2)], return_exceptions=True)
+        return await asyncio.gather(*[ask(queue, [item]) for item in (0, 1, 2)], return_exceptions=True)
 
     first, second, third = run(case())
     assert isinstance(first, ZeroDivisionError)
@@ -129,10 +133,10 @@ def test_who_goes_away_while_waiting_is_not_worked_for_and_harms_nobody():
 
     async def case():
         queue = make_queue(worker)
-        under_way = asyncio.create_task(queue([1]))
+        under_way = asyncio.create_task(ask(queue, [1]))
         await begun(worker, 1)
-        waiting = asyncio.create_task(queue([2]))
-        other = asyncio.create_task(queue([3]))
+        waiting = asyncio.create_task(ask(queue, [2]))
+        other = asyncio.create_task(ask(queue, [3]))
         await asyncio.sleep(0.01)
         under_way.cancel()
         waiting.cancel()
@@ -150,9 +154,9 @@ def test_workers_share_the_queue():
 
     async def case():
         queue = make_queue(worker, workers=2)
-        tasks = [asyncio.create_task(queue([item])) for item in (1, 2)]
+        tasks = [asyncio.create_task(ask(queue, [item])) for item in (1, 2)]
         await begun(worker, 1)
-        tasks += [asyncio.create_task(queue([3]))]
+        tasks += [asyncio.create_task(ask(queue, [3]))]
         await begun(worker, 2)  # although nothing is done yet
         worker.free.release(2)
         return [(await task)[0] for task in tasks]
@@ -166,9 +170,9 @@ def test_callers_take_turns():
 
     async def case():
         queue = make_queue(worker, most=2)
-        large = asyncio.create_task(queue([1, 2, 3, 4, 5]))
+        large = asyncio.create_task(ask(queue, [1, 2, 3, 4, 5]))
         await begun(worker, 1)
-        small = asyncio.create_task(queue([9]))
+        small = asyncio.create_task(ask(queue, [9]))
         await asyncio.sleep(0.01)
         worker.free.release(9)
         done, _ = await asyncio.wait([large, small], return_when=asyncio.FIRST_COMPLETED)

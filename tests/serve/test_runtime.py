@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def test_calibrated_labels_say_which_are_predicted():
 def test_a_late_request_is_given_up_and_one_without_a_client_dropped():
     model = Classifier(Predictor(small_model()), CONFIG)
     model.is_ready = True
-    model._compute = lambda pixels: asyncio.Event().wait()
+    model._compute = SimpleNamespace(put=lambda image, turn: asyncio.get_running_loop().create_future())
     shape = [1, *model._predictor.image_shape]
     request = Request([Tensor("image", "UINT8", shape, bytes(math.prod(shape)))])
 

@@ -257,7 +257,7 @@ def answers_over_grpc(server, code: str) -> int:
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
-    """Many times what one batch holds, so that most of it still queues when the signal comes."""
+    """The signal comes once all requests have begun, with many times what one batch holds."""
     flags = ("--config.serve.batch_sizes=(1,)", "--config.serve.stop_secs=60")  # busy machines are slow
     with serving(served_run, *flags, **user) as short:
         client = grpc_client(short)
@@ -272,7 +272,8 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
 
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(over_rest if index % 3 else over_grpc, index) for index in range(12)]
-            while short.computed()[1] < 3 + 2 * 64:
+            while sum(short.metrics("model_infer_request_success_total", "model_infer_requests_under_way")) < 13:
+                assert not any(answer.done() and answer.exception() for answer in answers)
                 time.sleep(0.01)
             status, output = short.stop(number)
             assert status == 0, "".join(short.said)
