@@ -17,7 +17,7 @@ FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # What reads or writes memory; the rest of these files is about Python or about whole networks.
 WANTED = (
     "convolution or reader or norm_relu_conv or pooling or refuse or part or crop or passes or crash or tiny"
-    " or dense_layer or elementwise or plainly or in_bfloat16"
+    " or dense_layer or elementwise or plainly or in_bfloat16 or in_one_call"
 )
 
 

@@ -339,6 +339,8 @@ BLOCKS = [
     (1, 15, 2, 32, 96, 64, 16, False, True),  # and that do not
     (3, 10, 2, 2, 80, 40, 24, False, False),  # groups of more channels than a vector; and a pooled step
     (1, 28, 1, 1, 32, 32, 48, True, True),
+    (2, 15, 2, 32, 128, 32, 16, True, False),
+    (1, 7, 1, 2, 96, 32, 16, True, False),  # groups of several vectors
 ]
 
 
@@ -356,10 +358,12 @@ def test_a_block_in_one_call(case, dtype):
     """Outputs are added to the first channels and written behind them; borders, bands and odd sizes included."""
     b, side, stride, groups, width, residual, new, packed, folded = case
     after, end = (side - 1) // stride + 1, residual + 2 * new
+    inner = drawn_step(width, width, 3, groups, folded)
+    packs_inner = packed and block.is_packable(inner.kernel.astype(dtype), groups)
     steps = [
         block.Step(0, 1, stride=stride),
         block.Step(0, 2, packed=packed),
-        block.Step(2, 3, stride=stride, groups=groups),
+        block.Step(2, 3, stride=stride, groups=groups, packed=packs_inner),
         block.Step(3, 1, offset=residual + new, added=residual),
         block.Step(1, 1, offset=end),
         block.Step(0, 1, offset=end + 12, stride=2, pooled=True),
@@ -367,7 +371,7 @@ def test_a_block_in_one_call(case, dtype):
     arrays = [
         drawn_step(24, residual + new),
         drawn_step(24, width, folded=folded, packed=packed),
-        drawn_step(width, width, 3, groups, folded),
+        inner,
         drawn_step(width, residual + new),
         drawn_step(end, 12, 3),
         drawn_step(40, 32, folded=folded),
@@ -391,6 +395,18 @@ def test_a_block_of_shapes_that_do_not_fit_is_refused():
     )
     with pytest.raises(Exception, match="step do not fit"):
         jax.block_until_ready(run(draw(1, 2, 2, 8), arrays))
+
+
+def test_kernels_that_are_packed_and_unpacked():
+    """Groups that fill no whole vectors are left as they are."""
+    for size, inputs, outputs, groups in [(3, 4, 128, 32), (3, 8, 64, 8), (3, 32, 64, 2), (1, 24, 80, 1)]:
+        kernel = draw(size, size, inputs, outputs).astype(np.float32)
+        assert block.is_packable(kernel, groups)
+        packed = block.pack(kernel, groups)
+        assert not np.array_equal(packed, kernel)
+        assert_same(block.unpack(jnp.asarray(packed), groups), kernel, 0)
+    assert not block.is_packable(draw(3, 3, 3, 96).astype(np.float32), 32)
+    assert not block.is_packable(draw(3, 3, 12, 96).astype(np.float32), 8)
 
 
 @pytest.mark.parametrize("bottleneck_width", [pytest.param(0, marks=pytest.mark.slow), 4])

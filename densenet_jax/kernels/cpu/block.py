@@ -110,7 +110,7 @@ def plain_run_block(
         own = Arrays(*operands[5 * index : 5 * index + 5])
         scale, bias = (vector[None, None, None, :] for vector in _plain_norm(own, epsilon))
         activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
-        kernel, stride = unpack(own.kernel) if step.packed else own.kernel, step.stride
+        kernel, stride = unpack(own.kernel, step.groups) if step.packed else own.kernel, step.stride
         if step.pooled:
             activation, stride = nn.avg_pool(activation, (2, 2), (2, 2)), 1
         if _is_rounded(kernel):
@@ -130,29 +130,41 @@ def _lower(ctx: Any, *operands: Any, steps: tuple[Step, ...], copied: int, epsil
 
 
 def is_packable(kernel: Any, groups: int = 1) -> bool:
-    """Whether `pack` keeps the kernel's shape: whole vectors of outputs, without groups."""
+    """Whether `pack` keeps the kernel's shape: what a tile of outputs reads are whole vectors."""
+    lanes, outputs = vector_bytes() // kernel.dtype.itemsize, kernel.shape[-1] // groups
+    together = _groups_of_a_vector(kernel, groups)
+    return kernel.dtype in (np.float32, np.float64) and outputs * together % lanes == 0 and groups % together == 0
+
+
+def _groups_of_a_vector(kernel: Any, groups: int) -> int:
+    """Returns how many groups the kernels convolve at once (Grouping in native/block.h): those that fill a vector."""
+    size, _, inputs, outputs = kernel.shape
     lanes = vector_bytes() // kernel.dtype.itemsize
-    return groups == 1 and kernel.dtype in (np.float32, np.float64) and kernel.shape[-1] % lanes == 0
+    is_square = outputs == groups * inputs and inputs <= lanes // 2
+    return lanes // inputs if groups > 1 and size == 3 and kernel.dtype == np.float32 and is_square else 1
 
 
-def _order(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
+def _order(kernel: Any, groups: int) -> np.ndarray:
     """Returns the packed order of a kernel's values: for two vectors of outputs at a time all that they need."""
-    rows, outputs = int(np.prod(shape[:-1])), shape[-1]
-    width = 2 * vector_bytes() // itemsize
-    numbers = np.arange(rows * outputs).reshape(rows, outputs)
-    return np.concatenate([numbers[:, i : i + width].ravel() for i in range(0, outputs, width)])
+    size, _, inputs, outputs = kernel.shape
+    numbers = np.arange(size * size * inputs * outputs)
+    together = _groups_of_a_vector(kernel, groups)
+    if together > 1:
+        return numbers.reshape(size, size, inputs, groups // together, -1).transpose(3, 0, 2, 1, 4).ravel()
+    width = 2 * vector_bytes() // kernel.dtype.itemsize
+    own = numbers.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
+    return np.concatenate([group[:, i : i + width].ravel() for group in own for i in range(0, group.shape[1], width)])
 
 
-def pack(kernel: Any) -> np.ndarray:
+def pack(kernel: Any, groups: int = 1) -> np.ndarray:
     """Lays a kernel for which `is_packable` out as the kernels read it, in the same shape."""
     kernel = np.asarray(kernel)
-    return kernel.ravel()[_order(kernel.shape, kernel.itemsize)].reshape(kernel.shape)
+    return kernel.ravel()[_order(kernel, groups)].reshape(kernel.shape)
 
 
-def unpack(kernel: Array) -> Array:
+def unpack(kernel: Array, groups: int = 1) -> Array:
     """Undoes `pack`."""
-    order = np.argsort(_order(kernel.shape, kernel.dtype.itemsize))
-    return kernel.ravel()[order].reshape(kernel.shape)
+    return kernel.ravel()[np.argsort(_order(kernel, groups))].reshape(kernel.shape)
 
 
 _block_p = define(

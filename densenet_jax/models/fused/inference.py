@@ -59,7 +59,7 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
         if rounds and bfloat16.is_packable(kernel, groups) and "c3x3" not in name:  # which may have a stride
             params[name] = jnp.asarray(bfloat16.pack(kernel))
         elif cpu.is_packable(kernel, groups):
-            params[name] = jnp.asarray(cpu.pack(kernel))
+            params[name] = jnp.asarray(cpu.pack(kernel, groups))
     packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
     return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 

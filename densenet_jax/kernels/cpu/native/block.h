@@ -274,16 +274,72 @@ auto GroupTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
   return table[vectors - 1][rows - 1];
 }
 
+// How the groups of a convolution are computed: in blocks of one, or of as many as a vector has room for.
+template <typename T>
+struct Grouping {
+  // float64 isn't worth the time to compile it
+  static constexpr bool kSpreads = std::is_same_v<T, float>;
+  int64_t inputs, outputs;  // of one group
+  bool spreads;
+  int64_t together, blocks;
+
+  explicit Grouping(const Step<T>& step)
+      : inputs(step.sizes.channels / step.groups),
+        outputs(step.sizes.out_channels / step.groups),
+        spreads(kSpreads && inputs == outputs && inputs <= Lanes<T>::kCount / 2 && step.sizes.kernel_height == 3 &&
+                step.sizes.stride <= 2),
+        together(spreads ? Lanes<T>::kCount / inputs : 1),
+        blocks(DivideUp(step.groups, together)) {}
+  // The number of outputs of a block, in whole vectors.
+  int64_t width() const { return DivideUp(together * outputs, Lanes<T>::kCount) * Lanes<T>::kCount; }
+  // Whether weights that are laid out by blocks take no more room than others.
+  bool IsPackable(const Step<T>& step) const {
+    return step.sizes.stride <= 2 && blocks * width() == step.sizes.out_channels;
+  }
+};
+
+// Lays the weights of a convolution in groups out as its tiles read them: block by block, chunk by chunk.
+template <typename T>
+const T* PackGroups(Team& team, const Step<T>& step, const Grouping<T>& own) {
+  const int64_t size = step.sizes.kernel_height, taps = size * size, all = step.sizes.out_channels;
+  T* packed = ThreadScratch<T>(3, own.blocks * taps * own.inputs * own.width());
+  const int64_t tasks = std::min(own.blocks, 2 * team.size());
+  team.Run(tasks, [&](int64_t task) {
+    for (int64_t block = own.blocks * task / tasks; block < own.blocks * (task + 1) / tasks; ++block) {
+      const int64_t most = own.together * own.outputs, first = block * most, count = std::min(most, all - first);
+      for (int64_t index = 0; index < Chunk<T>::Count(count); ++index) {
+        const Chunk<T> chunk(count, index);
+        const int64_t width = chunk.width();
+        T* to = packed + taps * own.inputs * (block * own.width() + chunk.first);
+        const T* from = step.kernel + first + chunk.first;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int64_t input = 0; input < own.inputs; ++input, from += all) {
+            const int64_t at = own.spreads ? (tap / size * own.inputs + input) * size + tap % size
+                                           : tap * own.inputs + input;
+            if (chunk.lanes == Chunk<T>::kMost) {
+              std::memcpy(to + at * width, from, Chunk<T>::kMost * sizeof(T));
+            } else if (chunk.lanes == Lanes<T>::kCount) {
+              std::memcpy(to + at * width, from, Lanes<T>::kCount * sizeof(T));
+            } else {
+              std::copy_n(from, chunk.lanes, to + at * width);
+              std::fill(to + at * width + chunk.lanes, to + (at + 1) * width, T{0});
+            }
+          }
+        }
+      }
+    }
+  });
+  return packed;
+}
+
 // A convolution in groups. Tasks share the groups: each reads only the channels of its own.
 template <typename T>
 void RunGroups(Team& team, const Step<T>& step) {
-  constexpr int64_t kLanes = Lanes<T>::kCount;
   const Sizes& s = step.sizes;
-  const int64_t inputs = s.channels / step.groups, outputs = s.out_channels / step.groups, size = s.kernel_height;
-  constexpr bool kSpreads = std::is_same_v<T, float>;  // float64 isn't worth the time to compile it
-  const bool spreads = kSpreads && inputs == outputs && inputs <= kLanes / 2 && size == 3 && s.stride <= 2;
+  const Grouping<T> groups(step);
+  const int64_t inputs = groups.inputs, together = groups.together, blocks = groups.blocks, size = s.kernel_height;
   const Spread<T> spread(inputs);
-  const int64_t together = spreads ? kLanes / inputs : 1, blocks = DivideUp(step.groups, together);
+  const T* weights = step.packed ? step.kernel : PackGroups(team, step, groups);
   const int64_t parts = std::min(blocks, team.size());
   Sizes own = s;  // of the widest task
   own.channels = std::min(DivideUp(blocks, parts) * together * inputs, s.channels);
@@ -296,27 +352,19 @@ void RunGroups(Team& team, const Step<T>& step) {
     const Source<T> source = step.source.From(first_group * inputs);
     ForRows(mine, source, bands, task / parts, [&](const T* rows, int64_t line, int64_t first, int64_t count) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t group = block * together, all = std::min(together, step.groups - group) * outputs;
+        const int64_t group = block * together, all = std::min(together, step.groups - group) * groups.outputs;
         for (int64_t index = 0; index < Chunk<T>::Count(all); ++index) {
           const Chunk<T> chunk(all, index);
-          const int64_t width = chunk.width(), output = group * outputs + chunk.first;
-          T* w = ThreadScratch<T>(1, size * size * inputs * width);
-          const T* from = step.kernel + output;
-          for (int64_t tap = 0; tap < size * size; ++tap) {
-            for (int64_t input = 0; input < inputs; ++input, from += s.out_channels) {
-              const int64_t at = spreads ? (tap / size * inputs + input) * size + tap % size : tap * inputs + input;
-              std::copy_n(from, chunk.lanes, w + at * width);
-              std::fill(w + at * width + chunk.lanes, w + (at + 1) * width, T{0});
-            }
-          }
+          const int64_t output = group * groups.outputs + chunk.first;
+          const T* w = weights + size * size * inputs * (block * groups.width() + chunk.first);
           for (int64_t row = 0; row < count; ++row) {
             ForTiles(s.out_width, [&](int64_t column, int tile) {
               const int64_t pixel_step = mine.channels, step_of_outputs = s.stride * pixel_step;
               const T* from = rows + row * s.stride * line + column * step_of_outputs + (group - first_group) * inputs;
               const int64_t at = first + row * s.out_width + column;
               StoreOrAdd(step, at, tile, output, chunk.lanes, [&](T* to, int64_t to_step) {
-                if constexpr (kSpreads) {
-                  if (spreads)
+                if constexpr (Grouping<T>::kSpreads) {
+                  if (groups.spreads)
                     return GroupsTileOf<T>(tile, s.stride, kTiles)(to, to_step, from, pixel_step, line, w, inputs,
                                                                    spread, chunk.lanes);
                 }

@@ -297,6 +297,7 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
     if (array.element_count() != 0 && array.element_count() != channels) return false;
   step.sizes.kernel_height = step.sizes.kernel_width = k[0];
   step.groups = groups, step.added = added, step.y_step = to[3];
+  if (step.packed && (groups == 1 ? k[3] % Lanes<T>::kCount != 0 : !Grouping<T>(step).IsPackable(step))) return false;
   step.source.x = x.typed_data<T>(), step.source.step = x.dimensions()[3];
   if (kernel.element_type() == ffi::BF16) {
     step.pairs = static_cast<const Bfloat16*>(kernel.untyped_data());
