@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices, checked shapes, and no silent rank promotion."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("DENSENET_JAX_BUILD", "0")  # native code is compiled only where a test asks for it
@@ -52,15 +53,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder that all workers of the test session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def user(shared_folder: pathlib.Path) -> dict[str, str]:
     """Environment of a user whose data sets and compiled programs last as long as the test session.
 
     All workers of the session are one user: what one of them has compiled, the others read.
     """
-    base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user"
-    home.mkdir(exist_ok=True)
-    return {"TFDS_DATA_DIR": str(home / "datasets"), "XDG_CACHE_HOME": str(home / "cache")}
+    return {"TFDS_DATA_DIR": str(shared_folder / "datasets"), "XDG_CACHE_HOME": str(shared_folder / "cache")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_programs(shared_folder: pathlib.Path) -> None:
+    """Workers read the programs that another one has compiled, as those of an operation or of a recipe's step."""
+    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "cache" / "densenet_jax" / "compiled"))
 
 
 @pytest.fixture(scope="module")

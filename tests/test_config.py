@@ -101,7 +101,7 @@ def test_value_out_of_range_names_key_value_and_expectation(key, value):
         ("config.train.batch_size", "config.eval.batch_size"),
     ],
 )
-def test_misspelt_key_is_told_with_the_nearest(wrong, right):
+def test_misspelt_key_is_reported_with_the_nearest(wrong, right):
     config = default.get_config()
     with pytest.raises((AttributeError, KeyError)) as caught:
         operator.attrgetter(wrong.removeprefix("config."))(config)
@@ -109,7 +109,7 @@ def test_misspelt_key_is_told_with_the_nearest(wrong, right):
     assert said == f"{wrong} is not a setting; the nearest is {right}."
 
 
-def test_misspelt_key_in_a_recipe_is_told_with_the_nearest():
+def test_misspelt_key_in_a_recipe_is_reported_with_the_nearest():
     config = default.get_config()
     with pytest.raises(AttributeError) as caught:
         config.data.crop_aera = (0.1, 1.0)

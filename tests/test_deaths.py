@@ -168,7 +168,7 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
 STALL = r"nothing has moved for \d+ s while waiting for the images of step 100\n(.*\n)*Thread 0x.*recent call first"
 
 
-def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
+def test_image_that_does_not_come_is_reported_and_the_run_goes_on(user, tmp_path):
     """A pipe among the images: who opens it waits until somebody writes, as on a network file system that is gone."""
     train = tmp_path / "data" / "train"
     picture = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
@@ -189,20 +189,20 @@ def test_image_that_does_not_come_is_told_and_the_run_goes_on(user, tmp_path):
         "--config.train.stall_secs=2",
         f"--workdir={tmp_path}/run",
     )
-    told = tmp_path / "run" / "stalls.txt"
+    stalls = tmp_path / "run" / "stalls.txt"
     with Run(*stalling, **user) as run:
         assert run.wait_for(run.steps_reported)  # the folders are listed: pipes among the files would be left out
         pipe.unlink()
         os.mkfifo(pipe)
-        # A busy machine may be slow enough to be told of in an earlier step, too.
-        assert run.wait_for(lambda: told.exists() and re.search(STALL, told.read_text()) and run.says(STALL))
+        # A busy machine may be slow enough to stall in an earlier step, too.
+        assert run.wait_for(lambda: stalls.exists() and re.search(STALL, stalls.read_text()) and run.says(STALL))
         writer = os.open(pipe, os.O_WRONLY)
         pipe.unlink()
         pipe.write_bytes(picture)
         os.write(writer, picture)
         os.close(writer)
         assert run.end() == 0, run.errors
-    assert "folder.py" in told.read_text()
+    assert "folder.py" in stalls.read_text()
     assert run.says("it goes on after")
 
 

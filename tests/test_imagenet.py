@@ -41,7 +41,7 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
     assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
-def test_unprepared_imagenet_is_told_how_to_get_it(user, tmp_path):
+def test_unprepared_imagenet_is_refused_with_how_to_get_it(user, tmp_path):
     arguments = ("--config=configs/densenet121.py", f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path}")
     output, errors = run_here(*arguments, expect=2, **user)
     assert output == ""

@@ -120,9 +120,9 @@ def test_best_checkpoint_can_be_evaluated(finished, user):
     assert (result["step"], result["top1"]) == (best["step"], best["top1"])
 
 
-def test_same_command_on_a_finished_run_trains_nothing(finished, user):
+def test_same_command_on_a_finished_run_trains_nothing(finished, no_report, user):
     steps = sorted(os.listdir(finished / "checkpoints"))
-    output, errors = run_main(*QUICK, f"--workdir={finished}", **user)
+    output, errors = run_here(*QUICK, f"--workdir={finished}", **user)
     assert "nothing left to train" in errors
     assert last_line(output)["step"] == TOTAL_STEPS
     assert sorted(os.listdir(finished / "checkpoints")) == steps

@@ -1,4 +1,4 @@
-"""Every setting meets twenty values that nobody should give: each is taken, or told in one line."""
+"""Every setting meets twenty values that nobody should give: each is taken, or refused in one line."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_every_setting_has_a_rule():
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_hostile_value_is_taken_or_told_in_one_line(key, monkeypatch):
+def test_a_hostile_value_is_taken_or_refused_in_one_line(key, monkeypatch):
     monkeypatch.setattr(ml_collections.ConfigDict, "__str__", lambda self: "")  # absl's flags print it, in slow YAML
     for value in HOSTILE:
         message, checked = "", None
@@ -64,7 +64,7 @@ def test_a_hostile_value_is_taken_or_told_in_one_line(key, monkeypatch):
         ("data.crop_area=(1, 'a')", "config.data.crop_area is .* expected two shares"),
     ],
 )
-def test_what_is_expected_is_told(setting, message):
+def test_what_is_expected_is_in_the_message(setting, message):
     with pytest.raises(UserError, match=message):
         check_config(parse(["densenet-jax", "--config=digits", f"--config.{setting}"])[1])
 

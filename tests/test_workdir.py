@@ -34,7 +34,7 @@ SHORT = ("--config=digits", "--config.train.epochs=0.2", "--config.optim.warmup_
         ("profile=9:9", "which ends at step 17; the run has 5 steps"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(setting, message, user, tmp_path):
+def test_a_mistake_is_reported_before_anything_is_written(setting, message, user, tmp_path):
     _, errors = run_here(*SHORT, f"--workdir={tmp_path}/run", f"--config.{setting}", expect=2, **user)
     assert message in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

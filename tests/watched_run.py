@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from tests.running import start_main
 
-# Reports of every step and long validations, so that every kind of moment can be waited for. Few and wide layers: the
-# checkpoints are as large as those of the recipe's network, which takes twice as long to trace and to compile.
+# Reports of every step and long validations, so that every kind of moment can be waited for. One wide layer: the
+# checkpoints are as large as those of the recipe's network, which takes four times as long to trace and to compile.
 SHORT_RUN = (
     "--config=configs/digits.py",
-    "--config.model.block_sizes=(1,1,1)",
-    "--config.model.growth_rate=24",
+    "--config.model.block_sizes=(1,)",
+    "--config.model.growth_rate=44",
     "--config.train.epochs=4",
     "--config.optim.warmup_epochs=0.2",
     "--config.eval.every_epochs=1",

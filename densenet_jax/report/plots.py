@@ -217,9 +217,9 @@ def picture(image: np.ndarray) -> bytes:
     return _encode(pixels)
 
 
-def _encode(image: Image.Image) -> bytes:
+def _encode(image: Image.Image, *, optimize: bool = True) -> bytes:
     file = io.BytesIO()
-    image.save(file, format="png", optimize=True)
+    image.save(file, format="png", optimize=optimize)
     return file.getvalue()
 
 
@@ -289,9 +289,9 @@ def _plain(text: str) -> str:
 
 
 def to_png(figure: Any, dpi: int = _DPI) -> bytes:
-    """Encodes a figure as a PNG."""
-    file = io.BytesIO()
+    """Encodes a figure as a PNG. It is drawn once: `savefig` draws twice where axes are laid out by their labels."""
+    figure.set_dpi(dpi)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names are in any script
-        figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor())
-    return file.getvalue()
+        figure.canvas.draw()
+    return _encode(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3]), optimize=False)

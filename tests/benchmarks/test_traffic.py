@@ -90,8 +90,8 @@ def test_the_columns(tmp_path):
     with open(path, "w", encoding="utf-8") as file:
         json.dump({**content, "rows": without}, file)
     again = run(*tiny, "--output", path, "--resume")
-    told = [line for line in again.stderr.splitlines() if line.startswith("densenet_bc_22_12")]
-    assert told == ["densenet_bc_22_12, 8 px, batch 8, v5e, plain"]
+    progress = [line for line in again.stderr.splitlines() if line.startswith("densenet_bc_22_12")]
+    assert progress == ["densenet_bc_22_12, 8 px, batch 8, v5e, plain"]
     with open(path, encoding="utf-8") as file:
         assert json.load(file)["rows"] == content["rows"]
     assert again.stdout == done.stdout

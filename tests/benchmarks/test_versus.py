@@ -40,7 +40,7 @@ def test_train_step(tmp_path):
         assert columns <= set(row)
         assert row["implementation"] in table
         if row["implementation"] == "torch_eager" and not HAS_TORCH:
-            assert "worker ended" in row["error"]  # an implementation that isn't there is told, the others measured
+            assert "worker ended" in row["error"]  # an implementation that isn't there is named; the others run
             continue
         assert "error" not in row
         low, high = row["quartiles"]

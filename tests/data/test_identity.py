@@ -1,4 +1,4 @@
-"""A data set that is not the one of the checkpoint is told with its differences, before anything is computed."""
+"""A data set that differs from the checkpoint's is reported with its differences before anything is computed."""
 
 import dataclasses
 import json

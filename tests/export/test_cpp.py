@@ -72,7 +72,7 @@ def test_the_program_answers_as_the_model_does(classify, tmp_path):
         (b"GIF89a", "no binary PPM"),
     ],
 )
-def test_a_wrong_picture_is_told(classify, tmp_path_factory, tmp_path, content, message):
+def test_a_wrong_picture_is_reported(classify, tmp_path_factory, tmp_path, content, message):
     model = tmp_path_factory.getbasetemp() / "wrong_pictures.onnx"
     if not model.exists():
         export_small(model, format="onnx")

@@ -56,7 +56,7 @@ def test_wrong_options_are_told(options, message):
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_a_missing_library_is_told_with_the_command_that_installs_it(name, monkeypatch, tmp_path):
+def test_a_missing_library_is_reported_with_the_command_that_installs_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run `pip install .*`\.$"):
         export_small(tmp_path / "model", format=name)
@@ -177,7 +177,7 @@ def test_overwrite_replaces_only_with_a_checked_file(text_format, tmp_path, is_d
     assert path.read_text() == "whole"
 
 
-def test_a_place_where_nothing_can_be_written_is_told(text_format, tmp_path):
+def test_a_place_where_nothing_can_be_written_is_reported(text_format, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't be written \((Not a directory|File exists)"):
         export(pytest.fail, FixedSamples(), ExportOptions("text", str(tmp_path / "file" / "model")))

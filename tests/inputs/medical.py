@@ -29,8 +29,8 @@ def write_chest_xray14(directory: str, patients: int = 12) -> None:
     rows, names = [], []
     for number in range(2 * patients):
         name = f"{number // 2 + 1:08d}_{number % 2:03d}.png"
-        found = [FINDINGS[number % 14], FINDINGS[(number + 5) % 14]] if number % 4 else ["No Finding"]
-        rows.append(f"{name},{'|'.join(found)},{number % 2:03d},{number // 2 + 1},058Y,M,PA,2682,2749,0.143,0.143,")
+        findings = [FINDINGS[number % 14], FINDINGS[(number + 5) % 14]] if number % 4 else ["No Finding"]
+        rows.append(f"{name},{'|'.join(findings)},{number % 2:03d},{number // 2 + 1},058Y,M,PA,2682,2749,0.143,0.143,")
         names.append(name)
         _write_image(os.path.join(directory, "images", name), number)
     for file, lines in (

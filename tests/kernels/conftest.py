@@ -1,5 +1,6 @@
 """The CPU's kernels, compiled once for all tests of a run from the sources as they are."""
 
+import fcntl
 import os
 
 import pytest
@@ -8,13 +9,15 @@ from densenet_jax.kernels.cpu import build, library, primitive
 
 
 @pytest.fixture(scope="session")
-def compiled_path(tmp_path_factory):
+def compiled_path(shared_folder):
+    path = shared_folder / "densenet_cpu-test.so"
     patch = pytest.MonkeyPatch()
-    path = tmp_path_factory.mktemp("native") / f"densenet_cpu-test{os.getpid()}.so"
     patch.setattr(build, "library_paths", lambda: [path])
     patch.setenv("CXXFLAGS", os.environ.get("CXXFLAGS", "-O1"))  # compiled in half the time
     try:
-        return build.build()
+        with open(shared_folder / "densenet_cpu.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return path if path.exists() else build.build()
     except RuntimeError as error:
         pytest.skip(f"the library can't be compiled here: {error}")
     finally:

@@ -43,14 +43,14 @@ def train(model, variables, images):
     return outputs, gradients
 
 
-def largest_error(found, expected):
+def largest_error(actual, expected):
     """Of any leaf, relative to that leaf's largest value."""
 
     def error(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.abs(a - b).max() / (np.abs(b).max() + 1e-30)
 
-    return max(jax.tree.leaves(jax.tree.map(error, found, expected)))
+    return max(jax.tree.leaves(jax.tree.map(error, actual, expected)))
 
 
 def training_case(name, dtype, side_px=6, batch=4, **options):

@@ -72,17 +72,17 @@ def test_a_fault_in_the_derivative_is_caught(monkeypatch):
     exact = dual_path_vjp._first_backward
 
     def forgets(config, saved, index, end, gradient, carry):
-        found, conv = exact(config, saved, index, end, gradient, carry)
-        return found._replace(dense=carry.dense[..., :end]), conv
+        grads, conv = exact(config, saved, index, end, gradient, carry)
+        return grads._replace(dense=carry.dense[..., :end]), conv
 
     with jax.enable_x64(True):
         small = SMALL | {"block_sizes": (2,), "dense_increments": (2,)}
         run = training_case("dpn68", jnp.float64, side_px=16, batch=2, **small)
         expected = run("plain")
         monkeypatch.setattr(dual_path_vjp, "_first_backward", forgets)
-        found = run("normalize_once_tpu")
-    assert largest_error(found[0], expected[0]) < 1e-9
-    assert largest_error(found[1], expected[1]) > 1e-3
+        actual = run("normalize_once_tpu")
+    assert largest_error(actual[0], expected[0]) < 1e-9
+    assert largest_error(actual[1], expected[1]) > 1e-3
 
 
 def _network(form, dtype=jnp.float32, blocks=2, **options):
@@ -118,14 +118,14 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform
     for seed in range(3):
         images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3)).astype(jnp.bfloat16)
         results = [run(variables, images.astype(dtype)) for run, variables, dtype in forms]
-        exact, plain, found = (jax.tree.leaves(result[1]) for result in results)
-        ratios += [_distance(b, e) / _distance(a, e) for a, b, e in zip(plain, found, exact, strict=True)]
+        exact, plain, actual = (jax.tree.leaves(result[1]) for result in results)
+        ratios += [_distance(b, e) / _distance(a, e) for a, b, e in zip(plain, actual, exact, strict=True)]
     assert len(ratios) > 30
     assert np.median(ratios) < 1.5
 
 
-def _distance(found, exact):
-    return np.linalg.norm(np.asarray(found, np.float64) - np.asarray(exact, np.float64))
+def _distance(actual, exact):
+    return np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(exact, np.float64))
 
 
 @pytest.mark.slow
@@ -143,8 +143,8 @@ def test_devices_agree_on_the_statistics_of_each_map_once():
     channels = sum(int(count) for shapes in reduced for count in re.findall(r"f32\[(?:1,)?(\d+)\]", shapes))
     # Stem and input; of three blocks two bottlenecks, the residual sum, 4 new channels; the shortcut's 8; no head's.
     assert channels == 2 * (8 + 8 + 3 * (8 + 8 + 64 + 4) + 8)
-    found = compiled(variables, jax.device_put(images, over_data(mesh)))
-    assert largest_error(found, jax.jit(run)(variables, images)) < 1e-4
+    actual = compiled(variables, jax.device_put(images, over_data(mesh)))
+    assert largest_error(actual, jax.jit(run)(variables, images)) < 1e-4
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def test_bfloat16_statistics_are_float32():
 
 
 @pytest.mark.parametrize(("fan", "count"), [("fan_in", 3 * 3 * 64), ("fan_out", 3 * 3 * 16)])
-def test_he_normal_counts_the_fan_that_it_is_told(fan, count):
+def test_he_normal_counts_the_fan_that_is_asked_for(fan, count):
     kernel = he_normal(fan)(jax.random.key(0), (3, 3, 64, 16), jnp.float32)
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / count), rtol=0.03)
     assert np.abs(kernel).max() > 3 * np.sqrt(2 / count)  # not truncated at two deviations

@@ -13,7 +13,7 @@ CAPACITY = 16 * 2**30
 class Compiler:
     """Stands in for one: `memory_of` tells what a number of units takes; what is above the capacity does not fit.
 
-    `tells_what_fails` and `tells` are whether the memory is told with a size that does not fit, and at all.
+    `tells_what_fails` and `tells` are whether the memory is reported with a size that does not fit, and at all.
     """
 
     def __init__(self, memory_of, tells=True, tells_what_fails=True):
@@ -23,8 +23,8 @@ class Compiler:
     def attempt(self, units):
         memory = self.memory_of(units)
         fits = memory <= CAPACITY
-        told = self.tells and (fits or self.tells_what_fails)
-        return Attempt(units, fits, round(memory) if told else None, CAPACITY)
+        is_reported = self.tells and (fits or self.tells_what_fails)
+        return Attempt(units, fits, round(memory) if is_reported else None, CAPACITY)
 
     def find(self, too_large):
         def attempt(units):
@@ -138,7 +138,7 @@ def test_two_accounts_that_differ_do_not_mislead():
 
 @pytest.mark.parametrize("seed", range(200))
 def test_whatever_the_compiler_says_it_ends(seed):
-    """A larger size may fit where a smaller one did not, and the memory told mean nothing."""
+    """A larger size may fit where a smaller one did not, and the reported memory mean nothing."""
     draw = random.Random(seed)
     too_large = draw.randint(1, 2 ** draw.randint(1, 30))
     seen = {too_large: False}
@@ -148,8 +148,8 @@ def test_whatever_the_compiler_says_it_ends(seed):
         assert units not in seen
         seen[units] = draw.random() < 0.5
         assert len(seen) <= 40
-        told = draw.choice([None, draw.randint(-CAPACITY, 0), draw.randint(1, 3 * CAPACITY), 1])
-        return Attempt(units, seen[units], told, CAPACITY)
+        memory = draw.choice([None, draw.randint(-CAPACITY, 0), draw.randint(1, 3 * CAPACITY), 1])
+        return Attempt(units, seen[units], memory, CAPACITY)
 
     bounds = largest_that_fits(attempt, Attempt(too_large, False, draw.choice([None, 2 * CAPACITY]), CAPACITY))
     assert bounds.fitting == 0 or seen[bounds.fitting]

@@ -31,7 +31,7 @@ print(json.dumps(planning.plan(check_config(config), "v5e:1x1")))
 
 
 @needs("libtpu")
-def test_a_batch_that_a_tpu_cannot_hold_is_told_with_the_largest_that_it_can():
+def test_a_batch_that_a_tpu_cannot_hold_is_reported_with_the_largest_that_it_can():
     run = run_for_absent_chips(PLAN)
     figures = last_line(run.stdout)
     assert figures["fits"] is False

@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_fit_says_the_largest_that_does(monkeypatch, capsy
     assert (figures["flops_per_image"] is None) == (raises_above is not None)
 
 
-def test_a_model_that_no_batch_fits_is_told(monkeypatch, capsys):
+def test_a_model_that_no_batch_fits_is_reported(monkeypatch, capsys):
     compiled(monkeypatch, 10**8, fixed=10**12, raises_above=10**11)
     figures = planning.plan(settings(64), "v5e:2x2")
     assert "even the smallest batch, 4, does not fit v5e:2x2" in capsys.readouterr().err

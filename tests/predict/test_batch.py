@@ -268,18 +268,18 @@ def test_images_that_came_later_are_added(photos):
 
 
 def test_two_runs_do_not_write_one_file(photos, monkeypatch):
-    told = []
+    refusals = []
 
     def second(*_):
         try:
             run("photos", "photos")
         except UserError as error:
-            told.append(str(error))
+            refusals.append(str(error))
 
     write = module._Run._write
     monkeypatch.setattr(module._Run, "_write", lambda *arguments: (second(), write(*arguments)))
     run("photos")
-    assert "being written by another run" in told[0]
+    assert "being written by another run" in refusals[0]
 
 
 @pytest.mark.parametrize("kind", ["pooled", "pyramid"])

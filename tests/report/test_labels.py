@@ -17,7 +17,7 @@ from densenet_jax.scores.labels import score_labels
 from densenet_jax.training import sharding
 from tests.in_process import run_here
 from tests.label_run import label_flags, write_label_set
-from tests.report.reading import Page
+from tests.report.reading import Page, replace_charts
 
 
 def split(examples=21, batch=8):
@@ -99,7 +99,7 @@ def test_a_mistake_in_words():
     assert describe_mistake(missed, ("a", "b"), Calibration((1.0, 2.0)))[1] == "26.9% for b."
 
 
-def test_a_run_of_labels_has_a_page_before_and_after_its_calibration(tmp_path, user):
+def test_a_run_of_labels_has_a_page_before_and_after_its_calibration(tmp_path, user, monkeypatch):
     table, workdir = write_label_set(tmp_path / "data", 60), tmp_path / "run"
     _, errors = run_here(*label_flags(table, train__epochs=1.0), f"--workdir={workdir}", **user)
     assert "could not be written" not in errors
@@ -110,6 +110,7 @@ def test_a_run_of_labels_has_a_page_before_and_after_its_calibration(tmp_path, u
     assert float(rows[-1]["auroc"]) == pytest.approx(validated["auroc"], abs=1e-5)
     assert [row["threshold"] for row in rows[:3]] == ["0.5"] * 3
     run_here("calibrate", f"--workdir={workdir}", **user)
+    replace_charts(monkeypatch)
     run_here("report", f"--workdir={workdir}", **user)
     page = Page((workdir / "report" / "index.html").read_text())
     assert "Calibration" in page.text

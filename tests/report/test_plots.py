@@ -56,7 +56,7 @@ def test_chart_of_few_or_odd_values_is_drawn(ys, logarithmic):
 
 
 def test_no_two_of_many_lines_look_the_same():
-    # What matplotlib is told of each line: color, dash and marker.
+    # What matplotlib gets for each line: color, dash and marker.
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()

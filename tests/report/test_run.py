@@ -15,14 +15,13 @@ from densenet_jax import modes
 from densenet_jax.experiment import AugmentedSamples
 from densenet_jax.experiment.samples import title_of
 from densenet_jax.flags import Command
-from densenet_jax.report import plots
 from densenet_jax.report.gather import Answers, Mistake
 from densenet_jax.report.look import Look
 from densenet_jax.report.run import run_page
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.training.timeline import Timeline
 from tests.in_process import run_here
-from tests.report.reading import Page, records
+from tests.report.reading import Page, records, replace_charts
 from tests.running import last_line
 
 EVIL = "<script>x</script>"
@@ -69,7 +68,7 @@ def test_page_holds_everything_and_escapes_it(classes, side, channels, drawn):
 
 
 def test_commands_fit_the_state(monkeypatch):
-    monkeypatch.setattr(plots, "to_png", lambda figure, dpi=0: b"")  # drawing takes two seconds a page
+    replace_charts(monkeypatch)
 
     def commands(total_steps, recorded, **train):
         command = Command("configs/digits.py", {"data.dir": "a b", "seed": 3}, DEFAULTS)
@@ -164,7 +163,9 @@ def test_event_file_begins_with_the_settings_and_the_augmented_images(finished):
     assert "augmented/17" not in tags
 
 
-def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finished, user):
+def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finished, user, monkeypatch):
+    replace_charts(monkeypatch)
+
     def files():
         return {
             path: (path.stat().st_mtime_ns, path.read_bytes())

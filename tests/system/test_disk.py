@@ -1,4 +1,4 @@
-"""A full disk is told from all other errors, whoever raises it."""
+"""A full disk is reported as such and no other error is, whoever raises it."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""Memory is told where it is known."""
+"""Memory is reported where it is known."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Native code is compiled by itself: once, told in one line, and nothing fails because of it."""
+"""Native code is compiled by itself: once, reported in one line, and nothing fails because of it."""
 
 import concurrent.futures
 import errno

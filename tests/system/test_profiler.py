@@ -1,4 +1,4 @@
-"""A profile can be opened, and a wrong one is told in one line."""
+"""A profile can be opened, and a wrong one is refused in one line."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from densenet_jax.system.profiler import Profile
 
 
 @pytest.mark.parametrize("setting", ["5", "0:5", "5:0", "-1:3", "5:1:1", "a:b", "5:", " 5:1"])
-def test_what_is_no_profile_is_told(setting):
+def test_what_is_no_profile_is_reported(setting):
     assert not PROFILE.fullmatch(setting)
 
 
-def test_profile_after_the_end_is_told(tmp_path):
+def test_profile_after_the_end_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"config.profile is '9:3', which ends at step 11; the run has 10 steps"):
         Profile("9:3", str(tmp_path), 10)
     Profile("9:2", str(tmp_path), 10)

@@ -222,7 +222,7 @@ def test_checkpoint_from_before_there_were_checksums_is_read(recipe, tmp_path):
         (checkpoint / "checksums.json").unlink()
         marked = (checkpoint / "data" / "metadata").read_text()
         (checkpoint / "data" / "metadata").write_text(marked.replace('"checksums": true', '"other": true'))
-    damage(tmp_path, 2)  # what Orbax notices by itself is still told
+    damage(tmp_path, 2)  # what Orbax notices by itself is still reported
     checkpoints = Checkpoints(str(tmp_path))
     restored = checkpoints.restore_newest(recipe.abstract(everywhere()))
     checkpoints.close()

@@ -1,4 +1,4 @@
-"""A number that is not finite is found in the part of the model where it is."""
+"""A number that is not finite is traced to its part of the model."""
 
 import jax.numpy as jnp
 import numpy as np

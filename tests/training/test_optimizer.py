@@ -56,8 +56,8 @@ def by_rule(rule, decay_norm_and_bias=True):
     return jax.tree_util.tree_map_with_path(leaf, PARAMS, *GRADIENTS)
 
 
-def assert_close(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+def assert_close(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), actual, expected)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -68,8 +68,8 @@ def test_sgd_in_torchs_form(nesterov, everywhere):
         memory["buffer"] = buffer = 0.9 * memory["buffer"] + gradient if step else gradient
         return rate(step) * (gradient + 0.9 * buffer if nesterov else buffer)
 
-    found = run("sgd", momentum=0.9, nesterov=nesterov, weight_decay=0.05, decay_norm_and_bias=everywhere)
-    assert_close(found, by_rule(rule, everywhere))
+    params = run("sgd", momentum=0.9, nesterov=nesterov, weight_decay=0.05, decay_norm_and_bias=everywhere)
+    assert_close(params, by_rule(rule, everywhere))
 
 
 def test_sgd_without_momentum():
@@ -89,8 +89,8 @@ def test_adamw():
     def rule(value, gradient, memory, step, decays):
         return rate(step) * (adam_step(gradient, memory, step, 1e-8) + 0.05 * value * decays)
 
-    found = run("adamw", weight_decay=0.05, decay_norm_and_bias=False, betas=(0.9, 0.99))
-    assert_close(found, by_rule(rule, decay_norm_and_bias=False))
+    params = run("adamw", weight_decay=0.05, decay_norm_and_bias=False, betas=(0.9, 0.99))
+    assert_close(params, by_rule(rule, decay_norm_and_bias=False))
 
 
 def test_lamb_spares_norm_and_bias_of_decay_and_scaling():
@@ -99,8 +99,8 @@ def test_lamb_spares_norm_and_bias_of_decay_and_scaling():
         trust = np.linalg.norm(value) / np.linalg.norm(direction) if decays else 1.0
         return rate(step) * trust * direction
 
-    found = run("lamb", weight_decay=0.05, decay_norm_and_bias=False, betas=(0.9, 0.99))
-    assert_close(found, by_rule(rule, decay_norm_and_bias=False))
+    params = run("lamb", weight_decay=0.05, decay_norm_and_bias=False, betas=(0.9, 0.99))
+    assert_close(params, by_rule(rule, decay_norm_and_bias=False))
 
 
 def test_rmsprop_in_torchs_form():
@@ -134,11 +134,11 @@ def test_what_decays():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_parameters_stand_still_to_the_bit(name):
     settings = {"weight_decay": 0.05, "clip_grad_norm": 1.0, "freeze": "^params/(?!classifier)"}
-    found = run(name, **settings)
+    params = run(name, **settings)
     for part in ("conv", "norm"):
-        for leaf, value in found[part].items():
+        for leaf, value in params[part].items():
             np.testing.assert_array_equal(value, PARAMS[part][leaf].astype(np.float32))
-    for leaf, value in found["classifier"].items():
+    for leaf, value in params["classifier"].items():
         assert np.abs(value - PARAMS["classifier"][leaf]).min() > 1e-4
 
 
@@ -158,10 +158,10 @@ def test_a_lower_rate_for_the_body():
         return rate(step) * gradient
 
     whole = by_rule(rule)
-    found = run("sgd", momentum=0.0, rate_multipliers=(("^params/conv/", 0.5), ("^params/(?!classifier)", 0.1)))
+    params = run("sgd", momentum=0.0, rate_multipliers=(("^params/conv/", 0.5), ("^params/(?!classifier)", 0.1)))
     for part, factor in {"conv": 0.5, "norm": 0.1, "classifier": 1.0}.items():
         expected = jax.tree.map(lambda old, new, f=factor: old + f * (new - old), PARAMS[part], whole[part])
-        assert_close(found[part], expected)
+        assert_close(params[part], expected)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ LAYERS_BEHIND = {
 def test_rates_fall_by_the_decay_with_every_layer_towards_the_stem(name):
     factors = layer_factors(golden.abstract_variables(name)["params"], 0.5)
     leaves = jax.tree_util.tree_leaves_with_path(factors)
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): factor for path, factor in leaves}
-    assert {path: found[path] for path in LAYERS_BEHIND[name]} == {
+    factors = {jax.tree_util.keystr(path, simple=True, separator="/"): factor for path, factor in leaves}
+    assert {path: factors[path] for path in LAYERS_BEHIND[name]} == {
         path: 0.5**behind for path, behind in LAYERS_BEHIND[name].items()
     }
 
