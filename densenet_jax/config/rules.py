@@ -62,9 +62,8 @@ _POSITIVE = _number("more than 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("0 or more", lambda value: value >= 0)
 _SHARE = _number("a share in [0, 1]", lambda value: 0 <= value <= 1)
 _BELOW_1 = _number("a share in [0, 1)", lambda value: 0 <= value < 1)
-_RATE = _number("a rate in [0, 1)", lambda value: 0 <= value < 1)
 _EPOCHS = _number("0 or more, at most a million", lambda value: 0 <= value <= 1e6)
-_STEPS = _whole(0)
+_COUNT = _whole(0)
 _SIDE = 2**14  # pixels: more than any image of a data set, too few to overflow
 
 # In the order of configs/default.py.
@@ -78,12 +77,12 @@ RULES: dict[str, _Rule] = {
     "model.block_sizes": ("whole numbers from 1 on, or ()", lambda value: all(map(_whole(1, 2**10)[1], value))),
     "model.num_classes": _whole(0, 2**20),
     "model.dtype": _one_of(*DTYPES),
-    "model.classifier_dropout": _RATE,
-    "model.drop_path": _RATE,
-    "model.layer_dropout": _RATE,
+    "model.classifier_dropout": _BELOW_1,
+    "model.drop_path": _BELOW_1,
+    "model.layer_dropout": _BELOW_1,
     "model.batch_norm_momentum": _BELOW_1,
     "model.batch_norm_epsilon": _NOT_NEGATIVE,
-    "model.batch_norm_group_size": _whole(0),
+    "model.batch_norm_group_size": _COUNT,
     "model.unbiased_running_variance": _SWITCH,
     "model.remat": _SWITCH,
     "model.block_form": (
@@ -165,11 +164,11 @@ RULES: dict[str, _Rule] = {
         lambda value: value in ("none", "balanced") or all(0 < one <= _LARGEST for one in parse_weights(value)),
     ),
     "train.label_smoothing": _BELOW_1,
-    "train.log_every_steps": _whole(0),
+    "train.log_every_steps": _COUNT,
     "train.stall_secs": _number("a time from 0 on", lambda value: 0 <= value <= 1e9),
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.learning_rate": _POSITIVE,
-    "optim.base_batch_size": _whole(0),
+    "optim.base_batch_size": _COUNT,
     "optim.momentum": _BELOW_1,
     "optim.nesterov": _SWITCH,
     "optim.weight_decay": _NOT_NEGATIVE,
@@ -187,21 +186,21 @@ RULES: dict[str, _Rule] = {
     "optim.milestone_rates": _each("rates from 0 on", lambda value: value >= 0),
     "optim.decay_factor": _POSITIVE,
     "optim.decay_epochs": _EPOCHS,
-    "optim.decay_steps": _STEPS,
+    "optim.decay_steps": _COUNT,
     "optim.staircase": _SWITCH,
     "optim.end_learning_rate": _NOT_NEGATIVE,
     "optim.cycle_epochs": _EPOCHS,
-    "optim.cycle_steps": _STEPS,
+    "optim.cycle_steps": _COUNT,
     "optim.cycle_multiplier": _number("1 to 1000", lambda value: 1 <= value <= 1000),
     "optim.cycle_decay": _number("a factor in (0, 1]", lambda value: 0 < value <= 1),
     "optim.rise_fraction": _number("a share in (0, 1)", lambda value: 0 < value < 1),
     "optim.start_divisor": _number("1 or more", lambda value: value >= 1),
     "optim.end_divisor": _number("1 or more", lambda value: value >= 1),
     "optim.warmup_epochs": _EPOCHS,
-    "optim.warmup_steps": _STEPS,
+    "optim.warmup_steps": _COUNT,
     "optim.warmup_learning_rate": _NOT_NEGATIVE,
     "eval.every_epochs": _POSITIVE,
-    "eval.batch_size": _whole(0),
+    "eval.batch_size": _COUNT,
     "eval.image_size_px": _whole(0, _SIDE),
     "eval.crop_fraction": _SHARE,
     "eval.interpolation": _one_of("bilinear", "bicubic", ""),
@@ -237,12 +236,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _floats(value: Any) -> Iterator[float]:
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            yield from _floats(entry)
+def _fits_float32(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_fits_float32, value))
+    return not isinstance(value, float) or abs(value) <= _LARGEST
 
 
 def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
@@ -259,7 +256,7 @@ def check_config(config: ml_collections.ConfigDict) -> ml_collections.FrozenConf
             right = False
         if not right:
             raise UserError(f"config.{key} is {value!r}; expected {expected}.")
-        if not all(abs(number) <= _LARGEST for number in _floats(value)):
+        if not _fits_float32(value):
             raise UserError(f"config.{key} is {value!r}; expected numbers that float32 can hold.")
     _check_labels(config)
     check_mean_std(config.data.mean, config.data.std, config.data.channels)

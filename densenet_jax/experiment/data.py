@@ -114,8 +114,6 @@ class Data:
 
         Args:
             saved: identity in the checkpoint; None if it has none.
-            where: name of the checkpoint for the message.
-            train: whether to compare the training split as well.
 
         Raises:
             UserError: it has other classes or files, and config.data.allow_changed doesn't permit it.
@@ -142,9 +140,9 @@ class Data:
                 )
         elif is_comparable and names != tuple(classes):
             self._warn_once("weights", f"{weights} has the classes {weights_have}, the data set {data_have}.")
-        elif not names and os.path.isfile(weights) and self.config.data.name == "folder":
-            if self.config.data.class_order != "text" or not orders_differ(classes):
-                return
+        elif names or not os.path.isfile(weights) or self.config.data.name != "folder":
+            return
+        elif self.config.data.class_order == "text" and orders_differ(classes):
             natural = list_some(list(map(repr, order_classes(classes, "natural"))), 4)
             self._warn_once(
                 "order",
@@ -238,12 +236,8 @@ class Data:
 
     def eval_batches(self) -> Batches:
         """Yields this process's shares of the evaluated split, padded and masked."""
-        return eval_batches(
-            self.eval_source,
-            global_batch_size=self.eval_batch_size,
-            transform=self.eval_transform(),
-            **self._reading(),
-        )
+        options = {"global_batch_size": self.eval_batch_size, "transform": self.eval_transform(), **self._reading()}
+        return eval_batches(self.eval_source, **options)
 
     def eval_transform(self) -> ResizedCenterCrop:
         """Host-side preprocessing of evaluation."""
@@ -298,10 +292,9 @@ class Data:
         )
 
     def _reading(self) -> dict[str, Any]:
-        config = self.config
         return {
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
-            "reader_threads": config.data.reader_threads,
-            "prefetch_batches": config.data.prefetch_batches,
+            "reader_threads": self.config.data.reader_threads,
+            "prefetch_batches": self.config.data.prefetch_batches,
         }
