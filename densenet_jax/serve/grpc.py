@@ -79,6 +79,7 @@ def make_server(model: Classifier, access: Access, port: int, most: int) -> tupl
 def _handler(name: str, model: Classifier, access: Access) -> grpc.RpcMethodHandler:
     """Makes the handler of a method, which turns errors into statuses and counts them."""
     labels = ("UNARY", SERVICE, name)
+    started, duration = STARTED.labels(*labels), DURATION.labels(*labels)
 
     async def answer(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         if access.token:
@@ -90,9 +91,9 @@ def _handler(name: str, model: Classifier, access: Access) -> grpc.RpcMethodHand
         return getattr(pb, f"{name}Response")(**fields)
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        STARTED.labels(*labels).inc()
+        started.inc()
         code = grpc.StatusCode.CANCELLED  # stays if the client is gone
-        with DURATION.labels(*labels).time():
+        with duration.time():
             try:
                 status, result = await attempt(answer(data, context))
                 code = STATUS[status]
@@ -106,7 +107,8 @@ def _handler(name: str, model: Classifier, access: Access) -> grpc.RpcMethodHand
 def _parse(kind: Any, data: bytes) -> Any:
     """Parses a message, unless it would take much more memory than its bytes."""
     try:
-        _count_fields(memoryview(data))
+        if len(data) > 2 * MAX_FIELDS:  # a field takes two bytes at least
+            _count_fields(memoryview(data))
         return kind.FromString(data)
     except (DecodeError, IndexError, KeyError, ValueError) as error:
         raise RequestError("the message is malformed") from error

@@ -90,6 +90,7 @@ class Classifier:
         self._compute_wide = FairQueue(self._compute_all, name="device-wide", most=sizes[0])
         self._explain = FairQueue(self._explain_all, name="explain", most=sizes[0])
         self._deadlines: set[asyncio.Timeout] = set()  # of requests under way
+        UNDER_WAY.set_function(lambda: len(self._deadlines))
         which = (self.name, VERSION)
         self._successes, self._failures = SUCCESSES.labels(*which), FAILURES.labels(*which)
         self._duration = DURATION.labels(*which)
@@ -144,7 +145,7 @@ class Classifier:
         Raises RequestError if it is rejected (400, 404, 413), the server is too busy or stopping (503), or it takes too
         long (504).
         """
-        with self._duration.time(), self._failures.count_exceptions(), UNDER_WAY.track_inprogress():
+        with self._duration.time(), self._failures.count_exceptions():
             if size > SMALL_BODY_BYTES:
                 self.last_large = time.monotonic()
             if self.is_stopping or not self.is_ready:
@@ -192,7 +193,7 @@ class Classifier:
             )
         dtype, maps = self._transform.dtype, None
         answers = await take_turns(images, lambda one: self._compute if one.dtype == dtype else self._compute_wide)
-        rows = np.stack(answers)
+        rows = np.asarray(answers)
         if any(wanted.name == MAP for wanted in outputs):
             chosen = list(zip(images, rows.argmax(axis=-1).tolist(), strict=True))
             maps = np.stack(await take_turns(chosen, lambda _: self._explain))
@@ -200,13 +201,14 @@ class Classifier:
 
     def _select_outputs(self, request: Request) -> list[Wanted]:
         """Returns the outputs that a request asks for, in its order; all but activation maps if it names none."""
+        if not request.outputs:
+            return [Wanted(name, is_binary=request.is_binary) for name in self._outputs if name != MAP]
         for name, classes, _ in request.outputs:
             if name not in self._outputs:
                 raise RequestError(f"there is no output {shorten(name)}; expected some of {', '.join(self._outputs)}")
             if classes and (name != PROBABILITIES or classes < 0):
                 raise RequestError(f"a classification of {name} is not offered; expected a count for {PROBABILITIES}")
-        default = [Wanted(name, is_binary=request.is_binary) for name in self._outputs if name != MAP]
-        return list({wanted.name: wanted for wanted in request.outputs}.values()) or default
+        return list({wanted.name: wanted for wanted in request.outputs}.values())
 
     def _decode_all(self, pictures: list[Picture]) -> list[np.ndarray | Exception]:
         results: list[np.ndarray | Exception] = []
