@@ -72,8 +72,8 @@ def make_server(model: Classifier, access: Access, port: int, most: int) -> tupl
             return server, server.add_insecure_port(f"{access.shown_host}:{port}")
         return server, server.add_secure_port(f"{access.shown_host}:{port}", grpc.ssl_server_credentials(access.pem))
     except RuntimeError as error:
-        why = f"--grpc_port {port} of {access.host} can't be used ({first_line(error)})"
-        raise UserError(f"{why}; give another one.") from error
+        why = first_line(error)
+        raise UserError(f"--grpc_port {port} of {access.host} can't be used ({why}); give another one.") from error
 
 
 def _handler(name: str, model: Classifier, access: Access) -> grpc.RpcMethodHandler:

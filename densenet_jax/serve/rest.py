@@ -253,9 +253,9 @@ def _write_answer(model: str, request: Request, outputs: Outputs) -> Reply:
         else:
             tensor["data"] = values.ravel()
         tensors.append(tensor)
-    content = {"model_name": model, "model_version": VERSION, "outputs": tensors, "id": request.request_id}
-    if request.request_id is None:
-        del content["id"]
+    content: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": tensors}
+    if request.request_id is not None:
+        content["id"] = request.request_id
     text = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary:
         return text, {"content-type": JSON}

@@ -91,9 +91,8 @@ class Classifier:
         self._explain = FairQueue(self._explain_all, name="explain", most=sizes[0])
         self._deadlines: set[asyncio.Timeout] = set()  # of requests under way
         UNDER_WAY.set_function(lambda: len(self._deadlines))
-        which = (self.name, VERSION)
-        self._successes, self._failures = SUCCESSES.labels(*which), FAILURES.labels(*which)
-        self._duration = DURATION.labels(*which)
+        self._successes, self._failures = (one.labels(self.name, VERSION) for one in (SUCCESSES, FAILURES))
+        self._duration = DURATION.labels(self.name, VERSION)
 
     async def compile(self) -> None:
         """Compiles every batch size; after that the model is ready."""
@@ -103,11 +102,10 @@ class Classifier:
 
     def _compile(self) -> None:
         self._predictor.compile()
-        shape = self._predictor.image_shape
         if self._transform.bits == 0:
-            self._predictor.probabilities(np.zeros((1, *shape), np.uint16))
+            self._predictor.probabilities(np.zeros((1, *self._predictor.image_shape), np.uint16))
         if MAP in self._outputs:
-            self._explain_all([(np.zeros(shape, self._transform.dtype), 0)])
+            self._explain_all([(np.zeros(self._predictor.image_shape, self._transform.dtype), 0)])
 
     def check_name(self, name: str, version: str = "") -> None:
         """Raises RequestError (404) if a client asks for another model."""
