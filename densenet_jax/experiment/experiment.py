@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from densenet_jax.data.identity import read_identity
 from densenet_jax.errors import UserError
 from densenet_jax.experiment.parts import Parts
+from densenet_jax.models.fused.inference import PackedInCall
 from densenet_jax.models.pretrained import load_pretrained
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import check_room
@@ -114,6 +115,10 @@ class Experiment(Parts):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings_of(self.abstract_state), everywhere))
         return jitted.lower(self.abstract_state, batch)
 
+    @property
+    def _evaluated(self) -> Any:
+        return PackedInCall(self.model) if self.mesh.size == 1 else self.model
+
     def compile_eval_step(
         self, *, confusion: bool = False
     ) -> Callable[[dict[str, Any], dict[str, jax.Array]], EvalSums]:
@@ -128,7 +133,7 @@ class Experiment(Parts):
                 "config.checkpoint.best_metric expect one class an image, but "
                 f"{self.config.data.name} has several; leave them empty."
             )
-        step = make_eval_step(self.model, self.normalize, classes=self.data.allowed_classes, confusion=confusion)
+        step = make_eval_step(self._evaluated, self.normalize, classes=self.data.allowed_classes, confusion=confusion)
         transform = self.data.eval_transform()
         rows: dict[str, Any] = {"mask": ((), jnp.bool_)}
         if self.data.eval_source.label_sets:
@@ -140,13 +145,13 @@ class Experiment(Parts):
     def compile_predict_step(self) -> PredictStep:
         """Makes the step that returns the probabilities of every example, compiled on first use."""
         step = make_predict_step(
-            self.model, self.normalize, classes=self.data.allowed_classes, many_labels=self.many_labels
+            self._evaluated, self.normalize, classes=self.data.allowed_classes, many_labels=self.many_labels
         )
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def compile_logits_step(self) -> PredictStep:
         """Makes the step that returns the logits of every example, compiled on first use."""
-        step = make_logits_step(self.model, self.normalize, classes=self.data.allowed_classes)
+        step = make_logits_step(self._evaluated, self.normalize, classes=self.data.allowed_classes)
         return jax.jit(step, out_shardings=sharding.replicated(self.mesh))
 
     def check_fits(self, variables: dict[str, Any], where: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import densenet_jax
 from densenet_jax.kernels.cpu import bfloat16, block, library
 from densenet_jax.models.fused import inference
-from densenet_jax.models.fused.inference import pack_kernels
+from densenet_jax.models.fused.inference import PackedInCall, pack_kernels
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -111,6 +111,8 @@ def test_a_network_in_bfloat16(network):
     wanted, other = jax.vjp(lambda images: exact.apply(variables, images, train=False), images)
     if kernels:
         assert 0 < np.abs(answer - wanted).max() < 0.01 * np.abs(wanted).max()
+    in_call = jax.jit(functools.partial(PackedInCall(ours).apply, train=False))(variables, images)
+    np.testing.assert_array_equal(in_call, jax.jit(functools.partial(packed.apply, train=False))(arrays, images))
     gradient, exact_gradient = pullback(wanted)[0], other(wanted)[0]
     assert jnp.linalg.norm(gradient - exact_gradient) < 0.1 * jnp.linalg.norm(exact_gradient)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -17,20 +18,24 @@ def is_packable(kernel: Any, groups: int = 1) -> bool:
     return groups == 1 and kernel.dtype == np.float32 and kernel.shape[0] in (1, 3) and kernel.shape[2] % 2 == 0
 
 
-@functools.cache
-def _order(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the packed order of a kernel's values: [16 outputs at a time][taps][pairs of inputs][outputs][2]."""
-    taps, inputs, outputs = shape[0] * shape[1], shape[2], shape[3]
-    pairs = np.arange(taps * inputs * outputs).reshape(taps, inputs // 2, 2, outputs).swapaxes(2, 3)
-    return np.concatenate([pairs[:, :, i : i + _CHUNK].ravel() for i in range(0, outputs, _CHUNK)])
+def pack(kernel: Any) -> Any:
+    """Rounds a kernel for which `is_packable` to bfloat16 and lays it out for the products, in the same shape.
 
-
-def pack(kernel: Any) -> np.ndarray:
-    """Rounds a kernel for which `is_packable` to bfloat16 and lays it out for the products, in the same shape."""
-    rounded = np.asarray(kernel).astype(jnp.bfloat16)
-    return rounded.ravel()[_order(rounded.shape)].reshape(rounded.shape)
+    The order is [16 outputs, or the last few][taps][pairs of inputs][outputs][2]. NumPy for an array of NumPy's.
+    """
+    arrays = jnp if isinstance(kernel, jax.Array) else np
+    *taps, inputs, outputs = kernel.shape
+    pairs = kernel.astype(jnp.bfloat16).reshape(math.prod(taps), inputs // 2, 2, outputs).swapaxes(2, 3)
+    whole = outputs // _CHUNK * _CHUNK
+    chunks = pairs[:, :, :whole].reshape(*pairs.shape[:2], -1, _CHUNK, 2).transpose(2, 0, 1, 3, 4)
+    return arrays.concatenate([chunks.ravel(), pairs[:, :, whole:].ravel()]).reshape(kernel.shape)
 
 
 def unpack(kernel: Array) -> Array:
     """Undoes the order of `pack`."""
-    return kernel.ravel()[np.argsort(_order(kernel.shape))].reshape(kernel.shape)
+    *taps, inputs, outputs = kernel.shape
+    shape, whole = (math.prod(taps), inputs // 2), outputs // _CHUNK * _CHUNK
+    chunks, rest = jnp.split(kernel.ravel(), [kernel.size // outputs * whole])
+    chunks = chunks.reshape(-1, *shape, _CHUNK, 2).transpose(1, 2, 0, 3, 4).reshape(*shape, whole, 2)
+    pairs = jnp.concatenate([chunks, rest.reshape(*shape, outputs - whole, 2)], axis=2)
+    return pairs.swapaxes(2, 3).reshape(kernel.shape)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float
@@ -51,17 +52,32 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
     if module.dtype != module.param_dtype or module.dtype not in DTYPES:
         return module, variables
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    in_program = any(isinstance(kernel, jax.core.Tracer) for kernel in params.values())
     for name, kernel in params.items():
         groups = kernel.shape[3] // kernel.shape[2] if name.endswith("c3x3_b/conv/kernel") else 1
         is_blurred = name.startswith("transition") and module.architecture.blur == "all"  # by XLA
         if not _KERNEL.fullmatch(name) or is_blurred:
             continue
         if rounds and bfloat16.is_packable(kernel, groups) and "c3x3" not in name:  # which may have a stride
-            params[name] = jnp.asarray(bfloat16.pack(kernel))
-        elif cpu.is_packable(kernel, groups):
+            params[name] = jnp.asarray(bfloat16.pack(kernel if in_program else np.asarray(kernel)))
+        elif not in_program and cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel, groups))
-    packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=True))
+    packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=not in_program))
     return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInCall:
+    """Evaluates a network by variables that change between calls; one in bfloat16 as `pack_kernels` makes it."""
+
+    module: Any
+
+    def apply(self, variables: dict[str, Any], images: Array, *, train: bool) -> Array:
+        """Computes the network's logits in evaluation."""
+        module = self.module
+        if module.dtype == jnp.bfloat16:
+            module, variables = pack_kernels(module, variables)
+        return module.apply(variables, images, train=train)
 
 
 class _Plan(NamedTuple):
@@ -153,7 +169,8 @@ def _arrays(norm: BatchNorm, kernel: Array, dtype: DType) -> cpu.Arrays:
 def _run(plan: _Plan, x: Array, arrays: Sequence[cpu.Arrays]) -> Array | None:
     if cpu.is_usable(x, arrays):
         return _evaluate(plan, x, tuple(arrays))
-    assert not any(step.packed for step in plan.steps), "kernels are laid out for CPU kernels that can't be used here"
+    is_packed = any(step.packed or own.kernel.dtype != x.dtype for step, own in zip(plan.steps, arrays, strict=True))
+    assert not is_packed, "kernels are laid out for CPU kernels that can't be used here"
     return None
 
 

@@ -307,6 +307,10 @@ struct Outputs {
   int64_t step, added;
 
   void Put(const float* sums, int64_t pixel, int64_t first, int64_t lanes) const {
+    if (lanes == kRowBlock && first >= added) {
+      std::memcpy(y + pixel * step + first, sums, kRowBlock * sizeof(float));
+      return;
+    }
     const int64_t split = std::clamp<int64_t>(added - first, 0, lanes);
     float *to = y + pixel * step + first, *sum = total + pixel * step + first;
     for (int64_t o = 0; o < split; ++o) sum[o] += sums[o];
@@ -314,121 +318,168 @@ struct Outputs {
   }
 };
 
-// Computes all outputs of `pixels` pixels, whose inputs are x. pixel_of(m) is the output pixel of the mth, or -1 for
-// none; is_run: it is pixel_of(0) + m.
+// A feature map in bfloat16 with a border of zeros, in a slot of the calling thread's memory.
+struct Bordered {
+  Bfloat16* values;
+  int64_t batch, height, width, border, channels, step;  // step: from pixel to pixel
+
+  Bordered(Team& team, const Sizes& s, int slot)
+      : batch(s.batch),
+        height(s.height + 2 * s.padding),
+        width(s.padded_width()),
+        border(s.padding),
+        channels(s.channels),
+        step(RoundUp(channels, kTileInputs)) {
+    const int64_t lines = batch * height, line = width * step, tasks = std::min(lines, team.size());
+    values = ThreadScratch<Bfloat16>(slot, lines * line + kRowBlock * step);  // tiles may be read behind its end
+    team.Run(tasks, [&](int64_t task) {
+      std::fill(values + lines * task / tasks * line, values + lines * (task + 1) / tasks * line, Bfloat16{0});
+    });
+  }
+  Bordered(const Bordered&) = delete;
+
+  bool IsOf(const Sizes& s) const {
+    return s.batch == batch && s.height + 2 * s.padding == height && s.padded_width() == width &&
+           s.padding == border && s.channels == channels;
+  }
+  Bfloat16* At(int64_t image, int64_t y, int64_t x) const {
+    return values + ((image * height + y + border) * width + x + border) * step;
+  }
+};
+
+// Writes relu(scale * x + bias) of rows of up to 32 values, x_step apart, to to[row] + first.
+inline void RoundRows(const float* x, int64_t x_step, int64_t rows, const float* scale, const float* bias, int64_t lanes,
+                      Bfloat16* const* to, int64_t first) {
+#ifdef __AVX512BF16__
+  if (lanes == 32) {
+    const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(scale + 16), zero = _mm512_setzero_ps();
+    const __m512 c = _mm512_loadu_ps(bias), d = _mm512_loadu_ps(bias + 16);
+    for (int64_t m = 0; m < rows; ++m, x += x_step) {
+      const __m512 low = _mm512_max_ps(_mm512_fmadd_ps(_mm512_loadu_ps(x), a, c), zero);
+      const __m512 high = _mm512_max_ps(_mm512_fmadd_ps(_mm512_loadu_ps(x + 16), b, d), zero);
+      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+      std::memcpy(to[m] + first, &both, sizeof(both));
+    }
+    return;
+  }
+#endif
+  for (int64_t m = 0; m < rows; ++m, x += x_step)
+    RoundPixel<1>({x, nullptr, nullptr, scale, bias, 0}, 0, lanes, lanes, to[m] + first);
+}
+
+// Computes the outputs of up to 32 pixels, whose inputs are x, from chunk to chunk. put(sums, first, lanes) takes rows of
+// 32 for all of them; with `run` the pixels are neighbors from that one on, and whole tiles go there directly.
 template <typename F>
 void MultiplyPixels(int64_t products, const Bfloat16Weights& w, const Bfloat16* x, int64_t step, int64_t pixels,
-                    int64_t first_chunk, int64_t last_chunk, bool is_run, const Outputs& to, Tiles& tiles, F pixel_of) {
+                    int64_t first_chunk, int64_t last_chunk, const Outputs* run, int64_t pixel, Tiles& tiles, F put) {
   alignas(64) float sums[kRowBlock * kRowBlock];
   for (int64_t chunk = first_chunk; chunk < last_chunk; chunk += 2) {
     const int64_t count = std::min<int64_t>(2, last_chunk - chunk), first = chunk * kTile;
     const int64_t last_lanes = w.lanes(chunk + count - 1), lanes = (count - 1) * kTile + last_lanes;
     tiles.Set(w.lanes(chunk), count > 1 ? last_lanes : kTile);
-    for (int64_t m = 0; m < pixels; m += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, pixels - m);
-      if (is_run && first >= to.added && rows % kTile == 0) {
-        float* y = to.y + pixel_of(m) * to.step + first;
-        MultiplyBlock(products, w, x + m * step, step, rows, chunk, count, y, to.step);
-        continue;
-      }
-      MultiplyBlock(products, w, x + m * step, step, rows, chunk, count, sums, kRowBlock);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t pixel = pixel_of(m + i);
-        if (pixel >= 0) to.Put(sums + i * kRowBlock, pixel, first, lanes);
-      }
+    if (run != nullptr && first >= run->added && pixels % kTile == 0) {
+      MultiplyBlock(products, w, x, step, pixels, chunk, count, run->y + pixel * run->step + first, run->step);
+      continue;
     }
+    MultiplyBlock(products, w, x, step, pixels, chunk, count, sums, kRowBlock);
+    put(sums, first, lanes);
   }
 }
 
 constexpr int64_t kBfloat16TaskProducts = 8 * 1000 * 1000;  // worth a task
 
-// How many bands of `count` make about the wanted number of tasks, the same number for each thread.
-inline int64_t EvenBands(int64_t count, int64_t least, int64_t threads) {
-  return std::clamp<int64_t>(RoundUp(std::max<int64_t>(least, 1), threads), 1, std::max<int64_t>(count, 1));
+// Into how many tasks to cut blocks of pixels with so many products: the same number for each thread.
+inline int64_t BlockTasks(int64_t blocks, int64_t products, int64_t threads) {
+  return std::min(std::clamp<int64_t>(products / kBfloat16TaskProducts / threads, 1, 4) * threads, blocks);
 }
 
-// A 1x1 convolution, of every pixel or of the means of 2x2 pixels. Tasks share the pixels, or, where these are few, the
-// output channels.
-inline void RunBfloat16Pointwise(Team& team, const Sizes& s, const Source<float>& source, bool pooled,
-                                 const Bfloat16Weights& w, const Outputs& to, int64_t products) {
-  const int64_t pixels = s.batch * s.out_height * s.out_width, step = RoundUp(s.channels, kTileInputs);
-  const int64_t pairs = DivideUp(w.chunks(), 2), blocks = DivideUp(pixels, kRowBlock);
-  const int64_t parts = blocks < 2 * team.size() ? std::min(pairs, team.size()) : 1;
-  const int64_t all = pixels * s.channels * s.out_channels;
-  const int64_t work = std::clamp<int64_t>(all / kBfloat16TaskProducts / team.size(), 1, 4);
-  const int64_t bands = parts > 1 ? 1 : EvenBands(blocks, work * team.size(), team.size());
-  team.Run(bands * parts, [&](int64_t task) {
-    const int64_t band = task / parts, part = task % parts;
-    const int64_t first = 2 * (pairs * part / parts), last = std::min(2 * (pairs * (part + 1) / parts), w.chunks());
-    Bfloat16* rows = ThreadScratch<Bfloat16>(0, kRowBlock * step);
-    Tiles tiles(products);
-    for (int64_t block = blocks * band / bands; block < blocks * (band + 1) / bands; ++block) {
-      const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, pixels - begin);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = (begin + i) / s.out_width, image = row / s.out_height;
-        const int64_t line = image * s.height + row % s.out_height * s.stride;
-        const Source<float> from = source.AtPixel(line * s.width + (begin + i) % s.out_width * s.stride);
-        (pooled ? RoundPixel<2> : RoundPixel<1>)(from, s.width * from.step, s.channels, step, rows + i * step);
-      }
-      const auto pixel_of = [&](int64_t m) { return begin + m; };
-      MultiplyPixels(products, w, rows, step, count, first, last, true, to, tiles, pixel_of);
-    }
-  });
-}
-
-// A convolution of an odd size at stride 1, with borders. Bands of rows are one long row with borders between them;
-// what is computed at the borders is dropped.
-inline void RunBfloat16Window(Team& team, const Sizes& s, const Source<float>& source, const Bfloat16Weights& weights,
-                              const Outputs& to, int64_t products) {
-  const int64_t step = RoundUp(s.channels, kTileInputs), width = s.padded_width(), line = width * step;
-  Bfloat16Weights w = weights;
-  for (int64_t tap = 0; tap < w.taps; ++tap)
-    w.offsets[tap] = tap / s.kernel_width * line + tap % s.kernel_width * step;
-  const int64_t lines = s.batch * s.out_height;
-  const int64_t all = lines * s.out_width * w.taps * s.channels * s.out_channels;
-  const int64_t most = std::max<int64_t>(kBandBytes / (line * sizeof(Bfloat16)) - s.kernel_height + 1, 1);
-  const int64_t work = std::clamp<int64_t>(all / kBfloat16TaskProducts / team.size(), 1, 4) * team.size();
-  const int64_t bands = EvenBands(lines, std::max(work, DivideUp(lines, most)), team.size());
-  const int64_t per_image = std::min(DivideUp(bands, s.batch), s.out_height);
-  team.Run(per_image * s.batch, [&](int64_t task) {
-    const int64_t image = task / per_image, begin = s.out_height * (task % per_image) / per_image;
-    const int64_t end = s.out_height * (task % per_image + 1) / per_image;
-    const int64_t count = end - begin + s.kernel_height - 1, pixels = (end - begin) * width - 2 * s.padding;
-    // Behind the last pixel there may be a tile's others, whose sums are dropped.
-    Bfloat16* rows = ThreadScratch<Bfloat16>(0, count * line + kRowBlock * step);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t y = begin + r - s.padding;
-      Bfloat16* at = rows + r * line;
-      if (y < 0 || y >= s.height) {
-        std::fill_n(at, line, Bfloat16{0});
-        continue;
-      }
-      std::fill_n(at, s.padding * step, Bfloat16{0});
-      Source<float> from = source.AtPixel((image * s.height + y) * s.width);
-      for (int64_t x = 0; x < s.width; ++x, from.x += from.step)
-        RoundPixel<1>(from, 0, s.channels, step, at + (s.padding + x) * step);
-      std::fill_n(at + line - s.padding * step, s.padding * step, Bfloat16{0});
-    }
-    const int64_t first = (image * s.out_height + begin) * s.out_width;
-    Tiles tiles(products);
-    MultiplyPixels(products, w, rows, step, pixels, 0, w.chunks(), false, to, tiles, [&](int64_t m) {
-      return m % width < s.out_width ? first + m / width * s.out_width + m % width : -1;
-    });
-  });
-}
-
-// Runs a convolution without groups: 1x1 at any stride, or of an odd size up to 3 at stride 1.
-inline void RunBfloat16(Team& team, const Sizes& s, const Source<float>& source, bool pooled, const Bfloat16* packed,
-                        const Outputs& to, int64_t products) {
-  products = std::min(products, FastestProducts());
+inline Bfloat16Weights MakeWeights(const Sizes& s, const Bfloat16* packed, int64_t products) {
   Bfloat16Weights w{packed, nullptr, s.channels, s.out_channels, s.kernel_height * s.kernel_width, {}};
   if (products == kAmx && s.channels % kTileInputs) {
     Bfloat16* ends = ThreadScratch<Bfloat16>(1, w.chunks() * w.taps * kTileInputs * kTile);
     CopyEnds(w, ends);
     w.ends = ends;
   }
-  if (s.kernel_height == 1) return RunBfloat16Pointwise(team, s, source, pooled, w, to, products);
-  RunBfloat16Window(team, s, source, w, to, products);
+  return w;
+}
+
+// A 1x1 convolution, of every pixel or of the means of 2x2 pixels. Tasks share the pixels, or, where these are few, the
+// output channels. With `between` relu(norm(.)) of the outputs goes there instead.
+inline void RunBfloat16Pointwise(Team& team, const Sizes& s, const Source<float>& source, bool pooled,
+                                 const Bfloat16* packed, const Outputs& to, int64_t products, const Bordered* between,
+                                 const Source<float>& after) {
+  const Bfloat16Weights w = MakeWeights(s, packed, products);
+  const int64_t pixels = s.batch * s.out_height * s.out_width, step = RoundUp(s.channels, kTileInputs);
+  const int64_t pairs = DivideUp(w.chunks(), 2), blocks = DivideUp(pixels, kRowBlock);
+  const int64_t parts = blocks < 2 * team.size() ? std::min(pairs, team.size()) : 1;
+  const int64_t bands = parts > 1 ? 1 : BlockTasks(blocks, pixels * s.channels * s.out_channels, team.size());
+  team.Run(bands * parts, [&](int64_t task) {
+    const int64_t band = task / parts, part = task % parts;
+    const int64_t first = 2 * (pairs * part / parts), last = std::min(2 * (pairs * (part + 1) / parts), w.chunks());
+    Bfloat16* rows = ThreadScratch<Bfloat16>(0, kRowBlock * step);
+    Bfloat16* targets[kRowBlock];
+    Tiles tiles(products);
+    for (int64_t block = blocks * band / bands; block < blocks * (band + 1) / bands; ++block) {
+      const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, pixels - begin);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = (begin + i) / s.out_width, x = (begin + i) % s.out_width;
+        const int64_t image = row / s.out_height, y = row % s.out_height;
+        const Source<float> from = source.AtPixel((image * s.height + y * s.stride) * s.width + x * s.stride);
+        (pooled ? RoundPixel<2> : RoundPixel<1>)(from, s.width * from.step, s.channels, step, rows + i * step);
+        if (between != nullptr) targets[i] = between->At(image, y, x);
+      }
+      const auto put = [&](const float* sums, int64_t o, int64_t lanes) {
+        if (between != nullptr)
+          return RoundRows(sums, kRowBlock, count, after.scale + o, after.bias + o, lanes, targets, o);
+        for (int64_t m = 0; m < count; ++m) to.Put(sums + m * kRowBlock, begin + m, o, lanes);
+      };
+      MultiplyPixels(products, w, rows, step, count, first, last, between == nullptr ? &to : nullptr, begin, tiles, put);
+    }
+  });
+}
+
+// A convolution at stride 1 of a feature map with its border. Windows begin at every pixel of an image's long row,
+// borders included; what is computed at the right border is dropped.
+inline void RunBfloat16Window(Team& team, const Sizes& s, const Bordered& from, const Bfloat16* packed,
+                              const Outputs& to, int64_t products) {
+  Bfloat16Weights w = MakeWeights(s, packed, products);
+  for (int64_t tap = 0; tap < w.taps; ++tap)
+    w.offsets[tap] = (tap / s.kernel_width * from.width + tap % s.kernel_width) * from.step;
+  const int64_t pixels = (s.out_height - 1) * from.width + s.out_width, per_image = DivideUp(pixels, kRowBlock);
+  const int64_t blocks = per_image * s.batch;
+  const int64_t tasks = BlockTasks(blocks, blocks * kRowBlock * w.taps * s.channels * s.out_channels, team.size());
+  team.Run(tasks, [&](int64_t task) {
+    Tiles tiles(products);
+    for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block) {
+      const int64_t image = block / per_image, begin = block % per_image * kRowBlock;
+      const int64_t count = std::min(kRowBlock, pixels - begin);
+      int64_t row = begin / from.width, column = begin % from.width, targets[kRowBlock];
+      for (int64_t m = 0; m < count; ++m) {
+        targets[m] = column < s.out_width ? (image * s.out_height + row) * s.out_width + column : -1;
+        if (++column == from.width) ++row, column = 0;
+      }
+      const Bfloat16* x = from.values + (image * from.height * from.width + begin) * from.step;
+      MultiplyPixels(products, w, x, from.step, count, 0, w.chunks(), nullptr, 0, tiles,
+                     [&](const float* sums, int64_t o, int64_t lanes) {
+                       for (int64_t m = 0; m < count; ++m)
+                         if (targets[m] >= 0) to.Put(sums + m * kRowBlock, targets[m], o, lanes);
+                     });
+    }
+  });
+}
+
+// Runs a convolution without groups: 1x1 at any stride, or 3x3 at stride 1.
+inline void RunBfloat16(Team& team, const Sizes& s, const Source<float>& source, bool pooled, const Bfloat16* packed,
+                        const Outputs& to, int64_t products) {
+  if (s.kernel_height == 1)
+    return RunBfloat16Pointwise(team, s, source, pooled, packed, to, products, nullptr, source);
+  const Bordered rounded(team, s, 2);
+  team.Run(s.batch * s.height, [&](int64_t line) {
+    Source<float> from = source.AtPixel(line * s.width);
+    for (int64_t x = 0; x < s.width; ++x, from.x += from.step)
+      RoundPixel<1>(from, 0, s.channels, rounded.step, rounded.At(line / s.height, line % s.height, x));
+  });
+  RunBfloat16Window(team, s, rounded, packed, to, products);
 }
 
 }  // namespace densenet_jax

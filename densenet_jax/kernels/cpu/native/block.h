@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "bfloat16.h"
 #include "input_rows.h"
@@ -36,6 +38,7 @@ struct Step {
   T *y, *total;
   int64_t y_step, added;
 
+  Outputs outputs() const { return {y, total, y_step, added}; }
   int64_t pixels() const { return sizes.batch * sizes.out_height * sizes.out_width; }
   // How many tasks to make: the same number for each thread, up to four, so that one that is held up is helped.
   int64_t tasks(int64_t threads) const {
@@ -382,13 +385,49 @@ void RunGroups(Team& team, const Step<T>& step) {
 template <typename T>
 void Run(Team& team, const Step<T>& step) {
   if constexpr (std::is_same_v<T, float>) {
-    const Outputs to{step.y, step.total, step.y_step, step.added};
     if (step.pairs != nullptr)
-      return RunBfloat16(team, step.sizes, step.source, step.pooled, step.pairs, to, step.products);
+      return RunBfloat16(team, step.sizes, step.source, step.pooled, step.pairs, step.outputs(), step.products);
   }
   if (step.groups > 1) return RunGroups(team, step);
   if (step.sizes.kernel_height == 1) return RunPointwise(team, step);
   RunWindow(team, step);
+}
+
+// Whether only the second step reads what the first writes, from first to last channel and in bfloat16.
+inline bool IsBottleneck(const std::vector<Step<float>>& steps, size_t index) {
+  if (index + 1 >= steps.size()) return false;
+  const Step<float>&first = steps[index], &second = steps[index + 1];
+  const Sizes &a = first.sizes, &b = second.sizes;
+  if (first.pairs == nullptr || second.pairs == nullptr || a.kernel_height > 1 || b.kernel_height == 1) return false;
+  if (first.added > 0 || first.y != second.source.x || a.out_channels != b.channels) return false;
+  for (size_t i = index + 2; i < steps.size(); ++i) {
+    if (steps[i].source.x == first.y) return false;
+    if (steps[i].total == first.y) break;
+  }
+  return first.y_step == a.out_channels;
+}
+
+// Runs steps one after another. Between a bottleneck's convolutions the feature map stays in bfloat16.
+template <typename T>
+void RunSteps(Team& team, const std::vector<Step<T>>& steps) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::unique_ptr<Bordered> between;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step<T>& first = steps[i];
+      if (!IsBottleneck(steps, i)) {
+        Run(team, first);
+        continue;
+      }
+      const Step<T>& second = steps[++i];
+      const Sizes& s = second.sizes;
+      if (between == nullptr || !between->IsOf(s)) between = std::make_unique<Bordered>(team, s, 3);
+      RunBfloat16Pointwise(team, first.sizes, first.source, first.pooled, first.pairs, first.outputs(), first.products,
+                           between.get(), second.source);
+      RunBfloat16Window(team, s, *between, second.pairs, second.outputs(), second.products);
+    }
+  } else {
+    for (const Step<T>& step : steps) Run(team, step);
+  }
 }
 
 }  // namespace densenet_jax

@@ -340,19 +340,24 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
           std::copy_n(from + i * shape[3], copied, to + i * first[3]);
       });
     }
-    std::vector<T> folded;
+    size_t channels = 0;
+    for (size_t i = 0; i < count; ++i) channels += operands[i * kStepArrays + 1].element_count();
+    std::vector<T> folded(2 * channels);
+    std::vector<Step<T>> all;
+    T* norm = folded.data();
     for (size_t i = 0; i < count && fits; ++i) {
       const int64_t* fields = steps.begin() + i * kStepFields;
       const Buffer* own = operands.data() + i * kStepArrays;
       Step<T> step{};
-      step.products = products;
+      step.products = std::min(products, FastestProducts());
       fits = fields[0] >= 0 && fields[1] > 0 && std::max(fields[0], fields[1]) < static_cast<int64_t>(maps.size()) &&
              SetStep(step, fields, maps[fields[0]], maps[fields[1]], own);
       if (!fits) break;
-      folded.resize(std::max(folded.size(), 2 * own[1].element_count()));
-      std::tie(step.source.scale, step.source.bias) = Fold(own[0], own[1], own[2], own[3], epsilon, folded.data());
-      Run(team, step);
+      std::tie(step.source.scale, step.source.bias) = Fold(own[0], own[1], own[2], own[3], epsilon, norm);
+      norm += 2 * own[1].element_count();
+      all.push_back(step);
     }
+    if (fits) RunSteps(team, all);
   });
   return fits ? error : Invalid("shapes of a block's step do not fit");
 }
