@@ -130,7 +130,7 @@ def create_model(
     if isinstance(network, RDNetArchitecture):  # layer norms only
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
-        parts = rdnet.PLAIN if block_form == "plain" else FusedRDNet()
+        parts = FusedRDNet(implementation.platform) if isinstance(implementation, Fused) else rdnet.PLAIN
         common |= {"layer_dropout": layer_dropout, "drop_path_rate": drop_path_rate, "implementation": parts}
         module = rdnet.RDNet(**vars(network), **common)
     else:

@@ -231,4 +231,8 @@ class Program:
         if user.opcode == "bitcast":
             shares = [self._count_read(body, users, user.name, further) for further in users.get(user.name, [])]
             return None if None in shares or not shares else sum(share or 0 for share in shares)
+        if user.opcode == "fusion" and user.called:  # a TPU's convolutions hold fusions of their operands
+            inner = self._count_fusion(user.called[0])[0]
+            numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+            return sum(inner[number] for number in numbers) if all(number in inner for number in numbers) else None
         return None

@@ -9,9 +9,10 @@ import pytest
 
 import densenet_jax
 from densenet_jax.errors import UserError
+from densenet_jax.kernels.cpu.primitive import plain_kernels
 from densenet_jax.models import rdnet
 from densenet_jax.models.create import create_model
-from densenet_jax.models.fused.rdnet import FusedRDNet
+from densenet_jax.models.fused.rdnet import FusedRDNet, _gelu_by_erf
 from densenet_jax.models.operations import count_multiply_adds
 from densenet_jax.models.pretrained import load_pretrained, save_torch_state_dict
 from densenet_jax.models.torch_weights import from_torch, to_torch
@@ -273,4 +274,27 @@ def test_the_backward_pass_keeps_the_gelus_input_and_output_alone():
         _, pullback = jax.vjp(lambda params: layer.apply(params, (x,)), params)
         return sum(kept.shape == (1, 8, 8, 64) for kept in jax.tree.leaves(pullback))
 
-    assert count_kept(FusedRDNet()) == 2 < count_kept(rdnet.PLAIN)
+    assert count_kept(FusedRDNet()) == count_kept(FusedRDNet("tpu")) == 2 < count_kept(rdnet.PLAIN)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-15), (jnp.float32, 1e-6), (jnp.bfloat16, 0.004)])
+def test_the_gelu_for_tpus_is_the_exact_one(dtype, tolerance):
+    with jax.enable_x64(True):
+        z = jnp.linspace(-8, 8, 1001).astype(dtype)
+        exact = jax.vmap(jax.value_and_grad(lambda z: jax.nn.gelu(z, approximate=False)))(z.astype(jnp.float64))
+        for actual, expected in zip(jax.vmap(jax.value_and_grad(_gelu_by_erf))(z), exact, strict=True):
+            assert actual.dtype == dtype
+            assert (abs(actual.astype(expected.dtype) - expected) / jnp.maximum(1, abs(expected))).max() < tolerance
+
+
+def test_only_programs_for_tpus_have_the_gelu_for_tpus():
+    def count_erf(platform):
+        x, model = (
+            jnp.ones((1, 32, 32, 3)),
+            _make_few_layers(dtype=jnp.bfloat16, block_form=f"normalize_once{platform}"),
+        )
+        return str(jax.make_jaxpr(lambda x: model.init_with_output(jax.random.key(0), x)[0])(x)).count(" erf ")
+
+    assert count_erf("_tpu") > 0 == count_erf("")
+    with plain_kernels():
+        assert count_erf("_tpu") == 0, "converters know erfc alone"

@@ -55,6 +55,24 @@ def test_a_fusion_that_slices_moves_the_slices():
     assert Program(FUSED).traffic() == writing + reading
 
 
+NESTED = FUSED.replace(
+    "ENTRY",
+    """%outer (q: f32[100,10]) -> f32[5,10] {
+  %q = f32[100,10]{1,0} parameter(0)
+  %inner = f32[5,10]{1,0} fusion(%q), kind=kLoop, calls=%reader
+  ROOT %negated = f32[5,10]{1,0} negate(%inner)
+}
+
+ENTRY""",
+).replace("fusion(%written), kind=kLoop, calls=%reader", "fusion(%written), kind=kOutput, calls=%outer")
+
+
+def test_a_fusion_in_a_fusion_that_slices_moves_the_slices():
+    assert Program(NESTED).traffic() == Program(FUSED).traffic()
+    whole = NESTED.replace("negate(%inner)", "concatenate(%inner, %q)")
+    assert Program(whole).traffic() == Program(FUSED).traffic() - 2 * 200 + 4000, "the rest is read beside it"
+
+
 LOOP = """HloModule loop
 
 %add (x: f32[], y: f32[]) -> f32[] {

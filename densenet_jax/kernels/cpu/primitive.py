@@ -21,7 +21,12 @@ _wanted = jax.make_user_context(True)  # JAX caches traces for each value
 
 def is_available() -> bool:
     """Whether this process runs on CPUs, has the kernels and is not inside `plain_kernels`."""
-    return _wanted.value and jax.default_backend() == "cpu" and bool(target_names())
+    return not is_plain() and jax.default_backend() == "cpu" and bool(target_names())
+
+
+def is_plain() -> bool:
+    """Whether this is inside `plain_kernels`."""
+    return not _wanted.value
 
 
 @contextlib.contextmanager
