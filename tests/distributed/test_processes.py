@@ -35,7 +35,7 @@ from tests.xla_flags import QUICK_COMPILING
 STEPS = 9
 QUICK = (
     "--config=configs/digits.py",
-    "--config.model.block_sizes=(1,1)",
+    "--config.model.block_sizes=(1,)",
     "--config.train.epochs=0.4",
     "--config.optim.warmup_epochs=0.1",
     "--config.optim.learning_rate=0.01",
