@@ -87,7 +87,7 @@ def no_report():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A run's directory and its experiment."""
-    from tests.deployed_run import make_run
+    from tests.untrained_run import make_run
 
     root = tmp_path_factory.mktemp("deployed")
     return root / "run", make_run(root / "run", root / "datasets", model__block_sizes=(2, 1))

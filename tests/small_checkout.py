@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-from tests.running import ROOT
+from tests.main_processes import ROOT
 
 NOT_COPIED = (".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs", ".whl")
 # File, what stands there, and what stands there in the copy.

@@ -13,8 +13,8 @@ from densenet_jax.cli import parse
 from densenet_jax.config import recipes
 from densenet_jax.flags import MODES, Command
 from densenet_jax.version import __version__
-from tests.in_process import run_here
-from tests.running import ROOT, run_main
+from tests.main_in_process import run_here
+from tests.main_processes import ROOT, run_main
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from densenet_jax.data.sampler import Order
-from tests.ended_runs import assert_same_end, checkpoint_steps
-from tests.running import last_line, run_main
+from tests.main_processes import parse_last_line, run_main
 from tests.watched_run import EVAL_STEPS, SHORT_RUN, TOTAL_STEPS, Run
+from tests.workdir_contents import assert_same_end, list_checkpoint_steps
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def finished(user, tmp_path_factory) -> pathlib.Path:
         assert output == ""
         assert errors == f"error: --workdir {workdir} is in use by another run; wait for its end or choose another.\n"
         assert run.end() == 0, run.errors
-    assert checkpoint_steps(workdir)[-1] == TOTAL_STEPS
+    assert list_checkpoint_steps(workdir)[-1] == TOTAL_STEPS
     assert not (workdir / "stalls.txt").exists()
     return workdir
 
@@ -86,18 +86,20 @@ def test_twenty_kills_at_random_moments_end_bit_for_bit_like_the_uninterrupted_r
         with Run(*SHORT_RUN, f"--workdir={workdir}", **own) as run:
             where = kill_in(moment, run, workdir, datasets, chance)
         reached[where] += 1
-        print(f"seed {seed}: wanted {moment}, killed in: {where}; finished checkpoints {checkpoint_steps(workdir)}")
+        print(
+            f"seed {seed}: wanted {moment}, killed in: {where}; finished checkpoints {list_checkpoint_steps(workdir)}"
+        )
     assert reached["never"] == 0, reached
     assert reached.total() == 20
     assert all(reached[moment] for moment in KILLS), reached
     output, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", **own)
-    assert last_line(output)["step"] == TOTAL_STEPS
+    assert parse_last_line(output)["step"] == TOTAL_STEPS
     assert "damaged" not in errors  # a kill leaves no checkpoint that has its name and is not whole
     assert_same_end(workdir, finished, TOTAL_STEPS)
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
-def refused_for_want_of_room(run: Run, workdir: pathlib.Path, why: str) -> None:
+def assert_refused_for_lack_of_room(run: Run, workdir: pathlib.Path, why: str) -> None:
     assert run.end() == 2, run.errors
     said = run.lines[-1]
     assert said.startswith(f"error: {workdir}"), run.errors
@@ -109,10 +111,10 @@ def refused_for_want_of_room(run: Run, workdir: pathlib.Path, why: str) -> None:
 def test_file_size_limit_that_is_hit_in_a_save_leaves_the_last_checkpoint(finished, user, tmp_path):
     """Needs no rights: a limit on the size of files makes every larger write fail, as a full disk does."""
     with Run(*SHORT_RUN, f"--workdir={tmp_path}", **user) as run:
-        assert run.wait_for(lambda: checkpoint_steps(tmp_path))
+        assert run.wait_for(lambda: list_checkpoint_steps(tmp_path))
         resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # a state has 600,000 bytes
-        refused_for_want_of_room(run, tmp_path, "File too large")
-    kept = checkpoint_steps(tmp_path)
+        assert_refused_for_lack_of_room(run, tmp_path, "File too large")
+    kept = list_checkpoint_steps(tmp_path)
     assert kept
     with Run(*SHORT_RUN, f"--workdir={tmp_path}", **user) as run:
         assert run.end() == 0
@@ -137,8 +139,8 @@ def test_full_disk_leaves_the_last_checkpoint(finished, user, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "5m"):
         with Run(*SHORT_RUN, f"--workdir={disk}/run", **user) as run:
-            refused_for_want_of_room(run, disk / "run", "No space left on device")
-        kept = checkpoint_steps(disk / "run")
+            assert_refused_for_lack_of_room(run, disk / "run", "No space left on device")
+        kept = list_checkpoint_steps(disk / "run")
         assert kept
         assert kept[-1] < TOTAL_STEPS
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
@@ -155,7 +157,7 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
         assert run.wait_for(lambda: run.says("validation:"))
         run.process.send_signal(signal.SIGTERM)
         assert run.end() == 130, run.errors
-    step = checkpoint_steps(tmp_path)[-1]
+    step = list_checkpoint_steps(tmp_path)[-1]
     scores = tmp_path / "checkpoints" / str(step) / "metrics" / "metrics"
     assert run.says(f"stopped and saved after step {step};")
     assert not scores.exists()
@@ -237,7 +239,7 @@ def test_damaged_checkpoint_is_passed_over_by_training_and_refused_by_eval(finis
     """In a copy of a run: a bit is flipped in an array, which Orbax reads without a word."""
     workdir = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, workdir], check=True)
-    newest, before = checkpoint_steps(workdir)[-1], checkpoint_steps(workdir)[-2]
+    newest, before = list_checkpoint_steps(workdir)[-1], list_checkpoint_steps(workdir)[-2]
     data = max((workdir / "checkpoints" / str(newest)).rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1

@@ -24,7 +24,7 @@ from densenet_jax.cli import parse
 from densenet_jax.config import check_config, flatten
 from densenet_jax.flags import MODES
 from densenet_jax.models.variants import VARIANTS
-from tests.running import ROOT, environment
+from tests.main_processes import ROOT, make_environment
 from tests.small_checkout import copy_checkout
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -212,7 +212,7 @@ def test_runnable_block_runs(block, checkout, python_first, user):
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.commands],
         cwd=checkout,
-        env=environment(PATH=python_first, **user),
+        env=make_environment(PATH=python_first, **user),
         capture_output=True,
         text=True,
         timeout=1800 if block.slow else 120,

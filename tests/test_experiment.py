@@ -12,9 +12,9 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.run.train import Trainer
 from densenet_jax.training.timeline import Timeline
-from tests.ended_runs import reports_of
-from tests.in_process import run_here
-from tests.running import last_line
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
+from tests.workdir_contents import read_reports
 
 
 def experiment(recipe=default, **changes) -> Experiment:
@@ -169,7 +169,7 @@ def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, no_rep
     words = [f"--config.{change}" for change in (*changes, "eval.every_epochs=1", "train.patience_epochs=2")]
 
     def run(workdir: str) -> dict:
-        return last_line(run_here("--config=digits", f"--workdir={tmp_path / workdir}", *words, **user)[0])
+        return parse_last_line(run_here("--config=digits", f"--workdir={tmp_path / workdir}", *words, **user)[0])
 
     whole = run("whole")
     assert 3 < whole["step"] < 25
@@ -185,7 +185,7 @@ def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, no_rep
         run("killed")
     monkeypatch.setattr(Trainer, "_validate", validate)
     assert run("killed") == whole
-    assert reports_of(tmp_path / "killed", "validation") == reports_of(tmp_path / "whole", "validation")
+    assert read_reports(tmp_path / "killed", "validation") == read_reports(tmp_path / "whole", "validation")
     assert run("killed") == whole  # "nothing left to train"
 
 

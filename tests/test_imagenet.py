@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.data import fake_imagenet
-from tests.in_process import run_here
-from tests.running import last_line, run_main
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line, run_main
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
         "--config.model.block_sizes=(1,1,1,1)",  # for the compiler's sake
     )
     output, _ = run_main(*arguments, **user)
-    result = last_line(output)
+    result = parse_last_line(output)
     assert (result["mode"], result["step"], result["examples"]) == ("train", 5, 11)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["name"] == "densenet121"
     if recipe == "densenet121_cosine":
         return
-    evaluated = last_line(run_main("--mode=eval", *arguments, **user)[0])
+    evaluated = parse_last_line(run_main("--mode=eval", *arguments, **user)[0])
     assert evaluated["top1"] == result["top1"]
     assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-5)
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 import densenet_jax
-from tests.ended_runs import assert_same_end, reports_of
-from tests.in_process import run_here
-from tests.running import last_line, run_main, start_main
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line, run_main, start_main
+from tests.workdir_contents import assert_same_end, read_reports
 
 QUICK = (
     "--config=configs/digits.py",
@@ -29,7 +29,7 @@ QUICK = (
 TOTAL_STEPS = 45
 
 
-def files_of(workdir: pathlib.Path) -> dict[str, tuple[int, int, bytes]]:
+def read_files(workdir: pathlib.Path) -> dict[str, tuple[int, int, bytes]]:
     """Every file with its time, inode and content."""
     contents = {}
     for path in sorted(workdir.rglob("*")):
@@ -44,7 +44,7 @@ def finished(user, tmp_path_factory) -> pathlib.Path:
     """A run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     output, errors = run_main(*QUICK, f"--workdir={workdir}", **user)
-    result = last_line(output)
+    result = parse_last_line(output)
     assert list(result) == ["mode", "step", "examples", "loss", "top1", "top5"]
     assert (result["mode"], result["step"], result["examples"]) == ("train", TOTAL_STEPS, 360)
     assert result["top1"] > 0.5
@@ -58,7 +58,7 @@ def finished(user, tmp_path_factory) -> pathlib.Path:
 
 def test_work_directory_holds_what_is_promised(finished):
     assert json.loads((finished / "config.json").read_text())["model"]["name"] == "densenet_bc_22_12"
-    train, validation = reports_of(finished, "train"), reports_of(finished, "validation")
+    train, validation = read_reports(finished, "train"), read_reports(finished, "validation")
     assert [report["step"] for report in train] == list(range(5, TOTAL_STEPS + 1, 5))
     assert [report["step"] for report in validation] == [23, 45]
     first, second = (json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()[:2])
@@ -90,7 +90,7 @@ def test_event_file_holds_the_same_scalars(finished):
                 if value.tensor.float_val:
                     actual[event.step, value.tag] = value.tensor.float_val[0]
     for split in ("train", "validation"):
-        for report in reports_of(finished, split):
+        for report in read_reports(finished, split):
             assert actual[report["step"], f"{split}/loss"] == pytest.approx(report["loss"], rel=1e-6)
 
 
@@ -100,23 +100,23 @@ def test_newest_and_best_checkpoints_are_kept(finished):
 
 
 def test_eval_counts_every_example_whatever_the_batch_size_and_changes_nothing(finished, user):
-    before = files_of(finished)
+    before = read_files(finished)
     results = []
     for batch_size in (64, 7):
         changes = (f"--config.eval.batch_size={batch_size}", "--mode=eval", f"--workdir={finished}")
-        results.append(last_line(run_main(*QUICK, *changes, **user)[0]))
-    assert files_of(finished) == before
+        results.append(parse_last_line(run_main(*QUICK, *changes, **user)[0]))
+    assert read_files(finished) == before
     for result in results:
         assert (result["mode"], result["step"], result["examples"]) == ("eval", TOTAL_STEPS, 360)
     assert results[0]["top1"] == results[1]["top1"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
-    assert results[0]["top1"] == reports_of(finished, "validation")[-1]["top1"]
+    assert results[0]["top1"] == read_reports(finished, "validation")[-1]["top1"]
 
 
 def test_best_checkpoint_can_be_evaluated(finished, user):
-    best = max(reports_of(finished, "validation"), key=lambda report: (report["top1"], report["step"]))
+    best = max(read_reports(finished, "validation"), key=lambda report: (report["top1"], report["step"]))
     arguments = ("--mode=eval", "--config.eval.checkpoint=best", f"--workdir={finished}")
-    result = last_line(run_main(*QUICK, *arguments, **user)[0])
+    result = parse_last_line(run_main(*QUICK, *arguments, **user)[0])
     assert (result["step"], result["top1"]) == (best["step"], best["top1"])
 
 
@@ -124,11 +124,11 @@ def test_same_command_on_a_finished_run_trains_nothing(finished, no_report, user
     steps = sorted(os.listdir(finished / "checkpoints"))
     output, errors = run_here(*QUICK, f"--workdir={finished}", **user)
     assert "nothing left to train" in errors
-    assert last_line(output)["step"] == TOTAL_STEPS
+    assert parse_last_line(output)["step"] == TOTAL_STEPS
     assert sorted(os.listdir(finished / "checkpoints")) == steps
 
 
-def stopped_by(number: signal.Signals, workdir: pathlib.Path, user: dict[str, str]) -> int:
+def stop_by(number: signal.Signals, workdir: pathlib.Path, user: dict[str, str]) -> int:
     """Starts a run, asks it to stop as soon as it trains, and returns the step that it saved."""
     process = start_main(*QUICK, f"--workdir={workdir}", **user)
     assert process.stderr is not None
@@ -146,8 +146,8 @@ def stopped_by(number: signal.Signals, workdir: pathlib.Path, user: dict[str, st
 
 @pytest.mark.slow
 def test_asked_to_stop_it_saves_first_and_can_be_continued(finished, user, tmp_path):
-    first = stopped_by(signal.SIGTERM, tmp_path, user)
-    second = stopped_by(signal.SIGINT, tmp_path, user)
+    first = stop_by(signal.SIGTERM, tmp_path, user)
+    second = stop_by(signal.SIGINT, tmp_path, user)
     assert first < second < TOTAL_STEPS
     _, errors = run_main(*QUICK, f"--workdir={tmp_path}", **user)
     assert f"continuing after step {second}" in errors
@@ -171,10 +171,10 @@ def test_second_run_in_a_work_directory_is_refused(user, tmp_path):
 
 
 def test_settings_of_another_run_are_refused(finished, user):
-    before = files_of(finished)
+    before = read_files(finished)
     _, errors = run_here(*QUICK, "--config.optim.learning_rate=0.5", f"--workdir={finished}", expect=2, **user)
     assert "config.optim.learning_rate: 0.1 -> 0.5" in errors
-    assert {name: content[2] for name, content in files_of(finished).items()} == {
+    assert {name: content[2] for name, content in read_files(finished).items()} == {
         name: content[2] for name, content in before.items()
     }
 
@@ -197,7 +197,7 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_che
 
 def test_parameter_table_counts_what_the_variants_table_says(user):
     output, errors = run_here("--mode=parameters", "--config=configs/digits.py", **user)
-    result = last_line(output)
+    result = parse_last_line(output)
     assert (result["model"], result["parameters"], result["image_size_px"]) == ("densenet_bc_22_12", 71254, 8)
     assert 1e6 < result["multiply_adds"] < 1e7
     assert "denseblock1/denselayer1/conv1/kernel" in errors
@@ -206,7 +206,7 @@ def test_parameter_table_counts_what_the_variants_table_says(user):
 @pytest.mark.slow
 def test_data_page_shows_the_images_and_the_speed(user, tmp_path):
     output, _ = run_main("--mode=data", "--config=configs/digits.py", f"--workdir={tmp_path}", **user)
-    result = last_line(output)
+    result = parse_last_line(output)
     page = (tmp_path / "report" / "data.html").read_text()
     assert result["path"].endswith("report/data.html")
     assert result["pipeline_images_per_sec"] > 0 < result["model_images_per_sec"]

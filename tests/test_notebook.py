@@ -3,7 +3,7 @@
 import pytest
 
 from tests.extras import needs
-from tests.running import environment
+from tests.main_processes import make_environment
 from tests.small_checkout import copy_checkout
 
 
@@ -13,7 +13,7 @@ def test_notebook_runs(name, count, tmp_path, monkeypatch, user):
     import nbclient
     import nbformat
 
-    for variable, value in environment(**user).items():
+    for variable, value in make_environment(**user).items():
         monkeypatch.setenv(variable, value)
     examples = copy_checkout(tmp_path / "checkout") / "examples"
     notebook = nbformat.read(examples / f"{name}.ipynb", as_version=4)

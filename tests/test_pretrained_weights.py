@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import densenet_jax
-from tests.in_process import run_here
-from tests.running import last_line
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
 
 NAME, BLOCK_SIZES = "densenet_bc_22_12", (1,)
 SMALL = (
@@ -47,7 +47,7 @@ def test_evaluates_weights_of_a_file_and_leaves_the_work_directory_alone(user, t
         f"--config.model.pretrained={path}",
     )
     output, errors = run_here(*arguments, **user)
-    result = last_line(output)
+    result = parse_last_line(output)
     assert (result["mode"], result["step"], result["examples"]) == ("eval", 0, 360)
     assert 0 <= result["top1"] < 0.5
     assert "no published figure" in errors

@@ -39,7 +39,7 @@ def test_a_native_library_s_tests_pass_under_sanitizers(room):
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
         "FUZZ_ROUNDS": "30",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", WANTED]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--capture=sys", "-k", WANTED]
     command += [f"tests/{room}/{file}" for file in FILES[room]]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.extras import needs
-from tests.running import ROOT
+from tests.main_processes import ROOT
 
 # A script, style, font, picture or frame of another host. Links to other hosts are not loads.
 LOADED_BY_HTML = re.compile(r"<(?!a\b)\w+\b[^>]*\s(?:src|href|srcset|data)=[\"']?(?:https?:)?//[^>]*>")

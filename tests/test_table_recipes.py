@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.in_process import run_here
 from tests.inputs import medical
 from tests.label_run import write_label_set
-from tests.running import last_line
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
 
 SMALL = (
     *("--config.model.pretrained=", "--config.model.name=densenet_bc_22_12", "--config.model.block_sizes=(1,)"),
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 def train(tmp_path, *arguments):
     output, _ = run_here(*SMALL, f"--workdir={tmp_path / 'run'}", *arguments)
-    return last_line(output)
+    return parse_last_line(output)
 
 
 def test_chexnet_trains_and_is_judged_on_the_official_test_list(tmp_path):

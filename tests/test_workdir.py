@@ -14,8 +14,8 @@ import pytest
 from densenet_jax.errors import UserError
 from densenet_jax.system import disk
 from densenet_jax.workdir import only_run_in
-from tests.ended_runs import checkpoint_steps, saved_arrays
-from tests.in_process import run_here
+from tests.main_in_process import run_here
+from tests.workdir_contents import list_checkpoint_steps, load_arrays
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 SHORT = ("--config=digits", "--config.train.epochs=0.2", "--config.optim.warmup_epochs=0")
@@ -83,7 +83,7 @@ def old_run(tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 def test_an_older_run_is_restored_bit_for_bit(old_run):
     workdir, expected = old_run
-    arrays = saved_arrays(workdir, expected["step"])
+    arrays = load_arrays(workdir, expected["step"])
     digests = {name: hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for name, each in arrays.items()}
     assert digests == expected["arrays"]
 
@@ -105,7 +105,7 @@ def test_an_older_run_is_continued_to_its_end(old_run, user, tmp_path):
     output, errors = run_here("train", f"--workdir={copy}", **user)
     assert f"continuing after step {expected['step']}" in errors
     assert "the latest checkpoint is step 23, also the best" in errors
-    assert json.loads(output)["step"] == expected["end"]["step"] == checkpoint_steps(copy)[-1]
+    assert json.loads(output)["step"] == expected["end"]["step"] == list_checkpoint_steps(copy)[-1]
     assert json.loads(output)["loss"] == pytest.approx(expected["end"]["loss"], rel=0.02)
 
 

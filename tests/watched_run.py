@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.running import start_main
+from tests.main_processes import start_main
 
 # Reports of every step and long validations, so that every kind of moment can be waited for. One wide layer: the
 # checkpoints are as large as those of the recipe's network, which takes four times as long to trace and to compile.

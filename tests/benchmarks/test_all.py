@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from tests.running import ROOT
+from tests.main_processes import ROOT
 
 FIGURES = {"densenet_jax": 12.0, "torch_eager": 10.0}
 

@@ -9,7 +9,7 @@ import pytest
 
 from densenet_jax.models.variants import RDNetArchitecture, Variant
 from tests.extras import needs
-from tests.running import ROOT, environment
+from tests.main_processes import ROOT, make_environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -19,7 +19,7 @@ from versus.floor import floor_elements
 
 def run(*arguments):
     command = [sys.executable, "benchmarks/traffic.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=make_environment(), capture_output=True, text=True, check=False)
 
 
 def test_the_floor_of_densenet121_is_about_160_megabytes_in_bfloat16():

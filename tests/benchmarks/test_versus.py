@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from tests.running import ROOT, environment
+from tests.main_processes import ROOT, make_environment
 
 TINY = ("--models", "densenet_bc_22_12", "--block_sizes", "1", "1", "1", "--image_size_px", "8", "--turns", "2")
 HAS_TORCH = importlib.util.find_spec("timm") is not None
@@ -18,7 +18,13 @@ HAS_TORCH = importlib.util.find_spec("timm") is not None
 def run(script, path, *arguments):
     command = [sys.executable, f"benchmarks/{script}.py", *TINY, "--turn_secs", "0.05", "--output", str(path)]
     result = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [*command, *arguments],
+        cwd=ROOT,
+        env=make_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     content = json.loads(path.read_text())
@@ -260,7 +266,7 @@ def test_the_benchmarks_need_no_data_libraries():
         "jax_worker.prepare('densenet_bc_22_12', 'infer', 1, 8, 1, 'float32', 'plain', sizes)[0].step()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=ROOT, env=make_environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

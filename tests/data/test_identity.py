@@ -24,7 +24,7 @@ from densenet_jax.models.pretrained import read_class_names, save_torch_state_di
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.train import _check_dataset, train
 from densenet_jax.workdir import write_labels
-from tests.deployed_run import make_run
+from tests.untrained_run import make_run
 
 
 def identity(*classes, name="folder", **splits):

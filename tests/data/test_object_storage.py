@@ -9,7 +9,7 @@ import pytest
 
 from tests.data import fake_imagenet
 from tests.extras import needs
-from tests.running import ROOT, environment, last_line, run_main
+from tests.main_processes import ROOT, make_environment, parse_last_line, run_main
 
 READ = """
 import hashlib, json, sys
@@ -41,7 +41,11 @@ def store(tmp_path):
 
 def records(directory: str, variables: dict[str, str]) -> list:
     result = subprocess.run(
-        [sys.executable, "-c", READ, directory], cwd=ROOT, env=environment(**variables), capture_output=True, text=True
+        [sys.executable, "-c", READ, directory],
+        cwd=ROOT,
+        env=make_environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -66,5 +70,5 @@ def test_training_reads_from_a_bucket(store, tmp_path):
         "--config=configs/densenet121.py", f"--workdir={tmp_path / 'run'}",
         *(f"--config.{key}={value}" for key, value in settings.items()), **variables,
     )  # fmt: skip
-    assert last_line(output)["step"] == 2
-    assert last_line(output)["examples"] == 8
+    assert parse_last_line(output)["step"] == 2
+    assert parse_last_line(output)["examples"] == 8

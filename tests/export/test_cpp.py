@@ -14,7 +14,7 @@ import pytest
 from densenet_jax.export.graph import make_graph, reference_outputs
 from tests.export.exporting import export_small, images
 from tests.extras import needs
-from tests.running import ROOT
+from tests.main_processes import ROOT
 
 HEADERS = os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "/usr/include/onnxruntime")
 uses_onnx = needs("onnx", "onnxruntime", "jax2onnx")

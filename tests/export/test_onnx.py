@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from densenet_jax.export.graph import make_graph, reference_outputs
-from tests.deployed_run import make_run
 from tests.export.exporting import FAMILIES, export_small, images
 from tests.extras import needs
-from tests.running import last_line, run_main
+from tests.main_processes import parse_last_line, run_main
+from tests.untrained_run import make_run
 
 uses_onnx = needs("onnx", "onnxruntime", "jax2onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the converters, which are others'
@@ -67,7 +67,7 @@ def test_the_mode_exports_a_run_and_says_no_more_than_that(tmp_path, user):
     """jax2onnx logs a traceback for each library that it could support and that is not there, JAX one for CUDA."""
     make_run(tmp_path, user["TFDS_DATA_DIR"], model__block_sizes=(1, 1))
     output, errors = run_main(f"--workdir={tmp_path}", "--mode=export", "--format=onnx", **user)
-    assert last_line(output)["examples"] == 64
+    assert parse_last_line(output)["examples"] == 64
     assert "checked with images of digits test" in errors
     assert "Traceback" not in errors
     assert "jax2onnx" not in errors

@@ -10,7 +10,7 @@ import pytest
 from densenet_jax.export.graph import make_graph, reference_outputs
 from tests.export.exporting import FAMILIES, export_small, images
 from tests.extras import needs
-from tests.running import environment, last_line, run_main
+from tests.main_processes import make_environment, parse_last_line, run_main
 
 ALONE = """
 import sys, importlib.util
@@ -33,7 +33,7 @@ def test_it_runs_in_a_process_without_the_package(name, tmp_path):
     assert figures["max_abs_difference"] < 1e-6
     np.save(tmp_path / "images.npy", images())
     command = [sys.executable, "-P", "-c", ALONE, "model.stablehlo", "images.npy", "outputs.npy"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True)
+    subprocess.run(command, cwd=tmp_path, env=make_environment(), check=True)
     expected = reference_outputs(make_graph(model), images())[0]
     np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=0, atol=1e-6)
 
@@ -55,7 +55,7 @@ def test_the_mode_exports_a_run(tmp_path, user):
     workdir = str(tmp_path / "run")
     run_main("--workdir", workdir, "--config.train.epochs=0.1", "--config.optim.warmup_epochs=0.0", **user)
     output, errors = run_main("--workdir", workdir, "--mode", "export", "--format", "stablehlo", **user)
-    figures = last_line(output)
+    figures = parse_last_line(output)
     assert list(figures) == ["mode", "format", "path", "max_abs_difference", "examples"]
     assert os.path.exists(figures["path"])
     assert figures["examples"] == 64

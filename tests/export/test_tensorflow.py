@@ -13,7 +13,7 @@ from densenet_jax.export.export import ExportOptions, export
 from densenet_jax.export.graph import make_graph, reference_outputs
 from tests.export.exporting import FAMILIES, FixedSamples, export_small, images, small_model
 from tests.extras import needs
-from tests.running import environment
+from tests.main_processes import make_environment
 
 uses_tensorflow = needs("tensorflow")
 uses_tflite = needs("tensorflow", "ai_edge_litert")
@@ -58,7 +58,7 @@ assert not {"jax", "densenet_jax", "tensorflow"} & set(sys.modules)
 def run(code, folder, outputs="outputs.npy"):
     """The outputs of `code` for the images, run in a fresh process in `folder`."""
     np.save(folder / "images.npy", images())
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, env=environment(), check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, env=make_environment(), check=True)
     return np.load(folder / outputs)
 
 

@@ -12,7 +12,7 @@ from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
 from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS, Tile, fits, split_rows
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
-from tests.running import last_line, run_for_absent_chips
+from tests.main_processes import parse_last_line, run_for_absent_chips
 
 TILE = Tile(rows=16, channels=16, outputs=16)
 # rows, columns of the buffer, channels read, outputs, groups
@@ -203,7 +203,7 @@ print(json.dumps(found))
 
 @needs("jax_plugins.xla_cuda12")
 def test_for_a_gpu_that_is_not_there_they_compile_without_copies_and_move_fewer_bytes():
-    found = last_line(run_for_absent_chips(COMPILE).stdout)
+    found = parse_last_line(run_for_absent_chips(COMPILE).stdout)
     with_kernels, without = found.pop("traffic")
     # An operand whose front alone is read is counted whole, so this is more than the kernels read.
     assert with_kernels < 0.8 * without

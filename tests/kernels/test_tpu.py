@@ -12,7 +12,7 @@ from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
 from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from tests.extras import needs
 from tests.kernels.comparing import assert_close
-from tests.running import last_line, run_for_absent_chips
+from tests.main_processes import parse_last_line, run_for_absent_chips
 
 # examples, height, width, columns of the buffers, columns read, bottleneck channels, channels made, rows at a time
 SHAPES = {
@@ -201,7 +201,7 @@ print(json.dumps({
 @pytest.mark.slow
 @needs("libtpu")
 def test_for_tpus_that_are_not_there_they_compile_and_move_fewer_bytes():
-    found = last_line(run_for_absent_chips(COMPILE).stdout)
+    found = parse_last_line(run_for_absent_chips(COMPILE).stdout)
     assert found["xla"]["calls"] == 0
     assert found["kernels"]["bytes"] < 0.85 * found["xla"]["bytes"]
     assert found["kernels"]["temporaries"] < 1.1 * found["xla"]["temporaries"]

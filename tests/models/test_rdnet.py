@@ -19,8 +19,8 @@ from densenet_jax.models.torch_weights import from_torch, to_torch
 from densenet_jax.models.variants import get_variant
 from densenet_jax.predict.explain import activation_maps
 from densenet_jax.predict.predictor import Predictor
-from tests.deployed_run import make_run
 from tests.models import golden
+from tests.untrained_run import make_run
 
 NAME = "small_rdnet"
 _LARGE = (("small", 8.71), ("base", 15.36), ("large", 34.68))

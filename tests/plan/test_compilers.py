@@ -7,7 +7,7 @@ import pytest
 from densenet_jax.errors import UserError
 from densenet_jax.plan import compilers
 from tests.extras import needs
-from tests.running import ROOT, last_line, run_for_absent_chips
+from tests.main_processes import ROOT, parse_last_line, run_for_absent_chips
 
 PRODUCT = """
 import dataclasses, json, sys
@@ -28,7 +28,7 @@ print(json.dumps({**dataclasses.asdict(costs), "devices": mesh.size, "default": 
 
 
 def costs_on(topology: str) -> dict:
-    return last_line(run_for_absent_chips(PRODUCT, topology).stdout)
+    return parse_last_line(run_for_absent_chips(PRODUCT, topology).stdout)
 
 
 def check(costs: dict, chips: int) -> None:

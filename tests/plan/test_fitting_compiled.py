@@ -1,7 +1,7 @@
 """The search for the largest batch that fits with a real compiler, whose complaints are read as they come."""
 
 from tests.extras import needs
-from tests.running import last_line, run_for_absent_chips
+from tests.main_processes import parse_last_line, run_for_absent_chips
 
 PLAN = """
 import json
@@ -33,7 +33,7 @@ print(json.dumps(planning.plan(check_config(config), "v5e:1x1")))
 @needs("libtpu")
 def test_a_batch_that_a_tpu_cannot_hold_is_reported_with_the_largest_that_it_can():
     run = run_for_absent_chips(PLAN)
-    figures = last_line(run.stdout)
+    figures = parse_last_line(run.stdout)
     assert figures["fits"] is False
     largest = figures["largest_global_batch_that_fits"]
     fits = [line for line in run.stderr.splitlines() if f"a batch of {largest} fits: " in line]

@@ -15,7 +15,7 @@ from densenet_jax.plan.costs import Costs, DoesNotFitError, parse_memory_error
 from densenet_jax.plan.hlo import Collective
 from densenet_jax.training import sharding
 from tests.extras import needs
-from tests.running import last_line, run_main
+from tests.main_processes import parse_last_line, run_main
 
 KEYS = {
     "topology", "chips", "hosts", "global_batch_size", "memory_bytes_per_chip", "capacity_bytes_per_chip", "fits",
@@ -168,7 +168,7 @@ def test_the_flag_belongs_to_the_mode():
 
 def plan_digits(user, topology, *more):
     output, errors = run_main("--mode", "plan", "--config", "configs/digits.py", "--topology", topology, *more, **user)
-    figures = last_line(output)
+    figures = parse_last_line(output)
     assert figures.keys() == KEYS | {"mode"}
     assert len(output.splitlines()) == 1
     assert "bounds, not predictions" in errors

@@ -16,9 +16,9 @@ from densenet_jax.data.sources import open_source
 from densenet_jax.errors import UserError
 from densenet_jax.flags import Command
 from densenet_jax.predict.predictor import Predictor
-from tests.in_process import run_here
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line, run_main, start_main
 from tests.predict.files import encoded, gradient
-from tests.running import last_line, run_main, start_main
 
 
 def lines_of(path):
@@ -41,7 +41,7 @@ def test_predictions_and_exit_status(digits, pictures, user, tmp_path):
         *("--mode", "predict", "--workdir", str(workdir), "--images", str(pictures), "--topk", "3"), expect=3, **user
     )
     lines = lines_of(workdir / "predictions.jsonl")
-    assert last_line(output) == {
+    assert parse_last_line(output) == {
         "mode": "predict", "images": 12, "refused": 1, "path": str(workdir / "predictions.jsonl"),
     }  # fmt: skip
     assert [set(line) for line in lines] == [{"image", "predictions"}] * 12 + [{"image", "error"}]
@@ -57,7 +57,7 @@ def test_predictions_and_exit_status(digits, pictures, user, tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"digit {number}\n" for number in range(10)))
     output, _ = run_here("--mode=predict", f"--workdir={workdir}", *words, f"--labels={labels}", **user)
-    assert last_line(output)["images"] == 2
+    assert parse_last_line(output)["images"] == 2
     named = lines_of(tmp_path / "o")
     assert named[1]["predictions"][0]["label"] == f"digit {named[1]['predictions'][0]['class_id']}"
 
@@ -99,7 +99,7 @@ def test_predict_answers_what_evaluation_counts(user, tmp_path):
     output, _ = run_main(
         "--mode=eval", f"--workdir={tmp_path / 'run'}", *recipe, f"--config.eval.per_class_output={table}", **user
     )
-    counted = last_line(output)
+    counted = parse_last_line(output)
     source = open_source("digits", user["TFDS_DATA_DIR"], "test")
     for index in range(len(source)):
         folder = tmp_path / "digits" / str(source[index].label)

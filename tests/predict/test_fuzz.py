@@ -15,8 +15,8 @@ from PIL import Image
 from densenet_jax.predict.batch import PredictOptions, predict
 from densenet_jax.predict.images import ImageError, ImageLimits
 from densenet_jax.predict.predictor import Predictor
+from tests.main_processes import ROOT, make_environment
 from tests.predict.files import BOMBS, encoded, gradient, turned
-from tests.running import ROOT, environment
 from tests.tiny_model import tiny_model
 
 LIMITS = ImageLimits(max_bytes=10**6, max_pixels=10**6)
@@ -141,7 +141,7 @@ def test_memory_stays_the_same_over_20000_mutations():
     done = subprocess.run(
         [sys.executable, "-c", FUZZ],
         cwd=ROOT,
-        env=environment(),
+        env=make_environment(),
         capture_output=True,
         text=True,
         timeout=400,

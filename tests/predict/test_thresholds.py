@@ -14,7 +14,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.export.graph import make_graph
 from densenet_jax.models.dialects import thresholds_of
 from densenet_jax.predict.model import make_deployed
-from tests.in_process import run_here
+from tests.main_in_process import run_here
 from tests.models.test_dialects import THRESHOLDS, _write_state_dict
 
 CHANGES = {

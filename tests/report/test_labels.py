@@ -15,8 +15,8 @@ from densenet_jax.run.evaluate import predict_batches
 from densenet_jax.scores.calibration import sigmoid
 from densenet_jax.scores.labels import score_labels
 from densenet_jax.training import sharding
-from tests.in_process import run_here
 from tests.label_run import label_flags, write_label_set
+from tests.main_in_process import run_here
 from tests.report.reading import Page, replace_charts
 
 

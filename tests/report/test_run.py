@@ -20,9 +20,9 @@ from densenet_jax.report.look import Look
 from densenet_jax.report.run import run_page
 from densenet_jax.scores.calibration import Reliability
 from densenet_jax.training.timeline import Timeline
-from tests.in_process import run_here
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
 from tests.report.reading import Page, records, replace_charts
-from tests.running import last_line
 
 EVIL = "<script>x</script>"
 SETTINGS = {"seed": 3, "model": {"name": "tiny"}, "data": {"name": EVIL}, "augment": {"mixup_alpha": 0.2}}
@@ -176,7 +176,7 @@ def test_report_mode_changes_nothing_else_and_works_on_a_run_that_stopped(finish
     before = files()
     (finished / "report" / "index.html").unlink()
     output, _ = run_here(*QUICK, "--mode=report", f"--workdir={finished}", **user)
-    assert last_line(output) == {"mode": "report", "path": f"{finished}/report/index.html"}
+    assert parse_last_line(output) == {"mode": "report", "path": f"{finished}/report/index.html"}
     assert files() == before
 
     stopped = finished.parent / "stopped"

@@ -13,9 +13,9 @@ from densenet_jax.predict.calibration import read_calibration
 from densenet_jax.predict.predictor import Predictor
 from densenet_jax.run.calibrate import fit_calibration
 from densenet_jax.scores import calibration
-from tests.in_process import run_here
 from tests.label_run import LABELS, label_flags, write_label_set
-from tests.running import last_line
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
 
 
 def test_a_fit_has_what_was_asked_for():
@@ -44,7 +44,7 @@ def calibrated(tmp_path_factory, user, no_report):
     run_here(*label_flags(table, train__epochs=3.0), f"--workdir={folder / 'run'}", **user)
     before = predictions(folder / "run", folder / "before.jsonl", user)
     output, errors = run_here("calibrate", f"--workdir={folder / 'run'}", **user)
-    return folder / "run", before, last_line(output), errors
+    return folder / "run", before, parse_last_line(output), errors
 
 
 def predictions(workdir, path, user):
@@ -132,7 +132,7 @@ def test_one_class_an_image_has_a_temperature(digits, user):
         scaled = Predictor.from_workdir(workdir).probabilities(pixels)
     finally:
         path.unlink(missing_ok=True)
-    figures = last_line(output)
+    figures = parse_last_line(output)
     expected = jax.nn.softmax(np.log(plain) / figures["temperature"])
     np.testing.assert_allclose(scaled, expected, atol=1e-5)
     assert figures["loss"] < figures["loss_before"]

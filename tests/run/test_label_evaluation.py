@@ -12,9 +12,9 @@ from sklearn import metrics
 from densenet_jax.run.evaluate import evaluate, figures_of
 from densenet_jax.training import sharding
 from densenet_jax.training.eval_step import make_eval_step
-from tests.in_process import run_here
 from tests.label_run import label_flags, write_label_set
-from tests.running import last_line, run_processes
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line, run_processes
 
 EXAMPLES, LABELS, BATCH = 43, 4, 8
 
@@ -86,7 +86,7 @@ def finished(tmp_path_factory, user, no_report):
     folder = tmp_path_factory.mktemp("labels")
     table = write_label_set(folder / "data")
     output, errors = run_here(*label_flags(table), f"--workdir={folder / 'run'}", **user)
-    return table, folder / "run", last_line(output), errors
+    return table, folder / "run", parse_last_line(output), errors
 
 
 def test_training_and_evaluation_end_with_the_figures_of_labels(finished, user):
@@ -102,7 +102,7 @@ def test_training_and_evaluation_end_with_the_figures_of_labels(finished, user):
     assert {"loss", "f1", "learning_rate"} <= reports[0].keys()
     output, errors = run_here("eval", f"--workdir={workdir}", "--checkpoint=best", **user)
     best = max(validations, key=lambda report: (report["auroc"], report["step"]))
-    assert last_line(output) == {"mode": "eval", **{name: best.get(name, 10) for name in names[1:]}}
+    assert parse_last_line(output) == {"mode": "eval", **{name: best.get(name, 10) for name in names[1:]}}
     assert f"(validation AUROC {best['auroc']:.4f})" in errors
 
 
@@ -110,6 +110,6 @@ def test_training_and_evaluation_end_with_the_figures_of_labels(finished, user):
 def test_processes_together_have_the_figures_of_one(finished, user):
     _, workdir, trained, _ = finished
     output, _ = run_processes(2, "--mode=eval", f"--workdir={workdir}", devices=2, **user)
-    evaluated = last_line(output)
+    evaluated = parse_last_line(output)
     assert evaluated.pop("mode") == "eval"
     assert evaluated == pytest.approx({name: trained[name] for name in evaluated}, rel=1e-5)

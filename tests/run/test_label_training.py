@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 import densenet_jax
 from densenet_jax.models.torch_weights import to_torch
-from tests.in_process import run_here
 from tests.label_run import LABELS, label_flags, write_label_set
-from tests.running import run_processes
+from tests.main_in_process import run_here
+from tests.main_processes import run_processes
 
 # All that changes what a step computes or the order of examples.
 OPTIONS = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from tests.running import start_main
+from tests.main_processes import start_main
 
 MODEL = "densenet_bc_22_12"
 INFER = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: localhost\r\n".encode()

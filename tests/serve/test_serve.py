@@ -17,11 +17,11 @@ from configs import default
 from densenet_jax.config.run_settings import read_run_settings
 from densenet_jax.predict.model import make_deployed
 from densenet_jax.predict.predictor import Predictor
-from tests.deployed_run import make_run
 from tests.extras import needs
+from tests.main_processes import find_free_port, parse_last_line, run_main, start_main
 from tests.predict.files import BOMBS, encoded
-from tests.running import free_port, last_line, run_main, start_main
 from tests.serve.serving import MODEL, pictures_input, pixels_input, request_of, serving
+from tests.untrained_run import make_run
 
 # The compiler orders sums differently for batches of different sizes.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -279,7 +279,7 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
             assert status == 0, "".join(short.said)
             for answer in answers:
                 np.testing.assert_allclose(answer.result(), expected, **TOLERANCE)
-    assert last_line(output) == {"mode": "serve", "requests": 13, "images": 3 + 12 * 64}
+    assert parse_last_line(output) == {"mode": "serve", "requests": 13, "images": 3 + 12 * 64}
     assert output.count("\n") == 1
 
 
@@ -287,7 +287,7 @@ def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_stops_while_it_compiles(served_run, user, tmp_path, number):
     """Python's own end would abort with a thread in the compiler."""
-    port = free_port()
+    port = find_free_port()
     sizes = f"--config.serve.batch_sizes={tuple(range(1, 65))}"  # minutes of work, in steps that end at any time
     flags = ("--mode", "serve", "--port", str(port), "--grpc_port", "0", sizes)
     common = ("--config", "configs/digits.py", "--workdir", str(served_run), *flags)
@@ -303,7 +303,7 @@ def test_it_stops_while_it_compiles(served_run, user, tmp_path, number):
         output, errors = process.communicate(timeout=15)
     assert process.returncode == 0, errors
     assert errors.splitlines()[-1] == "stopped after 0 requests with 0 images"
-    assert last_line(output) == {"mode": "serve", "requests": 0, "images": 0}
+    assert parse_last_line(output) == {"mode": "serve", "requests": 0, "images": 0}
 
 
 @needs_server

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from densenet_jax.system import console
-from tests.running import ROOT
+from tests.main_processes import ROOT
 
 
 @pytest.mark.parametrize(("columns", "kept", "dropped"), [(80, "lr 0.1", "waiting"), (200, "waiting 3%", "nothing")])

@@ -165,7 +165,7 @@ def test_nothing_but_damaged_checkpoints_is_a_users_error(recipe, tmp_path):
     checkpoints.close()
 
 
-def files_of(checkpoint: pathlib.Path) -> list[str]:
+def list_files(checkpoint: pathlib.Path) -> list[str]:
     return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
 
 
@@ -184,7 +184,7 @@ NOT_READ = ("_CHECKPOINT_METADATA", "commit_success.txt")
 def test_harm_to_any_file_is_detected_and_the_file_named(harm, recipe, tmp_path):
     saved(recipe, tmp_path, {1: None, 2: 0.5})
     checkpoint, like = tmp_path / "checkpoints" / "2", recipe.abstract(everywhere())
-    files = [name for name in files_of(checkpoint) if not name.endswith(NOT_READ)]
+    files = [name for name in list_files(checkpoint) if not name.endswith(NOT_READ)]
     assert {"data/metadata", "metrics/metrics", "state/_METADATA", "checksums.json"} <= set(files)
     checkpoints = Checkpoints(str(tmp_path))
     for name in files:

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 Process: TypeAlias = subprocess.Popen[str] | ForkedMain
 
 
-def environment(devices: int = 1, **changes: str) -> dict[str, str]:
+def make_environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """The environment of a user with `devices` devices; JAX's own settings of this test process are left out."""
     kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "COLUMNS")}
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": xla_flags(devices)}
@@ -33,7 +33,7 @@ def start_main(*arguments: str, devices: int = 1, fresh: bool = False, **changes
         fresh: whether it is a new interpreter in any case, and not a process forked from one that has imported all.
         changes: environment variables.
     """
-    env = environment(devices, **changes)
+    env = make_environment(devices, **changes)
     if not fresh and can_fork(env):
         return ForkedMain(arguments, env)
     return subprocess.Popen(
@@ -56,7 +56,7 @@ def run_main(
     return output, errors
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,13 +65,13 @@ def free_port() -> int:
 
 def start_processes(count: int, *arguments: str, devices: int = 2, **changes: str) -> list[Process]:
     """Starts `count` processes that are one run, each with `devices` devices."""
-    flags = (f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}")
+    flags = (f"--coordinator=127.0.0.1:{find_free_port()}", f"--num_processes={count}")
     return [
         start_main(*arguments, *flags, f"--process_id={index}", devices=devices, **changes) for index in range(count)
     ]
 
 
-def end_of(processes: list[Process], timeout_secs: float = 500) -> list[tuple[int, str, str]]:
+def wait_for_ends(processes: list[Process], timeout_secs: float = 500) -> list[tuple[int, str, str]]:
     """Exit status and both outputs of each; what does not end in time is killed and fails the test."""
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
         try:
@@ -84,13 +84,13 @@ def end_of(processes: list[Process], timeout_secs: float = 500) -> list[tuple[in
 
 def run_processes(count: int, *arguments: str, devices: int = 2, expect: int = 0, **changes: str) -> tuple[str, str]:
     """Runs `count` processes as one run to their end; returns what the first one has written."""
-    ends = end_of(start_processes(count, *arguments, devices=devices, **changes))
+    ends = wait_for_ends(start_processes(count, *arguments, devices=devices, **changes))
     assert [status for status, _, _ in ends] == [expect] * count, ends
     assert [output for _, output, _ in ends[1:]] == [""] * (count - 1)
     return ends[0][1:]
 
 
-def last_line(output: str) -> dict[str, Any]:
+def parse_last_line(output: str) -> dict[str, Any]:
     """The JSON object that ends a mode's standard output."""
     return json.loads(output.splitlines()[-1])
 

@@ -16,7 +16,7 @@ _LOGGERS = ("jax", "grain", "jax2onnx", "absl", "asyncio", "orbax", "densenet_ja
 
 
 @contextlib.contextmanager
-def settings_kept() -> Iterator[None]:
+def keep_settings() -> Iterator[None]:
     """Restores what `densenet_jax.modes.run` sets for its process."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(log.level, log.propagate, log.handlers, log.filters[:]) for log in loggers]
@@ -34,7 +34,7 @@ def run_here(*arguments: str, expect: int = 0, **environment: str) -> tuple[str,
     """Runs `densenet-jax ARGUMENTS` and returns its two outputs; the exit status must be `expect`."""
     output, errors = io.StringIO(), io.StringIO()
     with (
-        settings_kept(),
+        keep_settings(),
         mock.patch.dict(os.environ, environment),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),

@@ -10,21 +10,21 @@ import orbax.checkpoint as ocp
 _OF_THE_CLOCK = ("images_per_sec", "data_wait_fraction", "host_memory_bytes", "compile_secs")
 
 
-def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
+def list_checkpoint_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
-def all_reports_of(workdir: pathlib.Path) -> list[dict]:
+def read_all_reports(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def reports_of(workdir: pathlib.Path, split: str) -> list[dict]:
+def read_reports(workdir: pathlib.Path, split: str) -> list[dict]:
     """Reports without what the clock decides."""
-    lines = all_reports_of(workdir)
+    lines = read_all_reports(workdir)
     return [{key: line[key] for key in line if key not in _OF_THE_CLOCK} for line in lines if line["split"] == split]
 
 
-def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+def load_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Everything in the state saved at `step`, the optimizer's included, by name."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         path = workdir / "checkpoints" / str(step) / "state"
@@ -37,11 +37,11 @@ def saved_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 def assert_same_end(workdir: pathlib.Path, other: pathlib.Path, step: int) -> None:
     """The newest state, which is that of `step`, and all reports are alike, bit for bit."""
-    assert checkpoint_steps(workdir)[-1] == checkpoint_steps(other)[-1] == step
-    ours, theirs = saved_arrays(workdir, step), saved_arrays(other, step)
+    assert list_checkpoint_steps(workdir)[-1] == list_checkpoint_steps(other)[-1] == step
+    ours, theirs = load_arrays(workdir, step), load_arrays(other, step)
     assert ours.keys() == theirs.keys()
     assert any("opt_state" in name for name in ours)
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     for split in ("train", "validation"):
-        assert reports_of(workdir, split) == reports_of(other, split)
+        assert read_reports(workdir, split) == read_reports(other, split)
