@@ -8,7 +8,8 @@ those of them that go between the chip and its main memory (a TPU's program keep
 fit), and the floor: the bytes that must be moved, by counting. `--target h200` needs requirements-plan-gpu.txt, the
 TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169 densenet201 densenet264; with
 resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes. Rows are written to --output as
-they come; --resume goes on with those that are missing.
+they come; --resume goes on with those that are missing. --largest 20 also says which operations of the traced program
+move most, by our own count of the compiled program's text; TPU compilers count copies between memories twice.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ COLUMNS = {
 }
 
 
-def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: str, target: str) -> dict[str, Any]:
+LARGEST = {"moved": "MB/image", "off_chip": "of these in memory", "number": "number", "kind": "kind", "path": "from"}
+
+
+def measure(
+    model: str, batch_size: int, image_size_px: int, dtype: str, form: str, target: str, largest: int = 0
+) -> dict[str, Any]:
     """Compiles one training step in this process, which must have `compilers.ENVIRONMENT`."""
     import jax
     import jax.numpy as jnp
@@ -52,7 +58,8 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
     import densenet_jax
     from densenet_jax.errors import UserError
     from densenet_jax.plan.compilers import one_chip_mesh
-    from densenet_jax.plan.costs import DoesNotFitError, compile_costs
+    from densenet_jax.plan.costs import DoesNotFitError, compile_program, count_costs
+    from densenet_jax.plan.hlo import Program
     from densenet_jax.plan.topology import find_chip
     from densenet_jax.training import sharding
 
@@ -86,12 +93,14 @@ def measure(model: str, batch_size: int, image_size_px: int, dtype: str, form: s
         images = jax.ShapeDtypeStruct((batch_size, *image.shape[1:]), jnp.dtype(dtype))
         labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         shapes = sharding.with_sharding((variables, momentum, images, labels), everywhere)
-        costs = compile_costs(jax.jit(step, donate_argnums=(0, 1)).lower(*shapes))
+        compiled = compile_program(jax.jit(step, donate_argnums=(0, 1)).lower(*shapes))
     except DoesNotFitError as full:
         return nothing("does not fit") | {"temp_bytes": full.needed_bytes}
     except UserError as mistake:
         return {"mistake": str(mistake)}
-    return {
+    costs = count_costs(compiled)
+    moves = Program(compiled.as_text()).moves()[:largest] if largest else None
+    return ({"largest": moves} if moves else {}) | {
         "bytes_per_image": round(costs.traffic_bytes / batch_size),
         "memory_bytes_per_image": round(costs.memory_traffic_bytes / batch_size),
         "temp_bytes": costs.temp_bytes,
@@ -131,6 +140,12 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def largest(batch_size: int, kind: str, path: str, number: int, moved: int, off_chip: int) -> dict[str, Any]:
+    """Formats a sum of instructions for the table."""
+    moved_mb, off_chip_mb = (size / batch_size / 1e6 for size in (moved, off_chip))
+    return {"moved": moved_mb, "off_chip": off_chip_mb, "number": number, "kind": kind, "path": path}
+
+
 def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--output", help="write the rows to this JSON file")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --output and compile the others")
+    parser.add_argument("--largest", type=int, default=0, help="also print this many sums of instructions of each row")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -189,10 +205,14 @@ def main() -> None:
             if rows.has(**case, form=form):
                 continue
             say(f"{case['model']}, {case['image_size_px']} px, batch {case['batch_size']}, {case['target']}, {form}")
-            measured = run_child({**case, "form": form})
+            measured = run_child({**case, "form": form, "largest": arguments.largest})
             row = {**case, "form": form, **measured, "floor_bytes_per_image": floor and floor * element}
             rows.add([row], versions(), device)
     print(report.table([shown(row) for row in rows.rows], COLUMNS))
+    for row in rows.rows:
+        if row.get("largest"):
+            print(f"\n{row['model']}, batch {row['batch_size']}, {row['target']}, {row['form']}:")
+            print(report.table([largest(row["batch_size"], *sums) for sums in row["largest"]], LARGEST))
 
 
 def versions() -> dict[str, str]:

@@ -39,19 +39,33 @@ class Costs:
 def compile_costs(lowered: jax.stages.Lowered) -> Costs:
     """Compiles a lowered program and counts its costs.
 
-    Traffic is the compiler's own count of accessed bytes if it has one (TPU), else the operands and results of the
-    optimized program's instructions (GPU); loop bodies count as often as they run. Traffic of main memory is counted
-    in the program's text, which for a TPU marks the arrays that lie on the chip.
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+    """
+    return count_costs(compile_program(lowered))
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Any:
+    """Compiles a lowered program.
 
     Raises:
         DoesNotFitError: a chip's memory is too small for it.
     """
     try:
-        compiled: Any = lowered.compile()
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(*parse_memory_error(str(error))) from error
+
+
+def count_costs(compiled: Any) -> Costs:
+    """Counts the costs of a compiled program.
+
+    Traffic is the compiler's own count of accessed bytes if it has one (TPU), else the operands and results of the
+    optimized program's instructions (GPU); loop bodies count as often as they run. Traffic of main memory is counted
+    in the program's text, which for a TPU marks the arrays that lie on the chip.
+    """
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
     own: dict[str, float] = {}

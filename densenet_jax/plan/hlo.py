@@ -14,6 +14,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_PATH = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = (
     "all-reduce",
@@ -44,6 +45,7 @@ class Instruction:
     is_root: bool  # whether its result is that of the computation
     number: int  # number of a parameter, else -1
     reported: int  # bytes that a kernel reports it moves, 0 if it does not
+    path: str  # of the operation that it was traced from
 
     @property
     def size(self) -> int:
@@ -97,7 +99,7 @@ def _parse_line(line: str) -> Instruction | None:
     called = tuple(_CALLED.findall(attributes))
     if branches := _BRANCHES.search(attributes):
         called += tuple(part.strip().lstrip("%") for part in branches.group(1).split(","))
-    trips, reported = _TRIPS.search(attributes), _REPORTED_BYTES.search(attributes)
+    trips, reported, path = (pattern.search(attributes) for pattern in (_TRIPS, _REPORTED_BYTES, _PATH))
     if opcode == "custom-call" and any(target in attributes for target in _NAMES_MEMORY):
         opcode = "bitcast"
     sizes, on_chip = _parse_arrays(shape)
@@ -112,6 +114,7 @@ def _parse_line(line: str) -> Instruction | None:
         bool(root),
         int(arguments) if opcode == "parameter" else -1,
         int(reported.group(1)) if reported and opcode == "custom-call" else 0,
+        path.group(1) if path else "",
     )
 
 
@@ -156,6 +159,27 @@ class Program:
                 (1 if once else times) * self._count_moved(scope, instruction, off_chip)
                 for scope, instruction, times in self._walk()
             )
+        )
+
+    def moves(self) -> list[tuple[str, str, int, int, int]]:
+        """Sums instructions of one kind and path: both, their number, bytes moved, and those off the chip.
+
+        The kind is the opcode, of a fusion around a convolution that; the sums with most bytes come first.
+        """
+        sums: dict[tuple[str, str], tuple[int, int, int]] = {}
+        for scope, instruction, times in self._walk():
+            if moved := times * self._count_moved(scope, instruction, False):
+                kind = "convolution" if self._convolves(instruction) else instruction.opcode
+                number, whole, part = sums.get((kind, instruction.path), (0, 0, 0))
+                off_chip = times * self._count_moved(scope, instruction, True)
+                sums[kind, instruction.path] = (number + times, whole + round(moved), part + round(off_chip))
+        rows = [(kind, path, *own) for (kind, path), own in sums.items()]
+        return sorted(rows, key=lambda row: (-row[3], row))
+
+    def _convolves(self, instruction: Instruction) -> bool:
+        bodies = (self._computations.get(name, {}) for name in instruction.called if instruction.opcode == "fusion")
+        return instruction.opcode == "convolution" or any(
+            self._convolves(part) for body in bodies for part in body.values()
         )
 
     def _walk(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:

@@ -73,6 +73,17 @@ def test_a_fusion_in_a_fusion_that_slices_moves_the_slices():
     assert Program(whole).traffic() == Program(FUSED).traffic() - 2 * 200 + 4000, "the rest is read beside it"
 
 
+def test_sums_of_instructions_of_one_kind_and_path():
+    traced = 'metadata={op_name="jit(step)/block/dot" stack_frame_id=1}'
+    text = NESTED.replace("kind=kOutput, calls=%outer", f"kind=kOutput, calls=%outer, {traced}")
+    text = text.replace("negate(%inner)", "convolution(%inner, %inner)").replace("bf16", "f32")
+    program = Program(text)
+    (written, read) = program.moves()
+    assert written == ("fusion", "", 1, 804, 804)
+    assert read == ("convolution", "jit(step)/block/dot", 1, 600, 600)
+    assert written[3] + read[3] == program.traffic()
+
+
 LOOP = """HloModule loop
 
 %add (x: f32[], y: f32[]) -> f32[] {
