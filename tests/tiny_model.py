@@ -1,5 +1,7 @@
 """A model that compiles at once: brightness decides."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -12,6 +14,7 @@ class Tiny(nn.Module):
 
     strides = (1, 2)
     output: str = "logits"
+    dtype: Any = jnp.float32
 
     def __call__(self, images, train=False):
         """See the real ones."""
