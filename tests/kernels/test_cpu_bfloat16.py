@@ -85,6 +85,31 @@ def test_a_step(case, products):
     assert np.abs(swapped - wanted).max() > 100 * bound
 
 
+@pytest.mark.parametrize("case", [(2, 33, 3, 24, 7, 2), (1, 20, 1, 64, 7, 2), (2, 9, 3, 10, 3, 1)])
+def test_a_stem(case, products):
+    """The windows at the right end of a line are not mixed with the next line's."""
+    b, side, c, o, size, stride = case
+    random = np.random.default_rng(0)
+    x = random.standard_normal((b, side, side + 3, c)).astype(np.float32)
+    kernel = random.standard_normal((size, size, c, o)).astype(np.float32)
+    scale, bias = random.standard_normal((2, o)).astype(np.float32)  # of both signs
+    border = size // 2
+    padded = np.pad(rounded(x), ((0, 0), (border, border), (border, border), (0, 0)))
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    wide = side + 3
+    y = sum((padded[:, i : i + side, j : j + wide] @ rounded(kernel[i, j]))[:, ::stride, ::stride] for i, j in taps)
+    y = np.pad(np.maximum(y * scale + bias, 0), ((0, 0), (1, 2), (1, 2), (0, 0)))
+    rows, columns = ((length - 2) // 2 * 2 - 1 for length in y.shape[1:3])
+    corners = [y[:, i : i + rows : 2, j : j + columns : 2] for i in range(3) for j in range(3)]
+    wanted = functools.reduce(np.maximum, corners)
+    assert bfloat16.is_stem(jnp.asarray(x), jnp.asarray(kernel))
+    found = jax.jit(functools.partial(bfloat16.stem, stride))(x, kernel, scale, bias)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    plain = bfloat16.plain_stem(*map(jnp.asarray, (x, kernel, scale, bias)), stride=stride)
+    np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.fixture(scope="module")
 def network():
     """A network in bfloat16, the same in float32, and variables with norms that do something."""

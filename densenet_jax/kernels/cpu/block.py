@@ -85,7 +85,8 @@ def _is_rounded(array: Any) -> bool:
     return array.ndim == 4 and array.dtype == jnp.bfloat16
 
 
-def _plain_norm(own: Arrays, epsilon: float) -> tuple[Array, Array]:
+def fold_norm(own: Arrays, epsilon: float) -> tuple[Array, Array]:
+    """Returns the scale and bias of a norm by its running statistics."""
     scale = own.scale if own.scale.size else jnp.ones_like(own.bias)
     if not own.mean.size:
         return scale, own.bias
@@ -108,7 +109,7 @@ def plain_run_block(
         maps[1] = lax.dynamic_update_slice_in_dim(maps[1], x[..., :copied], 0, axis=3)
     for index, step in enumerate(steps):
         own = Arrays(*operands[5 * index : 5 * index + 5])
-        scale, bias = (vector[None, None, None, :] for vector in _plain_norm(own, epsilon))
+        scale, bias = (vector[None, None, None, :] for vector in fold_norm(own, epsilon))
         activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
         kernel, stride = unpack(own.kernel, step.groups) if step.packed else own.kernel, step.stride
         if step.pooled:

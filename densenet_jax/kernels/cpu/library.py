@@ -13,6 +13,7 @@ from densenet_jax.system.native_build import build_at_first_use
 # Call: symbol in the library.
 _CALLS = {
     "block": "DensenetBlock",
+    "stem": "DensenetStem",
     "output": "DensenetConvolution",
     "kernel_gradient": "DensenetKernelGradient",
     "pool_gradient": "DensenetPoolGradient",

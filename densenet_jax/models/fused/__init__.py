@@ -45,7 +45,12 @@ from densenet_jax.models.fused.backend_gpu import GpuBackend
 from densenet_jax.models.fused.backend_tpu import TpuBackend
 from densenet_jax.models.fused.dense_block import fused_dense_block
 from densenet_jax.models.fused.dual_path import fused_stage
-from densenet_jax.models.fused.inference import evaluate_dense_block, evaluate_stage, evaluate_transition
+from densenet_jax.models.fused.inference import (
+    evaluate_dense_block,
+    evaluate_stage,
+    evaluate_stem,
+    evaluate_transition,
+)
 from densenet_jax.models.fused.norm_relu_conv import NormReluConv
 from densenet_jax.models.fused.pooling import conv_norm_relu_max_pool, norm_relu_conv_pool
 from densenet_jax.models.layers import (
@@ -70,12 +75,14 @@ class Fused(Plain):
         kernels: "auto", "xla" or "pallas" as for `create_model`, or "interpret" for tests of the kernels.
         mesh: divides the batch; None is JAX's one device, or unknown.
         is_packed: the variables are those of `inference.pack_kernels`.
+        rounds: evaluates by products of bfloat16 values, see there.
     """
 
     platform: str = ""
     kernels: str = "auto"
     mesh: Mesh | None = None
     is_packed: bool = False
+    rounds: bool = False
 
     @property
     def evaluates_by_cpu_kernels(self) -> bool:
@@ -101,7 +108,8 @@ class Fused(Plain):
         is_movable = activation is jax.nn.relu and not blur and not keep
         for index, (convolution, norm) in enumerate(layers):
             if norm is not None and index + 1 == len(layers) and is_movable:
-                return None, conv_norm_relu_max_pool(convolution, norm, x, train, backend)
+                y = evaluate_stem(norm, convolution, x) if self.rounds and not train else None
+                return None, conv_norm_relu_max_pool(convolution, norm, x, train, backend) if y is None else y
             x = backend.convolve_stem(x.astype(convolution.dtype), convolution.kernel, convolution.stride)
             if norm is None:
                 return None, x

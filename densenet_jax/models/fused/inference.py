@@ -62,7 +62,8 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
             params[name] = jnp.asarray(bfloat16.pack(kernel if in_program else np.asarray(kernel)))
         elif not in_program and cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel, groups))
-    packed = module.clone(implementation=dataclasses.replace(implementation, is_packed=not in_program))
+    changes = {"is_packed": not in_program, "rounds": rounds}
+    packed = module.clone(implementation=dataclasses.replace(implementation, **changes))
     return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 
 
@@ -109,6 +110,17 @@ def evaluate_dense_block(
         width += second.shape[-1]
     shapes = [(*x.shape[:3], width), (*x.shape[:3], bottleneck)][: 2 if bottleneck else 1]
     return _run(_Plan(tuple(steps), tuple(shapes), options.norm.epsilon, x.shape[-1]), x, arrays)
+
+
+def evaluate_stem(
+    norm: BatchNorm, convolution: Convolution, x: Float[Array, "b h w c"]
+) -> Float[Array, "b h2 w2 c2"] | None:
+    """Computes the stem's convolution, norm, ReLU and maximum by bfloat16 products; None where the kernels can't."""
+    x, kernel = x.astype(convolution.dtype), convolution.kernel.astype(convolution.dtype)
+    if not bfloat16.is_stem(x, kernel):
+        return None
+    scale, bias = cpu.fold_norm(_arrays(norm, kernel, convolution.dtype), norm.options.epsilon)
+    return bfloat16.stem(convolution.stride, x, kernel, scale, bias)
 
 
 def evaluate_transition(

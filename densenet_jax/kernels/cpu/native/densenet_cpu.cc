@@ -23,6 +23,7 @@
 #include "outputs.h"
 #include "pool_gradient.h"
 #include "sizes.h"
+#include "stem.h"
 #include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -362,6 +363,28 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
   return fits ? error : Invalid("shapes of a block's step do not fit");
 }
 
+// Computes an image's first convolution, norm, ReLU and maximum with bfloat16 products.
+ffi::Error StemCall(ffi::ThreadPool pool, Buffer x, Buffer kernel, Buffer scale, Buffer bias, Result y, int64_t stride,
+                    int64_t products) {
+  for (const Buffer& buffer : {x, kernel, scale, bias, *y})
+    if (buffer.element_type() != ffi::F32) return Invalid("a stem's operands are not float32");
+  const Shape from = x.dimensions(), k = kernel.dimensions(), to = y->dimensions();
+  if (from.size() != 4 || k.size() != 4 || to.size() != 4 || k[0] != k[1] || k[0] % 2 == 0 || stride < 1 ||
+      k[0] > kMostTaps || k[1] * k[2] > kTileInputs || std::min(from[1], from[2]) < 1)
+    return Invalid("shapes of a stem do not fit");
+  const int64_t out[] = {from[0], (from[1] - 1) / stride + 1, (from[2] - 1) / stride + 1, k[3]};
+  const auto outputs = static_cast<size_t>(k[3]);
+  Sizes s;
+  if (!SetSizes(s, from, k[2], Shape(out, 4), k[0], k[1], stride, k[0] / 2) || s.channels != from[3] ||
+      scale.element_count() != outputs || bias.element_count() != outputs || to[0] != out[0] || to[3] != out[3] ||
+      to[1] != DivideUp(out[1], 2) || to[2] != DivideUp(out[2], 2))
+    return Invalid("shapes of a stem do not fit");
+  Team team(pool);
+  RunStem(team, s, x.typed_data<float>(), kernel.typed_data<float>(), scale.typed_data<float>(),
+          bias.typed_data<float>(), y->typed_data<float>(), std::min(products, FastestProducts()));
+  return ffi::Error::Success();
+}
+
 // Computes a program of elementwise operations for many items. The operands are the vector of scalars and each item's
 // inputs; the results are each item's outputs, all of one type. Of inputs and outputs that are longer than an item's
 // shortest input only the front is used.
@@ -503,6 +526,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().RemainingArgs().RemainingRets()
         .Attr<ffi::Span<const int64_t>>("steps").Attr<int64_t>("copied").Attr<double>("epsilon")
         .Attr<int64_t>("products"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetStem, StemCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>()
+        .Attr<int64_t>("stride").Attr<int64_t>("products"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetElementwise, ElementwiseCall,
