@@ -110,27 +110,41 @@ def test_a_stem(case, products):
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+SMALL = {
+    "densenet121": {"block_sizes": (1, 2), "growth_rate": 12},
+    "dpn68": {"reduction_width": 8, "groups": 2, "block_sizes": (1, 2), "dense_increments": (8, 16)},
+}
+
+
 @pytest.fixture(scope="module")
-def network():
-    """A network in bfloat16, the same in float32, and variables with norms that do something."""
-    options = {"block_sizes": (1, 2), "growth_rate": 12, "num_classes": 3}
-    networks = [densenet_jax.create_model("densenet121", **options, dtype=kind) for kind in (jnp.bfloat16, jnp.float32)]
-    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 40, 3)), jnp.float32)
-    shapes, random = jax.eval_shape(networks[0].init, jax.random.key(0), images), np.random.default_rng(1)
+def make_networks():
+    """Makes a network in bfloat16, the same in float32, and variables with norms that do something."""
 
-    def draw(leaf):
-        values = random.standard_normal(leaf.shape)
-        return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1 + 0.3 * np.abs(values))
+    @functools.cache
+    def make(name):
+        kinds = (jnp.bfloat16, jnp.float32)
+        networks = [densenet_jax.create_model(name, **SMALL[name], num_classes=3, dtype=kind) for kind in kinds]
+        random = np.random.default_rng(1)
+        images = jnp.asarray(random.standard_normal((2, 40, 40, 3)), jnp.float32)
+        shapes = jax.eval_shape(networks[0].init, jax.random.key(0), images)
 
-    return *networks, jax.tree.map(draw, shapes), images
+        def draw(leaf):
+            values = random.standard_normal(leaf.shape)
+            is_kernel = leaf.ndim > 1
+            return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
+
+        return *networks, jax.tree.map(draw, shapes), images
+
+    return make
 
 
-def test_a_network_in_bfloat16(network):
+@pytest.mark.parametrize(("name", "count"), [("densenet121", 7), ("dpn68", 8)])
+def test_a_network_in_bfloat16(name, count, make_networks):
     """Kernels are rounded and laid out once; feature maps and logits are float32, and near those of float32."""
-    ours, exact, variables, images = network
+    ours, exact, variables, images = make_networks(name)
     packed, arrays = pack_kernels(ours, variables)
     kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.bfloat16]
-    assert len(kernels) == (7 if library.bfloat16_products() else 0)  # of three layers and a transition
+    assert len(kernels) == (count if library.bfloat16_products() else 0)  # those of blocks without groups
     assert jax.tree.map(jnp.shape, arrays) == jax.tree.map(jnp.shape, variables)
     answer, pullback = jax.vjp(lambda images: packed.apply(arrays, images, train=False), images)
     wanted, other = jax.vjp(lambda images: exact.apply(variables, images, train=False), images)
@@ -142,9 +156,9 @@ def test_a_network_in_bfloat16(network):
     assert jnp.linalg.norm(gradient - exact_gradient) < 0.1 * jnp.linalg.norm(exact_gradient)
 
 
-def test_without_the_instructions_it_is_float32(network, monkeypatch, caplog):
+def test_without_the_instructions_it_is_float32(make_networks, monkeypatch, caplog):
     monkeypatch.setattr(inference, "bfloat16_products", lambda: 0)
-    ours, exact, variables, images = network
+    ours, exact, variables, images = make_networks("densenet121")
     (packed, arrays), (other, others) = (pack_kernels(one, variables) for one in (ours, exact))
     assert packed == other
     assert "config.model.dtype=bfloat16: this processor multiplies no bfloat16 values" in caplog.text
