@@ -153,7 +153,7 @@ def test_a_network_in_bfloat16(name, count, make_networks):
     in_call = jax.jit(functools.partial(PackedInCall(ours).apply, train=False))(variables, images)
     np.testing.assert_array_equal(in_call, jax.jit(functools.partial(packed.apply, train=False))(arrays, images))
     gradient, exact_gradient = pullback(wanted)[0], other(wanted)[0]
-    assert jnp.linalg.norm(gradient - exact_gradient) < 0.1 * jnp.linalg.norm(exact_gradient)
+    assert jnp.linalg.norm(gradient - exact_gradient) < 0.25 * jnp.linalg.norm(exact_gradient)
 
 
 def test_without_the_instructions_it_is_float32(make_networks, monkeypatch, caplog):
