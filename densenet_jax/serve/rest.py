@@ -45,6 +45,7 @@ KINDS = {list: "a list", str: "a string", int: "a whole number", bool: "true or 
 TENSOR = (("name", str), ("datatype", str), ("shape", list))
 REQUESTS = Counter("rest_server_requests", "Requests over REST.", ("method", "path", "status_code"))
 DURATION = Histogram("rest_server_request_duration_seconds", "How long answering took.", ("path",))
+_metrics = functools.cache(lambda *labels: (REQUESTS.labels(*labels), DURATION.labels(labels[1])))
 
 
 class Rest:
@@ -83,8 +84,9 @@ class Rest:
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": body})
-        REQUESTS.labels(scope["method"], scope["state"]["label"], status).inc()
-        DURATION.labels(scope["state"]["label"]).observe(time.perf_counter() - started)
+        requests, duration = _metrics(scope["method"], scope["state"]["label"], status)
+        requests.inc()
+        duration.observe(time.perf_counter() - started)
 
     async def _route(self, scope: Message, receive: Receive) -> Any:
         headers = {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in scope["headers"]}
