@@ -19,7 +19,7 @@ import jaxlib
 from densenet_jax.system.native_build import compile_library, find_compiler, library_places, main
 
 _FOLDER = pathlib.Path(__file__).parent / "native"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden")
 _LIBRARY_FLAGS = ("-shared", "-fPIC", "-pthread")
 
 

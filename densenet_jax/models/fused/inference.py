@@ -151,7 +151,7 @@ def evaluate_stage(
     add(projection.bn, projection.conv.kernel, cpu.Step(0, 1, stride=stride))
     width = projection.conv.kernel.shape[-1]
     for index, block in enumerate(blocks):
-        inner = 4 if index else 2
+        inner = 4 if index and stride > 1 else 2  # at stride 1 one map does for all blocks
         add(block.c1x1_a.bn, block.c1x1_a.conv.kernel, cpu.Step(1 if index else 0, inner))
         grouped = cpu.Step(inner, 3, stride=block.stride, groups=block.groups)
         add(block.c3x3_b.bn, block.c3x3_b.conv.kernel, grouped)
@@ -164,7 +164,8 @@ def evaluate_stage(
     batch, *sides = x.shape[:3]
     after = [(side - 1) // stride + 1 for side in sides]
     shapes = ((batch, *after, width), (batch, *sides, first.width), (batch, *after, first.width))
-    return _run(_Plan(tuple(steps), (*shapes, shapes[-1]), first.norm_options.epsilon), x, arrays)
+    others = shapes[-1:] if stride > 1 else ()
+    return _run(_Plan(tuple(steps), (*shapes, *others), first.norm_options.epsilon), x, arrays)
 
 
 def _arrays(norm: BatchNorm, kernel: Array, dtype: DType) -> cpu.Arrays:

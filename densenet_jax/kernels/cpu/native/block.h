@@ -107,7 +107,7 @@ void RunPointwise(Team& team, const Step<T>& step) {
   const bool few = pixels <= kFewPixels && chunks >= team.size();
   const int64_t parts = few ? team.size() : 1;
   const int64_t most = std::max<int64_t>(kStepBytes / (channels * sizeof(T)), kTileRows);
-  int64_t bands = DivideUp(pixels, most);
+  int64_t bands = few ? 1 : DivideUp(pixels, most);  // few: each weight is read once
   if (!few) {
     bands = DivideUp(std::max(bands, step.tasks(team.size())), team.size()) * team.size();
     bands = std::min(bands, DivideUp(pixels, kTileRows / 2));

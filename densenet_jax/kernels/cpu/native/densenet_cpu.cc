@@ -269,10 +269,15 @@ std::pair<const T*, const T*> Fold(Buffer scale, Buffer bias, Buffer mean, Buffe
   const int64_t channels = static_cast<int64_t>(bias.element_count());
   const bool is_scaled = scale.element_count() > 0, is_folded = mean.element_count() == 0;
   if (is_scaled && is_folded) return {scale.typed_data<T>(), bias.typed_data<T>()};
-  for (int64_t c = 0; c < channels; ++c) {
-    folded[c] = is_scaled ? scale.typed_data<T>()[c] : T{1};
-    if (!is_folded) folded[c] /= std::sqrt(var.typed_data<T>()[c] + static_cast<T>(epsilon));
-    folded[channels + c] = bias.typed_data<T>()[c] - (is_folded ? T{0} : mean.typed_data<T>()[c] * folded[c]);
+  if (is_scaled)
+    std::copy_n(scale.typed_data<T>(), channels, folded);
+  else
+    std::fill_n(folded, channels, T{1});
+  std::copy_n(bias.typed_data<T>(), channels, folded + channels);
+  if (!is_folded) {
+    const T *means = mean.typed_data<T>(), *variances = var.typed_data<T>(), about = static_cast<T>(epsilon);
+    for (int64_t c = 0; c < channels; ++c) folded[c] /= std::sqrt(variances[c] + about);
+    for (int64_t c = 0; c < channels; ++c) folded[channels + c] -= means[c] * folded[c];
   }
   return {folded, folded + channels};
 }
