@@ -90,7 +90,7 @@ class InputChecker:
             raise RequestError(f"{tensor.name} is of the datatype {shorten(tensor.datatype)}; expected {datatype}")
         shape = tuple(tensor.shape)
         is_of_images = shape[1:] == image_shape or (shape[1:] == (1,) and not is_pixels)
-        if not shape or not is_of_images or not all(type(size) is int for size in shape):
+        if not is_of_images or set(map(type, shape)) != {int}:
             expected = ", ".join(map(str, ("n", *image_shape)))
             raise RequestError(f"{tensor.name} has the shape {shorten(list(shape))}; expected [{expected}]")
         if not 1 <= shape[0] <= self.max_images:

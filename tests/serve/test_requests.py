@@ -80,6 +80,7 @@ REFUSED = {
     "16 bits for a model of 8": ([pixels(WIDE.tolist(), datatype="UINT16")], "'UINT16'; expected UINT8"),
     "wrong datatype": ([pixels(PIXELS.tolist(), datatype="FP32")], "'FP32'; expected UINT8"),
     "wrong shape": ([pixels(PIXELS.tolist(), (2, 3, 2, 1))], r"expected \[n, 2, 3, 1\]"),
+    "a shape of fractions": ([pixels(PIXELS.tolist(), (2.0, *SHAPE))], "the shape"),
     "no shape": ([pixels(PIXELS.tolist(), ())], "the shape"),
     "negative shape": ([pixels(PIXELS.tolist(), (-2, *SHAPE))], "-2 images"),
     "too many images": ([pixels(b"\0" * 30, (5, *SHAPE))], "5 images in a request; expected 1 to 4"),
