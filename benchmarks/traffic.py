@@ -8,8 +8,10 @@ those of them that go between the chip and its main memory (a TPU's program keep
 fit), and the floor: the bytes that must be moved, by counting. `--target h200` needs requirements-plan-gpu.txt, the
 TPUs need requirements-plan.txt. Growth with depth: --models densenet121 densenet169 densenet201 densenet264; with
 resolution: --image_size_px 160 224 320. Compiling densenet121 for a TPU takes minutes. Rows are written to --output as
-they come; --resume goes on with those that are missing. --largest 20 also says which operations of the traced program
-move most, by our own count of the compiled program's text; TPU compilers count copies between memories twice.
+they come; --resume goes on with those that are missing. --by_stage compiles each stage of an RDNet as a network of its
+own, behind a stem that gives it the width it has in the whole: a TPU's compiler takes too long for that. --largest 20
+also says which operations of the traced program move most, by our own count of the compiled program's text; TPU
+compilers count copies between memories twice.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ FORMS = ("densenet_jax", "plain")
 KERNELS = {"without_kernels": "xla", "with_kernels": "pallas"}
 COLUMNS = {
     "model": "model",
+    "stage": "stage",
     "batch_size": "batch",
     "image_size_px": "px",
     "target": "target",
@@ -42,13 +45,39 @@ COLUMNS = {
     "times_floor": "times floor",
     "error": "error",
 }
-
-
 LARGEST = {"moved": "MB/image", "off_chip": "of these in memory", "number": "number", "kind": "kind", "path": "from"}
 
 
+def one_stage(model: str, stage: int) -> dict[str, Any]:
+    """Returns the overrides of `create_model` that leave one stage of an RDNet, counted from 0."""
+    from densenet_jax.models.variants import RDNetArchitecture, get_variant
+
+    whole = get_variant(model).architecture
+    if not isinstance(whole, RDNetArchitecture):
+        raise SystemExit(f"error: --by_stage is for RDNets, not {model}")
+    features = whole.stem_width
+    for size, growth_rate in zip(whole.block_sizes[:stage], whole.growth_rate, strict=False):
+        features = int((features + size * growth_rate) * whole.compression / 8) * 8
+    halvings = sum(index <= stage for index in whole.halved_stages)
+    return {
+        "block_sizes": (whole.block_sizes[stage],),
+        "growth_rate": (whole.growth_rate[stage],),
+        "halved_stages": (),
+        "squeeze_excite_from": int(stage < whole.squeeze_excite_from),
+        "stem_width": features,
+        "patch_px": whole.patch_px * 2**halvings,
+    }
+
+
 def measure(
-    model: str, batch_size: int, image_size_px: int, dtype: str, form: str, target: str, largest: int = 0
+    model: str,
+    batch_size: int,
+    image_size_px: int,
+    dtype: str,
+    form: str,
+    target: str,
+    largest: int = 0,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """Compiles one training step in this process, which must have `compilers.ENVIRONMENT`."""
     import jax
@@ -86,6 +115,7 @@ def measure(
             block_form=block_form,
             kernels=KERNELS.get(form, "auto"),
             mesh=mesh,
+            **({} if stage is None else one_stage(model, stage)),
         )
         image = jnp.zeros((1, image_size_px, image_size_px, 3))
         variables = jax.eval_shape(lambda: network.init(jax.random.key(0), image))
@@ -163,6 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--output", help="write the rows to this JSON file")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --output and compile the others")
+    parser.add_argument("--by_stage", action="store_true", help="compile the stages of an RDNet apart")
     parser.add_argument("--largest", type=int, default=0, help="also print this many sums of instructions of each row")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -185,14 +216,28 @@ def main() -> None:
     try:
         for model in models:
             get_variant(model)
+            if arguments.by_stage:
+                one_stage(model, 0)
         for target in arguments.target:
             check_installed(find_chip(target).compiler)
     except UserError as mistake:
         raise SystemExit(f"error: {mistake}") from None
+    stages: dict[str, list[dict[str, Any]]] = {model: [{}] for model in models}
+    if arguments.by_stage:
+        for model in models:
+            stages[model] = [{"stage": index} for index in range(len(get_variant(model).architecture.block_sizes))]
     cases = [
-        {"model": model, "batch_size": batch_size, "image_size_px": px, "dtype": arguments.dtype, "target": target}
+        {
+            "model": model,
+            **stage,
+            "batch_size": batch_size,
+            "image_size_px": px,
+            "dtype": arguments.dtype,
+            "target": target,
+        }
         for target in arguments.target
         for model in models
+        for stage in stages[model]
         for px in arguments.image_size_px
         for batch_size in arguments.batch_sizes
     ]
@@ -200,11 +245,12 @@ def main() -> None:
     device = f"compiled for {', '.join(arguments.target)} without one"
     element = 2 if arguments.dtype == "bfloat16" else 4
     for case in cases:
-        floor = floor_elements(case["model"], case["image_size_px"])
+        floor = None if arguments.by_stage else floor_elements(case["model"], case["image_size_px"])
         for form in arguments.forms:
             if rows.has(**case, form=form):
                 continue
-            say(f"{case['model']}, {case['image_size_px']} px, batch {case['batch_size']}, {case['target']}, {form}")
+            name = f"{case['model']}, stage {case['stage']}" if "stage" in case else case["model"]
+            say(f"{name}, {case['image_size_px']} px, batch {case['batch_size']}, {case['target']}, {form}")
             measured = run_child({**case, "form": form, "largest": arguments.largest})
             row = {**case, "form": form, **measured, "floor_bytes_per_image": floor and floor * element}
             rows.add([row], versions(), device)

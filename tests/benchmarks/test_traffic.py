@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from densenet_jax import create_model
 from densenet_jax.models.variants import RDNetArchitecture, Variant
 from tests.extras import needs
 from tests.main_processes import ROOT, make_environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from traffic import one_stage
 from versus import floor
 from versus.floor import floor_elements
 
@@ -59,7 +63,11 @@ def test_networks_whose_floor_is_not_counted_have_none(model):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("--target", "v5f"), "did you mean v5"), (("--models", "densenet120"), "densenet121")],
+    [
+        (("--target", "v5f"), "did you mean v5"),
+        (("--models", "densenet120"), "densenet121"),
+        (("--models", "dpn68", "--by_stage"), "RDNets"),
+    ],
 )
 def test_a_name_that_is_not_known_is_one_line(arguments, says):
     done = run(*arguments)
@@ -67,6 +75,17 @@ def test_a_name_that_is_not_known_is_one_line(arguments, says):
     assert says in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stage_apart_has_the_layers_that_it_has_in_the_whole():
+    def layers(**overrides):
+        network = create_model("rdnet_tiny", **overrides)
+        shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))["params"]
+        stages = [shapes[f"stage{index + 1}"] for index in range(len(network.block_sizes))]
+        return [{name: array for name, array in stage.items() if "layer" in name} for stage in stages]
+
+    whole = layers()
+    assert [layers(**one_stage("rdnet_tiny", index)) for index in range(7)] == [[stage] for stage in whole]
 
 
 @needs("libtpu")
