@@ -47,6 +47,16 @@ def test_it_answers_what_evaluation_computes(digits, predictor):
     assert len(set(best)) > 1
 
 
+def test_a_run_of_float32_predicts_in_bfloat16_on_request(digits, predictor):
+    pixels = np.stack([predictor.preprocess(image) for image in records_of(digits[1], 8)])
+    rounded = Predictor.from_workdir(digits[0], batch_sizes=(8,), dtype="bfloat16").probabilities(pixels)
+    wanted = predictor.probabilities(pixels)
+    np.testing.assert_allclose(rounded, wanted, rtol=0, atol=0.02)
+    assert np.abs(rounded - wanted).max() > 1e-6
+    with pytest.raises(UserError, match=r"dtype.*'bfloat17'.*bfloat16"):
+        Predictor.from_workdir(digits[0], dtype="bfloat17")
+
+
 def test_paths_bytes_and_arrays_are_alike(predictor, tmp_path):
     picture = gradient(13, 9)
     (tmp_path / "picture.png").write_bytes(encoded(picture))
@@ -185,6 +195,9 @@ def test_pretrained_weights(tmp_path):
     assert {answer.label for answer in predictor([gradient_array()])[0]} == {"ant", "bee", "cat", "dog"}
     source = str(tmp_path / "small.safetensors")
     assert Predictor.from_pretrained("densenet_bc_22_12", source, many_labels=True).model.many_labels
+    assert Predictor.from_pretrained("densenet_bc_22_12", source, dtype="bfloat16").model.dtype == jnp.bfloat16
+    with pytest.raises(UserError, match="dtype is 'half'; expected"):
+        Predictor.from_pretrained("densenet_bc_22_12", source, dtype="half")
     assert not predictor.model.many_labels
 
 
