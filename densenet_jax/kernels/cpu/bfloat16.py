@@ -28,7 +28,8 @@ def is_packable(kernel: Any, groups: int = 1) -> bool:
 def pack(kernel: Any) -> Any:
     """Rounds a kernel for which `is_packable` to bfloat16 and lays it out for the products, in the same shape.
 
-    The order is [16 outputs, or the last few][taps][pairs of inputs][outputs][2]. NumPy for an array of NumPy's.
+    The order, the slowest first: 16 outputs together, or the last few; taps; pairs of inputs; outputs; both inputs of a
+    pair. A NumPy array gives a NumPy array.
     """
     arrays = jnp if isinstance(kernel, jax.Array) else np
     *taps, inputs, outputs = kernel.shape
