@@ -388,11 +388,6 @@ void MultiplyPixels(int64_t products, const Bfloat16Weights& w, const Bfloat16* 
 
 constexpr int64_t kBfloat16TaskProducts = 8 * 1000 * 1000;  // worth a task
 
-// Into how many tasks to cut blocks of pixels with so many products: the same number for each thread.
-inline int64_t BlockTasks(int64_t blocks, int64_t products, int64_t threads) {
-  return std::min(std::clamp<int64_t>(products / kBfloat16TaskProducts / threads, 1, 4) * threads, blocks);
-}
-
 inline Bfloat16Weights MakeWeights(const Sizes& s, const Bfloat16* packed, int64_t products) {
   Bfloat16Weights w{packed, nullptr, s.channels, s.out_channels, s.kernel_height * s.kernel_width, {}};
   if (products == kAmx && s.channels % kTileInputs) {
@@ -412,7 +407,8 @@ inline void RunBfloat16Pointwise(Team& team, const Sizes& s, const Source<float>
   const int64_t pixels = s.batch * s.out_height * s.out_width, step = RoundUp(s.channels, kTileInputs);
   const int64_t pairs = DivideUp(w.chunks(), 2), blocks = DivideUp(pixels, kRowBlock);
   const int64_t parts = blocks < 2 * team.size() ? std::min(pairs, team.size()) : 1;
-  const int64_t bands = parts > 1 ? 1 : BlockTasks(blocks, pixels * s.channels * s.out_channels, team.size());
+  const int64_t cost = pixels * s.channels * s.out_channels;
+  const int64_t bands = parts > 1 ? 1 : std::min(blocks, CountTasks(cost, kBfloat16TaskProducts, team.size()));
   team.Run(bands * parts, [&](int64_t task) {
     const int64_t band = task / parts, part = task % parts;
     const int64_t first = 2 * (pairs * part / parts), last = std::min(2 * (pairs * (part + 1) / parts), w.chunks());
@@ -447,7 +443,8 @@ inline void RunBfloat16Window(Team& team, const Sizes& s, const Bordered& from, 
     w.offsets[tap] = (tap / s.kernel_width * from.width + tap % s.kernel_width) * from.step;
   const int64_t pixels = (s.out_height - 1) * from.width + s.out_width, per_image = DivideUp(pixels, kRowBlock);
   const int64_t blocks = per_image * s.batch;
-  const int64_t tasks = BlockTasks(blocks, blocks * kRowBlock * w.taps * s.channels * s.out_channels, team.size());
+  const int64_t cost = blocks * kRowBlock * w.taps * s.channels * s.out_channels;
+  const int64_t tasks = std::min(blocks, CountTasks(cost, kBfloat16TaskProducts, team.size()));
   team.Run(tasks, [&](int64_t task) {
     Tiles tiles(products);
     for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block) {

@@ -40,11 +40,10 @@ struct Step {
 
   Outputs outputs() const { return {y, total, y_step, added}; }
   int64_t pixels() const { return sizes.batch * sizes.out_height * sizes.out_width; }
-  // How many tasks to make: the same number for each thread, up to four, so that one that is held up is helped.
   int64_t tasks(int64_t threads) const {
     const Sizes& s = sizes;
     const int64_t products = pixels() * s.kernel_height * s.run() * s.out_channels / groups;
-    return std::clamp<int64_t>(products / kTaskProducts / threads, 1, 4) * threads;
+    return CountTasks(products, kTaskProducts, threads);
   }
 };
 

@@ -3,6 +3,7 @@
 #ifndef DENSENET_JAX_KERNELS_CPU_NATIVE_TEAM_H_
 #define DENSENET_JAX_KERNELS_CPU_NATIVE_TEAM_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -14,6 +15,12 @@
 namespace densenet_jax {
 
 constexpr int kSpins = 200;  // some ten microseconds, after which other threads may have the core
+
+// How many tasks to make: the same number for each thread, up to four, so that one that is held up is helped. A task is
+// worth its start with `least` products.
+inline int64_t CountTasks(int64_t products, int64_t least, int64_t threads) {
+  return std::clamp<int64_t>(products / least / threads, 1, 4) * threads;
+}
 
 inline void Pause() {
 #if defined(__x86_64__)
