@@ -56,6 +56,15 @@ def run_main(
     return output, errors
 
 
+def run_python(
+    *arguments: str, env: dict[str, str] | None = None, timeout_secs: float = 500
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` from the project's root to its end; `env` is by default that of a user."""
+    env = make_environment() if env is None else env
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_secs, check=False)
+
+
 def find_free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:
@@ -97,14 +106,6 @@ def parse_last_line(output: str) -> dict[str, Any]:
 
 def run_for_absent_chips(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a Python program to its end in an environment for compiling for chips that are not here."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=os.environ | ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    done = run_python("-c", program, *arguments, env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done

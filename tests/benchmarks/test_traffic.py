@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from densenet_jax import create_model
 from densenet_jax.models.variants import RDNetArchitecture, Variant
 from tests.extras import needs
-from tests.main_processes import ROOT, make_environment
+from tests.main_processes import ROOT, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -22,8 +21,7 @@ from versus.floor import floor_elements
 
 
 def run(*arguments):
-    command = [sys.executable, "benchmarks/traffic.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=make_environment(), capture_output=True, text=True, check=False)
+    return run_python("benchmarks/traffic.py", *arguments)
 
 
 def test_the_floor_of_densenet121_is_about_160_megabytes_in_bfloat16():

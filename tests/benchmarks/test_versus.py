@@ -2,30 +2,21 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import threading
 import types
 
 import pytest
 
-from tests.main_processes import ROOT, make_environment
+from tests.main_processes import ROOT, run_python
 
 TINY = ("--models", "densenet_bc_22_12", "--block_sizes", "1", "1", "1", "--image_size_px", "8", "--turns", "2")
 HAS_TORCH = importlib.util.find_spec("timm") is not None
 
 
 def run(script, path, *arguments):
-    command = [sys.executable, f"benchmarks/{script}.py", *TINY, "--turn_secs", "0.05", "--output", str(path)]
-    result = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=make_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    flags = (*TINY, "--turn_secs", "0.05", "--output", str(path), *arguments)
+    result = run_python(f"benchmarks/{script}.py", *flags, timeout_secs=300)
     assert result.returncode == 0, result.stderr
     content = json.loads(path.read_text())
     assert set(content) == {"date", "device", "versions", "rows"}
@@ -265,9 +256,7 @@ def test_the_benchmarks_need_no_data_libraries():
         "sizes = {'block_sizes': (1,)}\n"
         "jax_worker.prepare('densenet_bc_22_12', 'infer', 1, 8, 1, 'float32', 'plain', sizes)[0].step()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=make_environment(), capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,8 +5,6 @@ A mutation is a function of its number, so that a failure can be repeated: `muta
 
 import pathlib
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from PIL import Image
 from densenet_jax.predict.batch import PredictOptions, predict
 from densenet_jax.predict.images import ImageError, ImageLimits
 from densenet_jax.predict.predictor import Predictor
-from tests.main_processes import ROOT, make_environment
+from tests.main_processes import run_python
 from tests.predict.files import BOMBS, encoded, gradient, turned
 from tests.tiny_model import tiny_model
 
@@ -138,15 +136,7 @@ print(*sizes)
 @pytest.mark.slow
 def test_memory_stays_the_same_over_20000_mutations():
     """In a process of its own: a decoder's crash would take this one along, and a hang is ended after five minutes."""
-    done = subprocess.run(
-        [sys.executable, "-c", FUZZ],
-        cwd=ROOT,
-        env=make_environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_python("-c", FUZZ, timeout_secs=400)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = [int(word) for word in done.stdout.split()]
     assert len(sizes) == 5
