@@ -69,15 +69,14 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
 
 @dataclasses.dataclass(frozen=True)
 class PackedInCall:
-    """Evaluates a network by variables that change between calls; one in bfloat16 as `pack_kernels` makes it."""
+    """Evaluates the network that `pack_kernels` makes in each call, for variables that change between calls."""
 
     module: Any
 
     def apply(self, variables: dict[str, Any], images: Array, *, train: bool) -> Array:
         """Computes the network's logits in evaluation."""
-        module = self.module
-        if module.dtype == jnp.bfloat16:
-            module, variables = pack_kernels(module, variables)
+        module: Any
+        module, variables = pack_kernels(self.module, variables)
         return module.apply(variables, images, train=train)
 
 
