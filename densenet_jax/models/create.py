@@ -122,8 +122,8 @@ def create_model(
         raise UserError(f"global_pool={global_pool!r}: expected 'avg' beside test_time_pool_px; set one of the two")
     pool = _chosen("global_pool", global_pool)
     head = HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype, pool)
-    common: dict[str, Any] = {"head_options": head, "remat": remat}
-    common |= {"output": tuple(output) if isinstance(output, list) else output}
+    wanted = tuple(output) if isinstance(output, list) else output
+    common: dict[str, Any] = {"head_options": head, "output": wanted, "remat": remat}
     common |= {"dtype": dtype, "param_dtype": param_dtype}
     implementation = _make_implementation(block_form, kernels, mesh)
     module: DenseNet | DualPathNetwork | rdnet.RDNet

@@ -260,8 +260,8 @@ class DenseNet(nn.Module):
         stem = (layers, images.astype(self.dtype), train, jax.nn.relu, net.blur != "none")
         unpooled, x = self.implementation.stem(*stem, has_stride(self.output, 2, by_default=False))
         pyramid = {} if unpooled is None else {2: unpooled}
-        stride = 1 if net.stem == "cifar" else 4
-        for index, num_layers in enumerate(net.block_sizes, 1):
+        strides = self.strides[-len(net.block_sizes) :]
+        for index, (num_layers, stride) in enumerate(zip(net.block_sizes, strides, strict=True), 1):
             block = (num_layers, net.growth_rate, net.bottleneck_width, options, self.implementation)
             features = DenseBlock(*block, name=f"denseblock{index}")(x, train)
             if index < len(net.block_sizes):
@@ -271,7 +271,6 @@ class DenseNet(nn.Module):
                 width = int(features.values.shape[-1] * net.compression)
                 transition = (width, options, net.blur == "all", self.implementation)
                 x = Transition(*transition, name=f"transition{index}")(features, train)
-                stride *= 2
         norm = BatchNorm(features.values.shape[-1], self.norm_options, name="norm5", **options.types)
         x = tap(self, stride, jax.nn.relu(norm(features, train)))
         return select_output(self.output, x, {**pyramid, stride: x}, self.head_options, train, self.make_rng)

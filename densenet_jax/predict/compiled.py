@@ -190,13 +190,14 @@ def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
     Raises:
         UserError: there are no such features.
     """
+    if features in FEATURES:
+        return features
     module: Any = model.module
-    strides = {f"stride_{stride}": stride for stride in module.strides}
-    names = features.split(",")
-    if features not in FEATURES and not strides.keys() >= set(names):
+    strides, names = {f"stride_{stride}": stride for stride in module.strides}, features.split(",")
+    if not strides.keys() >= set(names):
         known = ", ".join(strides)
         raise UserError(f"features is {features!r}; expected pooled, pyramid or some of {model.name}'s {known}.")
-    return features if features in FEATURES else tuple(strides[name] for name in names)
+    return tuple(strides[name] for name in names)
 
 
 def check_layer(model: Deployed, layer: str) -> None:
