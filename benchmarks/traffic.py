@@ -22,6 +22,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -50,6 +51,7 @@ LARGEST = {"moved": "MB/image", "off_chip": "of these in memory", "number": "num
 
 def one_stage(model: str, stage: int) -> dict[str, Any]:
     """Returns the overrides of `create_model` that leave one stage of an RDNet, counted from 0."""
+    from densenet_jax.models.rdnet import round_width
     from densenet_jax.models.variants import RDNetArchitecture, get_variant
 
     whole = get_variant(model).architecture
@@ -57,7 +59,7 @@ def one_stage(model: str, stage: int) -> dict[str, Any]:
         raise SystemExit(f"error: --by_stage is for RDNets, not {model}")
     features = whole.stem_width
     for size, growth_rate in zip(whole.block_sizes[:stage], whole.growth_rate, strict=False):
-        features = int((features + size * growth_rate) * whole.compression / 8) * 8
+        features = round_width((features + size * growth_rate) * whole.compression)
     halvings = sum(index <= stage for index in whole.halved_stages)
     return {
         "block_sizes": (whole.block_sizes[stage],),
@@ -67,6 +69,24 @@ def one_stage(model: str, stage: int) -> dict[str, Any]:
         "stem_width": features,
         "patch_px": whole.patch_px * 2**halvings,
     }
+
+
+def make_step(network: Any, optimizer: Any) -> Callable[..., Any]:
+    """Makes a training step: (variables, momentum, images, labels) to new variables and momentum."""
+    import jax
+    import optax
+
+    def step(variables: Any, momentum: Any, images: Any, labels: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            arrays = {**variables, "params": params}
+            logits, new = network.apply(arrays, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        gradients, new = jax.grad(loss_of, has_aux=True)(variables["params"])
+        updates, momentum = optimizer.update(gradients, momentum, variables["params"])
+        return {**new, "params": optax.apply_updates(variables["params"], updates)}, momentum
+
+    return step
 
 
 def measure(
@@ -95,17 +115,6 @@ def measure(
     platform = "tpu" if find_chip(target).compiler == "tpu" else "gpu"  # JAX itself runs on this machine's CPU
     block_form = "plain" if form == "plain" else f"normalize_once_{platform}"
     optimizer = optax.sgd(0.01, momentum=0.9)
-
-    def step(variables: Any, momentum: Any, images: Any, labels: Any) -> Any:
-        def loss_of(params: Any) -> Any:
-            arrays = {**variables, "params": params}
-            logits, new = network.apply(arrays, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
-
-        gradients, new = jax.grad(loss_of, has_aux=True)(variables["params"])
-        updates, momentum = optimizer.update(gradients, momentum, variables["params"])
-        return {**new, "params": optax.apply_updates(variables["params"], updates)}, momentum
-
     try:
         mesh = one_chip_mesh(target)
         everywhere = sharding.replicated(mesh)
@@ -123,7 +132,7 @@ def measure(
         images = jax.ShapeDtypeStruct((batch_size, *image.shape[1:]), jnp.dtype(dtype))
         labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         shapes = sharding.with_sharding((variables, momentum, images, labels), everywhere)
-        compiled = compile_program(jax.jit(step, donate_argnums=(0, 1)).lower(*shapes))
+        compiled = compile_program(jax.jit(make_step(network, optimizer), donate_argnums=(0, 1)).lower(*shapes))
     except DoesNotFitError as full:
         return nothing("does not fit") | {"temp_bytes": full.needed_bytes}
     except UserError as mistake:
@@ -222,14 +231,15 @@ def main() -> None:
             check_installed(find_chip(target).compiler)
     except UserError as mistake:
         raise SystemExit(f"error: {mistake}") from None
-    stages: dict[str, list[dict[str, Any]]] = {model: [{}] for model in models}
-    if arguments.by_stage:
-        for model in models:
-            stages[model] = [{"stage": index} for index in range(len(get_variant(model).architecture.block_sizes))]
+
+    def parts(model: str) -> list[dict[str, int]]:
+        sizes = get_variant(model).architecture.block_sizes
+        return [{"stage": index} for index in range(len(sizes))] if arguments.by_stage else [{}]
+
     cases = [
         {
             "model": model,
-            **stage,
+            **part,
             "batch_size": batch_size,
             "image_size_px": px,
             "dtype": arguments.dtype,
@@ -237,7 +247,7 @@ def main() -> None:
         }
         for target in arguments.target
         for model in models
-        for stage in stages[model]
+        for part in parts(model)
         for px in arguments.image_size_px
         for batch_size in arguments.batch_sizes
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from densenet_jax.models.rdnet import round_width
 from densenet_jax.models.variants import DenseNetArchitecture, RDNetArchitecture, get_variant
 
 # How often a training step has to read or write each kind of array where every pass does all it can:
@@ -51,12 +52,12 @@ def _rdnet_elements(architecture: RDNetArchitecture, image_size_px: int, channel
     for stage, (layers, growth) in enumerate(zip(architecture.block_sizes, architecture.growth_rate, strict=True)):
         if stage:
             moved += JOINED * width * side**2
-            width = int(width * architecture.compression / 8) * 8
+            width = round_width(width * architecture.compression)
             side //= 2 if stage in architecture.halved_stages else 1
             moved += NEW_PLAIN * width * side**2
         new = NEW_GATED if stage >= architecture.squeeze_excite_from else NEW_PLAIN
         for _ in range(layers):
-            inner = width + int(width * architecture.bottleneck_width / 8) * 8
+            inner = width + round_width(width * architecture.bottleneck_width)
             moved += (CONCATENATION * width + INNER * inner + new * growth) * side**2
             width += growth
     return moved + JOINED * width * side**2

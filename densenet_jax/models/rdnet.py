@@ -111,6 +111,11 @@ class Plain:
 PLAIN = Plain()
 
 
+def round_width(features: float) -> int:
+    """Rounds a number of feature maps down to a multiple of 8."""
+    return int(features / 8) * 8
+
+
 def drop_path(x: Float[Array, "b h w c"], rate: float, key: Array | None) -> Float[Array, "b h w c"]:
     """Zeroes whole examples at this rate and scales the rest (stochastic depth, 1603.09382); no key changes nothing."""
     if key is None or rate == 0.0:
@@ -156,7 +161,7 @@ class DenseLayer(nn.Module):
         width = x.shape[-1]
         depthwise = Convolution(width, 7, padding=3, groups=width, name="depthwise", **self.types)
         x = self.implementation.depthwise_norm(depthwise, LayerNorm(self.epsilon, name="norm", **self.types), x)
-        conv1 = Convolution(int(width * self.bottleneck_width / 8) * 8, name="conv1", **self.types)
+        conv1 = Convolution(round_width(width * self.bottleneck_width), name="conv1", **self.types)
         x = self.implementation.bottleneck(conv1, Convolution(self.growth_rate, name="conv2", **self.types), x)
         if self.squeeze_excite:
             gate = Convolution(self.growth_rate, name="gate", **self.types)
@@ -291,7 +296,7 @@ class RDNet(nn.Module):
         rates = (self.drop_path_rate * (first + layer) / last for layer in range(self.block_sizes[index]))
         transition = None
         if index:
-            transition = (int(in_features * self.compression / 8) * 8, 2 if index in self.halved_stages else 1)
+            transition = (round_width(in_features * self.compression), 2 if index in self.halved_stages else 1)
         layer = {
             "bottleneck_width": self.bottleneck_width,
             "squeeze_excite": index >= self.squeeze_excite_from,
