@@ -195,8 +195,8 @@ def main() -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     failed = False
     if not arguments.page_only:
-        found, name = cases.device()
-        platform = arguments.platform or found
+        own, name = cases.device()
+        platform = arguments.platform or own
         tasks = [
             task
             for task in TASKS.get(platform, ())

@@ -148,8 +148,8 @@ def describe(case: Case, without: Sequence[str] = ()) -> str:
     """Says a case in a few words."""
     units = {"batch_size": "batch {}", "image_size_px": "{} px"}
     units |= {key: f"{key} {{}}" for key in ("clients", "cores", "threads", "antialias", "rows", "channels")}
-    told = [units.get(key, "{}").format(value) for key, value in case if key not in without and value != 0]
-    return ", ".join(told)
+    parts = [units.get(key, "{}").format(value) for key, value in case if key not in without and value != 0]
+    return ", ".join(parts)
 
 
 def growths(one: Results) -> Iterator[Growth]:

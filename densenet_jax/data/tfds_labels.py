@@ -47,8 +47,8 @@ def find_fields(features: Any, directory: str, labels: Labels) -> Fields:
     kind = tfds.features
     images = [key for key, value in features.items() if isinstance(value, kind.Image)]
     image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    found = _many(features, labels) if labels.many else _single(features)
-    if image is None or found is None:
+    label = _many(features, labels) if labels.many else _single(features)
+    if image is None or label is None:
         expected = "labels as a list of classes, switches or a vector" if labels.many else "one class label"
         raise UserError(
             f"{directory} has the features {', '.join(sorted(features))}; config.data.labels="
@@ -57,7 +57,7 @@ def find_fields(features: Any, directory: str, labels: Labels) -> Fields:
     texts = [key for key in ("file_name", "filename", "image/filename", "id") if key in features]
     name = next((key for key in texts if isinstance(features[key], kind.Text)), "")
     sets = [key for key, value in features.items() if isinstance(_inner(value), kind.ClassLabel)]
-    return Fields(image, name, "" if labels.many or not sets else sets[0], *found)
+    return Fields(image, name, "" if labels.many or not sets else sets[0], *label)
 
 
 def _inner(feature: Any) -> Any:

@@ -121,10 +121,12 @@ def find_prepared(name: str, directory: str) -> str:
     if match["config"]:
         root /= match["config"]
     try:
-        found = [path for path in root.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)] if root.exists() else []
+        directories = (
+            [path for path in root.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)] if root.exists() else []
+        )
         versions = [
             (tuple(int(part) for part in path.name.split(".")), path)
-            for path in found
+            for path in directories
             if (path / "dataset_info.json").exists()
         ]
     except Exception as error:  # no rights, no network, or no package for this kind of storage

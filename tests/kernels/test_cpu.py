@@ -51,8 +51,8 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
-def assert_same(found, expected, bound=1e-10):
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_same(computed, expected, bound=1e-10):
+    for one, other in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
@@ -72,12 +72,12 @@ def test_convolution_and_its_gradients(case):
 
     ours, reference = of(convolution.convolve), of(convolution.plain_convolve)
     assert uses_kernels(ours, x, kernel)
-    (value, found), (expected, gradients) = (
+    (value, computed), (expected, gradients) = (
         jax.jit(jax.value_and_grad(function, (0, 1)))(x, kernel) for function in (ours, reference)
     )
     assert_same(value, expected, 1e-9)  # a sum of many sines
-    assert_same(found, gradients)
-    assert_same(jax.grad(ours, (0, 1))(x, kernel), found, 0)  # not jitted, and the same every time
+    assert_same(computed, gradients)
+    assert_same(jax.grad(ours, (0, 1))(x, kernel), computed, 0)  # not jitted, and the same every time
 
 
 # channels, outputs, groups, stride, kernel's side, padding
@@ -104,11 +104,11 @@ def test_grouped_convolution_and_its_gradients(case):
 
     ours, reference = of(convolution.convolve), of(convolution.plain_convolve)
     assert uses_kernels(ours, x, kernel)
-    (value, found), (expected, gradients) = (
+    (value, computed), (expected, gradients) = (
         jax.jit(jax.value_and_grad(function, (0, 1)))(x, kernel) for function in (ours, reference)
     )
     assert_same(value, expected, 1e-9)
-    assert_same(found, gradients)
+    assert_same(computed, gradients)
     exported = jax.export.export(jax.jit(ours))(x, kernel).mlir_module()
     assert "feature_group_count = " + str(groups) in exported
     assert exported.count("stablehlo.convolution") == 1
@@ -123,11 +123,11 @@ def test_depthwise_convolution_and_its_gradients(side, padding):
 
     ours, reference = of(convolution.convolve), of(convolution.plain_convolve)
     assert "convolution" not in jax.jit(ours).lower(x, kernel).as_text()  # shifted products instead
-    (value, found), (expected, gradients) = (
+    (value, computed), (expected, gradients) = (
         jax.jit(jax.value_and_grad(function, (0, 1)))(x, kernel) for function in (ours, reference)
     )
     assert_same(value, expected, 1e-9)
-    assert_same(found, gradients)
+    assert_same(computed, gradients)
 
 
 def test_second_derivatives_vmap_and_remat():
@@ -267,22 +267,22 @@ def test_pooling_gradient(case):
     *shape, stride = case
     x = jnp.round(2 * draw(*shape))  # with many equal values
     expected, pullback = jax.vjp(lambda x: pooling.plain_max_pool(x, window=3, stride=stride), x)
-    found, ours = jax.vjp(lambda x: pooling.max_pool(x, 3, stride), x)
+    computed, ours = jax.vjp(lambda x: pooling.max_pool(x, 3, stride), x)
     g = draw(*expected.shape, seed=1)
     assert uses_kernels(ours, g)
-    assert_same((found, jax.jit(ours)(g)), (expected, pullback(g)), 1e-14)
+    assert_same((computed, jax.jit(ours)(g)), (expected, pullback(g)), 1e-14)
 
 
 def test_float32_to_rounding():
     x, kernel = draw(3, 14, 14, 128), draw(3, 3, 128, 32, seed=1)
     exact = convolution.plain_convolve(x, kernel, padding=1)
     narrow = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    found = convolution.convolve(*narrow, stride=1, padding=1)
-    assert found.dtype == jnp.float32
-    assert float(jnp.max(jnp.abs(found - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
+    computed = convolution.convolve(*narrow, stride=1, padding=1)
+    assert computed.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(computed - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
     exact = convolution.plain_input_gradient(exact, kernel, sizes=(14, 14), stride=1, padding=1)
     pullback = jax.vjp(lambda x: convolution.convolve(x, narrow[1], stride=1, padding=1), narrow[0])[1]
-    assert float(jnp.max(jnp.abs(pullback(found)[0] - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
+    assert float(jnp.max(jnp.abs(pullback(computed)[0] - exact))) < 1e-5 * float(jnp.max(jnp.abs(exact)))
 
 
 def test_the_library_is_for_programs_of_one_cpu_device():
@@ -380,12 +380,12 @@ def test_a_block_in_one_call(case, dtype):
     arrays = [block.Arrays(*operands[i : i + 5]) for i in range(0, len(operands), 5)]
     shapes = ((b, after, after, end + 12 + 32 * (len(steps) - 5)), (b, side, side, width), (b, after, after, width))
     options = {"steps": tuple(steps), "shapes": shapes, "epsilon": 1e-3}
-    found = functools.partial(block.run_block, **options)
+    computed = functools.partial(block.run_block, **options)
     assert block.is_usable(x, arrays)
-    assert uses_kernels(found, x, arrays)
+    assert uses_kernels(computed, x, arrays)
     expected = jax.jit(functools.partial(block.plain_run_block, **options, copied=0))(x, *operands)[0]
     bound = (1e-5 if dtype == jnp.float32 else 1e-13) * float(jnp.abs(expected).max())
-    assert_same(jax.jit(found)(x, arrays), expected, bound)
+    assert_same(jax.jit(computed)(x, arrays), expected, bound)
 
 
 def test_a_block_of_shapes_that_do_not_fit_is_refused():
@@ -428,10 +428,10 @@ def test_a_network_evaluated(bottleneck_width):
     assert program.count('custom_call_target="densenet_block') == 3  # and the transition
     assert 'custom_call_target="densenet_norm_relu_conv_' not in program
     assert "concatenate(" not in program
-    found, pullback = jax.vjp(jax.jit(answers(model)), images)
+    computed, pullback = jax.vjp(jax.jit(answers(model)), images)
     expected, other = jax.vjp(jax.jit(answers(reference)), images)
-    assert_same((found, pullback(found)), (expected, other(expected)), 1e-12)
-    assert jnp.abs(pullback(found)[0]).max() > 1e-3
+    assert_same((computed, pullback(computed)), (expected, other(expected)), 1e-12)
+    assert jnp.abs(pullback(computed)[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["dpn68", "dpn68b"])

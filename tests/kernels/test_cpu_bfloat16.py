@@ -72,14 +72,14 @@ def test_a_step(case, products):
         assert block.is_usable(x, [own])
         steps = (block.Step(0, 1, added, added, stride, pooled=pooled),)
         options = {"steps": steps, "shapes": (wanted.shape,), "epsilon": 1.0, "copied": added}
-        found = jax.jit(functools.partial(block.run_block, **options))(x, [own])
-        return found, block.plain_run_block(x, *own, **options)[0]
+        computed = jax.jit(functools.partial(block.run_block, **options))(x, [own])
+        return computed, block.plain_run_block(x, *own, **options)[0]
 
     bound = 2e-6 * np.abs(wanted).max() * np.sqrt(c * size)
     packed = bfloat16.pack(kernel)
     np.testing.assert_array_equal(bfloat16.unpack(jnp.asarray(packed)).astype(jnp.float32), rounded(kernel))
-    found, plain = run(packed)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+    computed, plain = run(packed)
+    np.testing.assert_allclose(computed, wanted, rtol=0, atol=bound)
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=bound)
     swapped, _ = run(packed.reshape(-1, 2)[:, ::-1].reshape(packed.shape))  # both inputs of every pair
     assert np.abs(swapped - wanted).max() > 100 * bound
@@ -103,9 +103,9 @@ def test_a_stem(case, products):
     corners = [y[:, i : i + rows : 2, j : j + columns : 2] for i in range(3) for j in range(3)]
     wanted = functools.reduce(np.maximum, corners)
     assert bfloat16.is_stem(jnp.asarray(x), jnp.asarray(kernel))
-    found = jax.jit(functools.partial(bfloat16.stem, stride))(x, kernel, scale, bias)
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    computed = jax.jit(functools.partial(bfloat16.stem, stride))(x, kernel, scale, bias)
+    assert computed.shape == wanted.shape
+    np.testing.assert_allclose(computed, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     plain = bfloat16.plain_stem(*map(jnp.asarray, (x, kernel, scale, bias)), stride=stride)
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 

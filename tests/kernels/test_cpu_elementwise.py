@@ -51,14 +51,14 @@ def test_parameters_are_updated_in_few_calls(name, options, calls):
     expected = state
     for step in range(3):
         expected = jax.jit(update)(expected, gradients, step)
-    found = jax.tree.map(jnp.copy, state)
-    program = in_place.lower(found, gradients, 0).compile().as_text()
+    computed = jax.tree.map(jnp.copy, state)
+    program = in_place.lower(computed, gradients, 0).compile().as_text()
     if calls is not None:
         assert " copy(f64[3,3" not in program
         assert program.count('custom_call_target="densenet_elementwise') == calls
     for step in range(3):
-        found = in_place(found, gradients, step)
-    assert_same(found, expected, 1e-13)
+        computed = in_place(computed, gradients, step)
+    assert_same(computed, expected, 1e-13)
     with primitive.plain_kernels():
         assert "densenet" not in str(
             jax.make_jaxpr(lambda s: elementwise.update_in_place(update, s, gradients, 0))(state)

@@ -52,8 +52,8 @@ CASES = [
 def test_the_product_is_its_reference(shape, dtype):
     groups = SHAPES[shape][-1]
     read, shift, _ = operands(SHAPES[shape], dtype)
-    found = norm_relu_matmul.kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
-    assert_close(found, norm_relu_matmul.reference(*read, shift, groups=groups), TOLERANCES[dtype])
+    computed = norm_relu_matmul.kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
+    assert_close(computed, norm_relu_matmul.reference(*read, shift, groups=groups), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -61,11 +61,11 @@ def test_its_derivative_is_its_reference(shape, dtype):
     groups, outputs = SHAPES[shape][-1], 32 if SHAPES[shape][3] <= 32 else 64
     read, _, (total, gradient) = operands(SHAPES[shape], dtype)
     tile = Tile(rows=16, channels=16, outputs=outputs)
-    found = add_gradients.kernel(
+    computed = add_gradients.kernel(
         total, *read, gradient, groups=groups, tile=tile, most_ranges=2 * groups, interpret=True
     )
-    assert_close(found, add_gradients.reference(total, *read, gradient, groups=groups), TOLERANCES[dtype])
-    np.testing.assert_array_equal(found[0][:, SHAPES[shape][2] :], total[:, SHAPES[shape][2] :])
+    assert_close(computed, add_gradients.reference(total, *read, gradient, groups=groups), TOLERANCES[dtype])
+    np.testing.assert_array_equal(computed[0][:, SHAPES[shape][2] :], total[:, SHAPES[shape][2] :])
 
 
 @pytest.mark.slow
@@ -73,10 +73,10 @@ def test_its_derivative_is_its_reference(shape, dtype):
 def test_own_tiles_are_right_for_the_widths_of_the_variants(outputs):
     shape = (70, 100, 96, outputs, 1)
     read, shift, (total, gradient) = operands(shape, jnp.float32)
-    found = norm_relu_matmul.kernel(*read, shift, groups=1, interpret=True)
-    assert_close(found, norm_relu_matmul.reference(*read, shift, groups=1), 2e-6)
-    found = add_gradients.kernel(total, *read, gradient, groups=1, interpret=True)
-    assert_close(found, add_gradients.reference(total, *read, gradient, groups=1), 2e-6)
+    computed = norm_relu_matmul.kernel(*read, shift, groups=1, interpret=True)
+    assert_close(computed, norm_relu_matmul.reference(*read, shift, groups=1), 2e-6)
+    computed = add_gradients.kernel(total, *read, gradient, groups=1, interpret=True)
+    assert_close(computed, add_gradients.reference(total, *read, gradient, groups=1), 2e-6)
 
 
 def test_the_derivative_is_autodiff_s():
@@ -84,20 +84,20 @@ def test_the_derivative_is_autodiff_s():
         read, shift, (total, gradient) = operands((24, 10, 7, 5, 1), jnp.float64)
         y, pullback = jax.vjp(lambda *read: norm_relu_matmul.reference(*read, shift, groups=1)[0], *read)
         of_x, *expected = pullback(gradient)
-        found, of_scale, of_bias, of_kernel = add_gradients.kernel(
+        computed, of_scale, of_bias, of_kernel = add_gradients.kernel(
             total, *read, gradient, groups=1, tile=TILE, interpret=True
         )
         assert y.dtype == jnp.float64
-        assert_close((found - total, of_scale[0], of_bias[0], of_kernel), (of_x, *expected), 1e-13)
+        assert_close((computed - total, of_scale[0], of_bias[0], of_kernel), (of_x, *expected), 1e-13)
 
 
 def test_values_of_zero_and_infinities_outside_what_is_read_do_no_harm():
     read, shift, (total, gradient) = operands((20, 40, 17, 8, 1), jnp.float32)
     x = read[0].at[:, 17:].set(jnp.inf).at[3].set(0)
-    found = norm_relu_matmul.kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
-    assert_close(found, norm_relu_matmul.reference(x, *read[1:], shift, groups=1), 2e-6)
-    found = add_gradients.kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
-    assert_close(found, add_gradients.reference(total, x, *read[1:], gradient, groups=1), 2e-6)
+    computed = norm_relu_matmul.kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
+    assert_close(computed, norm_relu_matmul.reference(x, *read[1:], shift, groups=1), 2e-6)
+    computed = add_gradients.kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
+    assert_close(computed, add_gradients.reference(total, x, *read[1:], gradient, groups=1), 2e-6)
 
 
 def test_on_a_cpu_the_reference_is_compiled():
@@ -145,7 +145,7 @@ from densenet_jax.training import sharding
 
 mesh = sharding.make_mesh(absent_devices(parse_topology("h200:1x1x8")))
 one = sharding.make_mesh(absent_devices(parse_topology("h200:1x1x1")))
-found = {}
+computed = {}
 
 def compile_both(name, rows, columns, channels, outputs, groups=1, mesh=one, kind=jnp.bfloat16):
     def shape(*sizes, dtype=kind):
@@ -160,8 +160,8 @@ def compile_both(name, rows, columns, channels, outputs, groups=1, mesh=one, kin
         ),
     ]
     texts = [program.compile().as_text() for program in programs]
-    found[name] = [len(re.findall("xla.gpu.triton", text)) for text in texts]
-    found[name + " copies"] = [len(re.findall(rf"f16.{rows},{columns}[^ ]* copy", text)) for text in texts]
+    computed[name] = [len(re.findall("xla.gpu.triton", text)) for text in texts]
+    computed[name + " copies"] = [len(re.findall(rf"f16.{rows},{columns}[^ ]* copy", text)) for text in texts]
 
 compile_both("whole tiles", 6272, 1024, 992, 128)
 compile_both("edges", 1001, 144, 96, 192)
@@ -195,20 +195,20 @@ def over_eight(implementation):
     text = jax.jit(step).lower(variables, x).compile().as_text()
     return [len(re.findall(r'custom_call_target="__gpu.xla.gpu.triton"', text)), "all-gather" in text]
 
-found["each of eight chips"] = over_eight(Fused("gpu", mesh=mesh))
-found["traffic"] = [block(Fused("gpu", "pallas")), block(Fused("gpu"))]
-print(json.dumps(found))
+computed["each of eight chips"] = over_eight(Fused("gpu", mesh=mesh))
+computed["traffic"] = [block(Fused("gpu", "pallas")), block(Fused("gpu"))]
+print(json.dumps(computed))
 """
 
 
 @needs("jax_plugins.xla_cuda12")
 def test_for_a_gpu_that_is_not_there_they_compile_without_copies_and_move_fewer_bytes():
-    found = parse_last_line(run_for_absent_chips(COMPILE).stdout)
-    with_kernels, without = found.pop("traffic")
+    computed = parse_last_line(run_for_absent_chips(COMPILE).stdout)
+    with_kernels, without = computed.pop("traffic")
     # An operand whose front alone is read is counted whole, so this is more than the kernels read.
     assert with_kernels < 0.8 * without
-    assert found.pop("eight chips") == [0, 0]
+    assert computed.pop("eight chips") == [0, 0]
     # Two layers of three calls, without the gradient of the block's input, which nobody asks for.
-    assert found.pop("each of eight chips") == [2 * 3 - 1, False]
-    assert {name for name, counts in found.items() if "copies" not in name and counts != [1, 2]} == set()
-    assert {name for name, counts in found.items() if "copies" in name and counts != [0, 0]} == set()
+    assert computed.pop("each of eight chips") == [2 * 3 - 1, False]
+    assert {name for name, counts in computed.items() if "copies" not in name and counts != [1, 2]} == set()
+    assert {name for name, counts in computed.items() if "copies" in name and counts != [0, 0]} == set()

@@ -75,17 +75,17 @@ def at(values):
 def test_the_3x3_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, made, rows = SHAPES[shape]
     operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
-    found = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
-    assert_close(found, conv3x3_gradients.reference(*operands, start=start), TOLERANCES[dtype])
+    computed = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
+    assert_close(computed, conv3x3_gradients.reference(*operands, start=start), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_1x1_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
     operands = conv1x1_operands(SHAPES[shape], dtype)
-    found = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)
-    assert_close(found, conv1x1_gradients.reference(*operands), TOLERANCES[dtype])
-    np.testing.assert_array_equal(found[0][..., channels:], operands[0][..., channels:])
+    computed = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)
+    assert_close(computed, conv1x1_gradients.reference(*operands), TOLERANCES[dtype])
+    np.testing.assert_array_equal(computed[0][..., channels:], operands[0][..., channels:])
 
 
 def test_the_3x3_convolution_s_derivative_is_autodiff_s():
@@ -104,10 +104,10 @@ def test_the_3x3_convolution_s_derivative_is_autodiff_s():
 
         _, pullback = jax.vjp(layer, jnp.zeros_like(bottleneck), scale, bias, kernel)
         of_before, of_scale, of_bias, of_kernel = pullback(raw)
-        found = conv3x3_gradients.kernel(
+        computed = conv3x3_gradients.kernel(
             total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start, interpret=True
         )
-        assert_close(found, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
+        assert_close(computed, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
 
 
 def test_the_1x1_convolution_s_derivative_is_autodiff_s():
@@ -121,8 +121,8 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
         bottleneck, pullback = jax.vjp(layer, x, scale, bias, kernel)
         parts = [at(values) for values in coefficients[0]]
         of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * bottleneck + parts[2])
-        added, *found = conv1x1_gradients.kernel(total, x, scale, bias, kernel, masked, coefficients, interpret=True)
-        assert_close((added - total, *found), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
+        added, *computed = conv1x1_gradients.kernel(total, x, scale, bias, kernel, masked, coefficients, interpret=True)
+        assert_close((added - total, *computed), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ print(json.dumps({
 @pytest.mark.slow
 @needs("libtpu")
 def test_for_tpus_that_are_not_there_they_compile_and_move_fewer_bytes():
-    found = parse_last_line(run_for_absent_chips(COMPILE).stdout)
-    assert found["xla"]["calls"] == 0
-    assert found["kernels"]["bytes"] < 0.85 * found["xla"]["bytes"]
-    assert found["kernels"]["temporaries"] < 1.1 * found["xla"]["temporaries"]
-    assert [found[name]["calls"] for name in ("kernels", "eight chips", "v6e", "v5p")] == [2 * 3, 2 * 2, 2, 2 * 2]
-    assert not any(one["gathers"] for one in found.values())
+    computed = parse_last_line(run_for_absent_chips(COMPILE).stdout)
+    assert computed["xla"]["calls"] == 0
+    assert computed["kernels"]["bytes"] < 0.85 * computed["xla"]["bytes"]
+    assert computed["kernels"]["temporaries"] < 1.1 * computed["xla"]["temporaries"]
+    assert [computed[name]["calls"] for name in ("kernels", "eight chips", "v6e", "v5p")] == [2 * 3, 2 * 2, 2, 2 * 2]
+    assert not any(one["gathers"] for one in computed.values())
     # Memory that begins unwritten is each chip's own: the buffer of all eight would be 8 * 77 MB.
-    assert found["eight chips"]["temporaries"] < 4 * 77e6
+    assert computed["eight chips"]["temporaries"] < 4 * 77e6

@@ -85,12 +85,12 @@ async def browser_page(profile: pathlib.Path) -> AsyncIterator[Page]:
     command = [find_browser(), *options, f"--user-data-dir={profile}", "about:blank"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            told = profile / "DevToolsActivePort"
+            port_file = profile / "DevToolsActivePort"
             for _ in range(WAIT_SECS * 10):
-                if told.exists() and re.match(r"\d+\n/", told.read_text()):
+                if port_file.exists() and re.match(r"\d+\n/", port_file.read_text()):
                     break
                 await asyncio.sleep(0.1)
-            port = told.read_text().split()[0]
+            port = port_file.read_text().split()[0]
             async with aiohttp.ClientSession() as session:
                 async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                     tabs = [tab for tab in await answer.json() if tab["type"] == "page"]

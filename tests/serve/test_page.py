@@ -49,7 +49,7 @@ def test_the_page_brings_everything_with_it(server):
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 375])
 def test_an_image_is_dropped_and_its_classes_are_shown(server, served, pixels, pictures, expected, tmp_path, width):
-    def told(number):
+    def shown(number):
         best = served.best(expected[number])
         return [[one.label, f"{100 * one.probability:.1f} %"] for one in best]
 
@@ -60,7 +60,7 @@ def test_an_image_is_dropped_and_its_classes_are_shown(server, served, pixels, p
             # What a drop would open instead, were it not handled.
             assert await page.run(dropping(pictures[0], "zero.png")) is False
             await page.until(DONE)
-            assert await page.run(SHOWN) == told(0)
+            assert await page.run(SHOWN) == shown(0)
             assert (await page.run("document.getElementById('status').textContent")).startswith("zero.png: ")
             await page.until("!document.getElementById('why').hidden")
             assert await page.run("document.querySelector('figcaption').textContent.endsWith(' is')")
@@ -69,7 +69,7 @@ def test_an_image_is_dropped_and_its_classes_are_shown(server, served, pixels, p
             (tmp_path / "one.png").write_bytes(pictures[1])
             await page.choose("#choose", tmp_path / "one.png")
             await page.until(DONE)
-            assert await page.run(SHOWN) == told(1)
+            assert await page.run(SHOWN) == shown(1)
             # Nothing is wider than the window, and the file field can be reached by the keyboard.
             assert await page.run("document.documentElement.scrollWidth") <= width
             await page.run("document.getElementById('choose').focus()")

@@ -57,12 +57,12 @@ def test_it_tells_of_itself(server, served):
     assert requests.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=9).status_code == 200
-    told = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()
-    assert {given["name"]: (given["datatype"], given["shape"]) for given in told["inputs"]} == {
+    metadata = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()
+    assert {given["name"]: (given["datatype"], given["shape"]) for given in metadata["inputs"]} == {
         "image": ("UINT8", [-1, 8, 8, 1]),
         "image_bytes": ("BYTES", [-1]),
     }
-    assert {given["name"]: given["shape"] for given in told["outputs"]} == {
+    assert {given["name"]: given["shape"] for given in metadata["outputs"]} == {
         "probabilities": [-1, 10],
         "class_ids": [-1, 5],
         "labels": [-1, 5],
@@ -83,7 +83,7 @@ def test_it_tells_of_itself(server, served):
     assert client.is_server_ready()
     assert client.is_model_ready(MODEL)
     assert [output.name for output in client.get_model_metadata(MODEL).outputs] == [
-        output["name"] for output in told["outputs"]
+        output["name"] for output in metadata["outputs"]
     ]
 
 
@@ -364,8 +364,8 @@ def test_a_model_of_16_bits_takes_16_bits(served_run, user, pixels):
     expected = Predictor(make_deployed(config, str(served_run)), batch_sizes=(4,)).probabilities(wide)
     flags = ("--config.data.pixel_range=(0.0, 1000.0)", "--config.serve.batch_sizes=(4,)")
     with serving(served_run, *flags, **user) as server:
-        told = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()["inputs"][0]
-        assert (told["name"], told["datatype"]) == ("image", "UINT16")
+        described = requests.get(f"{server.url}/v2/models/{MODEL}", timeout=9).json()["inputs"][0]
+        assert (described["name"], described["datatype"]) == ("image", "UINT16")
         got = outputs_of(post(server, request_of(pixels_input(wide))))["probabilities"]
         np.testing.assert_allclose(got, expected, **TOLERANCE)
         client = grpc_client(server)

@@ -28,7 +28,7 @@ class Step(NamedTuple):
     Attributes:
         source, target: feature maps that are read, from the first channel on, and written.
         offset: the target's first channel that is written.
-        added: so many outputs are added to the target's first channels, before the others are written.
+        added: how many outputs are added to the target's first channels, before the others are written.
         packed: the kernel is as `pack` lays it out.
         pooled: reads means of 2x2 pixels of relu(norm(x)), by a 1x1 kernel at stride 2.
     """

@@ -25,10 +25,10 @@ inline float SumChannels(int64_t channels, F value) {
 inline Floats LoadAs(const float* from, Floats) { return Load(from); }
 inline float LoadAs(const float* from, float) { return *from; }
 
-struct Moments {
+struct Statistics {
   float mean, rstd;
 
-  Moments(const float* x, int64_t channels, float epsilon) {
+  Statistics(const float* x, int64_t channels, float epsilon) {
     const float share = 1.0f / static_cast<float>(channels);
     mean = share * SumChannels(channels, [&](int64_t c, auto zero) { return LoadAs(x + c, zero); });
     const float squares = SumChannels(channels, [&](int64_t c, auto zero) {
@@ -42,8 +42,8 @@ struct Moments {
 // Normalizes, scales and shifts; y may be x.
 inline void NormalizePixel(const float* x, int64_t channels, float epsilon, const float* scale, const float* shift,
                            float* y) {
-  const Moments moments(x, channels, epsilon);
-  const float mean = moments.mean, rstd = moments.rstd;
+  const Statistics statistics(x, channels, epsilon);
+  const float mean = statistics.mean, rstd = statistics.rstd;
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) y[c] = (x[c] - mean) * rstd * scale[c] + shift[c];
 }
@@ -52,8 +52,8 @@ inline void NormalizePixel(const float* x, int64_t channels, float epsilon, cons
 // three rows of `channels` sums.
 inline void NormalizePixelGradient(const float* x, const float* g, int64_t channels, float epsilon, const float* scale,
                                    float* dx, float* sums) {
-  const Moments moments(x, channels, epsilon);
-  const float mean = moments.mean, rstd = moments.rstd, share = 1.0f / static_cast<float>(channels);
+  const Statistics statistics(x, channels, epsilon);
+  const float mean = statistics.mean, rstd = statistics.rstd, share = 1.0f / static_cast<float>(channels);
   const float mean_g =
       share * SumChannels(channels, [&](int64_t c, auto zero) { return LoadAs(g + c, zero) * LoadAs(scale + c, zero); });
   const float mean_gx = share * SumChannels(channels, [&](int64_t c, auto zero) {
