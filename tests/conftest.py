@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, checked shapes, and no silent rank promotion."""
 
+import functools
 import os
 import pathlib
 
@@ -22,8 +23,11 @@ import tests.typecheck  # noqa: F401 - the hook below looks it up by name
 install_import_hook(["densenet_jax.models", "densenet_jax.training", "densenet_jax.augment"], "tests.typecheck.checked")
 
 import jax  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# All programs of a worker share a context: making one loads every dialect, a fifth of compiling a single operation.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -1,6 +1,21 @@
 """What the tests of kernels for GPUs and TPUs share."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def make_draw(dtype, seed=0):
+    """A function of sides that draws normal numbers of a dtype, other ones each time, and compiles nothing."""
+    chance = np.random.default_rng(seed)
+    return lambda *sides, kind=dtype: jnp.asarray(chance.standard_normal(sides).astype(kind))
+
+
+def run_reference(operation, *operands, **options):
+    """Returns what the reference gives, compiled as one program."""
+    return jax.jit(functools.partial(operation.reference, **options))(*operands)
 
 
 def assert_close(actual, expected, tolerance):

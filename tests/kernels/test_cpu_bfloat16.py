@@ -146,8 +146,8 @@ def test_a_network_in_bfloat16(name, count, make_networks):
     kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.bfloat16]
     assert len(kernels) == (count if library.bfloat16_products() else 0)  # those of blocks without groups
     assert jax.tree.map(jnp.shape, arrays) == jax.tree.map(jnp.shape, variables)
-    answer, pullback = jax.vjp(lambda images: packed.apply(arrays, images, train=False), images)
-    wanted, other = jax.vjp(lambda images: exact.apply(variables, images, train=False), images)
+    answer, pullback = jax.vjp(jax.jit(lambda images: packed.apply(arrays, images, train=False)), images)
+    wanted, other = jax.vjp(jax.jit(lambda images: exact.apply(variables, images, train=False)), images)
     if kernels:
         assert 0 < np.abs(answer - wanted).max() < 0.01 * np.abs(wanted).max()
     in_call = jax.jit(functools.partial(PackedInCall(ours).apply, train=False))(variables, images)
@@ -163,4 +163,4 @@ def test_without_the_instructions_it_is_float32(make_networks, monkeypatch, capl
     assert packed == other
     assert "config.model.dtype=bfloat16: this processor multiplies no bfloat16 values" in caplog.text
     assert jax.tree.all(jax.tree.map(np.array_equal, arrays, others))
-    np.testing.assert_array_equal(packed.apply(arrays, images), other.apply(others, images))
+    np.testing.assert_array_equal(jax.jit(packed.apply)(arrays, images), jax.jit(other.apply)(others, images))

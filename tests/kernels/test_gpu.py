@@ -11,7 +11,7 @@ from densenet_jax.kernels.gpu.norm_relu_matmul import norm_relu_matmul
 from densenet_jax.kernels.gpu.norm_relu_matmul_gradients import add_gradients
 from densenet_jax.kernels.gpu.tiles import LARGEST_OPERAND, MOST_OUTPUTS, Tile, fits, split_rows
 from tests.extras import needs
-from tests.kernels.comparing import assert_close
+from tests.kernels.comparing import assert_close, make_draw, run_reference
 from tests.main_processes import parse_last_line, run_for_absent_chips
 
 TILE = Tile(rows=16, channels=16, outputs=16)
@@ -28,12 +28,7 @@ SHAPES = {
 def operands(shape, dtype, seed=0):
     """(x, scale, bias, kernel), shift, (total, gradient); scales of both signs, so that ReLUs close."""
     rows, columns, channels, outputs, _ = shape
-    keys = iter(jax.random.split(jax.random.key(seed), 7))
-
-    def draw(*sizes, kind=dtype):
-        return jax.random.normal(next(keys), sizes).astype(kind)
-
-    wide = jnp.promote_types(dtype, jnp.float32)
+    draw, wide = make_draw(dtype, seed), jnp.promote_types(dtype, jnp.float32)
     read = (draw(rows, columns), draw(channels, kind=wide), draw(channels, kind=wide), draw(channels, outputs))
     return read, draw(outputs, kind=wide), (draw(rows, columns), draw(rows, outputs))
 
@@ -53,7 +48,7 @@ def test_the_product_is_its_reference(shape, dtype):
     groups = SHAPES[shape][-1]
     read, shift, _ = operands(SHAPES[shape], dtype)
     computed = norm_relu_matmul.kernel(*read, shift, groups=groups, tile=TILE, interpret=True)
-    assert_close(computed, norm_relu_matmul.reference(*read, shift, groups=groups), TOLERANCES[dtype])
+    assert_close(computed, run_reference(norm_relu_matmul, *read, shift, groups=groups), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -64,7 +59,7 @@ def test_its_derivative_is_its_reference(shape, dtype):
     computed = add_gradients.kernel(
         total, *read, gradient, groups=groups, tile=tile, most_ranges=2 * groups, interpret=True
     )
-    assert_close(computed, add_gradients.reference(total, *read, gradient, groups=groups), TOLERANCES[dtype])
+    assert_close(computed, run_reference(add_gradients, total, *read, gradient, groups=groups), TOLERANCES[dtype])
     np.testing.assert_array_equal(computed[0][:, SHAPES[shape][2] :], total[:, SHAPES[shape][2] :])
 
 
@@ -74,15 +69,15 @@ def test_own_tiles_are_right_for_the_widths_of_the_variants(outputs):
     shape = (70, 100, 96, outputs, 1)
     read, shift, (total, gradient) = operands(shape, jnp.float32)
     computed = norm_relu_matmul.kernel(*read, shift, groups=1, interpret=True)
-    assert_close(computed, norm_relu_matmul.reference(*read, shift, groups=1), 2e-6)
+    assert_close(computed, run_reference(norm_relu_matmul, *read, shift, groups=1), 2e-6)
     computed = add_gradients.kernel(total, *read, gradient, groups=1, interpret=True)
-    assert_close(computed, add_gradients.reference(total, *read, gradient, groups=1), 2e-6)
+    assert_close(computed, run_reference(add_gradients, total, *read, gradient, groups=1), 2e-6)
 
 
 def test_the_derivative_is_autodiff_s():
     with jax.enable_x64(True):
         read, shift, (total, gradient) = operands((24, 10, 7, 5, 1), jnp.float64)
-        y, pullback = jax.vjp(lambda *read: norm_relu_matmul.reference(*read, shift, groups=1)[0], *read)
+        y, pullback = jax.vjp(lambda *read: run_reference(norm_relu_matmul, *read, shift, groups=1)[0], *read)
         of_x, *expected = pullback(gradient)
         computed, of_scale, of_bias, of_kernel = add_gradients.kernel(
             total, *read, gradient, groups=1, tile=TILE, interpret=True
@@ -95,21 +90,21 @@ def test_values_of_zero_and_infinities_outside_what_is_read_do_no_harm():
     read, shift, (total, gradient) = operands((20, 40, 17, 8, 1), jnp.float32)
     x = read[0].at[:, 17:].set(jnp.inf).at[3].set(0)
     computed = norm_relu_matmul.kernel(x, *read[1:], shift, groups=1, tile=TILE, interpret=True)
-    assert_close(computed, norm_relu_matmul.reference(x, *read[1:], shift, groups=1), 2e-6)
+    assert_close(computed, run_reference(norm_relu_matmul, x, *read[1:], shift, groups=1), 2e-6)
     computed = add_gradients.kernel(total, x, *read[1:], gradient, groups=1, tile=TILE, interpret=True)
-    assert_close(computed, add_gradients.reference(total, x, *read[1:], gradient, groups=1), 2e-6)
+    assert_close(computed, run_reference(add_gradients, total, x, *read[1:], gradient, groups=1), 2e-6)
 
 
 def test_on_a_cpu_the_reference_is_compiled():
     read, shift, (total, gradient) = operands((12, 8, 8, 4, 2), jnp.bfloat16)
     assert_close(
         jax.jit(functools.partial(norm_relu_matmul, groups=2))(*read, shift),
-        norm_relu_matmul.reference(*read, shift, groups=2),
+        run_reference(norm_relu_matmul, *read, shift, groups=2),
         0,
     )
     assert_close(
         jax.jit(functools.partial(add_gradients, groups=2))(total, *read, gradient),
-        add_gradients.reference(total, *read, gradient, groups=2),
+        run_reference(add_gradients, total, *read, gradient, groups=2),
         0,
     )
 

@@ -11,7 +11,7 @@ from jax import lax
 from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
 from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from tests.extras import needs
-from tests.kernels.comparing import assert_close
+from tests.kernels.comparing import assert_close, make_draw, run_reference
 from tests.main_processes import parse_last_line, run_for_absent_chips
 
 # examples, height, width, columns of the buffers, columns read, bottleneck channels, channels made, rows at a time
@@ -33,10 +33,7 @@ CASES = [
 
 def drawing(dtype):
     """A function of sides that draws normal numbers, other ones each time; wide in float32 or wider."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
-
-    def draw(*sides, kind=dtype):
-        return jax.random.normal(next(keys), sides).astype(kind)
+    draw = make_draw(dtype)
 
     def draw_wide(*sides):
         return draw(*sides, kind=jnp.promote_types(dtype, jnp.float32))
@@ -76,7 +73,7 @@ def test_the_3x3_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, made, rows = SHAPES[shape]
     operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
     computed = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
-    assert_close(computed, conv3x3_gradients.reference(*operands, start=start), TOLERANCES[dtype])
+    assert_close(computed, run_reference(conv3x3_gradients, *operands, start=start), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -84,7 +81,7 @@ def test_the_1x1_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
     operands = conv1x1_operands(SHAPES[shape], dtype)
     computed = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)
-    assert_close(computed, conv1x1_gradients.reference(*operands), TOLERANCES[dtype])
+    assert_close(computed, run_reference(conv1x1_gradients, *operands), TOLERANCES[dtype])
     np.testing.assert_array_equal(computed[0][..., channels:], operands[0][..., channels:])
 
 
@@ -102,7 +99,7 @@ def test_the_3x3_convolution_s_derivative_is_autodiff_s():
             dimensions = ("NHWC", "HWIO", "NHWC")
             return lax.conv_general_dilated(activation, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
 
-        _, pullback = jax.vjp(layer, jnp.zeros_like(bottleneck), scale, bias, kernel)
+        _, pullback = jax.vjp(jax.jit(layer), jnp.zeros_like(bottleneck), scale, bias, kernel)
         of_before, of_scale, of_bias, of_kernel = pullback(raw)
         computed = conv3x3_gradients.kernel(
             total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start, interpret=True
@@ -118,7 +115,7 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
         def layer(x, scale, bias, kernel):
             return jax.nn.relu(at(scale) * x[..., :channels] + at(bias)) @ kernel
 
-        bottleneck, pullback = jax.vjp(layer, x, scale, bias, kernel)
+        bottleneck, pullback = jax.vjp(jax.jit(layer), x, scale, bias, kernel)
         parts = [at(values) for values in coefficients[0]]
         of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * bottleneck + parts[2])
         added, *computed = conv1x1_gradients.kernel(total, x, scale, bias, kernel, masked, coefficients, interpret=True)
@@ -128,8 +125,8 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
 @pytest.mark.parametrize(
     ("reference", "operands", "divided"),
     [
-        (functools.partial(conv3x3_gradients.reference, start=8), conv3x3_operands, (0, 1, 2, 3, 4, 5)),
-        (conv1x1_gradients.reference, conv1x1_operands, (0, 1, 5, 6)),
+        (jax.jit(functools.partial(conv3x3_gradients.reference, start=8)), conv3x3_operands, (0, 1, 2, 3, 4, 5)),
+        (jax.jit(conv1x1_gradients.reference), conv1x1_operands, (0, 1, 5, 6)),
     ],
     ids=["3x3", "1x1"],
 )
@@ -155,7 +152,7 @@ def test_on_a_cpu_the_references_are_compiled():
     ]:
         compiled = jax.jit(lambda *operands, f=function, s=static: f(*operands, **s)).lower(*operands).compile()
         assert "custom-call" not in compiled.as_text()
-        assert_close(function(*operands, **static), function.reference(*operands, **static), 1e-5)
+        assert_close(compiled(*operands), run_reference(function, *operands, **static), 1e-5)
 
 
 COMPILE = """

@@ -12,7 +12,7 @@ from densenet_jax.models.fused import Fused, backend_gpu
 from densenet_jax.models.fused.backend_gpu import GpuBackend, GpuKernelBackend
 from densenet_jax.training.sharding import make_mesh
 from tests.models.block_cases import CASES, largest_error_over_eight_devices, results
-from tests.models.comparing import largest_error
+from tests.models.comparing import drawn, largest_error
 
 INTERPRETED = Fused("gpu", "interpret")
 QUICK = ("as it is", "groups, every convolution dropped from")
@@ -35,9 +35,8 @@ def test_evaluation_by_the_kernels_is_the_plain_block_s():
         for implementation in (INTERPRETED, PLAIN):
             module = DenseBlock(2, 4, options=options, implementation=implementation)
             shapes = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), x, False))
-            keys = iter(jax.random.split(jax.random.key(1), 99))
-            variables = jax.tree.map(lambda leaf, keys=keys: jax.random.uniform(next(keys), leaf.shape) + 0.1, shapes)
-            features = module.apply(variables, x, False)
+            variables = drawn(shapes, 1, jnp.float64)
+            features = jax.jit(module.apply, static_argnums=2)(variables, x, False)
             assert features.stats is None
             actual.append(features.values)
         assert largest_error(*actual) < 1e-12

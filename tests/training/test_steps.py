@@ -37,7 +37,7 @@ def augment(images, labels, step):
 
 def recipe_of(dtype, **changes) -> StateRecipe:
     model = create_model(
-        "densenet_bc_22_12", block_sizes=(1, 1), growth_rate=4, dtype=dtype, param_dtype=dtype, layer_dropout=0.2
+        "densenet_bc_22_12", block_sizes=(1,), growth_rate=4, dtype=dtype, param_dtype=dtype, layer_dropout=0.2
     )
     schedule = make_schedule("constant", learning_rate=0.1, total_steps=10)
     optimizer = make_optimizer("sgd", schedule, momentum=0.9, nesterov=True, weight_decay=1e-4)
