@@ -12,6 +12,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.experiment import Experiment
 from densenet_jax.run.train import Trainer
 from densenet_jax.training.timeline import Timeline
+from tests.label_run import label_flags, write_label_set
 from tests.main_in_process import run_here
 from tests.main_processes import parse_last_line
 from tests.workdir_contents import read_reports
@@ -164,15 +165,15 @@ def test_patience_counts_validations_where_an_epoch_is_no_whole_number_of_steps(
 
 
 def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, no_report, tmp_path, monkeypatch):
-    changes = ("model.block_sizes=(1,)", "model.growth_rate=4", "train.global_batch_size=512", "train.epochs=9")
-    changes += ("optim.learning_rate=1e-12", "optim.warmup_epochs=0", "checkpoint.every_steps=2")
-    words = [f"--config.{change}" for change in (*changes, "eval.every_epochs=1", "train.patience_epochs=2")]
+    changes = {"train__epochs": 20.0, "train__patience_epochs": 2.0, "eval__every_epochs": 1.0}
+    changes |= {"optim__learning_rate": 1e-12, "checkpoint__every_steps": 2}
+    words = label_flags(write_label_set(tmp_path / "data"), **changes)
 
     def run(workdir: str) -> dict:
-        return parse_last_line(run_here("--config=digits", f"--workdir={tmp_path / workdir}", *words, **user)[0])
+        return parse_last_line(run_here(*words, f"--workdir={tmp_path / workdir}", **user)[0])
 
     whole = run("whole")
-    assert 3 < whole["step"] < 25
+    assert 5 < whole["step"] < 36
     validate = Trainer._validate
 
     def die_later(self: Trainer, **options) -> dict:
@@ -186,7 +187,7 @@ def test_a_run_that_stops_early_stops_at_the_same_step_after_a_kill(user, no_rep
     monkeypatch.setattr(Trainer, "_validate", validate)
     assert run("killed") == whole
     assert read_reports(tmp_path / "killed", "validation") == read_reports(tmp_path / "whole", "validation")
-    assert run("killed") == whole  # "nothing left to train"
+    assert run("killed") == whole  # nothing is left to train
 
 
 def test_a_run_that_stopped_early_has_figures_though_validations_are_due_at_other_steps_now(monkeypatch):

@@ -61,6 +61,7 @@ def test_a_planted_fall_is_printed_and_one_within_the_spread_or_elsewhere_is_not
     for name in ("training", "growth"):
         assert (tmp_path / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
 
+    monkeypatch.setattr(every.charts, "build_page", lambda read: ("", []))  # drawn once is enough
     write_file(results / "train_step_new.json", "2026-01-03", {**FIGURES, "densenet_jax": 9.0}, batch_sizes=(1,))
     assert start(every, monkeypatch, tmp_path, "--page_only") == 0
     assert start(every, monkeypatch, tmp_path, "--page_only", "--fail_on_fall") == every.FELL

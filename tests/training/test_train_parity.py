@@ -117,8 +117,12 @@ def golden():
 
 @pytest.fixture(scope="module")
 def double():
-    with jax.enable_x64(True):
-        return Trainer(jnp.float64).run()
+    jax.config.update("jax_disable_most_optimizations", False)  # 110 steps in float64 pay for it
+    try:
+        with jax.enable_x64(True):
+            return Trainer(jnp.float64).run()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
