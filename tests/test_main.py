@@ -102,9 +102,9 @@ def test_newest_and_best_checkpoints_are_kept(finished):
 def test_eval_counts_every_example_whatever_the_batch_size_and_changes_nothing(finished, user):
     before = read_files(finished)
     results = []
-    for batch_size in (64, 7):
+    for run, batch_size in ((run_here, 64), (run_main, 7)):  # over eight devices, and on one
         changes = (f"--config.eval.batch_size={batch_size}", "--mode=eval", f"--workdir={finished}")
-        results.append(parse_last_line(run_main(*QUICK, *changes, **user)[0]))
+        results.append(parse_last_line(run(*QUICK, *changes, **user)[0]))
     assert read_files(finished) == before
     for result in results:
         assert (result["mode"], result["step"], result["examples"]) == ("eval", TOTAL_STEPS, 360)
@@ -116,7 +116,7 @@ def test_eval_counts_every_example_whatever_the_batch_size_and_changes_nothing(f
 def test_best_checkpoint_can_be_evaluated(finished, user):
     best = max(read_reports(finished, "validation"), key=lambda report: (report["top1"], report["step"]))
     arguments = ("--mode=eval", "--config.eval.checkpoint=best", f"--workdir={finished}")
-    result = parse_last_line(run_main(*QUICK, *arguments, **user)[0])
+    result = parse_last_line(run_here(*QUICK, *arguments, **user)[0])
     assert (result["step"], result["top1"]) == (best["step"], best["top1"])
 
 

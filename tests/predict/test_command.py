@@ -37,7 +37,7 @@ def pictures(digits, tmp_path_factory):
 
 def test_predictions_and_exit_status(digits, pictures, user, tmp_path):
     workdir = digits[0]
-    output, errors = run_main(
+    output, errors = run_here(
         *("--mode", "predict", "--workdir", str(workdir), "--images", str(pictures), "--topk", "3"), expect=3, **user
     )
     lines = lines_of(workdir / "predictions.jsonl")
