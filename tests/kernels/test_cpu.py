@@ -388,6 +388,18 @@ def test_a_block_in_one_call(case, dtype):
     assert_same(jax.jit(computed)(x, arrays), expected, bound)
 
 
+@pytest.mark.parametrize(("side", "channels", "outputs"), [(13, 1200, 200), (15, 700, 200)])
+def test_a_convolution_of_many_weights(side, channels, outputs):
+    """Shares the outputs and adds the products of some inputs at a time; or shares the pixels."""
+    own, x, to = drawn_step(channels, outputs), draw(1, side, side, channels), outputs + 5
+    first = drawn_step(channels, to, folded=True)
+    options = {"steps": (block.Step(0, 1), block.Step(0, 1, offset=42, added=37)), "epsilon": 1e-3}
+    options |= {"shapes": ((1, side, side, to),)}
+    expected = block.plain_run_block(x, *first, *own, **options, copied=0)[0]
+    found = jax.jit(functools.partial(block.run_block, **options))(x, [first, own])
+    assert_same(found, expected, 2e-5 * float(jnp.abs(expected).max()))
+
+
 def test_a_block_of_shapes_that_do_not_fit_is_refused():
     arrays = [drawn_step(8, 4)]
     run = jax.jit(

@@ -21,7 +21,9 @@ namespace densenet_jax {
 
 constexpr int64_t kStepBytes = 192 * 1024;     // of the input that one task of a step reads
 constexpr int64_t kTaskProducts = 2000 * 1000;  // worth a task
-constexpr int64_t kFewPixels = 112;         // up to which the weights are more than the input, and are shared out
+// A 1x1 convolution reads weights ahead, and once a task, if it has few pixels, or more weights and not many pixels.
+constexpr int64_t kFewPixels = 112, kManyPixels = 512, kWeightBytes = 512 * 1024;
+constexpr int64_t kPixelsAtOnce = 128, kInputBytes = 768 * 1024, kLeastInputs = 256;  // of such a task
 
 // One convolution of relu(scale * x + bias). Output channel o of a pixel goes to y[o]; the first `added` are added to
 // total[o] instead. Pixels of both are y_step values apart.
@@ -97,38 +99,106 @@ void AveragePixels(const Source<T>& source, int64_t pixel, int64_t width, int64_
     to[c] = (four[c] + four[channels + c] + four[2 * channels + c] + four[3 * channels + c]) * T{0.25};
 }
 
-// A 1x1 convolution. Tasks share the pixels, or, where these are few, the output channels.
+// Copies `count` inputs of a 1x1 convolution, from `input` on, of the outputs' pixels from `begin` on.
+template <typename T>
+void CopyInputs(const Step<T>& step, int64_t begin, int64_t pixels, int64_t input, int64_t count, T* to) {
+  const Sizes& s = step.sizes;
+  const Source<T> source = step.source.From(input);
+  if (s.stride == 1) return CopyPixels(source.AtPixel(begin), pixels, count, to);
+  for (int64_t i = 0; i < pixels; ++i, to += count) {
+    const int64_t row = (begin + i) / s.out_width, image = row / s.out_height;
+    const int64_t line = image * s.height + row % s.out_height * s.stride;
+    const int64_t pixel = line * s.width + (begin + i) % s.out_width * s.stride;
+    if (step.pooled)
+      AveragePixels(source, pixel, s.width, count, to);
+    else
+      CopyPixels(source.AtPixel(pixel), 1, count, to);
+  }
+}
+
+// A tile of a 1x1 convolution: pixels [at, at + size) of the outputs, whose inputs [input, input + inputs) are in x.
+template <typename T>
+struct Pixels {
+  int64_t at;
+  int size;
+  const T* x;
+  int64_t input, inputs;
+};
+
+// Computes a tile for a chunk of outputs: sets those of the first inputs, unless they belong to the total, and adds the
+// others. Meanwhile fetches a share of the next chunk's weights, one of `shares`.
+template <typename T>
+void AddInputs(const Step<T>& step, const StepWeights<T>& weights, const Chunk<T>& chunk, const Pixels<T>& tile,
+               int64_t share, int64_t shares) {
+  const int64_t lanes = chunk.lanes, added = std::clamp<int64_t>(step.added - chunk.first, 0, lanes);
+  const int64_t to_step = step.y_step, w_step = weights.Step(chunk);
+  const int64_t lines = DivideUp(kAheadInputs * chunk.width() * sizeof(T) / kLineBytes, shares);
+  const T* w = weights.Of(chunk) + tile.input * w_step;
+  const char* next = reinterpret_cast<const char*>(w + step.sizes.channels * chunk.width());
+  next += share * DivideUp(tile.inputs, kAheadInputs) * lines * kLineBytes;
+  T *total = step.total + tile.at * to_step + chunk.first, *y = step.y + tile.at * to_step + chunk.first;
+  const auto multiply = [&](auto run, T* to, int64_t pixel_step) {
+    run(to, pixel_step, tile.x, tile.inputs, w, w_step, tile.inputs, lanes, next, lines);
+  };
+  const auto set = PixelTileOf<T, false>(tile.size, chunk.vectors, kTiles);
+  if (added == 0 && tile.input == 0) return multiply(set, y, to_step);
+  if (lanes == chunk.width() && added % lanes == 0)
+    return multiply(PixelTileOf<T, true>(tile.size, chunk.vectors, kTiles), added ? total : y, to_step);
+  constexpr int64_t kMost = Chunk<T>::kMost;
+  alignas(64) T sums[kTileRows * kMost];
+  multiply(set, sums, kMost);
+  for (int m = 0; m < tile.size; ++m, total += to_step, y += to_step) {
+#pragma GCC ivdep
+    for (int64_t o = 0; o < added; ++o) total[o] += sums[m * kMost + o];
+#pragma GCC ivdep
+    for (int64_t o = added; o < lanes; ++o) y[o] = (tile.input ? y[o] : T{0}) + sums[m * kMost + o];
+  }
+}
+
+// A 1x1 convolution whose weights leave a core's cache before they are read again. Tasks share the output channels if
+// these outnumber the pixels, else the pixels; each reads a weight once, for all of its pixels.
+template <typename T>
+void RunManyWeights(Team& team, const Step<T>& step, const StepWeights<T>& weights) {
+  const Sizes& s = step.sizes;
+  const int64_t pixels = step.pixels(), channels = s.channels, chunks = Chunk<T>::Count(s.out_channels);
+  const int64_t parts = s.out_channels > pixels ? std::min(chunks, team.size()) : 1;
+  const int64_t least = parts > 1 ? parts : DivideUp(pixels, kPixelsAtOnce);  // tasks; each thread gets as many
+  const int64_t tasks = DivideUp(least, team.size()) * team.size();
+  const int64_t bands = std::min(DivideUp(tasks, parts), DivideUp(pixels, kTileRows / 2));
+  team.Run(bands * parts, [&](int64_t task) {
+    const int64_t band = task / parts, part = task % parts;
+    const int64_t begin = pixels * band / bands, count = pixels * (band + 1) / bands - begin;
+    const int64_t tiles = DivideUp(count, kTileRows), most = kInputBytes / static_cast<int64_t>(count * sizeof(T));
+    const int64_t inputs = DivideUp(channels, DivideUp(channels, std::max<int64_t>(most, kLeastInputs)));
+    T* rows = ThreadScratch<T>(0, count * inputs);
+    for (int64_t input = 0; input < channels; input += inputs) {
+      const int64_t own = std::min(inputs, channels - input);
+      CopyInputs(step, begin, count, input, own, rows);
+      for (int64_t i = chunks * tiles * part / parts; i < chunks * tiles * (part + 1) / parts; ++i) {
+        const int64_t at = count * (i % tiles) / tiles, end = count * (i % tiles + 1) / tiles;
+        const Pixels<T> tile{begin + at, static_cast<int>(end - at), rows + at * own, input, own};
+        AddInputs(step, weights, Chunk<T>(s.out_channels, i / tiles), tile, i % tiles, tiles);
+      }
+    }
+  });
+}
+
+// A 1x1 convolution. Tasks share the pixels.
 template <typename T>
 void RunPointwise(Team& team, const Step<T>& step) {
   const Sizes& s = step.sizes;
   const int64_t pixels = step.pixels(), channels = s.channels, chunks = Chunk<T>::Count(s.out_channels);
   const StepWeights<T> weights(team, step);
-  const bool few = pixels <= kFewPixels && chunks >= team.size();
-  const int64_t parts = few ? team.size() : 1;
+  const int64_t weight_bytes = channels * s.out_channels * static_cast<int64_t>(sizeof(T));
+  if (pixels <= (weight_bytes > kWeightBytes ? kManyPixels : kFewPixels)) return RunManyWeights(team, step, weights);
   const int64_t most = std::max<int64_t>(kStepBytes / (channels * sizeof(T)), kTileRows);
-  int64_t bands = few ? 1 : DivideUp(pixels, most);  // few: each weight is read once
-  if (!few) {
-    bands = DivideUp(std::max(bands, step.tasks(team.size())), team.size()) * team.size();
-    bands = std::min(bands, DivideUp(pixels, kTileRows / 2));
-  }
-  team.Run(bands * parts, [&](int64_t task) {
-    const int64_t band = task / parts, part = task % parts;
+  int64_t bands = std::max(DivideUp(pixels, most), step.tasks(team.size()));
+  bands = std::min(DivideUp(bands, team.size()) * team.size(), DivideUp(pixels, kTileRows / 2));
+  team.Run(bands, [&](int64_t band) {
     const int64_t begin = pixels * band / bands, count = pixels * (band + 1) / bands - begin;
     T* rows = ThreadScratch<T>(0, count * channels);
-    if (s.stride == 1) {
-      CopyPixels(step.source.AtPixel(begin), count, channels, rows);
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = (begin + i) / s.out_width, image = row / s.out_height;
-        const int64_t line = image * s.height + row % s.out_height * s.stride;
-        const int64_t pixel = line * s.width + (begin + i) % s.out_width * s.stride;
-        if (step.pooled)
-          AveragePixels(step.source, pixel, s.width, channels, rows + i * channels);
-        else
-          CopyPixels(step.source.AtPixel(pixel), 1, channels, rows + i * channels);
-      }
-    }
-    for (int64_t index = chunks * part / parts; index < chunks * (part + 1) / parts; ++index) {
+    CopyInputs(step, begin, count, 0, channels, rows);
+    for (int64_t index = 0; index < chunks; ++index) {
       const Chunk<T> chunk(s.out_channels, index);
       ForTiles(count, [&](int64_t at, int tile) {
         StoreOrAdd(step, begin + at, tile, chunk.first, chunk.lanes, [&](T* to, int64_t to_step) {

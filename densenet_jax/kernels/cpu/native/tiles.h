@@ -89,6 +89,46 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
   StoreTile<T, M, N>(sum, y, y_step, lanes);
 }
 
+constexpr int64_t kAheadInputs = 16, kLineBytes = 64;
+
+// Computes y[m, :] = sum over j of x[m * pixel_step + j] * w[j, :], for M pixels and N vectors of output channels; with
+// kAdd adds it to y, of whole vectors. Every kAheadInputs inputs it fetches `lines` lines of cache from `ahead` on.
+template <typename T, int M, int N, bool kAdd>
+void PixelTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, const T* w, int64_t w_step, int64_t inputs,
+               int64_t lanes, const char* ahead, int64_t lines) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      if (kAdd) __builtin_prefetch(y + m * y_step + n * kLanes, 1);
+      sum[m][n] = Vector{};
+    }
+  for (int64_t j = 0; j < inputs;) {
+    for (int64_t line = 0; line < lines; ++line, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
+    for (const int64_t end = std::min(j + kAheadInputs, inputs); j < end; ++j, w += w_step) {
+      Vector weights[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vector value = x[m * pixel_step + j] - Vector{};
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
+      }
+    }
+  }
+  if (kAdd) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) sum[m][n] += *reinterpret_cast<const Vector*>(y + m * y_step + n * kLanes);
+  }
+  StoreTile<T, M, N>(sum, y, y_step, lanes);
+}
+
 // Computes dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values and N vectors of output
 // channels, plus `before`, [M][N vectors], unless that is null.
 template <typename T, int M, int N>
@@ -129,6 +169,13 @@ template <typename T, int... M>
 OutputTileFn<T> OutputTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
   static constexpr OutputTileFn<T> table[2][sizeof...(M)] = {{OutputTile<T, M + 1, 1>...},
                                                                {OutputTile<T, M + 1, 2>...}};
+  return table[vectors - 1][rows - 1];
+}
+
+template <typename T, bool kAdd, int... M>
+auto PixelTileOf(int rows, int vectors, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&PixelTile<T, 1, 1, kAdd>) table[2][sizeof...(M)] = {{PixelTile<T, M + 1, 1, kAdd>...},
+                                                                                  {PixelTile<T, M + 1, 2, kAdd>...}};
   return table[vectors - 1][rows - 1];
 }
 
