@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.growth_rate = 0  # feature maps that a dense layer adds; 0: the variant's own
     model.block_sizes = ()  # layers of each block, such as (6, 12, 24, 16); (): the variant's own
     model.num_classes = 0  # 0: as many as the data set has
-    model.dtype = "float32"  # or bfloat16 (on CPUs: docs/predict.md), float16, float64; parameters stay float32
+    model.dtype = "float32"  # or bfloat16, float16, float64; int8 to predict on a CPU (docs/predict.md)
     model.classifier_dropout = 0.0  # rate before the classifier
     model.drop_path = 0.0  # RDNet: share of examples that skip the last dense layer; rises linearly from the first
     model.layer_dropout = 0.0  # rate after the convolutions of a dense layer (the paper's 0.2 without augmentation)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "int8", "float16", "float64")
 KERNELS_WANTED = ("auto", "xla", "pallas")
 OPTIMIZERS = ("sgd", "adamw", "lamb", "rmsprop")
 SCHEDULES = ("constant", "multistep", "cosine", "exponential", "cosine_restarts", "one_cycle")

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from densenet_jax.config import flatten, to_dict
 from densenet_jax.config.run_settings import check_settings, read_run_settings, started_from
 from densenet_jax.distributed import processes
-from densenet_jax.errors import check_installed
+from densenet_jax.errors import UserError, check_installed
 from densenet_jax.flags import MODES, Command
 from densenet_jax.system.console import print_status, spinner
 from densenet_jax.system.disk import user_cache
@@ -212,6 +212,8 @@ def export_mode(config: Config, workdir: str, command: Command) -> dict[str, Any
         overwrite=command.overwrite,
         maps=command.maps,
     )
+    if config.model.dtype == "int8":
+        raise UserError("config.model.dtype is 'int8', which no file has; export an int8 file by --precision int8.")
     samples = Samples(config, command.images)
 
     def load_model() -> Deployed:

@@ -94,6 +94,11 @@ def test_a_model_is_made_on_devices_that_do_not_divide_the_training_batch(tmp_pa
     [
         ("cpu", {"model.dtype": "bfloat16"}, "these kernels are for GPUs and TPUs and this is a CPU"),
         ("gpu", {}, "config.model.dtype is float32"),
+        (
+            "cpu",
+            {"model.dtype": "int8"},
+            "config.model.dtype is 'int8', in which networks are evaluated but not trained",
+        ),
     ],
 )
 def test_training_with_kernels_that_are_not_there_is_refused(monkeypatch, tmp_path, platform, changes, message):

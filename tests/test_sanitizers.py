@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {  # each library is compiled once
-    "kernels": ("test_cpu.py", "test_cpu_dense_layer.py", "test_cpu_elementwise.py", "test_cpu_bfloat16.py"),
+    "kernels": tuple(f"test_cpu{name}.py" for name in ("", "_dense_layer", "_elementwise", "_bfloat16", "_int8")),
     "data": ("test_native.py",),
 }
 # Not optimized: that takes a quarter of the time to compile, and no access is left out.
@@ -18,7 +18,7 @@ FLAGS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # What reads or writes memory; the rest of these files is about Python or about whole networks.
 WANTED = (
     "convolution or reader or norm_relu_conv or pooling or refuse or part or crop or passes or crash or tiny"
-    " or dense_layer or elementwise or plainly or in_bfloat16 or in_one_call"
+    " or dense_layer or elementwise or plainly or in_bfloat16 or in_int8 or in_one_call"
 )
 
 

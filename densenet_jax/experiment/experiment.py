@@ -117,7 +117,7 @@ class Experiment(Parts):
 
     @property
     def _evaluated(self) -> Any:
-        return PackedInCall(self.model) if self.mesh.size == 1 else self.model
+        return PackedInCall(self.model, self.mesh.size)
 
     def compile_eval_step(
         self, *, confusion: bool = False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -82,8 +83,12 @@ class Parts:
 
     @functools.cached_property
     def dtype(self) -> DType:
-        """Dtype of activations and products."""
-        return get_dtype(self.config.model.dtype)
+        """Dtype of activations, and of products unless these are of integers."""
+        return get_dtype("float32" if self._is_int8 else self.config.model.dtype)
+
+    @property
+    def _is_int8(self) -> bool:
+        return self.config.model.dtype == "int8"
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -94,7 +99,7 @@ class Parts:
         return create_model(
             config.model.name,
             num_classes=self.num_classes,
-            dtype=self.dtype,
+            dtype=jnp.int8 if self._is_int8 else self.dtype,
             classifier_dropout=config.model.classifier_dropout,
             layer_dropout=config.model.layer_dropout,
             drop_path_rate=config.model.drop_path,
@@ -129,6 +134,11 @@ class Parts:
         Raises:
             UserError: they don't, on these chips or in this precision.
         """
+        if self._is_int8:
+            raise UserError(
+                "config.model.dtype is 'int8', in which networks are evaluated but not trained; train in float32 or "
+                "bfloat16, and set it for --mode predict, serve or eval."
+            )
         check_wanted(self.config.model.kernels, self._platform, self.dtype)
 
     @functools.cached_property

@@ -77,7 +77,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         num_classes: None is the variant's own, as for batch_norm_epsilon.
-        dtype: of activations and convolutions; statistics are float32 or wider.
+        dtype: of activations and convolutions; statistics are float32 or wider. int8 is float32, and evaluated by
+            products of integers where `models.fused.inference.pack_kernels` lays the kernels out for them.
         classifier_dropout: rate in [0, 1) between pooling and classifier.
         layer_dropout: rate in [0, 1) after convolutions (DenseNet), or after dense layers (RDNet).
         drop_path_rate: share in [0, 1) of examples for which the last dense layer adds zeros in training; it rises
@@ -121,13 +122,17 @@ def create_model(
     if test_time_pool_px and global_pool != "avg":
         raise UserError(f"global_pool={global_pool!r}: expected 'avg' beside test_time_pool_px; set one of the two")
     pool = _chosen("global_pool", global_pool)
+    by_int8 = dtype == jnp.int8
+    dtype = jnp.float32 if by_int8 else dtype
     head = HeadOptions(num_classes, classifier_dropout, test_time_pool_px, dtype, param_dtype, pool)
     wanted = tuple(output) if isinstance(output, list) else output
     common: dict[str, Any] = {"head_options": head, "output": wanted, "remat": remat}
     common |= {"dtype": dtype, "param_dtype": param_dtype}
-    implementation = _make_implementation(block_form, kernels, mesh)
+    implementation = _make_implementation(block_form, kernels, mesh, by_int8)
     module: DenseNet | DualPathNetwork | rdnet.RDNet
     if isinstance(network, RDNetArchitecture):  # layer norms only
+        if by_int8:
+            raise UserError(f"dtype=int8: {name} is an RDNet, which has no products of int8; set it to float32")
         if (batch_norm_epsilon, batch_norm_momentum, batch_norm_group_size) != (None, 0.9, 0):
             raise UserError(f"{name} has no batch norms: leave batch_norm_epsilon, _momentum and _group_size alone")
         parts = FusedRDNet(implementation.platform) if isinstance(implementation, Fused) else rdnet.PLAIN
@@ -154,11 +159,11 @@ def _check_family(name: str, network: Architecture, kernels: str, drop_path_rate
         raise UserError(f"layer_dropout={layer_dropout}: {name} has none; use classifier_dropout, or set it to 0")
 
 
-def _make_implementation(block_form: str, kernels: str, mesh: Mesh | None) -> Plain:
+def _make_implementation(block_form: str, kernels: str, mesh: Mesh | None, by_int8: bool) -> Plain:
     platform = _chosen("block_form", block_form).removeprefix("normalize_once").removeprefix("_")
     if _chosen("kernels", kernels) == "pallas" and platform not in ("", *KERNEL_DTYPES):
         raise UserError(f"kernels='pallas' is for block_form='normalize_once', not {block_form!r}; set it to 'auto'")
-    return PLAIN if platform == "plain" else Fused(platform, kernels, mesh)
+    return PLAIN if platform == "plain" else Fused(platform, kernels, mesh, int8=by_int8)
 
 
 def _override(name: str, row: Architecture, overrides: dict[str, Any]) -> Architecture:

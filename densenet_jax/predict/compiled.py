@@ -46,10 +46,8 @@ class CompiledModel:
         mesh = sharding.make_mesh(jax.local_devices())
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
-        module: Any = model.module
-        variables = model.variables
-        if mesh.size == 1:
-            module, variables = pack_kernels(module, variables)
+        module: Any
+        module, variables = pack_kernels(model.module, model.variables, mesh.size)
         self._module = module
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
         self._layers: set[str] = set()  # known to exist

@@ -119,7 +119,7 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtyp
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-    kind, variant = jnp.dtype(dtype), get_variant(name)
+    variant = get_variant(name)
     state = read_state_dict(source)
     variables = load_pretrained(name, source, channels=variant.channels, state=state)
     count, calibration = _class_count(variables, source), _own_thresholds(state, variables, str(source))
@@ -132,12 +132,12 @@ def make_deployed_from_pretrained(name: str, source: str, labels: str = "", dtyp
         apply_exif_orientation=True,
         bits=0,
     )
-    module = create_model(name, num_classes=count, dtype=kind)
+    module: Any = create_model(name, num_classes=count, dtype=jnp.dtype(dtype))
     names = read_class_names(source) or (imagenet_labels() if count == 1000 else _numbers(count))
     if labels:
         names = read_labels(labels)
         _check_count(names, count, labels)
-    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, kind, names)
+    deployed = Deployed(name, str(source), module, variables, transform, seen.mean, seen.std, module.dtype, names)
     return dataclasses.replace(deployed, calibration=calibration, many_labels=calibration is not None)
 
 

@@ -47,11 +47,13 @@ def test_it_answers_what_evaluation_computes(digits, predictor):
     assert len(set(best)) > 1
 
 
-def test_a_run_of_float32_predicts_in_bfloat16_on_request(digits, predictor):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_run_of_float32_predicts_in_another_dtype_on_request(digits, predictor, dtype):
     pixels = np.stack([predictor.preprocess(image) for image in records_of(digits[1], 8)])
-    rounded = Predictor.from_workdir(digits[0], batch_sizes=(8,), dtype="bfloat16").probabilities(pixels)
+    rounded = Predictor.from_workdir(digits[0], batch_sizes=(8,), dtype=dtype).probabilities(pixels)
     wanted = predictor.probabilities(pixels)
     np.testing.assert_allclose(rounded, wanted, rtol=0, atol=0.02)
+    np.testing.assert_array_equal(rounded.argmax(axis=1), wanted.argmax(axis=1))
     assert np.abs(rounded - wanted).max() > 1e-6
     with pytest.raises(UserError, match=r"dtype.*'bfloat17'.*bfloat16"):
         Predictor.from_workdir(digits[0], dtype="bfloat17")

@@ -1,4 +1,4 @@
-"""Products of bfloat16 values, which are summed in float32: kernels as native/bfloat16.h reads them, and the stem."""
+"""Products of bfloat16 values, which are summed in float32: kernels as native/products.h reads them, and the stem."""
 
 from __future__ import annotations
 
@@ -26,27 +26,32 @@ def is_packable(kernel: Any, groups: int = 1) -> bool:
 
 
 def pack(kernel: Any) -> Any:
-    """Rounds a kernel for which `is_packable` to bfloat16 and lays it out for the products, in the same shape.
+    """Rounds a kernel for which `is_packable` to bfloat16 and lays it out for the products, in the same shape."""
+    return lay_out(kernel.astype(jnp.bfloat16), 2)
 
-    The order, the slowest first: 16 outputs together, or the last few; taps; pairs of inputs; outputs; both inputs of a
-    pair. A NumPy array gives a NumPy array.
+
+def lay_out(kernel: Any, together: int) -> Any:
+    """Lays a kernel out for products that read `together` inputs at once, in the same shape.
+
+    The order, the slowest first: 16 outputs together, or the last few; taps; groups of inputs; outputs; the inputs of a
+    group. A NumPy array gives a NumPy array.
     """
     arrays = jnp if isinstance(kernel, jax.Array) else np
     *taps, inputs, outputs = kernel.shape
-    pairs = kernel.astype(jnp.bfloat16).reshape(math.prod(taps), inputs // 2, 2, outputs).swapaxes(2, 3)
+    groups = kernel.reshape(math.prod(taps), inputs // together, together, outputs).swapaxes(2, 3)
     whole = outputs // _CHUNK * _CHUNK
-    chunks = pairs[:, :, :whole].reshape(*pairs.shape[:2], -1, _CHUNK, 2).transpose(2, 0, 1, 3, 4)
-    return arrays.concatenate([chunks.ravel(), pairs[:, :, whole:].ravel()]).reshape(kernel.shape)
+    chunks = groups[:, :, :whole].reshape(*groups.shape[:2], -1, _CHUNK, together).transpose(2, 0, 1, 3, 4)
+    return arrays.concatenate([chunks.ravel(), groups[:, :, whole:].ravel()]).reshape(kernel.shape)
 
 
-def unpack(kernel: Array) -> Array:
-    """Undoes the order of `pack`."""
+def unpack(kernel: Array, together: int = 2) -> Array:
+    """Undoes the order of `lay_out`."""
     *taps, inputs, outputs = kernel.shape
-    shape, whole = (math.prod(taps), inputs // 2), outputs // _CHUNK * _CHUNK
+    shape, whole = (math.prod(taps), inputs // together), outputs // _CHUNK * _CHUNK
     chunks, rest = jnp.split(kernel.ravel(), [kernel.size // outputs * whole])
-    chunks = chunks.reshape(-1, *shape, _CHUNK, 2).transpose(1, 2, 0, 3, 4).reshape(*shape, whole, 2)
-    pairs = jnp.concatenate([chunks, rest.reshape(*shape, outputs - whole, 2)], axis=2)
-    return pairs.swapaxes(2, 3).reshape(kernel.shape)
+    chunks = chunks.reshape(-1, *shape, _CHUNK, together).transpose(1, 2, 0, 3, 4).reshape(*shape, whole, together)
+    groups = jnp.concatenate([chunks, rest.reshape(*shape, outputs - whole, together)], axis=2)
+    return groups.swapaxes(2, 3).reshape(kernel.shape)
 
 
 def is_stem(x: Array, kernel: Array) -> bool:

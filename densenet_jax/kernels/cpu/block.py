@@ -16,9 +16,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from densenet_jax.kernels.cpu import bfloat16
+from densenet_jax.kernels.cpu import bfloat16, int8
 from densenet_jax.kernels.cpu.convolution import plain_convolve
-from densenet_jax.kernels.cpu.library import bfloat16_products, vector_bytes
+from densenet_jax.kernels.cpu.library import bfloat16_products, int8_products, vector_bytes
 from densenet_jax.kernels.cpu.primitive import are_known, call_kernel, define, is_available
 
 
@@ -46,7 +46,8 @@ class Step(NamedTuple):
 class Arrays(NamedTuple):
     """Operands of a step: a norm with running statistics, or folded, without these (and without a scale); a kernel.
 
-    A bfloat16 kernel beside float32 operands is as `bfloat16.pack` lays it out, and multiplies rounded inputs.
+    A bfloat16 or int8 kernel beside float32 operands is as `bfloat16.pack` or `int8.pack` lays it out, and multiplies
+    rounded inputs; an int8 one has `kernel_scales`.
     """
 
     scale: Array
@@ -54,6 +55,7 @@ class Arrays(NamedTuple):
     mean: Array
     var: Array
     kernel: Array
+    kernel_scales: Array = np.zeros(0, np.float32)
 
 
 def is_usable(x: Array, arrays: Sequence[Arrays]) -> bool:
@@ -82,7 +84,7 @@ def run_block(
 
 
 def _is_rounded(array: Any) -> bool:
-    return array.ndim == 4 and array.dtype == jnp.bfloat16
+    return array.ndim == 4 and array.dtype in (jnp.bfloat16, jnp.int8)
 
 
 def fold_norm(own: Arrays, epsilon: float) -> tuple[Array, Array]:
@@ -108,13 +110,16 @@ def plain_run_block(
     if copied:
         maps[1] = lax.dynamic_update_slice_in_dim(maps[1], x[..., :copied], 0, axis=3)
     for index, step in enumerate(steps):
-        own = Arrays(*operands[5 * index : 5 * index + 5])
+        count = len(Arrays._fields)
+        own = Arrays(*operands[count * index : count * (index + 1)])
         scale, bias = (vector[None, None, None, :] for vector in fold_norm(own, epsilon))
         activation = jax.nn.relu(maps[step.source][..., : bias.size] * scale + bias)
         kernel, stride = unpack(own.kernel, step.groups) if step.packed else own.kernel, step.stride
         if step.pooled:
             activation, stride = nn.avg_pool(activation, (2, 2), (2, 2)), 1
-        if _is_rounded(kernel):
+        if kernel.dtype == jnp.int8:
+            kernel, activation = int8.unpack(kernel, own.kernel_scales), int8.round_inputs(activation, kernel.shape[0])
+        elif _is_rounded(kernel):
             kernel = bfloat16.unpack(kernel).astype(x.dtype)
             activation = activation.astype(jnp.bfloat16).astype(x.dtype)
         y = convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=step.groups)
@@ -126,7 +131,7 @@ def plain_run_block(
 
 def _lower(ctx: Any, *operands: Any, steps: tuple[Step, ...], copied: int, epsilon: float, **_: Any) -> Any:
     fields = np.array(steps, np.int64).ravel()
-    products = bfloat16_products()
+    products = int8_products() if any(aval.dtype == jnp.int8 for aval in ctx.avals_in) else bfloat16_products()
     return call_kernel("block", ctx, *operands, steps=fields, copied=copied, epsilon=float(epsilon), products=products)
 
 

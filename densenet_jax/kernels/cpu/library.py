@@ -51,6 +51,13 @@ def bfloat16_products() -> int:
 
 
 @functools.cache
+def int8_products() -> int:
+    """Returns how the library multiplies integers of 8 bits here: by AMX (2), AVX512-VNNI (1) or slowly (0)."""
+    library = _load()
+    return library[0].DensenetInt8Products() if library else 0
+
+
+@functools.cache
 def target_names() -> dict[str, str]:
     """Returns XLA's name for each key of _CALLS; empty if the library was not built or DENSENET_JAX_NATIVE is 0.
 

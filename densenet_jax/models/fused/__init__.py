@@ -75,7 +75,8 @@ class Fused(Plain):
         kernels: "auto", "xla" or "pallas" as for `create_model`, or "interpret" for tests of the kernels.
         mesh: divides the batch; None is JAX's one device, or unknown.
         is_packed: the variables are those of `inference.pack_kernels`.
-        rounds: evaluates by products of bfloat16 values, see there.
+        rounds: evaluates the stem by products of bfloat16 values, see there.
+        int8: evaluates by products of integers on a CPU that has them, see there.
     """
 
     platform: str = ""
@@ -83,6 +84,7 @@ class Fused(Plain):
     mesh: Mesh | None = None
     is_packed: bool = False
     rounds: bool = False
+    int8: bool = False
 
     @property
     def evaluates_by_cpu_kernels(self) -> bool:

@@ -17,29 +17,38 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.kernels.cpu import bfloat16
+from densenet_jax.kernels.cpu import bfloat16, int8
 from densenet_jax.kernels.cpu import block as cpu
 from densenet_jax.kernels.cpu.convolution import convolve_fast
-from densenet_jax.kernels.cpu.library import bfloat16_products
+from densenet_jax.kernels.cpu.library import bfloat16_products, int8_products
 from densenet_jax.kernels.cpu.primitive import DTYPES, is_available
 from densenet_jax.models.densenet import BlockOptions, DenseLayer
 from densenet_jax.models.dual_path import DualPathBlock
 from densenet_jax.models.layers import BatchNorm, Convolution
 
 logger = logging.getLogger(__name__)
+_SCALES = "kernel_scales"  # collection of variables: of each output of an int8 kernel
 _KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel|conv\d_\d+/c.*/kernel")
 
 
-def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def pack_kernels(module: nn.Module, variables: dict[str, Any], devices: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """Lays the kernels of blocks out as the CPU kernels read them, once instead of in every call.
 
     Returns a network for evaluation in this process and its variables, of the given shapes: the same function to the
     bit. Without CPU kernels for it, both are as they were. A network in bfloat16 gets feature maps in float32; products
-    are of values rounded to bfloat16 if the processor has an instruction for that, and are summed in float32.
+    are of values rounded to bfloat16 if the processor has an instruction for that, and are summed in float32. One in
+    int8 likewise: products are of integers, and of bfloat16 values in the stem.
     """
     implementation: Any = getattr(module, "implementation", None)
-    if not getattr(implementation, "evaluates_by_cpu_kernels", False) or not is_available():
+    wants_int8 = getattr(implementation, "int8", False)
+    is_fit = getattr(implementation, "evaluates_by_cpu_kernels", False) and is_available() and devices == 1
+    if wants_int8 and not (is_fit and int8_products()):
+        why = "this processor multiplies no integers of 8 bits (it has no AMX or AVX512-VNNI)"
+        why = why if is_fit else "only the CPU kernels have it, on one device (docs/predict.md)"
+        logger.warning("config.model.dtype=int8: %s, so predictions are computed in float32.", why)
+    if not is_fit:
         return module, variables
+    by_int8 = wants_int8 and bool(int8_products())
     rounds = module.dtype == jnp.bfloat16 and module.param_dtype == jnp.float32
     if rounds:
         head = dataclasses.replace(module.head_options, dtype=jnp.float32)
@@ -52,19 +61,26 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Modul
     if module.dtype != module.param_dtype or module.dtype not in DTYPES:
         return module, variables
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    rounds, scales = rounds or (by_int8 and bool(bfloat16_products())), dict[str, Any]()
     in_program = any(isinstance(kernel, jax.core.Tracer) for kernel in params.values())
     for name, kernel in params.items():
         groups = kernel.shape[3] // kernel.shape[2] if name.endswith("c3x3_b/conv/kernel") else 1
         is_blurred = name.startswith("transition") and module.architecture.blur == "all"  # by XLA
         if not _KERNEL.fullmatch(name) or is_blurred:
             continue
-        if rounds and bfloat16.is_packable(kernel, groups) and "c3x3" not in name:  # which may have a stride
+        is_plain = "c3x3" not in name  # which may have a stride
+        if by_int8 and int8.is_packable(kernel, groups) and is_plain:
+            packed = int8.pack(kernel if in_program else np.asarray(kernel))
+            params[name], scales[name] = map(jnp.asarray, packed)
+        elif rounds and bfloat16.is_packable(kernel, groups) and is_plain:
             params[name] = jnp.asarray(bfloat16.pack(kernel if in_program else np.asarray(kernel)))
         elif not in_program and cpu.is_packable(kernel, groups):
             params[name] = jnp.asarray(cpu.pack(kernel, groups))
     changes = {"is_packed": not in_program, "rounds": rounds}
-    packed = module.clone(implementation=dataclasses.replace(implementation, **changes))
-    return packed, {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+    module = module.clone(implementation=dataclasses.replace(implementation, **changes))
+    collections = {"params": params} | ({_SCALES: scales} if scales else {})
+    nested = {name: traverse_util.unflatten_dict(own, sep="/") for name, own in collections.items()}
+    return module, {**variables, **nested}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +88,12 @@ class PackedInCall:
     """Evaluates the network that `pack_kernels` makes in each call, for variables that change between calls."""
 
     module: Any
+    devices: int = 1
 
     def apply(self, variables: dict[str, Any], images: Array, *, train: bool) -> Array:
         """Computes the network's logits in evaluation."""
         module: Any
-        module, variables = pack_kernels(self.module, variables)
+        module, variables = pack_kernels(self.module, variables, self.devices)
         return module.apply(variables, images, train=train)
 
 
@@ -96,17 +113,16 @@ def evaluate_dense_block(
     x, steps, arrays = x.astype(options.dtype), list[cpu.Step](), list[cpu.Arrays]()
     width, bottleneck = x.shape[-1], 0
     for layer in layers:
-        first, second = (
-            (layer.conv1.kernel, layer.conv2.kernel) if layer.bottleneck_width else (None, layer.conv1.kernel)
-        )
-        if first is not None:
-            bottleneck = first.shape[-1]
-            steps.append(cpu.Step(1, 2, packed=is_packed and cpu.is_packable(first)))
-            arrays.append(_arrays(layer.norm1, first, options.dtype))
-        packed = is_packed and cpu.is_packable(second)
-        steps.append(cpu.Step(1 if first is None else 2, 1, offset=width, packed=packed))
-        arrays.append(_arrays(layer.norm1 if first is None else layer.norm2, second, options.dtype))
-        width += second.shape[-1]
+        norm, last = layer.norm1, layer.conv1
+        if layer.bottleneck_width:
+            bottleneck = last.kernel.shape[-1]
+            steps.append(cpu.Step(1, 2, packed=is_packed and cpu.is_packable(last.kernel)))
+            arrays.append(_arrays(norm, last, options.dtype))
+            norm, last = layer.norm2, layer.conv2
+        packed = is_packed and cpu.is_packable(last.kernel)
+        steps.append(cpu.Step(2 if layer.bottleneck_width else 1, 1, offset=width, packed=packed))
+        arrays.append(_arrays(norm, last, options.dtype))
+        width += last.kernel.shape[-1]
     shapes = [(*x.shape[:3], width), (*x.shape[:3], bottleneck)][: 2 if bottleneck else 1]
     return _run(_Plan(tuple(steps), tuple(shapes), options.norm.epsilon, x.shape[-1]), x, arrays)
 
@@ -118,7 +134,7 @@ def evaluate_stem(
     x, kernel = x.astype(convolution.dtype), convolution.kernel.astype(convolution.dtype)
     if not bfloat16.is_stem(x, kernel):
         return None
-    scale, bias = cpu.fold_norm(_arrays(norm, kernel, convolution.dtype), norm.options.epsilon)
+    scale, bias = cpu.fold_norm(_arrays(norm, convolution, convolution.dtype), norm.options.epsilon)
     return bfloat16.stem(convolution.stride, x, kernel, scale, bias)
 
 
@@ -130,7 +146,7 @@ def evaluate_transition(
     step = cpu.Step(0, 1, stride=2, packed=is_packed and cpu.is_packable(kernel), pooled=True)
     shape = (batch, *(side // 2 for side in sides), kernel.shape[-1])
     plan = _Plan((step,), (shape,), norm.options.epsilon)
-    return _run(plan, x.astype(convolution.dtype), [_arrays(norm, kernel, convolution.dtype)])
+    return _run(plan, x.astype(convolution.dtype), [_arrays(norm, convolution, convolution.dtype)])
 
 
 def evaluate_stage(
@@ -143,22 +159,22 @@ def evaluate_stage(
     if projection is None:
         return None
 
-    def add(norm: BatchNorm, kernel: Array, step: cpu.Step) -> None:
-        steps.append(step._replace(packed=is_packed and cpu.is_packable(kernel, step.groups)))
-        arrays.append(_arrays(norm, kernel, dtype))
+    def add(norm: BatchNorm, convolution: Convolution, step: cpu.Step) -> None:
+        steps.append(step._replace(packed=is_packed and cpu.is_packable(convolution.kernel, step.groups)))
+        arrays.append(_arrays(norm, convolution, dtype))
 
-    add(projection.bn, projection.conv.kernel, cpu.Step(0, 1, stride=stride))
+    add(projection.bn, projection.conv, cpu.Step(0, 1, stride=stride))
     width = projection.conv.kernel.shape[-1]
     for index, block in enumerate(blocks):
         inner = 4 if index and stride > 1 else 2  # at stride 1 one map does for all blocks
-        add(block.c1x1_a.bn, block.c1x1_a.conv.kernel, cpu.Step(1 if index else 0, inner))
+        add(block.c1x1_a.bn, block.c1x1_a.conv, cpu.Step(1 if index else 0, inner))
         grouped = cpu.Step(inner, 3, stride=block.stride, groups=block.groups)
-        add(block.c3x3_b.bn, block.c3x3_b.conv.kernel, grouped)
+        add(block.c3x3_b.bn, block.c3x3_b.conv, grouped)
         if block.split_projection:
-            add(block.c1x1_c.bn, block.c1x1_c1.kernel, cpu.Step(3, 1, residual, residual))
-            add(block.c1x1_c.bn, block.c1x1_c2.kernel, cpu.Step(3, 1, width))
+            add(block.c1x1_c.bn, block.c1x1_c1, cpu.Step(3, 1, residual, residual))
+            add(block.c1x1_c.bn, block.c1x1_c2, cpu.Step(3, 1, width))
         else:
-            add(block.c1x1_c.bn, block.c1x1_c.conv.kernel, cpu.Step(3, 1, width, residual))
+            add(block.c1x1_c.bn, block.c1x1_c.conv, cpu.Step(3, 1, width, residual))
         width += new
     batch, *sides = x.shape[:3]
     after = [(side - 1) // stride + 1 for side in sides]
@@ -167,14 +183,14 @@ def evaluate_stage(
     return _run(_Plan(tuple(steps), (*shapes, *others), first.norm_options.epsilon), x, arrays)
 
 
-def _arrays(norm: BatchNorm, kernel: Array, dtype: DType) -> cpu.Arrays:
-    empty = jnp.zeros((0,), dtype)
+def _arrays(norm: BatchNorm, convolution: Convolution, dtype: DType) -> cpu.Arrays:
+    empty, kernel = jnp.zeros((0,), dtype), convolution.kernel
     if norm.options.folded:
         own = (empty if norm.after_convolution else norm.scale, norm.bias, empty, empty, kernel)
     else:
         own = (norm.scale, norm.bias, norm.mean.value, norm.var.value, kernel)
-    is_rounded = kernel.dtype == jnp.bfloat16 != norm.bias.dtype  # by `pack_kernels`
-    arrays = cpu.Arrays(*(array.astype(dtype) for array in own))
+    is_rounded = kernel.dtype in (jnp.bfloat16, jnp.int8) and kernel.dtype != norm.bias.dtype  # by `pack_kernels`
+    arrays = cpu.Arrays(*(array.astype(dtype) for array in own), convolution.get_variable(_SCALES, "kernel", empty))
     return arrays._replace(kernel=kernel) if is_rounded else arrays
 
 

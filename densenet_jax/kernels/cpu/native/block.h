@@ -5,13 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "bfloat16.h"
 #include "input_rows.h"
+#include "products.h"
+#include "rounded.h"
 #include "sizes.h"
 #include "team.h"
 #include "tiles.h"
@@ -35,8 +35,7 @@ struct Step {
   const T* kernel;
   bool packed;  // weights are as `Pack` lays them out
   bool pooled;  // reads means of 2x2 pixels; only for 1x1 kernels, at stride 2
-  const Bfloat16* pairs;  // the kernel for products of bfloat16 values, or null
-  int64_t products;       // how these are computed
+  RoundedKernel rounded;
   T *y, *total;
   int64_t y_step, added;
 
@@ -453,21 +452,17 @@ void RunGroups(Team& team, const Step<T>& step) {
 
 template <typename T>
 void Run(Team& team, const Step<T>& step) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (step.pairs != nullptr)
-      return RunBfloat16(team, step.sizes, step.source, step.pooled, step.pairs, step.outputs(), step.products);
-  }
   if (step.groups > 1) return RunGroups(team, step);
   if (step.sizes.kernel_height == 1) return RunPointwise(team, step);
   RunWindow(team, step);
 }
 
-// Whether only the second step reads what the first writes, from first to last channel and in bfloat16.
+// Whether only the second step reads what the first writes, from first to last channel, and both round their inputs.
 inline bool IsBottleneck(const std::vector<Step<float>>& steps, size_t index) {
   if (index + 1 >= steps.size()) return false;
   const Step<float>&first = steps[index], &second = steps[index + 1];
   const Sizes &a = first.sizes, &b = second.sizes;
-  if (first.pairs == nullptr || second.pairs == nullptr || a.kernel_height > 1 || b.kernel_height == 1) return false;
+  if (!first.rounded.packed || !second.rounded.packed || a.kernel_height > 1 || b.kernel_height == 1) return false;
   if (first.added > 0 || first.y != second.source.x || a.out_channels != b.channels) return false;
   for (size_t i = index + 2; i < steps.size(); ++i) {
     if (steps[i].source.x == first.y) return false;
@@ -476,23 +471,22 @@ inline bool IsBottleneck(const std::vector<Step<float>>& steps, size_t index) {
   return first.y_step == a.out_channels;
 }
 
-// Runs steps one after another. Between a bottleneck's convolutions the feature map stays in bfloat16.
+// Runs steps one after another. Between a bottleneck's convolutions the feature map stays rounded.
 template <typename T>
 void RunSteps(Team& team, const std::vector<Step<T>>& steps) {
   if constexpr (std::is_same_v<T, float>) {
-    std::unique_ptr<Bordered> between;
+    RoundedConvolutions rounded(team);
     for (size_t i = 0; i < steps.size(); ++i) {
-      const Step<T>& first = steps[i];
-      if (!IsBottleneck(steps, i)) {
-        Run(team, first);
-        continue;
+      const Step<T>& step = steps[i];
+      if (step.rounded.packed == nullptr) {
+        Run(team, step);
+      } else if (IsBottleneck(steps, i)) {
+        const Step<T>& next = steps[++i];
+        rounded.RunBottleneck(step.sizes, step.source, step.pooled, step.rounded, next.sizes, next.source,
+                              next.rounded, next.outputs());
+      } else {
+        rounded.Run(step.sizes, step.source, step.pooled, step.rounded, step.outputs());
       }
-      const Step<T>& second = steps[++i];
-      const Sizes& s = second.sizes;
-      if (between == nullptr || !between->IsOf(s)) between = std::make_unique<Bordered>(team, s, 3);
-      RunBfloat16Pointwise(team, first.sizes, first.source, first.pooled, first.pairs, first.outputs(), first.products,
-                           between.get(), second.source);
-      RunBfloat16Window(team, s, *between, second.pairs, second.outputs(), second.products);
     }
   } else {
     for (const Step<T>& step : steps) Run(team, step);

@@ -260,7 +260,7 @@ ffi::Error PoolGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result dx,
   });
 }
 
-constexpr size_t kStepFields = 8, kStepArrays = 5;
+constexpr size_t kStepFields = 8, kStepArrays = 6, kKernel = 4;
 
 // Returns the scale and bias of a norm by its running statistics; empty mean and var: scale and bias as they are, and
 // an empty scale is 1. `folded` has room for both.
@@ -283,10 +283,10 @@ std::pair<const T*, const T*> Fold(Buffer scale, Buffer bias, Buffer mean, Buffe
 }
 
 // Sets a step from its fields (../block.py's Step), the feature maps that it reads and writes, and its operands: scale,
-// bias, mean, var and kernel; false if they don't fit.
+// bias, mean, var, kernel and, for one of int8, the scales of its outputs; false if they don't fit.
 template <typename T>
-bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buffer* arrays) {
-  const Buffer scale = arrays[0], bias = arrays[1], mean = arrays[2], var = arrays[3], kernel = arrays[4];
+bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buffer* arrays, int64_t products) {
+  const Buffer scale = arrays[0], bias = arrays[1], mean = arrays[2], var = arrays[3], kernel = arrays[kKernel];
   const int64_t offset = fields[2], added = fields[3], stride = fields[4], groups = fields[5];
   const Shape k = kernel.dimensions(), to = y.dimensions();
   const auto channels = bias.element_count();
@@ -305,9 +305,14 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
   step.groups = groups, step.added = added, step.y_step = to[3];
   if (step.packed && (groups == 1 ? k[3] % Lanes<T>::kCount != 0 : !Grouping<T>(step).IsPackable(step))) return false;
   step.source.x = x.typed_data<T>(), step.source.step = x.dimensions()[3];
-  if (kernel.element_type() == ffi::BF16) {
-    step.pairs = static_cast<const Bfloat16*>(kernel.untyped_data());
-    if (groups != 1 || k[0] > 3 || k[2] % 2 || (k[0] > 1 && stride > 1)) return false;
+  const bool is_int8 = kernel.element_type() == ffi::S8;
+  const Buffer scales = arrays[kKernel + 1];
+  if (scales.element_count() != (is_int8 ? static_cast<size_t>(k[3]) : 0)) return false;
+  if (is_int8 || kernel.element_type() == ffi::BF16) {
+    if (groups != 1 || k[0] > 3 || k[2] % (is_int8 ? 4 : 2) || (k[0] > 1 && stride > 1)) return false;
+    const int64_t fastest = is_int8 ? FastestProducts<uint8_t>() : FastestProducts<Bfloat16>();
+    step.rounded = {kernel.untyped_data(), nullptr, std::min(products, fastest)};
+    if (is_int8) step.rounded.scales = static_cast<const float*>(scales.untyped_data());
   } else {
     step.kernel = kernel.typed_data<T>();
   }
@@ -329,9 +334,10 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
                      !std::equal(shape.begin(), shape.begin() + 3, first.begin())))
     return Invalid("a block's input does not fit its result");
   for (size_t i = 0; i < operands.size(); ++i) {
-    const bool is_kernel = i % kStepArrays == kStepArrays - 1, is_float = x.element_type() == ffi::F32;
-    const bool is_rounded = is_kernel && is_float && operands[i].element_type() == ffi::BF16;
-    if (!is_rounded && operands[i].element_type() != x.element_type()) return Invalid("operands of different types");
+    const bool can_round = i % kStepArrays == kKernel && x.element_type() == ffi::F32;
+    const ffi::DataType type = operands[i].element_type();
+    const bool is_rounded = can_round && (type == ffi::BF16 || type == ffi::S8);
+    if (!is_rounded && type != x.element_type()) return Invalid("operands of different types");
   }
   bool fits = true;
   ffi::Error error = ForType({x, maps[1]}, [&](auto zero) {
@@ -355,9 +361,8 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
       const int64_t* fields = steps.begin() + i * kStepFields;
       const Buffer* own = operands.data() + i * kStepArrays;
       Step<T> step{};
-      step.products = std::min(products, FastestProducts());
       fits = fields[0] >= 0 && fields[1] > 0 && std::max(fields[0], fields[1]) < static_cast<int64_t>(maps.size()) &&
-             SetStep(step, fields, maps[fields[0]], maps[fields[1]], own);
+             SetStep(step, fields, maps[fields[0]], maps[fields[1]], own, products);
       if (!fits) break;
       std::tie(step.source.scale, step.source.bias) = Fold(own[0], own[1], own[2], own[3], epsilon, norm);
       norm += 2 * own[1].element_count();
@@ -375,7 +380,7 @@ ffi::Error StemCall(ffi::ThreadPool pool, Buffer x, Buffer kernel, Buffer scale,
     if (buffer.element_type() != ffi::F32) return Invalid("a stem's operands are not float32");
   const Shape from = x.dimensions(), k = kernel.dimensions(), to = y->dimensions();
   if (from.size() != 4 || k.size() != 4 || to.size() != 4 || k[0] != k[1] || k[0] % 2 == 0 || stride < 1 ||
-      k[0] > kMostTaps || k[1] * k[2] > kTileInputs || std::min(from[1], from[2]) < 1)
+      k[0] > kMostTaps || k[1] * k[2] > kRowInputs || std::min(from[1], from[2]) < 1)
     return Invalid("shapes of a stem do not fit");
   const int64_t out[] = {from[0], (from[1] - 1) / stride + 1, (from[2] - 1) / stride + 1, k[3]};
   const auto outputs = static_cast<size_t>(k[3]);
@@ -386,7 +391,7 @@ ffi::Error StemCall(ffi::ThreadPool pool, Buffer x, Buffer kernel, Buffer scale,
     return Invalid("shapes of a stem do not fit");
   Team team(pool);
   RunStem(team, s, x.typed_data<float>(), kernel.typed_data<float>(), scale.typed_data<float>(),
-          bias.typed_data<float>(), y->typed_data<float>(), std::min(products, FastestProducts()));
+          bias.typed_data<float>(), y->typed_data<float>(), std::min(products, FastestProducts<Bfloat16>()));
   return ffi::Error::Success();
 }
 
@@ -461,7 +466,8 @@ ffi::Error NumberCall(ffi::Result<ffi::BufferR0<ffi::S32>> y, int64_t number) {
 
 #pragma GCC visibility push(default)  // everything else is hidden and can be inlined
 extern "C" int DensenetVectorBytes() { return kVectorBytes; }
-extern "C" int DensenetBfloat16Products() { return static_cast<int>(FastestProducts()); }
+extern "C" int DensenetBfloat16Products() { return static_cast<int>(FastestProducts<Bfloat16>()); }
+extern "C" int DensenetInt8Products() { return static_cast<int>(FastestProducts<uint8_t>()); }
 
 // clang-format off
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

@@ -8,12 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "bfloat16.h"
+#include "products.h"
+#include "rounded.h"
 #include "sizes.h"
 #include "team.h"
 #include "tiles.h"
 
 namespace densenet_jax {
+
+constexpr int64_t kRowInputs = kTileInputs<Bfloat16>;  // that a row of the window is padded to
 
 // Lays weights [k][k][c][o] out for taps that are rows of the window, padded with zeros to a tile's inputs.
 inline void PackRowsOfWindow(const Sizes& s, const float* kernel, Bfloat16* to) {
@@ -21,7 +24,7 @@ inline void PackRowsOfWindow(const Sizes& s, const float* kernel, Bfloat16* to) 
   for (int64_t first = 0; first < s.out_channels; first += kTile) {
     const int64_t lanes = std::min(kTile, s.out_channels - first);
     for (int64_t row = 0; row < s.kernel_height; ++row)
-      for (int64_t pair = 0; pair < kTileInputs / 2; ++pair)
+      for (int64_t pair = 0; pair < kTile; ++pair)
         for (int64_t lane = 0; lane < lanes; ++lane)
           for (int64_t k = 2 * pair; k < 2 * pair + 2; ++k)
             *to++ = k < run ? RoundToBfloat16(kernel[(row * run + k) * s.out_channels + first + lane]) : Bfloat16{0};
@@ -33,9 +36,9 @@ inline void RunStem(Team& team, const Sizes& s, const float* x, const float* ker
                     const float* bias, float* y, int64_t products) {
   const int64_t outputs = s.out_channels, height = DivideUp(s.out_height, 2), width = DivideUp(s.out_width, 2);
   const int64_t padded = s.padded_width(), line = padded * s.channels, step = s.stride * s.channels;
-  Bfloat16* packed = ThreadScratch<Bfloat16>(1, RoundUp(outputs, kTile) * s.kernel_height * kTileInputs);
+  Bfloat16* packed = ThreadScratch<Bfloat16>(1, RoundUp(outputs, kTile) * s.kernel_height * kRowInputs);
   PackRowsOfWindow(s, kernel, packed);
-  Bfloat16Weights w{packed, nullptr, kTileInputs, outputs, s.kernel_height, {}};
+  RoundedWeights<Bfloat16> w{packed, nullptr, nullptr, kRowInputs, outputs, s.kernel_height, {}};
   for (int64_t row = 0; row < s.kernel_height; ++row) w.offsets[row] = row * line;
   const int64_t bands = std::min(height, RoundUp(DivideUp(height, 8), team.size()));
   const int64_t row_values = (s.out_width + 2) * outputs;  // of the convolution, with a border on both sides
@@ -44,7 +47,7 @@ inline void RunStem(Team& team, const Sizes& s, const float* x, const float* ker
     const int64_t end = height * (task % bands + 1) / bands;
     const int64_t first = 2 * begin - 1, count = 2 * (end - begin) + 1;  // rows of the convolution
     const int64_t top = first * s.stride - s.padding, rows = (count - 1) * s.stride + s.kernel_height;
-    Bfloat16* in = ThreadScratch<Bfloat16>(0, rows * line + kRowBlock * step + kTileInputs);
+    Bfloat16* in = ThreadScratch<Bfloat16>(0, rows * line + kRowBlock * step + kRowInputs);
     for (int64_t r = 0; r < rows; ++r) {
       Bfloat16* to = in + r * line;
       std::fill_n(to, line, Bfloat16{0});
@@ -53,7 +56,7 @@ inline void RunStem(Team& team, const Sizes& s, const float* x, const float* ker
       to += s.padding * s.channels;
       for (int64_t i = 0; i < s.width * s.channels; ++i) to[i] = RoundToBfloat16(from[i]);
     }
-    std::fill_n(in + rows * line, kRowBlock * step + kTileInputs, Bfloat16{0});
+    std::fill_n(in + rows * line, kRowBlock * step + kRowInputs, Bfloat16{0});
     float* out = ThreadScratch<float>(0, count * row_values);
     Tiles tiles(products);
     for (int64_t r = 0; r < count; ++r) {
@@ -76,8 +79,8 @@ inline void RunStem(Team& team, const Sizes& s, const float* x, const float* ker
             }
           }
         };
-        MultiplyPixels(products, w, in + r * s.stride * line + column * step, step, pixels, 0, w.chunks(), nullptr, 0,
-                       tiles, put);
+        MultiplyPixels(products, w, in + r * s.stride * line + column * step, step, nullptr, pixels, 0, w.chunks(),
+                       nullptr, 0, tiles, put);
       }
     }
     for (int64_t p = begin; p < end; ++p)
