@@ -43,6 +43,9 @@ class Step(NamedTuple):
     pooled: bool = False
 
 
+_NO_SCALES: Any = np.zeros(0, np.float32)
+
+
 class Arrays(NamedTuple):
     """Operands of a step: a norm with running statistics, or folded, without these (and without a scale); a kernel.
 
@@ -55,7 +58,7 @@ class Arrays(NamedTuple):
     mean: Array
     var: Array
     kernel: Array
-    kernel_scales: Array = np.zeros(0, np.float32)
+    kernel_scales: Array = _NO_SCALES
 
 
 def is_usable(x: Array, arrays: Sequence[Arrays]) -> bool:

@@ -190,8 +190,10 @@ def _arrays(norm: BatchNorm, convolution: Convolution, dtype: DType) -> cpu.Arra
     else:
         own = (norm.scale, norm.bias, norm.mean.value, norm.var.value, kernel)
     is_rounded = kernel.dtype in (jnp.bfloat16, jnp.int8) and kernel.dtype != norm.bias.dtype  # by `pack_kernels`
-    arrays = cpu.Arrays(*(array.astype(dtype) for array in own), convolution.get_variable(_SCALES, "kernel", empty))
-    return arrays._replace(kernel=kernel) if is_rounded else arrays
+    arrays = cpu.Arrays(*(array.astype(dtype) for array in own))
+    if not is_rounded:
+        return arrays
+    return arrays._replace(kernel=kernel, kernel_scales=convolution.get_variable(_SCALES, "kernel", empty))
 
 
 def _run(plan: _Plan, x: Array, arrays: Sequence[cpu.Arrays]) -> Array | None:
