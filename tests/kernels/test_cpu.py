@@ -377,7 +377,7 @@ def test_a_block_in_one_call(case, dtype):
         drawn_step(40, 32, folded=folded),
     ][: len(steps)]
     x, *operands = (array.astype(dtype) for array in (draw(b, side, side, 40), *(a for own in arrays for a in own)))
-    arrays = [block.Arrays(*operands[i : i + 5]) for i in range(0, len(operands), 5)]
+    arrays = [block.Arrays(*operands[i : i + 6]) for i in range(0, len(operands), 6)]
     shapes = ((b, after, after, end + 12 + 32 * (len(steps) - 5)), (b, side, side, width), (b, after, after, width))
     options = {"steps": tuple(steps), "shapes": shapes, "epsilon": 1e-3}
     computed = functools.partial(block.run_block, **options)

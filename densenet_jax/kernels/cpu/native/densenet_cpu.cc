@@ -337,7 +337,8 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
     const bool can_round = i % kStepArrays == kKernel && x.element_type() == ffi::F32;
     const ffi::DataType type = operands[i].element_type();
     const bool is_rounded = can_round && (type == ffi::BF16 || type == ffi::S8);
-    if (!is_rounded && type != x.element_type()) return Invalid("operands of different types");
+    if (!is_rounded && type != x.element_type() && operands[i].element_count() > 0)
+      return Invalid("operands of different types");
   }
   bool fits = true;
   ffi::Error error = ForType({x, maps[1]}, [&](auto zero) {

@@ -74,13 +74,13 @@ struct ByteScale {
   float scale, inverse;
 
   explicit ByteScale(float most)
-      : scale(most > 1e-30f && most < 1e30f ? most / 255 : 0), inverse(scale > 0 ? 255 / most : 0) {}
+      : scale(most > 1e-30f && most < 1e30f ? most * (1.0f / 255) : 0), inverse(scale > 0 ? 255 / most : 0) {}
   uint8_t Round(float value) const { return static_cast<uint8_t>(std::nearbyint(value * inverse)); }
 };
 
-// Writes the first `channels` values of a pixel, and zeros up to `padded`. Returns their scale.
+// Writes the first `channels` values of a pixel, and zeros up to `padded`.
 template <int kLines>
-float RoundPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, Bfloat16* to) {
+void RoundPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, Bfloat16* to) {
   int64_t c = 0;
 #ifdef __AVX512BF16__
   for (; c + 32 <= channels; c += 32) {
@@ -98,37 +98,41 @@ float RoundPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, B
 #endif
   for (; c < channels; ++c) to[c] = RoundToBfloat16(pixel.At(c));
   std::fill(to + channels, to + padded, Bfloat16{0});
-  return 1;
 }
 
-// Does the same in bytes; `padded` is a multiple of 64.
+// Reads the first `channels` values of a pixel, and zeros up to `padded`, a multiple of 64. Returns the largest.
 template <int kLines>
-float RoundPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, uint8_t* to) {
-  float* values = ThreadScratch<float>(1, padded);
+float ReadPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, float* values) {
+  int64_t c = 0;
 #ifdef __AVX512BW__
   __m512 largest = _mm512_setzero_ps();
-  const auto add = [&](int64_t c, __mmask16 mask) {
+  const auto add = [&](__mmask16 mask) {
     const __m512 value = pixel.Vector(c, mask);
     _mm512_store_ps(values + c, value);
     largest = _mm512_max_ps(largest, value);
   };
-  int64_t c = 0;
-  for (; c + 16 <= channels; c += 16) add(c, 0xffff);
-  for (; c < padded; c += 16) add(c, static_cast<__mmask16>(FirstLanes(channels - c)));
-  const ByteScale own(_mm512_reduce_max_ps(largest));
+  for (; c + 16 <= channels; c += 16) add(0xffff);
+  for (; c < padded; c += 16) add(static_cast<__mmask16>(FirstLanes(channels - c)));
+  return _mm512_reduce_max_ps(largest);
+#else
+  float most = 0;
+  for (; c < channels; ++c) most = std::max(most, values[c] = pixel.At(c));
+  std::fill(values + channels, values + padded, 0.0f);
+  return most;
+#endif
+}
+
+// Writes `count` values, a multiple of 64, in bytes.
+inline void RoundToBytes(const float* values, int64_t count, const ByteScale& own, uint8_t* to) {
+#ifdef __AVX512BW__
   const __m512 inverse = _mm512_set1_ps(own.inverse);
-  for (c = 0; c < padded; c += 64) {
+  for (int64_t c = 0; c < count; c += 64) {
     const auto part = [&](int64_t at) { return _mm512_load_ps(values + c + at); };
     _mm512_storeu_si512(to + c, ToBytes(part(0), part(16), part(32), part(48), inverse));
   }
 #else
-  float most = 0;
-  for (int64_t c = 0; c < channels; ++c) most = std::max(most, values[c] = pixel.At(c));
-  const ByteScale own(most);
-  for (int64_t c = 0; c < channels; ++c) to[c] = own.Round(values[c]);
-  std::fill(to + channels, to + padded, uint8_t{0});
+  for (int64_t c = 0; c < count; ++c) to[c] = own.Round(values[c]);
 #endif
-  return own.scale;
 }
 
 // Where a step's outputs go: to y[pixel * step + output], the first `added` are added to total[...] instead.
@@ -178,26 +182,36 @@ struct Bordered {
   }
 };
 
-// Writes relu(scale * x + bias) of rows of up to 32 values, x_step apart, to to[row] + first.
-inline void RoundRows(const float* x, int64_t x_step, int64_t rows, const float* scale, const float* bias,
-                      int64_t lanes, Bfloat16* const* to, int64_t first) {
+// Writes relu(scale * x + bias) of rows of up to 32 values, kRowBlock apart, to to[row] + first; integers x count in
+// scales of their row.
+template <typename Sum>
+void RoundRows(const Sum* x, const float* row_scales, int64_t rows, const float* scale, const float* bias,
+               int64_t lanes, Bfloat16* const* to, int64_t first) {
 #ifdef __AVX512BF16__
   if (lanes == 32) {
     const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(scale + 16), zero = _mm512_setzero_ps();
     const __m512 c = _mm512_loadu_ps(bias), d = _mm512_loadu_ps(bias + 16);
-    for (int64_t m = 0; m < rows; ++m, x += x_step) {
-      const __m512 low = _mm512_max_ps(_mm512_fmadd_ps(_mm512_loadu_ps(x), a, c), zero);
-      const __m512 high = _mm512_max_ps(_mm512_fmadd_ps(_mm512_loadu_ps(x + 16), b, d), zero);
+    for (int64_t m = 0; m < rows; ++m, x += kRowBlock) {
+      const auto read = [&](int64_t at) {
+        if constexpr (std::is_same_v<Sum, float>)
+          return _mm512_loadu_ps(x + at);
+        else
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(x + at)), _mm512_set1_ps(row_scales[m]));
+      };
+      const __m512 low = _mm512_max_ps(_mm512_fmadd_ps(read(0), a, c), zero);
+      const __m512 high = _mm512_max_ps(_mm512_fmadd_ps(read(16), b, d), zero);
       const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
       std::memcpy(to[m] + first, &both, sizeof(both));
     }
     return;
   }
 #endif
-  for (int64_t m = 0; m < rows; ++m, x += x_step) {
-    const Source<float> source{x, nullptr, nullptr, scale, bias, 0};
-    RoundPixel<1>({source, 0}, lanes, lanes, to[m] + first);
-  }
+  for (int64_t m = 0; m < rows; ++m, x += kRowBlock)
+    for (int64_t o = 0; o < lanes; ++o) {
+      const float one = std::is_same_v<Sum, float> ? 1 : row_scales[m];
+      const float value = static_cast<float>(x[o]) * one * scale[o] + bias[o];
+      to[m][first + o] = RoundToBfloat16(value > 0 ? value : 0);
+    }
 }
 
 // Rounds a feature map to bytes, of a scale for each image: scales[image].
@@ -256,32 +270,40 @@ inline void ScaleSums(const int32_t* sums, int64_t pixels, int64_t lanes, const 
 }
 
 // Computes the outputs of up to 32 pixels, whose inputs are x, from chunk to chunk. put(sums, first, lanes) takes rows
-// of 32 for all of them; with `run` the pixels are neighbors from that one on, and whole tiles go there. scales:
-// of each pixel's bytes.
+// of 32 for all of them; with `run` the pixels are neighbors from that one on, and whole tiles go there.
 template <typename V, typename F>
-void MultiplyPixels(int64_t products, const RoundedWeights<V>& w, const V* x, int64_t step, const float* scales,
-                    int64_t pixels, int64_t first_chunk, int64_t last_chunk, const Outputs* run, int64_t pixel,
-                    Tiles& tiles, F put) {
-  constexpr bool kScales = std::is_same_v<V, uint8_t>;
-  alignas(64) float sums[kRowBlock * kRowBlock];
+void MultiplyPixels(int64_t products, const RoundedWeights<V>& w, const V* x, int64_t step, int64_t pixels,
+                    int64_t first_chunk, int64_t last_chunk, const Outputs* run, int64_t pixel, Tiles& tiles, F put) {
+  alignas(64) typename Kind<V>::Sum sums[kRowBlock * kRowBlock];
   for (int64_t chunk = first_chunk; chunk < last_chunk; chunk += 2) {
     const int64_t count = std::min<int64_t>(2, last_chunk - chunk), first = chunk * kTile;
     const int64_t last_lanes = w.lanes(chunk + count - 1), lanes = (count - 1) * kTile + last_lanes;
     tiles.Set(w.lanes(chunk), count > 1 ? last_lanes : kTile);
-    const bool is_direct = run != nullptr && first >= run->added && (kScales || pixels % kTile == 0);
-    float* to = is_direct ? run->y + pixel * run->step + first : sums;
-    const int64_t to_step = is_direct ? run->step : kRowBlock;
-    if constexpr (kScales) {
-      alignas(64) int32_t whole[kRowBlock * kRowBlock];
-      MultiplyBlock(products, w, x, step, pixels, chunk, count, whole, kRowBlock);
-      ScaleSums(whole, pixels, lanes, scales, w.scales + first, to, to_step);
-    } else {
-      MultiplyBlock(products, w, x, step, pixels, chunk, count, to, to_step);
+    if constexpr (std::is_same_v<V, Bfloat16>) {
+      if (run != nullptr && first >= run->added && pixels % kTile == 0) {
+        MultiplyBlock(products, w, x, step, pixels, chunk, count, run->y + pixel * run->step + first, run->step);
+        continue;
+      }
     }
-    if (!is_direct) put(sums, first, lanes);
+    MultiplyBlock(products, w, x, step, pixels, chunk, count, sums, kRowBlock);
+    put(sums, first, lanes);
   }
 }
 
+// Calls put(sums) with sums of up to 32 pixels and outputs from `first` on in float32.
+template <typename V, typename Sum, typename F>
+void PutScaled(const RoundedWeights<V>& w, const Sum* sums, int64_t pixels, const float* of_pixels, int64_t first,
+               int64_t lanes, F put) {
+  if constexpr (std::is_same_v<Sum, float>) {
+    put(sums);
+  } else {
+    alignas(64) float scaled[kRowBlock * kRowBlock];
+    ScaleSums(sums, pixels, lanes, of_pixels, w.scales + first, scaled, kRowBlock);
+    put(scaled);
+  }
+}
+
+constexpr int64_t kPixelsAhead = 4;  // that are read before their scales are needed
 constexpr int64_t kRoundedTaskProducts = 8 * 1000 * 1000;  // worth a task
 
 template <typename V>
@@ -304,7 +326,12 @@ template <typename V>
 void RunRoundedPointwise(Team& team, const Sizes& s, const Source<float>& source, bool pooled,
                          const RoundedKernel& kernel, const Outputs& to, const Bordered<Bfloat16>* between,
                          const Source<float>& after) {
+  constexpr bool kBytes = std::is_same_v<V, uint8_t>;
   const RoundedWeights<V> w = MakeWeights<V>(s, kernel);
+  std::vector<float> after_scale;
+  if (between != nullptr) after_scale.assign(after.scale, after.scale + s.out_channels);
+  if (kBytes)
+    for (size_t o = 0; o < after_scale.size(); ++o) after_scale[o] *= w.scales[o];
   const int64_t pixels = s.batch * s.out_height * s.out_width, step = RoundUp(s.channels, kTileInputs<V>);
   const int64_t pairs = DivideUp(w.chunks(), 2), blocks = DivideUp(pixels, kRowBlock);
   const int64_t parts = blocks < 2 * team.size() ? std::min(pairs, team.size()) : 1;
@@ -314,8 +341,9 @@ void RunRoundedPointwise(Team& team, const Sizes& s, const Source<float>& source
     const int64_t band = task / parts, part = task % parts;
     const int64_t first = 2 * (pairs * part / parts), last = std::min(2 * (pairs * (part + 1) / parts), w.chunks());
     V* rows = ThreadScratch<V>(0, kRowBlock * step);
+    float* values = kBytes ? ThreadScratch<float>(1, kPixelsAhead * step) : nullptr;
     Bfloat16* targets[kRowBlock];
-    float scales[kRowBlock];
+    float scales[kRowBlock];  // of bytes; the largest values at first
     Tiles tiles(kernel.products);
     for (int64_t block = blocks * band / bands; block < blocks * (band + 1) / bands; ++block) {
       const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, pixels - begin);
@@ -323,18 +351,30 @@ void RunRoundedPointwise(Team& team, const Sizes& s, const Source<float>& source
         const int64_t row = (begin + i) / s.out_width, x = (begin + i) % s.out_width;
         const int64_t image = row / s.out_height, y = row % s.out_height;
         const Source<float> from = source.AtPixel((image * s.height + y * s.stride) * s.width + x * s.stride);
-        V* to_row = rows + i * step;
-        scales[i] = pooled ? RoundPixel<2>({from, s.width * from.step}, s.channels, step, to_row)
-                           : RoundPixel<1>({from, 0}, s.channels, step, to_row);
         if (between != nullptr) targets[i] = between->At(image, y, x);
+        const auto read = [&](const auto& pixel) {
+          if constexpr (kBytes)
+            scales[i] = ReadPixel(pixel, s.channels, step, values + i % kPixelsAhead * step);
+          else
+            RoundPixel(pixel, s.channels, step, rows + i * step);
+        };
+        pooled ? read(Pixel<2>{from, s.width * from.step}) : read(Pixel<1>{from, 0});
+        if (!kBytes || (i + 1 < count && (i + 1) % kPixelsAhead != 0)) continue;
+        for (int64_t k = i / kPixelsAhead * kPixelsAhead; k <= i; ++k) {
+          const ByteScale own(scales[k]);
+          RoundToBytes(values + k % kPixelsAhead * step, step, own, reinterpret_cast<uint8_t*>(rows + k * step));
+          scales[k] = own.scale;
+        }
       }
-      const auto put = [&](const float* sums, int64_t o, int64_t lanes) {
+      const auto put = [&](const auto* sums, int64_t o, int64_t lanes) {
         if (between != nullptr)
-          return RoundRows(sums, kRowBlock, count, after.scale + o, after.bias + o, lanes, targets, o);
-        for (int64_t m = 0; m < count; ++m) to.Put(sums + m * kRowBlock, begin + m, o, lanes);
+          return RoundRows(sums, scales, count, after_scale.data() + o, after.bias + o, lanes, targets, o);
+        PutScaled(w, sums, count, scales, o, lanes, [&](const float* sums) {
+          for (int64_t m = 0; m < count; ++m) to.Put(sums + m * kRowBlock, begin + m, o, lanes);
+        });
       };
-      MultiplyPixels(kernel.products, w, rows, step, scales, count, first, last, between == nullptr ? &to : nullptr,
-                     begin, tiles, put);
+      MultiplyPixels(kernel.products, w, rows, step, count, first, last, between == nullptr ? &to : nullptr, begin,
+                     tiles, put);
     }
   });
 }
@@ -364,11 +404,13 @@ void RunRoundedWindow(Team& team, const Sizes& s, const Bordered<V>& from, const
       }
       if (scales != nullptr) std::fill_n(of_pixels, kRowBlock, scales[image]);
       const V* x = from.values + (image * from.height * from.width + begin) * from.step;
-      MultiplyPixels(kernel.products, w, x, from.step, of_pixels, count, 0, w.chunks(), nullptr, 0, tiles,
-                     [&](const float* sums, int64_t o, int64_t lanes) {
-                       for (int64_t m = 0; m < count; ++m)
-                         if (targets[m] >= 0) to.Put(sums + m * kRowBlock, targets[m], o, lanes);
-                     });
+      const auto put = [&](const auto* sums, int64_t o, int64_t lanes) {
+        PutScaled(w, sums, count, of_pixels, o, lanes, [&](const float* sums) {
+          for (int64_t m = 0; m < count; ++m)
+            if (targets[m] >= 0) to.Put(sums + m * kRowBlock, targets[m], o, lanes);
+        });
+      };
+      MultiplyPixels(kernel.products, w, x, from.step, count, 0, w.chunks(), nullptr, 0, tiles, put);
     }
   });
 }
@@ -385,7 +427,7 @@ class RoundedConvolutions {
     team_.Run(s.batch * s.height, [&](int64_t line) {
       Source<float> from = source.AtPixel(line * s.width);
       for (int64_t x = 0; x < s.width; ++x, from.x += from.step)
-        RoundPixel<1>({from, 0}, s.channels, rounded.step, rounded.At(line / s.height, line % s.height, x));
+        RoundPixel(Pixel<1>{from, 0}, s.channels, rounded.step, rounded.At(line / s.height, line % s.height, x));
     });
     RunWindow(s, kernel, to);
   }

@@ -79,8 +79,8 @@ inline void RunStem(Team& team, const Sizes& s, const float* x, const float* ker
             }
           }
         };
-        MultiplyPixels(products, w, in + r * s.stride * line + column * step, step, nullptr, pixels, 0, w.chunks(),
-                       nullptr, 0, tiles, put);
+        MultiplyPixels(products, w, in + r * s.stride * line + column * step, step, pixels, 0, w.chunks(), nullptr, 0,
+                       tiles, put);
       }
     }
     for (int64_t p = begin; p < end; ++p)
