@@ -29,14 +29,14 @@ def test_recipe_runs_to_the_end(recipe, imagenet, user, tmp_path):
         "--config.optim.warmup_epochs=0",
         "--config.model.block_sizes=(1,1,1,1)",  # for the compiler's sake
     )
-    output, _ = run_main(*arguments, **user)
+    output, _ = run_here(*arguments, **user)
     result = parse_last_line(output)
     assert (result["mode"], result["step"], result["examples"]) == ("train", 5, 11)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["name"] == "densenet121"
     if recipe == "densenet121_cosine":
         return
-    evaluated = parse_last_line(run_main("--mode=eval", *arguments, **user)[0])
+    evaluated = parse_last_line(run_here("--mode=eval", *arguments, **user)[0])
     assert evaluated["top1"] == result["top1"]
     assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-5)
 

@@ -10,7 +10,8 @@ import pytest
 from densenet_jax.export.graph import make_graph, reference_outputs
 from tests.export.exporting import FAMILIES, export_small, images
 from tests.extras import needs
-from tests.main_processes import make_environment, parse_last_line, run_main
+from tests.main_in_process import run_here
+from tests.main_processes import make_environment, parse_last_line
 
 ALONE = """
 import sys, importlib.util
@@ -51,14 +52,15 @@ def test_the_batch_size_can_be_fixed(tmp_path):
 
 
 @needs("flatbuffers")
-def test_the_mode_exports_a_run(tmp_path, user):
+def test_the_mode_exports_a_run(tmp_path, user, no_report):
     workdir = str(tmp_path / "run")
-    run_main("--workdir", workdir, "--config.train.epochs=0.1", "--config.optim.warmup_epochs=0.0", **user)
-    output, errors = run_main("--workdir", workdir, "--mode", "export", "--format", "stablehlo", **user)
+    short = ("--config.train.epochs=0.1", "--config.optim.warmup_epochs=0.0", "--config.model.block_sizes=(1,)")
+    run_here("--workdir", workdir, *short, **user)
+    output, errors = run_here("--workdir", workdir, "--mode", "export", "--format", "stablehlo", **user)
     figures = parse_last_line(output)
     assert list(figures) == ["mode", "format", "path", "max_abs_difference", "examples"]
     assert os.path.exists(figures["path"])
     assert figures["examples"] == 64
     assert "checked with images of digits test" in errors
-    _, errors = run_main("--workdir", workdir, "--mode", "export", "--format", "stablehlo", expect=2, **user)
+    _, errors = run_here("--workdir", workdir, "--mode", "export", "--format", "stablehlo", expect=2, **user)
     assert errors.splitlines()[-1].startswith("error: --output")

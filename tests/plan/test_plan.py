@@ -15,6 +15,7 @@ from densenet_jax.plan.costs import Costs, DoesNotFitError, parse_memory_error
 from densenet_jax.plan.hlo import Collective
 from densenet_jax.training import sharding
 from tests.extras import needs
+from tests.main_in_process import run_here
 from tests.main_processes import parse_last_line, run_main
 
 KEYS = {
@@ -161,7 +162,7 @@ def test_the_compiler_tells_what_it_would_need_and_what_there_is(message, expect
 
 
 def test_the_flag_belongs_to_the_mode():
-    output, errors = run_main("--topology", "v5e:2x2", expect=2)
+    output, errors = run_here("--topology", "v5e:2x2", expect=2)
     assert output == ""
     assert errors.strip().splitlines()[-1].startswith("error: --topology v5e:2x2 is for --mode plan")
 

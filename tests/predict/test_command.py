@@ -91,12 +91,12 @@ def test_flags_of_other_modes_are_refused():
 
 
 @pytest.mark.slow
-def test_predict_answers_what_evaluation_counts(user, tmp_path):
+def test_predict_answers_what_evaluation_counts(user, no_report, tmp_path):
     """A trained run: as many images are right as --mode eval counts."""
-    recipe = ("--config.train.epochs=4", "--config.eval.every_epochs=4")
-    run_main(f"--workdir={tmp_path / 'run'}", *recipe, **user)
+    recipe = ("--config.train.epochs=2", "--config.optim.warmup_epochs=0.2", "--config.model.block_sizes=(1,1)")
+    run_here(f"--workdir={tmp_path / 'run'}", *recipe, **user)
     table = tmp_path / "classes.csv"
-    output, _ = run_main(
+    output, _ = run_here(
         "--mode=eval", f"--workdir={tmp_path / 'run'}", *recipe, f"--config.eval.per_class_output={table}", **user
     )
     counted = parse_last_line(output)
@@ -105,7 +105,7 @@ def test_predict_answers_what_evaluation_counts(user, tmp_path):
         folder = tmp_path / "digits" / str(source[index].label)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index:03d}.png").write_bytes(source[index].image)
-    run_main("--mode=predict", f"--workdir={tmp_path / 'run'}", "--images", str(tmp_path / "digits"), **user)
+    run_here("--mode=predict", f"--workdir={tmp_path / 'run'}", "--images", str(tmp_path / "digits"), **user)
     right = [0] * 10
     lines = lines_of(tmp_path / "run" / "predictions.jsonl")
     for line in lines:

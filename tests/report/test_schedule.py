@@ -15,7 +15,8 @@ from densenet_jax.modes import schedule_mode
 from densenet_jax.report.schedule import all_rates, turning_points
 from densenet_jax.training.schedules import make_schedule
 from tests.data import fake_imagenet
-from tests.main_processes import parse_last_line, run_main
+from tests.main_in_process import run_here
+from tests.main_processes import parse_last_line
 
 
 def drawn(recipe, directory, workdir, **changes):
@@ -87,7 +88,7 @@ def test_turning_points_are_where_the_course_changes(name, options, points):
 
 
 def test_schedule_mode_ends_with_one_line(user, tmp_path):
-    output, errors = run_main("--mode=schedule", "--config=configs/densenet121.py", f"--workdir={tmp_path}", **user)
+    output, errors = run_here("--mode=schedule", "--config=configs/densenet121.py", f"--workdir={tmp_path}", **user)
     result = parse_last_line(output)
     assert (len(output.splitlines()), result["mode"]) == (1, "schedule")
     assert result["path"] == str(tmp_path / "schedule.png")

@@ -23,7 +23,7 @@ from densenet_jax.training.eval_step import EvalSums
 from densenet_jax.training.metrics import ClassificationSums
 from tests.data import fake_imagenet
 from tests.main_in_process import run_here
-from tests.main_processes import parse_last_line, run_main
+from tests.main_processes import parse_last_line
 
 MODEL, BLOCK_SIZES = "densenet_bc_22_12", (1, 1)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # those of the model's row
@@ -59,7 +59,7 @@ def arguments(variables, tmp_path_factory):
         f"--config.model.name={MODEL}",
         f"--config.model.block_sizes={BLOCK_SIZES}",
         "--config.data.image_size_px=32",
-        "--config.eval.batch_size=4",
+        "--config.eval.batch_size=8",
         "--config.eval.crop_fraction=0.8",
         "--config.eval.interpolation=bicubic",
     )
@@ -83,7 +83,7 @@ def test_real_labels_count_any_right_class_and_leave_out_images_without_one(argu
     ]
     directory = str(tmp_path / "again")
     fake_imagenet.write_variant(directory, "imagenet2012_real", "validation", LABELS, label_sets=sets)
-    output, errors = run_main("--config=configs/imagenet_real.py", f"--config.data.dir={directory}", *arguments, **user)
+    output, errors = run_here("--config=configs/imagenet_real.py", f"--config.data.dir={directory}", *arguments, **user)
     result = parse_last_line(output)
     counted = [index for index, labels in enumerate(sets) if labels]
     assert result["examples"] == len(counted) == 7
@@ -105,7 +105,7 @@ def test_imagenet_a_is_judged_among_its_classes_and_written_by_class(arguments, 
         f"--config.eval.confusion_output={tmp_path / 'confusion.csv'}",
     )
     config = ("--config=configs/imagenet_a.py", f"--config.data.dir={directory}")
-    output, errors = run_main(*config, *arguments, *tables, **user)
+    output, errors = run_here(*config, *arguments, *tables, **user)
     result = parse_last_line(output)
     assert "judged among the 6 classes" in errors
     allowed = np.unique(LABELS)
