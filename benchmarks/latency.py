@@ -5,9 +5,10 @@
 Milliseconds from call to logits, at the median (p50) and the 99th percentile (p99); a call begins when the one before
 has ended. On a GPU: JAX and torch.compile in bfloat16. On a CPU: JAX, PyTorch eager, onnxruntime and OpenVINO, all in
 float32; what an interpreter lacks is left out. jax_bfloat16 and openvino_bfloat16 multiply bfloat16 values, where the
-processor can. onnxruntime and OpenVINO read MODEL.onnx of --onnx_dir, or one that is written for them there, with batch
-norm folded. JAX has the same weights and images, so that logits are compared:
-`difference` is the largest relative one to the first of these runtimes, and one above 0.001 is printed.
+processor can, jax_int8 and onnxruntime_int8 integers. onnxruntime and OpenVINO read MODEL.onnx (MODEL_int8.onnx) of
+--onnx_dir, or one that is written for them there, with batch norm folded (calibrated with noise). JAX has the same
+weights and images, so that logits are compared: `difference` is the largest relative one to the first of these, and one
+above 0.001 is printed.
 
 Without --models all variants are measured, a quarter of a minute to two minutes each on two cores, and as much again to
 write an ONNX file. A row is in the file as soon as it is measured, and --resume goes on with the file. A turn lasts
@@ -38,7 +39,10 @@ RUNTIMES = {
     "torch_compile": "torch_compile",
     "jax_bfloat16": "densenet_jax",
     "openvino_bfloat16": None,
+    "jax_int8": "densenet_jax",
+    "onnxruntime_int8": None,
 }
+ROUNDED = ("_bfloat16", "_int8")  # ends of names
 LARGEST_DIFFERENCE = 1e-3  # of float32 logits from one file to another program
 EXPORT_SECS = 600  # in which a file must be written
 
@@ -48,27 +52,31 @@ def contestant(
 ) -> Contestant:
     """Makes the contestant of one runtime on one model."""
     made = cases.contestant(RUNTIMES[runtime] or "densenet_jax", arguments, model, batch_size, "infer")
+    precision = runtime.partition("_")[2] if runtime.endswith(ROUNDED) else "float32"
     if RUNTIMES[runtime] is None:
         python = arguments.openvino_python if runtime.startswith("openvino") else arguments.onnx_python
         made.start = functools.partial(Worker, "onnx_worker.py", python)
         case = {key: made.case[key] for key in ("batch_size", "image_size_px", "channels")}
-        path = str(onnx_file(arguments, model, case["image_size_px"], case["channels"]))
+        path = str(onnx_file(arguments, model, case["image_size_px"], case["channels"], precision == "int8"))
         made.case = case | {"path": path, "runtime": runtime.partition("_")[0], "dtype": "float32"}
-    made.case |= {"dtype": "bfloat16"} if runtime.endswith("_bfloat16") else {}
+    made.case |= {"dtype": precision} if precision != "float32" else {}
     made.name = runtime
     made.start = functools.partial(workers.start, runtime, made.start)
     return made
 
 
-def onnx_file(arguments: argparse.Namespace, model: str, image_size_px: int, channels: int) -> pathlib.Path:
+def onnx_file(
+    arguments: argparse.Namespace, model: str, image_size_px: int, channels: int, by_int8: bool = False
+) -> pathlib.Path:
     """Returns MODEL.onnx, written first if it is missing; the worker reports one that can't be written."""
-    path = pathlib.Path(arguments.onnx_dir) / f"{model}.onnx"
+    path = pathlib.Path(arguments.onnx_dir) / f"{model}{'_int8' if by_int8 else ''}.onnx"
     if path.exists() or path in arguments.onnx_given_up:
         return path
     say(f"writing {path.name}")
     script = pathlib.Path(__file__).parent / "versus" / "onnx_export.py"
     command = [arguments.onnx_python, str(script), model, str(path)]
     command += ["--image_size_px", str(image_size_px), "--channels", str(channels)]
+    command += ["--precision", "int8"] if by_int8 else []
     command += ["--block_sizes", *map(str, arguments.block_sizes)] if arguments.block_sizes else []
     environment = os.environ | {"PYTHONPATH": str(script.parent.parent.parent)}
     try:
@@ -154,6 +162,7 @@ def parse() -> argparse.Namespace:
     usual = ["jax", "torch_compile"] if arguments.on_gpu else ["jax", "onnxruntime", "openvino", "torch_eager"]
     arguments.runtimes = arguments.runtimes or usual
     needs = {"onnxruntime": (arguments.onnx_python, "onnxruntime")}
+    needs |= {"onnxruntime_int8": needs["onnxruntime"]}
     needs |= dict.fromkeys(("openvino", "openvino_bfloat16"), (arguments.openvino_python, "openvino"))
     needs |= dict.fromkeys(("torch_eager", "torch_compile"), (arguments.torch_python, "torch", "timm", "torchvision"))
     for name in [name for name in arguments.runtimes if name in needs and not importable(*needs[name])]:
@@ -195,7 +204,7 @@ def main() -> None:
                     device = next((one.prepared["device"] for one in contestants if one.prepared), "")
                     apart = differences(contestants) if arguments.dtype == "float32" else {}
                     for name, difference in apart.items():
-                        if difference > LARGEST_DIFFERENCE and not name.endswith("_bfloat16"):
+                        if difference > LARGEST_DIFFERENCE and not name.endswith(ROUNDED):
                             say(f"{name}'s logits differ by {difference:.2g} from {contestants[0].name}'s")
                     measured = [row(one, model, batch_size) for one in contestants]
                     for one in measured:

@@ -90,7 +90,11 @@ def check_platforms(contestants: list[Contestant]) -> None:
 def versions_of(contestants: list[Contestant]) -> dict[str, str]:
     """Returns the library's version for each contestant that could be prepared."""
     libraries = {"torch_eager": "torch", "torch_compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
-    prepared = {one.name.removesuffix("_bfloat16"): one.prepared["version"] for one in contestants if one.prepared}
+    prepared = {
+        one.name.removesuffix("_bfloat16").removesuffix("_int8"): one.prepared["version"]
+        for one in contestants
+        if one.prepared
+    }
     return {libraries.get(name, "jax"): version for name, version in prepared.items()}
 
 

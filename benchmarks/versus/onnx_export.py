@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--image_size_px", type=int, required=True)
     parser.add_argument("--channels", type=int, required=True)
     parser.add_argument("--block_sizes", type=int, nargs="+")
+    parser.add_argument("--precision", choices=("float32", "int8"), default="float32")
     arguments = parser.parse_args()
     overrides = {"block_sizes": tuple(arguments.block_sizes)} if arguments.block_sizes else {}
     network = densenet_jax.create_model(arguments.model, **overrides)
@@ -52,7 +53,8 @@ def main() -> None:
     graph = make_graph(model, preprocess=False)
     temporary = f"{arguments.path}.{os.getpid()}"
     try:
-        export_onnx.write(graph, temporary, "float32", None)
+        pixels = np.random.default_rng(1).integers(0, 256, (16, size_px, size_px, channels), dtype=np.uint8)
+        export_onnx.write(graph, temporary, arguments.precision, pixels)
         os.replace(temporary, arguments.path)
     finally:
         if os.path.exists(temporary):

@@ -311,7 +311,8 @@ bool SetStep(Step<T>& step, const int64_t* fields, Buffer x, Buffer y, const Buf
   if (is_int8 || kernel.element_type() == ffi::BF16) {
     if (groups != 1 || k[0] > 3 || k[2] % (is_int8 ? 4 : 2) || (k[0] > 1 && stride > 1)) return false;
     const int64_t fastest = is_int8 ? FastestProducts<uint8_t>() : FastestProducts<Bfloat16>();
-    step.rounded = {kernel.untyped_data(), nullptr, std::min(products, fastest)};
+    const auto bytes = static_cast<int64_t>(kernel.size_bytes());
+    step.rounded = {kernel.untyped_data(), nullptr, std::min(products, fastest), bytes, nullptr};
     if (is_int8) step.rounded.scales = static_cast<const float*>(scales.untyped_data());
   } else {
     step.kernel = kernel.typed_data<T>();
@@ -369,6 +370,7 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
       norm += 2 * own[1].element_count();
       all.push_back(step);
     }
+    for (size_t i = 0; i + 1 < all.size(); ++i) all[i].rounded.next = &all[i + 1].rounded;
     if (fits) RunSteps(team, all);
   });
   return fits ? error : Invalid("shapes of a block's step do not fit");

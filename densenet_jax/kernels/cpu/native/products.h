@@ -93,6 +93,18 @@ struct RoundedKernel {
   const void* packed;   // null: there is none
   const float* scales;  // of each output's integers; null: they are bfloat16 values
   int64_t products;
+  int64_t bytes;
+  const RoundedKernel* next;  // of the step behind, or null
+
+  // Asks for the next kernel's weights while others are multiplied: in every thread for all of them, a part for each of
+  // the blocks in each of its tasks.
+  void PrefetchNext(int64_t task, int64_t tasks, int64_t threads, int64_t block, int64_t blocks) const {
+    if (next == nullptr || next->packed == nullptr) return;
+    const int64_t part = task / threads * blocks + block, parts = DivideUp(tasks, threads) * blocks;
+    const auto* from = static_cast<const char*>(next->packed);
+    const int64_t end = next->bytes * (part + 1) / parts;
+    for (int64_t at = next->bytes * part / parts; at < end; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
 };
 
 // One convolution's weights, and where each tap reads its inputs.

@@ -60,6 +60,21 @@ inline __mmask32 FirstLanes(int64_t count) {
   return static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(count, 0, 32)) - 1);
 }
 
+// Rounds 32 values >= 0 to bfloat16, the first 16 from `low`.
+inline __m512i ToBfloat16(__m512 high, __m512 low) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#else
+  const auto round = [](__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+  };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(round(low)), round(high), 1);
+#endif
+}
+
 // Rounds 64 values times `inverse` to bytes.
 inline __m512i ToBytes(__m512 a, __m512 b, __m512 c, __m512 d, __m512 inverse) {
   const auto round = [&](__m512 value) { return _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse)); };
@@ -82,16 +97,13 @@ struct ByteScale {
 template <int kLines>
 void RoundPixel(const Pixel<kLines>& pixel, int64_t channels, int64_t padded, Bfloat16* to) {
   int64_t c = 0;
-#ifdef __AVX512BF16__
-  for (; c + 32 <= channels; c += 32) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(pixel.Vector(c + 16, 0xffff), pixel.Vector(c, 0xffff));
-    std::memcpy(to + c, &both, sizeof(both));
-  }
+#ifdef __AVX512BW__
+  for (; c + 32 <= channels; c += 32)
+    _mm512_storeu_si512(to + c, ToBfloat16(pixel.Vector(c + 16, 0xffff), pixel.Vector(c, 0xffff)));
   if (c < channels) {
     const auto part = [&](int64_t at) { return pixel.Vector(at, static_cast<__mmask16>(FirstLanes(channels - at))); };
-    const __m512bh both = _mm512_cvtne2ps_pbh(part(c + 16), part(c));
     alignas(64) Bfloat16 values[32];
-    std::memcpy(values, &both, sizeof(both));
+    _mm512_store_si512(values, ToBfloat16(part(c + 16), part(c)));
     std::copy_n(values, channels - c, to + c);
     c = channels;
   }
@@ -187,7 +199,7 @@ struct Bordered {
 template <typename Sum>
 void RoundRows(const Sum* x, const float* row_scales, int64_t rows, const float* scale, const float* bias,
                int64_t lanes, Bfloat16* const* to, int64_t first) {
-#ifdef __AVX512BF16__
+#ifdef __AVX512BW__
   if (lanes == 32) {
     const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(scale + 16), zero = _mm512_setzero_ps();
     const __m512 c = _mm512_loadu_ps(bias), d = _mm512_loadu_ps(bias + 16);
@@ -200,8 +212,7 @@ void RoundRows(const Sum* x, const float* row_scales, int64_t rows, const float*
       };
       const __m512 low = _mm512_max_ps(_mm512_fmadd_ps(read(0), a, c), zero);
       const __m512 high = _mm512_max_ps(_mm512_fmadd_ps(read(16), b, d), zero);
-      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-      std::memcpy(to[m] + first, &both, sizeof(both));
+      _mm512_storeu_si512(to[m] + first, ToBfloat16(high, low));
     }
     return;
   }
@@ -347,6 +358,7 @@ void RunRoundedPointwise(Team& team, const Sizes& s, const Source<float>& source
     Tiles tiles(kernel.products);
     for (int64_t block = blocks * band / bands; block < blocks * (band + 1) / bands; ++block) {
       const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, pixels - begin);
+      kernel.PrefetchNext(band, bands, team.size(), block - blocks * band / bands, DivideUp(blocks, bands));
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = (begin + i) / s.out_width, x = (begin + i) % s.out_width;
         const int64_t image = row / s.out_height, y = row % s.out_height;
@@ -395,6 +407,7 @@ void RunRoundedWindow(Team& team, const Sizes& s, const Bordered<V>& from, const
     Tiles tiles(kernel.products);
     float of_pixels[kRowBlock];
     for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block) {
+      kernel.PrefetchNext(task, tasks, team.size(), block - blocks * task / tasks, DivideUp(blocks, tasks));
       const int64_t image = block / per_image, begin = block % per_image * kRowBlock;
       const int64_t count = std::min(kRowBlock, pixels - begin);
       int64_t row = begin / from.width, column = begin % from.width, targets[kRowBlock];
