@@ -42,9 +42,23 @@ void ApplyNormRelu(Source<T> source, int64_t pixels, int64_t channels, T* to) {
   }
 }
 
+// Copies one or two whole vectors of each pixel.
+template <typename T>
+void CopyVectors(const T* from, int64_t step, int64_t pixels, int64_t channels, T* to) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  for (int64_t p = 0; p < pixels; ++p, from += step, to += channels) {
+    *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+    if (channels > kLanes) *reinterpret_cast<Vector*>(to + kLanes) = *reinterpret_cast<const Vector*>(from + kLanes);
+  }
+}
+
 template <typename T>
 void CopyPixels(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
-  if (source.scale == nullptr) {
+  constexpr int kLanes = Lanes<T>::kCount;
+  if (source.scale == nullptr && (channels == kLanes || channels == 2 * kLanes) && source.step != channels) {
+    CopyVectors(source.x, source.step, pixels, channels, to);
+  } else if (source.scale == nullptr) {
     const bool whole = source.step == channels;
     const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
     for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, source.x + i * source.step, run * sizeof(T));

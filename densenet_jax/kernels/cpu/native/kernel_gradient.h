@@ -11,6 +11,7 @@
 #include "sizes.h"
 #include "threads.h"
 #include "tiles.h"
+#include "weights.h"
 
 namespace densenet_jax {
 
@@ -20,6 +21,10 @@ constexpr int64_t kPixelsWorthASum = 2048;  // from this many on, adding up two 
 template <typename T>
 const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
   T* to = ThreadScratch<T>(1, pixels * width);
+  if (channels == width) {
+    CopyVectors(g, step, pixels, width, to);
+    return to;
+  }
   for (int64_t p = 0; p < pixels; ++p) {
     std::memcpy(to + p * width, g + p * step, channels * sizeof(T));
     std::fill(to + p * width + channels, to + (p + 1) * width, T{0});
@@ -95,17 +100,27 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   });
   if (whole) return;
   const int64_t inputs = s.channels / together, outputs = s.out_channels / together;
-  ParallelFor(pool, s.kernel_height * s.kernel_width * inputs, [&](int64_t value) {
-    const int64_t tap = value / inputs, input = value % inputs;
-    T* to = dw + value * g_step;
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t o = 0; o < s.out_channels; ++o) {
-        const int64_t row = tap * s.channels + o / outputs * inputs + input, index = o / Chunk<T>::kMost;
-        const Chunk<T> chunk(s.out_channels, index);
-        T total = 0;
-        for (int64_t slice = 0; slice < slices; ++slice)
-          total += sums_of(block, slice, index)[row * chunk.width() + o - chunk.first];
-        *to++ = total;
+  const int64_t rows = s.kernel_height * s.kernel_width * inputs, slice_step = chunks * window * Chunk<T>::kMost;
+  const int64_t tasks = std::clamp<int64_t>(rows * g_step / kValuesWorthATask, 1, 4 * pool.num_threads());
+  const auto add_slices = [&](const T* from, int64_t count, T* to) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      T total = from[i];
+      for (int64_t slice = 1; slice < slices; ++slice) total += from[slice * slice_step + i];
+      to[i] = total;
+    }
+  };
+  ParallelFor(pool, tasks, [&](int64_t task) {
+    for (int64_t value = rows * task / tasks; value < rows * (task + 1) / tasks; ++value) {
+      const int64_t tap = value / inputs, input = value % inputs;
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t o = 0, count; o < s.out_channels; o += count) {
+          const int64_t group = o / outputs, row = tap * s.channels + group * inputs + input;
+          const Chunk<T> chunk(s.out_channels, o / Chunk<T>::kMost);
+          count = std::min((group + 1) * outputs, chunk.first + chunk.lanes) - o;
+          add_slices(sums_of(block, 0, o / Chunk<T>::kMost) + row * chunk.width() + o - chunk.first, count,
+                     dw + value * g_step + block * s.out_channels + o);
+        }
       }
     }
   });

@@ -74,7 +74,7 @@ class Blocks {
   // Calls run(block, band) for all bands, on all threads; run calls Band.
   template <typename F>
   void ForBands(F run) const {
-    ParallelFor(pool_, count() * bands(), [&](int64_t task) { run(task / bands(), task % bands()); });
+    ParallelFor(pool_, count() * bands(), [&](int64_t task) { run(task % count(), task / count()); });
   }
 
   // Computes OutputBand of a block; source is that of the first block.
