@@ -16,6 +16,7 @@ from densenet_jax.export.export import FORMATS, ExportOptions, Format, check_opt
 from densenet_jax.export.graph import make_graph, reference_outputs
 from densenet_jax.export.verify import compare, run_in_chunks
 from tests.export.exporting import FixedSamples, export_small, images, small_model
+from tests.main_in_process import run_here
 
 
 @pytest.fixture
@@ -53,6 +54,13 @@ def text_format(monkeypatch):
 def test_wrong_options_are_told(options, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         check_options(ExportOptions(**options))
+
+
+def test_int8_of_the_cpu_kernels_is_in_no_file(user, tmp_path):
+    """Refused before weights are loaded."""
+    flags = ("--config.model.dtype=int8", "--config.model.pretrained=timm/none", "--mode=export", "--format=onnx")
+    _, errors = run_here("--config=configs/densenet121.py", f"--workdir={tmp_path}", *flags, expect=2, **user)
+    assert "config.model.dtype is 'int8', which no file has; export an int8 file by --precision int8." in errors
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
