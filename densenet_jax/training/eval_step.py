@@ -7,7 +7,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from densenet_jax.dtypes import wide
@@ -17,6 +16,7 @@ from densenet_jax.training.metrics import ClassificationSums, LabelSums, best_of
 Batch = dict[str, Array]
 Normalize = Callable[[UInt[Array, "b h w c"]], Float[Array, "b h w c"]]
 PredictStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]  # jitted: (variables, batch)
+Evaluated = Any  # a network, or what applies variables as one does (`models.fused.inference.PackedInCall`)
 
 
 @flax.struct.dataclass
@@ -42,7 +42,7 @@ class EvalSums:
 
 
 def make_eval_step(
-    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None, confusion: bool = False
+    model: Evaluated, normalize: Normalize, *, classes: Sequence[int] | None = None, confusion: bool = False
 ) -> Callable[[dict[str, Any], Batch], EvalSums]:
     """Builds `step(variables, batch) -> sums` over the examples that the batch's mask names.
 
@@ -84,7 +84,7 @@ def make_eval_step(
 
 
 def make_predict_step(
-    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None, many_labels: bool = False
+    model: Evaluated, normalize: Normalize, *, classes: Sequence[int] | None = None, many_labels: bool = False
 ) -> Callable[[dict[str, Any], Batch], Batch]:
     """Builds `step(variables, batch) -> answers`, with the same logits as `make_eval_step` for the same arguments.
 
@@ -102,7 +102,7 @@ def make_predict_step(
 
 
 def make_logits_step(
-    model: nn.Module, normalize: Normalize, *, classes: Sequence[int] | None = None
+    model: Evaluated, normalize: Normalize, *, classes: Sequence[int] | None = None
 ) -> Callable[[dict[str, Any], Batch], Batch]:
     """Builds `step(variables, batch) -> rows`: "logit" [b, k] in float32 or better, "label" and "mask"."""
 
@@ -114,7 +114,7 @@ def make_logits_step(
 
 
 def batch_logits(
-    model: nn.Module,
+    model: Evaluated,
     normalize: Normalize,
     variables: dict[str, Any],
     images: UInt[Array, "b h w c"] | UInt[Array, "b n h w c"],
