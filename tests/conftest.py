@@ -37,9 +37,9 @@ ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 
 # Files of a minute and more, longest first: the file that begins last is the one that all workers wait for.
 LONGEST_FIRST = (
-    *("test_deaths.py", "distributed/test_processes.py", "test_docs.py", "models/test_parity.py"),
-    *("models/test_proofs.py", "models/test_fused_dense_block.py", "models/test_fused_dual_path.py"),
-    *("test_sanitizers.py", "kernels/test_tpu.py", "kernels/test_gpu.py", "test_notebook.py"),
+    *("test_deaths.py", "test_sanitizers.py", "distributed/test_processes.py", "test_docs.py"),
+    *("models/test_parity.py", "models/test_proofs.py", "models/test_fused_dense_block.py"),
+    *("models/test_fused_dual_path.py", "kernels/test_tpu.py", "kernels/test_gpu.py", "test_notebook.py"),
     *("export/test_tensorflow.py", "export/test_onnx.py", "benchmarks/test_traffic.py", "plan/test_plan.py"),
     *(
         "test_main.py",
