@@ -123,7 +123,7 @@ def batch_logits(
     """Computes the logits of whole images, or their mean over crops, restricted to `classes` if given."""
 
     def logits_of(images: UInt[Array, "b h w c"]) -> Float[Array, "b k"]:
-        return model.apply(variables, normalize(images), train=False)  # type: ignore[return-value]
+        return model.apply(variables, normalize(images), train=False)
 
     logits = logits_of(images) if images.ndim == 4 else mean_logits(logits_of, images)
     return logits if classes is None else restrict(logits, classes)
