@@ -186,7 +186,7 @@ def cpu_library() -> str:
 def main() -> None:
     """Measures and prints."""
     arguments = parse()
-    rows = report.Rows(arguments.output, arguments.resume)
+    rows, wrong = report.Rows(arguments.output, arguments.resume), list[str]()
     versions = {} if arguments.on_gpu else {"densenet_jax_cpu_library": cpu_library()}
     with contextlib.ExitStack() as stack:
         arguments.onnx_dir = arguments.onnx_dir or stack.enter_context(tempfile.TemporaryDirectory())
@@ -205,12 +205,15 @@ def main() -> None:
                     apart = differences(contestants) if arguments.dtype == "float32" else {}
                     for name, difference in apart.items():
                         if difference > LARGEST_DIFFERENCE and not name.endswith(ROUNDED):
-                            say(f"{name}'s logits differ by {difference:.2g} from {contestants[0].name}'s")
+                            wrong.append(f"{model}, batch {batch_size}: {name}'s logits differ by {difference:.2g}")
+                            say(wrong[-1])
                     measured = [row(one, model, batch_size) for one in contestants]
                     for one in measured:
                         one |= {"difference": float(f"{apart[one['runtime']]:.3g}")} if one["runtime"] in apart else {}
                     rows.add(measured, versions | cases.versions_of(contestants), device)
     print(layout(rows.rows))
+    if wrong:
+        raise SystemExit(f"error: a runtime computes something else than {arguments.runtimes[0]}: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

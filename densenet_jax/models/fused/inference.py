@@ -28,7 +28,11 @@ from densenet_jax.models.layers import BatchNorm, Convolution
 
 logger = logging.getLogger(__name__)
 _SCALES = "kernel_scales"  # collection of variables: of each output of an int8 kernel
-_KERNEL = re.compile(r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel|conv\d_\d+/c.*/kernel")
+# What the evaluate_* functions below hand to the kernels, and nothing else: no other convolution reads their layout.
+_KERNEL = re.compile(
+    r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel"  # densenet.py
+    r"|conv\d+_\d+/c(1x1|3x3)_\w+(/conv)?/kernel"  # dual_path.py, but for its stem, conv1_1/conv
+)
 
 
 def pack_kernels(module: nn.Module, variables: dict[str, Any], devices: int = 1) -> tuple[nn.Module, dict[str, Any]]:
