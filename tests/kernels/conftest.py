@@ -30,8 +30,14 @@ def compiled(compiled_path):
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "library_paths", lambda: [compiled_path])
     patch.delenv("DENSENET_JAX_NATIVE", raising=False)
-    library.target_names.cache_clear()
+    forget_library()
     assert primitive.is_available()
     yield
     patch.undo()
-    library.target_names.cache_clear()
+    forget_library()
+
+
+def forget_library():
+    """Has the library looked for again, by every function that keeps what it found."""
+    for cached in (library.target_names, library.vector_bytes, library.bfloat16_products, library.int8_products):
+        cached.cache_clear()
