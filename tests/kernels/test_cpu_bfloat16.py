@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import densenet_jax
 from densenet_jax.kernels.cpu import bfloat16, block, library
 from densenet_jax.models.fused import inference
 from densenet_jax.models.fused.inference import PackedInCall, pack_kernels
+from tests.kernels.rounding import PRODUCTS, convolve, make_networks, read_inputs
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
-PRODUCTS = {"plainly": 0, "by_avx512": 1, "by_amx": 2}
 # batch, side, inputs, outputs, kernel, stride, pooled, added
 STEPS = [
     (2, 14, 64, 32, 1, 1, False, 0),  # whole tiles
@@ -42,18 +41,7 @@ def rounded(values):
 
 def expected(x, scale, bias, kernel, stride, pooled):
     """Convolves relu(scale * x + bias) in float64; operands are exact in float32, so that they round alike."""
-    activation = np.maximum(x.astype(np.float64) * scale + bias, 0)
-    size, (batch, height, width, channels) = kernel.shape[0], activation.shape
-    if pooled:
-        activation = activation[:, : height // 2 * 2, : width // 2 * 2]
-        activation = activation.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
-    else:
-        activation = activation[:, ::stride, ::stride]
-    height, width = activation.shape[1:3]
-    border = size // 2
-    padded = np.pad(rounded(activation), ((0, 0), (border, border), (border, border), (0, 0)))
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    return sum(padded[:, i : i + height, j : j + width] @ rounded(kernel[i, j]) for i, j in taps)
+    return convolve(rounded(read_inputs(x.astype(np.float64), scale, bias, stride, pooled)), rounded(kernel))
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -116,32 +104,15 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def make_networks():
-    """Makes a network in bfloat16, the same in float32, and variables with norms that do something."""
-
-    @functools.cache
-    def make(name):
-        kinds = (jnp.bfloat16, jnp.float32)
-        networks = [densenet_jax.create_model(name, **SMALL[name], num_classes=3, dtype=kind) for kind in kinds]
-        random = np.random.default_rng(1)
-        images = jnp.asarray(random.standard_normal((2, 40, 40, 3)), jnp.float32)
-        shapes = jax.eval_shape(networks[0].init, jax.random.key(0), images)
-
-        def draw(leaf):
-            values = random.standard_normal(leaf.shape)
-            is_kernel = leaf.ndim > 1
-            return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
-
-        return *networks, jax.tree.map(draw, shapes), images
-
-    return make
+@functools.cache
+def networks_of(name):
+    return make_networks(name, jnp.bfloat16, 2, **SMALL[name])
 
 
 @pytest.mark.parametrize(("name", "count"), [("densenet121", 7), ("dpn68", 8)])
-def test_a_network_in_bfloat16(name, count, make_networks):
+def test_a_network_in_bfloat16(name, count):
     """Kernels are rounded and laid out once; feature maps and logits are float32, and near those of float32."""
-    ours, exact, variables, images = make_networks(name)
+    ours, exact, variables, images = networks_of(name)
     packed, arrays = pack_kernels(ours, variables)
     kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.bfloat16]
     assert len(kernels) == (count if library.bfloat16_products() else 0)  # those of blocks without groups
@@ -156,9 +127,9 @@ def test_a_network_in_bfloat16(name, count, make_networks):
     assert jnp.linalg.norm(gradient - exact_gradient) < 0.25 * jnp.linalg.norm(exact_gradient)
 
 
-def test_without_the_instructions_it_is_float32(make_networks, monkeypatch, caplog):
+def test_without_the_instructions_it_is_float32(monkeypatch, caplog):
     monkeypatch.setattr(inference, "bfloat16_products", lambda: 0)
-    ours, exact, variables, images = make_networks("densenet121")
+    ours, exact, variables, images = networks_of("densenet121")
     (packed, arrays), (other, others) = (pack_kernels(one, variables) for one in (ours, exact))
     assert packed == other
     assert "config.model.dtype=bfloat16: this processor multiplies no bfloat16 values" in caplog.text

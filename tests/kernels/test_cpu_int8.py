@@ -13,10 +13,10 @@ from densenet_jax.errors import UserError
 from densenet_jax.kernels.cpu import block, int8, library
 from densenet_jax.models.fused import inference
 from densenet_jax.models.fused.inference import PackedInCall, pack_kernels
+from tests.kernels.rounding import PRODUCTS, convolve, make_networks, read_inputs
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
-PRODUCTS = {"plainly": 0, "by_avx512": 1, "by_amx": 2}
 # batch, side, inputs, outputs, kernel, stride, pooled, added
 STEPS = [
     (2, 14, 64, 32, 1, 1, False, 0),  # whole tiles
@@ -43,25 +43,14 @@ def draw_step(case):
 
 def expected(x, scale, bias, kernel, stride, pooled):
     """Convolves relu(scale * x + bias), rounded to bytes, with rounded weights, in whole numbers."""
-    activation = np.maximum(x * scale + bias, 0)
-    size, (batch, height, width, channels) = kernel.shape[0], activation.shape
-    if pooled:
-        activation = activation[:, : height // 2 * 2, : width // 2 * 2]
-        activation = activation.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
-    else:
-        activation = activation[:, ::stride, ::stride]
+    activation, size = read_inputs(x, scale, bias, stride, pooled), len(kernel)
     if size > 1:
         activation = activation.astype(jnp.bfloat16).astype(np.float32)
-    height, width = activation.shape[1:3]
     most = activation.max(axis=3 if size == 1 else (1, 2, 3), keepdims=True)
     whole = np.rint(activation * (255 / np.where(most > 0, most, 1))).astype(int)
     largest = np.abs(kernel).max(axis=(0, 1, 2))
     weights = np.rint(kernel * (127 / np.where(largest > 0, largest, 1))).astype(int)
-    border = size // 2
-    padded = np.pad(whole, ((0, 0), (border, border), (border, border), (0, 0)))
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    sums = sum(padded[:, i : i + height, j : j + width] @ weights[i, j] for i, j in taps)
-    return sums * (most / 255).astype(np.float64) * (largest / 127)
+    return convolve(whole, weights) * (most / 255).astype(np.float64) * (largest / 127)
 
 
 def run_step(x, scale, bias, kernel, case, run=block.run_block):
@@ -114,25 +103,14 @@ SMALL = {
 
 
 @functools.cache
-def make_networks(name):
-    """Makes a network in int8, the same in float32, and variables with norms that do something."""
-    networks = [densenet_jax.create_model(name, **SMALL[name], num_classes=3, dtype=d) for d in (jnp.int8, jnp.float32)]
-    random = np.random.default_rng(1)
-    images = jnp.asarray(random.standard_normal((3, 40, 40, 3)), jnp.float32)
-    shapes = jax.eval_shape(networks[0].init, jax.random.key(0), images)
-
-    def draw(leaf):
-        values = random.standard_normal(leaf.shape)
-        is_kernel = leaf.ndim > 1
-        return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
-
-    return *networks, jax.tree.map(draw, shapes), images
+def networks_of(name):
+    return make_networks(name, jnp.int8, 3, **SMALL[name])
 
 
 @pytest.mark.parametrize(("name", "count"), [("densenet121", 9), ("densenet_40_12", 5), ("dpn68", 6)])
 def test_a_network_in_int8(name, count):
     """Kernels are rounded and laid out once; logits are near those of float32, and so are gradients."""
-    ours, exact, variables, images = make_networks(name)
+    ours, exact, variables, images = networks_of(name)
     packed, arrays = pack_kernels(ours, variables)
     kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.int8]
     assert len(kernels) == (count if library.int8_products() else 0)  # without groups, of fours of inputs
@@ -149,7 +127,7 @@ def test_a_network_in_int8(name, count):
 
 
 def test_an_image_does_not_depend_on_the_others_or_on_the_number_of_threads():
-    ours, _, variables, images = make_networks("densenet121")
+    ours, _, variables, images = networks_of("densenet121")
     packed, arrays = pack_kernels(ours, variables)
     apply = jax.jit(functools.partial(packed.clone(output="map").apply, train=False))
     together = apply(arrays, images * jnp.array([1, 30, 0.1])[:, None, None, None])
@@ -165,7 +143,7 @@ def test_an_image_does_not_depend_on_the_others_or_on_the_number_of_threads():
 
 def test_without_the_instructions_it_is_float32(monkeypatch, caplog):
     monkeypatch.setattr(inference, "int8_products", lambda: 0)
-    ours, exact, variables, images = make_networks("densenet121")
+    ours, exact, variables, images = networks_of("densenet121")
     (packed, arrays), (other, others) = (pack_kernels(one, variables) for one in (ours, exact))
     assert "config.model.dtype=int8: this processor multiplies no integers of 8 bits" in caplog.text
     assert jax.tree.all(jax.tree.map(np.array_equal, arrays, others))
@@ -173,7 +151,7 @@ def test_without_the_instructions_it_is_float32(monkeypatch, caplog):
 
 
 def test_several_devices_and_other_families_have_none(caplog):
-    ours, _, variables, _ = make_networks("densenet121")
+    ours, _, variables, _ = networks_of("densenet121")
     assert pack_kernels(ours, variables, devices=2) == (ours, variables)
     assert "config.model.dtype=int8: only the CPU kernels have it, on one device" in caplog.text
     with pytest.raises(UserError, match="dtype=int8: rdnet_tiny is an RDNet, which has no products of int8"):
