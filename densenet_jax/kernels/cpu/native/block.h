@@ -308,7 +308,6 @@ template <typename T, int M, int N>
 void GroupTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t column_step, int64_t row_step, const T* w,
                int64_t size, int64_t channels, int64_t lanes) {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::kCount;
   Vector sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -316,17 +315,7 @@ void GroupTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t col
     for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
   for (int64_t tap = 0; tap < size * size; ++tap) {
     const T* from = x + tap / size * row_step + tap % size * column_step;
-    for (int64_t j = 0; j < channels; ++j, w += N * kLanes) {
-      Vector weights[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector value = from[m * pixel_step + j] - Vector{};
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
-      }
-    }
+    for (int64_t j = 0; j < channels; ++j, w += N * Lanes<T>::kCount) AddProducts<T, M, N>(sum, from + j, pixel_step, w);
   }
   StoreTile<T, M, N>(sum, y, y_step, lanes);
 }

@@ -60,13 +60,28 @@ inline void StoreTile(const typename Lanes<T>::Vector (&sum)[M][N], T* to, int64
   }
 }
 
+// Adds x[m * step] * w[:] to sum[m], for M values and N vectors.
+template <typename T, int M, int N>
+[[gnu::always_inline]] inline void AddProducts(typename Lanes<T>::Vector (&sum)[M][N], const T* x, int64_t step,
+                                               const T* w) {
+  using Vector = typename Lanes<T>::Vector;
+  Vector weights[N];
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * Lanes<T>::kCount);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    const Vector value = x[m * step] - Vector{};
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
+  }
+}
+
 // Computes y[m, :] = sum over (r, j) of x[r * row_step + m * pixel_step + j] * w[r * run + j, :], for M pixels and N
 // vectors of output channels.
 template <typename T, int M, int N>
 void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t row_step, const T* w, int64_t w_step,
                 int64_t rows, int64_t run, int64_t lanes) {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::kCount;
   Vector sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -74,17 +89,7 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
     for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * row_step;
-    for (int64_t j = 0; j < run; ++j, w += w_step) {
-      Vector weights[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector value = from[m * pixel_step + j] - Vector{};
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
-      }
-    }
+    for (int64_t j = 0; j < run; ++j, w += w_step) AddProducts<T, M, N>(sum, from + j, pixel_step, w);
   }
   StoreTile<T, M, N>(sum, y, y_step, lanes);
 }
@@ -108,17 +113,8 @@ void PixelTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, const T* w,
     }
   for (int64_t j = 0; j < inputs;) {
     for (int64_t line = 0; line < lines; ++line, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
-    for (const int64_t end = std::min(j + kAheadInputs, inputs); j < end; ++j, w += w_step) {
-      Vector weights[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) weights[n] = *reinterpret_cast<const Vector*>(w + n * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector value = x[m * pixel_step + j] - Vector{};
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[m][n] += value * weights[n];
-      }
-    }
+    for (const int64_t end = std::min(j + kAheadInputs, inputs); j < end; ++j, w += w_step)
+      AddProducts<T, M, N>(sum, x + j, pixel_step, w);
   }
   if (kAdd) {
 #pragma GCC unroll 16
@@ -145,17 +141,8 @@ void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pix
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * row_step;
     const T* gradient = g + r * g_row_step;
-    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += N * kLanes) {
-      Vector gradients[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) gradients[n] = *reinterpret_cast<const Vector*>(gradient + n * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vector value = from[m] - Vector{};
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[m][n] += value * gradients[n];
-      }
-    }
+    for (int64_t c = 0; c < columns; ++c, from += pixel_step, gradient += N * kLanes)
+      AddProducts<T, M, N>(sum, from, 1, gradient);
   }
   StoreTile<T, M, N>(sum, dw, dw_step, lanes);
 }
