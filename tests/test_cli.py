@@ -105,7 +105,7 @@ def test_a_work_directory_brings_its_own_settings(digits):
     assert "--config " not in command.line(str(workdir), "eval")
 
 
-def test_help_tells_of_modes_flags_recipes_and_models():
+def test_help_names_modes_flags_recipes_and_models():
     text = help_or_version(["--help"])
     for word in (*MODES, *(f"--{flag.name}" for flag in Command.flags()), *recipes.names(), "densenet264d"):
         assert word in text

@@ -122,11 +122,11 @@ def join(cluster: Cluster | None, *, stops_together: bool = False) -> Iterator[N
             raise
         except UserError as error:
             watch.stop()
-            _tell(2, str(error))
+            _announce_end(2, str(error))
             raise
         except KeyboardInterrupt:
             watch.stop()
-            _tell(130, "interrupted")
+            _announce_end(130, "interrupted")
             _end("interrupted", 130, prefix="")
         except BaseException as error:
             _end_of_fault(error, watch)
@@ -203,7 +203,7 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _tell(status: int, why: str) -> None:
+def _announce_end(status: int, why: str) -> None:
     """Announces to the other processes that this one ends, and gives them time to read it."""
     about = {"process": jax.process_index(), "host": socket.gethostname(), "status": status, "why": why}
     with contextlib.suppress(Exception):  # no process may be left to read it
@@ -227,7 +227,7 @@ def _end_of_fault(error: BaseException, watch: "_Watch") -> NoReturn:
     watch.stop()
     traceback.print_exception(error)
     why = f"{type(error).__name__}: {first_line(error)}"
-    _tell(1, why)
+    _announce_end(1, why)
     _end(f"process {jax.process_index()} on {socket.gethostname()} has failed ({why}), a fault of ours", 1)
 
 

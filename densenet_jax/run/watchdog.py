@@ -27,15 +27,15 @@ class Watchdog:
         self.path = os.path.join(workdir, name)
         self._stall_secs = stall_secs
         self._what, self._since = "", time.monotonic()
-        self._told = False
+        self._reported = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begins(self, what: str) -> None:
         """Marks the start of something new, and so the end of what was before."""
-        if self._told:
+        if self._reported:
             print_status(f"it goes on after {time.monotonic() - self._since:.0f} s of {self._what}")
-        self._told = False
+        self._reported = False
         self._what, self._since = what, time.monotonic()
 
     def each(self, items: Iterable[T], what: str) -> Iterator[T]:
@@ -63,11 +63,11 @@ class Watchdog:
             if self._since != since:
                 since, limit = self._since, self._stall_secs
             elif time.monotonic() - since >= limit:
-                self._told = True
-                self._tell(self._what, time.monotonic() - since)
+                self._reported = True
+                self._report(self._what, time.monotonic() - since)
                 limit *= 2
 
-    def _tell(self, what: str, secs: float) -> None:
+    def _report(self, what: str, secs: float) -> None:
         title = f"nothing has moved for {secs:.0f} s while {what}"
         print_status(
             f"warning: {title}; what every thread is doing stands below and in {self.path}. The run is not stopped."

@@ -260,7 +260,7 @@ def test_the_benchmarks_need_no_data_libraries():
     assert done.returncode == 0, done.stderr
 
 
-def test_workers_that_fail_are_told_and_the_others_measured(monkeypatch):
+def test_workers_that_fail_are_reported_and_the_others_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from versus.turns import Contestant, compete
 

@@ -51,7 +51,7 @@ def text_format(monkeypatch):
         ({"format": "stablehlo", "batch_size": -1}, "--batch_size is -1"),
     ],
 )
-def test_wrong_options_are_told(options, message):
+def test_wrong_options_are_reported(options, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         check_options(ExportOptions(**options))
 

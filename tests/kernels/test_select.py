@@ -57,7 +57,7 @@ def test_shapes_that_do_not_fit_a_program_are_left_to_xla(shape):
         ("gpu", jnp.bfloat16, "triton", r"kernels='triton': expected one of auto, xla, pallas"),
     ],
 )
-def test_who_asks_for_what_there_is_not_is_told(platform, dtype, wanted, message):
+def test_who_asks_for_what_there_is_not_is_reported(platform, dtype, wanted, message):
     with pytest.raises(UserError, match=message):
         choose(platform, dtype, SHAPE, wanted)
 
@@ -103,7 +103,7 @@ def test_blocks_that_the_tpu_s_kernels_are_not_for_are_left_to_xla(unfit):
     ],
     ids=["an older chip", "half of a vector"],
 )
-def test_who_asks_for_what_there_is_not_on_a_tpu_is_told(block, devices, message):
+def test_who_asks_for_what_there_is_not_on_a_tpu_is_reported(block, devices, message):
     with pytest.raises(UserError, match=message):
         choose_layer_gradients(jnp.bfloat16, block, "pallas", devices)
 

@@ -154,7 +154,7 @@ def test_a_token_is_asked_for(tmp_path):
         assert raised.value.status == 401
 
 
-def test_files_that_are_no_token_or_certificate_are_told(tmp_path):
+def test_files_that_are_no_token_or_certificate_are_reported(tmp_path):
     empty = tmp_path / "empty"
     empty.write_text("")
     for settings, why in (
@@ -167,13 +167,13 @@ def test_files_that_are_no_token_or_certificate_are_told(tmp_path):
             make_access(**settings)
 
 
-def test_a_missing_extra_is_told_with_its_command(monkeypatch, tmp_path):
+def test_a_missing_extra_is_reported_with_its_command(monkeypatch, tmp_path):
     monkeypatch.setattr("densenet_jax.serve.limits.NEEDED", ("grpc", "not_there"))
     with pytest.raises(UserError, match=r"serve needs not_there.*pip install -r requirements-serve\.txt"):
         serve_mode(default.get_config(), str(tmp_path), None)
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_reported():
     with listen(HOST, 0, 0) as taken:
         port = taken.getsockname()[1]
         taken.listen()

@@ -53,7 +53,7 @@ def grpc_input(name: str, datatype: str, array: np.ndarray):
 
 
 @needs_server
-def test_it_tells_of_itself(server, served):
+def test_it_describes_itself(server, served):
     assert requests.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
     assert requests.get(f"{server.url}/v2/models/{MODEL}/ready", timeout=9).status_code == 200
@@ -154,7 +154,7 @@ def test_activation_maps_are_the_predictors(server, served, pixels, pictures):
 
 
 @needs_server
-def test_mistakes_are_told_and_harm_nobody(server, pictures):
+def test_mistakes_are_reported_and_harm_nobody(server, pictures):
     good = pictures_input(pictures[0])
     gray = pixels_input(np.zeros((1, 8, 8, 1), np.uint8))
     bodies = {
@@ -199,7 +199,7 @@ def test_mistakes_are_told_and_harm_nobody(server, pictures):
 
 
 @needs_server
-def test_mistakes_over_grpc_are_told(server, pixels):
+def test_mistakes_over_grpc_are_reported(server, pixels):
     from tritonclient.utils import InferenceServerException
 
     client = grpc_client(server)

@@ -123,10 +123,10 @@ def plain_bottleneck(*operands: Array) -> list[Array]:
 
 
 def _plain_bottleneck_gradient(x: Array, z: Array, kernel1: Array, kernel2: Array, g: Array) -> list[Array]:
-    hidden, pullback = jax.vjp(_gelu, z)
+    bottleneck, pullback = jax.vjp(_gelu, z)
     (grad_z,) = pullback(g @ kernel2.T)
-    grad_kernel1, grad_kernel2 = (jnp.einsum("bhwi,bhwo->io", *pair) for pair in ((x, grad_z), (hidden, g)))
-    return [grad_z @ kernel1.T, grad_kernel1, jnp.sum(grad_z, axis=(0, 1, 2)), grad_kernel2, grad_z, hidden]
+    grad_kernel1, grad_kernel2 = (jnp.einsum("bhwi,bhwo->io", *pair) for pair in ((x, grad_z), (bottleneck, g)))
+    return [grad_z @ kernel1.T, grad_kernel1, jnp.sum(grad_z, axis=(0, 1, 2)), grad_kernel2, grad_z, bottleneck]
 
 
 _define = functools.partial(define, multiple_results=True)

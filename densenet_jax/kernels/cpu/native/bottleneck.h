@@ -15,7 +15,7 @@ namespace densenet_jax {
 
 using FloatChunk = Chunk<float>;
 
-constexpr int64_t kBlockBytes = 1 << 20;  // of a block of pixels and its hidden values: half of a core's L2 cache
+constexpr int64_t kBlockBytes = 1 << 20;  // of a block of pixels and its bottleneck values: half of a core's L2 cache
 // With fewer pixels a thread, threads share the weights' columns instead of the pixels, and read each weight once.
 constexpr int64_t kPixelsWorthABlock = 128;
 constexpr int64_t kPixelsOfAPanel = 128;  // of a sum over pixels: a chunk of their columns stays in the L1 cache
@@ -70,14 +70,14 @@ void MultiplyChunk(const float* x, int64_t x_step, int64_t pixels, const Matrix&
   });
 }
 
-// How MultiplyTwice divides the pixels; hidden values of neighboring pixels are `step` values apart.
+// How MultiplyTwice divides the pixels; bottleneck values of neighboring pixels are `step` values apart.
 struct Blocks {
   int64_t pixels, step, count;
   bool shares_columns;  // one block, whose columns are divided among the threads
 
-  Blocks(int64_t pixels, int64_t inputs, int64_t hidden, int64_t threads)
+  Blocks(int64_t pixels, int64_t inputs, int64_t bottleneck, int64_t threads)
       : pixels(pixels),
-        step(DivideUp(hidden, FloatChunk::kMost) * FloatChunk::kMost + Lanes<float>::kCount),
+        step(DivideUp(bottleneck, FloatChunk::kMost) * FloatChunk::kMost + Lanes<float>::kCount),
         count(1),
         shares_columns(pixels < kPixelsWorthABlock * std::min<int64_t>(threads, 8)) {
     if (shares_columns) return;
@@ -86,42 +86,42 @@ struct Blocks {
   }
 };
 
-// Multiplies x [pixels][first.inputs] by first, calls hide(block, pixel, count, chunk, sums, hidden) to make hidden
-// values [count][blocks.step] of every tile's sums, multiplies these by second and calls finish(pixel, count, chunk,
-// sums).
-template <typename Hide, typename Finish>
+// Multiplies x [pixels][first.inputs] by first, calls activate(block, pixel, count, chunk, sums, bottleneck) to make
+// bottleneck values [count][blocks.step] of every tile's sums, multiplies these by second and calls finish(pixel,
+// count, chunk, sums).
+template <typename Activate, typename Finish>
 void MultiplyTwice(ffi::ThreadPool& pool, const Blocks& blocks, const float* x, const Matrix& first,
-                   const Matrix& second, Hide hide, Finish finish) {
+                   const Matrix& second, Activate activate, Finish finish) {
   const int64_t pixels = blocks.pixels, step = blocks.step;
   const int64_t chunks = FloatChunk::Count(first.outputs), last_chunks = FloatChunk::Count(second.outputs);
-  const auto multiply_first = [&](int64_t block, int64_t begin, int64_t end, int64_t index, float* hidden) {
+  const auto multiply_first = [&](int64_t block, int64_t begin, int64_t end, int64_t index, float* bottleneck) {
     const FloatChunk chunk(first.outputs, index);
     MultiplyChunk(x + begin * first.inputs, first.inputs, end - begin, first, chunk,
                   [&](int64_t at, int count, const float* sums) {
-                    hide(block, begin + at, count, chunk, sums, hidden + at * step + chunk.first);
+                    activate(block, begin + at, count, chunk, sums, bottleneck + at * step + chunk.first);
                   });
   };
-  const auto multiply_second = [&](int64_t begin, int64_t end, int64_t index, const float* hidden) {
+  const auto multiply_second = [&](int64_t begin, int64_t end, int64_t index, const float* bottleneck) {
     const FloatChunk chunk(second.outputs, index);
-    MultiplyChunk(hidden, step, end - begin, second, chunk,
+    MultiplyChunk(bottleneck, step, end - begin, second, chunk,
                   [&](int64_t at, int count, const float* sums) { finish(begin + at, count, chunk, sums); });
   };
   if (blocks.shares_columns) {
-    float* hidden = ThreadScratch<float>(2, pixels * step);  // kept: new memory of this size costs its page faults
-    ParallelFor(pool, chunks, [&](int64_t index) { multiply_first(0, 0, pixels, index, hidden); });
+    float* bottleneck = ThreadScratch<float>(2, pixels * step);  // kept: new memory of this size costs its page faults
+    ParallelFor(pool, chunks, [&](int64_t index) { multiply_first(0, 0, pixels, index, bottleneck); });
     const int64_t most = std::max<int64_t>(DivideUp(pixels, kTileRows), 1);
     const int64_t parts = std::clamp<int64_t>(DivideUp(2 * pool.num_threads(), last_chunks), 1, most);
     ParallelFor(pool, parts * last_chunks, [&](int64_t task) {
       const int64_t part = task / last_chunks, begin = pixels * part / parts, end = pixels * (part + 1) / parts;
-      multiply_second(begin, end, task % last_chunks, hidden + begin * step);
+      multiply_second(begin, end, task % last_chunks, bottleneck + begin * step);
     });
     return;
   }
   ParallelFor(pool, blocks.count, [&](int64_t block) {
     const int64_t begin = pixels * block / blocks.count, end = pixels * (block + 1) / blocks.count;
-    float* hidden = ThreadScratch<float>(0, (end - begin) * step);
-    for (int64_t index = 0; index < chunks; ++index) multiply_first(block, begin, end, index, hidden);
-    for (int64_t index = 0; index < last_chunks; ++index) multiply_second(begin, end, index, hidden);
+    float* bottleneck = ThreadScratch<float>(0, (end - begin) * step);
+    for (int64_t index = 0; index < chunks; ++index) multiply_first(block, begin, end, index, bottleneck);
+    for (int64_t index = 0; index < last_chunks; ++index) multiply_second(begin, end, index, bottleneck);
   });
 }
 

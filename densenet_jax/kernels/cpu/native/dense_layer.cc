@@ -97,15 +97,15 @@ ffi::Error DepthwiseNormGradientCall(ffi::ThreadPool pool, Array x, Array kernel
   return ffi::Error::Success();
 }
 
-// Sizes of a layer's two 1x1 convolutions, whose kernels are [inputs][hidden] and [hidden][outputs].
+// Sizes of a layer's two 1x1 convolutions, whose kernels are [inputs][bottleneck] and [bottleneck][outputs].
 struct Bottleneck {
-  int64_t pixels, inputs, hidden, outputs;
+  int64_t pixels, inputs, bottleneck, outputs;
 
   bool Set(const Array& x, const Array& kernel1, const Array& kernel2) {
     const Shape shape = x.dimensions(), first = kernel1.dimensions(), second = kernel2.dimensions();
     if (shape.size() == 0 || first.size() != 2 || second.size() != 2 || first[1] != second[0]) return false;
-    inputs = first[0], hidden = first[1], outputs = second[1];
-    if (std::min({inputs, hidden, outputs, shape[shape.size() - 1]}) < 1) return false;
+    inputs = first[0], bottleneck = first[1], outputs = second[1];
+    if (std::min({inputs, bottleneck, outputs, shape[shape.size() - 1]}) < 1) return false;
     pixels = static_cast<int64_t>(x.element_count()) / shape[shape.size() - 1];
     return true;
   }
@@ -115,27 +115,27 @@ struct Bottleneck {
 ffi::Error BottleneckForward(ffi::ThreadPool& pool, Array x, Array kernel1, Array bias1, Array kernel2, Array bias2,
                              Array y, Array* kept) {
   Bottleneck s;
-  if (!s.Set(x, kernel1, kernel2) || !HaveCount({x}, s.pixels * s.inputs) || !HaveCount({bias1}, s.hidden) ||
+  if (!s.Set(x, kernel1, kernel2) || !HaveCount({x}, s.pixels * s.inputs) || !HaveCount({bias1}, s.bottleneck) ||
       !HaveCount({bias2}, s.outputs) || !HaveCount({y}, s.pixels * s.outputs) ||
-      (kept != nullptr && !HaveCount({*kept}, s.pixels * s.hidden)))
+      (kept != nullptr && !HaveCount({*kept}, s.pixels * s.bottleneck)))
     return Invalid("shapes of a bottleneck do not fit");
   const float *before = bias1.typed_data(), *after = bias2.typed_data();
   float *to = y.typed_data(), *z_to = kept == nullptr ? nullptr : kept->typed_data();
-  const Blocks blocks(s.pixels, s.inputs, s.hidden, pool.num_threads());
+  const Blocks blocks(s.pixels, s.inputs, s.bottleneck, pool.num_threads());
   MultiplyTwice(
-      pool, blocks, x.typed_data(), {kernel1.typed_data(), s.inputs, s.hidden, false},
-      {kernel2.typed_data(), s.hidden, s.outputs, false},
-      [&](int64_t, int64_t pixel, int count, const FloatChunk& chunk, const float* sums, float* hidden) {
+      pool, blocks, x.typed_data(), {kernel1.typed_data(), s.inputs, s.bottleneck, false},
+      {kernel2.typed_data(), s.bottleneck, s.outputs, false},
+      [&](int64_t, int64_t pixel, int count, const FloatChunk& chunk, const float* sums, float* bottleneck) {
         alignas(64) float bias[FloatChunk::kMost] = {}, z[FloatChunk::kMost];
         std::memcpy(bias, before + chunk.first, chunk.lanes * sizeof(float));
-        for (int m = 0; m < count; ++m, sums += chunk.width(), hidden += blocks.step) {
+        for (int m = 0; m < count; ++m, sums += chunk.width(), bottleneck += blocks.step) {
           for (int64_t c = 0; c < chunk.width(); c += kFloats) {
             const Floats value = Load(sums + c) + Load(bias + c);
             Store(z + c, value);
-            Store(hidden + c, Gelu(value));
+            Store(bottleneck + c, Gelu(value));
           }
           if (z_to != nullptr)
-            std::memcpy(z_to + (pixel + m) * s.hidden + chunk.first, z, chunk.lanes * sizeof(float));
+            std::memcpy(z_to + (pixel + m) * s.bottleneck + chunk.first, z, chunk.lanes * sizeof(float));
         }
       },
       [&](int64_t pixel, int count, const FloatChunk& chunk, const float* sums) {
@@ -157,28 +157,28 @@ ffi::Error BottleneckKeptCall(ffi::ThreadPool pool, Array x, Array kernel1, Arra
   return BottleneckForward(pool, x, kernel1, bias1, kernel2, bias2, *y, &*z);
 }
 
-// Computes the gradients of x, kernel1, bias1 and kernel2 from g, that of y; dz and hidden = GELU(z) are in between.
+// Computes the gradients of x, kernel1, bias1 and kernel2 from g, that of y; dz and bottleneck = GELU(z) are between.
 ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array x, Array z, Array kernel1, Array kernel2, Array g,
                                   ArrayResult dx, ArrayResult dkernel1, ArrayResult dbias1, ArrayResult dkernel2,
-                                  ArrayResult dz, ArrayResult hidden) {
+                                  ArrayResult dz, ArrayResult bottleneck) {
   Bottleneck s;
   if (!s.Set(g, kernel1, kernel2) || !HaveCount({g}, s.pixels * s.outputs) ||
-      !HaveCount({z, *dz, *hidden}, s.pixels * s.hidden) || !HaveCount({x, *dx}, s.pixels * s.inputs) ||
-      !HaveCount({*dbias1}, s.hidden) || !HaveCount({*dkernel1}, s.inputs * s.hidden) ||
-      !HaveCount({*dkernel2}, s.hidden * s.outputs))
+      !HaveCount({z, *dz, *bottleneck}, s.pixels * s.bottleneck) || !HaveCount({x, *dx}, s.pixels * s.inputs) ||
+      !HaveCount({*dbias1}, s.bottleneck) || !HaveCount({*dkernel1}, s.inputs * s.bottleneck) ||
+      !HaveCount({*dkernel2}, s.bottleneck * s.outputs))
     return Invalid("shapes of a bottleneck's gradient do not fit");
-  float *dx_to = dx->typed_data(), *dz_to = dz->typed_data(), *hidden_to = hidden->typed_data();
+  float *dx_to = dx->typed_data(), *dz_to = dz->typed_data(), *bottleneck_to = bottleneck->typed_data();
   const float* z_from = z.typed_data();
-  const Blocks blocks(s.pixels, s.outputs, s.hidden, pool.num_threads());
+  const Blocks blocks(s.pixels, s.outputs, s.bottleneck, pool.num_threads());
   auto sums_of_dz = Allocate<float>((blocks.count + 1) * blocks.step);
   std::fill(sums_of_dz.get(), sums_of_dz.get() + blocks.count * blocks.step, 0.0f);
   MultiplyTwice(
-      pool, blocks, g.typed_data(), {kernel2.typed_data(), s.outputs, s.hidden, true},
-      {kernel1.typed_data(), s.hidden, s.inputs, true},
+      pool, blocks, g.typed_data(), {kernel2.typed_data(), s.outputs, s.bottleneck, true},
+      {kernel1.typed_data(), s.bottleneck, s.inputs, true},
       [&](int64_t block, int64_t pixel, int count, const FloatChunk& chunk, const float* sums, float* own) {
         float* total = sums_of_dz.get() + block * blocks.step + chunk.first;
         for (int m = 0; m < count; ++m, sums += chunk.width(), own += blocks.step) {
-          const int64_t at = (pixel + m) * s.hidden + chunk.first;
+          const int64_t at = (pixel + m) * s.bottleneck + chunk.first;
           for (int64_t c = 0; c < chunk.lanes; c += kFloats) {
             const int64_t lanes = std::min<int64_t>(kFloats, chunk.lanes - c);
             Floats value, z_value{};
@@ -186,7 +186,7 @@ ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array x, Array z, Array 
             const Floats gradient = Load(sums + c) * GeluDerivative(z_value, &value);
             Store(own + c, gradient);
             std::memcpy(dz_to + at + c, &gradient, lanes * sizeof(float));
-            std::memcpy(hidden_to + at + c, &value, lanes * sizeof(float));
+            std::memcpy(bottleneck_to + at + c, &value, lanes * sizeof(float));
             Store(total + c, Load(total + c) + gradient);
           }
         }
@@ -198,9 +198,9 @@ ffi::Error BottleneckGradientCall(ffi::ThreadPool pool, Array x, Array z, Array 
       });
   float* total = sums_of_dz.get() + blocks.count * blocks.step;
   AddRows(sums_of_dz.get(), blocks.count, blocks.step, total);
-  std::memcpy(dbias1->typed_data(), total, s.hidden * sizeof(float));
-  MultiplyOverPixels(pool, s.pixels, x.typed_data(), s.inputs, dz_to, s.hidden, dkernel1->typed_data());
-  MultiplyOverPixels(pool, s.pixels, hidden_to, s.hidden, g.typed_data(), s.outputs, dkernel2->typed_data());
+  std::memcpy(dbias1->typed_data(), total, s.bottleneck * sizeof(float));
+  MultiplyOverPixels(pool, s.pixels, x.typed_data(), s.inputs, dz_to, s.bottleneck, dkernel1->typed_data());
+  MultiplyOverPixels(pool, s.pixels, bottleneck_to, s.bottleneck, g.typed_data(), s.outputs, dkernel2->typed_data());
   return ffi::Error::Success();
 }
 
