@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder that all workers of the test session share."""
+    """A folder that all workers of the test session share, and all sessions of a run of the gate."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder = pathlib.Path(os.environ.get("DENSENET_JAX_TESTS_SHARED", own))
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -38,10 +38,10 @@ def can_fork(environment: dict[str, str]) -> bool:
 class ForkedMain:
     """`main.py` in a forked process, with the part of `subprocess.Popen` that the tests use."""
 
-    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]):
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str], folder: pathlib.Path = ROOT):
         self.args = ["main.py", *arguments]
         readers, writers = zip(*(_context.Pipe(duplex=False) for _ in range(2)), strict=True)
-        self._process = _context.Process(target=_run, args=(arguments, environment, *writers))
+        self._process = _context.Process(target=_run, args=(arguments, environment, folder, *writers))
         here = dict(os.environ)
         os.environ.clear()
         os.environ.update(environment)  # of the server, where this starts it
@@ -106,8 +106,14 @@ class ForkedMain:
         self.wait()
 
 
-def _run(arguments: tuple[str, ...], environment: dict[str, str], output: Connection, errors: Connection) -> None:
-    """Becomes `python main.py ARGUMENTS` and ends as Python ends."""
+def _run(
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    folder: pathlib.Path,
+    output: Connection,
+    errors: Connection,
+) -> None:
+    """Becomes `python main.py ARGUMENTS` in `folder` and ends as Python ends."""
     from tensorflow_datasets.core import constants  # the server has imported it; who imports this module need not
 
     for number, connection in ((1, output), (2, errors)):
@@ -117,9 +123,9 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str], output: Connec
     os.environ.update(environment)
     jax.config.update("jax_enable_x64", environment.get("JAX_ENABLE_X64") == "1")
     constants.DATA_DIR = constants.get_default_data_dir()
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv = ["main.py", *arguments]
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(folder)
     status: object = 0
     try:
         runpy.run_path("main.py", run_name="__main__")

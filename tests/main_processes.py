@@ -24,8 +24,10 @@ def make_environment(devices: int = 1, **changes: str) -> dict[str, str]:
     return {**kept, **quick, "JAX_PLATFORMS": "cpu", **changes}
 
 
-def start_main(*arguments: str, devices: int = 1, fresh: bool = False, **changes: str) -> Process:
-    """Starts `python main.py ARGUMENTS` from the project's root.
+def start_main(
+    *arguments: str, devices: int = 1, fresh: bool = False, folder: pathlib.Path = ROOT, **changes: str
+) -> Process:
+    """Starts `python main.py ARGUMENTS` from `folder`, the project's root or a copy of it.
 
     Args:
         arguments: flags.
@@ -35,10 +37,10 @@ def start_main(*arguments: str, devices: int = 1, fresh: bool = False, **changes
     """
     env = make_environment(devices, **changes)
     if not fresh and can_fork(env):
-        return ForkedMain(arguments, env)
+        return ForkedMain(arguments, env, folder)
     return subprocess.Popen(
         [sys.executable, "main.py", *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -46,11 +48,12 @@ def start_main(*arguments: str, devices: int = 1, fresh: bool = False, **changes
     )
 
 
-def run_main(
-    *arguments: str, devices: int = 1, expect: int = 0, fresh: bool = False, **changes: str
-) -> tuple[str, str]:
-    """Runs `python main.py ARGUMENTS` to its end and returns its two outputs; the exit status must be `expect`."""
-    with start_main(*arguments, devices=devices, fresh=fresh, **changes) as process:
+def run_main(*arguments: str, expect: int = 0, **options: Any) -> tuple[str, str]:
+    """Runs `python main.py ARGUMENTS` to its end and returns its two outputs; the exit status must be `expect`.
+
+    Other options and environment variables are those of `start_main`.
+    """
+    with start_main(*arguments, **options) as process:
         output, errors = process.communicate(timeout=500)
     assert process.returncode == expect, f"exit status {process.returncode}\n{output}\n{errors}"
     return output, errors

@@ -24,7 +24,7 @@ from densenet_jax.cli import parse
 from densenet_jax.config import check_config, flatten
 from densenet_jax.flags import MODES
 from densenet_jax.models.variants import VARIANTS
-from tests.main_processes import ROOT, make_environment
+from tests.main_processes import ROOT, make_environment, run_main
 from tests.small_checkout import copy_checkout
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -46,6 +46,9 @@ CITED_TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 NOT_IN_THE_CHECKOUT = ("runs/", "./runs/", "checkpoints/", "report/")
 
 RUNNABLE = re.compile(r"^<!-- runnable(: slow)? -->\n+```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# A command that is nothing but a call of main.py, with the lines that it goes on in; a shell would change none of it.
+MAIN = re.compile(r"^(python main\.py (?:[^\n$*?~|&;<>`\\]|'[^'\n]*'|\\\n)*\n)", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -75,6 +78,15 @@ def blocks_of(page: pathlib.Path, text: str) -> Iterator[Block]:
         whole_lines = commands.replace("\\\n", " ").splitlines()
         trains = any("main.py" in line and "--help" not in line for line in whole_lines)
         yield Block(page, text[: match.start(2)].count("\n") + 1, commands, bool(match.group(1)) or trains)
+
+
+def split_commands(commands: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands for a shell, or the arguments of one call of main.py, which needs no new interpreter."""
+    for part in MAIN.split(commands):
+        if MAIN.fullmatch(part) and "--help" not in part:
+            yield part, shlex.split(part.replace("\\\n", " "))[2:]
+        elif part.strip():
+            yield part, []
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page, page.read_text())]
@@ -209,16 +221,20 @@ def python_first(tmp_path_factory) -> str:
     ids=lambda block: f"{block.page.relative_to(ROOT).as_posix()}:{block.line}",
 )
 def test_runnable_block_runs(block, checkout, python_first, user):
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.commands],
-        cwd=checkout,
-        env=make_environment(PATH=python_first, **user),
-        capture_output=True,
-        text=True,
-        timeout=1800 if block.slow else 120,
-        check=False,
-    )
-    assert result.returncode == 0, f"{block.commands}\n{result.stdout}\n{result.stderr}"
+    for commands, arguments in split_commands(block.commands):
+        if arguments:
+            run_main(*arguments, folder=checkout, **user)
+            continue
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=checkout,
+            env=make_environment(PATH=python_first, **user),
+            capture_output=True,
+            text=True,
+            timeout=1800 if block.slow else 120,
+            check=False,
+        )
+        assert result.returncode == 0, f"{commands}\n{result.stdout}\n{result.stderr}"
 
 
 MARKED = """
@@ -249,6 +265,15 @@ def test_blocks_are_found_by_their_mark():
     actual = [(block.line, block.commands.split()[0], block.slow) for block in blocks_of(ROOT / "x.md", MARKED)]
     assert actual == [(4, "python", False), (10, "python", True), (16, "echo", True)]
     assert "false" not in "".join(block.commands for block in blocks_of(ROOT / "x.md", MARKED))
+
+
+def test_only_plain_calls_of_main_need_no_shell():
+    text = "echo a\npython main.py eval \\\n  --images 'a*.png'\npython main.py a $HOME\npython main.py --help\n"
+    shell, call, *others = split_commands(text)
+    assert (shell[1], call[1]) == ([], ["eval", "--images", "a*.png"])
+    assert [arguments for _, arguments in others] == [[], []]
+    calls = [call for block in BLOCKS for call in split_commands(block.commands) if call[1]]
+    assert len(calls) >= 10
 
 
 def test_settings_are_found_in_prose_and_commands():

@@ -32,8 +32,9 @@ def test_a_native_library_s_tests_pass_under_sanitizers(room):
     runtimes = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
     if not all(os.path.isabs(path) for path in runtimes):
         pytest.skip("gcc has no sanitizers here")
-    # As a session of its own: a worker's shares what other checkouts have compiled, without sanitizers too.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+    # As a session of its own: others share what they have compiled without sanitizers.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "DENSENET_JAX_TESTS_"))}
+    environment = own | {
         **{"CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
         "LD_PRELOAD": ":".join(runtimes),
         # Python and XLA keep memory to their end; XLA's own compilers mix allocators.
