@@ -26,38 +26,51 @@ struct Source {
   Source AtPixel(int64_t pixel) const { return {x + pixel * step, mean, rstd, scale, bias, step}; }
 };
 
+// Norm and ReLU of a vector of channels: x_hat, and what the ReLU gets.
 template <bool kNormalize, typename T>
-inline T Normalized(const Source<T>& source, int64_t c) {
-  return kNormalize ? (source.x[c] - source.mean[c]) * source.rstd[c] : source.x[c];
-}
-
-template <bool kNormalize, typename T>
-void ApplyNormRelu(Source<T> source, int64_t pixels, int64_t channels, T* to) {
-  for (int64_t p = 0; p < pixels; ++p, source.x += source.step, to += channels) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-      const T value = source.scale[c] * Normalized<kNormalize>(source, c) + source.bias[c];
-      to[c] = value > T{0} ? value : T{0};
-    }
-  }
-}
-
-// Copies one or two whole vectors of each pixel.
-template <typename T>
-void CopyVectors(const T* from, int64_t step, int64_t pixels, int64_t channels, T* to) {
+struct NormVector {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::kCount;
-  for (int64_t p = 0; p < pixels; ++p, from += step, to += channels) {
-    *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
-    if (channels > kLanes) *reinterpret_cast<Vector*>(to + kLanes) = *reinterpret_cast<const Vector*>(from + kLanes);
+  Vector mean, rstd, scale, bias;
+
+  NormVector(const Source<T>& source, int64_t channel, int64_t lanes)
+      : mean(kNormalize ? LoadLanes(source.mean + channel, lanes) : Vector{}),
+        rstd(kNormalize ? LoadLanes(source.rstd + channel, lanes) : Vector{}),
+        scale(LoadLanes(source.scale + channel, lanes)),
+        bias(LoadLanes(source.bias + channel, lanes)) {}
+
+  Vector Normalize(Vector x) const { return kNormalize ? (x - mean) * rstd : x; }
+  Vector Affine(Vector x_hat) const { return scale * x_hat + bias; }
+};
+
+template <bool kNormalize, typename T>
+void ApplyNormRelu(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
+  using Vector = typename Lanes<T>::Vector;
+  ForVectors<T>(pixels, channels, [&](int64_t pixel, int64_t count, int64_t channel, int64_t lanes) {
+    const NormVector<kNormalize, T> norm(source, channel, lanes);
+    const T* x = source.x + pixel * source.step + channel;
+    T* own = to + pixel * channels + channel;
+    for (int64_t i = 0; i < count; ++i, x += source.step, own += channels) {
+      const Vector value = norm.Affine(norm.Normalize(LoadLanes(x, lanes)));
+      StoreLanes<T>(value > Vector{} ? value : Vector{}, own, lanes);
+    }
+  });
+}
+
+// Copies up to two vectors of each pixel; `to` gets `width` values a pixel, with zeros behind the channels.
+template <typename T>
+void CopyVectors(const T* from, int64_t step, int64_t pixels, int64_t channels, T* to, int64_t width) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const int64_t first = std::min(channels, kLanes), second = channels - first;
+  for (int64_t p = 0; p < pixels; ++p, from += step, to += width) {
+    StoreLanes<T>(LoadLanes(from, first), to, std::min(width, kLanes));
+    if (second > 0) StoreLanes<T>(LoadLanes(from + kLanes, second), to + kLanes, width - kLanes);
   }
 }
 
 template <typename T>
 void CopyPixels(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
-  constexpr int kLanes = Lanes<T>::kCount;
-  if (source.scale == nullptr && (channels == kLanes || channels == 2 * kLanes) && source.step != channels) {
-    CopyVectors(source.x, source.step, pixels, channels, to);
+  if (source.scale == nullptr && channels <= 2 * Lanes<T>::kCount && source.step != channels) {
+    CopyVectors(source.x, source.step, pixels, channels, to, channels);
   } else if (source.scale == nullptr) {
     const bool whole = source.step == channels;
     const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;

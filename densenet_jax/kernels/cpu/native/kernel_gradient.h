@@ -21,14 +21,7 @@ constexpr int64_t kPixelsWorthASum = 2048;  // from this many on, adding up two 
 template <typename T>
 const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
   T* to = ThreadScratch<T>(1, pixels * width);
-  if (channels == width) {
-    CopyVectors(g, step, pixels, width, to);
-    return to;
-  }
-  for (int64_t p = 0; p < pixels; ++p) {
-    std::memcpy(to + p * width, g + p * step, channels * sizeof(T));
-    std::fill(to + p * width + channels, to + (p + 1) * width, T{0});
-  }
+  CopyVectors(g, step, pixels, channels, to, width);
   return to;
 }
 
@@ -52,7 +45,7 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
   const int64_t chunks = Chunk<T>::Count(s.out_channels);
   const bool pointwise = s.pointwise();
-  if (pointwise) s = AsLines(s, sizeof(T));
+  if (pointwise) s = AsLines(s, sizeof(T), 1);
   const Bands bands(s, sizeof(T), 1);
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
   // Each slice has a sum of its own, so that the result does not depend on the threads.

@@ -24,7 +24,7 @@ struct Prepared {  // a convolution's bands and weights
   Bands bands;
 
   Prepared(ffi::ThreadPool& pool, const Sizes& s, const Kernel<T>& kernel, int64_t threads)
-      : sizes(s.pointwise() ? AsLines(s, sizeof(T)) : s),
+      : sizes(s.pointwise() ? AsLines(s, sizeof(T), threads) : s),
         pixels(s.batch * s.out_height * s.out_width),
         weights(pool, s, kernel),
         bands(sizes, sizeof(T), threads) {}
@@ -133,6 +133,7 @@ class TwoSums {
 template <bool kAdd, typename T>
 void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
                     const T* shift, T* y, T* sum, T* square) {
+  using Vector = typename Lanes<T>::Vector;
   const Blocks<T> all(pool, s, blocks, kernel);
   const int64_t channels = s.out_channels, y_step = blocks * channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
@@ -141,15 +142,22 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
     T* own = y + block * channels;
     const auto add_sums = [&](int64_t at, int64_t count, T* out) {
       T *sum = sums.Start(block, band), *square = sum + channels, *to = own + at * y_step;
-      for (int64_t i = 0; i < count; ++i, out += kAdd ? channels : y_step, to += y_step) {
-#pragma GCC ivdep
-        for (int64_t c = 0; c < channels; ++c) {
-          const T value = kAdd ? to[c] + out[c] : out[c], centered = value - about[c];
-          if (kAdd) to[c] = value;
-          sum[c] += centered;
-          square[c] += centered * centered;
+      const int64_t out_step = kAdd ? channels : y_step;
+      ForVectors<T>(count, channels, [&](int64_t pixel, int64_t pixels, int64_t channel, int64_t lanes) {
+        const Vector middle = LoadLanes(about + channel, lanes);
+        Vector total = LoadLanes(sum + channel, lanes), squares = LoadLanes(square + channel, lanes);
+        const T* from = out + pixel * out_step + channel;
+        T* added = to + pixel * y_step + channel;
+        for (int64_t i = 0; i < pixels; ++i, from += out_step, added += y_step) {
+          Vector value = LoadLanes(from, lanes);
+          if (kAdd) StoreLanes<T>(value = LoadLanes(added, lanes) + value, added, lanes);
+          const Vector centered = value - middle;
+          total += centered;
+          squares += centered * centered;
         }
-      }
+        StoreLanes(total, sum + channel, lanes);
+        StoreLanes(squares, square + channel, lanes);
+      });
     };
     all.Band(block, band, source, kAdd ? nullptr : own, kAdd ? channels : y_step, add_sums);
   });
@@ -159,18 +167,25 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
 // Computes the gradient of x_hat from that of relu(scale * x_hat + bias), with kAdd added to `to`, and adds those of
 // scale and bias to grad_scale and grad_bias.
 template <bool kAdd, bool kNormalize, typename T>
-void NormReluGradient(Source<T> read, int64_t pixels, int64_t channels, const T* gradient, T* to, int64_t to_step,
-                      T* grad_scale, T* grad_bias) {
-  for (int64_t i = 0; i < pixels; ++i, read.x += read.step, to += to_step, gradient += channels) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-      const T x = Normalized<kNormalize>(read, c);
-      const T masked = read.scale[c] * x + read.bias[c] > T{0} ? gradient[c] : T{0};
-      grad_bias[c] += masked;
-      grad_scale[c] += masked * x;
-      to[c] = (kAdd ? to[c] : T{0}) + masked * read.scale[c];
+void NormReluGradient(const Source<T>& read, int64_t pixels, int64_t channels, const T* gradient, T* to,
+                      int64_t to_step, T* grad_scale, T* grad_bias) {
+  using Vector = typename Lanes<T>::Vector;
+  ForVectors<T>(pixels, channels, [&](int64_t pixel, int64_t count, int64_t channel, int64_t lanes) {
+    const NormVector<kNormalize, T> norm(read, channel, lanes);
+    Vector of_scale = LoadLanes(grad_scale + channel, lanes), of_bias = LoadLanes(grad_bias + channel, lanes);
+    const T *x = read.x + pixel * read.step + channel, *from = gradient + pixel * channels + channel;
+    T* own = to + pixel * to_step + channel;
+    for (int64_t i = 0; i < count; ++i, x += read.step, from += channels, own += to_step) {
+      const Vector x_hat = norm.Normalize(LoadLanes(x, lanes));
+      const Vector masked = norm.Affine(x_hat) > Vector{} ? LoadLanes(from, lanes) : Vector{};
+      of_bias += masked;
+      of_scale += masked * x_hat;
+      const Vector added = kAdd ? LoadLanes(own, lanes) : Vector{};
+      StoreLanes<T>(added + masked * norm.scale, own, lanes);
     }
-  }
+    StoreLanes(of_scale, grad_scale + channel, lanes);
+    StoreLanes(of_bias, grad_bias + channel, lanes);
+  });
 }
 
 // Computes the gradients of relu(scale * x_hat + bias), convolved, from the output's gradient g: that of x_hat, whose

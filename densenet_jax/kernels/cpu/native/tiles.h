@@ -6,7 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace densenet_jax {
 
@@ -28,6 +33,70 @@ struct Lanes {
 };
 
 inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Returns a mask of the first `lanes` of eight 32-bit lanes.
+inline __m256i FirstLanes(int64_t lanes) {
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes)), numbers);
+}
+#endif
+
+// Reads a vector's first `lanes` values; the others are 0 and need not be there.
+template <typename T>
+inline typename Lanes<T>::Vector LoadLanes(const T* from, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  if (lanes == Lanes<T>::kCount) return *reinterpret_cast<const Vector*>(from);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes) - 1), from));
+  else
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << lanes) - 1), from));
+#elif defined(__AVX2__)
+  const __m256i mask = FirstLanes(lanes * sizeof(T) / 4);
+  return reinterpret_cast<Vector>(_mm256_maskload_ps(reinterpret_cast<const float*>(from), mask));
+#else
+  Vector value{};
+  for (int64_t i = 0; i < lanes; ++i) value[i] = from[i];
+  return value;
+#endif
+}
+
+// Writes a vector's first `lanes` values.
+template <typename T>
+inline void StoreLanes(typename Lanes<T>::Vector value, T* to, int64_t lanes) {
+  using Vector = typename Lanes<T>::Vector;
+  if (lanes == Lanes<T>::kCount) {
+    *reinterpret_cast<Vector*>(to) = value;
+    return;
+  }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << lanes) - 1), reinterpret_cast<__m512>(value));
+  else
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << lanes) - 1), reinterpret_cast<__m512d>(value));
+#elif defined(__AVX2__)
+  const __m256i mask = FirstLanes(lanes * sizeof(T) / 4);
+  _mm256_maskstore_ps(reinterpret_cast<float*>(to), mask, reinterpret_cast<__m256>(value));
+#else
+  for (int64_t i = 0; i < lanes; ++i) to[i] = value[i];
+#endif
+}
+
+constexpr int64_t kPixelsInTurn = 16;
+
+// Calls run(first pixel, pixels, channel, lanes) for each vector of channels of a few pixels: short rows of memory are
+// read in turn, and what belongs to a channel is read once for all of these pixels.
+template <typename T, typename F>
+inline void ForVectors(int64_t pixels, int64_t channels, F run) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  for (int64_t pixel = 0; pixel < pixels; pixel += kPixelsInTurn) {
+    const int64_t count = std::min(kPixelsInTurn, pixels - pixel);
+    int64_t channel = 0;
+    for (; channel + kLanes <= channels; channel += kLanes) run(pixel, count, channel, kLanes);
+    if (channel < channels) run(pixel, count, channel, channels - channel);
+  }
+}
 
 // A range of at most kMost output channels that a tile computes: `lanes` of them, in whole vectors.
 template <typename T>
@@ -55,7 +124,8 @@ inline void StoreTile(const typename Lanes<T>::Vector (&sum)[M][N], T* to, int64
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) *reinterpret_cast<Vector*>(to + m * step + n * kLanes) = sum[m][n];
     } else {
-      std::memcpy(to + m * step, sum[m], lanes * sizeof(T));
+      if (N == 2) *reinterpret_cast<Vector*>(to + m * step) = sum[m][0];
+      StoreLanes<T>(sum[m][N - 1], to + m * step + (N - 1) * kLanes, lanes - (N - 1) * kLanes);
     }
   }
 }
