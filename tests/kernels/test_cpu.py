@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import densenet_jax
-from densenet_jax.kernels.cpu import block, convolution, library, norm_relu_conv, pooling, primitive
+from densenet_jax.kernels.cpu import block, convolution, joined, library, norm_relu_conv, pooling, primitive
 from densenet_jax.models.fused.backend_cpu import CpuBackend
 from densenet_jax.models.fused.inference import pack_kernels
 from densenet_jax.models.variants import VARIANTS
@@ -232,7 +232,7 @@ def test_sums_come_with_its_output(case):
     assert_same(jax.jit(function)(x, conv, shift), with_sums(y), 1e-8)
     with primitive.plain_kernels():
         assert_same(
-            jax.jit(functools.partial(norm_relu_conv._plain_norm_relu_conv_sums, **options))(x, *conv, shift),
+            jax.jit(functools.partial(norm_relu_conv.plain_norm_relu_conv_sums, **options))(x, *conv, shift),
             with_sums(y),
             1e-8,
         )
@@ -261,6 +261,30 @@ def test_a_gradient_is_added_in_place(case, normalizes):
     x, conv, g = operands
     reference = functools.partial(norm_relu_conv._plain_add_gradient, groups=1)
     assert_same(jax.jit(reference)(total, x, *conv, g), expected[:3])
+
+
+@pytest.mark.parametrize("case", [(2, 9, 11, 5, 7, 4, 6), (3, 14, 14, 64, 33, 17, 40), (1, 5, 4, 300, 64, 64, 96)])
+def test_two_maps_are_convolved_as_one(case):
+    """The channels of the second map behind those that are read, and of the sum of gradients, have no effect."""
+    b, h, w, c, width, read, o = case
+    first, second, conv = draw(b, h, w, c), draw(b, h, w, width, seed=1), drawn_operands(c + read, o, 1, False)
+    x, shift, g = jnp.concatenate([first, second[..., :read]], axis=-1), draw(o, seed=7), draw(b, h, w, o, seed=4)
+    expected = norm_relu_conv.norm_relu_conv_with_sums(x, conv, shift)
+    assert joined.is_usable(first, second, conv.kernel)
+    assert uses_kernels(joined.conv_with_sums, first, second, *conv[2:], shift)
+    assert_same(jax.jit(joined.conv_with_sums)(first, second, *conv[2:], shift), expected, 1e-8)
+    of_x, *others = norm_relu_conv.gradients(x, conv, g)
+    total = draw(b, h, w, width + 3, seed=9)
+    expected_gradients = (total.at[..., :read].add(of_x[..., c:]), of_x[..., :c], *others)
+    operands = total, first, second, tuple(conv[2:]), g
+    assert_same(jax.jit(joined.add_gradients)(*operands), expected_gradients)
+    assert_same(total, draw(b, h, w, width + 3, seed=9), 0)  # which others may read
+    with primitive.plain_kernels():
+        plain = jax.jit(lambda: joined._plain_sums(first, second, *conv[2:], shift))()
+        assert_same(plain, expected, 1e-8)
+        gradients = jax.jit(lambda: joined._plain_gradient(total, first, second, *conv[2:], g))()
+        kernel = jax.jit(lambda: joined._plain_kernel_gradient(first, second, *conv[2:4], g))()
+        assert_same((*gradients, kernel), expected_gradients)
 
 
 @pytest.mark.parametrize("case", [(2, 9, 11, 5, 2), (3, 14, 14, 33, 1), (1, 4, 5, 64, 2)])

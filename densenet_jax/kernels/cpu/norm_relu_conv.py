@@ -118,7 +118,8 @@ def _with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
     return y, jnp.sum(centered, axis=(0, 1, 2)), jnp.sum(jnp.square(centered), axis=(0, 1, 2))
 
 
-def _plain_norm_relu_conv_sums(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
+def plain_norm_relu_conv_sums(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
+    """Computes `norm_relu_conv_with_sums` in plain JAX."""
     *conv, shift = operands
     return _with_sums(plain_norm_relu_conv(x, *conv, **options), shift)
 
@@ -130,9 +131,10 @@ def _plain_add_norm_relu_conv_sums(
     return _with_sums(total + plain_norm_relu_conv(x, *conv, **options), shift)
 
 
-def _plain_gradient(
+def plain_norm_relu_conv_gradient(
     x: Array, mean: Array, rstd: Array, scale: Array, bias: Array, kernel: Array, g: Array, *, groups: int
 ) -> tuple[Array, Array, Array]:
+    """Returns the gradients of x_hat, scale and bias in plain JAX; g is that of the output."""
     padding = kernel.shape[0] // 2
     sizes = (x.shape[1], x.shape[2])
     grad_activation = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
@@ -142,12 +144,13 @@ def _plain_gradient(
 
 
 def _plain_add_gradient(total: Array, x: Array, *others: Array, groups: int) -> tuple[Array, Array, Array]:
-    grad_x, grad_scale, grad_bias = _plain_gradient(x, *others, groups=groups)
+    grad_x, grad_scale, grad_bias = plain_norm_relu_conv_gradient(x, *others, groups=groups)
     added = total[..., : grad_x.shape[-1]] + grad_x
     return lax.dynamic_update_slice_in_dim(total, added, 0, axis=3), grad_scale, grad_bias
 
 
-def _plain_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, groups: int) -> Array:
+def plain_norm_relu_conv_kernel_gradient(x: Array, *operands: Array, size: int, stride: int, groups: int) -> Array:
+    """Returns the gradient of the kernel in plain JAX; the last operand is that of the output."""
     *affine, g = operands
     activation = jax.nn.relu(_affine(x, *affine))
     return plain_kernel_gradient(activation, g, sizes=(size, size), stride=stride, padding=size // 2, groups=groups)
@@ -208,15 +211,15 @@ _forward_p = define(
     _lower("norm_relu_conv"),
     shapes=lambda *operands, **options: _output_shapes(*operands, **options)[:1],
 )
-_sums_p = _define("norm_relu_conv_sums", _plain_norm_relu_conv_sums, _output_shapes)
+_sums_p = _define("norm_relu_conv_sums", plain_norm_relu_conv_sums, _output_shapes)
 _add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, _sums_shapes, 6, in_place=True)
-_gradient_p = _define("norm_relu_conv_gradient", _plain_gradient, _gradient_shapes, transposed=True)
+_gradient_p = _define("norm_relu_conv_gradient", plain_norm_relu_conv_gradient, _gradient_shapes, transposed=True)
 _add_gradient_p = _define(
     "add_norm_relu_conv_gradient", _plain_add_gradient, _add_gradient_shapes, 6, transposed=True, in_place=True
 )
 _kernel_gradient_p = define(
     "norm_relu_conv_kernel_gradient",
-    _plain_kernel_gradient,
+    plain_norm_relu_conv_kernel_gradient,
     _lower("norm_relu_conv_kernel_gradient", None),
     shapes=_kernel_shapes,
 )

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.kernels.cpu import convolution, elementwise, pooling
+from densenet_jax.kernels.cpu import convolution, elementwise, joined, pooling
 from densenet_jax.kernels.cpu import norm_relu_conv as cpu
 from densenet_jax.kernels.select import BlockShape, check_wanted
 from densenet_jax.models.fused.backend import Backend, Buffer
@@ -106,6 +106,30 @@ class CpuBackend(Backend):
             return super().accumulate_grads(total, operands, gradient, groups)
         x, arrays, _ = _kernel_operands(operands)
         return _add_group_axis(*cpu.add_gradients(total, x, arrays, gradient))
+
+    def joined_conv(
+        self, parts: Sequence[Array], conv: NormReluConv, shift: Array | None, options: NormOptions
+    ) -> tuple[Float[Array, "b h w o"], BatchStats | None] | None:
+        """Computes one product, from where both maps lie."""
+        first, second = parts
+        if not joined.is_usable(first, second, conv.kernel):
+            return None
+        scale, bias, kernel = (array.astype(first.dtype) for array in conv)
+        about = jnp.zeros(kernel.shape[-1], first.dtype) if shift is None else shift.astype(first.dtype)
+        out, total, squares = joined.conv_with_sums(first, second, scale, bias, kernel, about)
+        sums_stats = shift is not None and group_count(first.shape[0], options.group_size) == 1
+        return out, _stats_from_sums(total, squares, shift, out) if sums_stats else None
+
+    def accumulate_joined_grads(
+        self, total: Array, parts: Sequence[Array], conv: NormReluConv, gradient: Array, groups: int
+    ) -> tuple[Array, Gradients] | None:
+        """Adds into total in place; all of its channels are returned."""
+        first, second = parts
+        if groups != 1 or total.dtype != first.dtype or not joined.is_usable(first, second, conv.kernel):
+            return None
+        scale, bias, kernel = (array.astype(first.dtype) for array in conv)
+        total, *grads = joined.add_gradients(total, first, second, (scale, bias, kernel), gradient)
+        return total, _add_group_axis(*grads)
 
     def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
         """Updates the means of all norms in one call, and the variances in another."""

@@ -77,6 +77,10 @@ def split_conv(
         shifts: for each output, near its mean, for accurate statistics; None: no statistics.
         total: added to the first output.
     """
+    if len(parts) == 2 and len(conv.kernels) == 1 and total is None:
+        joined = backend.joined_conv(parts, NormReluConv(conv.scale, conv.bias, *conv.kernels), shifts[0], options)
+        if joined is not None:
+            return (joined,)
     pieces = list(_split(parts, conv))
     outputs = []
     for number, shift in enumerate(shifts):
@@ -104,6 +108,12 @@ def split_conv_grads(
 
     Totals are for one kernel, or for backends that compute in place.
     """
+    if len(parts) == 2 and len(conv.kernels) == 1 and totals[1] is not None:
+        own = NormReluConv(conv.scale, conv.bias, *conv.kernels)
+        joined = backend.accumulate_joined_grads(totals[1], parts, own, gradients[0], groups)
+        if joined is not None:
+            total, one = joined
+            return SplitGradients((one.x, total), one.scale, one.bias, (one.kernel,))
     grads = [
         _part_grads(part, own, gradients, groups, backend, norm, total)
         for (part, own), total in zip(_split(parts, conv), totals, strict=False)

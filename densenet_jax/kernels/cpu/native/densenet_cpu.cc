@@ -246,6 +246,83 @@ ffi::Error NormReluConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer
   });
 }
 
+// Operands of relu(scale * x + bias) of all channels of x and the first ones of `other` side by side, as many as scale
+// has.
+struct Joined {
+  Buffer x, other, scale, bias;
+
+  // Sets the sizes of a 1x1 convolution; false if its kernel or its output don't fit.
+  bool SetSizes(Sizes& s, Shape kernel, Shape y) const {
+    const Shape first = x.dimensions(), second = other.dimensions();
+    const auto channels = static_cast<int64_t>(scale.element_count());
+    if (first.size() != 4 || second.size() != 4 || kernel.size() != 4 || bias.element_count() != scale.element_count())
+      return false;
+    for (int i = 0; i < 3; ++i)
+      if (first[i] != second[i]) return false;
+    if (channels <= first[3] || channels > first[3] + second[3] || kernel[2] != channels) return false;
+    s = {first[0], first[1], first[2], channels, first[1], first[2], kernel[3], 1, 1, 1, 0};
+    return kernel[0] == 1 && kernel[1] == 1 && kernel[3] > 0 && y.size() == 4 && y[0] == first[0] &&
+           y[1] == first[1] && y[2] == first[2] && y[3] == kernel[3];
+  }
+  template <typename T>
+  Source<T> source() const {
+    const int64_t split = x.dimensions()[3];
+    return {x.typed_data<T>(), nullptr, nullptr, scale.typed_data<T>(), bias.typed_data<T>(), split,
+            other.typed_data<T>(), other.dimensions()[3], split};
+  }
+};
+
+// Computes y = relu(scale * x + bias) of the joined channels, convolved with w, and sums as NormReluConvSums.
+ffi::Error JoinedConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer scale, Buffer bias, Buffer w,
+                              Buffer shift, Result y, Result sum, Result square) {
+  const Joined input{x, other, scale, bias};
+  Sizes s;
+  const bool fits = input.SetSizes(s, w.dimensions(), y->dimensions());
+  for (const Buffer& one : {shift, *sum, *square})
+    if (!fits || static_cast<int64_t>(one.element_count()) != s.out_channels)
+      return Invalid("shapes of a joined norm_relu_conv do not fit");
+  return ForType({x, other, scale, bias, w, shift, *y, *sum, *square}, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), s.out_channels, 0, 1, false};
+    OutputWithSums<false, T>(pool, s, 1, input.source<T>(), kernel, shift.typed_data<T>(), y->typed_data<T>(),
+                             sum->typed_data<T>(), square->typed_data<T>());
+  });
+}
+
+// Computes the gradients of x, scale and bias from g, that of y, and adds that of `other` to total in place.
+ffi::Error JoinedConvGradientCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer other, Buffer scale, Buffer bias,
+                                  Buffer w, Buffer g, Result added, Result dx, Result dscale, Result dbias) {
+  const Joined input{x, other, scale, bias};
+  Sizes s;
+  if (!input.SetSizes(s, w.dimensions(), g.dimensions()) || total.dimensions().size() != 4 ||
+      total.untyped_data() != added->untyped_data() || dx->element_count() != x.element_count() ||
+      total.dimensions()[3] < s.channels - x.dimensions()[3] ||
+      static_cast<int64_t>(total.element_count()) != s.batch * s.height * s.width * total.dimensions()[3] ||
+      dscale->element_count() != scale.element_count() || dbias->element_count() != scale.element_count())
+    return Invalid("shapes of a joined norm_relu_conv's gradient do not fit");
+  std::swap(s.channels, s.out_channels);
+  return ForType({total, x, other, scale, bias, w, g, *dx, *dscale, *dbias}, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), s.channels, 0, 1, true};
+    InputGradients<false, T>(pool, s, 1, PlainSource<T>(g), kernel, input.source<T>(), dx->typed_data<T>(),
+                             x.dimensions()[3], dscale->typed_data<T>(), dbias->typed_data<T>(),
+                             added->typed_data<T>(), total.dimensions()[3]);
+  });
+}
+
+// Computes dw, the gradient of JoinedConvSumsCall's w.
+ffi::Error JoinedConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer scale, Buffer bias,
+                                        Buffer g, Result dw) {
+  const Joined input{x, other, scale, bias};
+  Sizes s;
+  if (!input.SetSizes(s, dw->dimensions(), g.dimensions()))
+    return Invalid("shapes of a joined norm_relu_conv's kernel gradient do not fit");
+  return ForType({x, other, scale, bias, g, *dw}, [&](auto zero) {
+    using T = decltype(zero);
+    KernelGradient<T>(pool, s, 1, 1, input.source<T>(), g.typed_data<T>(), dw->typed_data<T>());
+  });
+}
+
 // Computes dx from g, the gradient of the maxima over windows of x, window x window and padded on every side.
 ffi::Error PoolGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result dx, int64_t window, int64_t stride,
                             int64_t padding) {
@@ -529,6 +606,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
         .Ret<Buffer>()
         .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetJoinedConvSums, JoinedConvSumsCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetJoinedConvGradient, JoinedConvGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetJoinedConvKernelGradient, JoinedConvKernelGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetPoolGradient, PoolGradientCall,

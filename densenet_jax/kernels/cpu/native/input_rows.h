@@ -13,17 +13,31 @@
 namespace densenet_jax {
 
 // A convolution's input: relu(scale * x_hat + bias) of the first channels of x, whose pixels are `step` values apart.
-// x_hat is (x - mean) * rstd, or x if mean is null; if scale is null, the input is x itself.
+// x_hat is (x - mean) * rstd, or x if mean is null; if scale is null, the input is x itself. Channels from `split` on are
+// those of `other`, unless that is null.
 template <typename T>
 struct Source {
   const T *x, *mean, *rstd, *scale, *bias;
   int64_t step;
+  const T* other = nullptr;
+  int64_t other_step = 0, split = 0;
 
   Source From(int64_t channel) const {
     const auto at = [&](const T* p) { return p == nullptr ? p : p + channel; };
-    return {x + channel, at(mean), at(rstd), at(scale), at(bias), step};
+    return {x + channel, at(mean), at(rstd), at(scale), at(bias), step, other, other_step, split};
   }
-  Source AtPixel(int64_t pixel) const { return {x + pixel * step, mean, rstd, scale, bias, step}; }
+  Source AtPixel(int64_t pixel) const {
+    const T* others = other == nullptr ? other : other + pixel * other_step;
+    return {x + pixel * step, mean, rstd, scale, bias, step, others, other_step, split};
+  }
+  // Calls run(source, first channel, channels) for each array.
+  template <typename F>
+  void ForArrays(int64_t channels, F run) const {
+    if (other == nullptr) return run(*this, int64_t{0}, channels);
+    run(Source{x, mean, rstd, scale, bias, step}, int64_t{0}, split);
+    const Source behind = From(split);
+    run(Source{other, behind.mean, behind.rstd, behind.scale, behind.bias, other_step}, split, channels - split);
+  }
 };
 
 // Norm and ReLU of a vector of channels: x_hat, and what the ReLU gets.
@@ -43,13 +57,13 @@ struct NormVector {
 };
 
 template <bool kNormalize, typename T>
-void ApplyNormRelu(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
+void ApplyNormRelu(const Source<T>& source, int64_t pixels, int64_t channels, T* to, int64_t to_step) {
   using Vector = typename Lanes<T>::Vector;
   ForVectors<T>(pixels, channels, [&](int64_t pixel, int64_t count, int64_t channel, int64_t lanes) {
     const NormVector<kNormalize, T> norm(source, channel, lanes);
     const T* x = source.x + pixel * source.step + channel;
-    T* own = to + pixel * channels + channel;
-    for (int64_t i = 0; i < count; ++i, x += source.step, own += channels) {
+    T* own = to + pixel * to_step + channel;
+    for (int64_t i = 0; i < count; ++i, x += source.step, own += to_step) {
       const Vector value = norm.Affine(norm.Normalize(LoadLanes(x, lanes)));
       StoreLanes<T>(value > Vector{} ? value : Vector{}, own, lanes);
     }
@@ -75,10 +89,11 @@ void CopyPixels(const Source<T>& source, int64_t pixels, int64_t channels, T* to
     const bool whole = source.step == channels;
     const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
     for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, source.x + i * source.step, run * sizeof(T));
-  } else if (source.mean == nullptr) {
-    ApplyNormRelu<false>(source, pixels, channels, to);
   } else {
-    ApplyNormRelu<true>(source, pixels, channels, to);
+    source.ForArrays(channels, [&](const Source<T>& one, int64_t first, int64_t count) {
+      const auto apply = one.mean == nullptr ? ApplyNormRelu<false, T> : ApplyNormRelu<true, T>;
+      apply(one, pixels, count, to + first, channels);
+    });
   }
 }
 

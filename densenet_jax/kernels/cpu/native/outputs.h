@@ -167,15 +167,15 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
 // Computes the gradient of x_hat from that of relu(scale * x_hat + bias), with kAdd added to `to`, and adds those of
 // scale and bias to grad_scale and grad_bias.
 template <bool kAdd, bool kNormalize, typename T>
-void NormReluGradient(const Source<T>& read, int64_t pixels, int64_t channels, const T* gradient, T* to,
+void NormReluGradient(const Source<T>& read, int64_t pixels, int64_t channels, const T* gradient, int64_t step, T* to,
                       int64_t to_step, T* grad_scale, T* grad_bias) {
   using Vector = typename Lanes<T>::Vector;
   ForVectors<T>(pixels, channels, [&](int64_t pixel, int64_t count, int64_t channel, int64_t lanes) {
     const NormVector<kNormalize, T> norm(read, channel, lanes);
     Vector of_scale = LoadLanes(grad_scale + channel, lanes), of_bias = LoadLanes(grad_bias + channel, lanes);
-    const T *x = read.x + pixel * read.step + channel, *from = gradient + pixel * channels + channel;
+    const T *x = read.x + pixel * read.step + channel, *from = gradient + pixel * step + channel;
     T* own = to + pixel * to_step + channel;
-    for (int64_t i = 0; i < count; ++i, x += read.step, from += channels, own += to_step) {
+    for (int64_t i = 0; i < count; ++i, x += read.step, from += step, own += to_step) {
       const Vector x_hat = norm.Normalize(LoadLanes(x, lanes));
       const Vector masked = norm.Affine(x_hat) > Vector{} ? LoadLanes(from, lanes) : Vector{};
       of_bias += masked;
@@ -189,20 +189,28 @@ void NormReluGradient(const Source<T>& read, int64_t pixels, int64_t channels, c
 }
 
 // Computes the gradients of relu(scale * x_hat + bias), convolved, from the output's gradient g: that of x_hat, whose
-// pixels are dx_step values apart, with kAdd added to dx; and those of scale and bias, summed over all pixels. s are
-// the sizes of a block's transposed convolution.
+// pixels are dx_step values apart, with kAdd added to dx; and those of scale and bias, summed over all pixels. What
+// belongs to another array that is read is added to `other`. s are the sizes of a block's transposed convolution.
 template <bool kAdd, typename T>
 void InputGradients(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& g, Kernel<T> kernel,
-                    const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias) {
+                    const Source<T>& read, T* dx, int64_t dx_step, T* dscale, T* dbias, T* other = nullptr,
+                    int64_t other_step = 0) {
   const Blocks<T> all(pool, s, blocks, kernel);
   const int64_t channels = s.out_channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
   all.ForBands([&](int64_t block, int64_t band) {
     const Source<T> own = read.From(block * channels);
     const auto backpropagate = [&](int64_t at, int64_t count, T* gradient) {
-      const auto run = own.mean == nullptr ? NormReluGradient<kAdd, false, T> : NormReluGradient<kAdd, true, T>;
-      T *grad_scale = sums.Start(block, band), *to = dx + at * dx_step + block * channels;
-      run(own.AtPixel(at), count, channels, gradient, to, dx_step, grad_scale, grad_scale + channels);
+      T* grad_scale = sums.Start(block, band);
+      own.AtPixel(at).ForArrays(channels, [&](const Source<T>& one, int64_t first, int64_t own_channels) {
+        const bool is_other = first > 0;
+        const auto set = one.mean == nullptr ? NormReluGradient<kAdd, false, T> : NormReluGradient<kAdd, true, T>;
+        const auto add = one.mean == nullptr ? NormReluGradient<true, false, T> : NormReluGradient<true, true, T>;
+        const int64_t step = is_other ? other_step : dx_step;
+        T* to = is_other ? other + at * step : dx + at * step + block * channels;
+        (is_other ? add : set)(one, count, own_channels, gradient + first, channels, to, step, grad_scale + first,
+                               grad_scale + channels + first);
+      });
     };
     all.Band(block, band, g, nullptr, channels, backpropagate);
   });
