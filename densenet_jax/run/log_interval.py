@@ -17,6 +17,25 @@ from densenet_jax.training.state import TrainState
 from densenet_jax.training.steps import StepReport
 
 Sums = ClassificationSums | LabelSums
+_LARGE_BYTES = 64 * 2**20
+
+
+def runs_alone(step: Any) -> bool:
+    """Whether a compiled step should end before the next one begins: on a CPU, if its temporaries are large.
+
+    XLA takes them anew for every step. Steps that are queued there take theirs before those of the step before them are
+    free, so that a process holds two blocks of them.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    memory = step.memory_analysis()
+    return memory is not None and memory.temp_size_in_bytes >= _LARGE_BYTES
+
+
+def wait_for_end(report: StepReport) -> None:
+    """Waits for a step's results, and for the thread that frees its temporaries just after them."""
+    jax.block_until_ready(report)
+    time.sleep(0.001)
 
 
 class Window:

@@ -12,7 +12,7 @@ from densenet_jax.distributed import processes
 from densenet_jax.distributed.preemption import Preempted, StopRequest
 from densenet_jax.experiment import Experiment, augmented_samples
 from densenet_jax.run.evaluate import evaluate, figures_by_class, figures_of
-from densenet_jax.run.log_interval import Window
+from densenet_jax.run.log_interval import Window, runs_alone, wait_for_end
 from densenet_jax.run.metrics_file import read_metrics
 from densenet_jax.run.watchdog import Watchdog
 from densenet_jax.system.console import Bar, print_status, spinner
@@ -70,6 +70,7 @@ class Trainer:
         compiling = time.perf_counter()
         with spinner("compiling"):
             self._train_step = experiment.compile_train_step()
+            self._runs_alone = runs_alone(self._train_step)
             self._eval_step = experiment.compile_eval_step(confusion=self._counts_by_class)
         # Extra figures for the first report.
         self._at_start = {"compile_secs": round(time.perf_counter() - compiling, 2)}
@@ -127,6 +128,8 @@ class Trainer:
                 self._step = number
                 self._profile.ends(number, self._state)
                 window.add(report, experiment.config.train.global_batch_size, waited)
+                if self._runs_alone:
+                    wait_for_end(report)
                 bar.advance()
                 stopping = self._stop.due(self._step)
                 if self._timeline.is_report_step(self._step):
