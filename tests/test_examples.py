@@ -50,8 +50,8 @@ def test_iou_and_the_gray_levels_prediction():
 
 @pytest.mark.slow
 def test_the_unet_beats_gray_levels_on_the_held_out_halves(capsys):
-    ours, baseline = unet.main(steps=150)
-    assert ours > baseline + 0.1
+    ours, baseline = unet.main(steps=60)
+    assert ours > baseline + 0.3
     assert "24 held-out crops" in capsys.readouterr().out
 
 

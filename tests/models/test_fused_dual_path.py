@@ -104,20 +104,21 @@ def _gradients(module, variables, images):
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], images)
 
 
+@functools.cache
+def _results_of_three_inputs(form, dtype):
+    module, variables = _network(form, dtype)
+    run = jax.jit(functools.partial(_gradients, module))
+    inputs = (jax.random.normal(jax.random.key(seed), (8, 32, 32, 3)).astype(jnp.bfloat16) for seed in range(3))
+    return [run(variables, images.astype(dtype)) for images in inputs]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform):
     """Rectifiers that rounding closes or opens dominate: single leaves are a matter of luck, their median is not."""
-    once = (f"normalize_once_{platform}", jnp.bfloat16)
-    forms = [
-        (jax.jit(functools.partial(_gradients, module)), variables, dtype)
-        for form, dtype in (("plain", jnp.float32), ("plain", jnp.bfloat16), once)
-        for module, variables in [_network(form, dtype)]
-    ]
+    forms = (("plain", jnp.float32), ("plain", jnp.bfloat16), (f"normalize_once_{platform}", jnp.bfloat16))
     ratios = []
-    for seed in range(3):
-        images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3)).astype(jnp.bfloat16)
-        results = [run(variables, images.astype(dtype)) for run, variables, dtype in forms]
+    for results in zip(*(_results_of_three_inputs(*form) for form in forms), strict=True):
         exact, plain, actual = (jax.tree.leaves(result[1]) for result in results)
         ratios += [_distance(b, e) / _distance(a, e) for a, b, e in zip(plain, actual, exact, strict=True)]
     assert len(ratios) > 30

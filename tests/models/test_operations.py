@@ -6,6 +6,7 @@ import pytest
 
 from densenet_jax.models.create import create_model
 from densenet_jax.models.operations import count_multiply_adds
+from tests.models import golden
 
 PUBLISHED_GIGA = {  # torchvision's weights pages ("GFLOPS", 224 px); for DPN table 2 of 1707.01629, one decimal
     "densenet121": 2.83,
@@ -21,8 +22,7 @@ QUICK = "densenet121"
 def of_model(name: str, side_px: int) -> int:
     model = create_model(name, num_classes=1000, block_form="plain")  # the papers' order of pooling and convolution
     images = jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(images.shape), train=False))
-    return count_multiply_adds(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return count_multiply_adds(lambda v, x: model.apply(v, x, train=False), golden.abstract_variables(name), images)
 
 
 @pytest.mark.parametrize(
