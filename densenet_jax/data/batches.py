@@ -4,6 +4,7 @@ A Grain element is part of a batch: large enough to spend little time in the int
 work on the batch needed next and that memory does not grow with their number.
 """
 
+import contextlib
 import itertools
 import os
 import threading
@@ -19,6 +20,7 @@ from densenet_jax.data.records import DamagedImage
 
 PART = 32  # examples per element at most
 FOREVER = range(2**40)
+Arrays = dict[str, tuple[tuple[int, ...], Any]]  # shape, batch first, and dtype of every array of a batch
 Batch = dict[str, np.ndarray]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,44 +56,33 @@ class Rows:
     """Consecutive rows of one batch, filled by one thread."""
 
     def __init__(self, step: int, rows: range, batch: Batch, stopped: threading.Event) -> None:
-        self.step = step
-        self._rows = rows
+        self.step, self.first, self._count = step, rows.start, len(rows)
         self._stopped = stopped
         self.batch = {key: array[rows.start : rows.stop] for key, array in batch.items()}
 
-    @property
-    def first(self) -> int:
-        """Index of the first row in the process's batch."""
-        return self._rows.start
-
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     def __iter__(self) -> Iterator[int]:
         """Yields 0 to len - 1; raises `Stopped` once the batches are closed."""
-        for row in range(len(self._rows)):
+        for row in range(self._count):
             if self._stopped.is_set():
                 raise Stopped
             yield row
 
 
-class Batches(Iterator[Batch]):
+Fill = Callable[[Rows], None]
+
+
+class Batches(Iterator[Batch], contextlib.AbstractContextManager["Batches"]):
     """An iterator of batches. Close it, or use it in a `with`, to end its threads."""
 
     def __init__(
-        self,
-        arrays: dict[str, tuple[tuple[int, ...], Any]],
-        steps: range,
-        fill: Callable[[Rows], None],
-        damaged: Damaged,
-        *,
-        reader_threads: int,
-        prefetch_batches: int,
+        self, arrays: Arrays, steps: range, fill: Fill, damaged: Damaged, *, reader_threads: int, prefetch_batches: int
     ) -> None:
         """Prepares to read; nothing is read before `start` or the first `next`.
 
         Args:
-            arrays: shape (batch first) and dtype of every array of a batch.
             fill: fills some rows of a batch; called from many threads, may raise and record images in `damaged`.
             reader_threads: 0: one per core.
             prefetch_batches: batches that wait in memory at most, besides those in use.
@@ -125,11 +116,8 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the threads, each after its current image. May be called twice."""
-        self._builder.stop()
+        self._builder.stopped.set()
         self._iterator.close()
-
-    def __enter__(self) -> "Batches":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -142,15 +130,13 @@ class Batches(Iterator[Batch]):
 class _PartBuilder:
     """Random access to parts of batches; the parts of one batch share its arrays."""
 
-    def __init__(
-        self, arrays: dict[str, tuple[tuple[int, ...], Any]], steps: range, fill: Callable[[Rows], None]
-    ) -> None:
+    def __init__(self, arrays: Arrays, steps: range, fill: Fill) -> None:
         self._arrays, self._steps, self._fill = arrays, steps, fill
         self._size = next(iter(arrays.values()))[0][0]
         self.parts = -(-self._size // PART)
         self._open: dict[int, Batch] = {}
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
 
     def __len__(self) -> int:
         return len(self._steps) * self.parts
@@ -163,17 +149,13 @@ class _PartBuilder:
                 self._open[step] = {key: np.empty(*array) for key, array in self._arrays.items()}
             batch = self._open[step]
         rows = range(part * self._size // self.parts, (part + 1) * self._size // self.parts)
-        self._fill(Rows(step, rows, batch, self._stopped))
+        self._fill(Rows(step, rows, batch, self.stopped))
         return step, batch
 
     def forget(self, step: int) -> None:
         """Releases the arrays of a finished batch."""
         with self._lock:
             del self._open[step]
-
-    def stop(self) -> None:
-        """Ends running reads after their current image."""
-        self._stopped.set()
 
 
 def available_cores() -> int:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 TRIES = 10  # to draw a crop that fits, as in torchvision
 
 
@@ -36,8 +37,8 @@ def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
     return (resize_px, resized_long) if height <= width else (resized_long, resize_px)
 
 
-def center_box(height: int, width: int, resize_px: int, crop_px: int) -> tuple[float, float, float, float]:
-    """Returns (left, top, right, bottom), in the stored image, of the central crop taken after the resize.
+def center_box(height: int, width: int, resize_px: int, crop_px: int) -> Box:
+    """Returns the box, in the stored image, of the central crop taken after the resize.
 
     Rounds as torchvision's Resize and CenterCrop do, so that the crop has their pixels without computing others.
     """

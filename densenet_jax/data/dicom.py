@@ -28,11 +28,7 @@ def is_dicom(data: bytes) -> bool:
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Reads width and height; decodes nothing.
-
-    Raises:
-        ValueError: pydicom is missing, or the file has no image.
-    """
+    """Reads width and height; raises ValueError if pydicom is missing or the file has no image."""
     dataset = _read(data, only=True)
     return int(dataset.Columns), int(dataset.Rows)
 

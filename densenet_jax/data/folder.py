@@ -9,7 +9,7 @@ import numpy as np
 
 from densenet_jax.data.class_names import order_classes
 from densenet_jax.data.folder_index import load_or_list, subfolders
-from densenet_jax.data.records import DamagedImage, Record, Source, warn_of_missing
+from densenet_jax.data.records import Record, Source, read_image_file, warn_of_missing
 from densenet_jax.errors import UserError, list_some
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,7 @@ class FolderSource(Source):
         start = int(self._ends[index - 1]) if index else 0
         path = self._names[start : self._ends[index]].tobytes()
         name = f"{os.path.basename(self._root)}/{path.decode('utf-8', 'backslashreplace')}"
-        try:
-            with open(os.path.join(os.fsencode(self._root), path), "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise DamagedImage(name, error.strerror or str(error)) from error
+        image = read_image_file(os.path.join(os.fsencode(self._root), path), name)
         return Record(image=image, label=int(self._labels[index]), name=name)
 
     def labels(self) -> np.ndarray:

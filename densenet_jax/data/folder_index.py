@@ -46,10 +46,7 @@ def load_or_list(directory: str, root: str, folders: list[str], class_names: tup
 def index_files(directory: str, root: str) -> list[str]:
     """Returns where the index of `root` may be: beside the data, else in the user's cache."""
     key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    return [
-        os.path.join(directory, f".{os.path.basename(root)}.index.npz"),
-        user_cache(f"{key}.index.npz"),
-    ]
+    return [os.path.join(directory, f".{os.path.basename(root)}.index.npz"), user_cache(f"{key}.index.npz")]
 
 
 def _list(root: str, folders: list[str], class_names: tuple[str, ...]) -> tuple[Index, dict[str, object]]:
@@ -165,11 +162,7 @@ def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
 
 
 def subfolders(path: str) -> list[str]:
-    """Lists the names of the folders in a folder, without hidden ones.
-
-    Raises:
-        UserError: it can't be read, or a name is not UTF-8.
-    """
+    """Lists the folders in a folder, without hidden ones; raises UserError if one is unreadable or not UTF-8."""
     try:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

@@ -99,9 +99,8 @@ def is_contradiction(names: Sequence[str], class_names: Sequence[str]) -> bool:
 def check_identity(saved: Identity, current: Identity, where: str, allow_changed: bool = False) -> None:
     """Checks that `current` is the data set that `saved` describes; compares files of the splits that both have.
 
-    Args:
-        where: what was trained on `saved`, for the message.
-        allow_changed: let files come and go, and classes be renamed that keep their number.
+    With `allow_changed` files may come and go, and classes be renamed that keep their number. `where` says in the
+    message what was trained on `saved`.
 
     Raises:
         UserError: they differ; the message names the differences.
@@ -135,32 +134,27 @@ def _class_changes(saved: Identity, current: Identity) -> list[str]:
     gone, came = [name for name in old if name not in set(new)], [name for name in new if name not in set(old)]
     both = saved["splits"].keys() & current["splits"].keys()
     had, have = (_files_by_class(identity, both) for identity in (saved, current))
-    renamed = []
+    renamed = {}
     for before in gone:
         same_files = [after for after in came if had.get(before) and had[before] == have.get(after)]
         same_place = [after for after in came if old.index(before) == new.index(after)]
         if after := next(iter(same_files or same_place), ""):
-            renamed.append((before, after))
+            renamed[before] = after
             came.remove(after)
-    gone = [name for name in gone if name not in dict(renamed)]
-    changes = []
-    if renamed:
-        changes.append(_list("classes renamed: ", [f"{before!r} to {after!r}" for before, after in renamed]))
-    if gone:
-        changes.append(_list("classes removed: ", [repr(name) for name in gone]))
-    if came:
-        changes.append(_list("classes added: ", [repr(name) for name in came]))
-    if not changes and old != new:
-        changes.append("the same classes in another order")
-    return changes
+    kinds = {
+        "renamed": [f"{before!r} to {after!r}" for before, after in renamed.items()],
+        "removed": [repr(name) for name in gone if name not in renamed],
+        "added": [repr(name) for name in came],
+    }
+    changes = [_list(f"classes {kind}: ", names) for kind, names in kinds.items() if names]
+    return changes or (["the same classes in another order"] if old != new else [])
 
 
 def _files_by_class(identity: Identity, splits: Iterable[str]) -> dict[str, list[Any]]:
     """Collects file counts and digests of each class in these splits."""
     files: dict[str, list[Any]] = {}
     for split in sorted(splits):
-        known = identity["splits"][split]
-        for name, (count, digest) in zip(identity["classes"], known["files"], strict=False):
+        for name, (count, digest) in zip(identity["classes"], identity["splits"][split]["files"], strict=False):
             if digest:
                 files.setdefault(name, []).append((split, count, digest))
     return files
@@ -180,10 +174,8 @@ def _file_changes(saved: Identity, current: Identity) -> list[str]:
             for which, files in ((saved, before), (current, now))
         )
         details = [
-            f"{name!r} {have[name][0]}, had {had[name][0]}"
-            if have[name][0] != had[name][0]
-            else f"{name!r} other files"
-            for name in have
+            f"{name!r} {f'{count}, had {had[name][0]}' if count != had[name][0] else 'other files'}"
+            for name, (count, _) in have.items()
             if name in had and have[name] != had[name]
         ]
         if details:
@@ -196,12 +188,11 @@ def _file_changes(saved: Identity, current: Identity) -> list[str]:
 def _list_files(split: str, before: dict[str, Any], now: dict[str, Any], skip: set[str]) -> list[str]:
     """Lists files that came, went or changed size, except in the folders of `skip`: classes that came or went."""
     had, have = (_unpack(files.get("names")) for files in (before, now))
-    if had == have or not had or not have:
+    if not had or not have:
         return []
-    changed = {
-        name for name in had.keys() & have.keys() if had[name] != have[name] and "-1" not in (had[name], have[name])
-    }
-    kinds = {"removed": had.keys() - have.keys(), "added": have.keys() - had.keys(), "of another size": changed}
+    both = had.keys() & have.keys()
+    changed = {name for name in both if had[name] != have[name] and "-1" not in (had[name], have[name])}
+    kinds = {"removed": had.keys() - both, "added": have.keys() - both, "of another size": changed}
     kept = {kind: sorted(name for name in names if name.partition("/")[0] not in skip) for kind, names in kinds.items()}
     return [_list(f"{split} files {kind}: ", names) for kind, names in kept.items() if names]
 
@@ -210,9 +201,8 @@ def _list_contents(split: str, before: dict[str, Any], now: dict[str, Any]) -> l
     """Lists files of both samples whose contents differ."""
     had, have = (sampled if isinstance(sampled := part.get("contents"), dict) else {} for part in (before, now))
     both = had.keys() & have.keys()
-    if not (changed := sorted(name for name in both if had[name] != have[name])):
-        return []
-    return [_list(f"{split}: other contents of {len(changed)} of {len(both)} sampled files: ", changed)]
+    changed = sorted(name for name in both if had[name] != have[name])
+    return [_list(f"{split}: other contents of {len(changed)} of {len(both)} sampled files: ", changed)] * bool(changed)
 
 
 def _list(start: str, entries: Sequence[str]) -> str:

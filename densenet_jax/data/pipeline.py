@@ -4,12 +4,11 @@ Training data is a pure function of (seed, step): neither threads nor processes 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from densenet_jax.data.batches import FOREVER, Batches, Damaged, Rows
+from densenet_jax.data.batches import FOREVER, Arrays, Batches, Damaged, Fill, Rows
 from densenet_jax.data.records import DamagedImage, Source
 from densenet_jax.data.sampler import BalancedOrder, Draws, Order
 from densenet_jax.data.transforms import Transform
@@ -20,21 +19,15 @@ _KEEP_BYTES = 256 * 2**20  # cache for transformed images that are the same in e
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How batches are read, and which part of each is this process's.
+    """How batches are read, and which part of each is this process's."""
 
-    Attributes:
-        global_batch_size: examples per step, over all processes; a multiple of `process_count`.
-        reader_threads: threads that read and decode; 0: one per core.
-        prefetch_batches: batches that wait in memory at most, besides the ones in use.
-        on_damaged: "error" stops with the image's name; "skip" takes the next example of the data set in training,
-            masks the image out in evaluation, and counts.
-    """
-
-    global_batch_size: int
+    global_batch_size: int  # examples per step, over all processes; a multiple of `process_count`
     process_index: int = 0
     process_count: int = 1
-    reader_threads: int = 0
-    prefetch_batches: int = 4
+    reader_threads: int = 0  # threads that read and decode; 0: one per core
+    prefetch_batches: int = 4  # batches that wait in memory at most, besides the ones in use
+    # "error" stops with the image's name; "skip" takes the next example of the data set in training, masks the image
+    # out in evaluation, and counts.
     on_damaged: str = "error"
 
     def __post_init__(self) -> None:
@@ -68,15 +61,13 @@ def train_batches(
     """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
     Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share. Batches
-    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b]}, b being this process's share; "label" is float32
-    [b, k] if the source has many labels.
+    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b], or float32 [b, k] if the source has many labels}, b
+    being this process's share.
 
     Args:
         seed: determines, with the step, order and crops.
-        repeats: neighboring examples of a batch that are one image, each with its own random transform; see
-            `Order`. Must divide the global batch.
-        sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often, see
-            `BalancedOrder`.
+        repeats: neighboring examples that are one image, each with its own transform; see `Order`. Divides the batch.
+        sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often (`BalancedOrder`).
         options: the fields of `Reading`.
 
     Raises:
@@ -164,14 +155,12 @@ class _Reader:
         raise UserError(f"All {size} images of the training split are damaged.")
 
 
-def _arrays(reading: Reading, transform: Transform, source: Source) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _arrays(reading: Reading, transform: Transform, source: Source) -> Arrays:
     share = reading.share
     label = ((share, source.num_classes), np.float32) if source.many_labels else ((share,), np.int32)
     return {"image": ((share, *transform.shape), transform.dtype), "label": label}
 
 
-def _batches(
-    reading: Reading, arrays: dict[str, Any], steps: range, fill: Callable[[Rows], None], damaged: Damaged
-) -> Batches:
+def _batches(reading: Reading, arrays: Arrays, steps: range, fill: Fill, damaged: Damaged) -> Batches:
     threads, ahead = reading.reader_threads, reading.prefetch_batches
     return Batches(arrays, steps, fill, damaged, reader_threads=threads, prefetch_batches=ahead)

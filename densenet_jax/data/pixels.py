@@ -10,18 +10,12 @@ MAX_CHANNELS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Numbers as a file holds them, [height, width, channels] of any real type.
-
-    Attributes:
-        white: the value of white where 0 is black; None where only the user knows.
-        alpha: whether the last channel is transparency.
-        negative: whether 0 is white and `white` is black.
-    """
+    """Numbers as a file holds them, [height, width, channels] of any real type."""
 
     values: np.ndarray
-    white: float | None
-    alpha: bool = False
-    negative: bool = False
+    white: float | None  # value of white where 0 is black; None where only the user knows
+    alpha: bool = False  # whether the last channel is transparency
+    negative: bool = False  # whether 0 is white and `white` is black
 
 
 def stored_array(values: np.ndarray) -> Stored:

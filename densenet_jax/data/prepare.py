@@ -45,19 +45,13 @@ _BLOCK = 64  # images checked per thread at a time
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-    """Result of verifying one split.
-
-    Attributes:
-        expected: size of the complete data set; None where that is not known.
-        damaged: (name, why) of every image that can't be decoded, in file order.
-        class_counts: int64 [classes], damaged images included; with several labels the images that have each.
-    """
+    """Result of verifying one split."""
 
     split: str
     examples: int
-    expected: int | None
-    damaged: tuple[tuple[str, str], ...]
-    class_counts: np.ndarray
+    expected: int | None  # size of the complete data set; None where that is not known
+    damaged: tuple[tuple[str, str], ...]  # (name, why) of every image that can't be decoded, in file order
+    class_counts: np.ndarray  # int64 [classes], damaged images included; with several labels the images that have each
 
 
 def known_set(name: str) -> KnownSet:
@@ -69,16 +63,12 @@ def _set_name(name: str) -> str:
     return name.partition("/")[0].partition(":")[0]
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    del what, done, total
-
-
 def prepare_dataset(
     name: str,
     directory: str = "",
     *,
     splits: tuple[str, ...] = (),
-    progress: Progress = _silent,
+    progress: Progress = lambda *_: None,
     workers: int = 0,
     table: TableSettings | None = None,
     labels: Labels = SINGLE,
@@ -97,9 +87,6 @@ def prepare_dataset(
         workers: threads that convert and verify; 0: one per core.
         decoding: `pixel_range` and `dicom_frame` of `densenet_jax.data.decode.decode_image`.
 
-    Returns:
-        One report per split.
-
     Raises:
         UserError: something that only the user can do is missing; the message says what.
     """
@@ -108,9 +95,9 @@ def prepare_dataset(
     if name == "folder":
         splits = splits or ("train", "validation")
     elif name == "table":
-        from densenet_jax.data.table_rows import split_names
+        from densenet_jax.data.table_rows import read_rows
 
-        splits = splits or split_names(table or TableSettings(""), directory, labels)
+        splits = splits or read_rows(table or TableSettings(""), directory, labels, "text").splits
     elif name == "digits":
         splits = splits or ("train", "test")
     else:
@@ -119,24 +106,18 @@ def prepare_dataset(
         info = tfds.builder_from_directory(_prepare_tfds(name, directory, progress, workers)).info
         splits = splits or tuple(split for split in info.splits if split != "all")
     expected = known_set(name).examples
-    return [
-        verify_split(
-            open_source(name, directory, split, table=table, labels=labels),
-            split,
-            expected.get(split),
-            progress,
-            workers,
-            **decoding,
-        )
-        for split in splits
-    ]
+    reports = []
+    for split in splits:
+        source = open_source(name, directory, split, table=table, labels=labels)
+        reports.append(verify_split(source, split, expected.get(split), progress, workers, **decoding))
+    return reports
 
 
 def verify_split(
     source: Source,
     split: str,
     expected: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda *_: None,
     workers: int = 0,
     **decoding: Any,
 ) -> SplitReport:

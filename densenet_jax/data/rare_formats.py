@@ -48,11 +48,7 @@ def pnm_white(data: bytes) -> int:
 
 
 def decode_ppm(data: bytes, white: int) -> Stored:
-    """Reads 16-bit RGB, which Pillow would cut to 8.
-
-    Raises:
-        ValueError: it is cut off.
-    """
+    """Reads 16-bit RGB, which Pillow would cut to 8; raises ValueError if it is cut off."""
     numbers = re.match(_PNM_NUMBERS, data[:1024])
     assert numbers is not None
     width, height = int(numbers[1]), int(numbers[2])
@@ -61,11 +57,7 @@ def decode_ppm(data: bytes, white: int) -> Stored:
 
 
 def decode_with_opencv(data: bytes) -> Stored:
-    """Reads PNG or TIFF of up to four channels as they are stored.
-
-    Raises:
-        ValueError: OpenCV can't.
-    """
+    """Reads PNG or TIFF of up to four channels as they are stored; raises ValueError if OpenCV can't."""
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise ValueError("it is damaged or of a kind that is not read")

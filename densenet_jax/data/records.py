@@ -23,33 +23,20 @@ class DamagedImage(UserError):  # noqa: N818  (what it is, in the data set's wor
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One stored example.
+    """One stored example."""
 
-    Attributes:
-        image: the encoded file (JPEG, PNG, ...).
-        label: a class number; or float32 [k] where the source has `many_labels`: 1, 0 and NaN for unknown.
-        name: how a person finds this example again: the file's name, or split and position.
-        label_set: every right class, where the source has `label_sets`; () where nobody could say.
-    """
-
-    image: bytes
-    label: int | np.ndarray
-    name: str
-    label_set: tuple[int, ...] = ()
+    image: bytes  # the encoded file (JPEG, PNG, ...)
+    label: int | np.ndarray  # class number; or float32 [k] where the source has `many_labels`: 1, 0, NaN for unknown
+    name: str  # how a person finds this example again: the file's name, or split and position
+    label_set: tuple[int, ...] = ()  # every right class, where the source has `label_sets`; () where nobody could say
 
 
 class Source(abc.ABC):
-    """Random access to the examples of one split; safe to read from many threads.
+    """Random access to the examples of one split; safe to read from many threads."""
 
-    Attributes:
-        class_names: of the data set, whether or not the split has examples of all; of labels if there are many.
-        label_sets: whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one.
-        many_labels: whether examples have many labels, each present, absent or unknown.
-    """
-
-    class_names: tuple[str, ...]
-    label_sets = False
-    many_labels = False
+    class_names: tuple[str, ...]  # of the data set, whether or not the split has examples of all; or its labels
+    label_sets = False  # whether examples have a set of right classes (ImageNet ReaL), possibly empty, instead of one
+    many_labels = False  # whether examples have many labels, each present, absent or unknown
 
     @property
     def num_classes(self) -> int:
@@ -62,11 +49,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """Reads the example at `index`, 0 <= index < len.
-
-        Raises:
-            DamagedImage: it can't be read.
-        """
+        """Reads the example at `index`, 0 <= index < len; raises DamagedImage if it can't be read."""
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:
@@ -88,6 +71,15 @@ class Source(abc.ABC):
         """Returns the names of the classes without an image, for a source of one class an image."""
         counts = np.bincount(self.labels(), minlength=self.num_classes)
         return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+
+
+def read_image_file(path: str | bytes, name: str) -> bytes:
+    """Reads an encoded image; raises DamagedImage, with its `name`, where it can't."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DamagedImage(name, error.strerror or str(error)) from error
 
 
 def warn_of_missing(where: str, what: str, names: Sequence[str], total: int) -> None:

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from densenet_jax.data.crop_boxes import Box
+
 _simd: Any = None
 with contextlib.suppress(ImportError):  # there is no wheel for Linux on ARM
     import cykooz_resizer
@@ -19,14 +21,9 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 def resize(
-    pixels: np.ndarray,
-    height: int,
-    width: int,
-    interpolation: str,
-    antialias: bool,
-    box: tuple[float, float, float, float] | None = None,
+    pixels: np.ndarray, height: int, width: int, interpolation: str, antialias: bool, box: Box | None = None
 ) -> np.ndarray:
-    """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
+    """Resizes `pixels`, or the part of it in `box`, which may fall between pixels.
 
     `pixels` and the result are uint8 or uint16 [height, width, channels]; `interpolation` is "bilinear" or "bicubic".
     With `antialias`, which averages over all pixels that an output pixel covers, the values are those of Pillow's
@@ -35,33 +32,16 @@ def resize(
     if pixels.shape[:2] == (height, width) and box in (None, (0, 0, width, height)):
         return pixels
     channels = pixels.shape[2]
-    if channels not in (1, 3) or pixels.dtype != np.uint8:
-        layers = [_resize_layer(pixels[:, :, i], height, width, interpolation, antialias, box) for i in range(channels)]
-        return np.stack(layers, axis=2)
-    if not antialias and box is None:
-        return cv2.resize(pixels, (width, height), interpolation=_OPENCV[interpolation]).reshape(
-            height, width, channels
-        )
-    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    return np.asarray(image.resize((width, height), PILLOW[interpolation], box)).reshape(height, width, channels)
 
+    def scale(image: np.ndarray) -> np.ndarray:  # of 8 bits with 1 or 3 channels, or one channel of single precision
+        if not antialias and box is None:
+            return cv2.resize(image, (width, height), interpolation=_OPENCV[interpolation])
+        return np.asarray(Image.fromarray(image).resize((width, height), PILLOW[interpolation], box))
 
-def _resize_layer(
-    layer: np.ndarray,
-    height: int,
-    width: int,
-    interpolation: str,
-    antialias: bool,
-    box: tuple[float, float, float, float] | None,
-) -> np.ndarray:
-    """Resizes one channel of any type in single precision, rounded once."""
-    if not antialias and box is None:
-        exact = cv2.resize(layer.astype(np.float32), (width, height), interpolation=_OPENCV[interpolation])
-    else:
-        exact = np.asarray(
-            Image.fromarray(layer.astype(np.float32)).resize((width, height), PILLOW[interpolation], box)
-        )
-    return np.clip(np.rint(exact), 0, np.iinfo(layer.dtype).max).astype(layer.dtype)
+    if channels in (1, 3) and pixels.dtype == np.uint8:
+        return scale(pixels[:, :, 0] if channels == 1 else pixels).reshape(height, width, channels)
+    exact = np.stack([scale(pixels[:, :, channel].astype(np.float32)) for channel in range(channels)], axis=2)
+    return np.clip(np.rint(exact), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
 def resize_closely(pixels: np.ndarray, out_px: int, interpolation: str) -> np.ndarray:

@@ -8,17 +8,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """How labels are meant: `config.data.labels`, `uncertain` and `empty`.
+    """How labels are meant: `config.data.labels`, `uncertain` and `empty`."""
 
-    Attributes:
-        many: each example has several labels that may be 1, 0 or unknown; else one class.
-        uncertain: what -1 becomes: "ignore" (unknown), "zero" or "one".
-        empty: what an empty value becomes: "ignore" (unknown) or "zero".
-    """
-
-    many: bool = False
-    uncertain: str = "ignore"
-    empty: str = "ignore"
+    many: bool = False  # each example has several labels that may be 1, 0 or unknown; else one class
+    uncertain: str = "ignore"  # what -1 becomes: "ignore" (unknown), "zero" or "one"
+    empty: str = "ignore"  # what an empty value becomes: "ignore" (unknown) or "zero"
 
     @classmethod
     def from_config(cls, config: Any) -> "Labels":

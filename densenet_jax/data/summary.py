@@ -19,33 +19,23 @@ _SAMPLE = 2000  # images whose size is checked; spread evenly over the split
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """Figures of a split.
-
-    Attributes:
-        class_counts: int64 [classes]; with many labels the images that have each.
-        unknown: int64 [labels], images where a label is unknown; None without many labels.
-        together: int64 [labels, labels], images that have both of two labels; None without many labels.
-        groups: number of groups; 0 without groups.
-        widths: int64 [sample], in pixels, of images that are spread evenly over the split; `heights` likewise.
-        encoded_bytes: int64 [sample], sizes of the files.
-        damaged: names in the sample whose size can't be read.
-    """
+    """Figures of a split; sizes are of a sample of images spread evenly over it."""
 
     examples: int
-    class_counts: np.ndarray
-    widths: np.ndarray
-    heights: np.ndarray
-    encoded_bytes: np.ndarray
-    damaged: tuple[str, ...]
-    unknown: np.ndarray | None = None
-    together: np.ndarray | None = None
-    groups: int = 0
+    class_counts: np.ndarray  # int64 [classes]; with many labels the images that have each
+    widths: np.ndarray  # int64 [sample], in pixels
+    heights: np.ndarray  # int64 [sample], in pixels
+    encoded_bytes: np.ndarray  # int64 [sample], sizes of the files
+    damaged: tuple[str, ...]  # names in the sample whose size can't be read
+    unknown: np.ndarray | None = None  # int64 [labels], images where a label is unknown; None without many labels
+    together: np.ndarray | None = None  # int64 [labels, labels], images with both of two labels; None likewise
+    groups: int = 0  # number of groups; 0 without groups
 
 
 def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
     """Counts all labels and reads the headers of up to `sample` images; decodes none."""
     total = len(source)
-    widths, heights, sizes, damaged = [], [], [], []
+    sizes, damaged = [], []
     for index in spread(total, sample):
         try:
             record = source[index]
@@ -53,24 +43,16 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
         except DamagedImage as error:
             damaged.append(error.name)
             continue
-        widths.append(width)
-        heights.append(height)
-        sizes.append(len(record.image))
+        sizes.append((width, height, len(record.image)))
     labels, groups = source.labels(), source.groups()
     unknown = together = None
     if source.many_labels:
         present = (labels == 1).astype(np.float32)  # of which BLAS makes exact sums up to 16 million images
         unknown, together = np.isnan(labels).sum(axis=0), (present.T @ present).astype(np.int64)
+    counts, group_count = count_labels(labels, source.num_classes), 0 if groups is None else len(np.unique(groups))
+    widths, heights, file_sizes = np.array(sizes, np.int64).reshape(-1, 3).T
     return SplitSummary(
-        examples=total,
-        class_counts=count_labels(labels, source.num_classes),
-        widths=np.array(widths),
-        heights=np.array(heights),
-        encoded_bytes=np.array(sizes),
-        damaged=tuple(damaged),
-        unknown=unknown,
-        together=together,
-        groups=0 if groups is None else len(np.unique(groups)),
+        total, counts, widths, heights, file_sizes, tuple(damaged), unknown, together, groups=group_count
     )
 
 

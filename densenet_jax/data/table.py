@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from densenet_jax.data.records import DamagedImage, Record, Source, warn_of_missing
+from densenet_jax.data.records import Record, Source, read_image_file, warn_of_missing
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.data.table_rows import Rows, read_rows
 from densenet_jax.errors import UserError, list_some
@@ -32,9 +32,8 @@ class TableSource(Source):
     ) -> None:
         """Reads the table, checks all its rows and looks for the files of this split.
 
-        Args:
-            directory: where paths begin; "": the table's own folder.
-            class_order: of classes in one column, and of joined labels; see `class_names.order_classes`.
+        `directory` is where paths begin, "" the table's own folder; `class_order` is that of classes in one column, and
+        of joined labels, see `class_names.order_classes`.
 
         Raises:
             UserError: the table, a column, a value or a file is missing or wrong; the message names the first.
@@ -59,24 +58,18 @@ class TableSource(Source):
         self.many_labels = labels.many
         _check_files(rows, mine, settings.table)
         if split == settings.train_split:
-            what = "only one kind of example" if labels.many else "no images"
-            missing = self._labels_of_one_kind() if labels.many else self.missing_classes()
+            what, missing = "no images", [] if labels.many else self.missing_classes()
+            if labels.many:
+                both = (self._labels == 1).any(axis=0) & (self._labels == 0).any(axis=0)
+                what, missing = "only one kind of example", [self.class_names[label] for label in np.flatnonzero(~both)]
             warn_of_missing(f"Split {split!r} of {settings.table}", what, missing, self.num_classes)
-
-    def _labels_of_one_kind(self) -> list[str]:
-        known = [(self._labels == value).any(axis=0) for value in (0, 1)]
-        return [name for name, both in zip(self.class_names, known[0] & known[1], strict=True) if not both]
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Record:
         path = self._paths[index].as_py()
-        try:
-            with open(os.path.join(self._directory, path), "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise DamagedImage(path, error.strerror or str(error)) from error
+        image = read_image_file(os.path.join(self._directory, path), path)
         label = self._labels[index]
         return Record(image=image, label=label if self.many_labels else int(label), name=path)
 
@@ -110,11 +103,7 @@ def _digest(paths: pa.Array) -> str:
 
 
 def _check_files(rows: Rows, chosen: np.ndarray, table: str) -> None:
-    """Looks for the images of the `chosen` rows, in threads.
-
-    Raises:
-        UserError: some are missing or no files.
-    """
+    """Looks for the images of the `chosen` rows, in threads; raises UserError if some are missing or no files."""
     with futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
         parts = (chosen[start : start + _STAT_ROWS] for start in range(0, len(chosen), _STAT_ROWS))
         missing = [row for part in pool.map(lambda part: _missing(rows, part), parts) for row in part]

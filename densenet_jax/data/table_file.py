@@ -13,29 +13,20 @@ from pyarrow import parquet
 
 from densenet_jax.errors import UserError, first_line
 
+Columns = dict[str, pa.Array]
+Place = Callable[[int], str]  # says where a row is, for messages
 _BLOCK_BYTES = 16 * 2**20
 _DELIMITERS = (",", ";", "\t")
 _SHOWN = 8  # columns listed per message
 
 
 def column_names(path: str) -> tuple[str, ...]:
-    """Reads the names of the columns.
-
-    Raises:
-        UserError: the file can't be read or has no header.
-    """
+    """Reads the names of the columns; raises UserError if the file can't be read or has no header."""
     return _read(path, lambda: tuple(parquet.read_schema(path).names) if _is_parquet(path) else _csv_header(path)[0])
 
 
-def read_columns(path: str, columns: Sequence[str], plain: str) -> dict[str, pa.Array]:
-    """Reads some columns of a table.
-
-    Args:
-        columns: names of the columns that `column_names` has.
-        plain: the column to read as plain text; the others are dictionary-encoded (of a CSV file as text).
-
-    Returns:
-        One array per column.
+def read_columns(path: str, columns: Sequence[str], plain: str) -> Columns:
+    """Reads columns of a table: `plain` as text, the others dictionary-encoded (of a CSV file as text).
 
     Raises:
         UserError: the file is damaged, has no rows, or has a column of another type.
@@ -113,27 +104,11 @@ def _read_csv(path: str, columns: list[str], plain: str) -> pa.Table:
     return arrow_csv.read_csv(
         path,
         read_options=arrow_csv.ReadOptions(block_size=min(_BLOCK_BYTES, max(os.path.getsize(path), 2**16))),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=_has_line_breaks(path)),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=arrow_csv.ConvertOptions(
-            include_columns=columns,
-            column_types={name: pa.string() if name == plain else encoded for name in columns},
+            include_columns=columns, column_types={name: pa.string() if name == plain else encoded for name in columns}
         ),
     )
-
-
-def _has_line_breaks(path: str) -> bool:
-    """Returns whether a quoted value has a line break; without any, arrow splits the file for its threads."""
-    quoted = 0  # whether a block begins inside of quotes
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
-            if b'"' not in block and not quoted:
-                continue
-            text = np.frombuffer(block, np.uint8)
-            quotes, breaks = (np.flatnonzero(text == ord(mark)) for mark in '"\n')
-            if ((np.searchsorted(quotes, breaks) + quoted) % 2).any():
-                return True
-            quoted = (quoted + len(quotes)) % 2
-    return False
 
 
 def _read_parquet(path: str, columns: list[str], plain: str) -> pa.Table:
@@ -160,7 +135,7 @@ def first_row(mask: pa.Array | np.ndarray) -> int:
     return int(np.argmax(values)) if values.any() else -1
 
 
-def full_codes(column: pa.DictionaryArray, name: str, place: Callable[[int], str]) -> np.ndarray:
+def full_codes(column: pa.DictionaryArray, name: str, place: Place) -> np.ndarray:
     """Returns the codes of a column that must not be empty."""
     values = codes(column)
     empty = [code for code, value in enumerate(column.dictionary.to_pylist()) if value is None or value == ""]

@@ -1,18 +1,16 @@
 """Converts the label columns of a table to classes or to several labels."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pyarrow as pa
 
 from densenet_jax.data.class_names import order_classes
 from densenet_jax.data.settings import Labels, TableSettings
-from densenet_jax.data.table_file import codes, first_row, full_codes
+from densenet_jax.data.table_file import Columns, Place, codes, first_row, full_codes
 from densenet_jax.errors import UserError
 
 
 def read_labels(
-    settings: TableSettings, columns: dict[str, pa.Array], labels: Labels, class_order: str, place: Callable[[int], str]
+    settings: TableSettings, columns: Columns, labels: Labels, class_order: str, place: Place
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns the label of each row, int32 [n] or float32 [n, labels], and the names of classes or labels.
 
@@ -37,7 +35,7 @@ def read_labels(
     return np.array([number[one] for one in classes], np.int32)[dense], names
 
 
-def _numbers(column: pa.DictionaryArray, name: str, labels: Labels, place: Callable[[int], str]) -> np.ndarray:
+def _numbers(column: pa.DictionaryArray, name: str, labels: Labels, place: Place) -> np.ndarray:
     """Converts a label column of 1, 0, -1 (uncertain) and NaN or nothing (empty) to targets, float32 [n]."""
     values = np.full(len(column.dictionary) + 1, np.nan, np.float32)  # the last for nulls, whose code is -1
     places = codes(column)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from densenet_jax.data import table_file
 from densenet_jax.data.settings import Labels, TableSettings
+from densenet_jax.data.table_file import Columns, Place
 from densenet_jax.data.table_labels import read_labels
 from densenet_jax.errors import UserError
 
@@ -21,24 +22,16 @@ _SPLIT = "{split}"  # stands in config.data.table for the name of a split
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """All rows of a table, checked.
+    """All rows of a table, checked."""
 
-    Attributes:
-        directory: where the paths begin.
-        split: int32 [n], each row's place in `splits`; -1 for a row of no split.
-        labels: int32 [n], or float32 [n, labels].
-        groups: int32 [n], or None.
-        place: says where a row is, for messages.
-    """
-
-    directory: str
+    directory: str  # where the paths begin
     paths: pa.Array
-    split: np.ndarray
+    split: np.ndarray  # int32 [n], each row's place in `splits`; -1 for a row of no split
     splits: tuple[str, ...]
-    labels: np.ndarray
+    labels: np.ndarray  # int32 [n], or float32 [n, labels]
     class_names: tuple[str, ...]
-    groups: np.ndarray | None
-    place: Callable[[int], str]
+    groups: np.ndarray | None  # int32 [n]
+    place: Place
 
 
 def read_rows(settings: TableSettings, directory: str, labels: Labels, class_order: str) -> Rows:
@@ -49,25 +42,14 @@ def read_rows(settings: TableSettings, directory: str, labels: Labels, class_ord
     """
     check_settings(settings, labels)
     files = _table_files(settings, directory)
-    stamps = tuple((os.path.abspath(path), _stamp(path)) for path in [*files.values(), *_list_files(settings, files)])
+    folder = os.path.dirname(next(iter(files.values())))
+    read = [*files.values(), *(_find(file, folder) for _, file in settings.split_lists)]
+    stamps = tuple((os.path.abspath(path), _stamp(path)) for path in read)
     return _read_rows(settings, directory, labels, class_order, tuple(files.items()), stamps)
 
 
-def split_names(settings: TableSettings, directory: str, labels: Labels) -> tuple[str, ...]:
-    """Returns the names of the splits of a table.
-
-    Raises:
-        UserError: as for `TableSource`.
-    """
-    return read_rows(settings, directory, labels, "text").splits
-
-
 def check_settings(settings: TableSettings, labels: Labels) -> None:
-    """Checks that the settings of a table agree with each other.
-
-    Raises:
-        UserError: they don't.
-    """
+    """Checks that the settings of a table agree with each other; raises UserError if they don't."""
     if not settings.table:
         raise UserError("config.data.table is empty; expected a .csv or .parquet file that lists the images.")
     columns = settings.label_columns
@@ -108,11 +90,6 @@ def _find(path: str, directory: str) -> str:
     return below if not os.path.exists(path) and os.path.exists(below) else path
 
 
-def _list_files(settings: TableSettings, files: dict[str, str]) -> list[str]:
-    folders = [os.path.dirname(path) for path in files.values()]
-    return [_find(file, folders[0]) for _, file in settings.split_lists]
-
-
 def _stamp(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
@@ -134,13 +111,16 @@ def _read_rows(
     root = directory or os.path.dirname(files[0][1]) or "."
     if not os.path.isdir(root):
         raise UserError(f"config.data.dir is {root!r}, which does not exist; name the folder where paths begin.")
-    parts = [(split, path, _read_file(settings, path)) for split, path in files]
-    columns = {name: _concatenate([part[name] for _, _, part in parts]) for name in parts[0][2]}
-    place = _Places(parts)
-    paths = _inside(columns[settings.image_column], root, place)
-    counts = [len(part[settings.image_column]) for _, _, part in parts]
+    parts = [_read_file(settings, path) for _, path in files]
+    columns = {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
+    counts = [len(part[settings.image_column]) for part in parts]
     of_file = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
-    split, splits = _splits(settings, columns, paths, dict(files), of_file, place)
+
+    def place(row: int) -> str:  # below the header, from 1 on
+        return f"{files[of_file[row]][1]} row {row + 1 - sum(counts[: of_file[row]])}"
+
+    paths = _inside(columns[settings.image_column], root, place)
+    split, splits = _splits(settings, columns, paths, dict(files), of_file)
     _check_distinct(paths, split, splits, place)
     groups = None
     if settings.group_column:
@@ -150,7 +130,7 @@ def _read_rows(
     return Rows(root, paths, split, splits, target, names, groups, place)
 
 
-def _read_file(settings: TableSettings, path: str) -> dict[str, pa.Array]:
+def _read_file(settings: TableSettings, path: str) -> Columns:
     known = table_file.column_names(path)
     if not settings.label_columns:
         shown = ", ".join(map(repr, known[:8]))
@@ -169,21 +149,7 @@ def _concatenate(arrays: Sequence[pa.Array]) -> pa.Array:
     return pa.chunked_array(as_text).unify_dictionaries().combine_chunks()
 
 
-class _Places:
-    """Says where a row is, for messages: the table's file and the row's number below the header, from 1 on."""
-
-    def __init__(self, parts: Sequence[tuple[str, str, dict[str, pa.Array]]]) -> None:
-        self._files = [(path, len(next(iter(part.values())))) for _, path, part in parts]
-
-    def __call__(self, row: int) -> str:
-        for path, count in self._files[:-1]:
-            if row < count:
-                return f"{path} row {row + 1}"
-            row -= count
-        return f"{self._files[-1][0]} row {row + 1}"
-
-
-def _inside(paths: pa.Array, root: str, place: _Places) -> pa.Array:
+def _inside(paths: pa.Array, root: str, place: Place) -> pa.Array:
     """Makes paths relative to `root`."""
     if paths.null_count:
         raise UserError(f"{place(table_file.first_row(pc.is_null(paths)))} names no image.")
@@ -211,12 +177,7 @@ def _is_plain(paths: pa.Array) -> bool:
 
 
 def _splits(
-    settings: TableSettings,
-    columns: dict[str, pa.Array],
-    paths: pa.Array,
-    files: dict[str, str],
-    of_file: np.ndarray,
-    place: _Places,
+    settings: TableSettings, columns: Columns, paths: pa.Array, files: dict[str, str], of_file: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     if settings.split_lists:
         return _listed_splits(settings, paths, next(iter(files.values())))
@@ -259,7 +220,7 @@ def _listed_splits(settings: TableSettings, paths: pa.Array, table: str) -> tupl
     return split, splits
 
 
-def _check_distinct(paths: pa.Array, split: np.ndarray, splits: tuple[str, ...], place: _Places) -> None:
+def _check_distinct(paths: pa.Array, split: np.ndarray, splits: tuple[str, ...], place: Place) -> None:
     if pair := table_file.first_duplicate(paths):
         first, second = pair
         path, rows = paths[first].as_py(), f"{place(first)} and {place(second)}"

@@ -20,20 +20,13 @@ _CHEXPERT = (
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Where the parts of an example are.
-
-    Attributes:
-        name: key of the file name; "" if there is none.
-        label_set: key of further right classes, as imagenet2012_real has them; "" if there is none.
-        class_names: of classes or labels.
-        read_label: converts an example's fields to its class, or to float32 [k] of 1, 0 and NaN for unknown.
-    """
+    """Where the parts of an example are: keys of its features, "" where there is none."""
 
     image: str
-    name: str
-    label_set: str
-    class_names: tuple[str, ...]
-    read_label: Callable[[Any], Any]
+    name: str  # of the file
+    label_set: str  # further right classes, as imagenet2012_real has them
+    class_names: tuple[str, ...]  # or names of the labels
+    read_label: Callable[[Any], Any]  # gives an example's class, or float32 [k] of 1, 0 and NaN for unknown
 
 
 def find_fields(features: Any, directory: str, labels: Labels) -> Fields:

@@ -69,12 +69,8 @@ class ArrayRecordSource(Source):
             label = known.read_label(fields)
         except (LookupError, ValueError) as error:
             raise DamagedImage(name, f"its labels can't be read ({error})") from error
-        return Record(
-            image=fields[known.image].bytes_list.value[0],
-            label=label,
-            name=name,
-            label_set=tuple(fields[known.label_set].int64_list.value) if known.label_set else (),
-        )
+        label_set = tuple(fields[known.label_set].int64_list.value) if known.label_set else ()
+        return Record(fields[known.image].bytes_list.value[0], label, name, label_set)
 
     def labels(self) -> np.ndarray:
         """Returns every label, int32 [n] or float32 [n, k]; reads the whole split on the first call."""
@@ -121,22 +117,18 @@ def find_prepared(name: str, directory: str) -> str:
     if match["config"]:
         root /= match["config"]
     try:
-        directories = (
-            [path for path in root.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)] if root.exists() else []
-        )
-        versions = [
-            (tuple(int(part) for part in path.name.split(".")), path)
-            for path in directories
-            if (path / "dataset_info.json").exists()
-        ]
+        paths = [path for path in root.iterdir() if match["version"] in (None, path.name)] if root.exists() else []
+        versions = {
+            tuple(map(int, path.name.split("."))): os.fspath(path)
+            for path in paths
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
+        }
     except Exception as error:  # no rights, no network, or no package for this kind of storage
         raise UserError(f"config.data.dir {directory} can't be read: {error}.") from error
-    if match["version"]:
-        versions = [entry for entry in versions if entry[1].name == match["version"]]
     if not versions:
         raise UserError(not_prepared_message(match["set"], name, directory))
-    random_access = [entry for entry in versions if "array_record" in stored_formats(os.fspath(entry[1]))]
-    return os.fspath(max(random_access or versions)[1])
+    random_access = [version for version, path in versions.items() if "array_record" in stored_formats(path)]
+    return versions[max(random_access or versions)]
 
 
 def is_prepared(name: str, directory: str = "") -> bool:

@@ -18,31 +18,20 @@ from densenet_jax.data.resize import resize, resize_closely
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform(abc.ABC):
-    """Maps one encoded image to an array of `shape` and `dtype`.
-
-    Attributes:
-        channels: 3 for RGB, 1 for gray, else the number that the files have.
-        interpolation: "bilinear" or "bicubic".
-        pixel_range: see `decode_image`, as for `bits`, `apply_exif_orientation` and `dicom_frame`.
-        draws: number of uniform draws in [0, 1) that one example needs; 0 for a deterministic transform.
-    """
+    """Maps one encoded image to an array of `shape` and `dtype`."""
 
     image_size_px: int = 224
-    channels: int = 3
-    interpolation: str = "bilinear"
-    pixel_range: tuple[float, ...] = ()
+    channels: int = 3  # 3 for RGB, 1 for gray, else the number that the files have
+    interpolation: str = "bilinear"  # or "bicubic"
+    pixel_range: tuple[float, ...] = ()  # for these four see `decode_image`
     bits: int = 8
     apply_exif_orientation: bool = False
     dicom_frame: int = 0
-    draws: ClassVar[int] = 0
+    draws: ClassVar[int] = 0  # uniform draws in [0, 1) that one example needs; 0 for a deterministic transform
 
     @abc.abstractmethod
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
-        """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
-
-        Raises:
-            DamagedImage: `data` can't be decoded.
-        """
+        """Transforms the file `data` by `draws`, float64[self.draws] in [0, 1); raises DamagedImage if it can't."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,18 +70,13 @@ class Transform(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop(Transform):
-    """Cuts a random part of the image (arXiv:1409.4842, as torchvision draws it) and resizes it to a square.
+    """Cuts a random part of the image (arXiv:1409.4842, as torchvision draws it) and resizes it to a square."""
 
-    Attributes:
-        antialias: average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest
-            ones, as OpenCV and tf.image do, which is faster and gives other pixels.
-        area_range: share of the image's area that a crop covers.
-        aspect_range: width over height of a crop, drawn evenly in its logarithm.
-    """
-
+    # Average over all pixels that an output pixel covers, as Pillow does; False reads only the nearest ones, as OpenCV
+    # and tf.image do, which is faster and gives other pixels.
     antialias: bool = True
-    area_range: tuple[float, ...] = (0.08, 1.0)
-    aspect_range: tuple[float, ...] = (3 / 4, 4 / 3)
+    area_range: tuple[float, ...] = (0.08, 1.0)  # share of the image's area that a crop covers
+    aspect_range: tuple[float, ...] = (3 / 4, 4 / 3)  # width over height of a crop, drawn evenly in its logarithm
     draws: ClassVar[int] = 4 * TRIES
 
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:

@@ -8,11 +8,13 @@ import os
 import cv2
 import numpy as np
 
+from densenet_jax.data.crop_boxes import Box
 from densenet_jax.data.native.build import build, library_paths
 from densenet_jax.data.resize import resize as plain_resize
 from densenet_jax.data.resize import vertical_first
 from densenet_jax.system.native_build import build_at_first_use
 
+Size = tuple[int, int]  # height and width, or top and left
 _SIDE_MARGIN = 160  # pixels beside a part that decoding may overwrite
 _EIGHT_PIXELS = 32  # bytes; eight rows are resized horizontally at once
 _BITS = 22  # fractional bits of a weight, as in Pillow
@@ -75,20 +77,13 @@ def decode_part(data: bytes, left: int, top: int, width: int, height: int, *, rg
 
 
 def resize(
-    pixels: np.ndarray,
-    out_px: int,
-    box: tuple[float, float, float, float],
-    *,
-    cubic: bool,
-    whole: tuple[int, int] | None = None,
-    corner: tuple[int, int] = (0, 0),
+    pixels: np.ndarray, out_px: int, box: Box, *, cubic: bool, whole: Size | None = None, corner: Size = (0, 0)
 ) -> np.ndarray:
     """Resizes a box of an image to a square with the bytes that Pillow 13 gives: uint8 [out_px, out_px, 3].
 
     Args:
-        pixels: uint8 [height, width, 4], the last channel unused; rows may have gaps. May be the part of the image
-            that `window` returns.
-        box: (left, top, right, bottom) in the image.
+        pixels: uint8 [height, width, 4], the last channel unused; at least what `window` returns; rows may have gaps.
+        box: in the image.
         whole: (height, width) of the image; None where `pixels` is all of it.
         corner: (top, left) of `pixels` in the image.
 
@@ -160,9 +155,7 @@ def crop(
     return resize(pixels, out_px, (0.0, 0.0, width, height), cubic=interpolation == "bicubic")
 
 
-def crop_between(
-    data: bytes, size: tuple[int, int], box: tuple[float, float, float, float], out_px: int, interpolation: str
-) -> np.ndarray | None:
+def crop_between(data: bytes, size: Size, box: Box, out_px: int, interpolation: str) -> np.ndarray | None:
     """Resizes a box that may fall between pixels, decoding only what that reads; returns None where it can't."""
     cubic = interpolation == "bicubic"
     single = np.array(box, np.float32)  # Pillow keeps boxes, and subtracts their sides, in single precision
