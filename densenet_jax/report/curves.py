@@ -89,10 +89,7 @@ def final_figures(records: Sequence[Record], best_metric: str = "") -> list[tupl
         (f"best {METRIC_WORDS[metric] if best else 'top-1'}", best_figure),
         ("step of the best", shown(best, "step", "{:,}".format)),
         ("last training loss", shown(train[-1] if train else {}, "loss", "{:.4f}".format)),
-        (
-            "images/s, median",
-            typical("images_per_sec", lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.2g}"),
-        ),
+        ("images/s, median", typical("images_per_sec", lambda rate: f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}")),
         ("waiting for data, median", typical("data_wait_fraction", "{:.1%}".format)),
     ]
 
@@ -106,13 +103,8 @@ def _scores_of(record: Record) -> list[tuple[str, Callable[[float], str]]]:
 
 def _line(records: Sequence[Record], split: str, key: str, label: str, style: int) -> Line:
     chosen = [record for record in records if record["split"] == split and key in record]
-    return Line(
-        label,
-        [record["epoch"] for record in chosen],
-        [record[key] for record in chosen],
-        marked=len(chosen) < _MANY and split == "validation",
-        style=style,
-    )
+    epochs, values = ([record[name] for record in chosen] for name in ("epoch", key))
+    return Line(label, epochs, values, marked=len(chosen) < _MANY and split == "validation", style=style)
 
 
 def _with_values(*charts: Chart) -> list[Chart]:

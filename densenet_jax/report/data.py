@@ -47,14 +47,13 @@ def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[st
     counts = {name: summary.class_counts for name, summary in splits.items()}
     balance = make_picture("class_balance", "examples of each class, largest first", balance_chart, counts, names)
     labels, charts = _labels_section(splits, names)
+    speeds = {
+        "images a second from the input pipeline on this machine": f"{pipeline:,.0f}",
+        f"images a second in training {experiment.variant.name} on this machine": f"{model:,.0f}",
+    }
     content = page.document(
         f"{data_name} as the model sees it",
-        page.tiles(
-            [
-                ("images a second from the input pipeline on this machine", f"{pipeline:,.0f}"),
-                (f"images a second in training {experiment.variant.name} on this machine", f"{model:,.0f}"),
-            ]
-        ),
+        page.tiles(speeds.items()),
         page.text(_verdict(pipeline, model)),
         page.section("Splits", _split_table(splits)),
         page.section("Class balance", page.charts([("Examples of each class, largest first", balance)])),
@@ -92,19 +91,11 @@ def _split_table(splits: dict[str, SplitSummary]) -> str:
     def span(values: np.ndarray) -> str:
         return f"{int(np.median(values))} ({values.min()} to {values.max()})" if len(values) else "unknown"
 
-    rows = [
-        (
-            name,
-            f"{summary.examples:,}",
-            str(np.count_nonzero(summary.class_counts)),
-            span(summary.widths),
-            span(summary.heights),
-            span(summary.encoded_bytes),
-            str(len(summary.damaged)),
-            f"{summary.groups:,}" if summary.groups else "none",
-        )
-        for name, summary in splits.items()
-    ]
+    rows = []
+    for name, summary in splits.items():
+        classes, groups = np.count_nonzero(summary.class_counts), f"{summary.groups:,}" if summary.groups else "none"
+        spans = map(span, (summary.widths, summary.heights, summary.encoded_bytes))
+        rows.append((name, f"{summary.examples:,}", str(classes), *spans, str(len(summary.damaged)), groups))
     headings = ("split", "images", "classes", "width, px", "height, px", "bytes", "damaged in sample", "groups")
     return page.table(headings, rows, numbers=range(1, 8))
 

@@ -99,35 +99,29 @@ class _Surest(Generic[T]):
 
     def __init__(self, most: int, make: Callable[..., T]) -> None:
         self._most, self._make = most, make
-        self._heap: list[tuple[float, int, T]] = []
+        self._kept: list[tuple[float, int, T]] = []
 
     def add(self, number: int, batch: Batch, wrong: np.ndarray, surety: np.ndarray, **columns: np.ndarray) -> None:
-        """Adds the mistakes in this process's share of a batch.
+        """Adds the mistakes in this process's share of batch `number` of the split.
 
         Args:
-            number: the batch's place in the split.
-            batch: this process's share of it.
             wrong: bool [b], like the rest about the global batch.
             surety: float [b], by which mistakes are ranked.
             columns: [b, ...], fields of a mistake besides `image` and `index`.
         """
         share = len(batch["label"])
         first = jax.process_index() * share
-        for row in (first + np.flatnonzero(wrong[first : first + share])).tolist():
-            place = number * len(wrong) + row
-            rank = (float(surety[row]), -place)
-            if len(self._heap) == self._most and rank < self._heap[0][:2]:
-                continue
-            image = batch["image"][row - first]
+        rows = first + np.flatnonzero(wrong[first : first + share])
+        for row in rows[np.argsort(-surety[rows], kind="stable")][: self._most].tolist():
+            place, image = number * len(wrong) + row, batch["image"][row - first]
             fields = {name: column[row].copy() for name, column in columns.items()}
             mistake = self._make(image=(image if image.ndim == 3 else image[-1]).copy(), index=place, **fields)
-            heapq.heappush(self._heap, (*rank, mistake))
-            if len(self._heap) > self._most:
-                heapq.heappop(self._heap)
+            self._kept.append((float(surety[row]), -place, mistake))
+        self._kept = sorted(self._kept, key=lambda entry: entry[:2], reverse=True)[: self._most]
 
     def best_first(self) -> tuple[T, ...]:
         """Returns the mistakes, most confident first."""
-        return tuple(mistake for *_, mistake in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
+        return tuple(mistake for *_, mistake in self._kept)
 
 
 def gather_answers(predictions: Predictions, most_mistakes: int = 12) -> Answers:
@@ -147,17 +141,10 @@ def gather_answers(predictions: Predictions, most_mistakes: int = 12) -> Answers
             labels = np.argmax(np.where(right, probabilities, -1.0), axis=-1)
         rows.append(np.where(counted, np.stack([labels, predicted]), -1)[:, outputs["mask"]].astype(np.int32))
         reliability.add(confidence[counted], (labels == predicted)[counted])
-        surest.add(
-            number,
-            batch,
-            counted & (labels != predicted),
-            confidence,
-            label=labels,
-            predicted=predicted,
-            confidence=confidence,
-            label_probability=np.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0],
-            activation_map=outputs["map"],
-        )
+        label_probability = np.take_along_axis(probabilities, labels[:, None], axis=-1)[:, 0]
+        fields = {"label": labels, "predicted": predicted, "label_probability": label_probability}
+        fields |= {"confidence": confidence, "activation_map": outputs["map"]}
+        surest.add(number, batch, counted & (labels != predicted), confidence, **fields)
     return Answers(np.concatenate(rows, axis=1), surest.best_first(), reliability)
 
 

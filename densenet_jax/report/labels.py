@@ -43,16 +43,9 @@ class LabelTable:
             limits = np.log(thresholds) - np.log1p(-thresholds)
         draws = int(np.clip(_MOST_WORK / max(1, logits.size), 100, DRAWS))
         trust, reliability = trust_labels(logits, answers.targets)
-        return cls(
-            names=tuple(names),
-            scores=score_labels(logits, answers.targets, limits),
-            intervals=label_intervals(logits, answers.targets, limits, groups=groups, draws=draws),
-            thresholds=thresholds,
-            trust=trust,
-            reliability=reliability,
-            draws=draws,
-            grouped=groups is not None,
-        )
+        scores = score_labels(logits, answers.targets, limits)
+        intervals = label_intervals(logits, answers.targets, limits, groups=groups, draws=draws)
+        return cls(tuple(names), scores, intervals, thresholds, trust, reliability, draws, groups is not None)
 
     def page_rows(self) -> list[tuple[str, ...]]:
         """Returns a row of the means and one a label, the lowest AUROC first."""

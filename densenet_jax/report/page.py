@@ -94,12 +94,7 @@ def charts(entries: Iterable[tuple[str, Picture]]) -> str:
 
 
 def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool = False, wide: bool = False) -> str:
-    """Returns a grid of small images, each with a heading and further text.
-
-    Args:
-        enlarged: whether to show sharp pixels instead of smoothing them.
-        wide: whether the pictures need the room of two.
-    """
+    """Returns a grid of small images with heading and text: `enlarged` with sharp pixels, `wide` for two."""
     inner = (
         f"<figure>{_image(picture)}<figcaption><b>{html.escape(heading)}</b>"
         f"{f'<br>{html.escape(more)}' if more else ''}</figcaption></figure>"

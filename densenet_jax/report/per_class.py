@@ -27,11 +27,7 @@ class ClassTables:
         return bool(self.per_class or self.confusion)
 
     def check(self) -> None:
-        """Makes the directories, so that a wrong path shows before the work.
-
-        Raises:
-            UserError: a file can't be written there; the message names it.
-        """
+        """Makes the directories before the work; raises UserError if a file can't be written there."""
         for path in filter(None, (self.per_class, self.confusion)):
             directory = os.path.dirname(os.path.abspath(path))
             with report_write_errors(path, _REMEDY):
@@ -40,11 +36,7 @@ class ClassTables:
                     raise OSError("it is a directory or in one that may not be written")
 
     def write(self, counts: np.ndarray, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all.
-
-        Raises:
-            UserError: a file can't be written.
-        """
+        """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all; may raise UserError."""
         chosen = range(len(names)) if classes is None else classes
         if self.per_class:
             scores = ClassScores.from_confusion(counts)

@@ -54,21 +54,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart over epochs.
+    """A chart over epochs."""
 
-    Attributes:
-        name: of its file, without extension.
-        lines: those without values are left out.
-        logarithmic: makes the vertical axis logarithmic if all values are positive and span more than a decade.
-    """
-
-    name: str
+    name: str  # of its file, without extension
     title: str
     y_label: str
-    lines: Sequence[Line]
+    lines: Sequence[Line]  # those without values are left out
     percent: bool = False
     y_from_zero: bool = False
-    logarithmic: bool = False
+    logarithmic: bool = False  # whether the vertical axis is, if all values are positive and span more than a decade
 
     def render(self) -> tuple[str, Picture]:
         """Draws the chart for light and dark pages and returns its title and picture."""
@@ -259,16 +253,9 @@ def draw_lines(axes: Any, lines: Sequence[Line], theme: Theme) -> None:
     for line in lines:
         colors = len(theme.lines)
         dash, marker = _STYLES[(line.style + line.style // colors) % len(_STYLES)]  # no two of 36 look the same
-        axes.plot(
-            line.xs,
-            line.ys,
-            label=_plain(line.label),
-            color=theme.lines[line.style % colors],
-            linestyle=dash,
-            linewidth=1.8,
-            marker=marker if line.marked or len(line.xs) == 1 else None,
-            markersize=4.5,
-        )
+        marks = {"marker": marker if line.marked or len(line.xs) == 1 else None, "markersize": 4.5}
+        style = {"color": theme.lines[line.style % colors], "linestyle": dash, "linewidth": 1.8, **marks}
+        axes.plot(line.xs, line.ys, label=_plain(line.label), **style)
     draw_grid(axes, theme)
 
 

@@ -25,15 +25,8 @@ from densenet_jax.training.best_metric import score_figures
 from densenet_jax.version import __version__
 
 _LIBRARIES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "tensorflow-datasets",
-    "numpy",
-    "matplotlib",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
+    *("numpy", "matplotlib"),
 )
 
 
@@ -68,10 +61,8 @@ def run_page(
 ) -> tuple[list[page.Picture], str]:
     """Builds the page about a run and returns its pictures and content."""
     augment = settings.get("augment", {})
-    charts = [
-        chart.render()
-        for chart in run_charts(records, mixed=bool(augment.get("mixup_alpha") or augment.get("cutmix_alpha")))
-    ]
+    mixed = bool(augment.get("mixup_alpha") or augment.get("cutmix_alpha"))
+    charts = [chart.render() for chart in run_charts(records, mixed=mixed)]
     pictures = [shown for _, shown in charts]
     blocks = [
         page.text(f"Work directory {workdir}. {_how_far(records, settings, look)}", quiet=True),
@@ -110,11 +101,8 @@ def _is_finished(records: Sequence[Record], settings: dict[str, Any], look: Look
     """Returns whether training has reached its end or stopped early; False where the length is unknown."""
     if look.timeline is None:
         return False
-    scores = {
-        record["step"]: score_figures(record, _best_metric(settings))
-        for record in records
-        if record["split"] == "validation"
-    }
+    validated = [record for record in records if record["split"] == "validation"]
+    scores = {record["step"]: score_figures(record, _best_metric(settings)) for record in validated}
     patience = settings.get("train", {}).get("patience_epochs", 0)
     is_early = look.timeline.stalled_since(scores, patience) is not None
     return is_early or _last_step(records) >= look.timeline.total_steps

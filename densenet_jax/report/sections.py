@@ -1,13 +1,14 @@
 """Sections of a run's page about its predictions, of one class or many labels an image, and their calibration."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from densenet_jax.predict.calibration import Calibration
 from densenet_jax.report import page
 from densenet_jax.report.curves import NONE
-from densenet_jax.report.gather import LabelMistake
+from densenet_jax.report.gather import Answers, LabelMistake, Mistake
+from densenet_jax.report.labels import LabelTable
 from densenet_jax.report.look import Look
 from densenet_jax.report.plots import confusion_chart, evidence_picture, make_picture, picture, reliability_chart
 from densenet_jax.scores.calibration import Reliability, sigmoid
@@ -21,9 +22,13 @@ def look_sections(look: Look) -> list[Section]:
     """Returns the sections about what `look` has."""
     sections = []
     if look.answers is not None:
-        sections += [_confusion(look), _classes(look), _class_reliability(look.answers.reliability), _mistakes(look)]
-    if look.label_table is not None:
-        sections += [_labels(look), _label_reliability(look), _label_mistakes(look)]
+        sections += [_confusion(look, look.answers), _classes(look, look.answers)]
+        sections.append(_class_reliability(look.answers.reliability))
+        sections.append(_mistakes(look, look.answers.mistakes, "predicted class"))
+    if look.label_table is not None and look.label_answers is not None:
+        images = len(look.label_answers.logits)
+        sections += [_labels(look, look.label_table, images), _label_reliability(look, look.label_table)]
+        sections.append(_mistakes(look, look.label_answers.mistakes, "label"))
     if look.calibration is not None:
         sections.append(_calibration(look, look.calibration))
     if look.samples is not None:
@@ -31,9 +36,8 @@ def look_sections(look: Look) -> list[Section]:
     return sections
 
 
-def _confusion(look: Look) -> Section:
-    answers, names = look.answers, look.class_names
-    assert answers is not None
+def _confusion(look: Look, answers: Answers) -> Section:
+    names = look.class_names
     examples = answers.counted.shape[1]
     words = (
         f"Predictions of step {look.step:,} for {examples:,} evaluated images: {answers.right:,} right, "
@@ -55,11 +59,10 @@ def _confusion(look: Look) -> Section:
     return pictures, page.section("Confusion", *blocks)
 
 
-def _classes(look: Look) -> Section:
+def _classes(look: Look, answers: Answers) -> Section:
     scores, names = look.scores(), look.class_names
-    assert look.answers is not None
     present = scores.examples > 0
-    accuracy = look.answers.right / max(1, look.answers.counted.shape[1])
+    accuracy = answers.right / max(1, answers.counted.shape[1])
     low_high = {name: f" ({low:.2%} to {high:.2%})" for name, (low, high) in look.intervals().items()}
     words = (
         f"Accuracy {accuracy:.2%}{low_high['top1']}; means over the {np.count_nonzero(present):,} classes with images: "
@@ -70,14 +73,10 @@ def _classes(look: Look) -> Section:
     )
     # The worst first; classes without images, whose F1 says little, come last.
     order = sorted(range(len(names)), key=lambda number: (not present[number], np.nan_to_num(scores.f1[number])))
-    rows = [
-        (
-            names[number],
-            f"{scores.examples[number]:,}",
-            *(NONE if np.isnan(each[number]) else f"{each[number]:.1%}" for each in scores[2:]),
-        )
-        for number in order
-    ]
+    rows = []
+    for number in order:
+        shares = (NONE if np.isnan(each[number]) else f"{each[number]:.1%}" for each in scores[2:])
+        rows.append((names[number], f"{scores.examples[number]:,}", *shares))
     tables = _tables("All classes", ("class", "images", "precision", "recall", "F1"), rows)
     return [], page.section("Classes", page.text(words), *tables)
 
@@ -100,54 +99,21 @@ def _class_reliability(reliability: Reliability) -> Section:
         f"Expected calibration error (ECE) {reliability.expected_calibration_error:.2%}, in {len(reliability.counts)} "
         "bins. Bars below the line: the model is surer than it should be; above: it is right more often than it says."
     )
-    alt = "accuracy of the predictions at each confidence"
-    drawn = make_picture("reliability", alt, reliability_chart, reliability)
-    charts = page.charts([("How often a prediction is right, by its confidence", drawn)])
-    return [drawn], page.section("Reliability", page.text(words), charts)
+    return _reliability("How often a prediction is right, by its confidence", words, reliability, many=False)
 
 
-def _mistakes(look: Look) -> Section:
-    assert look.answers is not None
-    names = look.class_names
-    return _images_of_mistakes(
-        "predicted class",
-        (
-            (
-                evidence_picture(mistake.image, mistake.activation_map),
-                f"{names[mistake.label]} predicted as {names[mistake.predicted]}",
-                f"{mistake.confidence:.1%} sure; {mistake.label_probability:.1%} for the true class. {name}",
-            )
-            for mistake, name in zip(look.answers.mistakes, look.names, strict=True)
-        ),
-    )
+def _reliability(title: str, words: str, reliability: Reliability, *, many: bool) -> Section:
+    drawn = _draw_reliability("reliability", reliability, many=many)
+    return [drawn], page.section("Reliability", page.text(words), page.charts([(title, drawn)]))
 
 
-def _label_mistakes(look: Look) -> Section:
-    assert look.label_answers is not None
-    entries = []
-    for mistake, name in zip(look.label_answers.mistakes, look.names, strict=True):
+def _mistakes(look: Look, mistakes: Sequence[Mistake | LabelMistake], explained: str) -> Section:
+    """Shows the mistakes with the evidence for what is `explained`."""
+    title, images = "Most confident mistakes", []
+    for number, (mistake, name) in enumerate(zip(mistakes, look.names, strict=True), start=1):
         heading, sure = describe_mistake(mistake, look.class_names, look.calibration)
-        entries.append((evidence_picture(mistake.image, mistake.activation_map), heading, f"{sure} {name}"))
-    return _images_of_mistakes("label", entries)
-
-
-def describe_mistake(mistake: LabelMistake, names: Sequence[str], calibration: Calibration | None) -> tuple[str, str]:
-    """Returns a heading for a mistake, and how sure the model was."""
-    temperature = 1.0
-    if calibration is not None:
-        temperature = calibration.temperatures[mistake.label % len(calibration.temperatures)]
-    chance = float(sigmoid(np.asarray(mistake.logit / temperature)))
-    name = names[mistake.label]
-    return (f"{name} missed" if mistake.present else f"{name} though there is none"), f"{chance:.1%} for {name}."
-
-
-def _images_of_mistakes(explained: str, entries: Iterable[tuple[bytes, str, str]]) -> Section:
-    """Shows (PNG, heading, text) of each mistake; the PNG has the evidence for what is `explained`."""
-    title = "Most confident mistakes"
-    images = [
-        (page.Picture(f"mistake_{number:02d}", png, heading), heading, more)
-        for number, (png, heading, more) in enumerate(entries, start=1)
-    ]
+        png = evidence_picture(mistake.image, mistake.activation_map)
+        images.append((page.Picture(f"mistake_{number:02d}", png, heading), heading, f"{sure} {name}"))
     if not images:
         return [], page.section(title, page.text("There are none."))
     words = f"Right: the evidence for the {explained} (its class activation map: the redder, the more)."
@@ -155,14 +121,24 @@ def _images_of_mistakes(explained: str, entries: Iterable[tuple[bytes, str, str]
     return [image for image, _, _ in images], page.section(title, *blocks)
 
 
-def _labels(look: Look) -> Section:
-    table = look.label_table
-    assert table is not None
-    assert look.label_answers is not None
+def describe_mistake(
+    mistake: Mistake | LabelMistake, names: Sequence[str], calibration: Calibration | None
+) -> tuple[str, str]:
+    """Returns a heading for a mistake, and how sure the model was."""
+    name = names[mistake.label]
+    if isinstance(mistake, Mistake):
+        sure = f"{mistake.confidence:.1%} sure; {mistake.label_probability:.1%} for the true class."
+        return f"{name} predicted as {names[mistake.predicted]}", sure
+    temperatures = calibration.temperatures if calibration is not None else (1.0,)
+    chance = sigmoid(np.asarray(mistake.logit / temperatures[mistake.label % len(temperatures)]))
+    return (f"{name} missed" if mistake.present else f"{name} though there is none"), f"{chance:.1%} for {name}."
+
+
+def _labels(look: Look, table: LabelTable, images: int) -> Section:
     scored = int(np.count_nonzero(table.scores.is_scored))
     drawn = "whole groups" if table.grouped else "images"
     words = (
-        f"Predictions of step {look.step:,} for {len(look.label_answers.logits):,} evaluated images. Means are over "
+        f"Predictions of step {look.step:,} for {images:,} evaluated images. Means are over "
         f"the {scored:,} of {len(table.names):,} labels that have images with and without them; unknown labels count "
         f"nowhere. In brackets, the interval of 95% of {table.draws:,} bootstrap draws of {drawn}. F1, sensitivity and "
         "specificity are at the threshold. labels.csv beside this page has the same figures."
@@ -173,17 +149,13 @@ def _labels(look: Look) -> Section:
     return [], page.section("Labels", page.text(words), *tables)
 
 
-def _label_reliability(look: Look) -> Section:
-    assert look.label_table is not None
-    trust = look.label_table.trust
-    drawn = _draw_reliability("reliability", look.label_table.reliability, many=True)
+def _label_reliability(look: Look, table: LabelTable) -> Section:
     words = (
-        f"Expected calibration error (ECE) {trust.ece:.2%} and Brier score {trust.brier:.4f}, means over labels"
-        f"{', after calibration' if look.calibration is not None else ''}. Bars below the line: the model is surer "
-        "than it should be."
+        f"Expected calibration error (ECE) {table.trust.ece:.2%} and Brier score {table.trust.brier:.4f}, means over "
+        f"labels{', after calibration' if look.calibration is not None else ''}. Bars below the line: the model is "
+        "surer than it should be."
     )
-    charts = page.charts([("How often a label is there, by its probability", drawn)])
-    return [drawn], page.section("Reliability", page.text(words), charts)
+    return _reliability("How often a label is there, by its probability", words, table.reliability, many=True)
 
 
 def _calibration(look: Look, calibration: Calibration) -> Section:
