@@ -47,11 +47,7 @@ class PredictOptions:
     largest_batch: int = 0  # images computed at a time; 0 means 64
 
     def check(self) -> None:
-        """Checks the values without touching files.
-
-        Raises:
-            UserError: a value is out of range.
-        """
+        """Checks the values without touching files; raises UserError if one is out of range."""
         if self.topk < 0:
             raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features not in ("", *FEATURES) and not _STRIDES.fullmatch(self.features):
@@ -76,15 +72,6 @@ class PredictOptions:
     def archive(self) -> str:
         """Path of the feature archive."""
         return f"{os.path.splitext(self.output)[0]}.npz"
-
-
-@dataclasses.dataclass
-class _Prepared:
-    """An image ready to be predicted; if it was rejected, `pixels` is None and `why` says why."""
-
-    path: str
-    pixels: np.ndarray | None = None
-    why: str = ""
 
 
 def predict(load: Callable[[], Deployed], options: PredictOptions) -> dict[str, Any]:
@@ -168,7 +155,7 @@ class _Run:
         options = self._options
         wanted = (image for image in find_images(options.images) if image.path not in self._output)
         prepared = read_ahead(pool, self._prepare, wanted, _READ_AHEAD * self._size)
-        waiting: tuple[list[_Prepared], Any] | None = None
+        waiting: tuple[list[Candidate], Any] | None = None
         done = 0
         for batch in _batches(prepared, self._size):
             pixels = [item.pixels for item in batch if item.pixels is not None]
@@ -189,23 +176,20 @@ class _Run:
         if done < self._todo and self._stop.received is not None:
             raise Preempted(f"stopped after {done:,} of {self._todo:,} images; run the same command to continue")
 
-    def _prepare(self, candidate: Candidate) -> _Prepared:
+    def _prepare(self, candidate: Candidate) -> Candidate:
+        if candidate.why:
+            return candidate
         try:
-            if candidate.why:
-                raise ImageError(shown(candidate.path), candidate.why)
-            return _Prepared(candidate.path, self._predictor.preprocess(candidate.path))
+            return candidate._replace(pixels=self._predictor.preprocess(candidate.path))
         except ImageError as error:
-            return _Prepared(candidate.path, why=error.why)
+            return candidate._replace(why=error.why)
 
-    def _write(self, pool: ThreadPoolExecutor, batch: list[_Prepared], computing: dict[str, jax.Array]) -> None:
+    def _write(self, pool: ThreadPoolExecutor, batch: list[Candidate], computing: dict[str, jax.Array]) -> None:
         outputs = {name: np.asarray(array) for name, array in computing.items()}
         answered = [item for item in batch if item.pixels is not None]
-        answers = {
-            item.path: self._predictor.best(
-                outputs["probability"][row], self._options.topk or len(self._predictor.class_names)
-            )
-            for row, item in enumerate(answered)
-        }
+        topk = self._options.topk or len(self._predictor.class_names)
+        rows = zip(answered, outputs.get("probability", ()), strict=False)  # without those that pad the batch
+        answers = {item.path: self._predictor.best(probabilities, topk) for item, probabilities in rows}
         if self._archive is not None and answered:
             self._archive.write({name: array[: len(answered)] for name, array in outputs.items()})
         if self._options.annotate:
@@ -224,7 +208,7 @@ class _Run:
         predicted = self._predictor.is_predicted
         return ", ".join(_words(answer) for answer in answers if predicted(answer)) or "none"
 
-    def _line(self, item: _Prepared, answers: list[ClassProbability]) -> dict[str, Any]:
+    def _line(self, item: Candidate, answers: list[ClassProbability]) -> dict[str, Any]:
         """Returns the line of an image; calibrated labels say as well whether their threshold is reached."""
         if item.pixels is None:
             return {"image": item.path, "error": item.why}
@@ -234,7 +218,7 @@ class _Run:
                 entry["predicted"] = self._predictor.is_predicted(answer)
         return {"image": item.path, "predictions": predictions}
 
-    def _explain(self, item: _Prepared, activation_map: np.ndarray) -> None:
+    def _explain(self, item: Candidate, activation_map: np.ndarray) -> None:
         picture, array = (
             annotation_path(self._options.explain, item.path, self._root, (suffix,)) for suffix in (".png", ".npy")
         )
@@ -255,9 +239,9 @@ def _words(answer: ClassProbability) -> str:
     return f"{{{answer.class_id}: {answer.label!r}}} {answer.probability:.2f}"
 
 
-def _batches(items: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:
+def _batches(items: Iterable[Candidate], size: int) -> Iterator[list[Candidate]]:
     """Yields lists with `size` readable images, or fewer at the end or among many unreadable ones."""
-    batch: list[_Prepared] = []
+    batch: list[Candidate] = []
     readable = 0
     for item in items:
         batch.append(item)

@@ -26,11 +26,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def from_thresholds(cls, thresholds: tuple[float, ...], classes: int, source: str) -> "Calibration | None":
-        """Makes a calibration of the thresholds that a file of weights brings along; None for ().
-
-        Raises:
-            UserError: there is not one a label, or one is no probability.
-        """
+        """Makes one of thresholds in a file of weights, None for (); raises UserError if they don't fit."""
         if thresholds and (len(thresholds) != classes or any(value < 0 or value > 1 for value in thresholds)):
             raise UserError(
                 f"{source} has {len(thresholds)} thresholds (op_threshs), from {np.nanmin(thresholds):g} to "
@@ -62,13 +58,9 @@ def calibration_path(workdir: str) -> str:
 
 
 def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> str:
-    """Writes a calibration of the checkpoint of `step` and returns the file's path.
+    """Writes a calibration of the checkpoint of `step` and returns the file's path, or raises UserError.
 
-    Args:
-        content: "temperatures", "thresholds", and whatever else a person may want to know.
-
-    Raises:
-        UserError: the file can't be written.
+    `content` has "temperatures", "thresholds", and whatever else a person may want to know.
     """
     path = calibration_path(workdir)
     content = {"step": step, "weights": _digest(workdir, step), **content}

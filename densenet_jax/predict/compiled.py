@@ -70,8 +70,7 @@ class CompiledModel:
         Args:
             images: uint8 or uint16 [b, *image_shape], where b is at most the largest of `batch_sizes`.
             features: also computes these, see `parse_features`; "" computes probabilities only.
-            classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
-                for `BEST_CLASS`.
+            classes: int32 [b]; also computes their activation maps, or the most probable class's for `BEST_CLASS`.
             layer: with classes, computes Grad-CAM at this inner layer instead; see `check_layer`.
 
         Returns:
@@ -199,11 +198,7 @@ def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
 
 
 def check_layer(model: Deployed, layer: str) -> None:
-    """Checks that Grad-CAM can look at a layer of the model.
-
-    Raises:
-        UserError: there is no such layer, or the model evaluates ten crops.
-    """
+    """Checks that Grad-CAM can look at a layer of the model, of one crop; raises UserError if it can't."""
     if len(model.transform.shape) != 3:
         raise UserError("an explanation needs a single crop, but config.eval.crops is 10; set it to 1.")
     names = layer_names(model.module, model.variables, model.transform.shape)

@@ -18,6 +18,7 @@ from densenet_jax.models.head import INTERMEDIATES, PERTURBATIONS
 from densenet_jax.models.layers import convolve
 from densenet_jax.models.rdnet import RDNet, spread_norm
 
+Inputs = Float[Array, "b height width c"]  # normalized images
 _LEAST_PX = 320  # shorter side of an overlay
 _STRONGEST = 0.75  # opacity of the overlay at the highest value
 _COLOR = np.array([213, 94, 0], np.float32)  # vermilion, which color-blind people can tell from gray
@@ -36,7 +37,7 @@ class Explanation(NamedTuple):
 
 
 def activation_maps(
-    module: nn.Module, variables: dict[str, Any], inputs: Float[Array, "b height width c"], classes: Int[Array, " b"]
+    module: nn.Module, variables: dict[str, Any], inputs: Inputs, classes: Int[Array, " b"]
 ) -> Float[Array, "b h w"]:
     """Computes the class activation map (arXiv:1512.04150) of one class for each normalized image.
 
@@ -55,7 +56,7 @@ def activation_maps(
 
 
 def logits_and_maps(
-    module: nn.Module, variables: dict[str, Any], inputs: Float[Array, "b height width c"]
+    module: nn.Module, variables: dict[str, Any], inputs: Inputs
 ) -> tuple[Float[Array, "b k"], Float[Array, "b h w k"]]:
     """Computes the logits of normalized images and, in the same pass, the class activation maps of all classes."""
     state: dict[str, Any]
@@ -76,11 +77,7 @@ def layer_names(module: nn.Module, variables: dict[str, Any], image_shape: tuple
 
 
 def weigh_by_gradients(
-    module: nn.Module,
-    variables: dict[str, Any],
-    inputs: Float[Array, "b height width c"],
-    classes: Int[Array, " b"],
-    layer: str,
+    module: nn.Module, variables: dict[str, Any], inputs: Inputs, classes: Int[Array, " b"], layer: str
 ) -> Float[Array, "b h w"]:
     """Computes Grad-CAM (arXiv:1610.02391, equations 1 and 2) before its ReLU, for one class of each normalized image.
 
@@ -126,11 +123,7 @@ def to_rgb(pixels: np.ndarray) -> Image.Image:
 
 
 def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, activation_map: np.ndarray) -> None:
-    """Writes the overlay as a PNG and the activation map as a .npy file.
-
-    Raises:
-        UserError: they can't be written.
-    """
+    """Writes the overlay as a PNG and the activation map as a .npy file; raises UserError if it can't."""
     with report_write_errors(picture_path, "change --explain"):
         os.makedirs(os.path.dirname(picture_path) or ".", exist_ok=True)
         np.save(array_path, activation_map)

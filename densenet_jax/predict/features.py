@@ -48,11 +48,7 @@ class FeatureArchive:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appends float32 [n, *shape] to each array.
-
-        Raises:
-            UserError: a file can't be written.
-        """
+        """Appends float32 [n, *shape] to each array; raises UserError if a file can't be written."""
         with self._report_errors():
             for name, file in self._files.items():
                 file.write(np.ascontiguousarray(arrays[name], np.float32).tobytes())

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+
 from densenet_jax.data.folder_index import EXTENSIONS, is_image_file, report_skipped
 from densenet_jax.errors import UserError
 
@@ -18,6 +20,7 @@ class Candidate(NamedTuple):
 
     path: str
     why: str = ""
+    pixels: np.ndarray | None = None  # once it is preprocessed
 
 
 def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Candidate]:
@@ -41,11 +44,7 @@ def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Cand
 
 
 def check_places(places: Sequence[str]) -> int:
-    """Counts the images that `find_images` yields.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Counts the images that `find_images` yields; raises UserError if there are none."""
     if not places:
         raise UserError("--mode predict needs --images: a file, a folder or a quoted pattern (repeatable).")
     if not any(os.path.lexists(place) or _expand_pattern(place) for place in _drop_invalid(places)):

@@ -28,12 +28,7 @@ _KINDS = {
 
 
 class ImageError(UserError):
-    """A rejected image.
-
-    Attributes:
-        name: name of the image in messages.
-        why: the reason, without the name.
-    """
+    """A rejected image: `name` and `why`, the reason without the name."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")
@@ -79,10 +74,8 @@ def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS
         with open(descriptor, "rb") as file:
             _check_kind(os.fstat(descriptor).st_mode, name)  # it may have been replaced meanwhile
             data = file.read(limits.max_bytes + 1)
-    except OSError as error:
-        raise ImageError(name, f"it can't be read ({error.strerror or error})") from error
-    except ValueError as error:  # a zero byte in the name
-        raise ImageError(name, f"it can't be read ({error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(name, f"it can't be read ({getattr(error, 'strerror', None) or error})") from error
     check_bytes(data, name, limits)
     return data
 
@@ -117,11 +110,7 @@ def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) 
 
 
 def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> Stored:
-    """Checks pixels [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
-
-    Raises:
-        ImageError: it is not such an array, or too large.
-    """
+    """Checks pixels [height, width] or [height, width, channels] as in `stored_array`; raises ImageError."""
     try:
         stored = stored_array(array)
     except ValueError as error:
@@ -131,12 +120,7 @@ def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits =
 
 
 def load_image(
-    source: ImageSource,
-    channels: int = 3,
-    *,
-    name: str = "",
-    limits: ImageLimits = DEFAULT_LIMITS,
-    **decoding: Any,
+    source: ImageSource, channels: int = 3, *, name: str = "", limits: ImageLimits = DEFAULT_LIMITS, **decoding: Any
 ) -> np.ndarray:
     """Decodes an untrusted image to uint8 or uint16 [height, width, channels], turned as its EXIF data say.
 
@@ -157,21 +141,14 @@ def load_image(
             return with_bits(pixels, decoding.get("bits", 8), name)
         data = read_encoded(source, name, limits)
         return decode_image(data, channels, name=name, apply_exif_orientation=True, **decoding)
-    except DamagedImage as error:
-        raise ImageError(name, error.why) from error
-    except ValueError as error:
-        raise ImageError(name, first_line(error)) from error
+    except (DamagedImage, ValueError) as error:
+        raise ImageError(name, error.why if isinstance(error, DamagedImage) else first_line(error)) from error
 
 
 def read_encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
-    """Returns the checked bytes of a path or of bytes.
-
-    Raises:
-        ImageError: they are rejected, or `source` is neither.
-    """
+    """Returns the checked bytes of a path or of bytes; raises ImageError for anything else."""
     if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-        check_bytes(data, name, limits)
+        check_bytes(data := bytes(source), name, limits)
         return data
     if isinstance(source, str | os.PathLike):
         return read_file(source, limits)

@@ -16,14 +16,11 @@ from densenet_jax.workdir import write_json
 _REMEDY = "choose another --output"
 
 
-class PredictionFile:
-    """File of predictions, open for one run at a time.
-
-    PATH.request beside it records the request and whether it is done.
+class PredictionFile(contextlib.AbstractContextManager["PredictionFile"]):
+    """File of predictions, open for one run at a time; PATH.request beside it has the request and whether it is done.
 
     Attributes:
-        answered: number of lines with predictions, including those of earlier runs.
-        refused: number of lines with errors, including those of earlier runs.
+        answered: number of lines with predictions, including those of earlier runs; `refused` of those with errors.
         resumed: whether lines of an earlier run were kept.
     """
 
@@ -33,8 +30,7 @@ class PredictionFile:
         Lines of an earlier run with the same request are kept. A finished file of another request is replaced.
 
         Raises:
-            UserError: the file can't be written, holds something else, or holds unfinished predictions of another
-                request.
+            UserError: it can't be written, holds something else, or unfinished predictions of another request.
         """
         self.path, self._request = path, json.loads(json.dumps(request))
         self.answered = self.refused = 0
@@ -55,11 +51,7 @@ class PredictionFile:
         return place < len(self._done) and bool(self._done[place] == key)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends lines; a kill leaves at most one torn line, which the next run repairs.
-
-        Raises:
-            UserError: they can't be written.
-        """
+        """Appends lines, of which a kill tears at most one, mended by the next run; raises UserError if it can't."""
         lines = list(lines)
         with report_write_errors(self.path, _REMEDY):
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -87,9 +79,6 @@ class PredictionFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def __enter__(self) -> "PredictionFile":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -165,11 +154,8 @@ class PredictionFile:
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """Returns the entry of a complete line of predictions, else None."""
     with contextlib.suppress(ValueError):
-        entry = json.loads(line) if line.endswith(b"\n") else None
-        if (
-            isinstance(entry, dict)
-            and isinstance(entry.get("image"), str)
-            and ("predictions" in entry) != ("error" in entry)
-        ):
+        entry: Any = json.loads(line) if line.endswith(b"\n") else None
+        has_image = isinstance(entry, dict) and isinstance(entry.get("image"), str)
+        if has_image and ("predictions" in entry) != ("error" in entry):
             return entry
     return None

@@ -43,11 +43,7 @@ def column_names(class_names: Sequence[str], topk: int, *, decided: bool = False
 
 
 def check_table(path: str) -> None:
-    """Checks that a table may be written to `path`.
-
-    Raises:
-        UserError: the file there is not a table of predictions.
-    """
+    """Checks that a table may be written to `path`; raises UserError if another file is there."""
     if not os.path.lexists(path):
         return
     try:
@@ -61,12 +57,8 @@ def check_table(path: str) -> None:
 def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int, *, decided: bool = False) -> None:
     """Writes the JSON lines of a `PredictionFile` as a .csv or .parquet table, atomically and in little memory.
 
-    Args:
-        topk: number of classes of an image; 0 means all, see `column_names`.
-        decided: whether the lines say of every label if it is predicted.
-
-    Raises:
-        UserError: the table can't be written.
+    `topk` classes of an image, 0 for all, see `column_names`; `decided` if the lines say of every label if it is
+    predicted. Raises UserError if the table can't be written.
     """
     columns = column_names(class_names, topk, decided=decided)
     with (
