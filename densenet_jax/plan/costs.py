@@ -12,14 +12,10 @@ from densenet_jax.plan.hlo import Collective, Program
 
 
 class DoesNotFitError(Exception):
-    """The compiler could not fit the program into a chip's memory.
-
-    Attributes:
-        needed_bytes: memory it would need; None if the compiler does not report it.
-        limit_bytes: memory available to it, less what the compiler reserves; None as above.
-    """
+    """The compiler could not fit the program into a chip's memory."""
 
     def __init__(self, needed_bytes: int | None, limit_bytes: int | None = None) -> None:
+        """Takes the memory needed and what is available beside the compiler's own; None where it is not reported."""
         super().__init__(f"needs {needed_bytes} bytes of {limit_bytes}")
         self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
 
@@ -37,20 +33,12 @@ class Costs:
 
 
 def compile_costs(lowered: jax.stages.Lowered) -> Costs:
-    """Compiles a lowered program and counts its costs.
-
-    Raises:
-        DoesNotFitError: a chip's memory is too small for it.
-    """
+    """Compiles a lowered program and counts its costs; raises DoesNotFitError."""
     return count_costs(compile_program(lowered))
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Any:
-    """Compiles a lowered program.
-
-    Raises:
-        DoesNotFitError: a chip's memory is too small for it.
-    """
+    """Compiles a lowered program; raises DoesNotFitError if a chip's memory is too small for it."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -72,12 +60,9 @@ def count_costs(compiled: Any) -> Costs:
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):  # the compiler has no cost analysis
         own = dict(compiled.cost_analysis() or {})
     repeats = program.traffic() / max(1, program.traffic(once=True))
+    inputs_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Costs(
-        memory_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        memory_bytes=inputs_and_outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         flops=own.get("flops") if repeats == 1 else None,
         traffic_bytes=own["bytes accessed"] * repeats if "bytes accessed" in own else program.traffic(),

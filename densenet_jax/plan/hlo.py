@@ -17,12 +17,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _PATH = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "collective-broadcast"),
 )
 _NAMES_MEMORY = ('custom_call_target="ConcatBitcast"', 'custom_call_target="AllocateBuffer"')
 # They only name memory, or run computations that are counted separately.
@@ -102,20 +98,12 @@ def _parse_line(line: str) -> Instruction | None:
     trips, reported, path = (pattern.search(attributes) for pattern in (_TRIPS, _REPORTED_BYTES, _PATH))
     if opcode == "custom-call" and any(target in attributes for target in _NAMES_MEMORY):
         opcode = "bitcast"
-    sizes, on_chip = _parse_arrays(shape)
-    return Instruction(
-        name,
-        opcode,
-        sizes,
-        on_chip,
-        tuple(re.findall(r"%([\w.\-]+)", arguments)),
-        called,
-        int(trips.group(1)) if trips else 1,
-        bool(root),
-        int(arguments) if opcode == "parameter" else -1,
-        int(reported.group(1)) if reported and opcode == "custom-call" else 0,
-        path.group(1) if path else "",
-    )
+    operands, times = tuple(re.findall(r"%([\w.\-]+)", arguments)), int(trips.group(1)) if trips else 1
+    number = int(arguments) if opcode == "parameter" else -1
+    moved = int(reported.group(1)) if reported and opcode == "custom-call" else 0
+    traced_from = path.group(1) if path else ""
+    arrays = _parse_arrays(shape)
+    return Instruction(name, opcode, *arrays, operands, called, times, bool(root), number, moved, traced_from)
 
 
 class Program:
@@ -154,12 +142,8 @@ class Program:
         A loop body counts as often as it runs, or with `once` a single time, as in XLA's own analysis. `off_chip`
         leaves out memory on the chip.
         """
-        return round(
-            sum(
-                (1 if once else times) * self._count_moved(scope, instruction, off_chip)
-                for scope, instruction, times in self._walk()
-            )
-        )
+        moved = ((times, self._count_moved(scope, one, off_chip)) for scope, one, times in self._walk())
+        return round(sum(size if once else times * size for times, size in moved))
 
     def moves(self) -> list[tuple[str, str, int, int, int]]:
         """Sums instructions of one kind and path: both, their number, bytes moved, and those off the chip.

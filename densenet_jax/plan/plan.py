@@ -33,8 +33,8 @@ def plan(config: Any, topology_name: str) -> dict[str, Any]:
     with spinner(f"compiling for {topology.name}"):
         attempt, costs = planned.compile(planned.units)
     limit = None if attempt.fits else planned.find_largest_batch(attempt)
-    figures = planned.figures(attempt, costs, limit)
-    bounds = None if costs is None else planned.bounds(costs)
+    bounds = None if costs is None else compute_bounds(costs, topology.chip, topology.chips)
+    figures = planned.figures(attempt, costs, bounds, limit)
     for line in format_plan(figures, topology, costs, bounds):
         print_status(line)
     if limit is not None:
@@ -74,11 +74,9 @@ class Planned:
             return Attempt(units, False, full.needed_bytes, full.limit_bytes or capacity_bytes), None
         return Attempt(units, costs.memory_bytes <= capacity_bytes, costs.memory_bytes, capacity_bytes), costs
 
-    def bounds(self, costs: Costs) -> Bounds:
-        """Computes the bounds on the time of a step."""
-        return compute_bounds(costs, self.topology.chip, self.topology.chips)
-
-    def figures(self, attempt: Attempt, costs: Costs | None, limit: Limit | None) -> dict[str, Any]:
+    def figures(
+        self, attempt: Attempt, costs: Costs | None, bounds: Bounds | None, limit: Limit | None
+    ) -> dict[str, Any]:
         """Returns the figures of the last line; those that the compiler does not report are None."""
         topology, batch = self.topology, self.config.train.global_batch_size
         figures: dict[str, Any] = {
@@ -91,10 +89,10 @@ class Planned:
             "fits": attempt.fits,
             "largest_global_batch_that_fits": None if limit is None else self.images(limit.fitting),
         }
-        if costs is None:
+        if costs is None or bounds is None:
             names = "flops_per_image bytes_per_image memory_bytes_per_image collectives"
             return figures | dict.fromkeys([*names.split(), "bound", "images_per_sec_bound", "hours_bound"])
-        bounds, per_image = self.bounds(costs), topology.chips / batch
+        per_image = topology.chips / batch
         return figures | {
             "flops_per_image": None if costs.flops is None else costs.flops * per_image,
             "bytes_per_image": costs.traffic_bytes * per_image,

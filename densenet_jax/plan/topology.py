@@ -2,15 +2,18 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
+from collections.abc import Sequence
 
 from densenet_jax.errors import UserError
 from densenet_jax.plan.chips import CHIPS, Chip
 
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all slices with two axes
-_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # slices with three axes that are smaller than the cube of 64
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # all slices with two axes
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # slices with three axes that are smaller than the cube of 64
 _CUBE, _LARGEST_SIDE = 4, 24
+_MOST_HOSTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +38,24 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parses a topology.
-
-    Raises:
-        UserError: there is no such chip, or it has no topology of that shape.
-    """
+    """Parses a topology; raises UserError if there is no such chip, or none of that shape."""
     kind, _, given = name.partition(":")
     chip = find_chip(kind)
     shape = tuple(map(int, given.split("x"))) if re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", given) else ()
-    if not _has_shape(chip, shape):
+    shapes = _list_shapes(chip)
+    if shape not in shapes:
+        wanted = math.prod(shape) if shape else chip.chips_per_host
+        usual = [one for one in shapes if chip.compiler == "tpu" or one[1] == 1 or one[2] == chip.chips_per_host]
+        nearest = min(usual, key=lambda one: abs(math.prod(one) - wanted))
         raise UserError(
             f"--topology is {name!r}, not a shape of {kind}: {_describe_shapes(chip)}; for example "
-            f"{_find_nearest(chip, shape)}."
+            f"{kind}:{_join(nearest)}."
         )
     return Topology(name, chip, shape)
 
 
 def find_chip(name: str) -> Chip:
-    """Looks up a chip.
-
-    Raises:
-        UserError: there is no such chip; the message names the nearest.
-    """
+    """Looks up a chip; raises UserError, which names the nearest, if there is none."""
     if name not in CHIPS:
         near = max(CHIPS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
         raise UserError(
@@ -71,37 +70,20 @@ def make_example(chip: Chip) -> str:
     return f"{chip.name}:{'1x1x8' if chip.compiler == 'cuda' else '2x2' if chip.axes == 2 else '2x2x1'}"
 
 
-def _has_shape(chip: Chip, shape: tuple[int, ...]) -> bool:
-    written = "x".join(map(str, shape))
-    if len(shape) != chip.axes:
-        return False
+def _list_shapes(chip: Chip) -> Sequence[tuple[int, ...]]:
     if chip.compiler == "cuda":
-        return shape[0] == 1 and shape[1] <= 1024 and shape[2] <= chip.chips_per_host
-    if chip.axes == 2:
-        return written in _FLAT
-    whole_cubes = all(side % _CUBE == 0 and side <= _LARGEST_SIDE for side in shape)
-    return written in _SMALL or (whole_cubes and list(shape) == sorted(shape))
+        return [(1, hosts, gpus) for hosts in range(1, _MOST_HOSTS + 1) for gpus in range(1, chip.chips_per_host + 1)]
+    sides = range(_CUBE, _LARGEST_SIDE + 1, _CUBE)
+    return _FLAT if chip.axes == 2 else [*_SMALL, *itertools.combinations_with_replacement(sides, 3)]
 
 
 def _describe_shapes(chip: Chip) -> str:
     if chip.compiler == "cuda":
         return f"1xHOSTSxGPUS with at most {chip.chips_per_host} GPUs in a host"
-    if chip.axes == 2:
-        return ", ".join(_FLAT)
-    return f"{', '.join(_SMALL)}, or three multiples of {_CUBE} in rising order up to {_LARGEST_SIDE}"
+    listed = ", ".join(map(_join, _FLAT if chip.axes == 2 else _SMALL))
+    cubes = f", or three multiples of {_CUBE} in rising order up to {_LARGEST_SIDE}" if chip.axes == 3 else ""
+    return listed + cubes
 
 
-def _find_nearest(chip: Chip, shape: tuple[int, ...]) -> str:
-    """Returns the existing topology with the nearest number of chips."""
-    wanted = math.prod(shape) if shape else chip.chips_per_host
-    if chip.compiler == "cuda":
-        per_host = chip.chips_per_host
-        return (
-            f"{chip.name}:1x1x{wanted}"
-            if wanted <= per_host
-            else f"{chip.name}:1x{round(wanted / per_host)}x{per_host}"
-        )
-    sides = range(_CUBE, _LARGEST_SIDE + 1, _CUBE)
-    cubes = [f"{a}x{b}x{c}" for a in sides for b in sides for c in sides if a <= b <= c]
-    names = _FLAT if chip.axes == 2 else [*_SMALL, *cubes]
-    return f"{chip.name}:{min(names, key=lambda n: abs(math.prod(map(int, n.split('x'))) - wanted))}"
+def _join(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -33,14 +33,9 @@ def compute_step_costs(config: dict[str, Any], topology: Topology) -> Costs:
         UserError: the settings are invalid, or the compiler failed.
     """
     request = json.dumps({"config": config, "topology": topology.name})
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=request,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", __name__]
+    variables = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, input=request, env=variables, capture_output=True, text=True, check=False)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -51,6 +51,7 @@ def test_the_make_example_every_chip_is_one_host(chip):
         ("h200:8", "h200:1x1x8"),
         ("h200:1x1x16", "h200:1x2x8"),
         ("h200:2x1x8", "h200:1x2x8"),
+        ("h200:1x9999x8", "h200:1x1024x8"),
     ],
 )
 def test_a_topology_that_does_not_exist_is_refused_with_the_nearest_that_does(name, says):
