@@ -9,10 +9,7 @@ def rotation(degrees: Float[Array, " b"], height: int, width: int) -> Float[Arra
     angle = jnp.deg2rad(degrees)
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     x, y = width / 2.0, height / 2.0
-    return jnp.stack(
-        [cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y],
-        axis=1,
-    )
+    return jnp.stack([cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y], axis=1)
 
 
 def warp(

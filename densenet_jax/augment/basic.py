@@ -38,10 +38,7 @@ def to_float(images: Pixels) -> Float[Array, "b h w c"]:
 
 
 def normalize(
-    images: Pixels,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    images: Pixels, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "b h w c"]:
     """Computes (image - mean) / std for each channel; mean and std are for images in [0, 1].
 

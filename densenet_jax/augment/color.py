@@ -33,12 +33,7 @@ def adjust_color(
 
 
 def color_jitter(
-    images: Pixels,
-    keys: Key[Array, " b"],
-    *,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.4,
+    images: Pixels, keys: Key[Array, " b"], *, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4
 ) -> Float[Array, "b h w c"]:
     """Changes brightness, contrast and saturation of each image in a random order (torchvision's ColorJitter).
 

@@ -8,17 +8,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from densenet_jax.augment.basic import uniforms, whole_below
 
+Span = tuple[float, float]  # lowest and highest
 _ATTEMPTS = 10
 
 
 def erase_boxes(
-    keys: Key[Array, " b"],
-    height: int,
-    width: int,
-    *,
-    probability: float,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
+    keys: Key[Array, " b"], height: int, width: int, *, probability: float, area: Span, aspect: Span
 ) -> Int[Array, "b 4"]:
     """Draws one box per example: top, left, height, width in pixels; height and width 0 where nothing is erased.
 
@@ -55,17 +50,14 @@ def random_erase(
     keys: Key[Array, " b"],
     *,
     probability: float = 0.25,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    area: Span = (0.02, 1 / 3),
+    aspect: Span = (0.3, 1 / 0.3),
     mode: str = "pixel",
 ) -> Float[Array, "b h w c"]:
     """Overwrites a random rectangle of some images, which are normalized: the noise has mean 0 and variance 1.
 
-    Args:
-        probability: that an image loses a rectangle.
-        area: the rectangle's share of the image, lowest and highest.
-        aspect: its height over its width, lowest and highest.
-        mode: "zero" (the mean image), "color" (one normal number a channel) or "pixel" (one a value).
+    `area` is the rectangle's share of the image, `aspect` its height over its width; `mode` is "zero" (the mean image),
+    "color" (one normal number a channel) or "pixel" (one a value).
     """
     height, width, channels = images.shape[1:]
     box_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

@@ -12,7 +12,7 @@ LEVELS = 256
 Images = Float[Array, "b h w c"]
 
 
-def histogram(images: Float[Array, "b h w c"]) -> Float[Array, "b c 256"]:
+def histogram(images: Images) -> Float[Array, "b c 256"]:
     """Counts how often each value 0 to 255 occurs in each channel of each image.
 
     On accelerators a value is 16 * high + low, and counting pairs is a product of two narrow one-hot matrices, which
@@ -37,16 +37,14 @@ def _histogram_by_scatter(flat: Int[Array, "b p c"]) -> Float[Array, "b c 256"]:
     return jax.vmap(jax.vmap(count, in_axes=1))(flat)
 
 
-def look_up(images: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]) -> Float[Array, "b h w c"]:
+def look_up(images: Images, tables: Float[Array, "b c 256"]) -> Images:
     """Replaces each value by its channel's table entry."""
     size, height, width, channels = images.shape
     places = images.reshape(size, height * width, channels).astype(jnp.int32)
     return jnp.take_along_axis(jnp.swapaxes(tables, 1, 2), places, axis=1).reshape(images.shape)
 
 
-def look_up_wide(
-    images: Float[Array, "b h w c"], levels: Float[Array, "b h w c"], tables: Float[Array, "b c 256"]
-) -> Float[Array, "b h w c"]:
+def look_up_wide(images: Images, levels: Images, tables: Float[Array, "b c 256"]) -> Images:
     """Replaces each 16-bit value, which lies between `levels` and the next ones, by what lies between their entries."""
     first, second = look_up(levels, tables), look_up(jnp.minimum(levels + 1.0, LEVELS - 1.0), tables)
     return jnp.rint(257.0 * first + (images - 257.0 * levels) * (second - first))
@@ -94,7 +92,7 @@ def solarize_add_tables(added: Float[Array, " b"]) -> Float[Array, "b 1 256"]:
     return jnp.where(_values() < 128.0, jnp.minimum(_values() + added[:, None, None], 255.0), _values())
 
 
-def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+def gray(images: Images) -> Float[Array, "b h w 1"]:
     """Converts RGB to gray as Pillow does, exactly in float32; returns other channel counts as they are."""
     if images.shape[-1] != 3:
         return images
@@ -102,7 +100,7 @@ def gray(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
     return jnp.floor((red * 19595.0 + green * 38470.0 + blue * 7471.0 + 32768.0) / 65536.0)
 
 
-def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def smoothed(images: Images) -> Images:
     """Applies Pillow's SMOOTH filter (weights 1 around 5, over 13), except at the border."""
     height, width = images.shape[1:3]
     if min(height, width) < 3:
@@ -113,9 +111,7 @@ def smoothed(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return images.at[:, 1:-1, 1:-1].set(inner)
 
 
-def blend(
-    references: Float[Array, "b h w c"], images: Float[Array, "b h w c"], factors: Float[Array, " b"], white: float
-) -> Float[Array, "b h w c"]:
+def blend(references: Images, images: Images, factors: Float[Array, " b"], white: float) -> Images:
     """Blends like Pillow: reference + factor * (image - reference), clipped and truncated to integers."""
     blended = references + factors[:, None, None, None] * (images - references)
     return jnp.floor(jnp.clip(blended, 0.0, white))

@@ -17,28 +17,18 @@ from densenet_jax.augment.affine import rotation, warp
 from densenet_jax.augment.basic import uniforms, white_of, whole_below
 
 OPERATIONS = (
-    "auto_contrast",
-    "equalize",
-    "invert",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
+    *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),  # looked up in tables
+    *("color", "contrast", "brightness", "sharpness"),  # blends
+    *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),  # warps
 )
 NOTHING = len(OPERATIONS)
 HIGHEST_LEVEL = 10.0
+Choices = Int[Array, " b"]
+Numbers = Float[Array, " b"]
 Whole = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"]
 
 
-def _pick(operations: Int[Array, " b"], choices: dict[str, Array], otherwise: Array) -> Array:
+def _pick(operations: Choices, choices: dict[str, Array], otherwise: Array) -> Array:
     """Selects for each example the array of its operation, else `otherwise`."""
     result = otherwise
     for name, array in choices.items():
@@ -46,70 +36,51 @@ def _pick(operations: Int[Array, " b"], choices: dict[str, Array], otherwise: Ar
     return result
 
 
-def _apply_tone(
-    images: Float[Array, "b h w c"], operations: Int[Array, " b"], share: Float[Array, " b"], white: float
-) -> Float[Array, "b h w c"]:
+def _apply_tone(images: tones.Images, operations: Choices, share: Numbers, white: float) -> tones.Images:
     is_wide = white > 255.0
     levels = jnp.floor((images + 0.5) / 257.0) if is_wide else images
     counts = tones.histogram(levels)
     identity = jnp.broadcast_to(jnp.arange(256, dtype=jnp.float32)[None, None, :], counts.shape)
-    tables = _pick(
-        operations,
-        {
-            "auto_contrast": tones.auto_contrast_tables(counts),
-            "equalize": tones.equalize_tables(counts),
-            "invert": 255.0 - identity,
-            "posterize": tones.posterize_tables(4.0 - jnp.floor(share * 4.0)),
-            "solarize": tones.solarize_tables(256.0 - jnp.floor(share * 256.0)),
-            "solarize_add": tones.solarize_add_tables(jnp.floor(share * 110.0)),
-        },
-        identity,
-    )
+    choices = {
+        "auto_contrast": tones.auto_contrast_tables(counts),
+        "equalize": tones.equalize_tables(counts),
+        "invert": 255.0 - identity,
+        "posterize": tones.posterize_tables(4.0 - jnp.floor(share * 4.0)),
+        "solarize": tones.solarize_tables(256.0 - jnp.floor(share * 256.0)),
+        "solarize_add": tones.solarize_add_tables(jnp.floor(share * 110.0)),
+    }
+    tables = _pick(operations, choices, identity)
     return tones.look_up_wide(images, levels, tables) if is_wide else tones.look_up(images, tables)
 
 
-def _apply_blend(
-    images: Float[Array, "b h w c"], operations: Int[Array, " b"], signed_share: Float[Array, " b"], white: float
-) -> Float[Array, "b h w c"]:
+def _apply_blend(images: tones.Images, operations: Choices, signed_share: Numbers, white: float) -> tones.Images:
     gray = tones.gray(images)
     mean = jnp.floor(jnp.mean(gray, axis=(1, 2, 3), keepdims=True) + 0.5)
-    references = _pick(
-        operations,
-        {"color": gray, "contrast": mean, "brightness": jnp.zeros_like(mean), "sharpness": tones.smoothed(images)},
-        images,
-    )
+    black, smooth = jnp.zeros_like(mean), tones.smoothed(images)
+    choices = {"color": gray, "contrast": mean, "brightness": black, "sharpness": smooth}
+    references = _pick(operations, choices, images)
     return tones.blend(references, images, jnp.maximum(0.1, 1.0 + 0.9 * signed_share), white)
 
 
 def _apply_warp(
-    images: Float[Array, "b h w c"],
-    operations: Int[Array, " b"],
-    signed_share: Float[Array, " b"],
-    fill: Float[Array, " c"],
-) -> Float[Array, "b h w c"]:
+    images: tones.Images, operations: Choices, signed_share: Numbers, fill: Float[Array, " c"]
+) -> tones.Images:
     height, width = images.shape[1:3]
     identity = jnp.broadcast_to(jnp.asarray([1.0, 0, 0, 0, 1, 0])[None, :], (images.shape[0], 6))
-    coefficients = _pick(
-        operations,
-        {
-            "shear_x": identity.at[:, 1].set(0.3 * signed_share),
-            "shear_y": identity.at[:, 3].set(0.3 * signed_share),
-            "translate_x": identity.at[:, 2].set(0.45 * width * signed_share),
-            "translate_y": identity.at[:, 5].set(0.45 * height * signed_share),
-            "rotate": rotation(30.0 * signed_share, height, width),
-        },
-        identity,
-    )
+    choices = {
+        "shear_x": identity.at[:, 1].set(0.3 * signed_share),
+        "shear_y": identity.at[:, 3].set(0.3 * signed_share),
+        "translate_x": identity.at[:, 2].set(0.45 * width * signed_share),
+        "translate_y": identity.at[:, 5].set(0.45 * height * signed_share),
+        "rotate": rotation(30.0 * signed_share, height, width),
+    }
+    coefficients = _pick(operations, choices, identity)
     # Pillow truncates to integers; the small number keeps rounding errors from lowering exact ones.
     return jnp.floor(warp(images, coefficients, fill) + 1e-3)
 
 
 def apply_operations(
-    images: Whole,
-    operations: Int[Array, " b"],
-    levels: Float[Array, " b"],
-    signs: Float[Array, " b"],
-    fill: Sequence[float],
+    images: Whole, operations: Choices, levels: Numbers, signs: Numbers, fill: Sequence[float]
 ) -> Whole:
     """Applies one operation per image, within one level of Pillow's (sampling rounds differently now and then).
 
