@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit, log_softmax, softmax
 
 from densenet_jax.scores import ranking
 
@@ -11,26 +12,14 @@ BINS = 15
 LIMITS = (0.02, 50.0)  # of a temperature; examples that are all right would have it fall to 0
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of class probabilities, float64 [n, k]; a logit of minus infinity stands for no probability."""
-    shifted = logits - np.max(logits, axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Class probabilities, float64 [n, k]."""
-    return np.exp(log_softmax(np.asarray(logits, np.float64)))
-
-
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probability of each label, float64 [n, k]."""
-    with np.errstate(invalid="ignore"):  # NaN stays NaN
-        return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
+    return expit(np.asarray(logits, np.float64))
 
 
 def softmax_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross entropy of class numbers int [n], in nats."""
-    return -float(np.mean(log_softmax(np.asarray(logits, np.float64))[np.arange(len(labels)), labels]))
+    return -float(np.mean(log_softmax(np.asarray(logits, np.float64), axis=-1)[np.arange(len(labels)), labels]))
 
 
 def sigmoid_loss(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -92,17 +81,12 @@ def _minimize(loss: Callable[[np.floating], float]) -> float:
 
 
 class Reliability:
-    """Counts predictions in bins of equal width by their probability.
-
-    Attributes:
-        counts: int64 [bins], predictions in each bin.
-        right: int64 [bins], those among them that came true.
-        confidence: float64 [bins], sum of their probabilities.
-    """
+    """Counts predictions in bins of equal width by their probability."""
 
     def __init__(self, bins: int = BINS) -> None:
-        self.counts, self.right = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
-        self.confidence = np.zeros(bins)
+        self.counts = np.zeros(bins, np.int64)
+        self.right = np.zeros(bins, np.int64)  # those among them that came true
+        self.confidence = np.zeros(bins)  # sum of their probabilities
 
     def add(self, confidence: np.ndarray, right: np.ndarray) -> None:
         """Adds predictions: probabilities float [n], and whether they came true, bool [n]."""
@@ -142,7 +126,7 @@ class Trust(NamedTuple):
 
 def trust_classes(logits: np.ndarray, labels: np.ndarray) -> tuple[Trust, Reliability]:
     """Judges softmax(logits [n, k]) of class numbers int [n]: ECE of the predicted class, Brier score over all."""
-    probabilities = softmax(logits)
+    probabilities = softmax(np.asarray(logits, np.float64), axis=-1)
     predicted = np.argmax(logits, axis=-1)
     reliability = Reliability()
     reliability.add(probabilities[np.arange(len(labels)), predicted], predicted == labels)

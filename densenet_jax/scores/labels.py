@@ -38,11 +38,7 @@ SCORES = LabelScores._fields[3:]
 
 
 def score_labels(
-    scores: np.ndarray,
-    targets: np.ndarray,
-    thresholds: np.ndarray | float = 0.0,
-    *,
-    specificity: float = SPECIFICITY,
+    scores: np.ndarray, targets: np.ndarray, thresholds: np.ndarray | float = 0.0, *, specificity: float = SPECIFICITY
 ) -> LabelScores:
     """Scores every label over all examples with a known target.
 
