@@ -19,17 +19,16 @@ class _StandardError:
     """The current sys.stderr; drops output once nobody reads it or its disk is full."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(AttributeError, ValueError):  # closed before or after Python's start
-            try:
-                sys.stderr.write(text)
-            except OSError:
-                drop(sys.stderr)
+        self._call("write", text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(AttributeError, ValueError):
+        self._call("flush")
+
+    def _call(self, name: str, *arguments: str) -> None:
+        with contextlib.suppress(AttributeError, ValueError):  # closed before or after Python's start
             try:
-                sys.stderr.flush()
+                getattr(sys.stderr, name)(*arguments)
             except OSError:
                 drop(sys.stderr)
 

@@ -53,11 +53,7 @@ def replace_file(path: str, mode: str = "wb", **options: Any) -> Iterator[IO[Any
 
 @contextlib.contextmanager
 def report_full_disk(directory: str) -> Iterator[None]:
-    """Turns any error that a full disk causes inside into one message.
-
-    Raises:
-        UserError: something inside could not be written to `directory` because the disk is full.
-    """
+    """Turns any error inside that comes from a full disk into one UserError about `directory`."""
     try:
         yield
     except UserError:
@@ -76,11 +72,7 @@ def report_full_disk(directory: str) -> Iterator[None]:
 
 
 def check_room(directory: str, byte_count: int) -> None:
-    """Checks that the disk of a directory, which need not exist yet, has room for `byte_count` bytes.
-
-    Raises:
-        UserError: it hasn't.
-    """
+    """Checks that the disk of a directory, which need not exist yet, has room; raises UserError if it hasn't."""
     place = os.path.abspath(directory)
     while not os.path.isdir(place):
         place = os.path.dirname(place)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from densenet_jax.system.console import print_status
 from densenet_jax.system.disk import user_cache
 
+Paths = Sequence[pathlib.Path]
 _BUILD_SECS = 600.0  # zig compiles its own C++ library the first time: two minutes on two idle cores
 _NO_COMPILER = "no compiler"
 
@@ -34,11 +35,7 @@ def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
 
 
 def find_compiler(variable: str, usual: str, language: str) -> list[str]:
-    """Returns the compiler command that an environment variable (CC or CXX) names, else `usual`, else zig's.
-
-    Raises:
-        RuntimeError: there is none.
-    """
+    """Returns the compiler that `variable` (CC or CXX) names, else `usual`, else zig's; else raises RuntimeError."""
     if compiler := shutil.which(os.environ.get(variable, usual)):
         return [compiler]
     if variable not in os.environ and importlib.util.find_spec("ziglang"):
@@ -49,7 +46,7 @@ def find_compiler(variable: str, usual: str, language: str) -> list[str]:
     )
 
 
-def build_at_first_use(what: str, places: Sequence[pathlib.Path], build: Callable[[], pathlib.Path]) -> None:
+def build_at_first_use(what: str, places: Paths, build: Callable[[], pathlib.Path]) -> None:
     """Compiles a missing library, once on this machine; reports it in one line and never fails.
 
     One process compiles and others wait. A failure is recorded in the user's cache, else beside the sources, and not
@@ -94,16 +91,11 @@ def _take_lock(file: int) -> bool:
 
 
 def compile_library(
-    places: Sequence[pathlib.Path],
-    command: Sequence[str],
-    sources: Sequence[pathlib.Path],
-    libraries: Sequence[str] = (),
+    places: Paths, command: Sequence[str], sources: Paths, libraries: Sequence[str] = ()
 ) -> pathlib.Path:
     """Compiles sources side by side and links them in the first writable place, which is returned.
 
-    Args:
-        command: the compiler and its flags, for compiling and linking.
-        libraries: flags that name what is linked as well.
+    `command` is the compiler and its flags, `libraries` flags that name what is linked as well.
 
     Raises:
         RuntimeError: it fails, or there is nowhere to write.
