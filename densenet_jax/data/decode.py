@@ -8,19 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from densenet_jax.data import dicom, rare_formats
-from densenet_jax.data.headers import (
-    FORMATS,
-    PNG,
-    SMALL_BYTES,
-    TIFF,
-    check_size,
-    declared_size,
-    exif_orientation,
-    image_size,
-    is_whole_png,
-    why_not,
-)
+from densenet_jax.data import dicom, headers, rare_formats
 from densenet_jax.data.pixels import Stored, narrow, stored_array, to_pixels, widen
 from densenet_jax.data.records import DamagedImage
 
@@ -58,8 +46,8 @@ def decode_image(
         DamagedImage: it is truncated, no image, too large, or has other channels or values that mean no brightness.
     """
     try:
-        if size := declared_size(data):
-            check_size(*size, name)
+        if size := headers.declared_size(data):
+            headers.check_size(*size, name)
         pixels = None
         if not channels and data[:2] == b"\xff\xd8":
             channels = 3
@@ -67,7 +55,7 @@ def decode_image(
             pixels = _decode_jpeg(data, channels, name) if data[:2] == b"\xff\xd8" else None
             pixels = _decode_small_png(data, channels) if pixels is None else pixels
         if dicom.is_dicom(data):
-            image_size(data, name)
+            headers.image_size(data, name)
             pixels = to_pixels(dicom.decode_dicom(data, dicom_frame, pixel_range), channels, pixel_range)
         if pixels is None:
             pixels = to_pixels(_decode_stored(data, channels, name), channels, pixel_range)
@@ -76,7 +64,7 @@ def decode_image(
     except DamagedImage:
         raise
     except Exception as error:  # decoders raise nearly anything on garbage
-        raise DamagedImage(name, why_not(error)) from error
+        raise DamagedImage(name, headers.why_not(error)) from error
 
 
 def with_bits(pixels: np.ndarray, bits: int, name: str) -> np.ndarray:
@@ -98,7 +86,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
     """Decodes with libjpeg-turbo's simple call; returns None where that fails, and Pillow then decides."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(width, height, name)
+        headers.check_size(width, height, name)
         if colors in ("CMYK", "YCCK") or (channels == 1 and colors != "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **_EXACT_JPEG)
@@ -108,8 +96,8 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray | None:
 
 def _decode_small_png(data: bytes, channels: int) -> np.ndarray | None:
     """Decodes gray 8-bit PNGs, such as MNIST, ten times as fast as Pillow; returns None for other files."""
-    plain_gray = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < SMALL_BYTES
-    if not plain_gray or b"tRNS" in data or data[28:29] != b"\x00" or not is_whole_png(data):
+    plain_gray = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00" and len(data) < headers.SMALL_BYTES
+    if not plain_gray or b"tRNS" in data or data[28:29] != b"\x00" or not headers.is_whole_png(data):
         return None
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.ndim != 2:
@@ -121,27 +109,27 @@ def _decode_stored(data: bytes, channels: int, name: str) -> Stored:
     """Decodes to the numbers in the file, 8-bit files straight to gray or RGB by Pillow."""
     if data.startswith(rare_formats.NPY_MAGIC):
         (height, width, *_), _ = rare_formats.npy_header(data)
-        check_size(width, height, name)
+        headers.check_size(width, height, name)
         return stored_array(np.load(io.BytesIO(data), allow_pickle=False))
-    if data[:8] == PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # Pillow keeps only 8 bits
-        if not is_whole_png(data):
+    if data[:8] == headers.PNG and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):  # Pillow keeps only 8 bits
+        if not headers.is_whole_png(data):
             raise ValueError("the PNG file is damaged or cut off")
         return rare_formats.decode_with_opencv(data)
     if data[:2] == b"P6" and (white := rare_formats.pnm_white(data)) > 255:
-        image_size(data, name)
+        headers.image_size(data, name)
         return rare_formats.decode_ppm(data, white)
-    if data.startswith(TIFF):
+    if data.startswith(headers.TIFF):
         data = rare_formats.without_orientation(data)  # Pillow would rotate TIFF alone of all formats
         if (facts := rare_formats.tiff_facts(data)) is not None and rare_formats.pillow_loses(facts, channels):
-            check_size(facts.width, facts.height, name)
+            headers.check_size(facts.width, facts.height, name)
             return rare_formats.decode_tiff(data)
     return _decode_with_pillow(data, channels, name)
 
 
 def _decode_with_pillow(data: bytes, channels: int, name: str) -> Stored:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    with Image.open(io.BytesIO(data), formats=headers.FORMATS) as opened:
         image: Image.Image = opened
-        check_size(*image.size, name)
+        headers.check_size(*image.size, name)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
             return rare_formats.from_wide_mode(image)
@@ -156,7 +144,7 @@ def _decode_with_pillow(data: bytes, channels: int, name: str) -> Stored:
 
 
 def _oriented(pixels: np.ndarray, data: bytes) -> np.ndarray:
-    orientation = exif_orientation(data)
+    orientation = headers.exif_orientation(data)
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

@@ -1,14 +1,11 @@
 """Prepares a data set and verifies its counts, its classes and that every image decodes."""
 
-import dataclasses
 import functools
 import glob
 import os
 import shutil
 from concurrent import futures
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from densenet_jax.data import convert, tfds_source
 from densenet_jax.data.batches import available_cores, read_ahead
@@ -17,7 +14,6 @@ from densenet_jax.data.decode import decode_image
 from densenet_jax.data.records import DamagedImage, Source
 from densenet_jax.data.settings import SINGLE, Labels, TableSettings
 from densenet_jax.data.sources import open_source
-from densenet_jax.data.summary import count_labels
 from densenet_jax.errors import UserError
 from densenet_jax.system.disk import locked
 
@@ -43,15 +39,13 @@ _KNOWN = {
 _BLOCK = 64  # images checked per thread at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitReport:
+class SplitReport(NamedTuple):
     """Result of verifying one split."""
 
     split: str
     examples: int
     expected: int | None  # size of the complete data set; None where that is not known
     damaged: tuple[tuple[str, str], ...]  # (name, why) of every image that can't be decoded, in file order
-    class_counts: np.ndarray  # int64 [classes], damaged images included; with several labels the images that have each
 
 
 def known_set(name: str) -> KnownSet:
@@ -67,14 +61,12 @@ def prepare_dataset(
     name: str,
     directory: str = "",
     *,
-    splits: tuple[str, ...] = (),
     progress: Progress = lambda *_: None,
-    workers: int = 0,
     table: TableSettings | None = None,
     labels: Labels = SINGLE,
     **decoding: Any,
 ) -> list[SplitReport]:
-    """Prepares what is not yet prepared and verifies all of it; may be repeated and interrupted.
+    """Prepares what is not yet prepared and verifies all splits of it; may be repeated and interrupted.
 
     Digits, class folders and tables need nothing but this call. A tfds set stored as TFRecord gets ArrayRecord files
     beside it. Another tfds set is downloaded and prepared by tfds, which may need TensorFlow (`imagenet2012` does, and
@@ -82,77 +74,62 @@ def prepare_dataset(
 
     Args:
         name: as for `open_source`, like `directory`.
-        splits: what to verify; (): all splits of a tfds set or table, or "train" and "validation" of class folders.
         progress: called with (activity, amount done, total).
-        workers: threads that convert and verify; 0: one per core.
         decoding: `pixel_range` and `dicom_frame` of `densenet_jax.data.decode.decode_image`.
 
     Raises:
         UserError: something that only the user can do is missing; the message says what.
     """
     directory = directory if name == "table" else directory or tfds_source.default_directory()
-    workers = workers or available_cores()
-    if name == "folder":
-        splits = splits or ("train", "validation")
-    elif name == "table":
+    if name == "table":
         from densenet_jax.data.table_rows import read_rows
 
-        splits = splits or read_rows(table or TableSettings(""), directory, labels, "text").splits
-    elif name == "digits":
-        splits = splits or ("train", "test")
+        splits = read_rows(table or TableSettings(""), directory, labels, "text").splits
+    elif name in ("folder", "digits"):
+        splits = ("train", "validation" if name == "folder" else "test")
     else:
         import tensorflow_datasets as tfds
 
-        info = tfds.builder_from_directory(_prepare_tfds(name, directory, progress, workers)).info
-        splits = splits or tuple(split for split in info.splits if split != "all")
+        info = tfds.builder_from_directory(_prepare_tfds(name, directory, progress)).info
+        splits = tuple(split for split in info.splits if split != "all")
     expected = known_set(name).examples
     reports = []
     for split in splits:
         source = open_source(name, directory, split, table=table, labels=labels)
-        reports.append(verify_split(source, split, expected.get(split), progress, workers, **decoding))
+        reports.append(verify_split(source, split, expected.get(split), progress, **decoding))
     return reports
 
 
 def verify_split(
-    source: Source,
-    split: str,
-    expected: int | None = None,
-    progress: Progress = lambda *_: None,
-    workers: int = 0,
-    **decoding: Any,
+    source: Source, split: str, expected: int | None = None, progress: Progress = lambda *_: None, **decoding: Any
 ) -> SplitReport:
     """Decodes every image of `source`, as `prepare_dataset`, holding only the images in flight in memory."""
-    total = len(source)
-    counts = np.zeros(source.num_classes, np.int64)
+    total, done, workers = len(source), 0, available_cores()
     damaged: list[tuple[str, str]] = []
     blocks = (range(start, min(start + _BLOCK, total)) for start in range(0, total, _BLOCK))
-    done = 0
-    check = functools.partial(_check, source, **decoding)
-    workers = workers or available_cores()
+    check = functools.partial(_list_damaged, source, **decoding)
     with futures.ThreadPoolExecutor(workers) as pool:
-        for labels, refused in read_ahead(pool, check, blocks, 2 * workers):
-            counts += count_labels(labels, source.num_classes)
+        for refused in read_ahead(pool, check, blocks, 2 * workers):
             damaged += refused
             done = min(done + _BLOCK, total)
             progress(f"verify {split}", done, total)
-    return SplitReport(split, total, expected, tuple(damaged), counts)
+    return SplitReport(split, total, expected, tuple(damaged))
 
 
-def _check(source: Source, block: range, **decoding: Any) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    labels, damaged = [], []
+def _list_damaged(source: Source, block: range, **decoding: Any) -> list[tuple[str, str]]:
+    damaged = []
     for index in block:
         try:
             record = source[index]
             if not source.many_labels and not 0 <= record.label < source.num_classes:
                 raise DamagedImage(record.name, f"its label {record.label} is none of {source.num_classes} classes")
-            labels.append(record.label)
             decode_image(record.image, 0, name=record.name, bits=0, **decoding)
         except DamagedImage as error:
             damaged.append((error.name, error.why))
-    return np.array(labels, np.float32 if source.many_labels else np.int64), damaged
+    return damaged
 
 
-def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -> str:
+def _prepare_tfds(name: str, directory: str, progress: Progress) -> str:
     """Prepares a tfds set as ArrayRecord files and returns its directory."""
     set_name = _set_name(name)
     if "://" in directory:
@@ -163,7 +140,7 @@ def _prepare_tfds(name: str, directory: str, progress: Progress, workers: int) -
                 _download_and_prepare(name, set_name, directory)
             path = tfds_source.find_prepared(name, directory)
             if "array_record" not in convert.stored_formats(path):
-                convert.convert_to_array_record(path, progress, workers)
+                convert.convert_to_array_record(path, progress, available_cores())
             return path
     except OSError as error:
         raise UserError(f"{name} can't be prepared in {directory} ({error}); set config.data.dir.") from error

@@ -1,6 +1,5 @@
 """Preparing a data set can be interrupted and repeated, and what is wrong with the data is listed."""
 
-import dataclasses
 import io
 import json
 import os
@@ -123,19 +122,16 @@ def test_damaged_tfrecords_are_named(tfrecords, damage):
 def test_verification_lists_damaged_images_and_counts(tmp_path):
     replace = {"train_3.JPEG": fake_imagenet.jpeg(3)[:700], "train_70.JPEG": b"no image"}
     fake_imagenet.write(str(tmp_path), train=130, validation=5, num_classes=6, replace=replace)
-    reports = prepare_dataset("imagenet2012", str(tmp_path), workers=3)
+    reports = prepare_dataset("imagenet2012", str(tmp_path))
     train = reports[0]
     assert [name for name, _ in train.damaged] == ["train_3.JPEG", "train_70.JPEG"]
-    np.testing.assert_array_equal(train.class_counts, [33, 33, 32, 32, 0, 0])
     assert [(report.examples, report.expected) for report in reports] == [(130, 1_281_167), (5, 50_000)]
     assert reports[1].damaged == ()
 
 
 def test_digits_and_folders(tmp_path):
     reports = prepare_dataset("digits", str(tmp_path))
-    assert [report[:4] for report in map(dataclasses.astuple, reports)] == [
-        ("train", 1437, 1437, ()), ("test", 360, 360, ()),
-    ]  # fmt: skip
+    assert reports == [("train", 1437, 1437, ()), ("test", 360, 360, ())]
     for split in ("train", "val"):
         for label in ("ant", "bee"):
             (tmp_path / "tree" / split / label).mkdir(parents=True)
@@ -219,5 +215,4 @@ def test_a_table_is_verified_split_by_split(tmp_path):
     table = TableSettings(str(tmp_path / "t.csv"), label_columns=("x", "y"), split_column="part")
     fit, judge = prepare_dataset("table", table=table, labels=Labels(many=True))
     assert (fit.split, fit.examples, [name for name, _ in fit.damaged]) == ("fit", 2, ["b.jpg"])
-    np.testing.assert_array_equal(fit.class_counts, [2, 0])
-    np.testing.assert_array_equal(judge.class_counts, [0, 1])
+    assert (judge.split, judge.examples, judge.damaged) == ("judge", 1, ())
