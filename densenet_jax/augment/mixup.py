@@ -11,13 +11,10 @@ from densenet_jax.rng import example_keys
 
 
 def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, "b ..."]:
-    """Returns each example's partner by swapping neighboring blocks of `distance` examples.
+    """Returns each example's partner by swapping neighboring blocks of `distance` examples, or raises UserError.
 
     The order of examples is random already, and no example has to leave its device as long as a device holds a multiple
     of `2 * distance` examples.
-
-    Raises:
-        UserError: `2 * distance` does not divide the batch.
     """
     size = array.shape[0]
     if size % (2 * distance):

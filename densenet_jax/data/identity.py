@@ -71,11 +71,7 @@ def _unpack(packed: Any) -> dict[str, str]:
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
-    """Reads the data set that the checkpoint of `step` was trained on; an older one has only the run's labels.txt.
-
-    Raises:
-        UserError: labels.txt can't be read.
-    """
+    """Reads the data set that the checkpoint of `step` was trained on; an older one has only the run's labels.txt."""
     from densenet_jax.training.integrity import DamagedCheckpointError, check_files
 
     checkpoint = os.path.join(workdir, "checkpoints", str(step))

@@ -25,11 +25,7 @@ _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
 
 def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads shape, [height, width] or [height, width, channels], and dtype of an NPY file.
-
-    Raises:
-        ValueError: it is damaged or has another shape.
-    """
+    """Reads shape, [height, width] or [height, width, channels], and dtype of an NPY file, or raises ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -73,9 +73,8 @@ class BalancedOrder:
     def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1) -> None:
         """Groups examples by their labels; groups without an example are left out.
 
-        Args:
-            labels: int [n] class numbers; or float [n, k] with 1 for a label that is present, whose examples are a
-                group, as are the examples without any present label.
+        `labels` are int [n] class numbers; or float [n, k] with 1 for a label that is present, whose examples are a
+        group, as are the examples without any present label.
         """
         if labels.ndim == 1:
             groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])

@@ -55,11 +55,7 @@ def codes(column: pa.DictionaryArray) -> np.ndarray:
 
 
 def check_columns(path: str, known: Sequence[str], wanted: Sequence[tuple[str, str]]) -> None:
-    """Checks that the table has the columns; `wanted` are pairs of a setting and the column that it names.
-
-    Raises:
-        UserError: one is missing; the message has the nearest name.
-    """
+    """Checks that a table has the columns of the pairs (setting, column); raises UserError with the nearest if not."""
     for key, name in wanted:
         if known.count(name) > 1:
             raise UserError(f"{path} has {known.count(name)} columns named {name!r}; give each a name of its own.")

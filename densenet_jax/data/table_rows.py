@@ -35,11 +35,7 @@ class Rows:
 
 
 def read_rows(settings: TableSettings, directory: str, labels: Labels, class_order: str) -> Rows:
-    """Reads and checks the whole table; splits that are opened one after the other share one reading.
-
-    Raises:
-        UserError: as for `TableSource`.
-    """
+    """Reads and checks a table, or raises UserError; splits that are opened one after the other share one reading."""
     check_settings(settings, labels)
     files = _table_files(settings, directory)
     folder = os.path.dirname(next(iter(files.values())))

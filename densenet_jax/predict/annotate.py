@@ -34,12 +34,7 @@ def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, .
 
 
 def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits, **decoding: Any) -> None:
-    """Writes the image at `path`, as `load_image` reads it, with a bar for each answer below, as a JPEG to `target`.
-
-    Raises:
-        ImageError: the image can no longer be read.
-        UserError: `target` can't be written.
-    """
+    """Writes the image at `path` with a bar for each answer below as a JPEG; raises ImageError or UserError."""
     pixels = to_rgb(load_image(path, 0, limits=limits, bits=0, **decoding))
     picture = draw_answers(np.asarray(pixels), answers)
     with report_write_errors(target, "change --annotate"):

@@ -182,11 +182,7 @@ def cover(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
-    """Parses "pooled", "pyramid" or strides such as "stride_2,stride_8" to an output of the model's module.
-
-    Raises:
-        UserError: there are no such features.
-    """
+    """Parses "pooled", "pyramid" or strides such as "stride_2,stride_8" to a module's output; raises UserError."""
     if features in FEATURES:
         return features
     module: Any = model.module

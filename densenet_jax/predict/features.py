@@ -25,12 +25,9 @@ class FeatureArchive:
     """
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
-        """Opens the raw files of the .npz file `path`, keeping the first `rows` rows of earlier runs.
+        """Opens the raw files of the .npz file `path`, keeping `rows` rows of earlier runs, or raises UserError.
 
         `shapes` are those of a row of each array.
-
-        Raises:
-            UserError: rows are missing, or the files can't be written.
         """
         self.path, self._shapes = path, dict(shapes)
         self._folder = f"{path}.partial"
@@ -55,12 +52,9 @@ class FeatureArchive:
                 file.flush()
 
     def finish(self, names: Callable[[], Iterable[str]], rows: int) -> None:
-        """Writes the archive atomically and removes the raw files.
+        """Writes the archive atomically and removes the raw files; raises UserError if it can't be written.
 
         `names` returns the image of each row, in order; it is called twice.
-
-        Raises:
-            UserError: the archive can't be written.
         """
         self.close()
         with self._report_errors():

@@ -121,10 +121,8 @@ def write_page(
 ) -> str:
     """Writes `workdir/report/NAME`, its pictures as PNG files and `tables` beside it, and returns the page's path.
 
-    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one.
-
-    Raises:
-        UserError: the directory can't be written to.
+    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one. Raises
+    UserError if the directory can't be written to.
     """
     directory = os.path.join(workdir, DIRECTORY)
     files = {file: png for picture in pictures for file, png in picture.files().items()}

@@ -16,11 +16,7 @@ from densenet_jax.training.timeline import Timeline
 def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: str) -> dict[str, str | int | float]:
     """Draws the learning rate over all steps to WORKDIR/schedule.png and prints its turning points.
 
-    Returns:
-        {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}.
-
-    Raises:
-        UserError: the picture can't be written.
+    Returns {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}; raises UserError if it can't be written.
     """
     rates = all_rates(schedule, timeline.total_steps)
     per_epoch = timeline.steps_per_epoch
