@@ -26,11 +26,7 @@ Index = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def load_or_list(directory: str, root: str, folders: list[str], class_names: tuple[str, ...]) -> Index:
-    """Reads the index of an earlier listing if no folder changed since, else lists the class folders of `root`.
-
-    Raises:
-        UserError: a folder can't be read or is a link to one that it lies in.
-    """
+    """Reads the index of an earlier listing if no folder changed since, else lists the class folders of `root`."""
     files = index_files(directory, root)
     for file in files:
         if (index := _load(file, root, class_names)) is not None:

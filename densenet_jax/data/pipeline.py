@@ -126,10 +126,7 @@ def eval_batches(source: Source, *, transform: Transform, **options: Any) -> Bat
 
 
 class _Reader:
-    """Reads and transforms an example, or the next undamaged one if damaged images may be skipped.
-
-    Keeps the examples of a transform without draws in memory if the data set is small enough.
-    """
+    """Reads an example, or the next undamaged one; keeps those of a small set whose transform draws nothing."""
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         self._source, self._transform, self._damaged = source, transform, damaged

@@ -26,8 +26,7 @@ def resize(
     """Resizes `pixels`, or the part of it in `box`, which may fall between pixels.
 
     `pixels` and the result are uint8 or uint16 [height, width, channels]; `interpolation` is "bilinear" or "bicubic".
-    With `antialias`, which averages over all pixels that an output pixel covers, the values are those of Pillow's
-    resize.
+    With `antialias`, an average over all pixels that an output pixel covers, the values are those of Pillow.
     """
     if pixels.shape[:2] == (height, width) and box in (None, (0, 0, width, height)):
         return pixels

@@ -40,10 +40,7 @@ class Order:
 
 
 class ListedOrder:
-    """`Order` of few examples, which keeps whole epochs.
-
-    Grain's shuffle takes about 65,536 / size steps for a place: milliseconds where there are ten.
-    """
+    """`Order` of few examples, which keeps epochs: Grain's shuffle would take milliseconds for a place among ten."""
 
     LONGEST = 1 << 16
 

@@ -26,11 +26,7 @@ def column_names(path: str) -> tuple[str, ...]:
 
 
 def read_columns(path: str, columns: Sequence[str], plain: str) -> Columns:
-    """Reads columns of a table: `plain` as text, the others dictionary-encoded (of a CSV file as text).
-
-    Raises:
-        UserError: the file is damaged, has no rows, or has a column of another type.
-    """
+    """Reads columns of a table: `plain` as text, the others dictionary-encoded (of CSV as text); raises UserError."""
     wanted = list(dict.fromkeys((plain, *columns)))
     read = _read_parquet if _is_parquet(path) else _read_csv
     table = _read(path, lambda: read(path, wanted, plain))

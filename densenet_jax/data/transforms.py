@@ -110,10 +110,7 @@ class Whole(Transform):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizedCenterCrop(Transform):
-    """Resizes the short side to `resize_px`, at least `image_size_px`, then cuts the central square.
-
-    The pixels are Pillow's antialiased ones, as in torchvision and timm.
-    """
+    """Resizes the short side to `resize_px`, then cuts the central square; with Pillow's antialiased pixels."""
 
     resize_px: int = 256
 
@@ -133,10 +130,7 @@ class ResizedCenterCrop(Transform):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FiveCrops(ResizedCenterCrop):
-    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle of the resized image.
-
-    They are the first axis of the result.
-    """
+    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle: the result's first axis."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,10 +152,7 @@ class FiveCrops(ResizedCenterCrop):
 
 
 def train_transform(*, kind: str = "random_resized_crop", **settings: Any) -> Transform:
-    """Makes the training transform: "random_resized_crop", or "none" for the stored image, resized if its size differs.
-
-    `settings` are the fields of `RandomResizedCrop`; `Whole` leaves out the ranges.
-    """
+    """Makes the training transform: "random_resized_crop", or "none" for the stored image, resized if need be."""
     if kind == "random_resized_crop":
         return RandomResizedCrop(**settings)
     known = {field.name for field in dataclasses.fields(Whole)}

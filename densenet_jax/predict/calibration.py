@@ -58,10 +58,7 @@ def calibration_path(workdir: str) -> str:
 
 
 def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> str:
-    """Writes a calibration of the checkpoint of `step` and returns the file's path, or raises UserError.
-
-    `content` has "temperatures", "thresholds", and whatever else a person may want to know.
-    """
+    """Writes `content`, "temperatures" and "thresholds" and more, as the calibration of a step; returns its path."""
     path = calibration_path(workdir)
     content = {"step": step, "weights": _digest(workdir, step), **content}
     with report_write_errors(path, "make room or mend its rights"):
@@ -70,11 +67,7 @@ def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> st
 
 
 def read_calibration(workdir: str, step: int, classes: int) -> Calibration | None:
-    """Reads the calibration of a checkpoint; None if there is none, with a warning if it is of another checkpoint.
-
-    Raises:
-        UserError: the file is not as it was written, or has another number of labels.
-    """
+    """Reads a checkpoint's calibration, or raises UserError; None without one, or with a warning for another's."""
     path = calibration_path(workdir)
     if not os.path.exists(path):
         return None

@@ -32,13 +32,7 @@ class CompiledModel:
     """
 
     def __init__(self, model: Deployed, batch_sizes: Sequence[int]) -> None:
-        """Puts the weights on the devices; compiles nothing yet (see `compile`).
-
-        `batch_sizes` are rounded up to multiples of the number of devices.
-
-        Raises:
-            UserError: a batch size is below 1.
-        """
+        """Puts the weights on the devices; compiles nothing yet. `batch_sizes` become multiples of the device count."""
         if not batch_sizes or min(batch_sizes) < 1:
             raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
         self.model, self.class_names, self.thresholds = model, model.class_names, model.thresholds

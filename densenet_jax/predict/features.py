@@ -19,16 +19,10 @@ _CHUNK = 4096  # names converted to an array at a time
 
 
 class FeatureArchive:
-    """Appends rows to raw files beside the archive and combines them in `finish`.
-
-    The archive holds "image", the paths, and a float32 array with one row an image for each kind of features.
-    """
+    """Appends rows to raw files beside the archive: of "image", the paths, and a float32 array for each feature."""
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
-        """Opens the raw files of the .npz file `path`, keeping `rows` rows of earlier runs, or raises UserError.
-
-        `shapes` are those of a row of each array.
-        """
+        """Opens raw files for rows of `shapes`, keeping `rows` of earlier runs; raises UserError if they lack any."""
         self.path, self._shapes = path, dict(shapes)
         self._folder = f"{path}.partial"
         self._files: dict[str, IO[bytes]] = {}
@@ -52,10 +46,7 @@ class FeatureArchive:
                 file.flush()
 
     def finish(self, names: Callable[[], Iterable[str]], rows: int) -> None:
-        """Writes the archive atomically and removes the raw files; raises UserError if it can't be written.
-
-        `names` returns the image of each row, in order; it is called twice.
-        """
+        """Writes the archive atomically or raises UserError; `names`, called twice, returns each row's image."""
         self.close()
         with self._report_errors():
             width = max((len(name) for name in names()), default=1) or 1

@@ -62,11 +62,7 @@ def name_of(source: ImageSource) -> str:
 
 
 def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Reads a regular file that is not too large; never waits for a pipe and never opens a device.
-
-    Raises:
-        ImageError: it is anything else, or can't be read.
-    """
+    """Reads a regular file of limited size, never waiting for a pipe or opening a device; raises ImageError."""
     name = shown(path)
     try:
         _check_kind(os.stat(path).st_mode, name)
@@ -86,11 +82,7 @@ def _check_kind(mode: int, name: str) -> None:
 
 
 def check_bytes(data: bytes, name: str = "the image", limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """Checks the size and first bytes of an encoded image; decodes nothing.
-
-    Raises:
-        ImageError: it is empty, no image, or would take too much memory or time to decode.
-    """
+    """Checks an encoded image without decoding it; raises ImageError where that would take too much memory or time."""
     if not data:
         raise ImageError(name, "it is empty")
     if len(data) > limits.max_bytes:

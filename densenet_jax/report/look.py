@@ -15,8 +15,6 @@ from densenet_jax.predict.explain import activation_maps
 from densenet_jax.report.gather import Answers, LabelAnswers, gather_answers, gather_label_answers
 from densenet_jax.report.labels import LabelTable
 from densenet_jax.run.evaluate import predict_batches
-from densenet_jax.scores.bootstrap import Intervals, class_intervals
-from densenet_jax.scores.classes import ClassScores
 from densenet_jax.training.eval_step import PredictStep
 from densenet_jax.training.sharding import replicated
 from densenet_jax.training.timeline import Timeline
@@ -39,18 +37,6 @@ class Look:
     label_table: LabelTable | None = None
     calibration: Calibration | None = None  # of this checkpoint
     groups: np.ndarray | None = None  # of the evaluated images, such as patients
-
-    def scores(self) -> ClassScores:
-        """Computes precision, recall and F1 of each class; needs `answers`."""
-        assert self.answers is not None
-        return self.answers.scores(len(self.class_names))
-
-    def intervals(self) -> Intervals:
-        """Computes bootstrap intervals of accuracy, balanced accuracy and F1; needs `answers`."""
-        assert self.answers is not None
-        groups = None if self.groups is None else self.groups[self.answers.rows[0] >= 0]
-        true, predicted = self.answers.counted
-        return class_intervals(true, predicted, len(self.class_names), groups=groups)
 
 
 def look_at(experiment: Experiment, workdir: str) -> Look:

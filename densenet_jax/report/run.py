@@ -44,8 +44,8 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
             pictures, content = run_page(workdir, settings, records, look, command)
             tables = {}
             if look.answers is not None:
-                rows = per_class_rows(look.scores(), look.class_names, range(len(look.class_names)))
-                tables["per_class.csv"] = to_csv(rows)
+                scores, classes = look.answers.scores(len(look.class_names)), range(len(look.class_names))
+                tables["per_class.csv"] = to_csv(per_class_rows(scores, look.class_names, classes))
             if look.label_table is not None:
                 tables["labels.csv"] = to_csv(look.label_table.csv_rows())
             path = page.write_page(workdir, "index.html", content, pictures, tables)

@@ -11,6 +11,7 @@ from densenet_jax.report.gather import Answers, LabelMistake, Mistake
 from densenet_jax.report.labels import LabelTable
 from densenet_jax.report.look import Look
 from densenet_jax.report.plots import confusion_chart, evidence_picture, make_picture, picture, reliability_chart
+from densenet_jax.scores.bootstrap import class_intervals
 from densenet_jax.scores.calibration import Reliability, sigmoid
 
 Section = tuple[list[page.Picture], str]
@@ -48,7 +49,7 @@ def _confusion(look: Look, answers: Answers) -> Section:
         alt = "true classes downwards, predicted ones to the right"
         pictures.append(make_picture("confusion", alt, confusion_chart, answers.matrix(len(names)), names))
         blocks.append(page.charts([("True class (down) and predicted class (across)", pictures[0])]))
-    totals = look.scores().examples
+    totals = answers.scores(len(names)).examples
     rows = [
         (names[true], names[predicted], f"{count:,}", f"{count / totals[true]:.1%}")
         for true, predicted, count in answers.list_confused(_MOST_PAIRS)
@@ -60,10 +61,13 @@ def _confusion(look: Look, answers: Answers) -> Section:
 
 
 def _classes(look: Look, answers: Answers) -> Section:
-    scores, names = look.scores(), look.class_names
+    names, groups = look.class_names, None if look.groups is None else look.groups[answers.rows[0] >= 0]
+    scores = answers.scores(len(names))
     present = scores.examples > 0
     accuracy = answers.right / max(1, answers.counted.shape[1])
-    low_high = {name: f" ({low:.2%} to {high:.2%})" for name, (low, high) in look.intervals().items()}
+    true, predicted = answers.counted
+    intervals = class_intervals(true, predicted, len(names), groups=groups)
+    low_high = {name: f" ({low:.2%} to {high:.2%})" for name, (low, high) in intervals.items()}
     words = (
         f"Accuracy {accuracy:.2%}{low_high['top1']}; means over the {np.count_nonzero(present):,} classes with images: "
         f"recall (balanced accuracy) {_mean(scores.recall[present])}{low_high['balanced_accuracy']}, "

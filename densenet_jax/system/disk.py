@@ -85,10 +85,7 @@ def check_room(directory: str, byte_count: int) -> None:
 
 
 def drop_late_errors(unraisable: Any) -> None:
-    """Drops the leftovers of a failed save, as `sys.unraisablehook`.
-
-    TensorStore prints them when many writes fail at once and Orbax has stopped listening after the first.
-    """
+    """Drops what TensorStore prints after a failed save when Orbax listens no more, as `sys.unraisablehook`."""
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
