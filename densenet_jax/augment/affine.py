@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from densenet_jax.augment.basic import Images
+
 
 def rotation(degrees: Float[Array, " b"], height: int, width: int) -> Float[Array, "b 6"]:
     """Returns the coefficients of a counter-clockwise rotation about the middle of the image."""
@@ -12,9 +14,7 @@ def rotation(degrees: Float[Array, " b"], height: int, width: int) -> Float[Arra
     return jnp.stack([cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y], axis=1)
 
 
-def warp(
-    images: Float[Array, "b h w c"], coefficients: Float[Array, "b 6"], fill: Float[Array, " c"]
-) -> Float[Array, "b h w c"]:
+def warp(images: Images, coefficients: Float[Array, "b 6"], fill: Float[Array, " c"]) -> Images:
     """Transforms images affinely and bilinearly: output (x, y) is input (a x + b y + c, d x + e y + f).
 
     Pixel centers lie at halves, as in Pillow's Image.transform; the identity changes no bit. `coefficients` are a to f

@@ -22,8 +22,8 @@ def whole_below(numbers: Float[Array, "..."], limits: Int[Array, "..."] | int) -
     return jnp.floor(numbers * limits).astype(jnp.int32)
 
 
-# Pixels of 8 or 16 bits, or floats in [0, 1].
-Pixels = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"] | Float[Array, "b h w c"]
+Images = Float[Array, "b h w c"]
+Pixels = UInt8[Array, "b h w c"] | UInt16[Array, "b h w c"] | Images  # floats are in [0, 1]
 
 
 def white_of(images: jax.Array) -> float:

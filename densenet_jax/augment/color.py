@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from densenet_jax.augment.basic import Pixels, to_float, uniforms
+from densenet_jax.augment.basic import Images, Pixels, to_float, uniforms
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
-def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+def luma(images: Images) -> Float[Array, "b h w 1"]:
     """Computes ITU-R 601 gray (0.2989, 0.587, 0.114 of red, green, blue); returns non-RGB channels as they are."""
     if images.shape[-1] != 3:
         return images
@@ -16,9 +16,7 @@ def luma(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def adjust_color(
-    images: Float[Array, "b h w c"], operations: Int[Array, " b"], factors: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
+def adjust_color(images: Images, operations: Int[Array, " b"], factors: Float[Array, " b"]) -> Images:
     """Applies one color operation per image: factor * image + (1 - factor) * reference, clipped to [0, 1].
 
     The reference is black (BRIGHTNESS), the mean of the image's gray (CONTRAST) or the gray image (SATURATION), as in
@@ -34,7 +32,7 @@ def adjust_color(
 
 def color_jitter(
     images: Pixels, keys: Key[Array, " b"], *, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4
-) -> Float[Array, "b h w c"]:
+) -> Images:
     """Changes brightness, contrast and saturation of each image in a random order (torchvision's ColorJitter).
 
     Each strength v draws a factor uniform in [max(0, 1 - v), 1 + v]; only three channels have a saturation. Returns

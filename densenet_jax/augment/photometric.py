@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from densenet_jax.augment.basic import Images
+
 LEVELS = 256
-Images = Float[Array, "b h w c"]
 
 
 def histogram(images: Images) -> Float[Array, "b c 256"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8, UInt16
 
 from densenet_jax.augment import photometric as tones
 from densenet_jax.augment.affine import rotation, warp
-from densenet_jax.augment.basic import uniforms, white_of, whole_below
+from densenet_jax.augment.basic import Images, uniforms, white_of, whole_below
 
 OPERATIONS = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),  # looked up in tables
@@ -36,7 +36,7 @@ def _pick(operations: Choices, choices: dict[str, Array], otherwise: Array) -> A
     return result
 
 
-def _apply_tone(images: tones.Images, operations: Choices, share: Numbers, white: float) -> tones.Images:
+def _apply_tone(images: Images, operations: Choices, share: Numbers, white: float) -> Images:
     is_wide = white > 255.0
     levels = jnp.floor((images + 0.5) / 257.0) if is_wide else images
     counts = tones.histogram(levels)
@@ -53,7 +53,7 @@ def _apply_tone(images: tones.Images, operations: Choices, share: Numbers, white
     return tones.look_up_wide(images, levels, tables) if is_wide else tones.look_up(images, tables)
 
 
-def _apply_blend(images: tones.Images, operations: Choices, signed_share: Numbers, white: float) -> tones.Images:
+def _apply_blend(images: Images, operations: Choices, signed_share: Numbers, white: float) -> Images:
     gray = tones.gray(images)
     mean = jnp.floor(jnp.mean(gray, axis=(1, 2, 3), keepdims=True) + 0.5)
     black, smooth = jnp.zeros_like(mean), tones.smoothed(images)
@@ -62,9 +62,7 @@ def _apply_blend(images: tones.Images, operations: Choices, signed_share: Number
     return tones.blend(references, images, jnp.maximum(0.1, 1.0 + 0.9 * signed_share), white)
 
 
-def _apply_warp(
-    images: tones.Images, operations: Choices, signed_share: Numbers, fill: Float[Array, " c"]
-) -> tones.Images:
+def _apply_warp(images: Images, operations: Choices, signed_share: Numbers, fill: Float[Array, " c"]) -> Images:
     height, width = images.shape[1:3]
     identity = jnp.broadcast_to(jnp.asarray([1.0, 0, 0, 0, 1, 0])[None, :], (images.shape[0], 6))
     choices = {

@@ -1,5 +1,6 @@
 """Orders class folders, and reads and writes the file of class names."""
 
+import collections
 import json
 import os
 import re
@@ -69,7 +70,7 @@ def order_classes(classes: Iterable[str], class_order: str) -> tuple[str, ...]:
     if class_order in ("text", "natural"):
         return tuple(sorted(classes, key=natural_key if class_order == "natural" else None))
     names = read_labels(class_order)
-    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+    if twice := sorted(name for name, count in collections.Counter(names).items() if count > 1):
         raise UserError(f"config.data.class_order {class_order} has a name twice: {', '.join(twice[:5])}.")
     if missing := sorted(set(classes) - set(names)):
         raise UserError(

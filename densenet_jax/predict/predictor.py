@@ -33,6 +33,10 @@ from densenet_jax.predict.images import (
 from densenet_jax.predict.model import Deployed, make_deployed, make_deployed_from_pretrained
 
 logger = logging.getLogger(__name__)
+_DARK = (
+    "%s has 16 bits and no value above %d of 65535, so that it is almost black; "
+    "config.data.pixel_range names the stored values that are black and white."
+)
 
 
 class ClassProbability(NamedTuple):
@@ -188,22 +192,15 @@ class Predictor(CompiledModel):
                 pixels = load_image(image, transform.channels, name=name, limits=self.limits, **decoding)
                 return transform.of_pixels(pixels)
             pixels = transform(read_encoded(image, name, self.limits), name=name)
-            if pixels.dtype == np.uint16 and not transform.pixel_range and 0 < (highest := pixels.max()) < 65536 // 16:
-                self._warn_of_dark(name, int(highest))
+            highest = int(pixels.max()) if pixels.dtype == np.uint16 and not transform.pixel_range else 0
+            if 0 < highest < 65536 // 16 and not self._has_warned:
+                self._has_warned = True
+                logger.warning(_DARK, name, highest)
             return pixels
         except DamagedImage as error:
             raise ImageError(name, error.why) from error
         except MemoryError as error:
             raise ImageError(name, "there is not enough memory to decode it") from error
-
-    def _warn_of_dark(self, name: str, highest: int) -> None:
-        if not self._has_warned:
-            logger.warning(
-                "%s has 16 bits and no value above %d of 65535, so that it is almost black; "
-                "config.data.pixel_range names the stored values that are black and white.",
-                *(name, highest),
-            )
-        self._has_warned = True
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Predicts preprocessed images [b, *image_shape] of any b: probabilities float32 [b, classes].
