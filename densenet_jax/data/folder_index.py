@@ -26,7 +26,7 @@ Index = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def load_or_list(directory: str, root: str, folders: list[str], class_names: tuple[str, ...]) -> Index:
-    """Reads the index of an earlier listing if no folder changed since, else lists the class folders of `root`."""
+    """Reads the index of an earlier listing, or lists the class folders if one changed; may raise UserError."""
     files = index_files(directory, root)
     for file in files:
         if (index := _load(file, root, class_names)) is not None:

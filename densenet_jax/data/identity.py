@@ -71,7 +71,7 @@ def _unpack(packed: Any) -> dict[str, str]:
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
-    """Reads the data set that the checkpoint of `step` was trained on; an older one has only the run's labels.txt."""
+    """Reads a checkpoint's data set; an older one has only the run's labels.txt, which may raise UserError."""
     from densenet_jax.training.integrity import DamagedCheckpointError, check_files
 
     checkpoint = os.path.join(workdir, "checkpoints", str(step))
@@ -198,7 +198,8 @@ def _list_contents(split: str, before: dict[str, Any], now: dict[str, Any]) -> l
     had, have = (sampled if isinstance(sampled := part.get("contents"), dict) else {} for part in (before, now))
     both = had.keys() & have.keys()
     changed = sorted(name for name in both if had[name] != have[name])
-    return [_list(f"{split}: other contents of {len(changed)} of {len(both)} sampled files: ", changed)] * bool(changed)
+    start = f"{split}: other contents of {len(changed)} of {len(both)} sampled files: "
+    return [_list(start, changed)] if changed else []
 
 
 def _list(start: str, entries: Sequence[str]) -> str:

@@ -66,7 +66,7 @@ def train_batches(
 
     Args:
         seed: determines, with the step, order and crops.
-        repeats: neighboring examples that are one image, each with its own transform; see `Order`. Divides the batch.
+        repeats: neighboring examples that are one image, each with its own transform (`Order`); divide the batch.
         sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often (`BalancedOrder`).
         options: the fields of `Reading`.
 
