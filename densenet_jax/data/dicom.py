@@ -92,7 +92,7 @@ def _monochrome(
 
 
 def _look_up(values: np.ndarray, item: Any, dataset: Any) -> tuple[np.ndarray, float]:
-    """Applies a lookup table (PS3.3, C.11.1.1), as pydicom does not for 8 bits; also returns its largest number."""
+    """Applies a lookup table (PS3.3, C.11.1.1), as pydicom does but for 8 bits; also returns its largest number."""
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     data = item.LUTData
     if isinstance(data, bytes):

@@ -21,7 +21,7 @@ _LONGEST_NAME = 240  # bytes; file systems allow 255
 
 
 def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, ...] = (".jpg", ".jpeg")) -> str:
-    """Maps `path` below `root` to a place below `directory`, its name ending in one of `suffixes`, else the first."""
+    """Maps `path` below `root` to a place within `directory`; names ending in none of `suffixes` get the first."""
     inside = pathlib.PurePath(os.path.relpath(os.path.abspath(path), root))
     parts = ["__" if part == ".." else part for part in inside.parts]
     name = parts.pop()

@@ -26,7 +26,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def from_thresholds(cls, thresholds: tuple[float, ...], classes: int, source: str) -> "Calibration | None":
-        """Makes one of thresholds in a file of weights, None for (); raises UserError if they don't fit."""
+        """Makes a calibration of the thresholds in a file of weights, if any; raises UserError if they don't fit."""
         if thresholds and (len(thresholds) != classes or any(value < 0 or value > 1 for value in thresholds)):
             raise UserError(
                 f"{source} has {len(thresholds)} thresholds (op_threshs), from {np.nanmin(thresholds):g} to "
@@ -58,7 +58,7 @@ def calibration_path(workdir: str) -> str:
 
 
 def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> str:
-    """Writes `content`, "temperatures" and "thresholds" and more, as the calibration of a step; returns its path."""
+    """Writes the calibration of a step ("temperatures", "thresholds" and more) and returns the file's path."""
     path = calibration_path(workdir)
     content = {"step": step, "weights": _digest(workdir, step), **content}
     with report_write_errors(path, "make room or mend its rights"):
@@ -67,7 +67,7 @@ def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> st
 
 
 def read_calibration(workdir: str, step: int, classes: int) -> Calibration | None:
-    """Reads a checkpoint's calibration, or raises UserError; None without one, or with a warning for another's."""
+    """Reads a checkpoint's calibration or raises UserError; None if there is none, warning of another checkpoint's."""
     path = calibration_path(workdir)
     if not os.path.exists(path):
         return None

@@ -19,7 +19,7 @@ _CHUNK = 4096  # names converted to an array at a time
 
 
 class FeatureArchive:
-    """Appends rows to raw files beside the archive: of "image", the paths, and a float32 array for each feature."""
+    """Appends rows of features to raw files and combines them, with the paths as "image", in an archive."""
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
         """Opens raw files for rows of `shapes`, keeping `rows` of earlier runs; raises UserError if they lack any."""

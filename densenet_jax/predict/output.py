@@ -51,7 +51,7 @@ class PredictionFile(contextlib.AbstractContextManager["PredictionFile"]):
         return place < len(self._done) and bool(self._done[place] == key)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends lines, of which a kill tears at most one, mended by the next run; raises UserError if it can't."""
+        """Appends lines; a kill leaves at most one torn line, which the next run repairs. Raises UserError."""
         lines = list(lines)
         with report_write_errors(self.path, _REMEDY):
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -42,7 +42,7 @@ def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
 
 
 def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
-    """Returns `most` steps at most at which the rate, float [steps], jumps, turns, moves or rests, and its ends."""
+    """Returns at most `most` steps at which the rate, float [steps], jumps, turns, moves or rests, and its ends."""
     slopes = np.diff(rates)
     size = np.abs(slopes)
     # A jump is far larger than the changes before and after it.
