@@ -25,16 +25,15 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012  (tfds's own attribute)
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=10),
+            "file_name": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits of the UCI repository, as scikit-learn ships them.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",
         )
@@ -45,11 +44,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         digits = load_digits()
         test = stratified_test_indices(digits.target, TEST_EXAMPLES)
-        train = np.setdiff1d(np.arange(len(digits.target)), test)
-        return {
-            "train": self._generate_examples(digits.images, digits.target, train),
-            "test": self._generate_examples(digits.images, digits.target, test),
-        }
+        splits = {"train": np.setdiff1d(np.arange(len(digits.target)), test), "test": test}
+        return {name: self._generate_examples(digits.images, digits.target, part) for name, part in splits.items()}
 
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Iterator[Any]:
         for index in indices:
@@ -100,12 +96,11 @@ def _write(directory: str, path: str) -> None:
         if leftover.is_dir():  # from a killed run: the lock keeps other writers out
             shutil.rmtree(leftover.path)
     builder = Digits(data_dir=directory, file_format="array_record")
+    downloads = os.path.join(os.path.dirname(path), "downloads")
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
     # tfds writes to a temporary directory and renames it, so `path` is complete or absent.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder.download_and_prepare(
-            download_dir=os.path.join(os.path.dirname(path), "downloads"),
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        )
-    shutil.rmtree(os.path.join(os.path.dirname(path), "downloads"), ignore_errors=True)  # empty
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
+    shutil.rmtree(downloads, ignore_errors=True)  # empty
     if not _is_prepared(path):
         raise UserError(f"Preparing the digits left nothing in {path}; remove that directory and try again.")

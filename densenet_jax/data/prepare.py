@@ -159,10 +159,8 @@ def _download_and_prepare(name: str, set_name: str, directory: str) -> None:
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         for leftover in glob.glob(f"{glob.escape(os.fspath(builder.data_path))}.incomplete*"):
             shutil.rmtree(leftover)  # from a killed run: the lock keeps other writers out
-        builder.download_and_prepare(
-            download_dir=os.path.join(directory, "downloads"),
-            download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False),
-        )
+        config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+        builder.download_and_prepare(download_dir=os.path.join(directory, "downloads"), download_config=config)
     except ImportError as error:
         package = "tensorflow-cpu==2.21.0" if "tensorflow" in str(error) else error.name or str(error)
         raise UserError(f"Preparing {name} needs one more package: `pip install {package}`, then repeat.") from error

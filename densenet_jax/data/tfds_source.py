@@ -144,8 +144,6 @@ def not_prepared_message(set_name: str, name: str, directory: str) -> str:
         return f"{start}; did you mean config.data.name={close[0]}?"
     if archives := MANUAL_ARCHIVES.get(set_name):
         manual = os.path.join(directory, "downloads", "manual")
-        return (
-            f"{start}: download {' and '.join(archives)} from https://image-net.org/download-images "
-            f"into {manual}, then run {command}."
-        )
+        source = "https://image-net.org/download-images"
+        return f"{start}: download {' and '.join(archives)} from {source} into {manual}, then run {command}."
     return f"{start}: run {command}, or set config.data.dir to where it is."

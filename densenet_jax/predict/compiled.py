@@ -146,11 +146,10 @@ class CompiledModel:
             # The compiler merges this with the classification above, so the network runs once.
             body = module.clone(output=parse_features(features, model))
             activations: Any = body.apply(variables, seen(images), train=False)
-            outputs |= (
-                {"pooled": activations}
-                if features == "pooled"
-                else {f"stride_{stride}": part for stride, part in activations.items()}
-            )
+            if features == "pooled":
+                outputs["pooled"] = activations
+            else:
+                outputs |= {f"stride_{stride}": part for stride, part in activations.items()}
         if classes is not None:
             classes = jnp.where(classes == BEST_CLASS, jnp.argmax(outputs["probability"], axis=-1), classes)
             outputs["class_id"] = classes

@@ -95,11 +95,8 @@ def _expand_pattern(place: str) -> list[str]:
 def _list_folder(folder: str, skipped: Skipped = None) -> Iterator[Candidate]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False), is_image_file(entry))
-                for entry in entries
-                if not entry.name.startswith(".")
-            )
+            visible = (entry for entry in entries if not entry.name.startswith("."))
+            names = sorted((one.name, one.is_dir(follow_symlinks=False), is_image_file(one)) for one in visible)
     except OSError as error:
         yield Candidate(folder, f"the folder can't be read ({error.strerror or error})")
         return

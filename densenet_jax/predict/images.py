@@ -18,13 +18,8 @@ from densenet_jax.errors import UserError, first_line
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray
 _JPEG_SCANS = 100  # progressive encoders write about ten; each costs a pass over all pixels
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
 class ImageError(UserError):
