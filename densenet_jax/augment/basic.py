@@ -40,7 +40,10 @@ def to_float(images: Pixels) -> Float[Array, "b h w c"]:
 def normalize(
     images: Pixels, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "b h w c"]:
-    """Computes (image - mean) / std of each channel, for images in [0, 1], in float32, or float64 where `dtype` is."""
+    """Computes (image - mean) / std for each channel; mean and std are for images in [0, 1].
+
+    Computes in float32, or in float64 where `dtype`, the result's, is.
+    """
     exact = jnp.promote_types(dtype, jnp.float32)
     scale = white_of(images)
     shape = (1, 1, 1, len(mean))
@@ -57,7 +60,10 @@ def random_flip(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"]) -> Sha
 
 
 def pad_and_crop(images: Shaped[Array, "b h w c"], keys: Key[Array, " b"], pad_px: int) -> Shaped[Array, "b h w c"]:
-    """Pads every side with `pad_px` zeros and cuts the original size out at a random place (CIFAR's, with 4)."""
+    """Pads every side with `pad_px` zeros and cuts the original size back out at a random place (CIFAR's, with 4).
+
+    All (2 pad_px + 1)^2 places are equally likely.
+    """
     padded = jnp.pad(images, ((0, 0), (pad_px, pad_px), (pad_px, pad_px), (0, 0)))
 
     corners = whole_below(uniforms(keys, 2), 2 * pad_px + 1)

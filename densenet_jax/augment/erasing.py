@@ -56,8 +56,11 @@ def random_erase(
 ) -> Float[Array, "b h w c"]:
     """Overwrites a random rectangle of some images, which are normalized: the noise has mean 0 and variance 1.
 
-    `area` is the rectangle's share of the image, `aspect` its height over its width; `mode` is "zero" (the mean image),
-    "color" (one normal number a channel) or "pixel" (one a value).
+    Args:
+        probability: that an image loses a rectangle.
+        area: the rectangle's share of the image, lowest and highest.
+        aspect: its height over its width, lowest and highest.
+        mode: "zero" (the mean image), "color" (one normal number a channel) or "pixel" (one a value).
     """
     height, width, channels = images.shape[1:]
     box_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

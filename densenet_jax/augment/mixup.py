@@ -11,10 +11,13 @@ from densenet_jax.rng import example_keys
 
 
 def partners(array: Shaped[Array, "b ..."], distance: int = 1) -> Shaped[Array, "b ..."]:
-    """Returns each example's partner by swapping neighboring blocks of `distance` examples, or raises UserError.
+    """Returns each example's partner by swapping neighboring blocks of `distance` examples.
 
     The order of examples is random already, and no example has to leave its device as long as a device holds a multiple
     of `2 * distance` examples.
+
+    Raises:
+        UserError: `2 * distance` does not divide the batch.
     """
     size = array.shape[0]
     if size % (2 * distance):
@@ -56,13 +59,17 @@ def mix(
     """Mixes each example with its partner by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899), as timm does.
 
     With share l ~ Beta(alpha, alpha), mixup gives l * own + (1 - l) * partner; cutmix puts the partner's pixels into a
-    box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l, many labels one
-    by one: what is unknown (NaN) in an image with a share is unknown in the mixture. Returns images in their dtype,
-    mixed in float32 at least, and unsmoothed class probabilities, float32 [b, k].
+    box of about 1 - l of the area, whose true area then corrects l. Labels are mixed with the same l. Images are
+    floats, mixed in float32 at least and returned in their dtype, with the class probabilities, float32 [b, k],
+    unsmoothed.
+
+    Many labels an image are mixed one by one; one that is unknown (NaN) in either image is unknown in the mixture,
+    unless that image has no share in it.
 
     Args:
         labels: class numbers, or many labels an image.
-        mixup_alpha: 0 turns mixup off, as `cutmix_alpha` does cutmix.
+        mixup_alpha: 0 turns mixup off.
+        cutmix_alpha: 0 turns cutmix off.
         probability: that anything is mixed at all.
         cutmix_share: where both are on, how often it is cutmix.
         per_example: draws everything for each example instead of once a batch.

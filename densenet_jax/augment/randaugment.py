@@ -82,6 +82,8 @@ def apply_operations(
 ) -> Whole:
     """Applies one operation per image, within one level of Pillow's (sampling rounds differently now and then).
 
+    Images of 16 bits keep them.
+
     Args:
         operations: index into `OPERATIONS`; `NOTHING` changes nothing.
         levels: strength in [0, 10].

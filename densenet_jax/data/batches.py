@@ -83,6 +83,7 @@ class Batches(Iterator[Batch], contextlib.AbstractContextManager["Batches"]):
         """Prepares to read; nothing is read before `start` or the first `next`.
 
         Args:
+            arrays: shape (batch first) and dtype of every array of a batch.
             fill: fills some rows of a batch; called from many threads, may raise and record images in `damaged`.
             reader_threads: 0: one per core.
             prefetch_batches: batches that wait in memory at most, besides those in use.

@@ -16,7 +16,11 @@ _QUOTING_HEADER = '# Lines that begin with " are JSON strings.'
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Reads one class name per line, without empty lines and comments ("# ..."); raises UserError if it has none."""
+    """Reads one class name per line, from class 0 on; empty lines and comments ("# ...") are skipped.
+
+    Raises:
+        UserError: the file can't be read or holds no names.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(_MAX_LABELS_CHARACTERS + 1)
@@ -62,7 +66,9 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
 
 
 def order_classes(classes: Iterable[str], class_order: str) -> tuple[str, ...]:
-    """Orders classes by number: as "text" (by code point), "natural" (see `natural_key`) or as a file names them.
+    """Orders classes by number.
+
+    `class_order` is "text" (by code point), "natural" (see `natural_key`) or a file with one name per line.
 
     Raises:
         UserError: the file can't be read, has a name twice, or lacks a class.

@@ -28,8 +28,8 @@ def stored_formats(directory: str) -> tuple[str, ...]:
 def convert_to_array_record(directory: str, progress: Progress, workers: int = 4) -> None:
     """Writes ArrayRecord files beside the TFRecord files in `directory` and registers them with tfds.
 
-    An interrupted conversion resumes: files get their names when they are complete. Ignores the checksums inside
-    TFRecord; verification decodes every image afterwards.
+    An interrupted conversion resumes: files get their names when they are complete. Needs no TensorFlow. Ignores the
+    checksums inside TFRecord; verification decodes every image afterwards.
 
     Raises:
         UserError: a file is missing, damaged or can't be written.

@@ -38,7 +38,10 @@ def resized_size(height: int, width: int, resize_px: int) -> tuple[int, int]:
 
 
 def center_box(height: int, width: int, resize_px: int, crop_px: int) -> Box:
-    """Returns the central crop taken after the resize as a box in the stored image, rounded as torchvision does."""
+    """Returns (left, top, right, bottom), in the stored image, of the central crop taken after the resize.
+
+    Rounds as torchvision's Resize and CenterCrop do, so that the crop has their pixels without computing others.
+    """
     resized_height, resized_width = resized_size(height, width, resize_px)
     top, left = round((resized_height - crop_px) / 2), round((resized_width - crop_px) / 2)
     down, right = height / resized_height, width / resized_width

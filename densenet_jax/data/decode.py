@@ -34,7 +34,8 @@ def decode_image(
         channels: 3 for RGB, 1 for gray, else the number that the file has; 0 takes any. Alpha is dropped and palettes
             are looked up.
         name: the image's name in messages.
-        apply_exif_orientation: off for data sets: the published weights were trained on pixels as they are stored.
+        apply_exif_orientation: off for data sets: the published ImageNet weights were trained and evaluated on pixels
+            as they are stored.
         pixel_range: stored values that become black and white; (): those of the file's own type.
         bits: bit depth of the result: 8, 16, or 0 for 16 where the file has more than 8.
         dicom_frame: see `densenet_jax.data.dicom.decode_dicom`.
@@ -43,7 +44,8 @@ def decode_image(
         uint8 or uint16 [height, width, channels].
 
     Raises:
-        DamagedImage: it is truncated, no image, too large, or has other channels or values that mean no brightness.
+        DamagedImage: the file is truncated, no image, has more than `MAX_PIXELS` pixels, another number of channels, or
+            values that mean no brightness.
     """
     try:
         if size := headers.declared_size(data):

@@ -28,7 +28,11 @@ def is_dicom(data: bytes) -> bool:
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Reads width and height; raises ValueError if pydicom is missing or the file has no image."""
+    """Reads width and height; decodes nothing.
+
+    Raises:
+        ValueError: pydicom is missing, or the file has no image.
+    """
     dataset = _read(data, only=True)
     return int(dataset.Columns), int(dataset.Rows)
 
@@ -92,7 +96,11 @@ def _monochrome(
 
 
 def _look_up(values: np.ndarray, item: Any, dataset: Any) -> tuple[np.ndarray, float]:
-    """Applies a lookup table (PS3.3, C.11.1.1), as pydicom does but for 8 bits; also returns its largest number."""
+    """Applies a lookup table (PS3.3, C.11.1.1); pydicom's own wraps indices of tables of 8 bits.
+
+    Returns:
+        The numbers, and the largest that a table of its bits can have.
+    """
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     data = item.LUTData
     if isinstance(data, bytes):

@@ -71,9 +71,12 @@ def stratified_test_indices(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def prepare(directory: str) -> str:
-    """Writes the digits below `directory` unless they are there; returns the prepared directory, or raises UserError.
+    """Writes the digits below `directory` unless they are there; returns the prepared directory.
 
     Safe to call from several processes at once; a killed call leaves nothing that looks like the data set.
+
+    Raises:
+        UserError: `directory` can't be written.
     """
     path = os.path.join(directory, "digits", "1.0.0")
     if _is_prepared(path):

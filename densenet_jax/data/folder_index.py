@@ -26,7 +26,11 @@ Index = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def load_or_list(directory: str, root: str, folders: list[str], class_names: tuple[str, ...]) -> Index:
-    """Reads the index of an earlier listing, or lists the class folders if one changed; may raise UserError."""
+    """Reads the index of an earlier listing if no folder changed since, else lists the class folders of `root`.
+
+    Raises:
+        UserError: a folder can't be read or is a link to one that it lies in.
+    """
     files = index_files(directory, root)
     for file in files:
         if (index := _load(file, root, class_names)) is not None:
@@ -158,7 +162,11 @@ def _load(file: str, root: str, class_names: tuple[str, ...]) -> Index | None:
 
 
 def subfolders(path: str) -> list[str]:
-    """Lists the folders in a folder, without hidden ones; raises UserError if one is unreadable or not UTF-8."""
+    """Lists the names of the folders in a folder, without hidden ones.
+
+    Raises:
+        UserError: it can't be read, or a name is not UTF-8.
+    """
     try:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

@@ -46,7 +46,11 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
-    """Reads (width, height) from the first bytes; raises DamagedImage if it is no image or too large."""
+    """Reads (width, height) from the file's first bytes; decodes nothing.
+
+    Raises:
+        DamagedImage: it is no image, or too large.
+    """
     if size := jpeg_size(data, name):
         return size[1], size[0]
     if size := declared_size(data):
@@ -95,7 +99,11 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """Reads (height, width) from the first bytes; None for no JPEG. Raises DamagedImage if it is too large."""
+    """Reads (height, width) from the file's first bytes; None where it is no JPEG.
+
+    Raises:
+        DamagedImage: the image is too large.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     try:

@@ -71,7 +71,11 @@ def _unpack(packed: Any) -> dict[str, str]:
 
 
 def read_identity(workdir: str, step: int) -> Identity | None:
-    """Reads a checkpoint's data set; an older one has only the run's labels.txt, which may raise UserError."""
+    """Reads the data set that the checkpoint of `step` was trained on; an older one has only the run's labels.txt.
+
+    Raises:
+        UserError: labels.txt can't be read.
+    """
     from densenet_jax.training.integrity import DamagedCheckpointError, check_files
 
     checkpoint = os.path.join(workdir, "checkpoints", str(step))
@@ -95,8 +99,9 @@ def is_contradiction(names: Sequence[str], class_names: Sequence[str]) -> bool:
 def check_identity(saved: Identity, current: Identity, where: str, allow_changed: bool = False) -> None:
     """Checks that `current` is the data set that `saved` describes; compares files of the splits that both have.
 
-    With `allow_changed` files may come and go, and classes be renamed that keep their number. `where` says in the
-    message what was trained on `saved`.
+    Args:
+        where: what was trained on `saved`, for the message.
+        allow_changed: let files come and go, and classes be renamed that keep their number.
 
     Raises:
         UserError: they differ; the message names the differences.

@@ -61,13 +61,15 @@ def train_batches(
     """Makes endless training batches from `start_step` on; starting late costs no more than starting early.
 
     Step t uses the positions t * global_batch_size and following; each process has an equal, contiguous share. Batches
-    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b], or float32 [b, k] if the source has many labels}, b
-    being this process's share.
+    are {"image": uint8 or uint16 [b, h, w, c], "label": int32 [b]}, b being this process's share; "label" is float32
+    [b, k] if the source has many labels.
 
     Args:
         seed: determines, with the step, order and crops.
-        repeats: neighboring examples that are one image, each with its own transform (`Order`); divide the batch.
-        sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often (`BalancedOrder`).
+        repeats: neighboring examples of a batch that are one image, each with its own random transform; see
+            `Order`. Must divide the global batch.
+        sampler: "shuffled" gives every example once an epoch; "balanced" all classes equally often, see
+            `BalancedOrder`.
         options: the fields of `Reading`.
 
     Raises:
@@ -126,7 +128,10 @@ def eval_batches(source: Source, *, transform: Transform, **options: Any) -> Bat
 
 
 class _Reader:
-    """Reads an example, or the next undamaged one; keeps those of a small set whose transform draws nothing."""
+    """Reads and transforms an example, or the next undamaged one if damaged images may be skipped.
+
+    Keeps the examples of a transform without draws in memory if the data set is small enough.
+    """
 
     def __init__(self, source: Source, transform: Transform, damaged: Damaged) -> None:
         self._source, self._transform, self._damaged = source, transform, damaged

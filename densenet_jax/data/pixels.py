@@ -19,7 +19,11 @@ class Stored:
 
 
 def stored_array(values: np.ndarray) -> Stored:
-    """Wraps an array: integers up to their type's largest, floats to 1; raises ValueError for another shape or type."""
+    """Wraps an array: integers from 0 to their type's largest and floats from 0 to 1 are black to white.
+
+    Raises:
+        ValueError: another shape or type.
+    """
     if values.ndim == 2:
         values = values[:, :, None]
     if values.ndim != 3 or not 1 <= values.shape[2] <= MAX_CHANNELS:

@@ -25,7 +25,11 @@ _PNM_NUMBERS = rb"P[2356f]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(-?[\d.]+)" + rb"\s"
 
 
 def npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads shape, [height, width] or [height, width, channels], and dtype of an NPY file, or raises ValueError."""
+    """Reads shape, [height, width] or [height, width, channels], and dtype of an NPY file.
+
+    Raises:
+        ValueError: it is damaged or has another shape.
+    """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -44,7 +48,11 @@ def pnm_white(data: bytes) -> int:
 
 
 def decode_ppm(data: bytes, white: int) -> Stored:
-    """Reads 16-bit RGB, which Pillow would cut to 8; raises ValueError if it is cut off."""
+    """Reads 16-bit RGB, which Pillow would cut to 8.
+
+    Raises:
+        ValueError: it is cut off.
+    """
     numbers = re.match(_PNM_NUMBERS, data[:1024])
     assert numbers is not None
     width, height = int(numbers[1]), int(numbers[2])
@@ -53,7 +61,11 @@ def decode_ppm(data: bytes, white: int) -> Stored:
 
 
 def decode_with_opencv(data: bytes) -> Stored:
-    """Reads PNG or TIFF of up to four channels as they are stored; raises ValueError if OpenCV can't."""
+    """Reads PNG or TIFF of up to four channels as they are stored.
+
+    Raises:
+        ValueError: OpenCV can't.
+    """
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise ValueError("it is damaged or of a kind that is not read")

@@ -49,7 +49,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """Reads the example at `index`, 0 <= index < len; raises DamagedImage if it can't be read."""
+        """Reads the example at `index`, 0 <= index < len.
+
+        Raises:
+            DamagedImage: it can't be read.
+        """
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:

@@ -23,10 +23,11 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 def resize(
     pixels: np.ndarray, height: int, width: int, interpolation: str, antialias: bool, box: Box | None = None
 ) -> np.ndarray:
-    """Resizes `pixels`, or the part of it in `box`, which may fall between pixels.
+    """Resizes `pixels`, or the part of it in `box` (left, top, right, bottom; may fall between pixels).
 
     `pixels` and the result are uint8 or uint16 [height, width, channels]; `interpolation` is "bilinear" or "bicubic".
-    With `antialias`, an average over all pixels that an output pixel covers, the values are those of Pillow.
+    With `antialias`, which averages over all pixels that an output pixel covers, the values are those of Pillow's
+    resize.
     """
     if pixels.shape[:2] == (height, width) and box in (None, (0, 0, width, height)):
         return pixels

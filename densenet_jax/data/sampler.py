@@ -40,7 +40,10 @@ class Order:
 
 
 class ListedOrder:
-    """`Order` of few examples, which keeps epochs: Grain's shuffle would take milliseconds for a place among ten."""
+    """`Order` of few examples, which keeps whole epochs.
+
+    Grain's shuffle takes about 65,536 / size steps for a place: milliseconds where there are ten.
+    """
 
     LONGEST = 1 << 16
 
@@ -70,8 +73,9 @@ class BalancedOrder:
     def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1) -> None:
         """Groups examples by their labels; groups without an example are left out.
 
-        `labels` are int [n] class numbers; or float [n, k] with 1 for a label that is present, whose examples are a
-        group, as are the examples without any present label.
+        Args:
+            labels: int [n] class numbers; or float [n, k] with 1 for a label that is present, whose examples are a
+                group, as are the examples without any present label.
         """
         if labels.ndim == 1:
             groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])

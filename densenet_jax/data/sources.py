@@ -25,8 +25,9 @@ def open_source(
     """Opens one split of a prepared data set.
 
     Args:
-        name: "digits" (prepared on first use), "folder" (DIRECTORY/train/CLASS/*), "table" (a CSV or Parquet file that
-            `table` describes), or a tfds name "set", "set/config" or "set/config:1.2.3" prepared as ArrayRecord.
+        name: "digits" (prepared on first use), "folder" (a tree of class folders: DIRECTORY/train/CLASS/*), "table"
+            (a CSV or Parquet file, which `table` describes), or a tfds name "set", "set/config" or "set/config:1.2.3"
+            that was prepared as ArrayRecord.
         directory: "" is tfds's own directory. May be a `gs://` or `s3://` path for tfds sets.
         split: a split's name, or for tfds sets also a slice such as "train[:90%]". "holdout" is the part that
             `holdout` takes away from "train".

@@ -57,14 +57,21 @@ def summarize(source: Source, sample: int = _SAMPLE) -> SplitSummary:
 
 
 def count_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    """Counts the examples of each class, int [n], negative if unknown, or label, float [n, count]: int64 [count]."""
+    """Counts the examples of each class, integers [n], negative where unknown, or of each label: int64 [count].
+
+    Labels are floats [n, count] of 1, 0 and NaN.
+    """
     if labels.ndim == 2:
         return (labels == 1).sum(axis=0, dtype=np.int64)
     return np.bincount(labels[labels >= 0].astype(np.int64), minlength=count)
 
 
 def look_at_pixels(source: Source, sample: int = _LOOKED_AT) -> tuple[int, dict[str, str]]:
-    """Looks at `sample` images: the bit depth to carry, 16 where one has more than 8, and warnings by their kind."""
+    """Checks up to `sample` images, spread evenly over the split.
+
+    Returns the bit depth to carry (16 where an image has more than 8, else 8), and warnings of what is easily misread,
+    by kind.
+    """
     wide, turned, brightest = 0, 0, list[int]()
     places = spread(len(source), sample)
     for index in places:

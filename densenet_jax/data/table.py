@@ -32,8 +32,9 @@ class TableSource(Source):
     ) -> None:
         """Reads the table, checks all its rows and looks for the files of this split.
 
-        `directory` is where paths begin, "" the table's own folder; `class_order` is that of classes in one column, and
-        of joined labels, see `class_names.order_classes`.
+        Args:
+            directory: where paths begin; "": the table's own folder.
+            class_order: of classes in one column, and of joined labels; see `class_names.order_classes`.
 
         Raises:
             UserError: the table, a column, a value or a file is missing or wrong; the message names the first.
@@ -103,7 +104,11 @@ def _digest(paths: pa.Array) -> str:
 
 
 def _check_files(rows: Rows, chosen: np.ndarray, table: str) -> None:
-    """Looks for the images of the `chosen` rows, in threads; raises UserError if some are missing or no files."""
+    """Looks for the images of the `chosen` rows, in threads.
+
+    Raises:
+        UserError: some are missing or no files.
+    """
     with futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
         parts = (chosen[start : start + _STAT_ROWS] for start in range(0, len(chosen), _STAT_ROWS))
         missing = [row for part in pool.map(lambda part: _missing(rows, part), parts) for row in part]

@@ -21,12 +21,27 @@ _SHOWN = 8  # columns listed per message
 
 
 def column_names(path: str) -> tuple[str, ...]:
-    """Reads the names of the columns; raises UserError if the file can't be read or has no header."""
+    """Reads the names of the columns.
+
+    Raises:
+        UserError: the file can't be read or has no header.
+    """
     return _read(path, lambda: tuple(parquet.read_schema(path).names) if _is_parquet(path) else _csv_header(path)[0])
 
 
 def read_columns(path: str, columns: Sequence[str], plain: str) -> Columns:
-    """Reads columns of a table: `plain` as text, the others dictionary-encoded (of CSV as text); raises UserError."""
+    """Reads some columns of a table.
+
+    Args:
+        columns: names of the columns that `column_names` has.
+        plain: the column to read as plain text; the others are dictionary-encoded (of a CSV file as text).
+
+    Returns:
+        One array per column.
+
+    Raises:
+        UserError: the file is damaged, has no rows, or has a column of another type.
+    """
     wanted = list(dict.fromkeys((plain, *columns)))
     read = _read_parquet if _is_parquet(path) else _read_csv
     table = _read(path, lambda: read(path, wanted, plain))
@@ -51,7 +66,11 @@ def codes(column: pa.DictionaryArray) -> np.ndarray:
 
 
 def check_columns(path: str, known: Sequence[str], wanted: Sequence[tuple[str, str]]) -> None:
-    """Checks that a table has the columns of the pairs (setting, column); raises UserError with the nearest if not."""
+    """Checks that the table has the columns; `wanted` are pairs of a setting and the column that it names.
+
+    Raises:
+        UserError: one is missing; the message has the nearest name.
+    """
     for key, name in wanted:
         if known.count(name) > 1:
             raise UserError(f"{path} has {known.count(name)} columns named {name!r}; give each a name of its own.")

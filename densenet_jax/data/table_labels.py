@@ -12,7 +12,11 @@ from densenet_jax.errors import UserError
 def read_labels(
     settings: TableSettings, columns: Columns, labels: Labels, class_order: str, place: Place
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the label of each row, int32 [n] or float32 [n, labels], and the names; raises UserError with the row."""
+    """Returns the label of each row, int32 [n] or float32 [n, labels], and the names of classes or labels.
+
+    Raises:
+        UserError: a value means no label; the message has its row.
+    """
     if settings.label_separator:
         return _joined(settings, columns[settings.label_columns[0]], labels, class_order)
     if labels.many:

@@ -35,7 +35,11 @@ class Rows:
 
 
 def read_rows(settings: TableSettings, directory: str, labels: Labels, class_order: str) -> Rows:
-    """Reads and checks a table, or raises UserError; splits that are opened one after the other share one reading."""
+    """Reads and checks the whole table; splits that are opened one after the other share one reading.
+
+    Raises:
+        UserError: as for `TableSource`.
+    """
     check_settings(settings, labels)
     files = _table_files(settings, directory)
     folder = os.path.dirname(next(iter(files.values())))
@@ -45,7 +49,11 @@ def read_rows(settings: TableSettings, directory: str, labels: Labels, class_ord
 
 
 def check_settings(settings: TableSettings, labels: Labels) -> None:
-    """Checks that the settings of a table agree with each other; raises UserError if they don't."""
+    """Checks that the settings of a table agree with each other.
+
+    Raises:
+        UserError: they don't.
+    """
     if not settings.table:
         raise UserError("config.data.table is empty; expected a .csv or .parquet file that lists the images.")
     columns = settings.label_columns

@@ -30,7 +30,11 @@ class Fields:
 
 
 def find_fields(features: Any, directory: str, labels: Labels) -> Fields:
-    """Finds the fields by the features' types; raises UserError without one image or labels of the wanted kind."""
+    """Finds the fields by the types of the features.
+
+    Raises:
+        UserError: there is not one image, or no labels of the wanted kind.
+    """
     import tensorflow_datasets as tfds
 
     kind = tfds.features

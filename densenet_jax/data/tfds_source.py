@@ -103,7 +103,11 @@ def _open_records(builder: Any, split: str, directory: str) -> Any:
 
 
 def find_prepared(name: str, directory: str) -> str:
-    """Finds the newest prepared version of tfds set `name`; raises UserError, which says how to get it, without any."""
+    """Finds the directory of the newest prepared version of tfds set `name`.
+
+    Raises:
+        UserError: there is none; the message says how to get it.
+    """
     from etils import epath
 
     match = re.fullmatch(r"(?P<set>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?", name)

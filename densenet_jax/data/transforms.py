@@ -31,7 +31,11 @@ class Transform(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, data: bytes, draws: np.ndarray, name: str = "image") -> np.ndarray:
-        """Transforms the file `data` by `draws`, float64[self.draws] in [0, 1); raises DamagedImage if it can't."""
+        """Transforms the file `data`; `draws` is float64[self.draws] in [0, 1).
+
+        Raises:
+            DamagedImage: `data` can't be decoded.
+        """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +114,10 @@ class Whole(Transform):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizedCenterCrop(Transform):
-    """Resizes the short side to `resize_px`, then cuts the central square; with Pillow's antialiased pixels."""
+    """Resizes the short side to `resize_px`, at least `image_size_px`, then cuts the central square.
+
+    The pixels are Pillow's antialiased ones, as in torchvision and timm.
+    """
 
     resize_px: int = 256
 
@@ -130,7 +137,10 @@ class ResizedCenterCrop(Transform):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FiveCrops(ResizedCenterCrop):
-    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle: the result's first axis."""
+    """Cuts the corners (top left, top right, bottom left, bottom right) and the middle of the resized image.
+
+    They are the first axis of the result.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,7 +162,10 @@ class FiveCrops(ResizedCenterCrop):
 
 
 def train_transform(*, kind: str = "random_resized_crop", **settings: Any) -> Transform:
-    """Makes the training transform: "random_resized_crop", or "none" for the stored image, resized if need be."""
+    """Makes the training transform: "random_resized_crop", or "none" for the stored image, resized if its size differs.
+
+    `settings` are the fields of `RandomResizedCrop`; `Whole` leaves out the ranges.
+    """
     if kind == "random_resized_crop":
         return RandomResizedCrop(**settings)
     known = {field.name for field in dataclasses.fields(Whole)}

@@ -26,7 +26,11 @@ _REQUIREMENTS = {"tpu": "requirements-plan.txt", "cuda": "requirements-plan-gpu.
 
 
 def check_installed(compiler: str) -> None:
-    """Checks that the compiler is installed; raises UserError, which says what to install, if it isn't."""
+    """Checks that the compiler is installed.
+
+    Raises:
+        UserError: it isn't; the message says what to install.
+    """
     find = importlib.util.find_spec  # raises an error where the parent package is missing
     missing = [name for name in _MODULES[compiler] if not (find(name.partition(".")[0]) and find(name))]
     if missing:
@@ -37,7 +41,11 @@ def check_installed(compiler: str) -> None:
 
 
 def absent_devices(topology: Topology) -> list[jax.Device]:
-    """Returns the devices of a topology, one a chip, only to compile for; raises UserError without compiler."""
+    """Returns the devices of a topology, one a chip, which can only be compiled for.
+
+    Raises:
+        UserError: the compiler is not installed.
+    """
     check_installed(topology.chip.compiler)
     shape = "x".join(map(str, topology.shape))
     if topology.chip.compiler == "cuda":
@@ -55,6 +63,10 @@ def absent_devices(topology: Topology) -> list[jax.Device]:
 
 
 def one_chip_mesh(name: str) -> jax.sharding.Mesh:
-    """Makes a mesh of a single chip, such as "v5e" or "h200"; raises UserError without such chip or compiler."""
+    """Makes a mesh of a single chip, such as "v5e" or "h200".
+
+    Raises:
+        UserError: there is no such chip, or its compiler is not installed.
+    """
     chip = find_chip(name)
     return make_mesh(absent_devices(Topology(name, chip, (1,) * chip.axes)))

@@ -33,12 +33,20 @@ class Costs:
 
 
 def compile_costs(lowered: jax.stages.Lowered) -> Costs:
-    """Compiles a lowered program and counts its costs; raises DoesNotFitError."""
+    """Compiles a lowered program and counts its costs.
+
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+    """
     return count_costs(compile_program(lowered))
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Any:
-    """Compiles a lowered program; raises DoesNotFitError if a chip's memory is too small for it."""
+    """Compiles a lowered program.
+
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -17,7 +17,11 @@ from densenet_jax.training.sharding import check_divides
 
 
 def plan(config: Any, topology_name: str) -> dict[str, Any]:
-    """Compiles the step of `config` for a topology, prints its costs and returns the figures, or raises UserError."""
+    """Compiles the step of `config` for a topology, prints its costs and returns the figures.
+
+    Raises:
+        UserError: the topology does not exist, its compiler is not installed, or its chips don't divide the batch.
+    """
     if not topology_name:
         raise UserError("--mode plan needs the chips to plan for: --topology v5e:2x2, for instance, or h200:1x1x8.")
     topology = parse_topology(topology_name)

@@ -38,7 +38,11 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parses a topology; raises UserError if there is no such chip, or none of that shape."""
+    """Parses a topology.
+
+    Raises:
+        UserError: there is no such chip, or it has no topology of that shape.
+    """
     kind, _, given = name.partition(":")
     chip = find_chip(kind)
     shape = tuple(map(int, given.split("x"))) if re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", given) else ()
@@ -55,7 +59,11 @@ def parse_topology(name: str) -> Topology:
 
 
 def find_chip(name: str) -> Chip:
-    """Looks up a chip; raises UserError, which names the nearest, if there is none."""
+    """Looks up a chip.
+
+    Raises:
+        UserError: there is no such chip; the message names the nearest.
+    """
     if name not in CHIPS:
         near = max(CHIPS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
         raise UserError(

@@ -26,7 +26,12 @@ from densenet_jax.plan.topology import Topology, parse_topology
 
 
 def compute_step_costs(config: dict[str, Any], topology: Topology) -> Costs:
-    """Returns a step's costs for each chip of a topology; raises DoesNotFitError or UserError."""
+    """Returns the costs of the training step of these settings for each chip of a topology.
+
+    Raises:
+        DoesNotFitError: a chip's memory is too small for it.
+        UserError: the settings are invalid, or the compiler failed.
+    """
     request = json.dumps({"config": config, "topology": topology.name})
     command = [sys.executable, "-m", __name__]
     variables = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -64,7 +69,10 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_traced_flops(settings: dict[str, Any], chips: int) -> float | None:
-    """Counts a chip's share of the step's operations as traced here, of the batch as a whole; None if unknown."""
+    """Counts a chip's share of the operations of the step as traced for this machine; None if unknown.
+
+    The batch is taken as a whole, since XLA counts a loop body once.
+    """
     whole = {**settings, "train": {**settings["train"], "microbatches": 1}}
     whole["model"] = {**settings["model"], "kernels": "xla"}  # this machine has no other kernels
     experiment = Experiment(check_config(ml_collections.ConfigDict(whole)), absent_devices=(jax.devices()[0],))

@@ -21,7 +21,10 @@ _LONGEST_NAME = 240  # bytes; file systems allow 255
 
 
 def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, ...] = (".jpg", ".jpeg")) -> str:
-    """Maps `path` below `root` to a place within `directory`; names ending in none of `suffixes` get the first."""
+    """Maps `path` below `root` to the same place below `directory`, never outside of it.
+
+    The first of `suffixes` is appended to names that end in none of them.
+    """
     inside = pathlib.PurePath(os.path.relpath(os.path.abspath(path), root))
     parts = ["__" if part == ".." else part for part in inside.parts]
     name = parts.pop()
@@ -31,7 +34,12 @@ def annotation_path(directory: str, path: str, root: str, suffixes: tuple[str, .
 
 
 def annotate(path: str, target: str, answers: Sequence[ClassProbability], limits: ImageLimits, **decoding: Any) -> None:
-    """Writes the image at `path` with a bar for each answer below as a JPEG; raises ImageError or UserError."""
+    """Writes the image at `path`, as `load_image` reads it, with a bar for each answer below, as a JPEG to `target`.
+
+    Raises:
+        ImageError: the image can no longer be read.
+        UserError: `target` can't be written.
+    """
     pixels = to_rgb(load_image(path, 0, limits=limits, bits=0, **decoding))
     picture = draw_answers(np.asarray(pixels), answers)
     with report_write_errors(target, "change --annotate"):

@@ -47,7 +47,11 @@ class PredictOptions:
     largest_batch: int = 0  # images computed at a time; 0 means 64
 
     def check(self) -> None:
-        """Checks the values without touching files; raises UserError if one is out of range."""
+        """Checks the values without touching files.
+
+        Raises:
+            UserError: a value is out of range.
+        """
         if self.topk < 0:
             raise UserError(f"--topk is {self.topk}; expected 1 or more, or 0 for all classes.")
         if self.features not in ("", *FEATURES) and not _STRIDES.fullmatch(self.features):

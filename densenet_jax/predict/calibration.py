@@ -26,7 +26,11 @@ class Calibration(NamedTuple):
 
     @classmethod
     def from_thresholds(cls, thresholds: tuple[float, ...], classes: int, source: str) -> "Calibration | None":
-        """Makes a calibration of the thresholds in a file of weights, if any; raises UserError if they don't fit."""
+        """Makes a calibration of the thresholds that a file of weights brings along; None for ().
+
+        Raises:
+            UserError: there is not one a label, or one is no probability.
+        """
         if thresholds and (len(thresholds) != classes or any(value < 0 or value > 1 for value in thresholds)):
             raise UserError(
                 f"{source} has {len(thresholds)} thresholds (op_threshs), from {np.nanmin(thresholds):g} to "
@@ -58,7 +62,14 @@ def calibration_path(workdir: str) -> str:
 
 
 def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> str:
-    """Writes the calibration of a step ("temperatures", "thresholds" and more) and returns the file's path."""
+    """Writes a calibration of the checkpoint of `step` and returns the file's path.
+
+    Args:
+        content: "temperatures", "thresholds", and whatever else a person may want to know.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     path = calibration_path(workdir)
     content = {"step": step, "weights": _digest(workdir, step), **content}
     with report_write_errors(path, "make room or mend its rights"):
@@ -67,7 +78,11 @@ def write_calibration(workdir: str, step: int, content: Mapping[str, Any]) -> st
 
 
 def read_calibration(workdir: str, step: int, classes: int) -> Calibration | None:
-    """Reads a checkpoint's calibration or raises UserError; None if there is none, warning of another checkpoint's."""
+    """Reads the calibration of a checkpoint; None if there is none, with a warning if it is of another checkpoint.
+
+    Raises:
+        UserError: the file is not as it was written, or has another number of labels.
+    """
     path = calibration_path(workdir)
     if not os.path.exists(path):
         return None

@@ -32,7 +32,13 @@ class CompiledModel:
     """
 
     def __init__(self, model: Deployed, batch_sizes: Sequence[int]) -> None:
-        """Puts the weights on the devices; compiles nothing yet. `batch_sizes` become multiples of the device count."""
+        """Puts the weights on the devices; compiles nothing yet (see `compile`).
+
+        `batch_sizes` are rounded up to multiples of the number of devices.
+
+        Raises:
+            UserError: a batch size is below 1.
+        """
         if not batch_sizes or min(batch_sizes) < 1:
             raise UserError(f"batch_sizes is {tuple(batch_sizes)}; expected at least one size, each of at least 1.")
         self.model, self.class_names, self.thresholds = model, model.class_names, model.thresholds
@@ -64,7 +70,8 @@ class CompiledModel:
         Args:
             images: uint8 or uint16 [b, *image_shape], where b is at most the largest of `batch_sizes`.
             features: also computes these, see `parse_features`; "" computes probabilities only.
-            classes: int32 [b]; also computes their activation maps, or the most probable class's for `BEST_CLASS`.
+            classes: int32 [b]; also computes the class activation maps of these classes, or of the most probable one
+                for `BEST_CLASS`.
             layer: with classes, computes Grad-CAM at this inner layer instead; see `check_layer`.
 
         Returns:
@@ -175,7 +182,11 @@ def cover(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
-    """Parses "pooled", "pyramid" or strides such as "stride_2,stride_8" to a module's output; raises UserError."""
+    """Parses "pooled", "pyramid" or strides such as "stride_2,stride_8" to an output of the model's module.
+
+    Raises:
+        UserError: there are no such features.
+    """
     if features in FEATURES:
         return features
     module: Any = model.module
@@ -187,7 +198,11 @@ def parse_features(features: str, model: Deployed) -> str | tuple[int, ...]:
 
 
 def check_layer(model: Deployed, layer: str) -> None:
-    """Checks that Grad-CAM can look at a layer of the model, of one crop; raises UserError if it can't."""
+    """Checks that Grad-CAM can look at a layer of the model.
+
+    Raises:
+        UserError: there is no such layer, or the model evaluates ten crops.
+    """
     if len(model.transform.shape) != 3:
         raise UserError("an explanation needs a single crop, but config.eval.crops is 10; set it to 1.")
     names = layer_names(model.module, model.variables, model.transform.shape)

@@ -123,7 +123,11 @@ def to_rgb(pixels: np.ndarray) -> Image.Image:
 
 
 def write_explanation(picture_path: str, array_path: str, pixels: np.ndarray, activation_map: np.ndarray) -> None:
-    """Writes the overlay as a PNG and the activation map as a .npy file; raises UserError if it can't."""
+    """Writes the overlay as a PNG and the activation map as a .npy file.
+
+    Raises:
+        UserError: they can't be written.
+    """
     with report_write_errors(picture_path, "change --explain"):
         os.makedirs(os.path.dirname(picture_path) or ".", exist_ok=True)
         np.save(array_path, activation_map)

@@ -19,10 +19,19 @@ _CHUNK = 4096  # names converted to an array at a time
 
 
 class FeatureArchive:
-    """Appends rows of features to raw files and combines them, with the paths as "image", in an archive."""
+    """Appends rows to raw files beside the archive and combines them in `finish`.
+
+    The archive holds "image", the paths, and a float32 array with one row an image for each kind of features.
+    """
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]], rows: int) -> None:
-        """Opens raw files for rows of `shapes`, keeping `rows` of earlier runs; raises UserError if they lack any."""
+        """Opens the raw files of the .npz file `path`, keeping the first `rows` rows of earlier runs.
+
+        `shapes` are those of a row of each array.
+
+        Raises:
+            UserError: rows are missing, or the files can't be written.
+        """
         self.path, self._shapes = path, dict(shapes)
         self._folder = f"{path}.partial"
         self._files: dict[str, IO[bytes]] = {}
@@ -39,14 +48,24 @@ class FeatureArchive:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appends float32 [n, *shape] to each array; raises UserError if a file can't be written."""
+        """Appends float32 [n, *shape] to each array.
+
+        Raises:
+            UserError: a file can't be written.
+        """
         with self._report_errors():
             for name, file in self._files.items():
                 file.write(np.ascontiguousarray(arrays[name], np.float32).tobytes())
                 file.flush()
 
     def finish(self, names: Callable[[], Iterable[str]], rows: int) -> None:
-        """Writes the archive atomically or raises UserError; `names`, called twice, returns each row's image."""
+        """Writes the archive atomically and removes the raw files.
+
+        `names` returns the image of each row, in order; it is called twice.
+
+        Raises:
+            UserError: the archive can't be written.
+        """
         self.close()
         with self._report_errors():
             width = max((len(name) for name in names()), default=1) or 1

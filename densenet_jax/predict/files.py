@@ -44,7 +44,11 @@ def find_images(places: Sequence[str], skipped: Skipped = None) -> Iterator[Cand
 
 
 def check_places(places: Sequence[str]) -> int:
-    """Counts the images that `find_images` yields; raises UserError if there are none."""
+    """Counts the images that `find_images` yields.
+
+    Raises:
+        UserError: there are none.
+    """
     if not places:
         raise UserError("--mode predict needs --images: a file, a folder or a quoted pattern (repeatable).")
     if not any(os.path.lexists(place) or _expand_pattern(place) for place in _drop_invalid(places)):

@@ -57,7 +57,11 @@ def name_of(source: ImageSource) -> str:
 
 
 def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Reads a regular file of limited size, never waiting for a pipe or opening a device; raises ImageError."""
+    """Reads a regular file that is not too large; never waits for a pipe and never opens a device.
+
+    Raises:
+        ImageError: it is anything else, or can't be read.
+    """
     name = shown(path)
     try:
         _check_kind(os.stat(path).st_mode, name)
@@ -77,7 +81,11 @@ def _check_kind(mode: int, name: str) -> None:
 
 
 def check_bytes(data: bytes, name: str = "the image", limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """Checks an encoded image without decoding it; raises ImageError where that would take too much memory or time."""
+    """Checks the size and first bytes of an encoded image; decodes nothing.
+
+    Raises:
+        ImageError: it is empty, no image, or would take too much memory or time to decode.
+    """
     if not data:
         raise ImageError(name, "it is empty")
     if len(data) > limits.max_bytes:
@@ -97,7 +105,11 @@ def _check_pixel_count(width: int, height: int, name: str, limits: ImageLimits) 
 
 
 def check_array(array: np.ndarray, name: str = "an array", limits: ImageLimits = DEFAULT_LIMITS) -> Stored:
-    """Checks pixels [height, width] or [height, width, channels] as in `stored_array`; raises ImageError."""
+    """Checks pixels [height, width] or [height, width, channels], of uint8, uint16 or floats in [0, 1].
+
+    Raises:
+        ImageError: it is not such an array, or too large.
+    """
     try:
         stored = stored_array(array)
     except ValueError as error:
@@ -133,7 +145,11 @@ def load_image(
 
 
 def read_encoded(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
-    """Returns the checked bytes of a path or of bytes; raises ImageError for anything else."""
+    """Returns the checked bytes of a path or of bytes.
+
+    Raises:
+        ImageError: they are rejected, or `source` is neither.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         check_bytes(data := bytes(source), name, limits)
         return data

@@ -63,8 +63,10 @@ class Deployed:
 def make_deployed(config: Any, workdir: str, labels: str = "") -> Deployed:
     """Loads the model that `--mode eval` would evaluate: a checkpoint of `workdir` or `config.model.pretrained`.
 
-    `labels` is a file with one class name a line; "" uses the run's own names. Raises UserError if there is no such
-    model, or it does not fit the settings.
+    `labels` is a file with one class name a line; "" uses the run's own names.
+
+    Raises:
+        UserError: there is no such model, or it does not fit the settings.
     """
     dataset: Identity | None = None
     calibration: Calibration | None = None

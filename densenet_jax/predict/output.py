@@ -17,10 +17,13 @@ _REMEDY = "choose another --output"
 
 
 class PredictionFile(contextlib.AbstractContextManager["PredictionFile"]):
-    """File of predictions, open for one run at a time; PATH.request beside it has the request and whether it is done.
+    """File of predictions, open for one run at a time.
+
+    PATH.request beside it records the request and whether it is done.
 
     Attributes:
-        answered: number of lines with predictions, including those of earlier runs; `refused` of those with errors.
+        answered: number of lines with predictions, including those of earlier runs.
+        refused: number of lines with errors, including those of earlier runs.
         resumed: whether lines of an earlier run were kept.
     """
 
@@ -30,7 +33,8 @@ class PredictionFile(contextlib.AbstractContextManager["PredictionFile"]):
         Lines of an earlier run with the same request are kept. A finished file of another request is replaced.
 
         Raises:
-            UserError: it can't be written, holds something else, or unfinished predictions of another request.
+            UserError: the file can't be written, holds something else, or holds unfinished predictions of another
+                request.
         """
         self.path, self._request = path, json.loads(json.dumps(request))
         self.answered = self.refused = 0
@@ -51,7 +55,11 @@ class PredictionFile(contextlib.AbstractContextManager["PredictionFile"]):
         return place < len(self._done) and bool(self._done[place] == key)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends lines; a kill leaves at most one torn line, which the next run repairs. Raises UserError."""
+        """Appends lines; a kill leaves at most one torn line, which the next run repairs.
+
+        Raises:
+            UserError: they can't be written.
+        """
         lines = list(lines)
         with report_write_errors(self.path, _REMEDY):
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -43,7 +43,11 @@ def column_names(class_names: Sequence[str], topk: int, *, decided: bool = False
 
 
 def check_table(path: str) -> None:
-    """Checks that a table may be written to `path`; raises UserError if another file is there."""
+    """Checks that a table may be written to `path`.
+
+    Raises:
+        UserError: the file there is not a table of predictions.
+    """
     if not os.path.lexists(path):
         return
     try:
@@ -57,8 +61,12 @@ def check_table(path: str) -> None:
 def write_table(path: str, lines_path: str, class_names: Sequence[str], topk: int, *, decided: bool = False) -> None:
     """Writes the JSON lines of a `PredictionFile` as a .csv or .parquet table, atomically and in little memory.
 
-    `topk` classes of an image, 0 for all, see `column_names`; `decided` if the lines say of every label if it is
-    predicted. Raises UserError if the table can't be written.
+    Args:
+        topk: number of classes of an image; 0 means all, see `column_names`.
+        decided: whether the lines say of every label if it is predicted.
+
+    Raises:
+        UserError: the table can't be written.
     """
     columns = column_names(class_names, topk, decided=decided)
     with (

@@ -16,8 +16,10 @@ from densenet_jax.system.console import print_status
 def report_comparison(compared: Sequence[str], into: str) -> str:
     """Writes `into/report/compare.html` about the runs in `compared` and returns its path.
 
-    If `into` is itself a run's directory, that run comes first. A directory named twice counts once. Raises UserError
-    if a directory is not a run's, or there are fewer than two runs.
+    If `into` is itself a run's directory, that run comes first. A directory named twice counts once.
+
+    Raises:
+        UserError: a directory is not a run's, or there are fewer than two runs.
     """
     own = [into] if os.path.exists(os.path.join(into, "config.json")) else []
     chosen = list({os.path.realpath(workdir): workdir for workdir in (*own, *compared)}.values())

@@ -13,7 +13,10 @@ _MANY = 30  # lines with at least this many values are drawn without markers
 
 
 def run_charts(records: Sequence[Record], *, mixed: bool) -> list[Chart]:
-    """Returns the charts of one run that have values; with `mixed` images (mixup, CutMix) they say so."""
+    """Returns the charts of one run's metrics, without those that would be empty.
+
+    If its training images are `mixed` (mixup, CutMix), training accuracy is not comparable, and the chart says so.
+    """
     training = "training, mixed images" if mixed else "training"
 
     def both(key: str) -> tuple[Line, ...]:

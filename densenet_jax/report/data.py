@@ -20,7 +20,11 @@ _MOST_TOGETHER = 40  # labels up to which a chart shows which come together
 
 
 def report_data(experiment: Experiment, workdir: str, data_name: str) -> dict[str, Any]:
-    """Writes `workdir/report/data.html`; returns its path and the speeds in images a second, or raises UserError."""
+    """Writes `workdir/report/data.html` and returns its path and the measured speeds in images a second.
+
+    Raises:
+        UserError: the data set is not prepared, or the directory can't be written to.
+    """
     data = experiment.data
     with spinner("looking at the data"):
         splits = {"train": summarize(data.train_source), "evaluated": summarize(data.eval_source)}

@@ -102,9 +102,11 @@ class _Surest(Generic[T]):
         self._kept: list[tuple[float, int, T]] = []
 
     def add(self, number: int, batch: Batch, wrong: np.ndarray, surety: np.ndarray, **columns: np.ndarray) -> None:
-        """Adds the mistakes in this process's share of batch `number` of the split.
+        """Adds the mistakes in this process's share of a batch.
 
         Args:
+            number: the batch's place in the split.
+            batch: this process's share of it.
             wrong: bool [b], like the rest about the global batch.
             surety: float [b], by which mistakes are ranked.
             columns: [b, ...], fields of a mistake besides `image` and `index`.

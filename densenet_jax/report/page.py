@@ -94,7 +94,12 @@ def charts(entries: Iterable[tuple[str, Picture]]) -> str:
 
 
 def images(entries: Iterable[tuple[Picture, str, str]], *, enlarged: bool = False, wide: bool = False) -> str:
-    """Returns a grid of small images with heading and text: `enlarged` with sharp pixels, `wide` for two."""
+    """Returns a grid of small images, each with a heading and further text.
+
+    Args:
+        enlarged: whether to show sharp pixels instead of smoothing them.
+        wide: whether the pictures need the room of two.
+    """
     inner = (
         f"<figure>{_image(picture)}<figcaption><b>{html.escape(heading)}</b>"
         f"{f'<br>{html.escape(more)}' if more else ''}</figcaption></figure>"
@@ -121,8 +126,10 @@ def write_page(
 ) -> str:
     """Writes `workdir/report/NAME`, its pictures as PNG files and `tables` beside it, and returns the page's path.
 
-    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one. Raises
-    UserError if the directory can't be written to.
+    The page embeds its pictures and is replaced in one step, so a reader sees the old page or the new one.
+
+    Raises:
+        UserError: the directory can't be written to.
     """
     directory = os.path.join(workdir, DIRECTORY)
     files = {file: png for picture in pictures for file, png in picture.files().items()}

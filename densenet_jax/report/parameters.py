@@ -14,8 +14,9 @@ from densenet_jax.models.operations import count_multiply_adds
 def parameter_table(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     """Lists name, shape, dtype and size of every parameter without allocating them.
 
-    Returns the table and {"parameters": their number, "multiply_adds": of one image in evaluation, counted as in the
-    papers, "image_size_px"}.
+    Returns:
+        The table, and {"parameters": their number, "multiply_adds": of one image in evaluation, counted as in the
+        papers, "image_size_px"}.
     """
     variables = jax.eval_shape(experiment.state_recipe.init_variables)
     table = parameter_overview.get_parameter_overview(variables["params"], include_stats=False)

@@ -27,7 +27,11 @@ class ClassTables:
         return bool(self.per_class or self.confusion)
 
     def check(self) -> None:
-        """Makes the directories before the work; raises UserError if a file can't be written there."""
+        """Makes the directories, so that a wrong path shows before the work.
+
+        Raises:
+            UserError: a file can't be written there; the message names it.
+        """
         for path in filter(None, (self.per_class, self.confusion)):
             directory = os.path.dirname(os.path.abspath(path))
             with report_write_errors(path, _REMEDY):
@@ -36,7 +40,11 @@ class ClassTables:
                     raise OSError("it is a directory or in one that may not be written")
 
     def write(self, counts: np.ndarray, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all; may raise UserError."""
+        """Writes the tables of counts int [k, k], true classes in rows, for `classes` or all.
+
+        Raises:
+            UserError: a file can't be written.
+        """
         chosen = range(len(names)) if classes is None else classes
         if self.per_class:
             scores = ClassScores.from_confusion(counts)

@@ -128,7 +128,10 @@ def _matrix_chart(
 
 
 def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_labels: bool = False) -> bytes:
-    """Draws accuracy over confidence, or the share with a label over its probability, and their histogram as a PNG."""
+    """Draws accuracy over confidence, and below it the share of images at each confidence, as a PNG.
+
+    With `many_labels` it is the share of images with a label over the label's probability.
+    """
     names = ("accuracy", "images", "confidence of the prediction")
     right, share, sure = ("with the label", "labels", "probability of a label") if many_labels else names
     figure, (upper, lower) = make_axes(theme, (5.4, 4.4), rows=2, height_ratios=(3, 1))
@@ -152,9 +155,10 @@ def reliability_chart(reliability: Reliability, *, theme: Theme = LIGHT, many_la
 
 
 def balance_chart(counts: Mapping[str, np.ndarray], class_names: Sequence[str], *, theme: Theme = LIGHT) -> bytes:
-    """Draws the examples of each class, int [k] by split, as a PNG, the largest class of the first split first.
+    """Draws the examples of each class as a PNG, the largest class first.
 
     Up to 40 classes are bars with their names; more are a curve on which the largest and the smallest are named.
+    `counts` are int [k] by split, of which the first decides the order.
     """
     order = np.argsort(-next(iter(counts.values())), kind="stable")
     names = [_shorten(class_names[number]) for number in order]

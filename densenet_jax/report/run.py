@@ -34,7 +34,10 @@ def report_run(experiment: Experiment, workdir: str, command: Command) -> str:
     """Writes `workdir/report/index.html` with pictures and per_class.csv or labels.csv, and returns the page's path.
 
     Without a checkpoint or the data set, their sections are left out and the page says why. All processes must call
-    this; process 0 writes. Raises UserError if `workdir` is not a run's directory, or can't be written to.
+    this; process 0 writes.
+
+    Raises:
+        UserError: `workdir` is not a run's directory, or can't be written to.
     """
     settings, records = read_settings(workdir), read_metrics(workdir)
     look = look_at(experiment, workdir)

@@ -16,7 +16,11 @@ from densenet_jax.training.timeline import Timeline
 def plot_schedule(schedule: Schedule, timeline: Timeline, workdir: str, title: str) -> dict[str, str | int | float]:
     """Draws the learning rate over all steps to WORKDIR/schedule.png and prints its turning points.
 
-    Returns {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}; raises UserError if it can't be written.
+    Returns:
+        {"path", "total_steps", "peak_learning_rate", "end_learning_rate"}.
+
+    Raises:
+        UserError: the picture can't be written.
     """
     rates = all_rates(schedule, timeline.total_steps)
     per_epoch = timeline.steps_per_epoch
@@ -42,7 +46,10 @@ def all_rates(schedule: Schedule, total_steps: int) -> np.ndarray:
 
 
 def turning_points(rates: np.ndarray, most: int = 40) -> list[int]:
-    """Returns at most `most` steps at which the rate, float [steps], jumps, turns, moves or rests, and its ends."""
+    """Returns the steps at which the rate, float [steps], starts, jumps, turns, begins to move or rest, and ends.
+
+    A schedule with more jumps than `most` (a staircase) is cut before its last step.
+    """
     slopes = np.diff(rates)
     size = np.abs(slopes)
     # A jump is far larger than the changes before and after it.

@@ -45,8 +45,8 @@ def label_intervals(
         groups: [n], examples that are drawn together; None draws single examples.
 
     Returns:
-        Each score's float64 [k + 1, 2], low and high, the mean in the last row. A draw in which a label has one kind of
-        example only says nothing about that label.
+        {"auroc", "average_precision", "f1", "sensitivity", "specificity"}: float64 [k + 1, 2], low and high, the mean
+        in the last row. A draw in which a label has one kind of example only says nothing about that label.
     """
     known, positive = ~np.isnan(targets), targets > 0
     ranked = [ranking.rank_label(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
@@ -68,9 +68,14 @@ def label_intervals(
 def class_intervals(
     true: np.ndarray, predicted: np.ndarray, classes: int, *, groups: np.ndarray | None = None, draws: int = DRAWS
 ) -> Intervals:
-    """Computes intervals of 95% of "top1", "balanced_accuracy" and "f1", float64 [2]; NaN without examples.
+    """Computes intervals of 95% of accuracy, balanced accuracy and F1.
 
-    `true` and `predicted` are class numbers, int [n]; `groups` [n] are drawn together, None draws single examples.
+    Args:
+        true: int [n] class numbers, as `predicted`.
+        groups: [n], examples that are drawn together; None draws single examples.
+
+    Returns:
+        {"top1", "balanced_accuracy", "f1"}: float64 [2], low and high; NaN without examples.
     """
     if not len(true):
         return {name: np.full(2, np.nan) for name in ("top1", "balanced_accuracy", "f1")}

@@ -32,7 +32,10 @@ def sigmoid_loss(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def fit_softmax_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Fits the temperature (arXiv:1706.04599) with the least cross entropy for logits [n, k] and labels int [n]."""
+    """Fits the temperature that minimizes the cross entropy of softmax(logits [n, k] / temperature) for labels [n].
+
+    See arXiv:1706.04599.
+    """
     logits = np.asarray(logits, np.float64)
     return _minimize(lambda temperature: softmax_loss(logits / temperature, labels))
 
@@ -54,7 +57,11 @@ def fit_sigmoid_temperatures(logits: np.ndarray, targets: np.ndarray, *, each_la
 
 
 def fit_thresholds(scores: np.ndarray, targets: np.ndarray, specificity: float = 0.0) -> np.ndarray:
-    """Fits a threshold a label, float64 [k] or NaN: with the best F1, else the lowest with this `specificity`."""
+    """Fits a threshold a label: with the best F1, or where given, the lowest with at least this specificity.
+
+    Returns:
+        float64 [k] in the unit of `scores`; NaN for a label with one kind of example only.
+    """
     ranked = [ranking.rank_label(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
     if specificity:
         return np.array([ranking.specific_threshold(each, specificity) for each in ranked])

@@ -15,7 +15,10 @@ class Ranked(NamedTuple):
 
 
 def rank_label(scores: np.ndarray, targets: np.ndarray) -> Ranked:
-    """Sorts the known examples of targets, float [n] of 1, 0, or NaN for unknown, by score, float [n], falling."""
+    """Sorts the examples with a known target, float [n] of 1, 0, or NaN for unknown, by score, float [n].
+
+    A higher score means more likely positive.
+    """
     known = np.flatnonzero(~np.isnan(targets))
     order = known[np.argsort(-scores[known], kind="stable")]
     ordered = scores[order]
@@ -78,7 +81,10 @@ def best_f1_threshold(ranked: Ranked) -> float:
 
 
 def specific_threshold(ranked: Ranked, specificity: float) -> float:
-    """Returns the lowest threshold at least this specific, perhaps infinite; NaN without both kinds of examples."""
+    """Returns the lowest threshold that is at least this specific; NaN without both kinds of examples.
+
+    It is infinite where even the highest score is not specific enough.
+    """
     curve = count_curve(ranked)
     if not curve.true_positives[-1] or not curve.false_positives[-1]:
         return float("nan")

@@ -125,7 +125,10 @@ class Bar:
         self.advance(done - self._done)
 
     def figures(self, *texts: str) -> None:
-        """Shows the newest figures, the most important first, and the time left beside the bar, else as a line."""
+        """Shows the newest figures and the time left beside the bar, or as a line where there is no terminal.
+
+        The most important come first: a narrow terminal leaves out the last.
+        """
         parts = list(texts)
         if (done := self._done - self._start_step) > 0:
             left_secs = (time.perf_counter() - self._started) / done * (self._total - self._done)

@@ -53,7 +53,11 @@ def replace_file(path: str, mode: str = "wb", **options: Any) -> Iterator[IO[Any
 
 @contextlib.contextmanager
 def report_full_disk(directory: str) -> Iterator[None]:
-    """Turns any error inside that comes from a full disk into one UserError about `directory`."""
+    """Turns any error that a full disk causes inside into one message.
+
+    Raises:
+        UserError: something inside could not be written to `directory` because the disk is full.
+    """
     try:
         yield
     except UserError:
@@ -72,7 +76,11 @@ def report_full_disk(directory: str) -> Iterator[None]:
 
 
 def check_room(directory: str, byte_count: int) -> None:
-    """Checks that the disk of a directory, which need not exist yet, has room; raises UserError if it hasn't."""
+    """Checks that the disk of a directory, which need not exist yet, has room for `byte_count` bytes.
+
+    Raises:
+        UserError: it hasn't.
+    """
     place = os.path.abspath(directory)
     while not os.path.isdir(place):
         place = os.path.dirname(place)
@@ -85,7 +93,10 @@ def check_room(directory: str, byte_count: int) -> None:
 
 
 def drop_late_errors(unraisable: Any) -> None:
-    """Drops what TensorStore prints after a failed save when Orbax listens no more, as `sys.unraisablehook`."""
+    """Drops the leftovers of a failed save, as `sys.unraisablehook`.
+
+    TensorStore prints them when many writes fail at once and Orbax has stopped listening after the first.
+    """
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 

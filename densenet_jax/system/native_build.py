@@ -26,13 +26,20 @@ _NO_COMPILER = "no compiler"
 
 
 def library_places(source: pathlib.Path, key: str) -> list[pathlib.Path]:
-    """Returns where the library of `source` may be, beside it or in the user's cache; `key` is of all it depends on."""
+    """Returns where the library compiled from `source` may be: beside it, else in the user's cache.
+
+    `key`, part of the file's name, changes with everything that the library depends on.
+    """
     name = f"{source.stem}-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     return [source.with_name(name), pathlib.Path(user_cache(name))]
 
 
 def find_compiler(variable: str, usual: str, language: str) -> list[str]:
-    """Returns the compiler that `variable` (CC or CXX) names, else `usual`, else zig's; else raises RuntimeError."""
+    """Returns the compiler command that an environment variable (CC or CXX) names, else `usual`, else zig's.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     if compiler := shutil.which(os.environ.get(variable, usual)):
         return [compiler]
     if variable not in os.environ and importlib.util.find_spec("ziglang"):
@@ -90,9 +97,14 @@ def _take_lock(file: int) -> bool:
 def compile_library(
     places: Paths, command: Sequence[str], sources: Paths, libraries: Sequence[str] = ()
 ) -> pathlib.Path:
-    """Compiles sources side by side and links them, with the flags `libraries`, in the first writable place.
+    """Compiles sources side by side and links them in the first writable place, which is returned.
 
-    `command` is the compiler and its flags. Returns the place; raises RuntimeError if it fails or there is none.
+    Args:
+        command: the compiler and its flags, for compiling and linking.
+        libraries: flags that name what is linked as well.
+
+    Raises:
+        RuntimeError: it fails, or there is nowhere to write.
     """
     place = next((path for path in places if _writable(path.parent)), None)
     if place is None:

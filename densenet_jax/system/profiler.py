@@ -15,7 +15,11 @@ class Profile:
     """Traces steps STEP to STEP + COUNT - 1 into `DIR/plugins/profile/`, on process 0."""
 
     def __init__(self, setting: str, workdir: str, total_steps: int):
-        """Parses `setting`, "" or "STEP:COUNT"; raises UserError if the run ends before the trace does."""
+        """Parses `setting`, "" or "STEP:COUNT".
+
+        Raises:
+            UserError: the run ends before the trace does.
+        """
         match = PROFILE.fullmatch(setting)
         self._first, count = (int(match[1]), int(match[2])) if match else (0, 0)
         self._last = self._first + count - 1

@@ -22,7 +22,11 @@ def library_paths() -> list[pathlib.Path]:
 
 
 def build() -> pathlib.Path:
-    """Compiles the helper and returns its path; raises RuntimeError without compiler, libjpeg-turbo or place."""
+    """Compiles the helper and returns its path.
+
+    Raises:
+        RuntimeError: there is no compiler, no libjpeg-turbo, or nowhere to write.
+    """
     extra = os.environ.get("CFLAGS", "").split()
     command = [*find_compiler("CC", "cc", "C"), *_FLAGS, *extra]
     return compile_library(library_paths(), command, [_SOURCE], ["-ljpeg"])

@@ -82,8 +82,9 @@ def resize(
     """Resizes a box of an image to a square with the bytes that Pillow 13 gives: uint8 [out_px, out_px, 3].
 
     Args:
-        pixels: uint8 [height, width, 4], the last channel unused; at least what `window` returns; rows may have gaps.
-        box: in the image.
+        pixels: uint8 [height, width, 4], the last channel unused; rows may have gaps. May be the part of the image
+            that `window` returns.
+        box: (left, top, right, bottom) in the image.
         whole: (height, width) of the image; None where `pixels` is all of it.
         corner: (top, left) of `pixels` in the image.
 
