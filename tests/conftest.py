@@ -78,6 +78,12 @@ def user(shared_folder: pathlib.Path) -> dict[str, str]:
     return {"TFDS_DATA_DIR": str(shared_folder / "datasets"), "XDG_CACHE_HOME": str(shared_folder / "cache")}
 
 
+@pytest.fixture(scope="session")
+def hasty_user(user: dict[str, str]) -> dict[str, str]:
+    """The user, whose forked runs end without the page about them: drawing it takes longer than a small training."""
+    return {**user, "TESTS_NO_REPORT": "1"}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_programs(shared_folder: pathlib.Path) -> None:
     """Workers read the programs that another one has compiled, as those of an operation or of a recipe's step."""

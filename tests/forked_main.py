@@ -5,6 +5,7 @@ output, signals and exit, and JAX starts its backend anew. Only what is read at 
 """
 
 import atexit
+import importlib
 import io
 import multiprocessing
 import os
@@ -21,7 +22,9 @@ import jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Read when they are needed, so that each process can have its own; all others must be as in the server.
-_READ_LATE = re.compile("TFDS_DATA_DIR|XDG_CACHE_HOME|XLA_FLAGS|COLUMNS|PYTEST_CURRENT_TEST|JAX_ENABLE_X64|SLURM_.*")
+_READ_LATE = re.compile(
+    "TFDS_DATA_DIR|XDG_CACHE_HOME|XLA_FLAGS|COLUMNS|PYTEST_CURRENT_TEST|JAX_ENABLE_X64|SLURM_.*|TESTS_NO_REPORT"
+)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.forked_main_imports"])
 _server_environment: dict[str, str] = {}
@@ -123,6 +126,8 @@ def _run(
     os.environ.update(environment)
     jax.config.update("jax_enable_x64", environment.get("JAX_ENABLE_X64") == "1")
     constants.DATA_DIR = constants.get_default_data_dir()
+    if environment.get("TESTS_NO_REPORT"):
+        importlib.import_module("densenet_jax.report.run").report_run = lambda *_: None
     os.chdir(folder)
     sys.argv = ["main.py", *arguments]
     sys.path[0] = str(folder)

@@ -27,12 +27,12 @@ KILLS = {"data preparation": 2, "compiling": 2, "step": 6, "save": 5, "evaluatio
 
 
 @pytest.fixture(scope="module")
-def finished(user, tmp_path_factory) -> pathlib.Path:
+def finished(hasty_user, tmp_path_factory) -> pathlib.Path:
     """A run that nothing interrupted, although another one tried to join it."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    with Run(*SHORT_RUN, f"--workdir={workdir}", **user) as run:
+    with Run(*SHORT_RUN, f"--workdir={workdir}", **hasty_user) as run:
         assert run.wait_for(lambda: run.says(r"training \d+/"))
-        output, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", expect=2, **user)
+        output, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", expect=2, **hasty_user)
         assert output == ""
         assert errors == f"error: --workdir {workdir} is in use by another run; wait for its end or choose another.\n"
         assert run.end() == 0, run.errors
@@ -108,15 +108,15 @@ def assert_refused_for_lack_of_room(run: Run, workdir: pathlib.Path, why: str) -
     assert "Traceback" not in run.errors
 
 
-def test_file_size_limit_that_is_hit_in_a_save_leaves_the_last_checkpoint(finished, user, tmp_path):
+def test_file_size_limit_that_is_hit_in_a_save_leaves_the_last_checkpoint(finished, hasty_user, tmp_path):
     """Needs no rights: a limit on the size of files makes every larger write fail, as a full disk does."""
-    with Run(*SHORT_RUN, f"--workdir={tmp_path}", **user) as run:
+    with Run(*SHORT_RUN, f"--workdir={tmp_path}", **hasty_user) as run:
         assert run.wait_for(lambda: list_checkpoint_steps(tmp_path))
         resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # a state has 600,000 bytes
         assert_refused_for_lack_of_room(run, tmp_path, "File too large")
     kept = list_checkpoint_steps(tmp_path)
     assert kept
-    with Run(*SHORT_RUN, f"--workdir={tmp_path}", **user) as run:
+    with Run(*SHORT_RUN, f"--workdir={tmp_path}", **hasty_user) as run:
         assert run.end() == 0
         assert run.says(f"continuing after step {kept[-1]}")
     assert_same_end(tmp_path, finished, TOTAL_STEPS)
@@ -135,25 +135,25 @@ def small_disk(path: pathlib.Path, size: str):
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_full_disk_leaves_the_last_checkpoint(finished, user, tmp_path):
+def test_full_disk_leaves_the_last_checkpoint(finished, hasty_user, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "5m"):
-        with Run(*SHORT_RUN, f"--workdir={disk}/run", **user) as run:
+        with Run(*SHORT_RUN, f"--workdir={disk}/run", **hasty_user) as run:
             assert_refused_for_lack_of_room(run, disk / "run", "No space left on device")
         kept = list_checkpoint_steps(disk / "run")
         assert kept
         assert kept[-1] < TOTAL_STEPS
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        with Run(*SHORT_RUN, f"--workdir={disk}/run", **user) as run:
+        with Run(*SHORT_RUN, f"--workdir={disk}/run", **hasty_user) as run:
             assert run.end() == 0
             assert run.says(f"continuing after step {kept[-1]}")
         assert_same_end(disk / "run", finished, TOTAL_STEPS)
 
 
-def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(user, tmp_path):
+def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(hasty_user, tmp_path):
     every_step = ("--config.train.global_batch_size=479", "--config.eval.every_epochs=0.3333333333")
     arguments = (*SHORT_RUN, *every_step, "--config.train.epochs=2", "--config.eval.batch_size=64")
-    with Run(*arguments, f"--workdir={tmp_path}", **user) as run:
+    with Run(*arguments, f"--workdir={tmp_path}", **hasty_user) as run:
         assert run.wait_for(lambda: run.says("validation:"))
         run.process.send_signal(signal.SIGTERM)
         assert run.end() == 130, run.errors
@@ -161,7 +161,7 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
     scores = tmp_path / "checkpoints" / str(step) / "metrics" / "metrics"
     assert run.says(f"stopped and saved after step {step};")
     assert not scores.exists()
-    run_main(*arguments, f"--workdir={tmp_path}", **user)
+    run_main(*arguments, f"--workdir={tmp_path}", **hasty_user)
     validated = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (top1,) = [line["top1"] for line in validated if (line["step"], line["split"]) == (step, "validation")]
     assert json.loads(scores.read_text())["top1"] == top1
@@ -170,7 +170,7 @@ def test_stop_at_a_validation_step_leaves_a_checkpoint_that_can_become_the_best(
 STALL = r"nothing has moved for \d+ s while waiting for the images of step 100\n(.*\n)*Thread 0x.*recent call first"
 
 
-def test_image_that_does_not_come_is_reported_and_the_run_goes_on(user, tmp_path):
+def test_image_that_does_not_come_is_reported_and_the_run_goes_on(hasty_user, tmp_path):
     """A pipe among the images: who opens it waits until somebody writes, as on a network file system that is gone."""
     train = tmp_path / "data" / "train"
     picture = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
@@ -192,7 +192,7 @@ def test_image_that_does_not_come_is_reported_and_the_run_goes_on(user, tmp_path
         f"--workdir={tmp_path}/run",
     )
     stalls = tmp_path / "run" / "stalls.txt"
-    with Run(*stalling, **user) as run:
+    with Run(*stalling, **hasty_user) as run:
         assert run.wait_for(run.steps_reported)  # the folders are listed: pipes among the files would be left out
         pipe.unlink()
         os.mkfifo(pipe)
@@ -208,9 +208,9 @@ def test_image_that_does_not_come_is_reported_and_the_run_goes_on(user, tmp_path
     assert run.says("it goes on after")
 
 
-def test_profile_of_a_run_can_be_opened(user, tmp_path):
+def test_profile_of_a_run_can_be_opened(hasty_user, tmp_path):
     arguments = (*SHORT_RUN, "--config.train.epochs=0.3", "--config.profile=3:2", f"--workdir={tmp_path}")
-    _, errors = run_main(*arguments, **user)
+    _, errors = run_main(*arguments, **hasty_user)
     assert "profile: " in errors
     (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
     import jax
@@ -235,7 +235,7 @@ def test_wrong_profile_is_one_line(setting, said, user, tmp_path):
     assert errors.splitlines()[-1] == f"error: {said}"
 
 
-def test_damaged_checkpoint_is_passed_over_by_training_and_refused_by_eval(finished, user, tmp_path):
+def test_damaged_checkpoint_is_passed_over_by_training_and_refused_by_eval(finished, hasty_user, tmp_path):
     """In a copy of a run: a bit is flipped in an array, which Orbax reads without a word."""
     workdir = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, workdir], check=True)
@@ -244,10 +244,10 @@ def test_damaged_checkpoint_is_passed_over_by_training_and_refused_by_eval(finis
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    _, errors = run_main(*SHORT_RUN, "--mode=eval", f"--workdir={workdir}", expect=2, **user)
+    _, errors = run_main(*SHORT_RUN, "--mode=eval", f"--workdir={workdir}", expect=2, **hasty_user)
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert f"checkpoints/{newest} is damaged: {data.relative_to(workdir / 'checkpoints' / str(newest))}" in line
-    _, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", **user)
+    _, errors = run_main(*SHORT_RUN, f"--workdir={workdir}", **hasty_user)
     assert f"checkpoints/{newest} is damaged" in errors
     assert f"continuing after step {before}" in errors
     assert_same_end(workdir, finished, TOTAL_STEPS)

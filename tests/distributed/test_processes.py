@@ -86,9 +86,9 @@ def whole_lines(path: pathlib.Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def exact_user(user) -> dict[str, str]:
+def exact_user(hasty_user) -> dict[str, str]:
     """A user whose JAX has float64."""
-    return {**user, "JAX_ENABLE_X64": "1"}
+    return {**hasty_user, "JAX_ENABLE_X64": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_a_damaged_image_of_one_ends_all_with_its_name(user, tmp_path):
             if (host, split) == ("damaged", "train"):
                 path.write_bytes(path.read_bytes()[:60])
     common = (
-        *("--config=configs/digits.py", f"--workdir={tmp_path}/run", "--config.optim.warmup_epochs=0"),
+        *(*QUICK, f"--workdir={tmp_path}/run", "--config.optim.warmup_epochs=0"),
         *("--config.data.name=folder", "--config.data.eval_split=val", "--config.train.global_batch_size=8"),
     )
     where = (f"--coordinator=127.0.0.1:{find_free_port()}", "--num_processes=2")
