@@ -245,7 +245,8 @@ def test_a_damaged_image_of_one_ends_all_with_its_name(user, tmp_path):
             if (host, split) == ("damaged", "train"):
                 path.write_bytes(path.read_bytes()[:60])
     common = (
-        *(*QUICK, f"--workdir={tmp_path}/run", "--config.optim.warmup_epochs=0"),
+        *("--config=configs/digits.py", "--config.model.block_sizes=(1,)", f"--workdir={tmp_path}/run"),
+        "--config.optim.warmup_epochs=0",
         *("--config.data.name=folder", "--config.data.eval_split=val", "--config.train.global_batch_size=8"),
     )
     where = (f"--coordinator=127.0.0.1:{find_free_port()}", "--num_processes=2")
