@@ -76,8 +76,10 @@ def main() -> NoReturn:
 
         if (checked := cli.check(sys.argv)) is None:
             sys.exit(2)
-        from densenet_jax.system.host import keep_freed_memory
+        from densenet_jax.system.host import keep_freed_memory, restart_without_thread_caches
 
+        if checked[0].mode == "train" and getattr(sys.modules["__main__"], "main", None) is main:
+            restart_without_thread_caches()
         keep_freed_memory()
         status = cli.run(*checked)
         from densenet_jax.distributed import processes

@@ -15,7 +15,7 @@ import densenet_jax
 from densenet_jax.kernels.cpu.elementwise import update_in_place
 from densenet_jax.models.fused.inference import pack_kernels
 from densenet_jax.models.variants import get_variant
-from densenet_jax.system.host import keep_freed_memory, release_freed_memory
+from densenet_jax.system.host import keep_freed_memory, release_freed_memory, restart_without_thread_caches
 
 
 class JaxCase:
@@ -118,5 +118,6 @@ def prepare(
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as main.py does
+    restart_without_thread_caches()  # as main.py does
+    keep_freed_memory()
     serve(prepare, lambda error: "RESOURCE_EXHAUSTED" in str(error))

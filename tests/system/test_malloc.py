@@ -51,3 +51,44 @@ def test_malloc_s_own_variables_and_accelerators_leave_everything_as_it_is(monke
     monkeypatch.setattr(host, "_TPU", ("/dev/null",))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert host.keep_freed_memory() is False
+
+
+BLOCKS = """
+import ctypes, random, sys
+from densenet_jax.system.host import keep_freed_memory, restart_without_thread_caches
+if sys.argv[1] == "restart":
+    restart_without_thread_caches()
+keep_freed_memory()
+libc, random = ctypes.CDLL(None), random.Random(0)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+small = [libc.malloc(random.randrange(16, 3000)) for _ in range(4096)]
+
+def change_some():
+    for _ in range(200):
+        i = random.randrange(len(small))
+        libc.free(small[i])
+        small[i] = libc.malloc(random.randrange(16, 3000))
+
+places = set()
+for _ in range(14):
+    block = ctypes.c_void_p()
+    libc.posix_memalign(ctypes.byref(block), 64, 64 * 2**20)
+    change_some()
+    libc.free(block)
+    change_some()
+    places.add(block.value)
+print(len(places))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
+@pytest.mark.skipif(host.has_accelerator(), reason="malloc is left as it is")
+def test_an_aligned_block_is_found_again_without_thread_caches():
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", BLOCKS]
+    with_caches, without = (
+        int(subprocess.run([*command, way], env=environment, capture_output=True, text=True, check=True).stdout)
+        for way in ("as it is", "restart")
+    )
+    assert without <= 2
+    assert without < with_caches
