@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "threads.h"
 
@@ -31,11 +32,12 @@ inline void Pause() {
 }
 
 // The calling thread and helpers from XLA's pool. Helpers join when the pool gives them a thread; the caller takes
-// every task that no one has begun, so nothing waits for a helper that never came.
+// every task that no one has begun, so nothing waits for a helper that never came. Each begins with a range of its own,
+// the same share of every loop, so that it finds in its cache what it wrote there in the loop before.
 class Team {
  public:
-  explicit Team(ffi::ThreadPool& pool) : size_(Cores(pool)), shared_(std::make_shared<Shared>()) {
-    for (int64_t i = 1; i < size_; ++i) pool.Schedule([shared = shared_] { shared->Help(); });
+  explicit Team(ffi::ThreadPool& pool) : size_(Cores(pool)), shared_(std::make_shared<Shared>(size_)) {
+    for (int64_t i = 1; i < size_; ++i) pool.Schedule([shared = shared_, i] { shared->Help(i); });
   }
   ~Team() { shared_->is_over = true; }
   Team(const Team&) = delete;
@@ -48,8 +50,12 @@ class Team {
     Shared& s = *shared_;
     s.task = &task;
     s.done.store(0, std::memory_order_relaxed);
-    s.ticket.store(++loop_ << 40 | static_cast<uint64_t>(count) << 20, std::memory_order_release);
-    while (s.Work()) {
+    ++loop_;
+    for (int64_t i = size_ - 1; i >= 0; --i) {
+      const uint64_t begin = count * i / size_, end = count * (i + 1) / size_;
+      s.ranges[i].ticket.store(loop_ << 40 | end << 20 | begin, std::memory_order_release);
+    }
+    while (s.Work(0)) {
     }
     for (int spins = 0; s.done.load(std::memory_order_acquire) < count; ++spins) Wait(spins);
   }
@@ -62,26 +68,35 @@ class Team {
   }
   static void Wait(int spins) { spins < kSpins ? Pause() : std::this_thread::yield(); }
 
+  struct alignas(64) Range {
+    std::atomic<uint64_t> ticket{0};  // number of the loop << 40 | the range's end << 20 | the next task
+  };
   struct Shared {
-    std::atomic<uint64_t> ticket{0};  // number of the loop << 40 | its tasks << 20 | tasks begun
+    std::vector<Range> ranges;
     std::atomic<int64_t> done{0};
     std::atomic<bool> is_over{false};
-    const std::function<void(int64_t)>* task = nullptr;  // set before the ticket, kept until all tasks are done
+    const std::function<void(int64_t)>* task = nullptr;  // set before the tickets, kept until all tasks are done
 
-    // Runs one task of the loop; false if all are begun.
-    bool Work() {
+    explicit Shared(int64_t size) : ranges(size) {}
+
+    // Runs one task of the loop, of the thread's own range if it can; false if all are begun.
+    bool Work(int64_t own) {
       constexpr uint64_t kMask = (1 << 20) - 1;
-      const auto begun = [](uint64_t t) { return (t & kMask) >= (t >> 20 & kMask); };
-      if (begun(ticket.load(std::memory_order_acquire))) return false;
-      const uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
-      if (begun(mine)) return false;
-      (*task)(static_cast<int64_t>(mine & kMask));
-      done.fetch_add(1, std::memory_order_acq_rel);
-      return true;
+      const auto has_begun = [](uint64_t t) { return (t & kMask) >= (t >> 20 & kMask); };
+      for (size_t i = 0; i < ranges.size(); ++i) {
+        std::atomic<uint64_t>& ticket = ranges[(own + i) % ranges.size()].ticket;
+        if (has_begun(ticket.load(std::memory_order_acquire))) continue;
+        const uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
+        if (has_begun(mine)) continue;
+        (*task)(static_cast<int64_t>(mine & kMask));
+        done.fetch_add(1, std::memory_order_acq_rel);
+        return true;
+      }
+      return false;
     }
-    void Help() {
+    void Help(int64_t own) {
       for (int spins = 0; !is_over.load(std::memory_order_acquire); ++spins) {
-        if (Work())
+        if (Work(own))
           spins = 0;
         else
           Wait(spins);
