@@ -13,7 +13,7 @@ from worker import serve
 
 import densenet_jax
 from densenet_jax.kernels.cpu.elementwise import update_in_place
-from densenet_jax.models.fused.inference import pack_kernels
+from densenet_jax.models.fused.inference import prepare_inference
 from densenet_jax.models.variants import get_variant
 from densenet_jax.system.host import keep_freed_memory, release_freed_memory, restart_without_thread_caches
 
@@ -93,7 +93,7 @@ def prepare(
         "version": jax.__version__,
     }
     if mode == "infer":
-        network, variables = pack_kernels(network, variables)  # as a Predictor does
+        network, variables = prepare_inference(network, variables)  # as a Predictor does
         logits = jax.jit(lambda variables, images: (network.apply(variables, images, train=False),))
         return JaxCase(logits, (variables,), (images,), 0), device_info
     optimizer = optax.sgd(0.01, momentum=0.9)

@@ -39,19 +39,18 @@ def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Mo
         return module.clone(remat=False), {"params": variables["params"]}
     options = module.norm_options
     params, stats = (traverse_util.flatten_dict(dict(variables[kind]), sep="/") for kind in ("params", "batch_stats"))
-    dtypes = {name: np.asarray(value).dtype for name, value in params.items()}
-    folded = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    norms = [name.removesuffix("/mean") for name in stats if name.endswith("/mean")]
-    for norm in norms:
+    scales, folded = dict[str, np.ndarray](), dict[str, Any](params)
+    for norm in (name.removesuffix("/mean") for name in stats if name.endswith("/mean")):
         mean, variance = (np.asarray(stats[f"{norm}/{kind}"], np.float64) for kind in ("mean", "var"))
-        scale = folded[f"{norm}/scale"] / np.sqrt(variance + options.epsilon)
-        folded[f"{norm}/scale"] = scale
-        folded[f"{norm}/bias"] = folded[f"{norm}/bias"] - mean * scale
+        scales[norm] = np.asarray(params[f"{norm}/scale"], np.float64) / np.sqrt(variance + options.epsilon)
+        folded[f"{norm}/scale"] = scales[norm]
+        folded[f"{norm}/bias"] = np.asarray(params[f"{norm}/bias"], np.float64) - mean * scales[norm]
     for name in params:
-        norm = _norm_after(name)
-        if norm in norms:
-            folded[name] = folded[name] * folded.pop(f"{norm}/scale")
-    arrays = {name: jnp.asarray(value, dtypes[name]) for name, value in folded.items()}
+        if (norm := _norm_after(name)) in scales:
+            kernel = np.asarray(params[name], np.float64) * scales[norm]
+            folded[name] = np.asarray(kernel, params[name].dtype)
+            del folded[f"{norm}/scale"]
+    arrays = {name: jnp.asarray(value, params[name].dtype) for name, value in folded.items()}
     plain = module.clone(norm_options=dataclasses.replace(options, folded=True), remat=False)
     return plain, {"params": traverse_util.unflatten_dict(arrays, sep="/")}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from densenet_jax.augment.basic import normalize
 from densenet_jax.errors import UserError
-from densenet_jax.models.fused.inference import pack_kernels
+from densenet_jax.models.fused.inference import prepare_inference
 from densenet_jax.predict.explain import activation_maps, layer_names, weigh_by_gradients
 from densenet_jax.predict.model import Deployed
 from densenet_jax.training import sharding
@@ -47,7 +47,7 @@ class CompiledModel:
         self.batch_sizes = tuple(sorted({-(-size // mesh.size) * mesh.size for size in batch_sizes}))
         self._over_data = sharding.over_data(mesh)
         module: Any
-        module, variables = pack_kernels(model.module, model.variables, mesh.size)
+        module, variables = prepare_inference(model.module, model.variables, mesh.size)
         self._module = module
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
         self._layers: set[str] = set()  # known to exist

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import densenet_jax
 from densenet_jax.kernels.cpu import block, convolution, joined, library, norm_relu_conv, pooling, primitive
 from densenet_jax.models.fused.backend_cpu import CpuBackend
-from densenet_jax.models.fused.inference import pack_kernels
+from densenet_jax.models.fused.inference import pack_kernels, prepare_inference
 from densenet_jax.models.variants import VARIANTS
 
 # batch, height, width, channels, output channels, kernel, stride, padding
@@ -519,6 +519,21 @@ def test_packed_kernels_are_read_by_the_blocks_alone(name):
     packed, laid_out = pack_kernels(model, variables)
     assert packed != model
     np.testing.assert_array_equal(jax.jit(packed.apply)(laid_out, images), jax.jit(model.apply)(variables, images))
+
+
+@pytest.mark.parametrize(("name", "leaves"), [("densenet121", 14), ("dpn68b", 24), ("densenet_bc_40_12", 16)])
+def test_a_network_prepared_for_many_calls_takes_fewer_arrays(name, leaves):
+    stages = 3 if "_bc_" in name else 2
+    model = densenet_jax.create_model(name, num_classes=3, block_sizes=(1,) * stages)
+    images = draw(1, 32, 32, 3).astype(jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda leaf: jnp.abs(draw(*leaf.shape)).astype(leaf.dtype) + 0.1, shapes)
+    prepared, arrays = prepare_inference(model, variables)
+    assert prepared.implementation.is_packed
+    assert len(jax.tree.leaves(arrays)) == leaves
+    expected = jax.jit(model.apply)(variables, images)
+    assert_same(jax.jit(prepared.apply)(arrays, images), expected, 1e-5 * jnp.abs(expected).max())
+    assert prepare_inference(model, variables, devices=2) == (model, variables)
 
 
 @pytest.mark.slow

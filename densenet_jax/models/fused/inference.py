@@ -24,6 +24,7 @@ from densenet_jax.kernels.cpu.library import bfloat16_products, int8_products
 from densenet_jax.kernels.cpu.primitive import DTYPES, is_available
 from densenet_jax.models.densenet import BlockOptions, DenseLayer
 from densenet_jax.models.dual_path import DualPathBlock
+from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.models.layers import BatchNorm, Convolution
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,24 @@ _KERNEL = re.compile(
     r"denseblock\d+/denselayer\d+/conv\d/kernel|transition\d+/conv/kernel"  # densenet.py
     r"|conv\d+_\d+/c(1x1|3x3)_\w+(/conv)?/kernel"  # dual_path.py, but for its stem, conv1_1/conv
 )
+
+
+def prepare_inference(
+    module: nn.Module, variables: dict[str, Any], devices: int = 1
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Folds batch norms and packs kernels once, before many calls; the outputs are the same up to rounding.
+
+    Without CPU kernels for the network, both are as they were. A call takes half as many arrays afterwards: for a
+    network of two milliseconds a tenth of the time.
+    """
+    if _is_fit(module, devices) and getattr(module, "param_dtype", None) == jnp.float32:
+        module, variables = fold_batch_norm(module, variables)
+    return pack_kernels(module, variables, devices)
+
+
+def _is_fit(module: Any, devices: int) -> bool:
+    implementation = getattr(module, "implementation", None)
+    return getattr(implementation, "evaluates_by_cpu_kernels", False) and is_available() and devices == 1
 
 
 def pack_kernels(module: nn.Module, variables: dict[str, Any], devices: int = 1) -> tuple[nn.Module, dict[str, Any]]:
@@ -45,7 +64,7 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any], devices: int = 1)
     """
     implementation: Any = getattr(module, "implementation", None)
     wants_int8 = getattr(implementation, "int8", False)
-    is_fit = getattr(implementation, "evaluates_by_cpu_kernels", False) and is_available() and devices == 1
+    is_fit = _is_fit(module, devices)
     if wants_int8 and not (is_fit and int8_products()):
         why = "this processor multiplies no integers of 8 bits (it has no AMX or AVX512-VNNI)"
         why = why if is_fit else "only the CPU kernels have it, on one device (docs/predict.md)"

@@ -29,21 +29,25 @@ struct Kernel {
   bool transposed;
 };
 
-// Packs an untransposed kernel of one group, row by row, in the order of memory.
+// Packs an untransposed kernel of one group, row by row, in the order of memory. Behind the last output of a row lie any
+// values, which tiles don't store: whole vectors are copied wherever the kernel has as many values left.
 template <typename T, typename Pool>
 void PackRows(Pool& pool, const Sizes& s, const Kernel<T>& kernel, T* packed) {
+  constexpr int kLanes = Lanes<T>::kCount;
   const int64_t rows = s.kernel_height * s.run(), chunks = Chunk<T>::Count(s.out_channels);
   const int64_t tasks = std::clamp<int64_t>(rows * s.out_channels / kValuesWorthATask, 1, 4 * pool.num_threads());
   ParallelFor(pool, tasks, [&](int64_t task) {
     for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
-      const T* from = kernel.w + row * kernel.outputs + kernel.first * s.out_channels;
+      const int64_t begin = row * kernel.outputs + kernel.first * s.out_channels;
       for (int64_t index = 0; index < chunks; ++index) {
         const Chunk<T> chunk(s.out_channels, index);
+        const T* from = kernel.w + begin + chunk.first;
         T* to = packed + chunk.first * rows + row * chunk.width();
-        if (chunk.lanes == Chunk<T>::kMost) {
-          std::memcpy(to, from + chunk.first, Chunk<T>::kMost * sizeof(T));
+        if (begin + chunk.first + chunk.width() <= rows * kernel.outputs) {
+          std::memcpy(to, from, kLanes * sizeof(T));
+          if (chunk.vectors == kVectors) std::memcpy(to + kLanes, from + kLanes, kLanes * sizeof(T));
         } else {
-          std::memcpy(to, from + chunk.first, chunk.lanes * sizeof(T));
+          std::memcpy(to, from, chunk.lanes * sizeof(T));
           std::fill(to + chunk.lanes, to + chunk.width(), T{0});
         }
       }
