@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices, checked shapes, and no silent rank promotion."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders the files of tests; the order of tests inside a file stays."""
     places = {f"tests/{file}": place for place, file in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.location[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage less often, and never among what is imported: tracing makes many objects and little garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")

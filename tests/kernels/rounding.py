@@ -38,6 +38,6 @@ def make_networks(name, dtype, batch, **sizes):
     def draw(leaf):
         values = random.standard_normal(leaf.shape)
         is_kernel = leaf.ndim > 1
-        return jnp.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
+        return np.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
 
     return *networks, jax.tree.map(draw, shapes), images

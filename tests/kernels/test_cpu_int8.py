@@ -115,8 +115,8 @@ def test_a_network_in_int8(name, count):
     kernels = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.int8]
     assert len(kernels) == (count if library.int8_products() else 0)  # without groups, of fours of inputs
     assert jax.tree.map(jnp.shape, arrays["params"]) == jax.tree.map(jnp.shape, variables["params"])
-    answer, pullback = jax.vjp(lambda images: packed.apply(arrays, images, train=False), images)
-    wanted, other = jax.vjp(lambda images: exact.apply(variables, images, train=False), images)
+    answer, pullback = jax.vjp(jax.jit(lambda images: packed.apply(arrays, images, train=False)), images)
+    wanted, other = jax.vjp(jax.jit(lambda images: exact.apply(variables, images, train=False)), images)
     if kernels:
         assert 0 < np.abs(answer - wanted).max() < 0.03 * np.abs(wanted).max()
     in_call = jax.jit(functools.partial(PackedInCall(ours).apply, train=False))(variables, images)
@@ -147,7 +147,7 @@ def test_without_the_instructions_it_is_float32(monkeypatch, caplog):
     (packed, arrays), (other, others) = (pack_kernels(one, variables) for one in (ours, exact))
     assert "config.model.dtype=int8: this processor multiplies no integers of 8 bits" in caplog.text
     assert jax.tree.all(jax.tree.map(np.array_equal, arrays, others))
-    np.testing.assert_array_equal(packed.apply(arrays, images), other.apply(others, images))
+    np.testing.assert_array_equal(jax.jit(packed.apply)(arrays, images), jax.jit(other.apply)(others, images))
 
 
 def test_several_devices_and_other_families_have_none(caplog):

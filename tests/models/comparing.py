@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from densenet_jax.models.create import create_model
+from tests.models.golden import trace_variables
 
 
 def drawn(shapes, seed, dtype):
@@ -58,7 +59,7 @@ def training_case(name, dtype, side_px=6, batch=4, **options):
     param_dtype = jnp.promote_types(dtype, jnp.float32)
     make = functools.partial(create_model, name, num_classes=3, dtype=dtype, param_dtype=param_dtype, **options)
     images = jax.random.normal(jax.random.key(0), (batch, side_px, side_px, 3)).astype(dtype)
-    shapes = jax.eval_shape(make().init, jax.random.key(0), images)
+    shapes = trace_variables(make(), side_px)
     variables = {"params": jax.tree.map(signed, drawn(shapes["params"], 1, param_dtype))}
     variables["batch_stats"] = drawn(shapes["batch_stats"], 2, param_dtype)
     return lambda form: train(make(block_form=form), variables, images)

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from unittest import mock
 
+import flax.core.scope
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,15 +99,20 @@ class DualPathShapesOnly(dual_path.Plain):
 
 @functools.cache
 def abstract_variables(name, **architecture):
-    """Shapes of a model's variables, traced once a test run; they depend neither on arithmetic nor on initializers."""
-    model = make(name, **architecture)
+    """Shapes of a model's variables, traced once a test run."""
+    side_px = 65 if name in SMALL_MODELS else get_variant(name).preprocessing.input_px
+    return trace_variables(make(name, **architecture), side_px)
+
+
+def trace_variables(model, side_px):
+    """Shapes of a model's variables, which depend neither on arithmetic nor on initializers: both are left out."""
     if isinstance(model, DenseNet):
         model = model.clone(implementation=ShapesOnly())
     elif isinstance(model, dual_path.DualPathNetwork):
         model = model.clone(implementation=DualPathShapesOnly())
-    side_px = 65 if name in SMALL_MODELS else get_variant(name).preprocessing.input_px
     images = jax.ShapeDtypeStruct((1, side_px, side_px, 3), jnp.float32)
     with (
+        mock.patch.object(flax.core.scope, "_fold_in_static", lambda key, _: key),  # a key for each variable
         mock.patch.object(layers, "he_normal", return_value=jax.nn.initializers.zeros),
         mock.patch.object(rdnet, "he_normal", return_value=jax.nn.initializers.zeros),
         mock.patch.object(rdnet, "normalize_channels", lambda x, *_: x),

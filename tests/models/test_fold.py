@@ -1,5 +1,7 @@
 """A folded model is the same function: equality in float64, and the shape of what is left."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from densenet_jax.errors import UserError
 from densenet_jax.models.create import create_model
 from densenet_jax.models.fold import fold_batch_norm
 from densenet_jax.models.layers import max_pool
+from tests.models import golden
 from tests.models.golden import SMALL_MODELS
 
 _DUAL_PATH = {"reduction_width": 16, "groups": 4, "dense_increments": (4, 6)}
@@ -37,20 +40,25 @@ TAKEN_IN = {
 }
 
 
+@functools.cache
+def shapes_of(name):
+    base, architecture = MODELS[name]
+    return golden.trace_variables(create_model(base, num_classes=7, **architecture), side_px=33)
+
+
 def drawn(name, dtype):
     """A small model with weights and statistics of which none is at its neutral value."""
     base, architecture = MODELS[name]
     model = create_model(base, num_classes=7, **architecture, dtype=dtype, param_dtype=dtype)
-    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 33, 33, 3), dtype)), jax.random.key(0))
     rng = np.random.default_rng(3)
 
     def draw(path, leaf):
         if path[-1].key == "var":
-            return rng.uniform(0.3, 2.0, leaf.shape).astype(leaf.dtype)
+            return rng.uniform(0.3, 2.0, leaf.shape).astype(dtype)
         spread = 1 / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0.3
-        return rng.normal(1.0 if path[-1].key == "scale" else 0.0, spread, leaf.shape).astype(leaf.dtype)
+        return rng.normal(1.0 if path[-1].key == "scale" else 0.0, spread, leaf.shape).astype(dtype)
 
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return model, jax.tree_util.tree_map_with_path(draw, shapes_of(name))
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -19,7 +19,7 @@ AS_PYTORCHCV = {
     "densenet_100_12": {"stem_width": 24, "compression": 0.5},
     "densenet_100_24": {"stem_width": 48, "compression": 0.5},
 }
-QUICK = ("densenet_40_12", "pytorchcv_dpn68")
+QUICK = ("densenet_40_12",)
 # At 161 px as well as at 65: one of each source and stem, which is enough for how sizes are rounded.
 AT_EVERY_SIZE = ("densenet121d", "keras_densenet121", "pytorchcv_dpn68b", "pytorchcv_dpn92")
 

@@ -169,6 +169,7 @@ def relative_error(after, expected, before):
     return np.sqrt(missed / moved)
 
 
+@pytest.mark.slow
 def test_a_free_float32_run_strays_no_further_than_pytorchs(single, golden):
     _, losses, evaluations = single.run()
     deviations = np.abs(losses - golden["losses"])
