@@ -50,7 +50,8 @@ LONGEST_FIRST = (
         "test_pretrained_weights.py",
     ),
     *("models/test_variants.py", "models/test_create.py", "training/test_steps.py", "run/test_label_training.py"),
-    *("models/test_fold.py", "test_table_recipes.py", "models/test_faults.py", "test_experiment.py"),
+    *("models/test_faults.py", "training/test_train_parity.py", "models/test_fold.py", "test_table_recipes.py"),
+    *("test_experiment.py", "test_settings.py", "predict/test_explain.py", "export/test_maps.py"),
 )
 
 

@@ -38,6 +38,7 @@ def make_networks(name, dtype, batch, **sizes):
     def draw(leaf):
         values = random.standard_normal(leaf.shape)
         is_kernel = leaf.ndim > 1
-        return np.float32(values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values))
+        values = values / np.sqrt(np.prod(leaf.shape[:-1])) if is_kernel else 1 + 0.3 * np.abs(values)
+        return jnp.asarray(values.astype(np.float32))
 
     return *networks, jax.tree.map(draw, shapes), images

@@ -462,7 +462,7 @@ def test_a_network_evaluated(bottleneck_width):
     images = draw(2, 32, 32, 3)
     leaves, tree = jax.tree.flatten(jax.device_get(jax.jit(model.init)(jax.random.key(0), images)))
     moved = [leaf + 0.5 * np.abs(draw_numpy(*leaf.shape, seed=i)) * (leaf.ndim == 1) for i, leaf in enumerate(leaves)]
-    variables = jax.tree.unflatten(tree, moved)  # norms that do something
+    variables = jax.device_put(jax.tree.unflatten(tree, moved))  # norms that do something
 
     def answers(which):
         return lambda images: jnp.sin(which.apply(variables, images, train=False))
@@ -487,7 +487,7 @@ def test_a_dual_path_network_evaluated(name):
     )
     images = draw(2, 16, 16, 3)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables = jax.tree.map(lambda leaf: np.abs(draw_numpy(*leaf.shape)) + 0.1, variables)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(np.abs(draw_numpy(*leaf.shape)) + 0.1), variables)
     answer = jax.jit(model.apply)
     assert answer.lower(variables, images).as_text().count("@densenet_block") == 2
     expected = jax.jit(reference.apply)(variables, images)
