@@ -197,6 +197,7 @@ def test_remat_changes_neither_output_nor_gradients(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), actual, expected)
 
 
+@functools.cache
 def _stored(name, **options):
     """How many numbers the forward pass of training keeps for the backward pass."""
     variables, model = _variables(name), _model(name, **options)
