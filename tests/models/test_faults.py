@@ -135,9 +135,7 @@ def test_the_other_family_s_epsilon_is_caught(name, epsilon):
 @pytest.mark.parametrize("side_px", [64, 67])
 @pytest.mark.parametrize("name", list(golden.SMALL_MODELS))
 def test_without_a_fault_nothing_is_caught(name, side_px):
-    """At 67 px test_parity.py compares every level in both implementations, but not of small_rdnet."""
-    run = golden.run_with_taps if side_px == 64 or name == "small_rdnet" else golden.run_own_with_taps
-    assert _largest_error(name, side_px, run) < TOLERANCE
+    assert _largest_error(name, side_px, golden.run_with_taps) < TOLERANCE
 
 
 def test_options_that_change_nothing_in_evaluation():
