@@ -78,7 +78,7 @@ def main() -> NoReturn:
             sys.exit(2)
         from densenet_jax.system.host import keep_freed_memory, restart_without_thread_caches
 
-        if checked[0].mode == "train" and getattr(sys.modules["__main__"], "main", None) is main:
+        if checked[0].mode == "train":
             restart_without_thread_caches()
         keep_freed_memory()
         status = cli.run(*checked)

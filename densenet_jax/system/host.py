@@ -30,12 +30,19 @@ def restart_without_thread_caches() -> None:
     XLA takes a step's temporaries aligned, for which malloc takes 96 bytes more and frees what is cut off at both ends.
     Where a thread keeps these ends, the freed block can't grow together with them: it is too small for the next step's,
     which is taken elsewhere, and the process holds hundreds of megabytes two or three times. Does nothing where
-    `keep_freed_memory` does nothing; call before it, as the first thing.
+    `keep_freed_memory` does nothing, or in a process that was started for something else; call before it.
     """
-    if _is_malloc_ours() and "GLIBC_TUNABLES" not in os.environ:
+    if _is_malloc_ours() and "GLIBC_TUNABLES" not in os.environ and _is_command(sys.argv, sys.orig_argv[1:]):
         sys.stdout.flush()
         os.environ["GLIBC_TUNABLES"] = _NO_THREAD_CACHES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_command(arguments: list[str], command: list[str]) -> bool:
+    """Returns whether a process's command line started a program with these arguments, of which the first names it."""
+    program, *others = arguments
+    runs_it = program in command or command[:2] == ["-m", "densenet_jax"]
+    return runs_it and command[len(command) - len(others) :] == others
 
 
 def _is_malloc_ours() -> bool:

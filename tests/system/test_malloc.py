@@ -92,3 +92,17 @@ def test_an_aligned_block_is_found_again_without_thread_caches():
     )
     assert without <= 2
     assert without < with_caches
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "own"),
+    [
+        (["main.py", "--mode=train"], ["main.py", "--mode=train"], True),
+        (["main.py"], ["-X", "utf8", "main.py"], True),
+        (["/lib/densenet_jax/__main__.py", "--mode=train"], ["-m", "densenet_jax", "--mode=train"], True),
+        (["main.py", "--mode=train"], ["-m", "pytest", "-q"], False),
+        (["main.py"], ["-B", "-c", "from multiprocessing.forkserver import main; main(3, 4)"], False),
+    ],
+)
+def test_a_process_that_was_started_for_something_else_does_not_start_anew(arguments, command, own):
+    assert host._is_command(arguments, command) is own
