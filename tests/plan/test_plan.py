@@ -193,10 +193,14 @@ def check_digits(figures, chips, batch, parameters=PARAMETERS):
     assert figures["hours_bound"] > 0
 
 
-@pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v4:2x2x2", 8)])
+@pytest.mark.parametrize(
+    ("topology", "chips", "changes", "parameters"),
+    [("v5e:2x2", 4, (), PARAMETERS), ("v4:2x2x2", 8, (SMALL,), SMALL_PARAMETERS)],
+)
 @needs("libtpu")
-def test_the_digits_on_tpus_that_are_not_there(user, topology, chips):
-    check_digits(plan_digits(user, topology), chips, digits.get_config().train.global_batch_size)
+def test_the_digits_on_tpus_that_are_not_there(user, topology, chips, changes, parameters):
+    figures = plan_digits(user, topology, *changes)
+    check_digits(figures, chips, digits.get_config().train.global_batch_size, parameters)
 
 
 @needs("jax_plugins.xla_cuda12")
