@@ -66,7 +66,7 @@ def test_a_hostile_value_is_taken_or_refused_in_one_line(key, monkeypatch):
         ("data.crop_area=(1, 'a')", "config.data.crop_area is .* expected two shares"),
     ],
 )
-def test_what_is_expected_is_in_the_message(setting, message):
+def test_the_message_names_what_is_expected(setting, message):
     with pytest.raises(UserError, match=message):
         check_config(parse(["densenet-jax", "--config=digits", f"--config.{setting}"])[1])
 

@@ -35,7 +35,8 @@ def restart_without_thread_caches() -> None:
     if _is_malloc_ours() and "GLIBC_TUNABLES" not in os.environ and _is_command(sys.argv, sys.orig_argv[1:]):
         sys.stdout.flush()
         os.environ["GLIBC_TUNABLES"] = _NO_THREAD_CACHES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # then this process goes on, with more memory
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _is_command(arguments: list[str], command: list[str]) -> bool:

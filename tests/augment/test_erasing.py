@@ -49,7 +49,7 @@ def test_boxes_as_pixels(boxes):
 
 
 @pytest.mark.parametrize("mode", ["zero", "color", "pixel"])
-def test_what_is_put_into_the_box(mode):
+def test_erased_pixels_by_mode(mode):
     images = jnp.full((200, 16, 16, 3), 5.0)
     erased = np.asarray(jax.jit(functools.partial(random_erase, probability=1.0, mode=mode))(images, KEYS[:200]))
     changed = (erased != 5.0).all(axis=-1)

@@ -213,7 +213,7 @@ def test_no_round_begins_after_the_budget_and_a_silent_worker_is_given_up(monkey
     assert [one.error for one in contestants] == [None, "no answer within 0.5 s"]
 
 
-def test_who_is_prepared_together_is_not_waited_for_one_by_one(monkeypatch):
+def test_workers_that_prepare_together_are_awaited_together(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from versus.turns import Contestant, compete
 

@@ -40,7 +40,7 @@ def test_files_of_others(tmp_path, data):
      (b'# Lines that begin with " are JSON strings.\n"broken\n', "can't be read as labels"),
      (b'# Lines that begin with " are JSON strings.\n"\\ud800"\n', "can't be read as labels.*surrogates")],
 )  # fmt: skip
-def test_what_is_no_list_of_names(tmp_path, data, why):
+def test_other_files_than_lists_of_names_are_refused(tmp_path, data, why):
     (tmp_path / "labels.txt").write_bytes(data)
     with pytest.raises(UserError, match=why):
         read_labels(tmp_path / "labels.txt")

@@ -225,7 +225,7 @@ def test_a_class_order_that_does_not_fit(tmp_path, lines, why):
         open_source("folder", root, "train", class_order=str(tmp_path / "order.txt"))
 
 
-def test_identity_tells_renamed_classes_and_other_files(tree):
+def test_identity_distinguishes_renamed_classes_and_other_files(tree):
     first = open_source("folder", str(tree), "train").identity()
     assert [count for count, _ in first] == [4, 4, 4]
     (tree / "train" / "bee").rename(tree / "train" / "zz")
@@ -257,7 +257,7 @@ def test_a_class_missing_from_the_held_out_part_is_reported(tree, caplog):
     assert "holdout has no images of 2 of 3 classes" in caplog.text
 
 
-def test_what_is_missing_is_named(tree, tmp_path):
+def test_missing_folders_are_named(tree, tmp_path):
     with pytest.raises(UserError, match=r"config.data.dir is '.*elsewhere', which does not exist"):
         open_source("folder", str(tmp_path / "elsewhere"), "train")
     (tree / "test").mkdir()

@@ -77,7 +77,7 @@ def test_differences_are_named(current, why, may_go_on):
         identity("cat", "dog", name="other", train=split((1, ""), (1, ""))),
     ],
 )  # fmt: skip
-def test_what_is_not_comparable_passes(current):
+def test_incomparable_identities_pass(current):
     check_identity(SAVED, current, "step 3 of runs/a")
 
 

@@ -134,7 +134,7 @@ def test_tall_and_tiny_and_enlarged_crops(helper, without):
                     np.testing.assert_array_equal(transform(data, draws), without(transform, data, draws))
 
 
-def test_what_it_does_not_know_is_left_to_others(helper, without, monkeypatch):
+def test_unknown_kinds_of_files_are_left_to_other_decoders(helper, without, monkeypatch):
     monkeypatch.setattr(resize, "_simd", None)
     calls = used(helper, monkeypatch)
     chelsea = Image.fromarray(photographs.chelsea())

@@ -41,7 +41,7 @@ def test_pixels_are_right(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_means_nothing_is_refused(name):
+def test_unreadable_pixels_are_refused(name):
     case = REFUSED[name]
     with pytest.raises(DamagedImage, match=case.want):
         decode_image(case.data, case.channels, pixel_range=case.pixel_range, bits=0)
@@ -167,7 +167,7 @@ def test_12_bit_tiff_is_scaled_by_its_own_white():
     assert np.abs(pixels.astype(int) - values.astype(int) * 65535 // 4095).max() <= 1
 
 
-def test_8_bits_of_16_are_rounded_and_said_once(caplog, monkeypatch):
+def test_8_bits_of_16_are_rounded_with_one_warning(caplog, monkeypatch):
     monkeypatch.setattr(decode, "_warned", [])
     for _ in range(2):
         pixels = decode_image(pillow(WIDE, "PNG"), 1, name="xray.png")

@@ -160,7 +160,7 @@ def test_labels_outside_the_classes_are_damage():
     assert "label -1" in verify_split(Labeled(), "test").damaged[0][1]
 
 
-def test_what_only_the_user_can_do_is_said(tmp_path, monkeypatch):
+def test_manual_downloads_are_explained(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar .*image-net\.org"):
         prepare_dataset("imagenet2012", str(tmp_path))
     (tmp_path / "downloads" / "manual").mkdir(parents=True)

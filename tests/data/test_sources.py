@@ -156,7 +156,7 @@ def test_sets_that_are_no_image_classification_are_refused(tmp_path):
         open_source("imagenet2012", str(tmp_path), "train")
 
 
-def test_storage_that_needs_another_package_is_said(monkeypatch):
+def test_a_missing_storage_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"s3://bucket/data can't be read: .*s3fs"):
         open_source("imagenet2012", "s3://bucket/data", "train")

@@ -108,7 +108,7 @@ def test_ten_crops_are_refused():
         make_graph(export_module.dataclasses.replace(model, transform=crops))
 
 
-def test_the_figures_tell_what_was_written(text_format, tmp_path):
+def test_the_figures_describe_the_file(text_format, tmp_path):
     path = tmp_path / "new" / "model.text"
     _, figures = export_small(path, format="text")
     assert figures == {

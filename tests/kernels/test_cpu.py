@@ -348,7 +348,7 @@ def test_the_library_itself_refuses_operands_that_do_not_fit(width, dtype, messa
         jax.block_until_ready(call(x, g, **sizes))
 
 
-def test_what_the_library_does_not_know_is_left_to_xla(monkeypatch):
+def test_unsupported_convolutions_are_left_to_xla(monkeypatch):
     x, kernel = draw(2, 8, 8, 4), draw(3, 3, 4, 4, seed=1)
     assert convolution.is_usable(x, kernel)
     assert not convolution.is_usable(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))

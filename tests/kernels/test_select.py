@@ -39,7 +39,7 @@ def test_nobody_else_gets_them_unasked(platform, dtype, shape, devices):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
-def test_who_asks_gets_them_on_a_gpu(dtype):
+def test_kernels_are_taken_on_a_gpu_on_request(dtype):
     assert choose("gpu", dtype, SHAPE, "pallas") == "pallas"
 
 
@@ -57,7 +57,7 @@ def test_shapes_that_do_not_fit_a_program_are_left_to_xla(shape):
         ("gpu", jnp.bfloat16, "triton", r"kernels='triton': expected one of auto, xla, pallas"),
     ],
 )
-def test_who_asks_for_what_there_is_not_is_reported(platform, dtype, wanted, message):
+def test_absent_kernels_are_refused(platform, dtype, wanted, message):
     with pytest.raises(UserError, match=message):
         choose(platform, dtype, SHAPE, wanted)
 
@@ -69,7 +69,7 @@ V4, V5E, V5P, V6E, V7 = (
 
 
 @pytest.mark.parametrize("device", [V5E, V5P, V6E, V7], ids=lambda device: device.device_kind)
-def test_who_asks_gets_them_on_a_tpu(device):
+def test_kernels_are_taken_on_a_tpu_on_request(device):
     assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK, "pallas", (device,)) == "pallas"
     assert choose_layer_gradients(jnp.bfloat16, FIRST_BLOCK._replace(examples=256), "pallas", [device] * 8) == "pallas"
 
@@ -103,7 +103,7 @@ def test_blocks_that_the_tpu_s_kernels_are_not_for_are_left_to_xla(unfit):
     ],
     ids=["an older chip", "half of a vector"],
 )
-def test_who_asks_for_what_there_is_not_on_a_tpu_is_reported(block, devices, message):
+def test_absent_kernels_are_refused_on_a_tpu(block, devices, message):
     with pytest.raises(UserError, match=message):
         choose_layer_gradients(jnp.bfloat16, block, "pallas", devices)
 

@@ -48,7 +48,7 @@ def test_over_eight_devices_it_is_the_same(group_size):
     assert largest_error_over_eight_devices(INTERPRETED, group_size) < 1e-9
 
 
-def test_what_does_not_divide_over_the_devices_is_left_to_xla():
+def test_indivisible_batches_are_left_to_xla():
     mesh, shape = make_mesh(), BlockShape(16, 3, 3, 8, 1, 16, 4)
     backend = GpuBackend(mesh, "interpret")
     for group_size in (0, 2):

@@ -154,7 +154,7 @@ def test_gradients_are_the_same_over_eight_devices():
     assert largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
 
 
-def test_what_is_stored_grows_linearly_with_depth_and_remat_stores_less(monkeypatch):
+def test_stored_values_grow_linearly_with_depth_and_remat_stores_fewer(monkeypatch):
     def stored(layers, form="normalize_once", **options):
         module, variables = _block(form, layers=layers, **options)
 

@@ -158,7 +158,7 @@ def test_gradients_are_the_same_over_eight_devices():
     assert largest_error(jax.jit(run, in_shardings=whole)(*arguments), jax.jit(run)(*arguments)) < 1e-3
 
 
-def test_what_is_stored_is_each_sum_the_dense_path_and_two_bottlenecks_a_block():
+def test_stored_values_are_sums_dense_path_and_two_bottlenecks_a_block():
     def stored(blocks, **options):
         module, variables = _network("normalize_once_tpu", blocks=blocks, **options)
 

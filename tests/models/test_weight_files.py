@@ -176,7 +176,7 @@ _HASHES = {
 
 
 @pytest.mark.parametrize("where", list(_HASHES))
-def test_what_takes_long_to_hash_is_refused(tmp_path, where):
+def test_objects_that_take_long_to_hash_are_refused(tmp_path, where):
     (tmp_path / "x.pth").write_bytes(_HASHES[where])
     with pytest.raises(UserError, match=r"(too many parts|too large a number|without a name)"):
         read_arrays(tmp_path / "x.pth")

@@ -23,7 +23,7 @@ def costs(flops=0.0, traffic=0.0, *collectives):
         ("collective-permute", 1, 0),
     ],
 )
-def test_what_a_chip_has_to_send(op, chips, expected):
+def test_bytes_sent_by_a_chip(op, chips, expected):
     assert count_sent_bytes(Collective(op, 500, 2), chips) == expected
 
 
@@ -41,7 +41,7 @@ def test_the_longest_of_the_three_binds(priced, binding, secs):
     assert (bounds.binding, bounds.secs) == (binding, pytest.approx(secs))
 
 
-def test_every_chip_tells_where_its_figures_are_published():
+def test_every_chip_names_the_source_of_its_figures():
     for name, chip in CHIPS.items():
         assert chip.name == name
         assert chip.source.startswith("https://")

@@ -103,7 +103,7 @@ def test_memory_in_steps(limit, pad):
 
 @pytest.mark.parametrize(("tells", "at_most"), [(True, 6), (False, 14)])
 @pytest.mark.parametrize("limit", [3, 99, 1448, 163_297, 2_000_000])
-def test_a_compiler_that_does_not_tell_what_it_would_need(limit, tells, at_most):
+def test_a_compiler_that_does_not_state_the_memory_it_needs(limit, tells, at_most):
     compiler = Compiler(affine(limit), tells=tells, tells_what_fails=False)
     compiler.check(compiler.find(2**21), 2**21)
     assert len(compiler.tried) <= at_most
@@ -137,7 +137,7 @@ def test_two_accounts_that_differ_do_not_mislead():
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_whatever_the_compiler_says_it_ends(seed):
+def test_the_search_ends_whatever_the_compiler_prints(seed):
     """A larger size may fit where a smaller one did not, and the reported memory mean nothing."""
     draw = random.Random(seed)
     too_large = draw.randint(1, 2 ** draw.randint(1, 30))

@@ -144,7 +144,7 @@ ENTRY %main (a: bf16[8,64], b: f32[4]) -> bf16[8,64] {
 """.replace("TOLD", 'backend_config={"cost_estimate":{"flops":"1","bytes_accessed":"640"}}')
 
 
-def test_what_lies_on_the_chip_is_no_traffic_of_its_memory():
+def test_values_on_the_chip_are_no_memory_traffic():
     a, part = 8 * 64 * 2, 2 * 64 * 2
     kernel, added = 640, 3 * a
     assert Program(COPIES).traffic() == 2 * a + 2 * part + kernel + added
@@ -153,6 +153,6 @@ def test_what_lies_on_the_chip_is_no_traffic_of_its_memory():
     assert Program(PLAIN).traffic(off_chip=True) == Program(PLAIN).traffic() - 16 * 4 * 2
 
 
-def test_what_is_no_program_moves_nothing():
+def test_text_that_is_no_program_moves_nothing():
     assert Program("nothing of the kind").traffic() == 0
     assert Program("").collectives() == []

@@ -53,7 +53,7 @@ def compiled(monkeypatch, bytes_an_image, fixed=0, raises_above=None):
     return asked
 
 
-def test_a_plan_tells_every_figure_of_a_data_set_that_is_not_here(monkeypatch, capsys):
+def test_a_plan_has_every_figure_for_an_absent_data_set(monkeypatch, capsys):
     compiled(monkeypatch, 10**8)
     figures = planning.plan(settings(1024), "v5e:2x2")
     assert figures.keys() == KEYS
@@ -132,7 +132,7 @@ def test_only_batches_that_the_settings_can_divide_are_tried(monkeypatch, capsys
         (settings(name="rock_paper_scissors"), "v5e:2x2", "rock_paper_scissors is not prepared"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(monkeypatch, config, topology, says):
+def test_impossible_plans_are_refused_before_anything_is_compiled(monkeypatch, config, topology, says):
     asked = compiled(monkeypatch, 1)
     with pytest.raises(UserError) as refused:
         planning.plan(config, topology)
@@ -157,7 +157,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(monkeypat
         ("RESOURCE_EXHAUSTED: in other words", (None, None)),
     ],
 )
-def test_the_compiler_tells_what_it_would_need_and_what_there_is(message, expected):
+def test_needed_and_available_memory_are_read_from_the_message(message, expected):
     assert parse_memory_error(message) == expected
 
 

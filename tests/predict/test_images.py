@@ -145,7 +145,7 @@ def test_wrong_types():
         load_image(7)
 
 
-def test_what_is_no_file(tmp_path):
+def test_missing_and_special_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket"))

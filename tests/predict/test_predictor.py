@@ -35,7 +35,7 @@ def records_of(experiment, count):
     return [experiment.data.eval_source[index].image for index in range(count)]
 
 
-def test_it_answers_what_evaluation_computes(digits, predictor):
+def test_answers_are_those_of_evaluation(digits, predictor):
     workdir, experiment = digits
     _, variables = experiment.saved_variables(str(workdir))
     with experiment.data.eval_batches() as batches:
@@ -144,7 +144,7 @@ def test_ten_crops(digits):
         predictor.preprocess(line)
 
 
-def test_what_is_refused(predictor):
+def test_bad_inputs_are_refused(predictor):
     with pytest.raises(ImageError, match="photo: it is no JPEG"):
         predictor.preprocess(b"hello", name="photo")
     with pytest.raises(UserError, match=r"images are uint8\[2, 9, 8, 1\]; expected uint8 or uint16 \['b', 8, 8, 1\]"):

@@ -20,7 +20,7 @@ def test_charts_hold_the_reports():
     assert {line.style for line in charts["top1"].lines} == {0, 1, 2}
 
 
-def test_training_on_mixtures_is_said_and_raw_weights_have_a_line():
+def test_mixed_training_is_named_and_raw_weights_have_a_line():
     history = [{**record, "raw_loss": 9.0} if record["split"] == "validation" else record for record in records(2)]
     train, _, raw = run_charts(history, mixed=True)[0].lines
     assert train.label == "training, mixed images"

@@ -73,7 +73,7 @@ def logit(probability):
     return math.log(probability / (1 - probability))
 
 
-def test_predictions_are_divided_by_the_temperature_and_tell_what_reaches_its_threshold(calibrated, tmp_path, user):
+def test_predictions_use_the_temperature_and_the_thresholds(calibrated, tmp_path, user):
     workdir, before, figures, errors = calibrated
     names = ["mode", "step", "examples", "temperature", "ece", "brier", "loss"]
     assert list(figures) == [*names, "ece_before", "brier_before", "loss_before", "path"]

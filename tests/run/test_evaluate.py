@@ -170,7 +170,7 @@ def test_several_right_classes_have_neither_tables_nor_a_class_map(tmp_path):
         Experiment(settings(**source, **{"eval.class_map": "present"})).compile_eval_step()
 
 
-def test_table_that_can_not_be_written_is_said_before_the_work(tmp_path):
+def test_an_unwritable_table_is_reported_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "classes.csv", tmp_path):
         with pytest.raises(UserError, match="can't be written"):

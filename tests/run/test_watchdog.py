@@ -90,7 +90,7 @@ def test_a_stall_is_reported_again_at_doubled_intervals(tmp_path):
 
 
 @pytest.mark.parametrize("stall_secs", [30.0, 0.0])
-def test_who_moves_on_and_who_is_not_watched_is_left_in_peace(stall_secs, tmp_path, capfd):
+def test_moving_and_unwatched_runs_are_not_reported(stall_secs, tmp_path, capfd):
     with Watchdog(str(tmp_path), stall_secs) as watchdog:
         assert list(watchdog.each(range(3), "evaluating")) == [0, 1, 2]
     assert list(tmp_path.iterdir()) == []

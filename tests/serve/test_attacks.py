@@ -241,7 +241,7 @@ def test_by_default_they_are_refused_before_they_are_decoded(server, huge):
 
 
 @needs_server
-def test_it_ends_in_time_whatever_it_does(served_run, user, huge, pixels):
+def test_the_server_ends_in_time_with_requests_under_way(served_run, user, huge, pixels):
     flags = ["--config.serve.max_request_pixels=10000000000", "--config.serve.stop_secs=2"]
     with serving(served_run, "--config.serve.batch_sizes=(1,)", *flags, **user) as stopping:
         head = INFER + f"Content-Length: {len(huge)}\r\n\r\n".encode()

@@ -66,7 +66,7 @@ def test_an_idle_worker_begins_at_once(monkeypatch):
     assert run(case()) == [3]
 
 
-def test_who_asks_again_the_moment_the_answer_comes_is_answered():
+def test_an_immediate_second_request_is_answered():
     """The worker that has just run out of work has not gone yet, as the event loop sees it."""
 
     async def case():
@@ -82,7 +82,7 @@ def test_who_asks_again_the_moment_the_answer_comes_is_answered():
     assert run(case()) == [list(range(10 * number, 10 * number + 10)) for number in range(4)]
 
 
-def test_what_queues_while_the_worker_is_busy_is_one_group():
+def test_requests_queued_behind_a_busy_worker_are_one_group():
     worker = Worker()
 
     async def case():
@@ -112,7 +112,7 @@ def test_a_bad_item_fails_alone():
     assert worker.groups == [[1, -1, 2]]
 
 
-def test_what_the_work_raises_goes_to_its_group_and_the_next_one_is_worked_on():
+def test_an_error_goes_to_its_group_and_the_next_group_is_answered():
     def work(items):
         if 0 in items:
             raise ZeroDivisionError
@@ -128,7 +128,7 @@ def test_what_the_work_raises_goes_to_its_group_and_the_next_one_is_worked_on():
     assert third == [2]
 
 
-def test_who_goes_away_while_waiting_is_not_worked_for_and_harms_nobody():
+def test_a_client_that_leaves_the_queue_costs_nothing():
     worker = Worker()
 
     async def case():

@@ -139,7 +139,7 @@ async def fuzz_sockets(address: str, drawn, end) -> int:
 
 
 @needs("uvicorn", "aiohttp", "tritonclient")
-def test_mutated_requests_harm_nobody(server, pixels, pictures, expected):
+def test_mutated_requests_leave_the_server_healthy(server, pixels, pictures, expected):
     async def fuzz(secs: float) -> int:
         end = time.monotonic() + secs
         clients = [fuzz_rest(server, random.Random(seed), pixels, pictures, end) for seed in range(8)]

@@ -111,7 +111,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused(case):
+def test_unauthorized_requests_are_refused(case):
     tensors, why = REFUSED[case]
     with pytest.raises(RequestError, match=why) as raised:
         check(*tensors)

@@ -154,7 +154,7 @@ def test_activation_maps_are_the_predictors(server, served, pixels, pictures):
 
 
 @needs_server
-def test_mistakes_are_reported_and_harm_nobody(server, pictures):
+def test_mistakes_are_reported_and_the_server_stays_healthy(server, pictures):
     good = pictures_input(pictures[0])
     gray = pixels_input(np.zeros((1, 8, 8, 1), np.uint8))
     bodies = {
@@ -256,7 +256,7 @@ def answers_over_grpc(server, code: str) -> int:
 
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_answers_what_is_under_way_and_stops(served_run, user, number, pixels, expected):
+def test_requests_under_way_are_answered_before_it_stops(served_run, user, number, pixels, expected):
     """The signal comes once all requests have begun, with many times what one batch holds."""
     flags = ("--config.serve.batch_sizes=(1,)", "--config.serve.stop_secs=60")  # busy machines are slow
     with serving(served_run, *flags, **user) as short:

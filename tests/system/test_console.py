@@ -27,7 +27,7 @@ def test_a_narrow_terminal_keeps_step_loss_rate_and_time_left(monkeypatch, colum
     assert dropped not in screen.getvalue()
 
 
-def test_a_message_is_printed_as_it_is(capsys):
+def test_messages_are_printed_verbatim(capsys):
     console.print_status("[bold]/data/:smile:/x[/bold]")
     assert capsys.readouterr().err == "[bold]/data/:smile:/x[/bold]\n"
 

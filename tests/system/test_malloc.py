@@ -44,7 +44,7 @@ def test_a_freed_block_is_used_again_without_new_pages(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux'")
-def test_malloc_s_own_variables_and_accelerators_leave_everything_as_it_is(monkeypatch):
+def test_mallocs_own_variables_and_accelerators_change_nothing(monkeypatch):
     kept, faults = run(MALLOC_MMAP_THRESHOLD_="1000000")
     assert not kept
     assert faults > 1000

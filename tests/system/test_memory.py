@@ -9,7 +9,7 @@ import jax
 from densenet_jax.system.host import memory_used
 
 
-def test_the_cpu_tells_the_process_only():
+def test_on_a_cpu_only_the_process_is_measured():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     used = memory_used()
     assert set(used) == {"host_memory_bytes"}

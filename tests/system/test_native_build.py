@@ -29,7 +29,7 @@ def builder(places: list[pathlib.Path], calls: list[int], error: str = ""):
     return build
 
 
-def test_it_is_compiled_once_by_many_at_the_same_time_and_said_once(built, capsys):
+def test_many_processes_compile_once_with_one_message(built, capsys):
     places, calls = built
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: native_build.build_at_first_use("it", places, builder(places, calls)), range(4)))
@@ -37,7 +37,7 @@ def test_it_is_compiled_once_by_many_at_the_same_time_and_said_once(built, capsy
     assert capsys.readouterr().err == "compiled it for this machine, once: 0 s\n"
 
 
-def test_a_failure_is_said_once_and_not_tried_again(built, capsys):
+def test_a_failure_is_reported_once_and_not_tried_again(built, capsys):
     places, calls = built
     for _ in range(2):
         native_build.build_at_first_use("it", places, builder(places, calls, "it\nfails"))
@@ -56,7 +56,7 @@ def test_a_compiler_that_comes_later_is_used(built, capsys):
     assert second.startswith("compiled it for this machine")
 
 
-def test_it_is_compiled_where_the_cache_cannot_be_written_and_files_cannot_be_locked(built, capsys, monkeypatch):
+def test_it_is_compiled_without_a_writable_cache_and_without_locks(built, capsys, monkeypatch):
     places, calls = built
     places[1].parent.write_text("a file, not a folder")
 

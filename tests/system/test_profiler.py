@@ -10,7 +10,7 @@ from densenet_jax.system.profiler import Profile
 
 
 @pytest.mark.parametrize("setting", ["5", "0:5", "5:0", "-1:3", "5:1:1", "a:b", "5:", " 5:1"])
-def test_what_is_no_profile_is_reported(setting):
+def test_malformed_profiles_are_refused(setting):
     assert not PROFILE.fullmatch(setting)
 
 

@@ -286,7 +286,7 @@ def test_averaged_weights_are_loaded_unless_the_raw_ones_are_asked_for(recipe, t
     np.testing.assert_array_equal(raw["params"]["conv0"]["kernel"], state.params["conv0"]["kernel"])
 
 
-def test_directory_without_checkpoints_is_a_users_error_and_stays_as_it_is(tmp_path):
+def test_a_directory_without_checkpoints_is_refused_and_left_unchanged(tmp_path):
     with pytest.raises(UserError, match="has no checkpoints"):
         load_checkpoint(str(tmp_path))
     assert list(tmp_path.iterdir()) == []

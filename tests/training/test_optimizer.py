@@ -123,7 +123,7 @@ def test_clipping_cuts_the_norm_over_all_parameters():
     assert_close(updates, jax.tree.map(np.negative, GRADIENTS[0]))
 
 
-def test_what_decays():
+def test_weight_decay_touches_the_expected_parameters():
     spared = decay_mask(PARAMS, decay_norm_and_bias=False)
     assert jax.tree.leaves_with_path(spared) == [
         (path, path[-1].key == "kernel") for path, _ in jax.tree.leaves_with_path(PARAMS)
