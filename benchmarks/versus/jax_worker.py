@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import densenet_jax
 from densenet_jax.kernels.cpu.elementwise import update_in_place
 from densenet_jax.models.fused.inference import prepare_inference
 from densenet_jax.models.variants import get_variant
+from densenet_jax.run.log_interval import runs_alone, wait_for_end
 from densenet_jax.system.host import keep_freed_memory, release_freed_memory, restart_without_thread_caches
 
 
@@ -33,7 +33,6 @@ class JaxCase:
     def wait(self) -> None:
         """Waits for the device."""
         jax.block_until_ready((self._arrays, self._result))
-        time.sleep(0.001)  # XLA frees a step's temporaries just after it, as run/train.py knows
         if not np.isfinite(np.asarray(self._result).ravel()[0]):
             raise FloatingPointError("the result is not finite")
 
@@ -49,6 +48,25 @@ class JaxCase:
         """Returns the device allocator's peak."""
         statistics = jax.local_devices()[0].memory_stats()
         return statistics.get("peak_bytes_in_use") if statistics else None
+
+
+class TrainCase(JaxCase):
+    """A training step, compiled when it is first issued, which ends before the next one where training waits for it."""
+
+    _runs_alone: bool | None = None
+
+    def step(self) -> None:
+        """Issues one step."""
+        if self._runs_alone is None:
+            self._step = self._step.lower(*self._arrays, *self._batch).compile()
+            self._runs_alone = runs_alone(self._step)
+        super().step()
+
+    def wait(self) -> None:
+        """Waits for the device."""
+        super().wait()
+        if self._runs_alone:
+            wait_for_end(self._result)
 
 
 def draw_variables(network: Any, images: jax.Array, random: np.random.Generator) -> Any:
@@ -114,7 +132,7 @@ def prepare(
         return params, statistics, momentum, loss
 
     arrays = (params, statistics, jax.jit(optimizer.init)(params))
-    return JaxCase(jax.jit(step, donate_argnums=(0, 1, 2)), arrays, (images, labels), 3), device_info
+    return TrainCase(jax.jit(step, donate_argnums=(0, 1, 2)), arrays, (images, labels), 3), device_info
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def runs_alone(step: Any) -> bool:
     return memory is not None and memory.temp_size_in_bytes >= _LARGE_BYTES
 
 
-def wait_for_end(report: StepReport) -> None:
+def wait_for_end(report: Any) -> None:
     """Waits for a step's results, and for the thread that frees its temporaries just after them."""
     jax.block_until_ready(report)
     time.sleep(0.001)
