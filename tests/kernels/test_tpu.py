@@ -178,7 +178,8 @@ def block(kernels, topology, examples, side, channels, layers, growth):
             features, new = module.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
             return jnp.square(features.values.astype(jnp.float32)).sum(), new
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
-    compiled = jax.jit(step).lower(variables, x).compile()
+    # XLA's search for fast programs is left out: it takes ten times as long as all else, and changes no kernel.
+    compiled = jax.jit(step).lower(variables, x).compile({"exec_time_optimization_effort": -1.0})
     text = compiled.as_text()
     costs = compiled.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
@@ -188,6 +189,7 @@ def block(kernels, topology, examples, side, channels, layers, growth):
 print(json.dumps({
     "kernels": block("pallas", "v5e:1x1", 128, 56, 64, 3, 32),
     "xla": block("auto", "v5e:1x1", 128, 56, 64, 3, 32),
+    "one of eight": block("pallas", "v5e:1x1", 256, 28, 128, 2, 32),
     "eight chips": block("pallas", "v5e:2x4", 8 * 256, 28, 128, 2, 32),
     "v5p": block("pallas", "v5p:2x2x1", 4 * 256, 28, 128, 2, 32),
     "v6e": block("pallas", "v6e:1x1", 256, 28, 192, 1, 48),
@@ -205,4 +207,4 @@ def test_for_tpus_that_are_not_there_they_compile_and_move_fewer_bytes():
     assert [computed[name]["calls"] for name in ("kernels", "eight chips", "v6e", "v5p")] == [2 * 3, 2 * 2, 2, 2 * 2]
     assert not any(one["gathers"] for one in computed.values())
     # Memory that begins unwritten is each chip's own: the buffer of all eight would be 8 * 77 MB.
-    assert computed["eight chips"]["temporaries"] < 4 * 77e6
+    assert computed["eight chips"]["temporaries"] < 1.1 * computed["one of eight"]["temporaries"] < 8 * 77e6
