@@ -1,9 +1,13 @@
 """Every test sees eight CPU devices, checked shapes, and no silent rank promotion."""
 
-import functools
 import gc
+import importlib
 import os
 import pathlib
+import sys
+import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("DENSENET_JAX_BUILD", "0")  # native code is compiled only where a test asks for it
@@ -11,30 +15,16 @@ os.environ.setdefault("DENSENET_JAX_BUILD", "0")  # native code is compiled only
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # What one process of a user has compiled the next one reads, however quickly it was compiled.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Where no compiled modules may lie beside the sources, every process would compile all that it imports, a few seconds:
+# workers and the processes that tests start keep them elsewhere for each other.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    _modules = tempfile.TemporaryDirectory(prefix="densenet_jax_")
+    os.environ["PYTHONPYCACHEPREFIX"] = os.environ.get("DENSENET_JAX_TESTS_SHARED", _modules.name)
+    sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
 
 from tests.xla_flags import xla_flags
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
-
-from jaxtyping import install_import_hook
-
-import tests.typecheck  # noqa: F401 - the hook below looks it up by name
-
-# Before anything of ours is imported: from here on the shapes in signatures are checked at every call.
-install_import_hook(["densenet_jax.models", "densenet_jax.training", "densenet_jax.augment"], "tests.typecheck.checked")
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
-# All programs of a worker share a context: making one loads every dialect, a fifth of compiling a single operation.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
-# A checkpoint is written by one of this process's eight devices and not by all in turns, for which every shape is
-# sliced by a program of its own. The processes that tests start write as users' do.
-ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 
 # Files of a minute and more, longest first: the file that begins last is the one that all workers wait for.
 LONGEST_FIRST = (
@@ -53,6 +43,12 @@ LONGEST_FIRST = (
     *("models/test_faults.py", "training/test_train_parity.py", "models/test_fold.py", "test_table_recipes.py"),
     *("test_experiment.py", "test_settings.py", "predict/test_explain.py", "export/test_maps.py"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports JAX where tests run, which is not in the process that hands them to workers."""
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        importlib.import_module("tests.prepare_process")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,6 +92,8 @@ def hasty_user(user: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_programs(shared_folder: pathlib.Path) -> None:
     """Workers read the programs that another one has compiled, as those of an operation or of a recipe's step."""
+    import jax
+
     jax.config.update("jax_compilation_cache_dir", str(shared_folder / "cache" / "densenet_jax" / "compiled"))
 
 
@@ -138,6 +136,8 @@ def served(served_run):
 
 @pytest.fixture(scope="session")
 def pixels():
+    import numpy as np
+
     return np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
 
 
