@@ -11,11 +11,15 @@ install_import_hook(["densenet_jax.models", "densenet_jax.training", "densenet_j
 
 import jax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
+from jax._src import core  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # All programs of a worker share a context: making one loads every dialect, a fifth of compiling a single operation.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# Since JAX 0.10 `jnp.asarray` compiles a program for each shape of a NumPy array, which returns its argument.
+if hasattr(core, "stage_p"):
+    core.stage_p.def_impl(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, may_alias=False))
 # A checkpoint is written by one of this process's eight devices and not by all in turns, for which every shape is
 # sliced by a program of its own. The processes that tests start write as users' do.
 ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False

@@ -18,6 +18,11 @@ def run_reference(operation, *operands, **options):
     return jax.jit(functools.partial(operation.reference, **options))(*operands)
 
 
+def run_kernel(operation, *operands, **options):
+    """Returns what the kernel gives when it is interpreted, compiled as one program."""
+    return jax.jit(functools.partial(operation.kernel, **options, interpret=True))(*operands)
+
+
 def assert_close(actual, expected, tolerance):
     """Equal shapes and dtypes, and values within a tolerance relative to each array's largest."""
     for a, b in zip(actual, expected, strict=True):

@@ -11,7 +11,7 @@ from jax import lax
 from densenet_jax.kernels.tpu.conv1x1_gradients import conv1x1_gradients
 from densenet_jax.kernels.tpu.conv3x3_gradients import conv3x3_gradients
 from tests.extras import needs
-from tests.kernels.comparing import assert_close, make_draw, run_reference
+from tests.kernels.comparing import assert_close, make_draw, run_kernel, run_reference
 from tests.main_processes import parse_last_line, run_for_absent_chips
 
 # examples, height, width, columns of the buffers, columns read, bottleneck channels, channels made, rows at a time
@@ -45,7 +45,7 @@ def conv3x3_operands(shape, dtype, groups=1):
     examples, height, width, columns, _, bottleneck, made, _ = shape
     draw, wide = drawing(dtype)
     maps = [draw(examples, height, width, columns) for _ in range(2)]
-    norm = (wide(groups, bottleneck), jnp.abs(wide(groups, bottleneck)) + 0.1, wide(bottleneck), wide(bottleneck))
+    norm = (wide(groups, bottleneck), np.abs(wide(groups, bottleneck)) + 0.1, wide(bottleneck), wide(bottleneck))
     return (
         *maps,
         wide(groups, 3, made),
@@ -72,7 +72,7 @@ def at(values):
 def test_the_3x3_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, made, rows = SHAPES[shape]
     operands, start = conv3x3_operands(SHAPES[shape], dtype), 2 * made
-    computed = conv3x3_gradients.kernel(*operands, start=start, most_rows=rows, interpret=True)
+    computed = run_kernel(conv3x3_gradients, *operands, start=start, most_rows=rows)
     assert_close(computed, run_reference(conv3x3_gradients, *operands, start=start), TOLERANCES[dtype])
 
 
@@ -80,15 +80,16 @@ def test_the_3x3_convolution_s_derivative_is_its_reference(shape, dtype):
 def test_the_1x1_convolution_s_derivative_is_its_reference(shape, dtype):
     *_, channels, _, _, rows = SHAPES[shape]
     operands = conv1x1_operands(SHAPES[shape], dtype)
-    computed = conv1x1_gradients.kernel(*operands, most_positions=2 * rows, interpret=True)
+    computed = run_kernel(conv1x1_gradients, *operands, most_positions=2 * rows)
     assert_close(computed, run_reference(conv1x1_gradients, *operands), TOLERANCES[dtype])
-    np.testing.assert_array_equal(computed[0][..., channels:], operands[0][..., channels:])
+    np.testing.assert_array_equal(*(np.asarray(maps)[..., channels:] for maps in (computed[0], operands[0])))
 
 
 def test_the_3x3_convolution_s_derivative_is_autodiff_s():
     with jax.enable_x64(True):
         shape = SHAPES["a row at a time"]
-        total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel = conv3x3_operands(shape, jnp.float64)
+        operands = jax.device_get(conv3x3_operands(shape, jnp.float64))
+        total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel = operands
         start, new = 8, shape[6]
         parts = [at(values) for values in coefficients[0]]
         raw = parts[0] * total[..., start : start + new] + parts[1] * x[..., start : start + new] + parts[2]
@@ -99,17 +100,16 @@ def test_the_3x3_convolution_s_derivative_is_autodiff_s():
             dimensions = ("NHWC", "HWIO", "NHWC")
             return lax.conv_general_dilated(activation, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
 
-        _, pullback = jax.vjp(jax.jit(layer), jnp.zeros_like(bottleneck), scale, bias, kernel)
+        _, pullback = jax.vjp(jax.jit(layer), np.zeros_like(bottleneck), scale, bias, kernel)
         of_before, of_scale, of_bias, of_kernel = pullback(raw)
-        computed = conv3x3_gradients.kernel(
-            total, x, coefficients, bottleneck, mean, rstd, scale, bias, kernel, start=start, interpret=True
-        )
-        assert_close(computed, (of_before, of_scale[None], of_bias[None], of_kernel), 1e-13)
+        computed = run_kernel(conv3x3_gradients, *operands, start=start)
+        assert_close(computed, (of_before, np.array([of_scale]), np.array([of_bias]), of_kernel), 1e-13)
 
 
 def test_the_1x1_convolution_s_derivative_is_autodiff_s():
     with jax.enable_x64(True):
-        total, x, scale, bias, kernel, masked, coefficients = conv1x1_operands(SHAPES["a row at a time"], jnp.float64)
+        operands = jax.device_get(conv1x1_operands(SHAPES["a row at a time"], jnp.float64))
+        total, x, scale, bias, kernel, masked, coefficients = operands
         channels = scale.shape[0]
 
         def layer(x, scale, bias, kernel):
@@ -117,9 +117,10 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
 
         bottleneck, pullback = jax.vjp(jax.jit(layer), x, scale, bias, kernel)
         parts = [at(values) for values in coefficients[0]]
-        of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * bottleneck + parts[2])
-        added, *computed = conv1x1_gradients.kernel(total, x, scale, bias, kernel, masked, coefficients, interpret=True)
-        assert_close((added - total, *computed), (of_x, of_scale[None], of_bias[None], of_kernel), 1e-13)
+        of_x, of_scale, of_bias, of_kernel = pullback(parts[0] * masked + parts[1] * np.asarray(bottleneck) + parts[2])
+        added, *computed = run_kernel(conv1x1_gradients, *operands)
+        expected = (of_x, np.array([of_scale]), np.array([of_bias]), of_kernel)
+        assert_close((np.asarray(added) - total, *computed), expected, 1e-13)
 
 
 @pytest.mark.parametrize(
@@ -131,16 +132,16 @@ def test_the_1x1_convolution_s_derivative_is_autodiff_s():
     ids=["3x3", "1x1"],
 )
 def test_the_references_take_groups_apart(reference, operands, divided):
-    operands = operands((4, *SHAPES["a row at a time"][1:]), jnp.float32, groups=2)
+    operands = jax.device_get(operands((4, *SHAPES["a row at a time"][1:]), jnp.float32, groups=2))
 
     def half(number):
         def own(place, value):
             return value.reshape(2, -1, *value.shape[1:])[number] if place in divided else value
 
-        return reference(*(own(place, value) for place, value in enumerate(operands)))
+        return jax.device_get(reference(*(own(place, value) for place, value in enumerate(operands))))
 
     first, second = half(0), half(1)
-    joined = [jnp.concatenate(parts) for parts in zip(first[:3], second[:3], strict=True)]
+    joined = [np.concatenate(parts) for parts in zip(first[:3], second[:3], strict=True)]
     assert_close(reference(*operands), (*joined, first[3] + second[3]), 1e-5)
 
 
