@@ -20,6 +20,8 @@ mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 # Since JAX 0.10 `jnp.asarray` compiles a program for each shape of a NumPy array, which returns its argument.
 if hasattr(core, "stage_p"):
     core.stage_p.def_impl(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, may_alias=False))
+# What is quickly compiled again is not written for other workers: writing took longer than reading it ever spared.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # A checkpoint is written by one of this process's eight devices and not by all in turns, for which every shape is
 # sliced by a program of its own. The processes that tests start write as users' do.
 ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False

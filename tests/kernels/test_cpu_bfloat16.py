@@ -56,19 +56,20 @@ def test_a_step(case, products):
         wanted[..., :added] += x[..., :added]
 
     def run(packed):
-        own = block.Arrays(jnp.float32(scale), jnp.float32(bias), jnp.zeros(0), jnp.zeros(0), jnp.asarray(packed))
+        norm = scale.astype(np.float32), bias.astype(np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32)
+        own = block.Arrays(*map(jnp.asarray, (*norm, packed)))
         assert block.is_usable(x, [own])
         steps = (block.Step(0, 1, added, added, stride, pooled=pooled),)
         options = {"steps": steps, "shapes": (wanted.shape,), "epsilon": 1.0, "copied": added}
         computed = jax.jit(functools.partial(block.run_block, **options))(x, [own])
-        return computed, block.plain_run_block(x, *own, **options)[0]
+        return computed, lambda: jax.jit(functools.partial(block.plain_run_block, **options))(x, *own)[0]
 
     bound = 2e-6 * np.abs(wanted).max() * np.sqrt(c * size)
     packed = bfloat16.pack(kernel)
-    np.testing.assert_array_equal(bfloat16.unpack(jnp.asarray(packed)).astype(jnp.float32), rounded(kernel))
-    computed, plain = run(packed)
+    np.testing.assert_array_equal(np.asarray(jax.jit(bfloat16.unpack)(packed), np.float32), rounded(kernel))
+    computed, run_plainly = run(packed)
     np.testing.assert_allclose(computed, wanted, rtol=0, atol=bound)
-    np.testing.assert_allclose(plain, wanted, rtol=0, atol=bound)
+    np.testing.assert_allclose(run_plainly(), wanted, rtol=0, atol=bound)
     swapped, _ = run(packed.reshape(-1, 2)[:, ::-1].reshape(packed.shape))  # both inputs of every pair
     assert np.abs(swapped - wanted).max() > 100 * bound
 
@@ -94,7 +95,7 @@ def test_a_stem(case, products):
     computed = jax.jit(functools.partial(bfloat16.stem, stride))(x, kernel, scale, bias)
     assert computed.shape == wanted.shape
     np.testing.assert_allclose(computed, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    plain = bfloat16.plain_stem(*map(jnp.asarray, (x, kernel, scale, bias)), stride=stride)
+    plain = jax.jit(functools.partial(bfloat16.plain_stem, stride=stride))(x, kernel, scale, bias)
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 

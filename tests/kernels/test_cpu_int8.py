@@ -53,16 +53,15 @@ def expected(x, scale, bias, kernel, stride, pooled):
     return convolve(whole, weights) * (most / 255).astype(np.float64) * (largest / 127)
 
 
-def run_step(x, scale, bias, kernel, case, run=block.run_block):
+def run_step(x, scale, bias, kernel, case, plainly=False):
     side, _, o, _, stride, pooled, added = case[1:]
     own = block.Arrays(*map(jnp.asarray, (scale, bias, np.zeros(0), np.zeros(0), *int8.pack(kernel))))
     assert block.is_usable(x, [own])
     after = side // 2 if pooled else (side - 1) // stride + 1
     steps = (block.Step(0, 1, added, added, stride, pooled=pooled),)
     options = {"steps": steps, "shapes": ((len(x), after, after, o),), "epsilon": 1.0, "copied": added}
-    if run is block.plain_run_block:
-        return run(x, *own, **options)[0]
-    return np.asarray(jax.jit(functools.partial(run, **options))(x, [own]))
+    run = jax.jit(functools.partial(block.plain_run_block if plainly else block.run_block, **options))
+    return np.asarray(run(x, *own)[0] if plainly else run(x, [own]))
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
@@ -78,7 +77,7 @@ def test_a_step(case, products, monkeypatch):
     monkeypatch.setattr(block, "int8_products", lambda: PRODUCTS[products])
     result = run_step(x, scale, bias, kernel, case)
     np.testing.assert_allclose(result, wanted, rtol=2e-6, atol=1e-6 * np.abs(wanted).max())
-    plain = run_step(x, scale, bias, kernel, case, block.plain_run_block)
+    plain = run_step(x, scale, bias, kernel, case, plainly=True)
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
     monkeypatch.setattr(block, "int8_products", lambda: 0)
     np.testing.assert_array_equal(run_step(x, scale, bias, kernel, case), result)

@@ -7,6 +7,8 @@ import pytest
 
 from densenet_jax.training.losses import balanced_weights, cross_entropy, make_loss
 
+compiled_cross_entropy = jax.jit(cross_entropy, static_argnums=2)
+
 
 @pytest.fixture
 def logits():
@@ -23,7 +25,7 @@ def by_definition(logits, targets):
 def test_class_numbers(logits, smoothing):
     labels = np.array([0, 6, 3, 3, 1, 5])
     targets = np.eye(7)[labels] * (1 - smoothing) + smoothing / 7
-    losses = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), smoothing)
+    losses = compiled_cross_entropy(logits.astype(np.float32), labels, smoothing)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, by_definition(logits, targets), rtol=2e-6)
 
@@ -31,22 +33,22 @@ def test_class_numbers(logits, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_probabilities(logits, smoothing):
     labels = np.random.default_rng(1).dirichlet(np.ones(7), size=6)
-    losses = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.float32), smoothing)
+    losses = compiled_cross_entropy(logits.astype(np.float32), labels.astype(np.float32), smoothing)
     targets = labels * (1 - smoothing) + smoothing / 7
     np.testing.assert_allclose(losses, by_definition(logits, targets), rtol=2e-6)
 
 
 def test_half_precision_logits_lose_nothing_in_the_loss(logits):
-    half = jnp.asarray(logits, jnp.bfloat16)
-    labels = jnp.arange(6)
-    losses = cross_entropy(half, labels)
+    half = logits.astype(jnp.bfloat16)
+    labels = np.arange(6)
+    losses = compiled_cross_entropy(half, labels)
     assert losses.dtype == jnp.float32
-    np.testing.assert_array_equal(losses, cross_entropy(half.astype(jnp.float32), labels))
+    np.testing.assert_array_equal(losses, compiled_cross_entropy(half.astype(np.float32), labels))
 
 
 @pytest.mark.parametrize("label", [7, -1])
 def test_a_class_number_that_does_not_exist_is_not_a_quiet_zero(logits, label):
-    losses = jax.jit(cross_entropy)(jnp.asarray(logits, jnp.float32), jnp.asarray([label, 0, 0, 0, 0, 0]))
+    losses = np.asarray(compiled_cross_entropy(logits.astype(np.float32), np.array([label, 0, 0, 0, 0, 0])))
     assert np.isnan(losses[0])
     assert np.isfinite(losses[1:]).all()
 
@@ -58,11 +60,16 @@ def test_weighted_classes_as_torch_defines_them(logits, smoothing):
     loss = make_loss("softmax", label_smoothing=smoothing, class_weights=tuple(weights))
     targets = np.eye(7)[labels] * (1 - smoothing) + smoothing / 7
     expected = by_definition(logits, targets * weights).sum() / weights[labels].sum()
-    given = jnp.asarray(logits, jnp.float32)
-    for same in (jnp.asarray(labels), jnp.eye(7)[labels]):
+
+    @jax.jit
+    def compute(given, same):
         losses = loss(given, same)
-        assert float(losses.sum() / loss.divisor(same)) == pytest.approx(expected, rel=1e-6)
-        assert loss.sums(given, same, losses).compute()["loss"] == pytest.approx(expected, rel=1e-6)
+        return losses.sum() / loss.divisor(same), loss.sums(given, same, losses)
+
+    for same in (labels, np.eye(7, dtype=np.float32)[labels]):
+        mean, sums = compute(logits.astype(np.float32), same)
+        assert float(mean) == pytest.approx(expected, rel=1e-6)
+        assert sums.compute()["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def label_losses(logits, targets, weights, first, second, margin, smoothing):
@@ -108,10 +115,10 @@ def test_label_losses_and_their_gradients(logits, name, options, numbers, smooth
     loss = make_loss(name, label_smoothing=smoothing, class_weights=tuple(weights), **options)
     expected = label_losses(logits, targets, weights, *numbers, smoothing)
     with jax.enable_x64(True):
-        actual = loss.elements(jnp.asarray(logits), jnp.asarray(targets))
+        actual = jax.jit(loss.elements)(logits, targets)
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
         assert loss.divisor(jnp.asarray(targets)) == np.count_nonzero(~np.isnan(targets))
-        gradient = jax.grad(lambda logits: jnp.sum(loss(logits, jnp.asarray(targets))))(jnp.asarray(logits))
+        gradient = jax.jit(jax.grad(lambda logits: jnp.sum(loss(logits, jnp.asarray(targets)))))(logits)
     step = 1e-6
     ends = (label_losses(logits + sign * step, targets, weights, *numbers, smoothing) for sign in (1, -1))
     np.testing.assert_allclose(gradient, np.subtract(*ends) / (2 * step), rtol=1e-6, atol=1e-8)
@@ -120,15 +127,16 @@ def test_label_losses_and_their_gradients(logits, name, options, numbers, smooth
 
 @pytest.mark.parametrize(("name", "options", "numbers"), LABEL_LOSSES)
 def test_label_losses_stay_finite_far_out(name, options, numbers):
-    logits = jnp.asarray([[-500.0, 500.0, -40.0, 40.0, 0.0]] * 3, jnp.float32)
-    targets = jnp.asarray([[0.0] * 5, [1.0] * 5, [jnp.nan] * 5])
+    logits = np.array([[-500.0, 500.0, -40.0, 40.0, 0.0]] * 3, np.float32)
+    targets = jnp.asarray([[0.0] * 5, [1.0] * 5, [np.nan] * 5])
     loss = make_loss(name, **options)
-    value, gradient = jax.value_and_grad(lambda logits: jnp.sum(loss(logits, targets)))(logits)
+    value, gradient = jax.jit(jax.value_and_grad(lambda logits: jnp.sum(loss(logits, targets))))(logits)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
-    half = loss.elements(logits.astype(jnp.bfloat16), targets)
+    elements, rounded = jax.jit(loss.elements), logits.astype(jnp.bfloat16)
+    half = elements(rounded, targets)
     assert half.dtype == jnp.float32
-    np.testing.assert_array_equal(half, loss.elements(logits.astype(jnp.bfloat16).astype(jnp.float32), targets))
+    np.testing.assert_array_equal(half, elements(rounded.astype(np.float32), targets))
 
 
 def test_balanced_weights_let_both_sides_count_equally():

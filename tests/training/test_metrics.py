@@ -1,10 +1,13 @@
 """Sums and counts against a slow count in numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from densenet_jax.training.metrics import ClassificationSums, class_ranks, confusion_counts
+
+count = jax.jit(ClassificationSums.from_batch)
 
 
 def slow_top(logits, labels, k):
@@ -19,7 +22,7 @@ def test_counts_equal_a_slow_count_with_ties(classes):
     logits = rng.integers(0, 4, size=(200, classes)).astype(np.float32)
     labels = rng.integers(0, classes, size=200)
     losses = rng.uniform(size=200).astype(np.float32)
-    sums = ClassificationSums.from_batch(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(losses))
+    sums = count(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(losses))
     assert int(sums.top1) == slow_top(logits, labels, 1)
     assert int(sums.top5) == slow_top(logits, labels, min(5, classes))
     assert int(sums.examples) == 200
@@ -32,21 +35,21 @@ def test_merging_batches_with_padding_equals_one_count():
     logits = rng.normal(size=(30, 10)).astype(np.float32)
     labels = rng.integers(0, 10, size=30)
     losses = rng.uniform(size=30).astype(np.float32)
-    whole = ClassificationSums.from_batch(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(losses)).compute()
+    whole = count(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(losses)).compute()
     merged = ClassificationSums.zeros()
     for start in range(0, 30, 16):
-        count = min(16, 30 - start)
+        left = min(16, 30 - start)
         padded_logits = np.full((16, 10), np.nan, np.float32)
         padded_labels = np.zeros(16, int)
         padded_losses = np.full(16, np.nan, np.float32)
-        padded_logits[:count] = logits[start : start + count]
-        padded_labels[:count] = labels[start : start + count]
-        padded_losses[:count] = losses[start : start + count]
-        batch = ClassificationSums.from_batch(
+        padded_logits[:left] = logits[start : start + left]
+        padded_labels[:left] = labels[start : start + left]
+        padded_losses[:left] = losses[start : start + left]
+        batch = count(
             jnp.asarray(padded_logits),
             jnp.asarray(padded_labels),
             jnp.asarray(padded_losses),
-            jnp.arange(16) < count,
+            np.arange(16) < left,
         )
         merged = merged.merge(batch)
     assert merged.compute() == pytest.approx(whole)
@@ -56,7 +59,7 @@ def test_merging_batches_with_padding_equals_one_count():
 def test_mixed_labels_count_the_larger_share():
     logits = jnp.eye(3)
     mixed = jnp.asarray([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0], [0.0, 0.5, 0.5]])
-    assert ClassificationSums.from_batch(logits, mixed, jnp.zeros(3)).top1 == 1
+    assert count(logits, mixed, jnp.zeros(3)).top1 == 1
 
 
 def test_a_row_with_nan_is_never_right():
