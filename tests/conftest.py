@@ -15,6 +15,8 @@ os.environ.setdefault("DENSENET_JAX_BUILD", "0")  # native code is compiled only
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # What one process of a user has compiled the next one reads, however quickly it was compiled.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Nor does it matter by which path: with its caches for GPUs JAX finds programs by the folder's name as well.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = ""
 # Where no compiled modules may lie beside the sources, every process would compile all that it imports, a few seconds:
 # workers and the processes that tests start keep them elsewhere for each other.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
@@ -24,7 +26,9 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
 
 from tests.xla_flags import xla_flags
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+# Once: the flags are a part of what compiled programs are found by, and workers begin with those of their parent.
+if xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 # Files of a minute and more, longest first: the file that begins last is the one that all workers wait for.
 LONGEST_FIRST = (
