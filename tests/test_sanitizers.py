@@ -35,6 +35,7 @@ def test_a_native_library_s_tests_pass_under_sanitizers(room, shared_folder, tmp
     # As a session of its own: others share the library that they have compiled without sanitizers. XLA's programs, none
     # of which is ours, are those that the quick tests have compiled, if they have.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    (shared_folder / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache").symlink_to(shared_folder / "cache")
     environment = own | {
         **{"CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
