@@ -74,6 +74,7 @@ TASKS = {
     "gpu": (
         Task("kernels", "kernels", ()),
         _train("densenet121", ("densenet121",), "--batch_sizes", "256", *_COMPILED),
+        Task("kernels_candidates", "kernels", ("--candidates",)),
         _train("others", ("densenet161", "densenet201", "dpn68", "rdnet_tiny"), "--batch_sizes", "128", *_COMPILED,
                "--modes", "train", "--implementations", "densenet_jax", "torch_compile"),
         _train("limit", ("densenet121",), "--batch_sizes", "512", "--to_the_limit", *_COMPILED, "--modes", "train",

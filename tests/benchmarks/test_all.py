@@ -143,3 +143,14 @@ def test_the_kernels_are_compared_with_their_references_and_a_fault_is_a_row(eve
     monkeypatch.setattr(kernels, "measure", lambda *_: 1 / 0)
     kernels.main()
     assert "ZeroDivisionError" in json.loads(path.read_text())["rows"][0]["error"]
+
+
+def test_kernels_that_might_be_faster_are_right(every, monkeypatch, tmp_path):
+    kernels = importlib.import_module("kernels")
+    monkeypatch.setattr(kernels, "TINY", ((33, 19),))
+    path = tmp_path / "kernels_candidates.json"
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--candidates", "--turns", "1", "--output", str(path)])
+    kernels.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["operation"] for row in rows] == ["backward"] * 3 + ["forward"] + ["norm"] * 3
+    assert all(row["difference"] < 2**-7 for row in rows)
