@@ -45,7 +45,7 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
   const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
   const int64_t chunks = Chunk<T>::Count(s.out_channels);
   const bool pointwise = s.pointwise();
-  if (pointwise) s = AsLines(s, sizeof(T), 1);
+  if (pointwise) s = AsLines(s, sizeof(T), 1, kSummedPixelBytes);
   const Bands bands(s, sizeof(T), 1);
   const int64_t row_step = s.padded_width() * s.channels, pixel_step = s.stride * s.channels;
   // Each slice has a sum of its own, so that the result does not depend on the threads.

@@ -30,6 +30,21 @@ struct Prepared {  // a convolution's bands and weights
         bands(sizes, sizeof(T), threads) {}
 };
 
+// Computes a chunk of a pointwise convolution's outputs, and fetches the next chunk's weights meanwhile: a part of them
+// with each tile.
+template <typename T>
+void PixelTiles(int64_t pixels, const Chunk<T>& chunk, const Chunk<T>& next, const T* x, int64_t inputs,
+                const Weights<T>& weights, T* out, int64_t out_step) {
+  const int64_t lines = weights.IsPacked() ? DivideUp(kAheadInputs * next.vectors, DivideUp(pixels, kTileRows)) : 0;
+  const char* ahead = reinterpret_cast<const char*>(weights.Of(next));
+  ForTiles(pixels, [&](int64_t pixel, int tile) {
+    PixelTileOf<T, false>(tile, chunk.vectors, kTiles)(out + pixel * out_step + chunk.first, out_step,
+                                                       x + pixel * inputs, inputs, weights.Of(chunk),
+                                                       weights.Step(chunk), inputs, chunk.lanes, ahead, lines);
+    ahead += lines * kLineBytes * DivideUp(inputs, kAheadInputs);
+  });
+}
+
 // Computes a band of outputs, whose pixels are y_step values apart, and calls done(first pixel, pixels, their y). If y
 // is null, they are in scratch memory, valid until done returns.
 template <typename T, typename F>
@@ -42,8 +57,13 @@ void OutputBand(const Prepared<T>& prepared, int64_t band, const Source<T>& sour
   const int64_t count = std::min((end - begin) * s.out_width, all_pixels - at);
   const T* rows = InputRows(s, source, image, begin, end, all_pixels);
   T* out = y == nullptr ? ThreadScratch<T>(2, count * y_step) : y + at * y_step;
-  for (int64_t index = 0; index < Chunk<T>::Count(s.out_channels); ++index) {
+  const int64_t chunks = Chunk<T>::Count(s.out_channels);
+  for (int64_t index = 0; index < chunks; ++index) {
     const Chunk<T> chunk(s.out_channels, index);
+    if (s.pointwise()) {
+      PixelTiles<T>(count, chunk, Chunk<T>(s.out_channels, (index + 1) % chunks), rows, s.channels, weights, out, y_step);
+      continue;
+    }
     for (int64_t row = 0; row < end - begin; ++row) {
       const int64_t columns = std::min(s.out_width, count - row * s.out_width);
       const T* from = rows + row * s.stride * row_step;

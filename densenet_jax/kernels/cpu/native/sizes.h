@@ -11,7 +11,9 @@
 namespace densenet_jax {
 
 constexpr int64_t kBandBytes = 192 * 1024;  // of input rows: with the weights, they fit a core's L2 cache
-constexpr int64_t kPixelBytes = 384 * 1024;  // of a pointwise convolution's pixels, for which weights are read once
+// Of a pointwise convolution's pixels: those for which weights are read once, and those for which the sums of a kernel's
+// gradient are read and written once.
+constexpr int64_t kPixelBytes = 384 * 1024, kSummedPixelBytes = 640 * 1024;
 
 struct Sizes {
   int64_t batch, height, width, channels;       // of the input
@@ -37,10 +39,10 @@ struct Bands {
   }
 };
 
-// Returns a pointwise convolution's sizes with all pixels in lines of one "image", as many for each thread; the last
-// line may be shorter.
-inline Sizes AsLines(Sizes s, int64_t element_bytes, int64_t threads) {
-  const int64_t most = kPixelBytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
+// Returns a pointwise convolution's sizes with all pixels in lines of one "image", as many for each thread, of about
+// line_bytes at most; the last line may be shorter.
+inline Sizes AsLines(Sizes s, int64_t element_bytes, int64_t threads, int64_t line_bytes = kPixelBytes) {
+  const int64_t most = line_bytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
   const int64_t tiles = DivideUp(DivideUp(s.batch * s.height * s.width, kTileRows), threads);  // of a thread
   const int64_t line = DivideUp(tiles, DivideUp(tiles, std::clamp<int64_t>(most, 1, 8))) * kTileRows;
   s.out_height = s.height = DivideUp(s.batch * s.height * s.width, line);

@@ -196,7 +196,7 @@ void PixelTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, const T* w,
 }
 
 // Computes dw[m, :] = sum over pixels of x[pixel][m] * g[pixel][:], for M window values and N vectors of output
-// channels, plus `before`, [M][N vectors], unless that is null.
+// channels, plus `before`, [M][N vectors], unless that is null. What lies behind `before` it fetches for the next tile.
 template <typename T, int M, int N>
 void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pixel_step, int64_t row_step, const T* g,
                 int64_t g_row_step, int64_t rows, int64_t columns, int64_t lanes) {
@@ -208,6 +208,8 @@ void KernelTile(T* dw, int64_t dw_step, const T* before, const T* x, int64_t pix
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n)
       sum[m][n] = before == nullptr ? Vector{} : *reinterpret_cast<const Vector*>(before + (m * N + n) * kLanes);
+  for (int line = M * N; before != nullptr && line < 2 * M * N; ++line)
+    __builtin_prefetch(reinterpret_cast<const Vector*>(before) + line, 0, 2);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = x + r * row_step;
     const T* gradient = g + r * g_row_step;

@@ -167,6 +167,7 @@ class Weights {
     weights_ = packed_.get(), chunk_step_ = window, step_ = 0;
   }
   const T* Of(const Chunk<T>& chunk) const { return weights_ + chunk.first * chunk_step_; }
+  bool IsPacked() const { return step_ == 0; }
   int64_t Step(const Chunk<T>& chunk) const { return step_ ? step_ : chunk.width(); }
 
  private:
