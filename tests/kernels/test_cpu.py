@@ -434,6 +434,18 @@ def test_a_convolution_of_many_weights(side, channels, outputs):
     assert_same(found, expected, 2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("side", "outputs", "added"), [(5, 24, 0), (15, 40, 37)])
+def test_a_window_of_many_weights(side, outputs, added):
+    """One row of the window after another, for all output rows of a band; some outputs are added to what is there."""
+    own, x = drawn_step(620, outputs, 3), draw(2, side, side, 620)
+    first = drawn_step(620, 50, folded=True)
+    steps = (block.Step(0, 1), block.Step(0, 1, offset=50, added=added))
+    options = {"steps": steps, "epsilon": 1e-3, "shapes": ((2, side, side, 50 + outputs - added),)}
+    [expected] = jax.jit(functools.partial(block.plain_run_block, **options, copied=0))(x, *first, *own)
+    computed = jax.jit(functools.partial(block.run_block, **options))(x, [first, own])
+    assert_same(computed, expected, 2e-5 * np.abs(expected).max())
+
+
 def test_a_block_of_shapes_that_do_not_fit_is_refused():
     arrays = [drawn_step(8, 4)]
     run = jax.jit(

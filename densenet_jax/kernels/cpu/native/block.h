@@ -21,7 +21,8 @@ namespace densenet_jax {
 
 constexpr int64_t kStepBytes = 192 * 1024;     // of the input that one task of a step reads
 constexpr int64_t kTaskProducts = 2000 * 1000;  // worth a task
-// A 1x1 convolution reads weights ahead, and once a task, if it has few pixels, or more weights and not many pixels.
+// A 1x1 convolution reads weights ahead, and once a task, if it has few pixels, or more weights and not many pixels; a
+// larger one whenever it has more weights.
 constexpr int64_t kFewPixels = 112, kManyPixels = 512, kWeightBytes = 512 * 1024;
 constexpr int64_t kPixelsAtOnce = 128, kInputBytes = 768 * 1024, kLeastInputs = 256;  // of such a task
 
@@ -210,10 +211,11 @@ void RunPointwise(Team& team, const Step<T>& step) {
   });
 }
 
-// Returns into how many bands of rows each image is cut, to make about so many tasks, all of the same size.
-inline int64_t RowBands(const Sizes& s, int64_t element_bytes, int64_t tasks) {
+// Returns into how many bands of rows each image is cut, to make about so many tasks, all of the same size, which read
+// about band_bytes at most.
+inline int64_t RowBands(const Sizes& s, int64_t element_bytes, int64_t tasks, int64_t band_bytes = kStepBytes) {
   const int64_t line = s.padded_width() * s.channels * element_bytes;
-  const int64_t most = std::max<int64_t>((kStepBytes / line - s.kernel_height) / s.stride + 1, 1);
+  const int64_t most = std::max<int64_t>((band_bytes / line - s.kernel_height) / s.stride + 1, 1);
   const int64_t bands = DivideUp(DivideUp(s.out_height, most) * s.batch, tasks) * tasks;
   return std::min(DivideUp(bands, s.batch), s.out_height);
 }
@@ -227,16 +229,54 @@ void ForRows(const Sizes& s, const Source<T>& source, int64_t bands, int64_t ban
   run(rows, line, (image * s.out_height + begin) * s.out_width, end - begin);
 }
 
+// Computes a chunk of `count` output rows, from pixel `first` on, by one row of the window after another: its weights stay
+// in a core's cache for all output rows, and a share of the next ones is fetched with each tile.
+template <typename T>
+void AddWindowRows(const Step<T>& step, const StepWeights<T>& weights, const Chunk<T>& chunk, const T* rows,
+                   int64_t line, int64_t first, int64_t count) {
+  const Sizes& s = step.sizes;
+  const int64_t width = chunk.width(), w_step = weights.Step(chunk), pixel_step = s.stride * s.channels;
+  const int64_t tiles = count * DivideUp(s.out_width, kTileRows);
+  const int64_t lines = DivideUp(kAheadInputs * width * sizeof(T) / kLineBytes, tiles);
+  T* sums = ThreadScratch<T>(2, count * s.out_width * width);
+  for (int64_t r = 0; r < s.kernel_height; ++r) {
+    const T* w = weights.Of(chunk) + r * s.run() * w_step;
+    const char* ahead = reinterpret_cast<const char*>(w + s.run() * w_step);
+    for (int64_t row = 0; row < count; ++row) {
+      ForTiles(s.out_width, [&](int64_t column, int tile) {
+        const auto multiply = r == 0 ? PixelTileOf<T, false>(tile, chunk.vectors, kTiles)
+                                     : PixelTileOf<T, true>(tile, chunk.vectors, kTiles);
+        multiply(sums + (row * s.out_width + column) * width, width,
+                 rows + (row * s.stride + r) * line + column * pixel_step, pixel_step, w, w_step, s.run(), width, ahead,
+                 lines);
+        ahead += lines * kLineBytes * DivideUp(s.run(), kAheadInputs);
+      });
+    }
+  }
+  ForTiles(count * s.out_width, [&](int64_t at, int tile) {
+    StoreOrAdd(step, first + at, tile, chunk.first, chunk.lanes, [&](T* to, int64_t to_step) {
+      for (int m = 0; m < tile; ++m) std::copy_n(sums + (at + m) * width, chunk.lanes, to + m * to_step);
+    });
+  });
+}
+
 // A convolution of any size without groups.
 template <typename T>
 void RunWindow(Team& team, const Step<T>& step) {
   const Sizes& s = step.sizes;
   const StepWeights<T> weights(team, step);
-  const int64_t bands = RowBands(s, sizeof(T), step.tasks(team.size()));
+  const int64_t weight_bytes = s.kernel_height * s.run() * s.out_channels * static_cast<int64_t>(sizeof(T));
+  const bool has_many = weight_bytes > kWeightBytes;
+  const int64_t bands = has_many ? RowBands(s, sizeof(T), team.size(), kInputBytes)
+                                 : RowBands(s, sizeof(T), step.tasks(team.size()));
   team.Run(bands * s.batch, [&](int64_t band) {
     ForRows(s, step.source, bands, band, [&](const T* rows, int64_t line, int64_t first, int64_t count) {
       for (int64_t index = 0; index < Chunk<T>::Count(s.out_channels); ++index) {
         const Chunk<T> chunk(s.out_channels, index);
+        if (has_many) {
+          AddWindowRows(step, weights, chunk, rows, line, first, count);
+          continue;
+        }
         for (int64_t row = 0; row < count; ++row) {
           ForTiles(s.out_width, [&](int64_t column, int tile) {
             const T* from = rows + row * s.stride * line + column * s.stride * s.channels;
