@@ -51,8 +51,10 @@ def serve(prepare: Prepare, out_of_memory: Callable[[Exception], bool]) -> None:
         except Exception as error:
             message = "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"[:300]
             answer = {"error": message}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            print(json.dumps(answer), file=answers, flush=True)
+        except BrokenPipeError:  # whoever asked was stopped; leaving otherwise would write what is left once more
+            os._exit(0)
 
 
 def _prepare(prepare: Prepare, request: dict[str, Any]) -> tuple[Case, dict[str, Any]]:
