@@ -42,6 +42,9 @@ struct Step {
 
   Outputs outputs() const { return {y, total, y_step, added}; }
   int64_t pixels() const { return sizes.batch * sizes.out_height * sizes.out_width; }
+  bool has_many_weights() const {
+    return sizes.kernel_height * sizes.run() * sizes.out_channels * static_cast<int64_t>(sizeof(T)) > kWeightBytes;
+  }
   int64_t tasks(int64_t threads) const {
     const Sizes& s = sizes;
     const int64_t products = pixels() * s.kernel_height * s.run() * s.out_channels / groups;
@@ -132,13 +135,12 @@ void AddInputs(const Step<T>& step, const StepWeights<T>& weights, const Chunk<T
                int64_t share, int64_t shares) {
   const int64_t lanes = chunk.lanes, added = std::clamp<int64_t>(step.added - chunk.first, 0, lanes);
   const int64_t to_step = step.y_step, w_step = weights.Step(chunk);
-  const int64_t lines = DivideUp(kAheadInputs * chunk.width() * sizeof(T) / kLineBytes, shares);
   const T* w = weights.Of(chunk) + tile.input * w_step;
-  const char* next = reinterpret_cast<const char*>(w + step.sizes.channels * chunk.width());
-  next += share * DivideUp(tile.inputs, kAheadInputs) * lines * kLineBytes;
+  Ahead ahead(w + step.sizes.channels * chunk.width(), chunk.width(), shares);
+  ahead.Skip(tile.inputs, share);
   T *total = step.total + tile.at * to_step + chunk.first, *y = step.y + tile.at * to_step + chunk.first;
   const auto multiply = [&](auto run, T* to, int64_t pixel_step) {
-    run(to, pixel_step, tile.x, tile.inputs, w, w_step, tile.inputs, lanes, next, lines);
+    run(to, pixel_step, tile.x, tile.inputs, w, w_step, tile.inputs, lanes, ahead);
   };
   const auto set = PixelTileOf<T, false>(tile.size, chunk.vectors, kTiles);
   if (added == 0 && tile.input == 0) return multiply(set, y, to_step);
@@ -189,8 +191,7 @@ void RunPointwise(Team& team, const Step<T>& step) {
   const Sizes& s = step.sizes;
   const int64_t pixels = step.pixels(), channels = s.channels, chunks = Chunk<T>::Count(s.out_channels);
   const StepWeights<T> weights(team, step);
-  const int64_t weight_bytes = channels * s.out_channels * static_cast<int64_t>(sizeof(T));
-  if (pixels <= (weight_bytes > kWeightBytes ? kManyPixels : kFewPixels)) return RunManyWeights(team, step, weights);
+  if (pixels <= (step.has_many_weights() ? kManyPixels : kFewPixels)) return RunManyWeights(team, step, weights);
   const int64_t most = std::max<int64_t>(kStepBytes / (channels * sizeof(T)), kTileRows);
   int64_t bands = std::max(DivideUp(pixels, most), step.tasks(team.size()));
   bands = std::min(DivideUp(bands, team.size()) * team.size(), DivideUp(pixels, kTileRows / 2));
@@ -236,20 +237,18 @@ void AddWindowRows(const Step<T>& step, const StepWeights<T>& weights, const Chu
                    int64_t line, int64_t first, int64_t count) {
   const Sizes& s = step.sizes;
   const int64_t width = chunk.width(), w_step = weights.Step(chunk), pixel_step = s.stride * s.channels;
-  const int64_t tiles = count * DivideUp(s.out_width, kTileRows);
-  const int64_t lines = DivideUp(kAheadInputs * width * sizeof(T) / kLineBytes, tiles);
   T* sums = ThreadScratch<T>(2, count * s.out_width * width);
   for (int64_t r = 0; r < s.kernel_height; ++r) {
     const T* w = weights.Of(chunk) + r * s.run() * w_step;
-    const char* ahead = reinterpret_cast<const char*>(w + s.run() * w_step);
+    Ahead ahead(w + s.run() * w_step, width, count * DivideUp(s.out_width, kTileRows));
     for (int64_t row = 0; row < count; ++row) {
       ForTiles(s.out_width, [&](int64_t column, int tile) {
         const auto multiply = r == 0 ? PixelTileOf<T, false>(tile, chunk.vectors, kTiles)
                                      : PixelTileOf<T, true>(tile, chunk.vectors, kTiles);
         multiply(sums + (row * s.out_width + column) * width, width,
-                 rows + (row * s.stride + r) * line + column * pixel_step, pixel_step, w, w_step, s.run(), width, ahead,
-                 lines);
-        ahead += lines * kLineBytes * DivideUp(s.run(), kAheadInputs);
+                 rows + (row * s.stride + r) * line + column * pixel_step, pixel_step, w, w_step, s.run(), width,
+                 ahead);
+        ahead.Skip(s.run());
       });
     }
   }
@@ -265,8 +264,7 @@ template <typename T>
 void RunWindow(Team& team, const Step<T>& step) {
   const Sizes& s = step.sizes;
   const StepWeights<T> weights(team, step);
-  const int64_t weight_bytes = s.kernel_height * s.run() * s.out_channels * static_cast<int64_t>(sizeof(T));
-  const bool has_many = weight_bytes > kWeightBytes;
+  const bool has_many = step.has_many_weights();
   const int64_t bands = has_many ? RowBands(s, sizeof(T), team.size(), kInputBytes)
                                  : RowBands(s, sizeof(T), step.tasks(team.size()));
   team.Run(bands * s.batch, [&](int64_t band) {

@@ -35,13 +35,12 @@ struct Prepared {  // a convolution's bands and weights
 template <typename T>
 void PixelTiles(int64_t pixels, const Chunk<T>& chunk, const Chunk<T>& next, const T* x, int64_t inputs,
                 const Weights<T>& weights, T* out, int64_t out_step) {
-  const int64_t lines = weights.IsPacked() ? DivideUp(kAheadInputs * next.vectors, DivideUp(pixels, kTileRows)) : 0;
-  const char* ahead = reinterpret_cast<const char*>(weights.Of(next));
+  Ahead ahead(weights.Of(next), weights.IsPacked() ? next.width() : 0, DivideUp(pixels, kTileRows));
   ForTiles(pixels, [&](int64_t pixel, int tile) {
     PixelTileOf<T, false>(tile, chunk.vectors, kTiles)(out + pixel * out_step + chunk.first, out_step,
                                                        x + pixel * inputs, inputs, weights.Of(chunk),
-                                                       weights.Step(chunk), inputs, chunk.lanes, ahead, lines);
-    ahead += lines * kLineBytes * DivideUp(inputs, kAheadInputs);
+                                                       weights.Step(chunk), inputs, chunk.lanes, ahead);
+    ahead.Skip(inputs);
   });
 }
 

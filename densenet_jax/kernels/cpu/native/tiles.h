@@ -166,11 +166,26 @@ void OutputTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, int64_t ro
 
 constexpr int64_t kAheadInputs = 16, kLineBytes = 64;
 
+// What is multiplied after these tiles, `width` values for an input: each tile fetches a share of it, `lines` lines of
+// cache from `at` on with every kAheadInputs inputs.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+
+  template <typename T>
+  Ahead(const T* from, int64_t width, int64_t tiles)
+      : at(reinterpret_cast<const char*>(from)),
+        lines(DivideUp(kAheadInputs * width * static_cast<int64_t>(sizeof(T)) / kLineBytes, tiles)) {}
+
+  // Goes on behind the shares of so many tiles.
+  void Skip(int64_t inputs, int64_t tiles = 1) { at += tiles * lines * kLineBytes * DivideUp(inputs, kAheadInputs); }
+};
+
 // Computes y[m, :] = sum over j of x[m * pixel_step + j] * w[j, :], for M pixels and N vectors of output channels; with
-// kAdd adds it to y, of whole vectors. Every kAheadInputs inputs it fetches `lines` lines of cache from `ahead` on.
+// kAdd adds it to y, of whole vectors. It fetches its share of what lies ahead.
 template <typename T, int M, int N, bool kAdd>
 void PixelTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, const T* w, int64_t w_step, int64_t inputs,
-               int64_t lanes, const char* ahead, int64_t lines) {
+               int64_t lanes, Ahead ahead) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int kLanes = Lanes<T>::kCount;
   Vector sum[M][N];
@@ -182,7 +197,7 @@ void PixelTile(T* y, int64_t y_step, const T* x, int64_t pixel_step, const T* w,
       sum[m][n] = Vector{};
     }
   for (int64_t j = 0; j < inputs;) {
-    for (int64_t line = 0; line < lines; ++line, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.at += kLineBytes) __builtin_prefetch(ahead.at, 0, 2);
     for (const int64_t end = std::min(j + kAheadInputs, inputs); j < end; ++j, w += w_step)
       AddProducts<T, M, N>(sum, x + j, pixel_step, w);
   }
