@@ -177,21 +177,21 @@ def describe_fall(now: Ratio, before: Ratio) -> str:
     )
 
 
-def _date(drawn: Sequence[Ratio]) -> str:
-    return max((one.date for one in drawn), default="")
-
-
 def document_figures(results: Sequence[Results]) -> dict[str, bytes]:
     """Returns the pictures of docs/performance.md by file name, each ratio's from the newest file of most networks."""
+
+    def count_networks(drawn: Sequence[Ratio]) -> int:
+        return len({dict(one.case)["model"] for one in drawn})
+
     figures = {}
     wanted = {"training": ("train_step", ("mode", "train")), "inference": ("latency", ("batch_size", 1))}
     for name, (benchmark, entry) in wanted.items():
         files = [
             [one for one in ratios([file]) if entry in one.case] for file in results if file.benchmark == benchmark
         ]
-        newest_last = sorted(files, key=lambda drawn: (len({dict(one.case)["model"] for one in drawn}), _date(drawn)))
-        if newest_last and newest_last[-1]:
-            figures[f"benchmark_{name}.png"] = ratio_chart(newest_last[-1], dpi=90)
+        # Results come oldest first.
+        if largest := max(reversed(files), key=count_networks, default=[]):
+            figures[f"benchmark_{name}.png"] = ratio_chart(largest, dpi=90)
     grown, best = drawn_growths(results), []
     for quantity in ("images/s", "peak memory, MiB"):
         for axis in GROWTH:
