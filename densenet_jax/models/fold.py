@@ -14,7 +14,7 @@ import dataclasses
 import re
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -50,7 +50,10 @@ def fold_batch_norm(module: nn.Module, variables: dict[str, Any]) -> tuple[nn.Mo
             kernel = np.asarray(params[name], np.float64) * scales[norm]
             folded[name] = np.asarray(kernel, params[name].dtype)
             del folded[f"{norm}/scale"]
-    arrays = {name: jnp.asarray(value, params[name].dtype) for name, value in folded.items()}
+    # `jnp.asarray` would compile a program for every shape.
+    arrays = jax.device_put(
+        {name: np.asarray(value, params[name].dtype) for name, value in folded.items()}, may_alias=False
+    )
     plain = module.clone(norm_options=dataclasses.replace(options, folded=True), remat=False)
     return plain, {"params": traverse_util.unflatten_dict(arrays, sep="/")}
 

@@ -77,22 +77,18 @@ def load_pretrained(
     model = create_model(name, num_classes=wanted, param_dtype=param_dtype, **architecture)
     template = dict(_make_template(model, row.preprocessing.input_px, channels))
     if num_classes is None or wanted == own_count:
-        return _to_device(from_torch(state, template, str(source)))
+        # `jnp.asarray` would compile a program for every shape.
+        return jax.device_put(from_torch(state, template, str(source)), may_alias=False)
     width, count = template["params"]["classifier"]["kernel"].shape
     template["params"] = {key: value for key, value in template["params"].items() if key != "classifier"}
     body = {key: value for key, value in state.items() if key not in _HEAD}
-    variables = _to_device(from_torch(body, template, str(source)))
+    variables = jax.device_put(from_torch(body, template, str(source)), may_alias=False)
     head = Classifier(count, param_dtype=param_dtype)
     variables["params"]["classifier"] = head.init(jax.random.key(head_seed), jnp.zeros((1, width)))["params"]
     log.warning(
         "%s has %s classes, not %d: its body is kept, the classifier starts anew", source, own_count or "no", wanted
     )
     return variables
-
-
-def _to_device(variables: Any) -> Any:
-    """Copies arrays; `jnp.asarray` would compile a program for every shape."""
-    return jax.device_put(variables, may_alias=False)
 
 
 def _with_channels(

@@ -94,11 +94,13 @@ def pack_kernels(module: nn.Module, variables: dict[str, Any], devices: int = 1)
         is_plain = "c3x3" not in name  # which may have a stride
         if by_int8 and int8.is_packable(kernel, groups) and is_plain:
             packed = int8.pack(kernel if in_program else np.asarray(kernel))
-            params[name], scales[name] = map(jnp.asarray, packed)
+            params[name], scales[name] = packed
         elif rounds and bfloat16.is_packable(kernel, groups) and is_plain:
-            params[name] = jnp.asarray(bfloat16.pack(kernel if in_program else np.asarray(kernel)))
+            params[name] = bfloat16.pack(kernel if in_program else np.asarray(kernel))
         elif not in_program and cpu.is_packable(kernel, groups):
-            params[name] = jnp.asarray(cpu.pack(kernel, groups))
+            params[name] = cpu.pack(kernel, groups)
+    if not in_program:
+        params, scales = jax.device_put((params, scales))  # `jnp.asarray` would compile a program for every shape
     changes = {"is_packed": not in_program, "rounds": rounds}
     module = module.clone(implementation=dataclasses.replace(implementation, **changes))
     collections = {"params": params} | ({_SCALES: scales} if scales else {})
