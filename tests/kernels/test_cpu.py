@@ -180,7 +180,7 @@ def drawn_operands(c, o, k, normalizes, groups=1):
 def differentiated(x, conv, g, **options):
     """The gradients of the map's x^, and of scale, bias and kernel, by the reference."""
     c = conv.scale.size
-    normalized = norm_relu_conv._normalize(x, conv.mean, conv.rstd, c)
+    normalized = norm_relu_conv.normalize(x, conv.mean, conv.rstd, c)
     plain = conv._replace(mean=jnp.zeros((0,)), rstd=jnp.zeros((0,)))
 
     def function(normalized, *others):
@@ -269,29 +269,34 @@ def test_a_gradient_is_added_in_place(case, normalizes):
     assert_same(jax.jit(reference)(total, x, *conv, g), expected[:3])
 
 
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("case", [(2, 9, 11, 5, 7, 4, 6), (3, 14, 14, 64, 33, 17, 40), (1, 5, 4, 300, 64, 64, 96)])
-def test_two_maps_are_convolved_as_one(case):
+def test_two_maps_are_convolved_as_one(case, normalizes):
     """The channels of the second map behind those that are read, and of the sum of gradients, have no effect."""
     b, h, w, c, width, read, o = case
     first, second, conv = draw(b, h, w, c), draw(b, h, w, width, seed=1), drawn_operands(c + read, o, 1, False)
-    x = jnp.asarray(np.concatenate([first, second], axis=-1)[..., : c + read])
+    x_hat = first
+    if normalizes:
+        mean, rstd = draw(c, seed=5), jnp.abs(draw(c, seed=6)) + 0.5
+        conv, x_hat = conv._replace(mean=mean, rstd=rstd), (first - mean) * rstd
+    x = jnp.asarray(np.concatenate([x_hat, second], axis=-1)[..., : c + read])
     shift, g = draw(o, seed=7), draw(b, h, w, o, seed=4)
-    expected = jax.jit(norm_relu_conv.norm_relu_conv_with_sums)(x, conv, shift)
+    whole = drawn_operands(c + read, o, 1, False)
+    expected = jax.jit(norm_relu_conv.norm_relu_conv_with_sums)(x, whole, shift)
     assert joined.is_usable(first, second, conv.kernel)
-    assert uses_kernels(joined.conv_with_sums, first, second, *conv[2:], shift)
-    assert_same(jax.jit(joined.conv_with_sums)(first, second, *conv[2:], shift), expected, 1e-8)
-    of_x, *others = jax.device_get(jax.jit(norm_relu_conv.gradients)(x, conv, g))
+    assert uses_kernels(joined.conv_with_sums, first, second, conv, shift)
+    assert_same(jax.jit(joined.conv_with_sums)(first, second, conv, shift), expected, 1e-8)
+    of_x, *others = jax.device_get(jax.jit(norm_relu_conv.gradients)(x, whole, g))
     total = draw(b, h, w, width + 3, seed=9)
     of_second = np.pad(of_x[..., c:], [(0, 0)] * 3 + [(0, width + 3 - read)])
     expected_gradients = (total + of_second, of_x[..., :c], *others)
-    operands = total, first, second, tuple(conv[2:]), g
-    assert_same(jax.jit(joined.add_gradients)(*operands), expected_gradients)
+    assert_same(jax.jit(joined.add_gradients)(total, first, second, conv, g), expected_gradients)
     assert_same(total, draw(b, h, w, width + 3, seed=9), 0)  # which others may read
     with primitive.plain_kernels():
-        plain = jax.jit(lambda: joined._plain_sums(first, second, *conv[2:], shift))()
+        plain = jax.jit(lambda: joined._plain_sums(first, second, *conv, shift))()
         assert_same(plain, expected, 1e-8)
-        gradients = jax.jit(lambda: joined._plain_gradient(total, first, second, *conv[2:], g))()
-        kernel = jax.jit(lambda: joined._plain_kernel_gradient(first, second, *conv[2:4], g))()
+        gradients = jax.jit(lambda: joined._plain_gradient(total, first, second, *conv, g))()
+        kernel = jax.jit(lambda: joined._plain_kernel_gradient(first, second, *conv[:4], g))()
         assert_same((*gradients, kernel), expected_gradients)
 
 

@@ -64,7 +64,7 @@ def norm_relu_conv_with_sums(
 def add_norm_relu_conv_with_sums(
     total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"]
 ) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """Adds the output to total, in place if nothing else reads total, and returns the sums of the result as well."""
+    """Returns the output plus total, and the sums of the result as well."""
     return _add_sums_p.bind(total, x, *operands, shift, stride=1, groups=1)
 
 
@@ -97,13 +97,14 @@ def _row(vector: Array) -> Float[Array, "1 1 1 c"]:
     return vector[None, None, None, :]
 
 
-def _normalize(x: Array, mean: Array, rstd: Array, channels: int) -> Array:
+def normalize(x: Array, mean: Array, rstd: Array, channels: int) -> Array:
+    """Returns x_hat of the first channels in plain JAX."""
     x = x[..., :channels]
     return (x - _row(mean)) * _row(rstd) if mean.size else x
 
 
 def _affine(x: Array, mean: Array, rstd: Array, scale: Array, bias: Array) -> Array:
-    return _normalize(x, mean, rstd, scale.size) * _row(scale) + _row(bias)
+    return normalize(x, mean, rstd, scale.size) * _row(scale) + _row(bias)
 
 
 def plain_norm_relu_conv(x: Array, *operands: Array, stride: int = 1, groups: int = 1) -> Array:
@@ -139,7 +140,7 @@ def plain_norm_relu_conv_gradient(
     sizes = (x.shape[1], x.shape[2])
     grad_activation = plain_input_gradient(g, kernel, sizes=sizes, stride=1, padding=padding, groups=groups)
     masked = jnp.where(_affine(x, mean, rstd, scale, bias) > 0, grad_activation, 0)
-    grad_scale = jnp.sum(masked * _normalize(x, mean, rstd, scale.size), axis=(0, 1, 2))
+    grad_scale = jnp.sum(masked * normalize(x, mean, rstd, scale.size), axis=(0, 1, 2))
     return masked * _row(scale), grad_scale, jnp.sum(masked, axis=(0, 1, 2))
 
 
@@ -212,7 +213,7 @@ _forward_p = define(
     shapes=lambda *operands, **options: _output_shapes(*operands, **options)[:1],
 )
 _sums_p = _define("norm_relu_conv_sums", plain_norm_relu_conv_sums, _output_shapes)
-_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, _sums_shapes, 6, in_place=True)
+_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, _sums_shapes, 6)
 _gradient_p = _define("norm_relu_conv_gradient", plain_norm_relu_conv_gradient, _gradient_shapes, transposed=True)
 _add_gradient_p = _define(
     "add_norm_relu_conv_gradient", _plain_add_gradient, _add_gradient_shapes, 6, transposed=True, in_place=True

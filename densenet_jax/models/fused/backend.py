@@ -232,20 +232,20 @@ class Backend:
         added = (total[..., :width].astype(grads.x.dtype) + grads.x).astype(total.dtype)
         return grads._replace(x=added)
 
-    # A 1x1 convolution of two maps side by side, both of x_hat, the second read as far as there are parameters.
+    # A 1x1 convolution of the operands' x and of x_hat of another map side by side, as far as there are parameters.
 
     def joined_conv(
-        self, parts: Sequence[Array], conv: NormReluConv, shift: Float[Array, " o"] | None, options: NormOptions
+        self, operands: Operands, other: Array, shift: Float[Array, " o"] | None, options: NormOptions
     ) -> tuple[Float[Array, "b h w o"], BatchStats | None] | None:
         """Computes `norm_relu_conv_with_stats` of both; None if it is the sum of their own that has to be computed."""
-        del parts, conv, shift, options
+        del operands, other, shift, options
         return None
 
     def accumulate_joined_grads(
-        self, total: Array, parts: Sequence[Array], conv: NormReluConv, gradient: Float[Array, "b h w o"], groups: int
+        self, total: Array, operands: Operands, other: Array, gradient: Float[Array, "b h w o"], groups: int
     ) -> tuple[Array, Gradients] | None:
-        """Returns total with the second map's gradient added to its first channels and the other gradients; or None."""
-        del total, parts, conv, gradient, groups
+        """Returns total with the other map's gradient added to its first channels and the rest of them; or None."""
+        del total, operands, other, gradient, groups
         return None
 
     # Batch statistics.

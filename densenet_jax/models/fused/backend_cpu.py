@@ -75,7 +75,7 @@ class CpuBackend(Backend):
     def norm_relu_conv_with_stats(
         self, operands: Operands, shift: Array | None, options: NormOptions, total: Array | None = None
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
-        """Sums the output for its statistics, and adds it to total, in the same pass."""
+        """Sums the output for its statistics, and adds total to it, in the same pass."""
         assert total is None or operands.window == DENSE
         sums_stats = shift is not None and group_count(operands.x.shape[0], options.group_size) == 1
         if not _is_usable(operands) or (total is None and not sums_stats):
@@ -108,27 +108,26 @@ class CpuBackend(Backend):
         return _add_group_axis(*cpu.add_gradients(total, x, arrays, gradient))
 
     def joined_conv(
-        self, parts: Sequence[Array], conv: NormReluConv, shift: Array | None, options: NormOptions
+        self, operands: Operands, other: Array, shift: Array | None, options: NormOptions
     ) -> tuple[Float[Array, "b h w o"], BatchStats | None] | None:
         """Computes one product, from where both maps lie."""
-        first, second = parts
-        if not joined.is_usable(first, second, conv.kernel):
+        if not joined.is_usable(operands.x, other, operands.conv.kernel):
             return None
-        scale, bias, kernel = (array.astype(first.dtype) for array in conv)
-        about = jnp.zeros(kernel.shape[-1], first.dtype) if shift is None else shift.astype(first.dtype)
-        out, total, squares = joined.conv_with_sums(first, second, scale, bias, kernel, about)
-        sums_stats = shift is not None and group_count(first.shape[0], options.group_size) == 1
+        x, arrays, _ = _kernel_operands(_apply_norm_of_groups(operands))
+        about = jnp.zeros(arrays.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
+        out, total, squares = joined.conv_with_sums(x, other, arrays, about)
+        sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
         return out, _stats_from_sums(total, squares, shift, out) if sums_stats else None
 
     def accumulate_joined_grads(
-        self, total: Array, parts: Sequence[Array], conv: NormReluConv, gradient: Array, groups: int
+        self, total: Array, operands: Operands, other: Array, gradient: Array, groups: int
     ) -> tuple[Array, Gradients] | None:
         """Adds into total in place; all of its channels are returned."""
-        first, second = parts
-        if groups != 1 or total.dtype != first.dtype or not joined.is_usable(first, second, conv.kernel):
+        x, conv = operands.x, operands.conv
+        if groups != 1 or total.dtype != x.dtype or not joined.is_usable(x, other, conv.kernel):
             return None
-        scale, bias, kernel = (array.astype(first.dtype) for array in conv)
-        total, *grads = joined.add_gradients(total, first, second, (scale, bias, kernel), gradient)
+        x, arrays, _ = _kernel_operands(operands)
+        total, *grads = joined.add_gradients(total, x, other, arrays, gradient)
         return total, _add_group_axis(*grads)
 
     def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:

@@ -1,9 +1,9 @@
 """A stage of dual-path blocks that normalizes each feature map once: its forward pass and its own derivative.
 
-A block reads the residual path and the dense path together. The residual path is another sum in every block: it is
-normalized once for the convolutions that read it. The dense path only grows: what a block adds to it is normalized once
-for all blocks after it and for what reads the stage. Kept for the backward pass are x_hat of every residual sum, x_hat
-of the dense path and the outputs of each block's first two convolutions.
+A block reads the residual path and the dense path together. The residual path is another sum in every block, which one
+convolution reads: that normalizes it. The dense path only grows: what a block adds to it is normalized once for all
+blocks after it and for what reads the stage. Kept for the backward pass are every residual sum, x_hat of the dense path
+and the outputs of each block's first two convolutions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from densenet_jax.models.fused.norm_relu_conv import (
     sum_gradient,
     sums_from_gradients,
 )
-from densenet_jax.models.fused.split import SplitConv, split_conv, split_conv_grads
+from densenet_jax.models.fused.split import Part, SplitConv, split_conv, split_conv_grads
 from densenet_jax.models.layers import BatchStats, NormOptions
 
 
@@ -88,7 +88,13 @@ class Outputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Values kept for the backward pass; bottlenecks are the outputs of each block's first two convolutions."""
+    """Values kept for the backward pass.
+
+    Attributes:
+        residual: the sum after each block.
+        dense: x_hat of the dense path.
+        bottlenecks: the outputs of each block's first two convolutions.
+    """
 
     inputs: Array
     residual: tuple[Array, ...]
@@ -107,19 +113,17 @@ def _dense_ends(blocks: Sequence[Block]) -> list[int]:
     return [int(end) for end in np.cumsum(new)]
 
 
-def _block_inputs(
-    config: Config, inputs: Array, residual: Array | None, dense: Buffer, width: int
-) -> tuple[Array, ...]:
+def _block_inputs(config: Config, inputs: Array, residual: Part | None, dense: Buffer, width: int) -> tuple[Part, ...]:
     """Returns a block's inputs: the stage's, or the residual sum before it and the dense path so far."""
     if residual is None:
-        return (inputs,)
+        return (Part(inputs),)
     if isinstance(dense, tuple):
-        return (jnp.concatenate([residual, config.backend.channels(dense, 0, width)], axis=-1),)
-    return residual, config.backend.readable(dense, width)
+        return (Part(jnp.concatenate([residual.x_hat(), config.backend.channels(dense, 0, width)], axis=-1)),)
+    return residual, Part(config.backend.readable(dense, width))
 
 
 def _body_forward(
-    config: Config, parts: tuple[Array, ...], block: Block, window: Window, shifts: tuple[Array | None, Array | None]
+    config: Config, parts: tuple[Part, ...], block: Block, window: Window, shifts: tuple[Array | None, Array | None]
 ) -> tuple[Array, Array, Normalization, Normalization]:
     """Returns the outputs of a block's first two convolutions, and the norms that read them."""
     options, backend = config.norm, config.backend
@@ -134,7 +138,7 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
     options, backend = config.norm, config.backend
     ends = _dense_ends(blocks)
     bottlenecks: list[tuple[Array, Array]] = []
-    residuals: list[Array] = []
+    residuals: list[Part] = []
     stats: list[tuple[BatchStats, ...]] = []
     dense: Buffer = None
     total: Array | None = None
@@ -149,22 +153,22 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
             shortcut = backend.norm_relu_conv(Operands(inputs, block.projection, window=Window(config.stride)))
             total = shortcut[..., : block.third.kernels[0].shape[-1]]
         own_shifts = (residual_shift, dense_shift if shortcut is None else None)  # the shortcut joins the dense path
-        outputs = split_conv((third,), block.third, own_shifts, options, backend, third_norm, total)
+        outputs = split_conv((Part(third, third_norm),), block.third, own_shifts, options, backend, total)
         (total, total_stats), (new, new_stats) = outputs
         if shortcut is not None:
             new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
         residual_norm = make_normalization(total, options, residual_shift, total_stats)
         dense_norm = make_normalization(new, options, dense_shift, new_stats)
-        residuals.append(residual_norm.apply(total))
+        residuals.append(Part(total, residual_norm))
         x_hat = dense_norm.apply(new)
         dense = backend.append(dense, x_hat, ends[index - 1]) if index else backend.new_buffer(x_hat, ends[-1])
         stats.append(tuple(norm.stats for norm in (second_norm, third_norm, residual_norm, dense_norm)))
     all_stats = PerMap(*zip(*stats, strict=True))
-    values = jnp.concatenate([residuals[-1], backend.channels(dense, 0, ends[-1])], axis=-1)
+    values = jnp.concatenate([residuals[-1].x_hat(), backend.channels(dense, 0, ends[-1])], axis=-1)
     joined = concatenate_stats([all_stats.residual[-1], *all_stats.dense])
     kept = None if config.remat else tuple(bottlenecks)
     return Outputs(values, joined, all_stats), Residuals(
-        inputs, tuple(residuals), dense, kept, all_stats, blocks, shifts
+        inputs, tuple(part.x for part in residuals), dense, kept, all_stats, blocks, shifts
     )
 
 
@@ -185,11 +189,17 @@ class _Carry(NamedTuple):
     dense_sums: Sums
 
 
+def _residual(config: Config, saved: Residuals, index: int, grad_stats: BatchStats | None = None) -> Part:
+    """Returns the sum after a block."""
+    norm = config.normalization(saved.stats.residual[index], saved.shifts.residual[index], grad_stats)
+    return Part(saved.residual[index], norm)
+
+
 def _second_norm(config: Config, saved: Residuals, index: int) -> Normalization:
     return config.normalization(saved.stats.second[index], saved.shifts.second[index])
 
 
-def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[Array]) -> tuple[Array, Array]:
+def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[Part]) -> tuple[Array, Array]:
     """Returns the inputs of a block's second and third convolution, before their norms."""
     if saved.bottlenecks is not None:
         return saved.bottlenecks[index]
@@ -200,7 +210,7 @@ def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[A
 
 
 def _body_backward(
-    config: Config, saved: Residuals, index: int, parts: Sequence[Array], gradients: tuple[Array, Array]
+    config: Config, saved: Residuals, index: int, parts: Sequence[Part], gradients: tuple[Array, Array]
 ) -> tuple[Array, NormReluConv, SplitConv]:
     """Backpropagates from a block's part of the two paths to the output of its first convolution."""
     block, backend = saved.blocks[index], config.backend
@@ -208,7 +218,7 @@ def _body_backward(
     third_norm = config.normalization(saved.stats.third[index], saved.shifts.third[index])
     second, third = _bottlenecks(config, saved, index, parts)
     groups = third_norm.stats.mean.shape[0]
-    outer = split_conv_grads((third,), block.third, gradients, groups, backend, third_norm)
+    outer = split_conv_grads((Part(third, third_norm),), block.third, gradients, groups, backend)
     sums = sums_from_gradients(block.third.scale, outer.scale, outer.bias)
     gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums)
     groups = second_norm.stats.mean.shape[0]
@@ -224,16 +234,17 @@ def _first_backward(
 ) -> tuple[_Carry, SplitConv]:
     """Backpropagates from the output of a later block's first convolution to the paths before it."""
     conv = saved.blocks[index].first
-    x_hat, stats = saved.residual[index - 1], saved.stats.residual[index - 1]
-    width = x_hat.shape[-1]
-    parts = _block_inputs(config, saved.inputs, x_hat, saved.dense, end)
+    residual = _residual(config, saved, index - 1)
+    width = residual.x.shape[-1]
+    parts = _block_inputs(config, saved.inputs, residual, saved.dense, end)
     total = carry.dense if config.backend.in_place and len(parts) > 1 else None
-    groups = stats.mean.shape[0]
+    norm = residual.norm
+    assert norm is not None
+    groups = norm.stats.mean.shape[0]
     grads = split_conv_grads(parts, conv, (gradient,), groups, config.backend, totals=(None, total))
     sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
     own = select_channels(sums, 0, width)
-    norm = config.normalization(stats, saved.shifts.residual[index - 1])
-    grad_residual = norm.gradient(grads.x[0][..., :width], x_hat, own)
+    grad_residual = norm.gradient(grads.x[0][..., :width], residual.x_hat(), own)
     if total is not None:
         dense = grads.x[1]
     else:
@@ -249,7 +260,7 @@ def _entry_backward(
     """Backpropagates from the first block's first convolution and shortcut to the stage's input."""
     block, inputs, backend = saved.blocks[0], saved.inputs, config.backend
     assert block.projection is not None
-    grads = split_conv_grads((inputs,), block.first, (gradient,), 1, backend)
+    grads = split_conv_grads((Part(inputs),), block.first, (gradient,), 1, backend)
     operands = Operands(inputs, block.projection, window=Window(config.stride))
     other = backend.norm_relu_conv_grads(operands, shortcut, 1)
     projection = other.of_parameters(block.projection)
@@ -258,13 +269,13 @@ def _entry_backward(
 
 def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _Carry:
     """Splits the gradient of the stage's x_hat into the last residual sum's and the dense path's."""
-    width, stats = saved.residual[-1].shape[-1], saved.stats.residual[-1]
-    groups = stats.mean.shape[0]
+    width = saved.residual[-1].shape[-1]
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
-    grad_stats = select_channels(cotangents.stats, 0, width)
-    sums = sum_gradient(residual, saved.residual[-1], groups)
-    norm = config.normalization(stats, saved.shifts.residual[-1], grad_stats)
-    residual = norm.gradient(residual, saved.residual[-1], sums)
+    last = _residual(config, saved, -1, select_channels(cotangents.stats, 0, width))
+    norm, x_hat = last.norm, last.x_hat()
+    assert norm is not None
+    groups = norm.stats.mean.shape[0]
+    residual = norm.gradient(residual, x_hat, sum_gradient(residual, x_hat, groups))
     x_hat = config.backend.channels(saved.dense, 0, dense.shape[-1])
     return _Carry(residual, dense, sum_gradient(dense, x_hat, groups))
 
@@ -284,7 +295,8 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
             select_channels(carry.dense_sums, start, end),
         )
         own = new.shape[-1] - saved.blocks[index].third.kernels[1].shape[-1]  # after the shortcut's
-        parts = _block_inputs(config, saved.inputs, saved.residual[index - 1] if index else None, saved.dense, start)
+        before = _residual(config, saved, index - 1) if index else None
+        parts = _block_inputs(config, saved.inputs, before, saved.dense, start)
         gradient, second, third = _body_backward(config, saved, index, parts, (carry.residual, new[..., own:]))
         projection = None
         if index:

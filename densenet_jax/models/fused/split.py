@@ -26,6 +26,17 @@ from densenet_jax.models.fused.norm_relu_conv import (
 from densenet_jax.models.layers import BatchStats, NormOptions
 
 
+class Part(NamedTuple):
+    """A feature map that is read, float[b, h, w, *], and the norm that makes x_hat of it; None: it is x_hat."""
+
+    x: Array
+    norm: Normalization | None = None
+
+    def x_hat(self) -> Float[Array, "b h w _"]:
+        """Returns x_hat of all channels."""
+        return apply_norm(self.x, self.norm)
+
+
 class SplitConv(NamedTuple):
     """Scale and bias float[c] before several kernels, each float[1, 1, c, o], o may differ."""
 
@@ -52,33 +63,33 @@ class SplitGradients(NamedTuple):
         return SplitConv(self.scale.sum(axis=0), self.bias.sum(axis=0), self.kernels)
 
 
-def _split(parts: Sequence[Array], conv: SplitConv) -> Iterator[tuple[Array, SplitConv]]:
+def _split(parts: Sequence[Part], conv: SplitConv) -> Iterator[tuple[Part, SplitConv]]:
     """Yields each part with the parameters of its channels; the last part may have more channels than are read."""
     start, width = 0, conv.scale.shape[0]
     for part in parts:
-        end = min(start + part.shape[-1], width)
+        end = min(start + part.x.shape[-1], width)
         kernels = tuple(kernel[:, :, start:end] for kernel in conv.kernels)
         yield part, SplitConv(conv.scale[start:end], conv.bias[start:end], kernels)
         start = end
 
 
 def split_conv(
-    parts: Sequence[Float[Array, "b h w _"]],
+    parts: Sequence[Part],
     conv: SplitConv,
     shifts: Sequence[Float[Array, " _"] | None],
     options: NormOptions,
     backend: Backend,
-    norm: Normalization | None = None,
     total: Float[Array, "b h w _"] | None = None,
 ) -> tuple[tuple[Float[Array, "b h w _"], BatchStats | None], ...]:
-    """Returns an output for each kernel, with its statistics if the backend has them; with a norm there is one part.
+    """Returns an output for each kernel, with its statistics if the backend has them.
 
     Args:
         shifts: for each output, near its mean, for accurate statistics; None: no statistics.
         total: added to the first output.
     """
     if len(parts) == 2 and len(conv.kernels) == 1 and total is None:
-        joined = backend.joined_conv(parts, NormReluConv(conv.scale, conv.bias, *conv.kernels), shifts[0], options)
+        operands = Operands(parts[0].x, NormReluConv(conv.scale, conv.bias, *conv.kernels), parts[0].norm)
+        joined = backend.joined_conv(operands, parts[1].x_hat(), shifts[0], options)
         if joined is not None:
             return (joined,)
     pieces = list(_split(parts, conv))
@@ -88,7 +99,7 @@ def split_conv(
         for part, own in pieces:
             one = NormReluConv(own.scale, own.bias, own.kernels[number])
             about = shift if part is parts[-1] else None
-            total, stats = backend.norm_relu_conv_with_stats(Operands(part, one, norm), about, options, total)
+            total, stats = backend.norm_relu_conv_with_stats(Operands(part.x, one, part.norm), about, options, total)
         assert total is not None
         outputs.append((total, stats))
         total = None
@@ -96,12 +107,11 @@ def split_conv(
 
 
 def split_conv_grads(
-    parts: Sequence[Float[Array, "b h w _"]],
+    parts: Sequence[Part],
     conv: SplitConv,
     gradients: Sequence[Float[Array, "b h w _"]],
     groups: int,
     backend: Backend,
-    norm: Normalization | None = None,
     totals: Sequence[Array | None] = (None, None),
 ) -> SplitGradients:
     """Computes the gradients of `split_conv` and adds the parts' to totals, in place where nothing else reads those.
@@ -109,13 +119,13 @@ def split_conv_grads(
     Totals are for one kernel, or for backends that compute in place.
     """
     if len(parts) == 2 and len(conv.kernels) == 1 and totals[1] is not None:
-        own = NormReluConv(conv.scale, conv.bias, *conv.kernels)
-        joined = backend.accumulate_joined_grads(totals[1], parts, own, gradients[0], groups)
+        operands = Operands(parts[0].x, NormReluConv(conv.scale, conv.bias, *conv.kernels), parts[0].norm)
+        joined = backend.accumulate_joined_grads(totals[1], operands, parts[1].x_hat(), gradients[0], groups)
         if joined is not None:
             total, one = joined
             return SplitGradients((one.x, total), one.scale, one.bias, (one.kernel,))
     grads = [
-        _part_grads(part, own, gradients, groups, backend, norm, total)
+        _part_grads(part, own, gradients, groups, backend, total)
         for (part, own), total in zip(_split(parts, conv), totals, strict=False)
     ]
     return SplitGradients(
@@ -127,19 +137,18 @@ def split_conv_grads(
 
 
 def _part_grads(
-    x: Array,
+    part: Part,
     conv: SplitConv,
     gradients: Sequence[Array],
     groups: int,
     backend: Backend,
-    norm: Normalization | None,
     total: Array | None,
 ) -> SplitGradients:
     convs = [NormReluConv(conv.scale, conv.bias, kernel) for kernel in conv.kernels]
     if backend.in_place or len(convs) == 1:
         grads: list[Gradients] = []
         for one, gradient in zip(convs, gradients, strict=True):
-            operands = Operands(x, one, norm)
+            operands = Operands(part.x, one, part.norm)
             if total is None:
                 grads.append(backend.norm_relu_conv_grads(operands, gradient, groups))
             else:
@@ -149,7 +158,7 @@ def _part_grads(
         return SplitGradients((grads[-1].x,), scale, bias, tuple(one.kernel for one in grads))
     assert total is None
     # The kernels' gradients of x are added before they are masked and summed, once.
-    x = apply_norm(x, norm)[..., : conv.scale.shape[0]]
+    x = part.x_hat()[..., : conv.scale.shape[0]]
     activation = norm_relu(x, conv.scale, conv.bias)
     kernels = tuple(
         backend.norm_relu_conv_grads(Operands(x, one), gradient, groups).kernel

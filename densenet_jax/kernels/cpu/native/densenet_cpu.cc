@@ -155,40 +155,41 @@ ffi::Error NormReluConvCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer 
   });
 }
 
-// Computes norm_relu_conv (with kAdd, adds it to y), and the sums of y - shift and of its square over all pixels.
-template <bool kAdd>
-ffi::Error NormReluConvSums(ffi::ThreadPool& pool, const NormRelu& input, Buffer w, Buffer shift, Buffer y, Buffer sum,
-                            Buffer square, int64_t stride, int64_t padding, int64_t groups, int64_t together) {
+// Computes norm_relu_conv (plus `total`, unless that is null), and the sums of y - shift and of its square over all
+// pixels.
+ffi::Error NormReluConvSums(ffi::ThreadPool& pool, const NormRelu& input, Buffer w, Buffer shift, const Buffer* total,
+                            Buffer y, Buffer sum, Buffer square, int64_t stride, int64_t padding, int64_t groups,
+                            int64_t together) {
   const Shape k = w.dimensions();
   Sizes s;
   const int64_t blocks = input.SetSizes(s, k, y.dimensions(), stride, padding, groups, together);
   const auto outputs = static_cast<size_t>(blocks * s.out_channels);
   if (blocks == 0 || shift.element_count() != outputs || sum.element_count() != outputs ||
-      square.element_count() != outputs)
+      square.element_count() != outputs || (total != nullptr && total->element_count() != y.element_count()))
     return Invalid("shapes of a norm_relu_conv with sums do not fit");
   const auto& [x, mean, rstd, scale, bias] = input;
-  return ForType({x, mean, rstd, scale, bias, w, shift, y, sum, square}, [&](auto zero) {
+  return ForType({x, mean, rstd, scale, bias, w, shift, total == nullptr ? y : *total, y, sum, square}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
-    OutputWithSums<kAdd, T>(pool, s, blocks, input.source<T>(), kernel, shift.typed_data<T>(), y.typed_data<T>(),
-                            sum.typed_data<T>(), square.typed_data<T>());
+    const auto compute = total == nullptr ? OutputWithSums<false, T> : OutputWithSums<true, T>;
+    compute(pool, s, blocks, input.source<T>(), kernel, shift.typed_data<T>(),
+            total == nullptr ? nullptr : total->typed_data<T>(), y.typed_data<T>(), sum.typed_data<T>(),
+            square.typed_data<T>());
   });
 }
 
 ffi::Error NormReluConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer rstd, Buffer scale, Buffer bias,
                                 Buffer w, Buffer shift, Result y, Result sum, Result square, int64_t stride,
                                 int64_t padding, int64_t groups, int64_t together) {
-  return NormReluConvSums<false>(pool, {x, mean, rstd, scale, bias}, w, shift, *y, *sum, *square, stride, padding,
-                                 groups, together);
+  return NormReluConvSums(pool, {x, mean, rstd, scale, bias}, w, shift, nullptr, *y, *sum, *square, stride, padding,
+                          groups, together);
 }
 
-// Adds to total in place: y must be in total's memory.
 ffi::Error AddNormReluConvSumsCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer mean, Buffer rstd, Buffer scale,
                                    Buffer bias, Buffer w, Buffer shift, Result y, Result sum, Result square,
                                    int64_t stride, int64_t padding, int64_t groups, int64_t together) {
-  if (total.untyped_data() != y->untyped_data()) return Invalid("a sum of outputs is not added to in place");
-  return NormReluConvSums<true>(pool, {x, mean, rstd, scale, bias}, w, shift, *y, *sum, *square, stride, padding,
-                                groups, together);
+  return NormReluConvSums(pool, {x, mean, rstd, scale, bias}, w, shift, &total, *y, *sum, *square, stride, padding,
+                          groups, together);
 }
 
 // Computes the gradients of x_hat, scale and bias of a norm_relu_conv at stride 1 from g, the gradient of its output;
@@ -246,10 +247,10 @@ ffi::Error NormReluConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer
   });
 }
 
-// Operands of relu(scale * x + bias) of all channels of x and the first ones of `other` side by side, as many as scale
-// has.
+// Operands of relu(scale * x_hat + bias) of all channels of x and the first ones of `other` side by side, as many as
+// scale has. x_hat is (x - mean) * rstd, or x itself where mean and rstd are empty; `other` holds x_hat.
 struct Joined {
-  Buffer x, other, scale, bias;
+  Buffer x, other, mean, rstd, scale, bias;
 
   // Sets the sizes of a 1x1 convolution; false if its kernel or its output don't fit.
   bool SetSizes(Sizes& s, Shape kernel, Shape y) const {
@@ -257,6 +258,8 @@ struct Joined {
     const auto channels = static_cast<int64_t>(scale.element_count());
     if (first.size() != 4 || second.size() != 4 || kernel.size() != 4 || bias.element_count() != scale.element_count())
       return false;
+    const auto normalized = static_cast<int64_t>(mean.element_count());
+    if ((normalized != 0 && normalized != first[3]) || mean.element_count() != rstd.element_count()) return false;
     for (int i = 0; i < 3; ++i)
       if (first[i] != second[i]) return false;
     if (channels <= first[3] || channels > first[3] + second[3] || kernel[2] != channels) return false;
@@ -267,32 +270,34 @@ struct Joined {
   template <typename T>
   Source<T> source() const {
     const int64_t split = x.dimensions()[3];
-    return {x.typed_data<T>(), nullptr, nullptr, scale.typed_data<T>(), bias.typed_data<T>(), split,
-            other.typed_data<T>(), other.dimensions()[3], split};
+    const bool normalizes = mean.element_count() > 0;
+    return {x.typed_data<T>(), normalizes ? mean.typed_data<T>() : nullptr, normalizes ? rstd.typed_data<T>() : nullptr,
+            scale.typed_data<T>(), bias.typed_data<T>(), split, other.typed_data<T>(), other.dimensions()[3], split};
   }
 };
 
-// Computes y = relu(scale * x + bias) of the joined channels, convolved with w, and sums as NormReluConvSums.
-ffi::Error JoinedConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer scale, Buffer bias, Buffer w,
-                              Buffer shift, Result y, Result sum, Result square) {
-  const Joined input{x, other, scale, bias};
+// Computes y = relu(scale * x_hat + bias) of the joined channels, convolved with w, and sums as NormReluConvSums.
+ffi::Error JoinedConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer mean, Buffer rstd, Buffer scale,
+                              Buffer bias, Buffer w, Buffer shift, Result y, Result sum, Result square) {
+  const Joined input{x, other, mean, rstd, scale, bias};
   Sizes s;
   const bool fits = input.SetSizes(s, w.dimensions(), y->dimensions());
   for (const Buffer& one : {shift, *sum, *square})
     if (!fits || static_cast<int64_t>(one.element_count()) != s.out_channels)
       return Invalid("shapes of a joined norm_relu_conv do not fit");
-  return ForType({x, other, scale, bias, w, shift, *y, *sum, *square}, [&](auto zero) {
+  return ForType({x, other, mean, rstd, scale, bias, w, shift, *y, *sum, *square}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), s.out_channels, 0, 1, false};
-    OutputWithSums<false, T>(pool, s, 1, input.source<T>(), kernel, shift.typed_data<T>(), y->typed_data<T>(),
+    OutputWithSums<false, T>(pool, s, 1, input.source<T>(), kernel, shift.typed_data<T>(), nullptr, y->typed_data<T>(),
                              sum->typed_data<T>(), square->typed_data<T>());
   });
 }
 
-// Computes the gradients of x, scale and bias from g, that of y, and adds that of `other` to total in place.
-ffi::Error JoinedConvGradientCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer other, Buffer scale, Buffer bias,
-                                  Buffer w, Buffer g, Result added, Result dx, Result dscale, Result dbias) {
-  const Joined input{x, other, scale, bias};
+// Computes the gradients of x_hat, scale and bias from g, that of y, and adds that of `other` to total in place.
+ffi::Error JoinedConvGradientCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer other, Buffer mean, Buffer rstd,
+                                  Buffer scale, Buffer bias, Buffer w, Buffer g, Result added, Result dx, Result dscale,
+                                  Result dbias) {
+  const Joined input{x, other, mean, rstd, scale, bias};
   Sizes s;
   if (!input.SetSizes(s, w.dimensions(), g.dimensions()) || total.dimensions().size() != 4 ||
       total.untyped_data() != added->untyped_data() || dx->element_count() != x.element_count() ||
@@ -301,7 +306,7 @@ ffi::Error JoinedConvGradientCall(ffi::ThreadPool pool, Buffer total, Buffer x, 
       dscale->element_count() != scale.element_count() || dbias->element_count() != scale.element_count())
     return Invalid("shapes of a joined norm_relu_conv's gradient do not fit");
   std::swap(s.channels, s.out_channels);
-  return ForType({total, x, other, scale, bias, w, g, *dx, *dscale, *dbias}, [&](auto zero) {
+  return ForType({total, x, other, mean, rstd, scale, bias, w, g, *dx, *dscale, *dbias}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), s.channels, 0, 1, true};
     InputGradients<false, T>(pool, s, 1, PlainSource<T>(g), kernel, input.source<T>(), dx->typed_data<T>(),
@@ -311,13 +316,13 @@ ffi::Error JoinedConvGradientCall(ffi::ThreadPool pool, Buffer total, Buffer x, 
 }
 
 // Computes dw, the gradient of JoinedConvSumsCall's w.
-ffi::Error JoinedConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer scale, Buffer bias,
-                                        Buffer g, Result dw) {
-  const Joined input{x, other, scale, bias};
+ffi::Error JoinedConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buffer mean, Buffer rstd,
+                                        Buffer scale, Buffer bias, Buffer g, Result dw) {
+  const Joined input{x, other, mean, rstd, scale, bias};
   Sizes s;
   if (!input.SetSizes(s, dw->dimensions(), g.dimensions()))
     return Invalid("shapes of a joined norm_relu_conv's kernel gradient do not fit");
-  return ForType({x, other, scale, bias, g, *dw}, [&](auto zero) {
+  return ForType({x, other, mean, rstd, scale, bias, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
     KernelGradient<T>(pool, s, 1, 1, input.source<T>(), g.typed_data<T>(), dw->typed_data<T>());
   });
@@ -610,19 +615,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetJoinedConvSums, JoinedConvSumsCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
         .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetJoinedConvGradient, JoinedConvGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
         .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>().Arg<Buffer>()
         .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetJoinedConvKernelGradient, JoinedConvKernelGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetPoolGradient, PoolGradientCall,

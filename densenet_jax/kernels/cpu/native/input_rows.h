@@ -14,7 +14,7 @@ namespace densenet_jax {
 
 // A convolution's input: relu(scale * x_hat + bias) of the first channels of x, whose pixels are `step` values apart.
 // x_hat is (x - mean) * rstd, or x if mean is null; if scale is null, the input is x itself. Channels from `split` on are
-// those of `other`, unless that is null.
+// those of `other`, x_hat already, unless that is null.
 template <typename T>
 struct Source {
   const T *x, *mean, *rstd, *scale, *bias;
@@ -36,7 +36,7 @@ struct Source {
     if (other == nullptr) return run(*this, int64_t{0}, channels);
     run(Source{x, mean, rstd, scale, bias, step}, int64_t{0}, split);
     const Source behind = From(split);
-    run(Source{other, behind.mean, behind.rstd, behind.scale, behind.bias, other_step}, split, channels - split);
+    run(Source{other, nullptr, nullptr, behind.scale, behind.bias, other_step}, split, channels - split);
   }
 };
 

@@ -148,10 +148,10 @@ class TwoSums {
   std::unique_ptr<T[], void (*)(T*)> sums_;
 };
 
-// Computes Output (with kAdd, adds it to y), and the sums over all pixels of y - shift and of its square.
+// Computes Output (with kAdd, plus `added`), and the sums over all pixels of y - shift and of its square.
 template <bool kAdd, typename T>
 void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
-                    const T* shift, T* y, T* sum, T* square) {
+                    const T* shift, const T* added, T* y, T* sum, T* square) {
   using Vector = typename Lanes<T>::Vector;
   const Blocks<T> all(pool, s, blocks, kernel);
   const int64_t channels = s.out_channels, y_step = blocks * channels;
@@ -160,16 +160,16 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
     const T* about = shift + block * channels;
     T* own = y + block * channels;
     const auto add_sums = [&](int64_t at, int64_t count, T* out) {
-      T *sum = sums.Start(block, band), *square = sum + channels, *to = own + at * y_step;
-      const int64_t out_step = kAdd ? channels : y_step;
+      T *sum = sums.Start(block, band), *square = sum + channels;
+      const int64_t first = at * y_step + block * channels, out_step = kAdd ? channels : y_step;
       ForVectors<T>(count, channels, [&](int64_t pixel, int64_t pixels, int64_t channel, int64_t lanes) {
         const Vector middle = LoadLanes(about + channel, lanes);
         Vector total = LoadLanes(sum + channel, lanes), squares = LoadLanes(square + channel, lanes);
         const T* from = out + pixel * out_step + channel;
-        T* added = to + pixel * y_step + channel;
-        for (int64_t i = 0; i < pixels; ++i, from += out_step, added += y_step) {
+        int64_t place = first + pixel * y_step + channel;
+        for (int64_t i = 0; i < pixels; ++i, from += out_step, place += y_step) {
           Vector value = LoadLanes(from, lanes);
-          if (kAdd) StoreLanes<T>(value = LoadLanes(added, lanes) + value, added, lanes);
+          if (kAdd) StoreLanes<T>(value = LoadLanes(added + place, lanes) + value, y + place, lanes);
           const Vector centered = value - middle;
           total += centered;
           squares += centered * centered;

@@ -39,12 +39,13 @@ struct Bands {
   }
 };
 
-// Returns a pointwise convolution's sizes with all pixels in lines of one "image", as many for each thread, of about
-// line_bytes at most; the last line may be shorter.
+// Returns a pointwise convolution's sizes with all pixels in lines of one "image", as many for each thread and nearly
+// equal, of about line_bytes at most; the last line may be shorter.
 inline Sizes AsLines(Sizes s, int64_t element_bytes, int64_t threads, int64_t line_bytes = kPixelBytes) {
   const int64_t most = line_bytes / (std::max(s.channels, s.out_channels) * element_bytes * kTileRows);
-  const int64_t tiles = DivideUp(DivideUp(s.batch * s.height * s.width, kTileRows), threads);  // of a thread
-  const int64_t line = DivideUp(tiles, DivideUp(tiles, std::clamp<int64_t>(most, 1, 8))) * kTileRows;
+  const int64_t pixels = DivideUp(s.batch * s.height * s.width, threads);  // of a thread
+  const int64_t lines = DivideUp(DivideUp(pixels, kTileRows), std::clamp<int64_t>(most, 1, 8));
+  const int64_t line = DivideUp(pixels, lines);
   s.out_height = s.height = DivideUp(s.batch * s.height * s.width, line);
   s.out_width = s.width = line;
   s.batch = 1;

@@ -15,20 +15,10 @@
 
 namespace densenet_jax {
 
-constexpr int kSpins = 200;  // some ten microseconds, after which other threads may have the core
-
 // How many tasks to make: the same number for each thread, up to four, so that one that is held up is helped. A task is
 // worth its start with `least` products.
 inline int64_t CountTasks(int64_t products, int64_t least, int64_t threads) {
   return std::clamp<int64_t>(products / least / threads, 1, 4) * threads;
-}
-
-inline void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // The calling thread and helpers from XLA's pool. Helpers join when the pool gives them a thread; the caller takes

@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -27,6 +28,17 @@ inline int64_t ThreadNumber() {
   return number;
 }
 
+constexpr int kSpins = 200;  // some ten microseconds, after which other threads may have the core
+constexpr int kYields = 200;
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Runs task(0) ... task(count - 1) on the pool and the calling thread, which takes every task that no one has begun.
 // Each thread begins with a range of its own, the same in every loop, so that it finds in its cache what it wrote there
 // in the loop before; then it helps with the others.
@@ -37,7 +49,8 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
   };
   struct Shared {
     std::vector<Range> ranges;
-    int64_t count, done = 0;
+    int64_t count;
+    std::atomic<int64_t> done{0};
     const std::function<void(int64_t)>* task;
     std::mutex mutex;
     std::condition_variable all_done;
@@ -53,8 +66,18 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
         for (int64_t at; (at = range.next.fetch_add(1)) < range.end; ++mine) (*task)(at);
       }
       if (mine == 0) return;
+      if (done.fetch_add(mine) + mine < count) return;
       std::lock_guard<std::mutex> lock(mutex);
-      if ((done += mine) == count) all_done.notify_all();
+      all_done.notify_all();
+    }
+    // The others' last tasks mostly end sooner than a sleeping thread wakes up.
+    void Wait() {
+      for (int spins = 0; spins < kSpins + kYields; ++spins) {
+        if (done == count) return;
+        spins < kSpins ? Pause() : std::this_thread::yield();
+      }
+      std::unique_lock<std::mutex> lock(mutex);
+      all_done.wait(lock, [&] { return done == count; });
     }
   };
   if (count < 1) return;
@@ -63,8 +86,7 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
   shared->task = &task;
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([shared] { shared->Work(); });
   shared->Work();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all_done.wait(lock, [&] { return shared->done == count; });
+  shared->Wait();
 }
 
 template <typename T>
