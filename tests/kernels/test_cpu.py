@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import densenet_jax
-from densenet_jax.kernels.cpu import block, convolution, joined, library, norm_relu_conv, pooling, primitive
+from densenet_jax.kernels.cpu import block, convolution, forked, joined, library, norm_relu_conv, pooling, primitive
 from densenet_jax.models.fused.backend_cpu import CpuBackend
 from densenet_jax.models.fused.inference import pack_kernels, prepare_inference
 from densenet_jax.models.variants import VARIANTS
@@ -242,15 +242,6 @@ def test_sums_come_with_its_output(case):
             with_sums(y),
             1e-8,
         )
-    if groups > 1:
-        return
-    total = draw(*y.shape, seed=8)
-    expected = with_sums(total + y)
-    assert uses_kernels(norm_relu_conv.add_norm_relu_conv_with_sums, total, x, conv, shift)
-    assert_same(jax.jit(norm_relu_conv.add_norm_relu_conv_with_sums)(total, x, conv, shift), expected, 1e-8)
-    assert_same(total, draw(*y.shape, seed=8), 0)  # which others may read
-    reference = functools.partial(norm_relu_conv._plain_add_norm_relu_conv_sums, groups=1, stride=1)
-    assert_same(jax.jit(reference)(total, x, *conv, shift), expected, 1e-8)
 
 
 @pytest.mark.parametrize("normalizes", [False, True])
@@ -278,7 +269,7 @@ def test_two_maps_are_convolved_as_one(case, normalizes):
     x_hat = first
     if normalizes:
         mean, rstd = draw(c, seed=5), jnp.abs(draw(c, seed=6)) + 0.5
-        conv, x_hat = conv._replace(mean=mean, rstd=rstd), (first - mean) * rstd
+        conv, x_hat = conv._replace(mean=mean, rstd=rstd), norm_relu_conv.normalize(first, mean, rstd, c)
     x = jnp.asarray(np.concatenate([x_hat, second], axis=-1)[..., : c + read])
     shift, g = draw(o, seed=7), draw(b, h, w, o, seed=4)
     whole = drawn_operands(c + read, o, 1, False)
@@ -298,6 +289,37 @@ def test_two_maps_are_convolved_as_one(case, normalizes):
         gradients = jax.jit(lambda: joined._plain_gradient(total, first, second, *conv, g))()
         kernel = jax.jit(lambda: joined._plain_kernel_gradient(first, second, *conv[:4], g))()
         assert_same((*gradients, kernel), expected_gradients)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+@pytest.mark.parametrize("case", [(2, 9, 11, 7, 5, 32, 3), (3, 14, 14, 40, 40, 96, 17), (1, 5, 4, 64, 64, 64, 300)])
+def test_a_product_goes_to_two_maps(case, normalizes):
+    b, h, w, width, c, first, second = case
+    x, conv = draw(b, h, w, width), drawn_operands(c, first + second, 1, normalizes)
+    total, shift = draw(b, h, w, first, seed=8), draw(first + second, seed=7)
+    y = np.array(jax.jit(norm_relu_conv.plain_norm_relu_conv)(x, *conv))
+    y[..., :first] += total
+    centered = y - np.asarray(shift)
+    expected = y[..., :first], y[..., first:], centered.sum(axis=(0, 1, 2)), np.square(centered).sum(axis=(0, 1, 2))
+    assert forked.is_usable(x, total, conv.kernel)
+    assert uses_kernels(forked.conv_with_sums, total, x, conv, shift)
+    assert_same(jax.jit(forked.conv_with_sums)(total, x, conv, shift), expected, 1e-8)
+    gradients = draw(b, h, w, first, seed=4), draw(b, h, w, second, seed=10)
+    expected_gradients = differentiated(x, conv, jnp.concatenate(gradients, axis=-1))
+    assert uses_kernels(forked.gradients, x, conv, *gradients)
+    assert_same(jax.jit(forked.gradients)(x, conv, *gradients), expected_gradients)
+    with primitive.plain_kernels():
+        assert_same(jax.jit(lambda: forked._plain_sums(total, x, *conv, shift))(), expected, 1e-8)
+        plain = jax.jit(lambda: forked._plain_gradient(x, *conv, *gradients))()
+        kernel = jax.jit(lambda: forked._plain_kernel_gradient(x, *conv[:4], *gradients))()
+        assert_same((*plain, kernel), expected_gradients)
+
+
+def test_a_map_of_other_widths_is_not_written_beside_another():
+    x, kernel = draw(1, 4, 4, 8), draw(1, 1, 8, 40)
+    assert forked.is_usable(x, draw(1, 4, 4, 32), kernel)
+    for first in (16, 33, 64):
+        assert not forked.is_usable(x, draw(1, 4, 4, first), kernel)
 
 
 @pytest.mark.parametrize("case", [(2, 9, 11, 5, 2), (3, 14, 14, 33, 1), (1, 4, 5, 64, 2)])

@@ -61,13 +61,6 @@ def norm_relu_conv_with_sums(
     return _sums_p.bind(x, *operands, shift, stride=stride, groups=groups)
 
 
-def add_norm_relu_conv_with_sums(
-    total: Float[Array, "b h2 w2 o"], x: Float[Array, "b h w c2"], operands: Operands, shift: Float[Array, " o"]
-) -> tuple[Float[Array, "b h2 w2 o"], Float[Array, " o"], Float[Array, " o"]]:
-    """Returns the output plus total, and the sums of the result as well."""
-    return _add_sums_p.bind(total, x, *operands, shift, stride=1, groups=1)
-
-
 def gradients(
     x: Float[Array, "b h w c2"], operands: Operands, g: Float[Array, "b h2 w2 o"], *, stride: int = 1, groups: int = 1
 ) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"], Float[Array, "k k i o"]]:
@@ -114,7 +107,8 @@ def plain_norm_relu_conv(x: Array, *operands: Array, stride: int = 1, groups: in
     return plain_convolve(activation, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
 
 
-def _with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
+def with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
+    """Returns y, and the sums over all positions of y - shift and of its square, in plain JAX."""
     centered = y - _row(shift)
     return y, jnp.sum(centered, axis=(0, 1, 2)), jnp.sum(jnp.square(centered), axis=(0, 1, 2))
 
@@ -122,14 +116,7 @@ def _with_sums(y: Array, shift: Array) -> tuple[Array, Array, Array]:
 def plain_norm_relu_conv_sums(x: Array, *operands: Array, **options: int) -> tuple[Array, Array, Array]:
     """Computes `norm_relu_conv_with_sums` in plain JAX."""
     *conv, shift = operands
-    return _with_sums(plain_norm_relu_conv(x, *conv, **options), shift)
-
-
-def _plain_add_norm_relu_conv_sums(
-    total: Array, x: Array, *operands: Array, **options: int
-) -> tuple[Array, Array, Array]:
-    *conv, shift = operands
-    return _with_sums(total + plain_norm_relu_conv(x, *conv, **options), shift)
+    return with_sums(plain_norm_relu_conv(x, *conv, **options), shift)
 
 
 def plain_norm_relu_conv_gradient(
@@ -182,10 +169,6 @@ def _output_shapes(x: Any, *operands: Any, stride: int, groups: int) -> list[tup
     return [(x.shape[0], *sides, features), (features,), (features,)]
 
 
-def _sums_shapes(total: Any, *operands: Any, **_: int) -> list[tuple[int, ...]]:
-    return [total.shape, operands[-1].shape, operands[-1].shape]
-
-
 def _gradient_shapes(x: Any, *operands: Any, groups: int) -> list[tuple[int, ...]]:
     scale = operands[2].shape
     return [(*x.shape[:3], *scale), scale, scale]
@@ -213,7 +196,6 @@ _forward_p = define(
     shapes=lambda *operands, **options: _output_shapes(*operands, **options)[:1],
 )
 _sums_p = _define("norm_relu_conv_sums", plain_norm_relu_conv_sums, _output_shapes)
-_add_sums_p = _define("add_norm_relu_conv_sums", _plain_add_norm_relu_conv_sums, _sums_shapes, 6)
 _gradient_p = _define("norm_relu_conv_gradient", plain_norm_relu_conv_gradient, _gradient_shapes, transposed=True)
 _add_gradient_p = _define(
     "add_norm_relu_conv_gradient", _plain_add_gradient, _add_gradient_shapes, 6, transposed=True, in_place=True

@@ -248,6 +248,20 @@ class Backend:
         del total, operands, other, gradient, groups
         return None
 
+    # A 1x1 convolution onto two maps side by side, the first added to a total.
+
+    def forked_conv(
+        self, total: Array, operands: Operands, shifts: Sequence[Float[Array, " _"] | None], options: NormOptions
+    ) -> tuple[tuple[Array, BatchStats | None], ...] | None:
+        """Computes `norm_relu_conv_with_stats` of either; None if their own products have to be computed."""
+        del total, operands, shifts, options
+        return None
+
+    def forked_conv_grads(self, operands: Operands, gradients: Sequence[Array], groups: int) -> Gradients | None:
+        """Computes `norm_relu_conv_grads` from the gradients of both maps; or None."""
+        del operands, gradients, groups
+        return None
+
     # Batch statistics.
 
     def tails(self, vectors: Sequence[Float[Array, " _"]], size: int) -> list[Float[Array, " {size}"]]:

@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from densenet_jax.dtypes import DType
-from densenet_jax.kernels.cpu import convolution, elementwise, joined, pooling
+from densenet_jax.kernels.cpu import convolution, elementwise, forked, joined, pooling
 from densenet_jax.kernels.cpu import norm_relu_conv as cpu
 from densenet_jax.kernels.select import BlockShape, check_wanted
 from densenet_jax.models.fused.backend import Backend, Buffer
 from densenet_jax.models.fused.norm import Normalization, Sums
-from densenet_jax.models.fused.norm_relu_conv import DENSE, Gradients, NormReluConv, Operands
+from densenet_jax.models.fused.norm_relu_conv import Gradients, NormReluConv, Operands
 from densenet_jax.models.layers import BatchNorm, BatchStats, NormOptions, group_count
 
 
@@ -75,18 +75,14 @@ class CpuBackend(Backend):
     def norm_relu_conv_with_stats(
         self, operands: Operands, shift: Array | None, options: NormOptions, total: Array | None = None
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
-        """Sums the output for its statistics, and adds total to it, in the same pass."""
-        assert total is None or operands.window == DENSE
+        """Sums the output for its statistics in the same pass."""
         sums_stats = shift is not None and group_count(operands.x.shape[0], options.group_size) == 1
-        if not _is_usable(operands) or (total is None and not sums_stats):
+        if not _is_usable(operands) or total is not None or not sums_stats:
             return super().norm_relu_conv_with_stats(operands, shift, options, total)
-        x, arrays, strided = _kernel_operands(_apply_norm_of_groups(operands))
-        about = jnp.zeros(arrays.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
-        if total is None:
-            out, first, second = cpu.norm_relu_conv_with_sums(x, arrays, about, **strided)
-        else:
-            out, first, second = cpu.add_norm_relu_conv_with_sums(total, x, arrays, about)
-        return out, _stats_from_sums(first, second, shift, out) if sums_stats else None
+        assert shift is not None
+        x, arrays, strided = _kernel_operands(operands)
+        out, first, second = cpu.norm_relu_conv_with_sums(x, arrays, shift.astype(x.dtype), **strided)
+        return out, _stats_from_sums(first, second, shift, out)
 
     def norm_relu_conv_grads(self, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Masks, scales and sums the gradient while it is in cache."""
@@ -114,7 +110,7 @@ class CpuBackend(Backend):
         if not joined.is_usable(operands.x, other, operands.conv.kernel):
             return None
         x, arrays, _ = _kernel_operands(_apply_norm_of_groups(operands))
-        about = jnp.zeros(arrays.kernel.shape[-1], x.dtype) if shift is None else shift.astype(x.dtype)
+        about = _about(shift, arrays.kernel.shape[-1], x)
         out, total, squares = joined.conv_with_sums(x, other, arrays, about)
         sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
         return out, _stats_from_sums(total, squares, shift, out) if sums_stats else None
@@ -129,6 +125,29 @@ class CpuBackend(Backend):
         x, arrays, _ = _kernel_operands(operands)
         total, *grads = joined.add_gradients(total, x, other, arrays, gradient)
         return total, _add_group_axis(*grads)
+
+    def forked_conv(
+        self, total: Array, operands: Operands, shifts: Sequence[Array | None], options: NormOptions
+    ) -> tuple[tuple[Array, BatchStats | None], ...] | None:
+        """Computes one product, to where both maps lie."""
+        if not forked.is_usable(operands.x, total, operands.conv.kernel):
+            return None
+        x, arrays, _ = _kernel_operands(_apply_norm_of_groups(operands))
+        width, whole = total.shape[-1], arrays.kernel.shape[-1]
+        about = [_about(shift, n, x) for shift, n in zip(shifts, (width, whole - width), strict=True)]
+        *outputs, sums, squares = forked.conv_with_sums(total, x, arrays, jnp.concatenate(about))
+        results = []
+        for out, shift, own in zip(outputs, shifts, (slice(width), slice(width, None)), strict=True):
+            sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
+            results.append((out, _stats_from_sums(sums[own], squares[own], shift, out) if sums_stats else None))
+        return tuple(results)
+
+    def forked_conv_grads(self, operands: Operands, gradients: Sequence[Array], groups: int) -> Gradients | None:
+        """Reads both maps' gradients where they lie."""
+        if groups != 1 or not forked.is_usable(operands.x, gradients[0], operands.conv.kernel):
+            return None
+        x, arrays, _ = _kernel_operands(operands)
+        return _add_group_axis(*forked.gradients(x, arrays, *(gradient.astype(x.dtype) for gradient in gradients)))
 
     def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
         """Updates the means of all norms in one call, and the variances in another."""
@@ -200,6 +219,11 @@ def _kernel_operands(operands: Operands) -> tuple[Array, cpu.Operands, dict[str,
         mean, rstd = (array[0].astype(x.dtype) for array in norm.mean_and_rstd())
     arrays = cpu.Operands(mean, rstd, *(array.astype(x.dtype) for array in conv))
     return x, arrays, {"stride": stride, "groups": channel_groups}
+
+
+def _about(shift: Array | None, channels: int, x: Array) -> Float[Array, " c"]:
+    """Returns what sums for statistics are about; these are not used without a shift."""
+    return jnp.zeros(channels, x.dtype) if shift is None else shift.astype(x.dtype)
 
 
 def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:

@@ -50,8 +50,8 @@ def fused_stage(
         values = x.raw(options.epsilon).astype(dtype)
     elif stats is None:
         values, stats = _normalize(options, values.astype(dtype), norms[0].first.mean)
-    config = Config(options, blocks[0].groups, blocks[0].stride, remat, backend)
-    outputs = stage(config, values, arrays, _shifts(norms, arrays))
+    config = Config(options, blocks[0].residual_width, blocks[0].groups, blocks[0].stride, remat, backend)
+    outputs = stage(config, values, arrays, _shifts(config, norms, arrays))
     if train:
         _update_running(blocks, norms, stats, outputs, x.values.size // x.values.shape[-1])
     return FeatureMap(outputs.values, None if are_frozen else outputs.stats)
@@ -95,11 +95,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 def _arrays(block: DualPathBlock, norms: BlockNorms, options: NormOptions) -> Block:
     first, second, third = (scale_and_bias(norm, options) for norm in norms[:3])
-    if block.split_projection:
-        kernels = (block.c1x1_c1.kernel, block.c1x1_c2.kernel)
-    else:
-        kernel = block.c1x1_c.conv.kernel
-        kernels = (kernel[..., : block.residual_width], kernel[..., block.residual_width :])
+    kernels = (block.c1x1_c1.kernel, block.c1x1_c2.kernel) if block.split_projection else (block.c1x1_c.conv.kernel,)
     projection, module = None, block.projection()
     if module is not None and norms.projection is not None:
         projection = NormReluConv(*scale_and_bias(norms.projection, options), module.conv.kernel)
@@ -111,7 +107,7 @@ def _arrays(block: DualPathBlock, norms: BlockNorms, options: NormOptions) -> Bl
     )
 
 
-def _shifts(norms: Sequence[BlockNorms], blocks: Sequence[Block]) -> PerMap:
+def _shifts(config: Config, norms: Sequence[BlockNorms], blocks: Sequence[Block]) -> PerMap:
     """Takes the running means of the paths after a block from the next block; no block reads the last ones."""
     second, third = (
         tuple(None if norm.frozen else norm.mean for norm in kind)
@@ -119,12 +115,11 @@ def _shifts(norms: Sequence[BlockNorms], blocks: Sequence[Block]) -> PerMap:
     )
     if norms[0].first.frozen:
         return PerMap(second, third, (None,) * len(norms), (None,) * len(norms))
-    width, new = (kernel.shape[-1] for kernel in blocks[0].third.kernels)
+    width, ends = config.residual_width, config.dense_ends(blocks)
     after = [own.first.mean for own in norms[1:]]
-    projection = blocks[0].projection
-    first = new + (0 if projection is None else projection.kernel.shape[-1] - width)
-    dense = [mean[-(new if index else first) :] for index, mean in enumerate(after)]
-    last = jnp.zeros_like(norms[0].first.mean, shape=(new if after else first,))
+    starts = [0, *ends]
+    dense = [mean[width + start :] for start, mean in zip(starts, after, strict=False)]
+    last = jnp.zeros_like(norms[0].first.mean, shape=(ends[-1] - starts[-2],))
     residual = (*(mean[:width] for mean in after), after[-1][:width] if after else jnp.zeros_like(last, shape=(width,)))
     return PerMap(second, third, residual, (*dense, last))
 

@@ -36,7 +36,7 @@ class Block(NamedTuple):
     Attributes:
         first: the 1x1 convolution of both paths.
         second: the grouped 3x3 convolution.
-        third: the 1x1 convolutions onto the residual and onto the dense path.
+        third: the 1x1 convolution onto the residual and the dense path, of one kernel for both or one for each.
         projection: the 1x1 convolution of the shortcut onto both paths, in a stage's first block only.
     """
 
@@ -60,9 +60,10 @@ class PerMap(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Static configuration; stride is the first block's, remat keeps x_hat of the paths only."""
+    """Static configuration; stride is the first block's, remat keeps the paths only."""
 
     norm: NormOptions
+    residual_width: int
     groups: int
     stride: int
     remat: bool
@@ -71,6 +72,20 @@ class Config(NamedTuple):
     def window(self, index: int) -> Window:
         """Returns stride and groups of a block's second convolution."""
         return Window(1 if index else self.stride, self.groups)
+
+    def third(self, block: Block) -> SplitConv:
+        """Returns a block's third convolution with a kernel for each path."""
+        conv, width = block.third, self.residual_width
+        if len(conv.kernels) == 2:
+            return conv
+        return conv._replace(kernels=(conv.kernels[0][..., :width], conv.kernels[0][..., width:]))
+
+    def dense_ends(self, blocks: Sequence[Block]) -> list[int]:
+        """Returns the dense path's width after each block."""
+        new = [sum(kernel.shape[-1] for kernel in block.third.kernels) - self.residual_width for block in blocks]
+        if blocks[0].projection is not None:
+            new[0] += blocks[0].projection.kernel.shape[-1] - self.residual_width
+        return [int(end) for end in np.cumsum(new)]
 
     def normalization(
         self, stats: BatchStats, shift: Array | None, grad_stats: BatchStats | None = None
@@ -105,14 +120,6 @@ class Residuals(NamedTuple):
     shifts: PerMap
 
 
-def _dense_ends(blocks: Sequence[Block]) -> list[int]:
-    """Returns the dense path's width after each block."""
-    new = [block.third.kernels[1].shape[-1] for block in blocks]
-    if blocks[0].projection is not None:
-        new[0] += blocks[0].projection.kernel.shape[-1] - blocks[0].third.kernels[0].shape[-1]
-    return [int(end) for end in np.cumsum(new)]
-
-
 def _block_inputs(config: Config, inputs: Array, residual: Part | None, dense: Buffer, width: int) -> tuple[Part, ...]:
     """Returns a block's inputs: the stage's, or the residual sum before it and the dense path so far."""
     if residual is None:
@@ -136,7 +143,7 @@ def _body_forward(
 
 def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: PerMap) -> tuple[Outputs, Residuals]:
     options, backend = config.norm, config.backend
-    ends = _dense_ends(blocks)
+    ends, width = config.dense_ends(blocks), config.residual_width
     bottlenecks: list[tuple[Array, Array]] = []
     residuals: list[Part] = []
     stats: list[tuple[BatchStats, ...]] = []
@@ -151,12 +158,12 @@ def _forward(config: Config, inputs: Array, blocks: tuple[Block, ...], shifts: P
         shortcut = None
         if block.projection is not None:
             shortcut = backend.norm_relu_conv(Operands(inputs, block.projection, window=Window(config.stride)))
-            total = shortcut[..., : block.third.kernels[0].shape[-1]]
+            total = shortcut[..., :width]
         own_shifts = (residual_shift, dense_shift if shortcut is None else None)  # the shortcut joins the dense path
-        outputs = split_conv((Part(third, third_norm),), block.third, own_shifts, options, backend, total)
+        outputs = split_conv((Part(third, third_norm),), config.third(block), own_shifts, options, backend, total)
         (total, total_stats), (new, new_stats) = outputs
         if shortcut is not None:
-            new = jnp.concatenate([shortcut[..., total.shape[-1] :], new], axis=-1)
+            new = jnp.concatenate([shortcut[..., width:], new], axis=-1)
         residual_norm = make_normalization(total, options, residual_shift, total_stats)
         dense_norm = make_normalization(new, options, dense_shift, new_stats)
         residuals.append(Part(total, residual_norm))
@@ -218,7 +225,7 @@ def _body_backward(
     third_norm = config.normalization(saved.stats.third[index], saved.shifts.third[index])
     second, third = _bottlenecks(config, saved, index, parts)
     groups = third_norm.stats.mean.shape[0]
-    outer = split_conv_grads((Part(third, third_norm),), block.third, gradients, groups, backend)
+    outer = split_conv_grads((Part(third, third_norm),), config.third(block), gradients, groups, backend)
     sums = sums_from_gradients(block.third.scale, outer.scale, outer.bias)
     gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums)
     groups = second_norm.stats.mean.shape[0]
@@ -226,7 +233,10 @@ def _body_backward(
     inner = backend.norm_relu_conv_grads(operands, gradient, groups)
     sums = sums_from_gradients(block.second.scale, inner.scale, inner.bias)
     gradient = second_norm.gradient(inner.x, second_norm.apply(second), sums)
-    return gradient, inner.of_parameters(block.second), outer.of_parameters()
+    of_third = outer.of_parameters()
+    if len(block.third.kernels) == 1:
+        of_third = of_third._replace(kernels=(jnp.concatenate(of_third.kernels, axis=-1),))
+    return gradient, inner.of_parameters(block.second), of_third
 
 
 def _first_backward(
@@ -234,8 +244,7 @@ def _first_backward(
 ) -> tuple[_Carry, SplitConv]:
     """Backpropagates from the output of a later block's first convolution to the paths before it."""
     conv = saved.blocks[index].first
-    residual = _residual(config, saved, index - 1)
-    width = residual.x.shape[-1]
+    residual, width = _residual(config, saved, index - 1), config.residual_width
     parts = _block_inputs(config, saved.inputs, residual, saved.dense, end)
     total = carry.dense if config.backend.in_place and len(parts) > 1 else None
     norm = residual.norm
@@ -269,7 +278,7 @@ def _entry_backward(
 
 def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _Carry:
     """Splits the gradient of the stage's x_hat into the last residual sum's and the dense path's."""
-    width = saved.residual[-1].shape[-1]
+    width = config.residual_width
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
     last = _residual(config, saved, -1, select_channels(cotangents.stats, 0, width))
     norm, x_hat = last.norm, last.x_hat()
@@ -281,7 +290,7 @@ def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _C
 
 
 def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[Any, ...]:
-    ends, width = _dense_ends(saved.blocks), saved.residual[-1].shape[-1]
+    ends, width = config.dense_ends(saved.blocks), config.residual_width
     carry = _start_backward(config, saved, cotangents)
     blocks: list[Block] = []
     inputs = None
@@ -294,7 +303,7 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
             config.backend.channels(saved.dense, start, end),
             select_channels(carry.dense_sums, start, end),
         )
-        own = new.shape[-1] - saved.blocks[index].third.kernels[1].shape[-1]  # after the shortcut's
+        own = new.shape[-1] - config.third(saved.blocks[index]).kernels[1].shape[-1]  # after the shortcut's
         before = _residual(config, saved, index - 1) if index else None
         parts = _block_inputs(config, saved.inputs, before, saved.dense, start)
         gradient, second, third = _body_backward(config, saved, index, parts, (carry.residual, new[..., own:]))

@@ -73,6 +73,11 @@ def _split(parts: Sequence[Part], conv: SplitConv) -> Iterator[tuple[Part, Split
         start = end
 
 
+def _whole(part: Part, conv: SplitConv) -> Operands:
+    """Returns a part's operands with one kernel, which for XLA is the one that the kernels were cut from, if it was."""
+    return Operands(part.x, NormReluConv(conv.scale, conv.bias, jnp.concatenate(conv.kernels, axis=-1)), part.norm)
+
+
 def split_conv(
     parts: Sequence[Part],
     conv: SplitConv,
@@ -88,10 +93,13 @@ def split_conv(
         total: added to the first output.
     """
     if len(parts) == 2 and len(conv.kernels) == 1 and total is None:
-        operands = Operands(parts[0].x, NormReluConv(conv.scale, conv.bias, *conv.kernels), parts[0].norm)
-        joined = backend.joined_conv(operands, parts[1].x_hat(), shifts[0], options)
+        joined = backend.joined_conv(_whole(parts[0], conv), parts[1].x_hat(), shifts[0], options)
         if joined is not None:
             return (joined,)
+    if len(parts) == 1 and len(conv.kernels) == 2 and total is not None:
+        forked = backend.forked_conv(total, _whole(parts[0], conv), shifts, options)
+        if forked is not None:
+            return forked
     pieces = list(_split(parts, conv))
     outputs = []
     for number, shift in enumerate(shifts):
@@ -119,11 +127,17 @@ def split_conv_grads(
     Totals are for one kernel, or for backends that compute in place.
     """
     if len(parts) == 2 and len(conv.kernels) == 1 and totals[1] is not None:
-        operands = Operands(parts[0].x, NormReluConv(conv.scale, conv.bias, *conv.kernels), parts[0].norm)
+        operands = _whole(parts[0], conv)
         joined = backend.accumulate_joined_grads(totals[1], operands, parts[1].x_hat(), gradients[0], groups)
         if joined is not None:
             total, one = joined
             return SplitGradients((one.x, total), one.scale, one.bias, (one.kernel,))
+    if len(parts) == 1 and len(conv.kernels) == 2 and totals[0] is None:
+        forked = backend.forked_conv_grads(_whole(parts[0], conv), gradients, groups)
+        if forked is not None:
+            width = conv.kernels[0].shape[-1]
+            kernels = (forked.kernel[..., :width], forked.kernel[..., width:])
+            return SplitGradients((forked.x,), forked.scale, forked.bias, kernels)
     grads = [
         _part_grads(part, own, gradients, groups, backend, total)
         for (part, own), total in zip(_split(parts, conv), totals, strict=False)

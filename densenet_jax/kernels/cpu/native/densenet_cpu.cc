@@ -60,6 +60,14 @@ Source<T> PlainSource(Buffer x) {
   return {x.typed_data<T>(), nullptr, nullptr, nullptr, nullptr, x.dimensions()[3]};
 }
 
+// Both maps side by side.
+template <typename T>
+Source<T> PlainSource(Buffer first, Buffer second) {
+  Source<T> source = PlainSource<T>(first);
+  source.other = second.typed_data<T>(), source.other_step = second.dimensions()[3], source.split = source.step;
+  return source;
+}
+
 // Operands of relu(scale * x_hat + bias) of the first channels of x, as many as scale has. x_hat is (x - mean) * rstd,
 // or x itself where mean and rstd are empty.
 struct NormRelu {
@@ -136,7 +144,7 @@ ffi::Error KernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer g, Result d
   if (blocks == 0) return Invalid("groups of a convolution's gradient do not fit");
   return ForType({x, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, blocks, together, PlainSource<T>(x), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, blocks, together, PlainSource<T>(x), PlainSource<T>(g), dw->typed_data<T>());
   });
 }
 
@@ -155,41 +163,25 @@ ffi::Error NormReluConvCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer 
   });
 }
 
-// Computes norm_relu_conv (plus `total`, unless that is null), and the sums of y - shift and of its square over all
-// pixels.
-ffi::Error NormReluConvSums(ffi::ThreadPool& pool, const NormRelu& input, Buffer w, Buffer shift, const Buffer* total,
-                            Buffer y, Buffer sum, Buffer square, int64_t stride, int64_t padding, int64_t groups,
-                            int64_t together) {
-  const Shape k = w.dimensions();
-  Sizes s;
-  const int64_t blocks = input.SetSizes(s, k, y.dimensions(), stride, padding, groups, together);
-  const auto outputs = static_cast<size_t>(blocks * s.out_channels);
-  if (blocks == 0 || shift.element_count() != outputs || sum.element_count() != outputs ||
-      square.element_count() != outputs || (total != nullptr && total->element_count() != y.element_count()))
-    return Invalid("shapes of a norm_relu_conv with sums do not fit");
-  const auto& [x, mean, rstd, scale, bias] = input;
-  return ForType({x, mean, rstd, scale, bias, w, shift, total == nullptr ? y : *total, y, sum, square}, [&](auto zero) {
-    using T = decltype(zero);
-    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
-    const auto compute = total == nullptr ? OutputWithSums<false, T> : OutputWithSums<true, T>;
-    compute(pool, s, blocks, input.source<T>(), kernel, shift.typed_data<T>(),
-            total == nullptr ? nullptr : total->typed_data<T>(), y.typed_data<T>(), sum.typed_data<T>(),
-            square.typed_data<T>());
-  });
-}
-
+// Computes norm_relu_conv, and the sums of y - shift and of its square over all pixels.
 ffi::Error NormReluConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer rstd, Buffer scale, Buffer bias,
                                 Buffer w, Buffer shift, Result y, Result sum, Result square, int64_t stride,
                                 int64_t padding, int64_t groups, int64_t together) {
-  return NormReluConvSums(pool, {x, mean, rstd, scale, bias}, w, shift, nullptr, *y, *sum, *square, stride, padding,
-                          groups, together);
-}
-
-ffi::Error AddNormReluConvSumsCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer mean, Buffer rstd, Buffer scale,
-                                   Buffer bias, Buffer w, Buffer shift, Result y, Result sum, Result square,
-                                   int64_t stride, int64_t padding, int64_t groups, int64_t together) {
-  return NormReluConvSums(pool, {x, mean, rstd, scale, bias}, w, shift, &total, *y, *sum, *square, stride, padding,
-                          groups, together);
+  const NormRelu input{x, mean, rstd, scale, bias};
+  const Shape k = w.dimensions();
+  Sizes s;
+  const int64_t blocks = input.SetSizes(s, k, y->dimensions(), stride, padding, groups, together);
+  const auto outputs = static_cast<size_t>(blocks * s.out_channels);
+  if (blocks == 0 || shift.element_count() != outputs || sum->element_count() != outputs ||
+      square->element_count() != outputs)
+    return Invalid("shapes of a norm_relu_conv with sums do not fit");
+  return ForType({x, mean, rstd, scale, bias, w, shift, *y, *sum, *square}, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), k[3], 0, together, false};
+    const Destination<T> to{y->typed_data<T>(), k[3]};
+    OutputWithSums<T>(pool, s, blocks, input.source<T>(), kernel, shift.typed_data<T>(), to, sum->typed_data<T>(),
+                      square->typed_data<T>());
+  });
 }
 
 // Computes the gradients of x_hat, scale and bias of a norm_relu_conv at stride 1 from g, the gradient of its output;
@@ -243,7 +235,7 @@ ffi::Error NormReluConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer
   if (blocks == 0) return Invalid("shapes of a norm_relu_conv's kernel gradient do not fit");
   return ForType({x, mean, rstd, scale, bias, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, blocks, together, input.source<T>(), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, blocks, together, input.source<T>(), PlainSource<T>(g), dw->typed_data<T>());
   });
 }
 
@@ -288,8 +280,9 @@ ffi::Error JoinedConvSumsCall(ffi::ThreadPool pool, Buffer x, Buffer other, Buff
   return ForType({x, other, mean, rstd, scale, bias, w, shift, *y, *sum, *square}, [&](auto zero) {
     using T = decltype(zero);
     const Kernel<T> kernel{w.typed_data<T>(), s.out_channels, 0, 1, false};
-    OutputWithSums<false, T>(pool, s, 1, input.source<T>(), kernel, shift.typed_data<T>(), nullptr, y->typed_data<T>(),
-                             sum->typed_data<T>(), square->typed_data<T>());
+    const Destination<T> to{y->typed_data<T>(), s.out_channels};
+    OutputWithSums<T>(pool, s, 1, input.source<T>(), kernel, shift.typed_data<T>(), to, sum->typed_data<T>(),
+                      square->typed_data<T>());
   });
 }
 
@@ -324,7 +317,73 @@ ffi::Error JoinedConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer o
     return Invalid("shapes of a joined norm_relu_conv's kernel gradient do not fit");
   return ForType({x, other, mean, rstd, scale, bias, g, *dw}, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradient<T>(pool, s, 1, 1, input.source<T>(), g.typed_data<T>(), dw->typed_data<T>());
+    KernelGradient<T>(pool, s, 1, 1, input.source<T>(), PlainSource<T>(g), dw->typed_data<T>());
+  });
+}
+
+// A 1x1 norm_relu_conv onto two maps: the first ones of its outputs, and the others.
+struct Forked {
+  NormRelu input;
+  Buffer first, second;
+
+  // Sets the sizes for a kernel, float[1, 1, channels, outputs]; false if something doesn't fit.
+  bool SetSizes(Sizes& s, Shape kernel) const {
+    const Shape x = input.x.dimensions(), y = first.dimensions(), other = second.dimensions();
+    if (!input.IsValid() || y.size() != 4 || other.size() != 4 || kernel.size() != 4) return false;
+    for (int i = 0; i < 3; ++i)
+      if (x[i] != y[i] || x[i] != other[i]) return false;
+    s = {x[0], x[1], x[2], input.channels(), x[1], x[2], y[3] + other[3], 1, 1, 1, 0};
+    return kernel[0] == 1 && kernel[1] == 1 && kernel[2] == s.channels && kernel[3] == s.out_channels && other[3] > 0 &&
+           y[3] > 0 && y[3] % Chunk<float>::kMost == 0;
+  }
+};
+
+// Computes norm_relu_conv onto y, with total added, and onto `other`, and sums as NormReluConvSumsCall.
+ffi::Error ForkedConvSumsCall(ffi::ThreadPool pool, Buffer total, Buffer x, Buffer mean, Buffer rstd, Buffer scale,
+                              Buffer bias, Buffer w, Buffer shift, Result y, Result other, Result sum, Result square) {
+  const Forked forked{{x, mean, rstd, scale, bias}, *y, *other};
+  Sizes s;
+  bool fits = forked.SetSizes(s, w.dimensions()) && total.element_count() == y->element_count();
+  for (const Buffer& one : {shift, *sum, *square})
+    fits = fits && static_cast<int64_t>(one.element_count()) == s.out_channels;
+  if (!fits) return Invalid("shapes of a forked norm_relu_conv do not fit");
+  return ForType({total, x, mean, rstd, scale, bias, w, shift, *y, *other, *sum, *square}, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), s.out_channels, 0, 1, false};
+    const Destination<T> to{y->typed_data<T>(), s.out_channels, total.typed_data<T>(), other->typed_data<T>(),
+                            y->dimensions()[3]};
+    OutputWithSums<T>(pool, s, 1, forked.input.source<T>(), kernel, shift.typed_data<T>(), to, sum->typed_data<T>(),
+                      square->typed_data<T>());
+  });
+}
+
+// Computes the gradients of x_hat, scale and bias from those of both outputs.
+ffi::Error ForkedConvGradientCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer rstd, Buffer scale, Buffer bias,
+                                  Buffer w, Buffer g, Buffer other, Result dx, Result dscale, Result dbias) {
+  const Forked forked{{x, mean, rstd, scale, bias}, g, other};
+  Sizes s;
+  if (!forked.SetSizes(s, w.dimensions()) || dscale->element_count() != scale.element_count() ||
+      dbias->element_count() != scale.element_count() ||
+      static_cast<int64_t>(dx->element_count()) != s.batch * s.height * s.width * s.channels)
+    return Invalid("shapes of a forked norm_relu_conv's gradient do not fit");
+  std::swap(s.channels, s.out_channels);
+  return ForType({x, mean, rstd, scale, bias, w, g, other, *dx, *dscale, *dbias}, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernel<T> kernel{w.typed_data<T>(), s.channels, 0, 1, true};
+    InputGradients<false, T>(pool, s, 1, PlainSource<T>(g, other), kernel, forked.input.source<T>(), dx->typed_data<T>(),
+                             s.out_channels, dscale->typed_data<T>(), dbias->typed_data<T>());
+  });
+}
+
+// Computes the gradient of ForkedConvSumsCall's w.
+ffi::Error ForkedConvKernelGradientCall(ffi::ThreadPool pool, Buffer x, Buffer mean, Buffer rstd, Buffer scale,
+                                        Buffer bias, Buffer g, Buffer other, Result dw) {
+  const Forked forked{{x, mean, rstd, scale, bias}, g, other};
+  Sizes s;
+  if (!forked.SetSizes(s, dw->dimensions())) return Invalid("shapes of a forked kernel gradient do not fit");
+  return ForType({x, mean, rstd, scale, bias, g, other, *dw}, [&](auto zero) {
+    using T = decltype(zero);
+    KernelGradient<T>(pool, s, 1, 1, forked.input.source<T>(), PlainSource<T>(g, other), dw->typed_data<T>());
   });
 }
 
@@ -582,14 +641,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DensenetAddNormReluConvSums, AddNormReluConvSumsCall,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-        .Arg<Buffer>().Arg<Buffer>()
-        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
-        .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("groups").Attr<int64_t>("together"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetNormReluConvGradient, NormReluConvGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
         .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
@@ -627,6 +678,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DensenetJoinedConvKernelGradient, JoinedConvKernelGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetForkedConvSums, ForkedConvSumsCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetForkedConvGradient, ForkedConvGradientCall,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+        .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+        .Arg<Buffer>()
+        .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DensenetForkedConvKernelGradient, ForkedConvKernelGradientCall,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
         .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
         .Ret<Buffer>());

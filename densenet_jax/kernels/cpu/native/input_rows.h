@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "sizes.h"
 #include "threads.h"
@@ -29,6 +30,11 @@ struct Source {
   Source AtPixel(int64_t pixel) const {
     const T* others = other == nullptr ? other : other + pixel * other_step;
     return {x + pixel * step, mean, rstd, scale, bias, step, others, other_step, split};
+  }
+  // Returns a channel of a pixel of what is read as it is, and the step to the next pixel.
+  std::pair<const T*, int64_t> At(int64_t pixel, int64_t channel) const {
+    if (other == nullptr || channel < split) return {x + pixel * step + channel, step};
+    return {other + pixel * other_step + channel - split, other_step};
   }
   // Calls run(source, first channel, channels) for each array.
   template <typename F>
@@ -83,18 +89,19 @@ void CopyVectors(const T* from, int64_t step, int64_t pixels, int64_t channels, 
 
 template <typename T>
 void CopyPixels(const Source<T>& source, int64_t pixels, int64_t channels, T* to) {
-  if (source.scale == nullptr && channels <= 2 * Lanes<T>::kCount && source.step != channels) {
-    CopyVectors(source.x, source.step, pixels, channels, to, channels);
-  } else if (source.scale == nullptr) {
-    const bool whole = source.step == channels;
-    const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
-    for (int64_t i = 0; i < runs; ++i) std::memcpy(to + i * run, source.x + i * source.step, run * sizeof(T));
-  } else {
-    source.ForArrays(channels, [&](const Source<T>& one, int64_t first, int64_t count) {
+  source.ForArrays(channels, [&](const Source<T>& one, int64_t first, int64_t count) {
+    if (one.scale != nullptr) {
       const auto apply = one.mean == nullptr ? ApplyNormRelu<false, T> : ApplyNormRelu<true, T>;
       apply(one, pixels, count, to + first, channels);
-    });
-  }
+    } else if (count == channels && one.step == channels) {
+      std::memcpy(to, one.x, pixels * channels * sizeof(T));
+    } else if (count == channels && count <= 2 * Lanes<T>::kCount) {
+      CopyVectors(one.x, one.step, pixels, count, to, count);
+    } else {
+      for (int64_t i = 0; i < pixels; ++i)
+        std::memcpy(to + first + i * channels, one.x + i * one.step, count * sizeof(T));
+    }
+  });
 }
 
 // Returns the input rows of output rows [begin, end) of an image, borders included; the last row may be shorter.

@@ -17,9 +17,11 @@ namespace densenet_jax {
 
 constexpr int64_t kPixelsWorthASum = 2048;  // from this many on, adding up two partial sums costs little
 
-// Copies `channels` channels of a gradient's pixels, which are `step` values apart, padded with zeros to `width`.
+// Copies `channels` channels of a gradient's pixels from (pixel, channel) on, padded with zeros to `width`.
 template <typename T>
-const T* WholeVectors(const T* g, int64_t step, int64_t pixels, int64_t channels, int64_t width) {
+const T* WholeVectors(const Source<T>& gradient, int64_t pixel, int64_t channel, int64_t pixels, int64_t channels,
+                      int64_t width) {
+  const auto [g, step] = gradient.At(pixel, channel);
   T* to = ThreadScratch<T>(1, pixels * width);
   CopyVectors(g, step, pixels, channels, to, width);
   return to;
@@ -38,10 +40,11 @@ struct Shares {
 };
 
 // Computes the kernel's gradient of `blocks` convolutions of sizes s, whose channels are side by side, each of
-// `together` groups; a block's products between different groups are dropped.
+// `together` groups; a block's products between different groups are dropped. g is the output's gradient; no tile's
+// channels may be of two arrays.
 template <typename T>
 void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t together, const Source<T>& source,
-                    const T* g, T* dw) {
+                    const Source<T>& g, T* dw) {
   const int64_t window = s.kernel_height * s.run(), pixels = s.batch * s.out_height * s.out_width;
   const int64_t chunks = Chunk<T>::Count(s.out_channels);
   const bool pointwise = s.pointwise();
@@ -75,8 +78,8 @@ void KernelGradient(ffi::ThreadPool& pool, Sizes s, int64_t blocks, int64_t toge
       for (int64_t index = chunks * part / shares.parts; index < chunks * (part + 1) / shares.parts; ++index) {
         const Chunk<T> chunk(s.out_channels, index);
         const int64_t width = chunk.width();
-        const T* gradients = WholeVectors(g + at * g_step + block * s.out_channels + chunk.first, g_step,
-                                          lines * columns, chunk.lanes, width);
+        const T* gradients =
+            WholeVectors(g, at, block * s.out_channels + chunk.first, lines * columns, chunk.lanes, width);
         T* own = sums_of(block, slice, index);
         for (int64_t r = 0; r < s.kernel_height; ++r) {
           ForTiles(s.run(), [&](int64_t value, int count) {

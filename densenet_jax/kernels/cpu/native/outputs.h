@@ -148,28 +148,51 @@ class TwoSums {
   std::unique_ptr<T[], void (*)(T*)> sums_;
 };
 
-// Computes Output (with kAdd, plus `added`), and the sums over all pixels of y - shift and of its square.
-template <bool kAdd, typename T>
+// Where outputs go: to y, with `added` added unless that is null. Channels from `split` on go to `other`, unless that is
+// null.
+template <typename T>
+struct Destination {
+  T* y;
+  int64_t step;
+  const T* added = nullptr;
+  T* other = nullptr;
+  int64_t split = 0;
+
+  bool is_direct() const { return added == nullptr && other == nullptr; }
+  // Writes a vector of outputs of a pixel, and returns it as it is written.
+  template <typename Vector>
+  Vector Write(Vector value, int64_t pixel, int64_t channel, int64_t lanes) const {
+    if (other != nullptr && channel >= split) {
+      StoreLanes<T>(value, other + pixel * (step - split) + channel - split, lanes);
+      return value;
+    }
+    const int64_t at = pixel * (other == nullptr ? step : split) + channel;
+    if (added != nullptr) value = LoadLanes(added + at, lanes) + value;
+    StoreLanes<T>(value, y + at, lanes);
+    return value;
+  }
+};
+
+// Computes Output, and the sums over all pixels of y - shift and of its square. The destination is that of all blocks.
+template <typename T>
 void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const Source<T>& source, Kernel<T> kernel,
-                    const T* shift, const T* added, T* y, T* sum, T* square) {
+                    const T* shift, const Destination<T>& to, T* sum, T* square) {
   using Vector = typename Lanes<T>::Vector;
   const Blocks<T> all(pool, s, blocks, kernel);
-  const int64_t channels = s.out_channels, y_step = blocks * channels;
+  const bool is_direct = to.is_direct();
+  const int64_t channels = s.out_channels, out_step = is_direct ? to.step : channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
   all.ForBands([&](int64_t block, int64_t band) {
     const T* about = shift + block * channels;
-    T* own = y + block * channels;
     const auto add_sums = [&](int64_t at, int64_t count, T* out) {
       T *sum = sums.Start(block, band), *square = sum + channels;
-      const int64_t first = at * y_step + block * channels, out_step = kAdd ? channels : y_step;
       ForVectors<T>(count, channels, [&](int64_t pixel, int64_t pixels, int64_t channel, int64_t lanes) {
         const Vector middle = LoadLanes(about + channel, lanes);
         Vector total = LoadLanes(sum + channel, lanes), squares = LoadLanes(square + channel, lanes);
         const T* from = out + pixel * out_step + channel;
-        int64_t place = first + pixel * y_step + channel;
-        for (int64_t i = 0; i < pixels; ++i, from += out_step, place += y_step) {
+        for (int64_t i = 0; i < pixels; ++i, from += out_step) {
           Vector value = LoadLanes(from, lanes);
-          if (kAdd) StoreLanes<T>(value = LoadLanes(added + place, lanes) + value, y + place, lanes);
+          if (!is_direct) value = to.Write(value, at + pixel + i, block * channels + channel, lanes);
           const Vector centered = value - middle;
           total += centered;
           squares += centered * centered;
@@ -178,7 +201,7 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
         StoreLanes(squares, square + channel, lanes);
       });
     };
-    all.Band(block, band, source, kAdd ? nullptr : own, kAdd ? channels : y_step, add_sums);
+    all.Band(block, band, source, is_direct ? to.y + block * channels : nullptr, out_step, add_sums);
   });
   sums.AddUp(sum, square);
 }
