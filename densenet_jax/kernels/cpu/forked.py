@@ -52,14 +52,13 @@ def _plain_sums(total: Array, x: Array, *operands: Array) -> tuple[Array, ...]:
 
 
 def _plain_gradient(x: Array, *operands: Array) -> tuple[Array, Array, Array]:
-    *conv, first, second = operands
-    return cpu.plain_norm_relu_conv_gradient(x, *conv, jnp.concatenate([first, second], axis=-1), groups=1)
+    conv, g = cpu.Operands(*operands[:5]), jnp.concatenate(operands[5:], axis=-1)
+    return cpu.plain_norm_relu_conv_gradient(x, *conv, g, groups=1)
 
 
 def _plain_kernel_gradient(x: Array, *operands: Array) -> Array:
-    *affine, first, second = operands
-    g = jnp.concatenate([first, second], axis=-1)
-    return cpu.plain_norm_relu_conv_kernel_gradient(x, *affine, g, size=1, stride=1, groups=1)
+    g = jnp.concatenate(operands[4:], axis=-1)
+    return cpu.plain_norm_relu_conv_kernel_gradient(x, *operands[:4], g, size=1, stride=1, groups=1)
 
 
 def _sums_shapes(total: Any, x: Any, *operands: Any) -> list[tuple[int, ...]]:

@@ -13,7 +13,8 @@ from jaxtyping import Array
 
 from densenet_jax.models.dual_path import DualPathBlock
 from densenet_jax.models.fused.backend import Backend
-from densenet_jax.models.fused.dual_path_vjp import Block, Config, Outputs, PerMap, stage
+from densenet_jax.models.fused.dual_path_arrays import Block, Config, Outputs, PerMap
+from densenet_jax.models.fused.dual_path_vjp import stage
 from densenet_jax.models.fused.norm import Normalization, concatenate_stats, make_normalization
 from densenet_jax.models.fused.norm_relu_conv import NormReluConv, scale_and_bias, sum_gradient
 from densenet_jax.models.fused.split import SplitConv

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from densenet_jax.models.fused.backend import Backend, Buffer
+from densenet_jax.models.fused.backend import Buffer
+from densenet_jax.models.fused.dual_path_arrays import Block, Config, Outputs, PerMap, Residuals
 from densenet_jax.models.fused.norm import Normalization, Sums, concatenate_stats, make_normalization, select_channels
 from densenet_jax.models.fused.norm_relu_conv import (
     NormReluConv,
@@ -27,97 +27,7 @@ from densenet_jax.models.fused.norm_relu_conv import (
     sums_from_gradients,
 )
 from densenet_jax.models.fused.split import Part, SplitConv, split_conv, split_conv_grads
-from densenet_jax.models.layers import BatchStats, NormOptions
-
-
-class Block(NamedTuple):
-    """The differentiated arrays of one block.
-
-    Attributes:
-        first: the 1x1 convolution of both paths.
-        second: the grouped 3x3 convolution.
-        third: the 1x1 convolution onto the residual and the dense path, of one kernel for both or one for each.
-        projection: the 1x1 convolution of the shortcut onto both paths, in a stage's first block only.
-    """
-
-    first: SplitConv
-    second: NormReluConv
-    third: SplitConv
-    projection: NormReluConv | None
-
-
-class PerMap(NamedTuple):
-    """One value for each feature map that a block makes: its running mean (None: frozen norms) or its statistics.
-
-    second and third are for those convolutions' inputs, residual for the sum after the block, dense for the block's
-    addition to the dense path (in the first block, with the shortcut's channels).
-    """
-
-    second: tuple[Any, ...]
-    third: tuple[Any, ...]
-    residual: tuple[Any, ...]
-    dense: tuple[Any, ...]
-
-
-class Config(NamedTuple):
-    """Static configuration; stride is the first block's, remat keeps the paths only."""
-
-    norm: NormOptions
-    residual_width: int
-    groups: int
-    stride: int
-    remat: bool
-    backend: Backend
-
-    def window(self, index: int) -> Window:
-        """Returns stride and groups of a block's second convolution."""
-        return Window(1 if index else self.stride, self.groups)
-
-    def third(self, block: Block) -> SplitConv:
-        """Returns a block's third convolution with a kernel for each path."""
-        conv, width = block.third, self.residual_width
-        if len(conv.kernels) == 2:
-            return conv
-        return conv._replace(kernels=(conv.kernels[0][..., :width], conv.kernels[0][..., width:]))
-
-    def dense_ends(self, blocks: Sequence[Block]) -> list[int]:
-        """Returns the dense path's width after each block."""
-        new = [sum(kernel.shape[-1] for kernel in block.third.kernels) - self.residual_width for block in blocks]
-        if blocks[0].projection is not None:
-            new[0] += blocks[0].projection.kernel.shape[-1] - self.residual_width
-        return [int(end) for end in np.cumsum(new)]
-
-    def normalization(
-        self, stats: BatchStats, shift: Array | None, grad_stats: BatchStats | None = None
-    ) -> Normalization:
-        """Returns the normalization that made x_hat of a feature map."""
-        return Normalization(stats, None if shift is None else self.norm.epsilon, grad_stats)
-
-
-class Outputs(NamedTuple):
-    """x_hat of both paths, float[b, h, w, c], with its statistics; and all statistics, which have no derivative."""
-
-    values: Array
-    stats: BatchStats
-    all_stats: PerMap
-
-
-class Residuals(NamedTuple):
-    """Values kept for the backward pass.
-
-    Attributes:
-        residual: the sum after each block.
-        dense: x_hat of the dense path.
-        bottlenecks: the outputs of each block's first two convolutions.
-    """
-
-    inputs: Array
-    residual: tuple[Array, ...]
-    dense: Buffer
-    bottlenecks: tuple[tuple[Array, Array], ...] | None
-    stats: PerMap
-    blocks: tuple[Block, ...]
-    shifts: PerMap
+from densenet_jax.models.layers import BatchStats
 
 
 def _block_inputs(config: Config, inputs: Array, residual: Part | None, dense: Buffer, width: int) -> tuple[Part, ...]:
@@ -196,23 +106,13 @@ class _Carry(NamedTuple):
     dense_sums: Sums
 
 
-def _residual(config: Config, saved: Residuals, index: int, grad_stats: BatchStats | None = None) -> Part:
-    """Returns the sum after a block."""
-    norm = config.normalization(saved.stats.residual[index], saved.shifts.residual[index], grad_stats)
-    return Part(saved.residual[index], norm)
-
-
-def _second_norm(config: Config, saved: Residuals, index: int) -> Normalization:
-    return config.normalization(saved.stats.second[index], saved.shifts.second[index])
-
-
 def _bottlenecks(config: Config, saved: Residuals, index: int, parts: Sequence[Part]) -> tuple[Array, Array]:
     """Returns the inputs of a block's second and third convolution, before their norms."""
     if saved.bottlenecks is not None:
         return saved.bottlenecks[index]
     block, backend = saved.blocks[index], config.backend
     ((second, _),) = split_conv(parts, block.first, (None,), config.norm, backend)
-    operands = Operands(second, block.second, _second_norm(config, saved, index), config.window(index))
+    operands = Operands(second, block.second, saved.second_norm(config, index), config.window(index))
     return second, backend.norm_relu_conv(operands)
 
 
@@ -221,8 +121,8 @@ def _body_backward(
 ) -> tuple[Array, NormReluConv, SplitConv]:
     """Backpropagates from a block's part of the two paths to the output of its first convolution."""
     block, backend = saved.blocks[index], config.backend
-    second_norm = _second_norm(config, saved, index)
-    third_norm = config.normalization(saved.stats.third[index], saved.shifts.third[index])
+    second_norm = saved.second_norm(config, index)
+    third_norm = saved.third_norm(config, index)
     second, third = _bottlenecks(config, saved, index, parts)
     groups = third_norm.stats.mean.shape[0]
     outer = split_conv_grads((Part(third, third_norm),), config.third(block), gradients, groups, backend)
@@ -244,11 +144,10 @@ def _first_backward(
 ) -> tuple[_Carry, SplitConv]:
     """Backpropagates from the output of a later block's first convolution to the paths before it."""
     conv = saved.blocks[index].first
-    residual, width = _residual(config, saved, index - 1), config.residual_width
+    norm, width = saved.residual_norm(config, index - 1), config.residual_width
+    residual = Part(saved.residual[index - 1], norm)
     parts = _block_inputs(config, saved.inputs, residual, saved.dense, end)
     total = carry.dense if config.backend.in_place and len(parts) > 1 else None
-    norm = residual.norm
-    assert norm is not None
     groups = norm.stats.mean.shape[0]
     grads = split_conv_grads(parts, conv, (gradient,), groups, config.backend, totals=(None, total))
     sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
@@ -280,10 +179,8 @@ def _start_backward(config: Config, saved: Residuals, cotangents: Outputs) -> _C
     """Splits the gradient of the stage's x_hat into the last residual sum's and the dense path's."""
     width = config.residual_width
     residual, dense = cotangents.values[..., :width], cotangents.values[..., width:]
-    last = _residual(config, saved, -1, select_channels(cotangents.stats, 0, width))
-    norm, x_hat = last.norm, last.x_hat()
-    assert norm is not None
-    groups = norm.stats.mean.shape[0]
+    norm = saved.residual_norm(config, -1, select_channels(cotangents.stats, 0, width))
+    x_hat, groups = norm.apply(saved.residual[-1]), norm.stats.mean.shape[0]
     residual = norm.gradient(residual, x_hat, sum_gradient(residual, x_hat, groups))
     x_hat = config.backend.channels(saved.dense, 0, dense.shape[-1])
     return _Carry(residual, dense, sum_gradient(dense, x_hat, groups))
@@ -304,7 +201,7 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
             select_channels(carry.dense_sums, start, end),
         )
         own = new.shape[-1] - config.third(saved.blocks[index]).kernels[1].shape[-1]  # after the shortcut's
-        before = _residual(config, saved, index - 1) if index else None
+        before = Part(saved.residual[index - 1], saved.residual_norm(config, index - 1)) if index else None
         parts = _block_inputs(config, saved.inputs, before, saved.dense, start)
         gradient, second, third = _body_backward(config, saved, index, parts, (carry.residual, new[..., own:]))
         projection = None
