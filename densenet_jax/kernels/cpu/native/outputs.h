@@ -148,12 +148,12 @@ class TwoSums {
   std::unique_ptr<T[], void (*)(T*)> sums_;
 };
 
-// Where outputs go: to y, with `added` added unless that is null. Channels from `split` on go to `other`, unless that is
-// null.
+// Where a pixel's outputs go, `channels` in all: to y, with `added` added unless that is null; those from `split` on to
+// `other`, unless that is null.
 template <typename T>
 struct Destination {
   T* y;
-  int64_t step;
+  int64_t channels;
   const T* added = nullptr;
   T* other = nullptr;
   int64_t split = 0;
@@ -163,10 +163,10 @@ struct Destination {
   template <typename Vector>
   Vector Write(Vector value, int64_t pixel, int64_t channel, int64_t lanes) const {
     if (other != nullptr && channel >= split) {
-      StoreLanes<T>(value, other + pixel * (step - split) + channel - split, lanes);
+      StoreLanes<T>(value, other + pixel * (channels - split) + channel - split, lanes);
       return value;
     }
-    const int64_t at = pixel * (other == nullptr ? step : split) + channel;
+    const int64_t at = pixel * (other == nullptr ? channels : split) + channel;
     if (added != nullptr) value = LoadLanes(added + at, lanes) + value;
     StoreLanes<T>(value, y + at, lanes);
     return value;
@@ -180,7 +180,7 @@ void OutputWithSums(ffi::ThreadPool& pool, const Sizes& s, int64_t blocks, const
   using Vector = typename Lanes<T>::Vector;
   const Blocks<T> all(pool, s, blocks, kernel);
   const bool is_direct = to.is_direct();
-  const int64_t channels = s.out_channels, out_step = is_direct ? to.step : channels;
+  const int64_t channels = s.out_channels, out_step = is_direct ? to.channels : channels;
   TwoSums<T> sums(blocks, all.bands(), channels);
   all.ForBands([&](int64_t block, int64_t band) {
     const T* about = shift + block * channels;

@@ -28,8 +28,8 @@ inline int64_t ThreadNumber() {
   return number;
 }
 
-constexpr int kSpins = 200;  // some ten microseconds, after which other threads may have the core
-constexpr int kYields = 200;
+constexpr int kSpins = 200;   // some ten microseconds, after which other threads may have the core
+constexpr int kYields = 200;  // some tens of microseconds, if no other thread wants it
 
 inline void Pause() {
 #if defined(__x86_64__)
