@@ -8,6 +8,7 @@ norms or a schedule, is left to XLA.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,14 +51,21 @@ def map_fronts(
     """Computes an elementwise function of each item's vectors, in one call, into the front of its first vector.
 
     A function of vectors of several lengths takes their fronts, as long as the shortest; what is behind it in the first
-    vector is kept. All have one dtype that the kernels support.
+    vector is kept. All have one dtype that the kernels support. The function is traced once and has to be hashable.
     """
-    stand_ins = [np.zeros(2, items[0][0].dtype) for _ in items[0]]
-    program = _Program(Interpreter().run(jax.make_jaxpr(lambda *vectors: [function(*vectors)])(*stand_ins), stand_ins))
-    order = [next(i for i, one in enumerate(stand_ins) if one is array) for array in program.arrays]
+    program, order = _trace_of_vectors(function, len(items[0]), items[0][0].dtype)
     operands = [program.scalar_vector(), *(item[i] for item in items for i in order)]
     aliases = tuple((1 + number * len(order) + order.index(0), number) for number in range(len(items)))
     return _bind_program(program, operands, aliases, [item[0].shape for item in items], len(items))
+
+
+@functools.lru_cache(maxsize=64)
+def _trace_of_vectors(function: Callable[..., Any], count: int, dtype: Any) -> tuple[_Program, list[int]]:
+    """Returns the program of a function of so many vectors, and the numbers of those that it reads."""
+    stand_ins = [np.zeros(2, dtype) for _ in range(count)]
+    traced = jax.make_jaxpr(lambda *vectors: [function(*vectors)])(*stand_ins)
+    program = _Program(Interpreter().run(traced, stand_ins))
+    return program, [next(i for i, one in enumerate(stand_ins) if one is array) for array in program.arrays]
 
 
 def square_sums(arrays: Sequence[Array]) -> Float[Array, " n"]:

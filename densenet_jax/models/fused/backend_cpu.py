@@ -5,7 +5,8 @@ XLA computes where the kernels were not built or don't support the operands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -165,7 +166,7 @@ class CpuBackend(Backend):
                 (pair[number].value, lax.stop_gradient(stats[number]).reshape(-1))
                 for pair, (_, stats) in zip(variables, norms, strict=True)
             ]
-            new = elementwise.map_fronts(lambda old, new: keep * old + (1 - keep) * (new * factor), items)  # noqa: B023
+            new = elementwise.map_fronts(_blending(keep, factor), items)
             for pair, value in zip(variables, new, strict=True):
                 pair[number].value = value
         return None
@@ -175,7 +176,7 @@ class CpuBackend(Backend):
         if sums[0].shape[0] != 1 or not elementwise.are_usable([*sums, conv.scale, grads.scale, grads.bias]):
             return super().add_sums(sums, conv, grads)
         items = [(total[0], grad[0], conv.scale) for total, grad in zip(sums, (grads.bias, grads.scale), strict=True)]
-        first, second = elementwise.map_fronts(lambda total, grad, scale: total + grad * scale, items)
+        first, second = elementwise.map_fronts(_add_scaled, items)
         return first[None, :], second[None, :]
 
     def grad_before_norm(
@@ -195,6 +196,16 @@ class CpuBackend(Backend):
     def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
         """Computes `layers.max_pool`, whose derivative is a kernel."""
         return pooling.max_pool(x, 3, stride) if pooling.is_usable(x) else super().max_pool(x, stride)
+
+
+@functools.cache
+def _blending(keep: float, factor: float) -> Callable[[Array, Array], Array]:
+    """Returns the update of a running value by a new one, which is multiplied by factor."""
+    return lambda old, new: keep * old + (1 - keep) * (new * factor)
+
+
+def _add_scaled(total: Array, grad: Array, scale: Array) -> Array:
+    return total + grad * scale
 
 
 def _is_usable(operands: Operands) -> bool:
