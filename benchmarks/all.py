@@ -55,7 +55,7 @@ def _train(name: str, models: tuple[str, ...], *flags: str) -> Task:
     return Task(f"train_step_{name}", "train_step", ("--models", *models, *flags))
 
 
-_TRAIN_ONLY = ("--modes", "train", "--turns", "6")
+_GROWTH = ("--modes", "train", "--turns", "6", "--implementations", "densenet_jax", "torch_eager")
 _TRAFFIC = ("--models", *DEPTHS, "--forms", "densenet_jax", "plain")
 _COMPILED = ("--together", "--turns", "6")
 TASKS = {
@@ -65,9 +65,9 @@ TASKS = {
         Task("serving", "serving", ("--model", "densenet_bc_22_12", "--image_size_px", "8", "--channels", "1"),
              ("aiohttp", "grpc", "tritonclient"), resumes=False),
         Task("input_pipeline", "input_pipeline", (), ("skimage",), resumes=False),
-        _train("depth", DEPTHS, "--batch_sizes", "4", *_TRAIN_ONLY),
-        _train("size", ("densenet121",), "--batch_sizes", "4", "--image_size_px", "160", "224", "320", *_TRAIN_ONLY),
-        _train("batch", ("densenet121",), "--batch_sizes", "1", "2", "4", "8", "16", *_TRAIN_ONLY),
+        _train("depth", DEPTHS, "--batch_sizes", "4", *_GROWTH),
+        _train("size", ("densenet121",), "--batch_sizes", "4", "--image_size_px", "160", "224", "320", *_GROWTH),
+        _train("batch", ("densenet121",), "--batch_sizes", "1", "2", "4", "8", "16", *_GROWTH),
         Task("traffic_h200", "traffic", ("--target", "h200", *_TRAFFIC), ("jax_plugins.xla_cuda12",)),
         Task("traffic_v5e", "traffic", ("--target", "v5e", "--models", "densenet121"), ("libtpu",)),
     ),

@@ -85,6 +85,27 @@ def test_fronts_of_vectors_are_computed_in_place():
     assert_same(jax.jit(function)(jax.device_put(items, everywhere())), expected, 1e-15)
 
 
+def _mean_and_rest(total, squares):
+    mean = total / 9
+    return mean, 1 / jnp.sqrt(jnp.maximum(squares / 9 - mean**2, 0) + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (5000,)])
+def test_an_elementwise_function_is_one_call(shape):
+    vectors = draw(*shape), 9 + jnp.square(draw(*shape, seed=1))
+    function = functools.partial(elementwise.compute, _mean_and_rest)
+    expected = jax.jit(_mean_and_rest)(*vectors)
+    program = jax.jit(lambda *v: tuple(function(*v))).lower(*vectors).compile().as_text()
+    assert program.count("custom-call(") == 1
+    assert "sqrt" not in program
+    assert_same(jax.jit(function)(*vectors), expected, 1e-14)
+    assert_same(jax.jit(function)(*jax.device_put(vectors, everywhere())), expected, 1e-14)
+    with primitive.plain_kernels():
+        assert_same(jax.jit(lambda *v: function(*v))(*vectors), expected, 0)
+    mixed = vectors[0], vectors[1][..., :1]
+    assert_same(jax.jit(function)(*mixed), jax.jit(_mean_and_rest)(*mixed), 0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_squares_are_summed_in_one_call(dtype):
     arrays = [draw(*shape).astype(dtype) for shape in ((3, 90, 501), (1,), (0,), (40,))]

@@ -59,12 +59,28 @@ def map_fronts(
     return _bind_program(program, operands, aliases, [item[0].shape for item in items], len(items))
 
 
-@functools.lru_cache(maxsize=64)
+def compute(
+    function: Callable[..., tuple[Array, ...]], *vectors: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], ...]:
+    """Computes an elementwise function of several arrays, which returns a tuple of such, in one call.
+
+    Without the kernels, for arrays of different shapes or dtypes and on other platforms, the function is just called.
+    It is traced once and has to be hashable.
+    """
+    if not are_usable(vectors) or len({vector.shape for vector in vectors}) > 1:
+        return function(*vectors)
+    program, order = _trace_of_vectors(function, len(vectors), vectors[0].dtype)
+    operands = [program.scalar_vector(), *(vectors[number] for number in order)]
+    return tuple(_bind_program(program, operands, (), [vectors[0].shape] * program.count_results(), 1))
+
+
+@functools.lru_cache(maxsize=256)
 def _trace_of_vectors(function: Callable[..., Any], count: int, dtype: Any) -> tuple[_Program, list[int]]:
     """Returns the program of a function of so many vectors, and the numbers of those that it reads."""
     stand_ins = [np.zeros(2, dtype) for _ in range(count)]
-    traced = jax.make_jaxpr(lambda *vectors: [function(*vectors)])(*stand_ins)
-    program = _Program(Interpreter().run(traced, stand_ins))
+    traced = jax.make_jaxpr(function)(*stand_ins)
+    with jax.ensure_compile_time_eval():  # what is kept may not belong to the program that is traced now
+        program = _Program(Interpreter().run(traced, stand_ins))
     return program, [next(i for i, one in enumerate(stand_ins) if one is array) for array in program.arrays]
 
 
@@ -130,11 +146,16 @@ class _Program:
         self._code.append((name, *operands, *(operands[:1] * (3 - len(operands)))))
         return "register", len(self._code) - 1
 
-    def scalar_vector(self) -> Float[Array, " s"]:
-        """Returns the scalars in the arrays' dtype."""
-        dtype = self.arrays[0].dtype
-        scalars = [jnp.asarray(scalar).astype(dtype) for scalar in self.scalars.values()]
-        return jnp.stack(scalars) if scalars else jnp.zeros((0,), dtype)
+    def count_results(self) -> int:
+        """Returns how many results the program has."""
+        return len(self._results)
+
+    def scalar_vector(self) -> Float[Array | np.ndarray, " s"]:
+        """Returns the scalars in the arrays' dtype, as a constant where all are known."""
+        dtype, scalars = self.arrays[0].dtype, self.scalars.values()
+        if any(isinstance(scalar, jax.core.Tracer) for scalar in scalars):
+            return jnp.stack([jnp.asarray(scalar).astype(dtype) for scalar in scalars])
+        return np.array([np.asarray(scalar) for scalar in scalars], dtype)
 
     def encode(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the code, four numbers an operation, and the registers of its results."""
@@ -149,7 +170,7 @@ class _Program:
 
 def _bind_program(
     program: _Program,
-    operands: Sequence[Array],
+    operands: Sequence[Array | np.ndarray],
     aliases: tuple[tuple[int, int], ...],
     shapes: Sequence[Any],
     items: int,

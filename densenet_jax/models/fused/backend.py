@@ -264,6 +264,10 @@ class Backend:
 
     # Batch statistics.
 
+    def compute(self, function: Callable[..., Any], *vectors: Float[Array, "g c"]) -> Any:
+        """Calls an elementwise function, hashable, of arrays float[g, c], which returns a tuple of such."""
+        return function(*vectors)
+
     def tails(self, vectors: Sequence[Float[Array, " _"]], size: int) -> list[Float[Array, " {size}"]]:
         """Returns the last values of each vector."""
         return [vector[-size:] for vector in vectors]
@@ -292,7 +296,8 @@ class Backend:
     ) -> Float[Array, "b h w c"]:
         """Returns the gradient of channels start to end before their norm, from total, the gradient of x_hat."""
         x_hat = self.channels(buffer, 0, end)[..., start:end]
-        return norm.select(start, end).gradient(total[..., start:end], x_hat, select_channels(sums, start, end))
+        own = select_channels(sums, start, end)
+        return norm.select(start, end).gradient(total[..., start:end], x_hat, own, self.compute)
 
     def layer_backward(self, saved: SavedLayer, total: Float[Array, "b h w c"]) -> tuple[Gradients, DenseLayer]:
         """Computes the backward pass of one dense layer from total, the gradient of x_hat from all later layers.
@@ -320,7 +325,8 @@ class Backend:
         bottleneck, norm = saved.bottleneck(), saved.bottleneck_norm
         x_hat = norm.apply(bottleneck)
         grads = self._second_conv_grads(Operands(bottleneck, conv, norm), x_hat, gradient)
-        grad_bottleneck = norm.gradient(grads.x, x_hat, sums_from_gradients(conv.scale, grads.scale, grads.bias))
+        sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
+        grad_bottleneck = norm.gradient(grads.x, x_hat, sums, self.compute)
         return grad_bottleneck, grads.of_parameters(conv)
 
     def _second_conv_grads(self, operands: Operands, x_hat: Array, gradient: Array) -> Gradients:

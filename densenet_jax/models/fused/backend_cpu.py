@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,10 @@ class CpuBackend(Backend):
         x, arrays, _ = _kernel_operands(operands)
         return _add_group_axis(*forked.gradients(x, arrays, *(gradient.astype(x.dtype) for gradient in gradients)))
 
+    def compute(self, function: Callable[..., Any], *vectors: Array) -> Any:
+        """Computes an elementwise function in one call."""
+        return elementwise.compute(function, *vectors)
+
     def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
         """Updates the means of all norms in one call, and the variances in another."""
         variables = [(norm.mean, norm.var) for norm, _ in norms if not norm.is_initializing()]
@@ -191,7 +195,7 @@ class CpuBackend(Backend):
             return lax.dynamic_slice_in_dim(array, place, end - start, axis=-1)
 
         norm = jax.tree.map(take, norm._replace(epsilon=None))._replace(epsilon=norm.epsilon)
-        return norm.gradient(take(total), take(buffer), (take(sums[0]), take(sums[1])))
+        return norm.gradient(take(total), take(buffer), (take(sums[0]), take(sums[1])), self.compute)
 
     def max_pool(self, x: Array, stride: int = 2) -> Float[Array, "b h2 w2 c"]:
         """Computes `layers.max_pool`, whose derivative is a kernel."""
@@ -227,7 +231,7 @@ def _kernel_operands(operands: Operands) -> tuple[Array, cpu.Operands, dict[str,
         x, stride = x[:, ::stride, ::stride], 1
     mean = rstd = jnp.zeros((0,), x.dtype)
     if norm is not None and norm.epsilon is not None:
-        mean, rstd = (array[0].astype(x.dtype) for array in norm.mean_and_rstd())
+        mean, rstd = (array[0].astype(x.dtype) for array in norm.mean_and_rstd(elementwise.compute))
     arrays = cpu.Operands(mean, rstd, *(array.astype(x.dtype) for array in conv))
     return x, arrays, {"stride": stride, "groups": channel_groups}
 
@@ -240,10 +244,18 @@ def _about(shift: Array | None, channels: int, x: Array) -> Float[Array, " c"]:
 def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:
     """Returns the statistics of out from the sums over all positions of out - shift and of its square."""
     assert shift is not None
-    count = out.size // out.shape[-1]
-    mean = total / count
-    var = jnp.maximum(squares / count - jnp.square(mean), 0)
-    return BatchStats((mean + shift.astype(mean.dtype))[None, :], var[None, :])
+    statistics = _statistics(out.size // out.shape[-1])
+    mean, var = elementwise.compute(statistics, total, squares, shift.astype(total.dtype))
+    return BatchStats(mean[None, :], var[None, :])
+
+
+@functools.cache
+def _statistics(count: int) -> Callable[..., tuple[Array, Array]]:
+    def statistics(total: Array, squares: Array, shift: Array) -> tuple[Array, Array]:
+        mean = total / count
+        return mean + shift, jnp.maximum(squares / count - jnp.square(mean), 0)
+
+    return statistics
 
 
 def _add_group_axis(grad_x: Array, scale: Array, bias: Array, kernel: Array) -> Gradients:

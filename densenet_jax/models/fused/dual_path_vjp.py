@@ -127,12 +127,12 @@ def _body_backward(
     groups = third_norm.stats.mean.shape[0]
     outer = split_conv_grads((Part(third, third_norm),), config.third(block), gradients, groups, backend)
     sums = sums_from_gradients(block.third.scale, outer.scale, outer.bias)
-    gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums)
+    gradient = third_norm.gradient(outer.x[0], third_norm.apply(third), sums, backend.compute)
     groups = second_norm.stats.mean.shape[0]
     operands = Operands(second, block.second, second_norm, config.window(index))
     inner = backend.norm_relu_conv_grads(operands, gradient, groups)
     sums = sums_from_gradients(block.second.scale, inner.scale, inner.bias)
-    gradient = second_norm.gradient(inner.x, second_norm.apply(second), sums)
+    gradient = second_norm.gradient(inner.x, second_norm.apply(second), sums, backend.compute)
     of_third = outer.of_parameters()
     if len(block.third.kernels) == 1:
         of_third = of_third._replace(kernels=(jnp.concatenate(of_third.kernels, axis=-1),))
@@ -152,7 +152,7 @@ def _first_backward(
     grads = split_conv_grads(parts, conv, (gradient,), groups, config.backend, totals=(None, total))
     sums = sums_from_gradients(conv.scale, grads.scale, grads.bias)
     own = select_channels(sums, 0, width)
-    grad_residual = norm.gradient(grads.x[0][..., :width], residual.x_hat(), own)
+    grad_residual = norm.gradient(grads.x[0][..., :width], residual.x_hat(), own, config.backend.compute)
     if total is not None:
         dense = grads.x[1]
     else:
@@ -199,6 +199,7 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
             carry.dense[..., start:end],
             config.backend.channels(saved.dense, start, end),
             select_channels(carry.dense_sums, start, end),
+            config.backend.compute,
         )
         own = new.shape[-1] - config.third(saved.blocks[index]).kernels[1].shape[-1]  # after the shortcut's
         before = Part(saved.residual[index - 1], saved.residual_norm(config, index - 1)) if index else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,13 @@ from densenet_jax.models.layers import BatchStats, NormOptions, compute_stats, n
 
 Tree = TypeVar("Tree")
 Sums = tuple[Array, Array]  # each float[g, c], over a group of examples: of a gradient, and of the gradient times x_hat
+# Calls an elementwise function of arrays float[g, c]; a backend may compute it in one pass.
+Compute = Callable[..., Any]
+
+
+def call(function: Callable[..., Any], *vectors: Array) -> Any:
+    """Calls an elementwise function of arrays float[g, c]."""
+    return function(*vectors)
 
 
 class Normalization(NamedTuple):
@@ -32,7 +41,7 @@ class Normalization(NamedTuple):
         return x if self.epsilon is None else normalize(x, self.stats, self.epsilon).astype(x.dtype)
 
     def gradient(
-        self, gradient: Float[Array, "b h w c"], x_hat: Float[Array, "b h w c"], sums: Sums
+        self, gradient: Float[Array, "b h w c"], x_hat: Float[Array, "b h w c"], sums: Sums, compute: Compute = call
     ) -> Float[Array, "b h w c"]:
         """Returns the gradient of x: rstd * (g - mean(g) - x_hat * mean(g * x_hat)), plus that through the statistics.
 
@@ -43,7 +52,7 @@ class Normalization(NamedTuple):
             return gradient.astype(x_hat.dtype)
         dtype = wide(gradient.dtype)
         count = gradient.size // gradient.shape[-1] // self.stats.var.shape[0]
-        terms = self._terms(sums, count, self.epsilon, dtype)
+        terms = self._terms(sums, count, self.epsilon, dtype, compute)
         rstd, mean_grad, mean_product = (per_example(term, gradient.shape[0]) for term in terms)
         grad_x = (gradient.astype(dtype) - mean_grad - x_hat.astype(dtype) * mean_product) * rstd
         return grad_x.astype(x_hat.dtype)
@@ -62,21 +71,39 @@ class Normalization(NamedTuple):
         stats, grad_stats = select_channels((self.stats, self.grad_stats), start, end)
         return Normalization(stats, self.epsilon, grad_stats)
 
-    def mean_and_rstd(self) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
+    def mean_and_rstd(self, compute: Compute = call) -> tuple[Float[Array, "g c"], Float[Array, "g c"]]:
         """Returns the mean and 1 / deviation that make x_hat of x."""
         mean, var = self.stats
         if self.epsilon is None:
             return jnp.zeros_like(mean), jnp.ones_like(mean)
-        return mean, 1 / jnp.sqrt(var + self.epsilon)
+        (rstd,) = compute(_rstd(self.epsilon), var)
+        return mean, rstd
 
-    def _terms(self, sums: Sums, count: int, epsilon: float, dtype: DType) -> tuple[Array, Array, Array]:
+    def _terms(
+        self, sums: Sums, count: int, epsilon: float, dtype: DType, compute: Compute = call
+    ) -> tuple[Array, Array, Array]:
         """Returns 1 / deviation and the means over a group of the gradient and of the gradient times x_hat."""
-        deviation = jnp.sqrt(self.stats.var.astype(dtype) + epsilon)
-        sum_grad, sum_product = sums
-        if self.grad_stats is not None:
-            sum_grad = sum_grad - self.grad_stats.mean * deviation
-            sum_product = sum_product - 2 * self.grad_stats.var * deviation**2
+        others = () if self.grad_stats is None else self.grad_stats
+        return compute(_gradient_terms(epsilon, count), self.stats.var.astype(dtype), *sums, *others)
+
+
+@functools.cache
+def _rstd(epsilon: float) -> Callable[..., tuple[Array]]:
+    return lambda var: (1 / jnp.sqrt(var + epsilon),)
+
+
+@functools.cache
+def _gradient_terms(epsilon: float, count: int) -> Callable[..., tuple[Array, Array, Array]]:
+    def terms(
+        var: Array, sum_grad: Array, sum_product: Array, grad_mean: Array | None = None, grad_var: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        deviation = jnp.sqrt(var + epsilon)
+        if grad_mean is not None and grad_var is not None:
+            sum_grad = sum_grad - grad_mean * deviation
+            sum_product = sum_product - 2 * grad_var * deviation**2
         return 1 / deviation, sum_grad / count, sum_product / count
+
+    return terms
 
 
 def make_normalization(
