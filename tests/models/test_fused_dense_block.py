@@ -114,10 +114,10 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_one(platform
     for results in zip(*(_results_of_three_inputs(*form) for form in forms), strict=True):
         exact, plain, once = ([leaf for leaf in jax.tree.leaves(result) if leaf.ndim] for result in results)
         for a, b, e in zip(plain, once, exact, strict=True):
-            if (error := _distance(a, e)) > 1e-6:
+            if error := _distance(a, e):
                 ratios.append(_distance(b, e) / error)
-            else:  # statistics of the input itself, which differ by the order in which float32 values are added
-                assert _distance(b, e) < 1e-6
+            else:  # statistics of the input itself, exact but for the order in which float32 values are added
+                assert _distance(b, e) < 4 * jnp.finfo(jnp.float32).eps
     assert len(ratios) > 30
     assert np.median(ratios) < 1.5
 
