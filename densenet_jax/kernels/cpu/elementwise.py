@@ -41,7 +41,7 @@ def update_in_place(function: Callable[..., Any], state: Any, *others: Any) -> A
 
     traced, shape = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
     outputs = Interpreter().run(traced, leaves)
-    results = _compute(outputs, jax.tree.leaves(state))
+    results = _compute_delayed(outputs, jax.tree.leaves(state))
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
@@ -181,7 +181,7 @@ def _bind_program(
     )
 
 
-def _compute(outputs: list[Any], state: Sequence[Any]) -> list[Any]:
+def _compute_delayed(outputs: list[Any], state: Sequence[Any]) -> list[Any]:
     """Computes the outputs that were put off, by one call for all groups that have the same program."""
     calls: dict[Any, list[tuple[list[int], _Program]]] = {}
     for numbers in _group_by_arrays(outputs):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from densenet_jax.dtypes import DType, wide
 from densenet_jax.kernels.select import BlockShape
 from densenet_jax.models import layers
-from densenet_jax.models.fused.norm import Normalization, Sums, select_channels
+from densenet_jax.models.fused.norm import Normalization, Sums, call, select_channels
 from densenet_jax.models.fused.norm_relu_conv import (
     DENSE,
     Gradients,
@@ -264,9 +264,7 @@ class Backend:
 
     # Batch statistics.
 
-    def compute(self, function: Callable[..., Any], *vectors: Float[Array, "g c"]) -> Any:
-        """Calls an elementwise function, hashable, of arrays float[g, c], which returns a tuple of such."""
-        return function(*vectors)
+    compute = staticmethod(call)
 
     def tails(self, vectors: Sequence[Float[Array, " _"]], size: int) -> list[Float[Array, " {size}"]]:
         """Returns the last values of each vector."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +77,13 @@ class CpuBackend(Backend):
         self, operands: Operands, shift: Array | None, options: NormOptions, total: Array | None = None
     ) -> tuple[Float[Array, "b h2 w2 o"], BatchStats | None]:
         """Sums the output for its statistics in the same pass."""
-        sums_stats = shift is not None and group_count(operands.x.shape[0], options.group_size) == 1
-        if not _is_usable(operands) or total is not None or not sums_stats:
+        has_stats = shift is not None and _are_one_group(operands.x, options)
+        if not _is_usable(operands) or total is not None or not has_stats:
             return super().norm_relu_conv_with_stats(operands, shift, options, total)
-        assert shift is not None
         x, arrays, strided = _kernel_operands(operands)
-        out, first, second = cpu.norm_relu_conv_with_sums(x, arrays, shift.astype(x.dtype), **strided)
-        return out, _stats_from_sums(first, second, shift, out)
+        about = _about(shift, arrays.kernel.shape[-1], x)
+        out, first, second = cpu.norm_relu_conv_with_sums(x, arrays, about, **strided)
+        return out, _stats_from_sums(first, second, shift, out, options)
 
     def norm_relu_conv_grads(self, operands: Operands, gradient: Array, groups: int) -> Gradients:
         """Masks, scales and sums the gradient while it is in cache."""
@@ -113,8 +113,7 @@ class CpuBackend(Backend):
         x, arrays, _ = _kernel_operands(_apply_norm_of_groups(operands))
         about = _about(shift, arrays.kernel.shape[-1], x)
         out, total, squares = joined.conv_with_sums(x, other, arrays, about)
-        sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
-        return out, _stats_from_sums(total, squares, shift, out) if sums_stats else None
+        return out, _stats_from_sums(total, squares, shift, out, options)
 
     def accumulate_joined_grads(
         self, total: Array, operands: Operands, other: Array, gradient: Array, groups: int
@@ -137,11 +136,10 @@ class CpuBackend(Backend):
         width, whole = total.shape[-1], arrays.kernel.shape[-1]
         about = [_about(shift, n, x) for shift, n in zip(shifts, (width, whole - width), strict=True)]
         *outputs, sums, squares = forked.conv_with_sums(total, x, arrays, jnp.concatenate(about))
-        results = []
-        for out, shift, own in zip(outputs, shifts, (slice(width), slice(width, None)), strict=True):
-            sums_stats = shift is not None and group_count(x.shape[0], options.group_size) == 1
-            results.append((out, _stats_from_sums(sums[own], squares[own], shift, out) if sums_stats else None))
-        return tuple(results)
+        halves = zip(outputs, shifts, (slice(width), slice(width, None)), strict=True)
+        return tuple(
+            (out, _stats_from_sums(sums[own], squares[own], shift, out, options)) for out, shift, own in halves
+        )
 
     def forked_conv_grads(self, operands: Operands, gradients: Sequence[Array], groups: int) -> Gradients | None:
         """Reads both maps' gradients where they lie."""
@@ -150,9 +148,7 @@ class CpuBackend(Backend):
         x, arrays, _ = _kernel_operands(operands)
         return _add_group_axis(*forked.gradients(x, arrays, *(gradient.astype(x.dtype) for gradient in gradients)))
 
-    def compute(self, function: Callable[..., Any], *vectors: Array) -> Any:
-        """Computes an elementwise function in one call."""
-        return elementwise.compute(function, *vectors)
+    compute = staticmethod(elementwise.compute)
 
     def update_running(self, norms: Sequence[tuple[BatchNorm, BatchStats]], positions: int) -> None:
         """Updates the means of all norms in one call, and the variances in another."""
@@ -241,9 +237,19 @@ def _about(shift: Array | None, channels: int, x: Array) -> Float[Array, " c"]:
     return jnp.zeros(channels, x.dtype) if shift is None else shift.astype(x.dtype)
 
 
-def _stats_from_sums(total: Array, squares: Array, shift: Array | None, out: Array) -> BatchStats:
-    """Returns the statistics of out from the sums over all positions of out - shift and of its square."""
-    assert shift is not None
+def _are_one_group(x: Array, options: NormOptions) -> bool:
+    return group_count(x.shape[0], options.group_size) == 1
+
+
+def _stats_from_sums(
+    total: Array, squares: Array, shift: Array | None, out: Array, options: NormOptions
+) -> BatchStats | None:
+    """Returns the statistics of out from the sums over all positions of out - shift and of its square.
+
+    None without a shift, and where groups of examples have statistics of their own.
+    """
+    if shift is None or not _are_one_group(out, options):
+        return None
     statistics = _statistics(out.size // out.shape[-1])
     mean, var = elementwise.compute(statistics, total, squares, shift.astype(total.dtype))
     return BatchStats(mean[None, :], var[None, :])

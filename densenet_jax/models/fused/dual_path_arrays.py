@@ -1,4 +1,4 @@
-"""What a stage of dual-path blocks is computed from, what it returns and what it keeps for its derivative."""
+"""The arrays that a stage of dual-path blocks reads, returns and keeps for its derivative."""
 
 from __future__ import annotations
 

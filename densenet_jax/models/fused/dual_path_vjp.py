@@ -201,11 +201,13 @@ def _backward(config: Config, saved: Residuals, cotangents: Outputs) -> tuple[An
             select_channels(carry.dense_sums, start, end),
             config.backend.compute,
         )
-        own = new.shape[-1] - config.third(saved.blocks[index]).kernels[1].shape[-1]  # after the shortcut's
+        projection = saved.blocks[index].projection
+        own = (
+            0 if projection is None else projection.kernel.shape[-1] - width
+        )  # the block's own come after the shortcut's
         before = Part(saved.residual[index - 1], saved.residual_norm(config, index - 1)) if index else None
         parts = _block_inputs(config, saved.inputs, before, saved.dense, start)
         gradient, second, third = _body_backward(config, saved, index, parts, (carry.residual, new[..., own:]))
-        projection = None
         if index:
             carry, first = _first_backward(config, saved, index, start, gradient, carry)
         else:

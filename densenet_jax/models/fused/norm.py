@@ -15,12 +15,11 @@ from densenet_jax.models.layers import BatchStats, NormOptions, compute_stats, n
 
 Tree = TypeVar("Tree")
 Sums = tuple[Array, Array]  # each float[g, c], over a group of examples: of a gradient, and of the gradient times x_hat
-# Calls an elementwise function of arrays float[g, c]; a backend may compute it in one pass.
-Compute = Callable[..., Any]
+Compute = Callable[..., Any]  # `call`, or what a backend has instead
 
 
-def call(function: Callable[..., Any], *vectors: Array) -> Any:
-    """Calls an elementwise function of arrays float[g, c]."""
+def call(function: Callable[..., tuple[Array, ...]], *vectors: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """Calls an elementwise function, which has to be hashable, of arrays float[g, c] or float[c]."""
     return function(*vectors)
 
 

@@ -36,6 +36,9 @@ using Shape = ffi::Span<const int64_t>;
 
 ffi::Error Invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
+// Whether two feature maps differ in their channels at most.
+bool HaveSamePixels(Shape a, Shape b) { return std::equal(a.begin(), a.begin() + 3, b.begin()); }
+
 // Sets the sizes of a convolution of the first `channels` channels of x; false if y can't be its output.
 bool SetSizes(Sizes& s, Shape x, int64_t channels, Shape y, int64_t kernel_height, int64_t kernel_width, int64_t stride,
               int64_t padding) {
@@ -53,6 +56,12 @@ int64_t CutIntoBlocks(Sizes& s, Shape kernel, int64_t groups, int64_t together) 
   const int64_t blocks = groups / together;
   s.channels /= blocks, s.out_channels /= blocks;
   return blocks;
+}
+
+// Returns a buffer's values; null if it has none.
+template <typename T>
+const T* OrNull(Buffer x) {
+  return x.element_count() > 0 ? x.typed_data<T>() : nullptr;
 }
 
 template <typename T>
@@ -91,9 +100,8 @@ struct NormRelu {
   }
   template <typename T>
   Source<T> source() const {
-    const bool normalizes = mean.element_count() > 0;
-    return {x.typed_data<T>(), normalizes ? mean.typed_data<T>() : nullptr, normalizes ? rstd.typed_data<T>() : nullptr,
-            scale.typed_data<T>(), bias.typed_data<T>(), x.dimensions()[3]};
+    return {x.typed_data<T>(), OrNull<T>(mean), OrNull<T>(rstd), scale.typed_data<T>(), bias.typed_data<T>(),
+            x.dimensions()[3]};
   }
 };
 
@@ -252,8 +260,7 @@ struct Joined {
       return false;
     const auto normalized = static_cast<int64_t>(mean.element_count());
     if ((normalized != 0 && normalized != first[3]) || mean.element_count() != rstd.element_count()) return false;
-    for (int i = 0; i < 3; ++i)
-      if (first[i] != second[i]) return false;
+    if (!HaveSamePixels(first, second)) return false;
     if (channels <= first[3] || channels > first[3] + second[3] || kernel[2] != channels) return false;
     s = {first[0], first[1], first[2], channels, first[1], first[2], kernel[3], 1, 1, 1, 0};
     return kernel[0] == 1 && kernel[1] == 1 && kernel[3] > 0 && y.size() == 4 && y[0] == first[0] &&
@@ -262,9 +269,8 @@ struct Joined {
   template <typename T>
   Source<T> source() const {
     const int64_t split = x.dimensions()[3];
-    const bool normalizes = mean.element_count() > 0;
-    return {x.typed_data<T>(), normalizes ? mean.typed_data<T>() : nullptr, normalizes ? rstd.typed_data<T>() : nullptr,
-            scale.typed_data<T>(), bias.typed_data<T>(), split, other.typed_data<T>(), other.dimensions()[3], split};
+    return {x.typed_data<T>(), OrNull<T>(mean), OrNull<T>(rstd), scale.typed_data<T>(), bias.typed_data<T>(), split,
+            other.typed_data<T>(), other.dimensions()[3], split};
   }
 };
 
@@ -330,8 +336,7 @@ struct Forked {
   bool SetSizes(Sizes& s, Shape kernel) const {
     const Shape x = input.x.dimensions(), y = first.dimensions(), other = second.dimensions();
     if (!input.IsValid() || y.size() != 4 || other.size() != 4 || kernel.size() != 4) return false;
-    for (int i = 0; i < 3; ++i)
-      if (x[i] != y[i] || x[i] != other[i]) return false;
+    if (!HaveSamePixels(x, y) || !HaveSamePixels(x, other)) return false;
     s = {x[0], x[1], x[2], input.channels(), x[1], x[2], y[3] + other[3], 1, 1, 1, 0};
     return kernel[0] == 1 && kernel[1] == 1 && kernel[2] == s.channels && kernel[3] == s.out_channels && other[3] > 0 &&
            y[3] > 0 && y[3] % Chunk<float>::kMost == 0;
@@ -473,7 +478,7 @@ ffi::Error BlockCall(ffi::ThreadPool pool, Buffer x, ffi::RemainingArgs arrays, 
   for (size_t i = 0; i < arrays.size(); ++i) operands.push_back(*arrays.get<ffi::AnyBuffer>(i));
   const Shape first = maps[1].dimensions(), shape = x.dimensions();
   if (copied > 0 && (shape.size() != 4 || first.size() != 4 || copied > shape[3] || copied > first[3] ||
-                     !std::equal(shape.begin(), shape.begin() + 3, first.begin())))
+                     !HaveSamePixels(shape, first)))
     return Invalid("a block's input does not fit its result");
   for (size_t i = 0; i < operands.size(); ++i) {
     const bool can_round = i % kStepArrays == kKernel && x.element_type() == ffi::F32;

@@ -56,7 +56,6 @@ class Team {
     const int64_t usable = std::thread::hardware_concurrency();
     return usable > 0 ? std::min<int64_t>(pool.num_threads(), usable) : pool.num_threads();
   }
-  static void Wait(int spins) { spins < kSpins ? Pause() : std::this_thread::yield(); }
 
   struct alignas(64) Range {
     std::atomic<uint64_t> ticket{0};  // number of the loop << 40 | the range's end << 20 | the next task

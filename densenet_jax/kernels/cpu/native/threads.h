@@ -39,6 +39,9 @@ inline void Pause() {
 #endif
 }
 
+// Waits a little for another thread, for the `spins`th time.
+inline void Wait(int spins) { spins < kSpins ? Pause() : std::this_thread::yield(); }
+
 // Runs task(0) ... task(count - 1) on the pool and the calling thread, which takes every task that no one has begun.
 // Each thread begins with a range of its own, the same in every loop, so that it finds in its cache what it wrote there
 // in the loop before; then it helps with the others.
@@ -71,10 +74,10 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
       all_done.notify_all();
     }
     // The others' last tasks mostly end sooner than a sleeping thread wakes up.
-    void Wait() {
+    void WaitForAll() {
       for (int spins = 0; spins < kSpins + kYields; ++spins) {
         if (done == count) return;
-        spins < kSpins ? Pause() : std::this_thread::yield();
+        Wait(spins);
       }
       std::unique_lock<std::mutex> lock(mutex);
       all_done.wait(lock, [&] { return done == count; });
@@ -86,7 +89,7 @@ inline void ParallelFor(ffi::ThreadPool& pool, int64_t count, const std::functio
   shared->task = &task;
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([shared] { shared->Work(); });
   shared->Work();
-  shared->Wait();
+  shared->WaitForAll();
 }
 
 template <typename T>
